@@ -1,0 +1,1 @@
+"""Gives a device with a TPM 2.0 its hub: the logic, the same on CPython and MicroPython."""

@@ -1,0 +1,132 @@
+"""What the logic may ask for, and the law of asking.
+
+The logic is written as generators: each yields one of the values below and is sent the answer. A runner (Linux
+threads, asyncio on a board, virtual time in tests) does the work.
+
+The law:
+
+1. `Http` is always answered by a value, `Reply` or `NoReply`; it never raises into the generator.
+2. A failure of the TPM or the store is thrown into the generator as one of the four classes of `dps_hal.errors`.
+3. The runner always ends a generator with `close()`. The logic owns no resource, so no `finally` in it ever yields.
+4. `Uptime` (monotonic) drives every delay and budget. `UtcNow` serves token expiry, certificate verdicts and the times
+   in a record, nothing else.
+5. Every yield is bound to a name that is annotated with the answer's type.
+6. Only `Commit` makes a hub real.
+"""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from typing import Any, NamedTuple, TypeAlias
+
+    from dps_agent.sas import SasToken
+
+    class Http(NamedTuple):
+        """One request to the DPS endpoint; answered by Reply or NoReply.
+
+        `path` begins with "/", is percent-encoded and carries the query. `body` is JSON, empty for none.
+        """
+
+        method: str
+        path: str
+        body: bytes
+        authorization: SasToken | None
+
+    class Reply(NamedTuple):
+        """An HTTP answer that arrived whole: header names in lower case, `date_s` the Date header in UTC seconds."""
+
+        status: int
+        headers: dict[str, str]
+        body: bytes
+        date_s: int | None
+
+    class NoReply(NamedTuple):
+        """No whole answer came. `reason` is a NO_REPLY_* word, then optionally ": " and the system's own text.
+
+        `request_sent` is False only if the server cannot have seen the request.
+        """
+
+        reason: str
+        request_sent: bool
+
+    class ReadEndorsementKey(NamedTuple):
+        """Answered by the EK's marshalled TPM2B_PUBLIC, bytes."""
+
+    class ReadStorageRootKey(NamedTuple):
+        """Answered by the SRK's marshalled TPM2B_PUBLIC, bytes."""
+
+    class ImportKey(NamedTuple):
+        """Answered by the wrapped key, bytes, that the activation blob carried."""
+
+        activation: bytes
+
+    class Sign(NamedTuple):
+        """Answered by HMAC-SHA256 of `message` by the wrapped key, 32 bytes."""
+
+        wrapped_key: bytes
+        message: bytes
+
+    class Uptime(NamedTuple):
+        """Answered by monotonic seconds, a float."""
+
+    class UtcNow(NamedTuple):
+        """Answered by `dps_hal.contracts.Utc`."""
+
+    class Random(NamedTuple):
+        """Answered by a float in [0, 1)."""
+
+    class Sleep(NamedTuple):
+        """Answered by None after `delay_s` seconds; `reason` is what status output shows meanwhile."""
+
+        delay_s: float
+        reason: str
+
+    class Commit(NamedTuple):
+        """Answered by None once `payload` is durably the content of `record`."""
+
+        record: str
+        payload: bytes
+
+    class LoadRecord(NamedTuple):
+        """Answered by `dps_hal.contracts.StoredRecord` or None."""
+
+        record: str
+
+    Effect: TypeAlias = (
+        Http
+        | ReadEndorsementKey
+        | ReadStorageRootKey
+        | ImportKey
+        | Sign
+        | Uptime
+        | UtcNow
+        | Random
+        | Sleep
+        | Commit
+        | LoadRecord
+    )
+    Exchange: TypeAlias = Generator[Effect, Any, Any]
+else:
+    from collections import namedtuple
+
+    Http = namedtuple("Http", ("method", "path", "body", "authorization"))
+    Reply = namedtuple("Reply", ("status", "headers", "body", "date_s"))
+    NoReply = namedtuple("NoReply", ("reason", "request_sent"))
+    ReadEndorsementKey = namedtuple("ReadEndorsementKey", ())
+    ReadStorageRootKey = namedtuple("ReadStorageRootKey", ())
+    ImportKey = namedtuple("ImportKey", ("activation",))
+    Sign = namedtuple("Sign", ("wrapped_key", "message"))
+    Uptime = namedtuple("Uptime", ())
+    UtcNow = namedtuple("UtcNow", ())
+    Random = namedtuple("Random", ())
+    Sleep = namedtuple("Sleep", ("delay_s", "reason"))
+    Commit = namedtuple("Commit", ("record", "payload"))
+    LoadRecord = namedtuple("LoadRecord", ("record",))
+
+NO_REPLY_DNS = "dns"  # the name did not resolve
+NO_REPLY_CONNECT = "connect"  # refused, unreachable, timed out before a connection stood
+NO_REPLY_TLS = "tls"  # the peer's certificate or name was not verified, or the handshake failed
+NO_REPLY_TIMEOUT = "timeout"  # the request's total deadline passed
+NO_REPLY_CLOSED = "closed"  # the connection ended before the answer was whole (also a body cut off half way)
+NO_REPLY_TOO_LARGE = "too_large"  # headers or body over the bound
+NO_REPLY_PROTOCOL = "protocol"  # not HTTP

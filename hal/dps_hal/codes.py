@@ -1,0 +1,83 @@
+"""Every stable error code with what to do about it; read by the command line and the tests, never by a board.
+
+The messages at the places that raise say what was expected and what came; the remedy here says what to do.
+"""
+
+REMEDIES: dict[str, str] = {
+    # tpm
+    "tpm.absent": "check that the TPM device or socket named by [tpm] tcti exists and that its service runs",
+    "tpm.denied": "give the agent's user access to the TPM: add it to the group 'tss' and start a new session",
+    "tpm.locked_out": "wait for the TPM's own recovery time; do not retry by hand, each failure prolongs it",
+    "tpm.busy": "another program holds the TPM; use /dev/tpmrm0, or stop the other program",
+    "tpm.timeout": "the TPM did not answer in time; power-cycle the device if this repeats",
+    "tpm.memory": "the TPM has no free object or session slot; use /dev/tpmrm0, or flush what other programs left",
+    "tpm.failure_mode": "the TPM reports a failure of its own; power-cycle the device, replace the TPM if it repeats",
+    "tpm.failed": "the TPM refused a command; the message has its return code",
+    "tpm.hierarchy_auth": "the owner or endorsement hierarchy has a password: set owner_auth_file or"
+    " endorsement_auth_file in [tpm]",
+    "tpm.ek_unsuitable": "the object at ek_handle is no RSA-2048 endorsement key of the TCG template: set another"
+    " ek_handle, or have the TPM's owner free it",
+    "tpm.srk_unsuitable": "the object at srk_handle is no RSA-2048 storage key of the TCG template: set another"
+    " srk_handle, or have the TPM's owner free it",
+    "tpm.ek_changed": "this is another TPM than the one the record was made for: enrol the new endorsement key and"
+    " run 'dps-agent reset'",
+    "tpm.blob_refused": "the service's answer was not made for this TPM: compare the enrolled endorsement key with"
+    " 'dps-agent enroll'",
+    "tpm.key_refused": "the TPM does not take the key that the service sent; the message has its return code",
+    "tpm.key_stale": "the TPM was cleared or the record came from another device; the agent registers again by itself",
+    "tpm.nv_full": "the TPM has no room for another persistent object: free one with its owner's tools",
+    "tpm.not_available": "install the back end's packages: pip install 'dps-agent[tpm]' or 'dps-agent[simulator]'",
+    "tpm.simulator_refused": "a simulated TPM keeps its keys in plain files; use real hardware, or set"
+    " i_know_keys_are_in_files = true in [tpm]",
+    # store
+    "store.denied": "let the agent's user own the state folder and everything in it",
+    "store.full": "free some space on the state folder's file system",
+    "store.io": "the storage failed; check the disk or flash",
+    "store.locked": "another dps-agent uses this state folder; stop it, or wait for it",
+    "store.read_only": "make the state folder's file system writable",
+    "store.too_large": "the assignment does not fit into its slot; send a smaller custom payload from DPS",
+    "store.unknown_version": "a newer dps-agent wrote this record: install that version, or run 'dps-agent reset'",
+    # record
+    "record.absent": "run 'dps-agent provision'",
+    "record.damaged": "run 'dps-agent provision'; the agent registers again by itself",
+    "record.seal_refused": "the record was altered or paired with another hub; the agent registers again by itself",
+    # dps
+    "dps.assigned_without_key": "DPS assigned a hub but sent no authenticationKey; check that the enrolment is a TPM"
+    " enrolment",
+    "dps.assignment_refused": "DPS sent an assignment that this agent must not take; the message says why",
+    "dps.allocation_failed": "the enrolment's allocation failed: check its linked hubs and its webhook",
+    "dps.bad_request": "DPS did not take the request; compare id_scope, registration_id and payload with the enrolment",
+    "dps.blob_malformed": "DPS sent a damaged key; if it repeats, look for a proxy that alters answers",
+    "dps.conflict": "another registration of this device was under way; the agent tries again by itself",
+    "dps.ek_mismatch": "the enrolment holds another endorsement key: enrol the one that 'dps-agent enroll' prints",
+    "dps.enrollment_disabled": "enable the enrolment in DPS",
+    "dps.forbidden": "DPS forbids this device; check the enrolment and the service's network rules",
+    "dps.key_unsuitable": "DPS sent a key that is no HMAC-SHA256 signing key; report it to the service",
+    "dps.malformed_answer": "the answer is not DPS's; look for a proxy or captive portal between device and service",
+    "dps.not_found": "check id_scope, and that an enrolment for this registration id exists",
+    "dps.redirected": "DPS never redirects; check endpoint, and look for a proxy or captive portal",
+    "dps.refused": "DPS refused the registration; the message has its code",
+    "dps.still_assigning": "DPS did not finish in time; the agent asks again later",
+    "dps.throttled": "DPS is busy; the agent waits as long as it asks for",
+    "dps.token_refused": "DPS did not accept this TPM's proof: check the device's clock and the enrolled key",
+    "dps.unavailable": "DPS has an outage; the agent tries again later",
+    "dps.unexpected_status": "DPS answered with a status that the API does not have; check endpoint",
+    # network
+    "network.closed": "the connection broke; the agent tries again later",
+    "network.dns": "the endpoint's name did not resolve: check endpoint, DNS and the network cable",
+    "network.protocol": "the peer does not speak HTTP: check endpoint and connect_to",
+    "network.timeout": "no answer in time; check the network and the firewall (outgoing TCP 443)",
+    "network.tls": "the server's certificate was not verified: check ca_file, the endpoint's name and the clock",
+    "network.too_large": "the answer is larger than any DPS answer; check endpoint",
+    "network.unreachable": "no connection to the endpoint; check the network and the firewall (outgoing TCP 443)",
+    # clock
+    "clock.not_set": "set the device's clock, or let NTP set it",
+    # config
+    "config.invalid": "correct the setting that the message names",
+    "config.missing": "set the setting that the message names",
+    "config.unreadable": "make the settings file readable and valid TOML",
+    # agent
+    "agent.bug": "this is a defect of dps-agent: report it with the output of 'dps-agent version'",
+    "agent.interrupted": "run the command again",
+    "agent.waiting": "wait, or run 'dps-agent provision' to try now",
+}

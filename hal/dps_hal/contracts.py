@@ -1,0 +1,140 @@
+"""The whole hardware as the logic sees it: Tpm, TpmService, Store and Clock.
+
+Failures of every implementation are the four classes of `dps_hal.errors`, nothing else.
+"""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Final, NamedTuple, Protocol
+
+    class TpmCondition(NamedTuple):
+        """What a field engineer asks about a TPM; counts are whole numbers, `recovery_s` is in seconds."""
+
+        maker: str  # TPM2_PT_MANUFACTURER, four letters such as "IFX"
+        firmware: str  # TPM2_PT_FIRMWARE_VERSION_1 as "major.minor"
+        lockout_counter: int  # authorisation failures counted so far
+        lockout_maximum: int  # the count at which the TPM refuses keys without noDA
+        recovery_s: int  # seconds after which the TPM forgets one failure
+        free_slots: int  # transient objects that still fit
+
+    class StoredRecord(NamedTuple):
+        """One record as `Store.load` found it."""
+
+        payload: bytes
+        generation: int  # counts commits, wraps at 2**32
+        rolled_back: bool  # True: a newer copy was damaged and an older one is returned
+
+    class Utc(NamedTuple):
+        """Wall-clock time: whole seconds since 1970-01-01 UTC, whether to believe them, and who says so."""
+
+        now_s: int
+        believable: bool
+        source: str
+else:
+    from collections import namedtuple
+
+    Protocol = object
+    TpmCondition = namedtuple(
+        "TpmCondition",
+        ("maker", "firmware", "lockout_counter", "lockout_maximum", "recovery_s", "free_slots"),
+    )
+    StoredRecord = namedtuple("StoredRecord", ("payload", "generation", "rolled_back"))
+    Utc = namedtuple("Utc", ("now_s", "believable", "source"))
+
+IDENTITY: "Final" = "identity"  # record: hub, device, wrapped key, seal
+PROGRESS: "Final" = "progress"  # record: attempts and delays; expendable
+
+EK_HANDLE: "Final" = 0x81010001  # TCG TPM v2.0 Provisioning Guidance, table 2
+SRK_HANDLE: "Final" = 0x81000001  # TCG TPM v2.0 Provisioning Guidance, table 2
+
+
+class Tpm(Protocol):
+    """A TPM 2.0 that keeps no state for us but its EK and SRK.
+
+    A wrapped key is `TPM2B_PUBLIC || TPM2B_PRIVATE` (210 bytes for a 32-byte HMAC key): encrypted to this TPM's
+    SRK and safe at rest.
+    """
+
+    def endorsement_key(self) -> bytes:
+        """The EK's marshalled TPM2B_PUBLIC, its two size bytes included (316 bytes); created once if absent."""
+        ...
+
+    def storage_root_key(self) -> bytes:
+        """The SRK's marshalled TPM2B_PUBLIC, its two size bytes included (284 bytes); created once if absent."""
+        ...
+
+    def import_key(self, activation: bytes) -> bytes:
+        """Decrypts DPS's activation blob (raw bytes, not base64) and returns the key in it as a wrapped key.
+
+        RetryLater `dps.blob_malformed`: the blob is not of the documented layout. AskOperator `dps.key_unsuitable`:
+        the key in it is not an HMAC-SHA256 signing key that can be imported. IdentityStale `tpm.blob_refused`: made
+        for another EK or SRK, or altered. AskOperator `tpm.key_refused`: the TPM does not take the key.
+        """
+        ...
+
+    def sign(self, wrapped_key: bytes, message: bytes) -> bytes:
+        """HMAC-SHA256 of `message` (at most 1024 bytes) by the wrapped key, 32 bytes.
+
+        IdentityStale `tpm.key_stale`: the key was wrapped by another SRK, or altered.
+        """
+        ...
+
+    def release(self) -> None:
+        """Ends session and connection; idempotent, never raises; the next call opens them again."""
+        ...
+
+
+class TpmService(Tpm, Protocol):
+    """What `check`, `enroll` and diagnostics need beyond the logic."""
+
+    def endorsement_certificate(self) -> "bytes | None":
+        """The manufacturer's EK certificate in DER from NV index 0x01C00002, or None where there is none."""
+        ...
+
+    def persist(self, wrapped_key: bytes, handle: int) -> None:
+        """Makes the wrapped key a persistent object at `handle` for other programs."""
+        ...
+
+    def condition(self) -> TpmCondition:
+        """Maker, firmware, lockout state and free slots."""
+        ...
+
+
+class Store(Protocol):
+    """Named records that a power cut can't lose: after any cut a record is the old one or the new one."""
+
+    def load(self, record: str) -> "StoredRecord | None":
+        """The newest valid payload of `record`, or None where there never was one or it was erased.
+
+        AskOperator `store.unknown_version`: written by a newer agent; nothing is touched. RetryLater `store.io`.
+        """
+        ...
+
+    def commit(self, record: str, payload: bytes) -> None:
+        """Makes `payload` (at most `max_payload` bytes) the record's content, durable on return.
+
+        Raises RetryLater `store.full`, `store.io` or AskOperator `store.read_only`, `store.denied`,
+        `store.too_large`; then the old content is still there.
+        """
+        ...
+
+    def erase(self, record: str) -> None:
+        """Makes the record empty; after a cut at any point it is the current one or none, never an earlier one."""
+        ...
+
+
+class Clock(Protocol):
+    """Time as the hardware has it."""
+
+    def uptime_s(self) -> float:
+        """Monotonic seconds since any fixed point."""
+        ...
+
+    def utc(self) -> Utc:
+        """Wall-clock time and whether to believe it."""
+        ...
+
+
+if TYPE_CHECKING:
+    WhileWaiting = Callable[[], None]  # called at least once a second while something blocks

@@ -1,0 +1,99 @@
+"""The one file that knows there are two runtimes: JSON, AES, randomness."""
+
+import hashlib
+import os
+import sys
+
+import ujson  # the CPython package; on MicroPython another name of the built-in json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+MICROPYTHON = sys.implementation.name == "micropython"
+
+if MICROPYTHON:
+    from cryptolib import aes as _aes
+
+    def _encrypt_block(key: bytes):  # type: ignore[no-untyped-def]
+        return _aes(key, 1).encrypt  # 1: ECB
+else:
+    from dps_hal.aes import Aes128
+
+    def _encrypt_block(key: bytes):  # type: ignore[no-untyped-def]
+        return Aes128(key).encrypt
+
+
+def random_bytes(count: int) -> bytes:
+    """`count` bytes from the system's random generator."""
+    return os.urandom(count)
+
+
+def sha256(message: bytes) -> bytes:
+    """SHA-256 of `message`, 32 bytes."""
+    return hashlib.sha256(message).digest()
+
+
+def hmac_sha256(key: bytes, message: bytes) -> bytes:
+    """HMAC-SHA256 by FIPS 198-1, 32 bytes (MicroPython has no hmac module)."""
+    if len(key) > 64:
+        key = sha256(key)
+    key = key + bytes(64 - len(key))
+    inner = sha256(bytes([b ^ 0x36 for b in key]) + message)
+    return sha256(bytes([b ^ 0x5C for b in key]) + inner)
+
+
+def same_bytes(a: bytes, b: bytes) -> bool:
+    """Whether two secrets are equal, in a time that depends on their lengths only."""
+    if len(a) != len(b):
+        return False
+    difference = 0
+    for i in range(len(a)):
+        difference |= a[i] ^ b[i]
+    return difference == 0
+
+
+def aes128_cfb(key: bytes, content: bytes, decrypt: bool, iv: bytes = bytes(16)) -> bytes:
+    """AES-128-CFB with 128-bit feedback (TPM 2.0 Library Part 1, 11.4.10); no padding."""
+    encrypt_block = _encrypt_block(key)
+    out = bytearray(len(content))
+    feedback = iv
+    for start in range(0, len(content), 16):
+        stream = encrypt_block(feedback)
+        block = content[start : start + 16]
+        for i in range(len(block)):
+            out[start + i] = block[i] ^ stream[i]
+        feedback = block if decrypt else bytes(out[start : start + 16])
+    return bytes(out)
+
+
+def to_json(value: "Any") -> str:
+    """`value` as JSON text; ValueError for what JSON cannot hold, NaN and infinity included."""
+    _refuse_non_finite(value)
+    if MICROPYTHON:
+        return ujson.dumps(value, separators=(",", ":"))
+    return ujson.dumps(value, escape_forward_slashes=False, ensure_ascii=True)  # type: ignore[no-any-return]
+
+
+def from_json(text: "bytes | str") -> "Any":
+    """The value of one JSON text; ValueError for anything else, NaN and infinity included."""
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeError:
+            raise ValueError("not UTF-8")
+    value = ujson.loads(text)
+    _refuse_non_finite(value)
+    return value
+
+
+def _refuse_non_finite(value: "Any") -> None:
+    if isinstance(value, float):
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ValueError("NaN and infinity are not JSON")
+    elif isinstance(value, dict):
+        for key in value:
+            _refuse_non_finite(value[key])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _refuse_non_finite(item)
