@@ -10,7 +10,7 @@ The law:
 3. The runner always ends a generator with `close()`. The logic owns no resource, so no `finally` in it ever yields.
 4. `Uptime` (monotonic) drives every delay and budget. `UtcNow` serves token expiry, certificate verdicts and the times
    in a record, nothing else.
-5. Every yield is bound to a name that is annotated with the answer's type.
+5. Every yield is bound to a name that is annotated with the answer's type; `Sleep` and `Commit` have none.
 6. Only `Commit` makes a hub real.
 """
 

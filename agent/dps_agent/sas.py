@@ -7,14 +7,14 @@ developer guide, "Control access with shared access signatures"; DPS guide, "sym
 
 import binascii
 
+from dps_agent.effects import Sign
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Generator
     from typing import Any
 
     from dps_agent.effects import Effect
-
-from dps_agent.effects import Sign
 
 DPS_KEY_NAME = "registration"  # the only key name of device registrations
 DPS_TOKEN_LIFE_S = 3600

@@ -1,0 +1,54 @@
+"""How long to wait: Retry-After as DPS sends it, and our own jittered exponential."""
+
+from dps_agent.effects import Random
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from typing import Any
+
+    from dps_agent.effects import Effect
+
+THROTTLE_LIMIT_S = 86400  # the longest Retry-After obeyed with 429 and 503
+POLL_LIMIT_S = 300  # the longest Retry-After obeyed between two polls
+POLL_DEFAULT_S = 2  # between two polls when DPS names no delay
+STEP_FIRST_S = 1  # bounds of our own delays inside one registration
+STEP_LIMIT_S = 60
+WAITING_FIRST_S = 30  # bounds of our own delays between two registrations
+WAITING_LIMIT_S = 3600
+HALTED_S = 3600  # a refused device asks again hourly
+
+
+def retry_after_s(header: "str | None", limit_s: int) -> "int | None":
+    """The Retry-After header in seconds if it is a whole number in 0..limit_s, else None (a date, text, too long)."""
+    text = (header or "").strip()
+    if not text or len(text) > 9:
+        return None
+    for character in text:
+        if character not in "0123456789":
+            return None
+    seconds = int(text)
+    return seconds if seconds <= limit_s else None
+
+
+def after_request_s(seconds: int) -> "Generator[Effect, Any, float]":
+    """A delay that the service asked for plus up to 10 % (at least 0.2 s unless it asked for none), never less."""
+    if seconds == 0:
+        return 0.0
+    random: float = yield Random()
+    return seconds + random * max(seconds * 0.1, 0.2)
+
+
+def exponential_s(failures: int, first_s: float, limit_s: float) -> "Generator[Effect, Any, float]":
+    """The delay after the n-th failure in a row (n >= 1): between half and all of first * 2**(n-1), at most limit."""
+    random: float = yield Random()
+    ceiling = first_s
+    for _ in range(min(failures, 40) - 1):
+        ceiling = min(ceiling * 2, limit_s)
+    return ceiling / 2 + random * ceiling / 2
+
+
+def around_s(seconds: int) -> "Generator[Effect, Any, float]":
+    """A delay of `seconds` plus or minus a half, so that refused devices do not come back together."""
+    random: float = yield Random()
+    return seconds * (0.5 + random)

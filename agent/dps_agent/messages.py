@@ -1,0 +1,410 @@
+"""The bodies of the DPS Runtime Registration API, 2021-10-01, between JSON and named tuples.
+
+Every field is optional on reading and None where absent or null, so `{}` is a legal message both ways. Fields that
+the API does not have are kept under `unknown`, enumeration values that it does not have stay readable text. A field of
+the wrong type is RetryLater `dps.malformed_answer`, and the message names the field.
+"""
+
+import binascii
+
+from dps_hal.errors import RetryLater
+from dps_hal.platform import from_json, to_json
+
+NESTING_LIMIT = 32  # levels of JSON; DPS's own bodies have 4
+
+# EnrollmentStatus
+UNASSIGNED = "unassigned"
+ASSIGNING = "assigning"
+ASSIGNED = "assigned"
+FAILED = "failed"
+DISABLED = "disabled"
+
+# AssignedDeviceSubstatus
+INITIAL_ASSIGNMENT = "initialAssignment"
+DEVICE_DATA_MIGRATED = "deviceDataMigrated"
+DEVICE_DATA_RESET = "deviceDataReset"
+REPROVISIONED_TO_INITIAL_ASSIGNMENT = "reprovisionedToInitialAssignment"
+
+ERROR_CODE_HEADER = "x-ms-error-code"
+REQUEST_ID_HEADER = "x-ms-request-id"
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NamedTuple, TypeVar
+
+    Message = TypeVar("Message")
+    Fields = tuple[tuple[str, Any], ...]
+
+    class TpmAttestation(NamedTuple):
+        """Attestation via TPM: the marshalled TPM2B_PUBLIC of EK and SRK, size prefix included, in base64."""
+
+        endorsement_key: "str | None"
+        storage_root_key: "str | None"
+        unknown: "dict[str, Any]"  # fields that this version of the API does not have, as they came
+
+    class DeviceRegistration(NamedTuple):
+        """The body of a register request and of a status lookup."""
+
+        payload: "Any"
+        registration_id: "str | None"
+        tpm: "TpmAttestation | None"
+        unknown: "dict[str, Any]"  # fields that this version of the API does not have, as they came
+
+    class TpmRegistrationResult(NamedTuple):
+        """Result of TPM attestation: the activation blob of the key, in base64."""
+
+        authentication_key: "str | None"
+        unknown: "dict[str, Any]"  # fields that this version of the API does not have, as they came
+
+    class X509CertificateInfo(NamedTuple):
+        """One X.509 certificate, described."""
+
+        issuer_name: "str | None"
+        not_after_utc: "str | None"
+        not_before_utc: "str | None"
+        serial_number: "str | None"
+        sha1_thumbprint: "str | None"
+        sha256_thumbprint: "str | None"
+        subject_name: "str | None"
+        version: "int | None"
+        unknown: "dict[str, Any]"  # fields that this version of the API does not have, as they came
+
+    class X509RegistrationResult(NamedTuple):
+        """Result of X.509 attestation."""
+
+        certificate_info: "X509CertificateInfo | None"
+        enrollment_group_id: "str | None"
+        signing_certificate_info: "X509CertificateInfo | None"
+        unknown: "dict[str, Any]"  # fields that this version of the API does not have, as they came
+
+    class SymmetricKeyRegistrationResult(NamedTuple):
+        """Result of symmetric-key attestation."""
+
+        enrollment_group_id: "str | None"
+        unknown: "dict[str, Any]"  # fields that this version of the API does not have, as they came
+
+    class DeviceRegistrationResult(NamedTuple):
+        """Where a registration stands; times are RFC 3339 text in UTC with 0 to 7 fractional digits."""
+
+        assigned_hub: "str | None"
+        created_date_time_utc: "str | None"
+        device_id: "str | None"
+        error_code: "int | None"
+        error_message: "str | None"
+        etag: "str | None"
+        last_updated_date_time_utc: "str | None"
+        payload: "Any"
+        registration_id: "str | None"
+        status: "str | None"
+        substatus: "str | None"
+        symmetric_key: "SymmetricKeyRegistrationResult | None"
+        tpm: "TpmRegistrationResult | None"
+        x509: "X509RegistrationResult | None"
+        unknown: "dict[str, Any]"  # fields that this version of the API does not have, as they came
+
+    class RegistrationOperationStatus(NamedTuple):
+        """The answer to a register request and to an operation status request."""
+
+        operation_id: "str | None"
+        status: "str | None"
+        registration_state: "DeviceRegistrationResult | None"
+        unknown: "dict[str, Any]"  # fields that this version of the API does not have, as they came
+
+    class TpmChallenge(NamedTuple):
+        """The body of the 401 that answers a register request without a token."""
+
+        message: "str | None"
+        authentication_key: "str | None"
+        key_name: "str | None"
+        unencrypted_authentication_key: "str | None"
+        unknown: "dict[str, Any]"  # fields that this version of the API does not have, as they came
+
+    class ProvisioningServiceErrorDetails(NamedTuple):
+        """The body of an error answer; `info` maps strings to strings."""
+
+        error_code: "int | None"
+        info: "dict[str, str] | None"
+        message: "str | None"
+        timestamp_utc: "str | None"
+        tracking_id: "str | None"
+        unknown: "dict[str, Any]"  # fields that this version of the API does not have, as they came
+
+else:
+    from collections import namedtuple
+
+    TpmAttestation = namedtuple("TpmAttestation", ("endorsement_key", "storage_root_key", "unknown"))
+    DeviceRegistration = namedtuple("DeviceRegistration", ("payload", "registration_id", "tpm", "unknown"))
+    TpmRegistrationResult = namedtuple("TpmRegistrationResult", ("authentication_key", "unknown"))
+    X509CertificateInfo = namedtuple(
+        "X509CertificateInfo",
+        (
+            "issuer_name",
+            "not_after_utc",
+            "not_before_utc",
+            "serial_number",
+            "sha1_thumbprint",
+            "sha256_thumbprint",
+            "subject_name",
+            "version",
+            "unknown",
+        ),
+    )
+    X509RegistrationResult = namedtuple(
+        "X509RegistrationResult",
+        (
+            "certificate_info",
+            "enrollment_group_id",
+            "signing_certificate_info",
+            "unknown",
+        ),
+    )
+    SymmetricKeyRegistrationResult = namedtuple("SymmetricKeyRegistrationResult", ("enrollment_group_id", "unknown"))
+    DeviceRegistrationResult = namedtuple(
+        "DeviceRegistrationResult",
+        (
+            "assigned_hub",
+            "created_date_time_utc",
+            "device_id",
+            "error_code",
+            "error_message",
+            "etag",
+            "last_updated_date_time_utc",
+            "payload",
+            "registration_id",
+            "status",
+            "substatus",
+            "symmetric_key",
+            "tpm",
+            "x509",
+            "unknown",
+        ),
+    )
+    RegistrationOperationStatus = namedtuple(
+        "RegistrationOperationStatus",
+        (
+            "operation_id",
+            "status",
+            "registration_state",
+            "unknown",
+        ),
+    )
+    TpmChallenge = namedtuple(
+        "TpmChallenge",
+        (
+            "message",
+            "authentication_key",
+            "key_name",
+            "unencrypted_authentication_key",
+            "unknown",
+        ),
+    )
+    ProvisioningServiceErrorDetails = namedtuple(
+        "ProvisioningServiceErrorDetails",
+        (
+            "error_code",
+            "info",
+            "message",
+            "timestamp_utc",
+            "tracking_id",
+            "unknown",
+        ),
+    )
+
+# JSON names and kinds in the order of the tuples above. A kind is STRING, INTEGER (int32), ANY, STRINGS or a message.
+STRING, INTEGER, ANY, STRINGS = "a string", "a 32-bit integer", "any value", "an object of strings"
+FIELDS: "dict[Any, Fields]" = {
+    TpmAttestation: (
+        ("endorsementKey", STRING),
+        ("storageRootKey", STRING),
+    ),
+    DeviceRegistration: (
+        ("payload", ANY),
+        ("registrationId", STRING),
+        ("tpm", TpmAttestation),
+    ),
+    TpmRegistrationResult: (("authenticationKey", STRING),),
+    X509CertificateInfo: (
+        ("issuerName", STRING),
+        ("notAfterUtc", STRING),
+        ("notBeforeUtc", STRING),
+        ("serialNumber", STRING),
+        ("sha1Thumbprint", STRING),
+        ("sha256Thumbprint", STRING),
+        ("subjectName", STRING),
+        ("version", INTEGER),
+    ),
+    X509RegistrationResult: (
+        ("certificateInfo", X509CertificateInfo),
+        ("enrollmentGroupId", STRING),
+        ("signingCertificateInfo", X509CertificateInfo),
+    ),
+    SymmetricKeyRegistrationResult: (("enrollmentGroupId", STRING),),
+    DeviceRegistrationResult: (
+        ("assignedHub", STRING),
+        ("createdDateTimeUtc", STRING),
+        ("deviceId", STRING),
+        ("errorCode", INTEGER),
+        ("errorMessage", STRING),
+        ("etag", STRING),
+        ("lastUpdatedDateTimeUtc", STRING),
+        ("payload", ANY),
+        ("registrationId", STRING),
+        ("status", STRING),
+        ("substatus", STRING),
+        ("symmetricKey", SymmetricKeyRegistrationResult),
+        ("tpm", TpmRegistrationResult),
+        ("x509", X509RegistrationResult),
+    ),
+    RegistrationOperationStatus: (
+        ("operationId", STRING),
+        ("status", STRING),
+        ("registrationState", DeviceRegistrationResult),
+    ),
+    TpmChallenge: (
+        ("message", STRING),
+        ("authenticationKey", STRING),
+        ("keyName", STRING),
+        ("unencryptedAuthenticationKey", STRING),
+    ),
+    ProvisioningServiceErrorDetails: (
+        ("errorCode", INTEGER),
+        ("info", STRINGS),
+        ("message", STRING),
+        ("timestampUtc", STRING),
+        ("trackingId", STRING),
+    ),
+}
+
+
+def decode(message: "type[Message]", body: bytes) -> "Message":
+    """The JSON object `body` as a `message`; RetryLater `dps.malformed_answer` if it is not one."""
+    read: Message = _read(message, _json_object(body, message.__name__), message.__name__)
+    return read
+
+
+def encode(message: "Any") -> bytes:
+    """`message` as JSON, absent fields left out."""
+    return to_json(_write(message)).encode()
+
+
+def device_registration(
+    registration_id: str, endorsement_key: bytes, storage_root_key: bytes, payload: "dict[str, Any] | None"
+) -> bytes:
+    """The JSON body with which a device with a TPM registers and looks itself up; keys are marshalled TPM2B_PUBLIC."""
+    tpm = TpmAttestation(to_base64(endorsement_key), to_base64(storage_root_key), {})
+    return encode(DeviceRegistration(payload, registration_id, tpm, {}))
+
+
+def to_base64(content: bytes) -> str:
+    """`content` in the standard base64 alphabet, padded, without a line feed."""
+    return binascii.b2a_base64(content).decode().strip()
+
+
+def from_base64(text: str) -> bytes:
+    """The bytes of padded standard base64; ValueError for anything else (binascii alone skips stray characters)."""
+    stripped = text.rstrip("=")
+    padding = len(text) - len(stripped)
+    if len(text) % 4 or padding > 2:
+        raise ValueError(f"not base64: {len(text)} characters, {padding} of them padding")
+    for character in stripped:
+        if not ("A" <= character <= "Z" or "a" <= character <= "z" or "0" <= character <= "9" or character in "+/"):
+            raise ValueError(f"not base64: {character!r}")
+    return binascii.a2b_base64(text)
+
+
+def _json_object(body: bytes, where: str) -> "dict[str, Any]":
+    if nesting(body) > NESTING_LIMIT:
+        raise _malformed(where, f"expected at most {NESTING_LIMIT} levels of JSON, got more")
+    try:
+        value = from_json(body)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: MicroPython's parser out of stack
+        raise _malformed(where, f"expected JSON, got {_excerpt(body)} ({error})")
+    if not isinstance(value, dict):
+        raise _malformed(where, f"expected a JSON object, got {_kind(value)}")
+    return value
+
+
+def nesting(body: bytes) -> int:
+    """The deepest nesting of brackets outside strings in JSON text; never fails."""
+    depth = deepest = 0
+    in_string = escaped = False
+    for byte in body:
+        if in_string:
+            if escaped:
+                escaped = False
+            elif byte == 0x5C:
+                escaped = True
+            elif byte == 0x22:
+                in_string = False
+        elif byte == 0x22:
+            in_string = True
+        elif byte in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif byte in b"]}":
+            depth -= 1
+    return deepest
+
+
+def _read(message: "Any", value: "dict[str, Any]", where: str) -> "Any":
+    fields = FIELDS[message]
+    unknown = dict(value)
+    arguments = []
+    for name, kind in fields:
+        arguments.append(_field(unknown.pop(name, None), kind, f"{where}.{name}"))
+    arguments.append(unknown)
+    return message(*arguments)
+
+
+def _field(value: "Any", kind: "Any", where: str) -> "Any":
+    if value is None or kind is ANY:
+        return value
+    if kind is STRING:
+        fits = isinstance(value, str)
+    elif kind is INTEGER:
+        fits = isinstance(value, int) and not isinstance(value, bool) and -(2**31) <= value < 2**31
+    else:
+        fits = isinstance(value, dict)
+    if not fits:
+        raise _malformed(where, f"expected {kind if isinstance(kind, str) else 'an object'}, got {_kind(value)}")
+    if kind is STRINGS:
+        for name in value:
+            _field(value[name], STRING, f"{where}.{name}")
+    elif not isinstance(kind, str):
+        return _read(kind, value, where)
+    return value
+
+
+def _write(message: "Any") -> "dict[str, Any]":
+    value = {}
+    for (name, kind), field in zip(FIELDS[type(message)], message):
+        if field is not None:
+            value[name] = field if isinstance(kind, str) else _write(field)
+    for name in message.unknown:
+        value[name] = message.unknown[name]
+    return value
+
+
+def _malformed(where: str, fault: str) -> RetryLater:
+    return RetryLater("dps.malformed_answer", f"{where}: {fault}")
+
+
+def _kind(value: "Any") -> str:
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, int):
+        return f"the number {value}" if -(2**63) < value < 2**63 else "a huge number"
+    if isinstance(value, float):
+        return "a number with a fraction"
+    if isinstance(value, str):
+        return "a string"
+    return "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else "null"
+
+
+def _excerpt(body: bytes) -> str:
+    if not body:
+        return "an empty body"
+    text = ""
+    for byte in body[:24]:
+        text += chr(byte) if 32 <= byte < 127 else "."
+    return f"{len(body)} bytes that begin with {text!r}"

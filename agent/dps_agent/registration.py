@@ -1,0 +1,434 @@
+"""One registration with DPS, from the TPM's keys to a checked assignment: read it from top to bottom.
+
+PUT register -> 401 with a challenge -> the TPM activates it and signs a token -> PUT with the token -> 202 -> poll the
+registration status lookup until it is final -> import the hub key -> check everything -> seal. Nothing is stored here:
+the caller commits what `register` returns, and until then the old identity stays whole.
+
+Every wait lies inside one budget. One HTTP step is repeated inside that budget; the whole exchange starts over at the
+first PUT at most once, where the service no longer knows what we refer to or its answer does not fit this TPM.
+Source: Azure DPS Runtime Registration API, 2021-10-01.
+"""
+
+from dps_agent.assignment import Assignment, check_clock, device_id_fault, hub_fault, payload_to_store, sealed
+from dps_agent.backoff import (
+    POLL_DEFAULT_S,
+    POLL_LIMIT_S,
+    STEP_FIRST_S,
+    STEP_LIMIT_S,
+    THROTTLE_LIMIT_S,
+    after_request_s,
+    exponential_s,
+    retry_after_s,
+)
+from dps_agent.effects import (
+    NO_REPLY_CONNECT,
+    Http,
+    ImportKey,
+    NoReply,
+    ReadEndorsementKey,
+    ReadStorageRootKey,
+    Sleep,
+    Uptime,
+    UtcNow,
+)
+from dps_agent.messages import (
+    ASSIGNED,
+    DISABLED,
+    ERROR_CODE_HEADER,
+    FAILED,
+    REQUEST_ID_HEADER,
+    UNASSIGNED,
+    DeviceRegistrationResult,
+    ProvisioningServiceErrorDetails,
+    RegistrationOperationStatus,
+    TpmChallenge,
+    decode,
+    device_registration,
+    from_base64,
+)
+from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_encode, signed_token
+from dps_agent.settings import POLL_LOOKUP
+from dps_hal.errors import AskOperator, IdentityStale, RetryLater
+from dps_hal.tpm_keys import check_id_key_public, object_name, unwrap
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from typing import Any, TypeVar
+
+    from dps_agent.effects import Effect, Reply
+    from dps_agent.sas import SasToken
+    from dps_agent.settings import Settings
+    from dps_hal.contracts import Utc
+    from dps_hal.errors import DpsError
+
+    Body = TypeVar("Body")
+
+API_VERSION = "2021-10-01"
+UNREADABLE_LIMIT = 3  # answers in a row that make no sense before an exchange ends
+CLOCK_SKEW_S = 300  # between our clock and DPS's Date before a refused token is blamed on the clock
+FINAL = (ASSIGNED, FAILED, DISABLED)
+# A lookup that answers so will not get better: the operation status serves for the rest of the exchange.
+LOOKUP_REFUSALS = (400, 401, 403, 404, 405, 415, 501)
+STILL_UNASSIGNED_POLLS = 5  # lookups that say "unassigned" before the operation is asked why
+POLL_FLOOR_S = 0.5  # our least delay grows by so much with every poll, up to POLL_DEFAULT_S per request
+
+
+def register(
+    settings: "Settings", registration_id: str, previous: "Assignment | None"
+) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
+    """Registers the device and returns its assignment and the payload to commit as record `identity`.
+
+    `previous` is the assignment that still holds, if one does: a lookup that only repeats it proves nothing. Raises
+    RetryLater, AskOperator; never leaves the device worse than before.
+    """
+    now_s: float = yield Uptime()
+    deadline_s = now_s + settings.registration_budget_s
+    try:
+        outcome = yield from _attempt(settings, registration_id, previous, deadline_s)
+    except IdentityStale:
+        try:
+            outcome = yield from _attempt(settings, registration_id, previous, deadline_s)
+        except IdentityStale as again:
+            if again.code == "dps.operation_unknown":
+                raise RetryLater(again.code, again.message, None, again.request_id)
+            raise AskOperator(again.code, again.message, None, again.request_id)
+    return outcome
+
+
+def _attempt(
+    settings: "Settings", registration_id: str, previous: "Assignment | None", deadline_s: float
+) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
+    endorsement_key: bytes = yield ReadEndorsementKey()
+    storage_root_key: bytes = yield ReadStorageRootKey()
+    path = f"/{percent_encode(settings.id_scope)}/registrations/{percent_encode(registration_id)}"
+    query = f"?api-version={API_VERSION}"
+    body = device_registration(registration_id, endorsement_key, storage_root_key, settings.payload)
+
+    register_path = f"{path}/register{query}"
+    reply, answer = yield from _step(Http("PUT", register_path, body, None), deadline_s, _read_register)
+    token: SasToken | None = None
+    if isinstance(answer, TpmChallenge):
+        if not answer.authentication_key:
+            raise _refusal(reply)
+        challenge_key: bytes = yield ImportKey(_activation(answer.authentication_key, "the challenge"))
+        now: Utc = yield UtcNow()
+        check_clock(now)
+        resource = dps_resource(settings.id_scope, registration_id)
+        token = yield from signed_token(resource, now.now_s + DPS_TOKEN_LIFE_S, challenge_key, DPS_KEY_NAME)
+        reply, answer = yield from _step(Http("PUT", register_path, body, token), deadline_s, _read_register)
+        if isinstance(answer, TpmChallenge):
+            raise _token_refused(reply, now)
+
+    state = yield from _poll(settings, path, query, body, token, reply, answer, previous, deadline_s)
+    _check_answer(state, registration_id, settings)
+    wrapped_key: bytes = yield ImportKey(_activation(state.tpm and state.tpm.authentication_key, "the hub key"))
+    _check_hub_key(wrapped_key)
+    now = yield UtcNow()
+    payload, payload_omitted = payload_to_store(state.payload)
+    assignment = Assignment(
+        id_scope=settings.id_scope,
+        endpoint=settings.endpoint,
+        registration_id=registration_id,
+        assigned_hub=state.assigned_hub or "",
+        device_id=state.device_id or "",
+        wrapped_key=wrapped_key,
+        ek_name=object_name(endorsement_key),
+        srk_name=object_name(storage_root_key),
+        status=state.status or ASSIGNED,
+        substatus=_text_to_store(state.substatus),
+        etag=_text_to_store(state.etag),
+        created_utc=_text_to_store(state.created_date_time_utc),
+        last_updated_utc=_text_to_store(state.last_updated_date_time_utc),
+        assigned_at_s=now.now_s,
+        payload=payload,
+        payload_omitted=payload_omitted,
+    )
+    record: bytes = yield from sealed(assignment)
+    return assignment, record
+
+
+def _poll(
+    settings: "Settings",
+    path: str,
+    query: str,
+    body: bytes,
+    token: "SasToken | None",
+    reply: "Reply",
+    answer: RegistrationOperationStatus,
+    previous: "Assignment | None",
+    deadline_s: float,
+) -> "Generator[Effect, Any, DeviceRegistrationResult]":
+    """Asks until the registration has ended well, and returns how; `reply` and `answer` are the last PUT's.
+
+    A lookup may still answer for an earlier registration. Its "assigned" counts only if a lookup of this exchange said
+    "not yet" before, or if it differs from the assignment that we hold; its "failed" counts only in the first case.
+    Otherwise, and where anything is missing, the status of this very operation decides.
+    """
+    lookup = Http("POST", path + query, body, token)
+    operation = Http("GET", f"{path}/operations/{percent_encode(answer.operation_id or '')}{query}", b"", token)
+    by_lookup = settings.poll == POLL_LOOKUP
+    not_yet_seen = False
+    polls = requests = 0
+    ended = _is_final(answer) and answer.registration_state is not None
+    while not ended:
+        yield from _wait_to_poll(reply, polls, requests, deadline_s)
+        polls += 1
+        requests = 1
+        if by_lookup:
+            reply, result = yield from _step(lookup, deadline_s, _read_lookup)
+            if result is None:
+                by_lookup = False
+            elif result.status in FINAL:
+                if result.status != ASSIGNED and not_yet_seen:
+                    raise _failure(result, reply)
+                if _is_complete(result) and (not_yet_seen or _differs(result, previous)):
+                    return result
+            elif result.status:
+                not_yet_seen = True
+                if result.status != UNASSIGNED or polls % STILL_UNASSIGNED_POLLS:
+                    continue
+            requests = 2
+        reply, answer = yield from _step(operation, deadline_s, _read_operation)
+        ended = _is_final(answer)
+    state = answer.registration_state
+    if FAILED in (answer.status, state and state.status) or DISABLED in (answer.status, state and state.status):
+        raise _failure(state, reply)
+    if not (state and state.tpm and state.tpm.authentication_key):
+        raise RetryLater(
+            "dps.assigned_without_key",
+            f"DPS says assigned{_to(state)} but sent no authenticationKey, neither on lookup nor with the operation",
+            None,
+            reply.headers.get(REQUEST_ID_HEADER, ""),
+        )
+    return state
+
+
+def _step(
+    http: Http, deadline_s: float, read: "Callable[[Reply], Body]"
+) -> "Generator[Effect, Any, tuple[Reply, Body]]":
+    """Sends one request until `read` accepts its answer; RetryLater once the budget or our patience has ended."""
+    failures = unreadable = 0
+    while True:
+        reply: Reply | NoReply = yield http
+        if isinstance(reply, NoReply):
+            error = _no_reply(reply)
+        else:
+            try:
+                return reply, read(reply)
+            except RetryLater as refused:
+                error = refused
+        failures += 1
+        if error.code in ("dps.malformed_answer", "network.protocol", "network.too_large"):
+            unreadable += 1
+        if unreadable >= UNREADABLE_LIMIT or error.code == "network.tls":
+            raise error
+        if error.retry_after_s:
+            delay_s: float = yield from after_request_s(error.retry_after_s)
+        else:
+            delay_s = yield from exponential_s(failures, STEP_FIRST_S, STEP_LIMIT_S)
+        yield from _sleep_within(delay_s, deadline_s, error)
+
+
+def _wait_to_poll(reply: "Reply", polls: int, requests: int, deadline_s: float) -> "Generator[Effect, Any, None]":
+    """Waits as long as `reply` asks for; never polls faster than the service allows (5 requests in 10 s)."""
+    asked_s = retry_after_s(reply.headers.get("retry-after"), POLL_LIMIT_S)
+    delay_s: float = yield from after_request_s(POLL_DEFAULT_S if asked_s is None else asked_s)
+    delay_s = max(delay_s, min(polls * POLL_FLOOR_S, POLL_DEFAULT_S) * requests)
+    error = RetryLater("dps.still_assigning", "DPS is still assigning the device to a hub")
+    yield from _sleep_within(delay_s, deadline_s, error)
+
+
+def _sleep_within(delay_s: float, deadline_s: float, error: RetryLater) -> "Generator[Effect, Any, None]":
+    """Sleeps for the reason that `error` gives, or raises it where the budget would not last."""
+    now_s: float = yield Uptime()
+    if now_s + delay_s > deadline_s:
+        raise error
+    if delay_s:
+        yield Sleep(delay_s, error.message)
+
+
+# Readers: what an answer means for the step that it answers.
+
+
+def _read_register(reply: "Reply") -> "RegistrationOperationStatus | TpmChallenge":
+    if reply.status == 401:
+        try:
+            return decode(TpmChallenge, reply.body)
+        except RetryLater:
+            return TpmChallenge(None, None, None, None, {})  # no challenge, an error in some other form
+    answer = _read_status(reply)
+    if not answer.operation_id and not (_is_final(answer) and answer.registration_state):
+        raise RetryLater("dps.malformed_answer", "RegistrationOperationStatus.operationId: expected a string, got none")
+    return answer
+
+
+def _read_operation(reply: "Reply") -> RegistrationOperationStatus:
+    if reply.status == 401:
+        raise _token_refused(reply, None)
+    if reply.status == 404:
+        refused = _refusal(reply)
+        raise IdentityStale("dps.operation_unknown", refused.message, None, refused.request_id)
+    return _read_status(reply)
+
+
+def _read_status(reply: "Reply") -> RegistrationOperationStatus:
+    if reply.status not in (200, 202):
+        raise _refusal(reply)
+    return decode(RegistrationOperationStatus, reply.body)
+
+
+def _read_lookup(reply: "Reply") -> "DeviceRegistrationResult | None":
+    if reply.status in LOOKUP_REFUSALS:
+        return None
+    if reply.status not in (200, 202):
+        raise _refusal(reply)
+    return decode(DeviceRegistrationResult, reply.body)
+
+
+def _is_final(answer: RegistrationOperationStatus) -> bool:
+    state = answer.registration_state
+    return (answer.status or (state and state.status)) in FINAL
+
+
+def _is_complete(result: DeviceRegistrationResult) -> bool:
+    key = result.tpm and result.tpm.authentication_key
+    return bool(key and result.assigned_hub and result.device_id and result.registration_id)
+
+
+def _differs(result: DeviceRegistrationResult, previous: "Assignment | None") -> bool:
+    """Whether a lookup cannot be about the assignment that we hold; without one nothing can be told."""
+    if previous is None:
+        return False
+    if result.etag and previous.etag and result.etag != previous.etag:
+        return True
+    updated = result.last_updated_date_time_utc
+    return bool(updated and previous.last_updated_utc and updated != previous.last_updated_utc)
+
+
+# Checks before anything is committed.
+
+
+def _check_answer(state: DeviceRegistrationResult, registration_id: str, settings: "Settings") -> None:
+    """AskOperator `dps.assignment_refused` unless the assignment is ours and names a hub and a device."""
+    fault = ""
+    if (state.registration_id or "").lower() != registration_id.lower():
+        fault = f"registrationId: expected {registration_id!r}, got {_printable(state.registration_id)!r}"
+    if not fault:
+        hub = hub_fault(state.assigned_hub or "", settings.hub_suffixes)
+        device = device_id_fault(state.device_id or "")
+        fault = f"assignedHub: {hub}" if hub else f"deviceId: {device}" if device else ""
+    if fault:
+        raise AskOperator("dps.assignment_refused", f"the assignment is refused: {_printable(fault)}")
+
+
+def _check_hub_key(wrapped_key: bytes) -> None:
+    """AskOperator `dps.key_unsuitable` unless the key is an HMAC-SHA256 key for signing and nothing else."""
+    public, _ = unwrap(wrapped_key)
+    check_id_key_public(public)
+
+
+def _activation(text: "str | None", what: str) -> bytes:
+    try:
+        return from_base64(text or "")
+    except ValueError as error:
+        raise RetryLater("dps.blob_malformed", f"the authenticationKey of {what} is damaged: {error}")
+
+
+def _text_to_store(text: "str | None") -> str:
+    """A short printable text as it is, anything else as ""."""
+    return text if text and len(text) <= TEXT_LIMIT and _printable(text) == text else ""
+
+
+# Errors: who must act on what DPS answered. Source of the six-digit codes: DPS troubleshooting guide and SDK tests.
+
+EK_MISMATCH = 400004
+ALLOCATION_FAILURES = (400207, 400208, 400209)  # webhook failed, no hub linked, not authorised on the hub
+TEXT_LIMIT = 128  # characters of an etag, a time, a status that are kept
+
+
+def _no_reply(reply: NoReply) -> RetryLater:
+    word = reply.reason.split(":")[0]
+    code = "network.unreachable" if word == NO_REPLY_CONNECT else "network." + word
+    return RetryLater(code, f"no answer from DPS ({_printable(reply.reason)})")
+
+
+def _refusal(reply: "Reply") -> "DpsError":
+    """The error for an answer that is not what the API promises for success."""
+    try:
+        details = decode(ProvisioningServiceErrorDetails, reply.body)
+    except RetryLater:
+        details = ProvisioningServiceErrorDetails(None, None, None, None, None, {})
+    limit_s = THROTTLE_LIMIT_S if reply.status in (429, 503) else POLL_LIMIT_S
+    text = f"DPS answered {reply.status}"
+    if details.error_code or reply.headers.get(ERROR_CODE_HEADER):
+        text += f", error {details.error_code or _printable(reply.headers[ERROR_CODE_HEADER])}"
+    if details.message:
+        text += f": {_printable(details.message)}"
+    return _classed(
+        reply.status,
+        details.error_code,
+        text,
+        _printable(details.tracking_id) or _printable(reply.headers.get(REQUEST_ID_HEADER)),
+        retry_after_s(reply.headers.get("retry-after"), limit_s),
+    )
+
+
+def _failure(state: "DeviceRegistrationResult | None", reply: "Reply") -> "DpsError":
+    """The error for a registration that ended as failed or disabled."""
+    request_id = _printable(reply.headers.get(REQUEST_ID_HEADER))
+    if state and state.status == DISABLED:
+        name = _printable(state.registration_id) or "this device"
+        return AskOperator("dps.enrollment_disabled", f"the enrolment of {name} is disabled", None, request_id)
+    error_code = state.error_code if state else None
+    text = "the registration failed"
+    if error_code:
+        text += f", error {error_code}"
+    if state and state.error_message:
+        text += f": {_printable(state.error_message)}"
+    status = error_code // 1000 if error_code else 0
+    return _classed(status if status >= 400 else 422, error_code, text, request_id, None)
+
+
+def _classed(status: int, error_code: "int | None", text: str, request_id: str, asked_s: "int | None") -> "DpsError":
+    if 200 <= status < 300 or status < 100 or status > 599:
+        return RetryLater("dps.malformed_answer", f"{text}; expected 200, 202 or an error", None, request_id)
+    if status in (409, 412):
+        return RetryLater("dps.conflict", text, asked_s, request_id)
+    if status in (425, 429):
+        return RetryLater("dps.throttled", text, asked_s, request_id)
+    if status == 408 or status >= 500:
+        return RetryLater("dps.unavailable", text, asked_s, request_id)
+    if error_code == EK_MISMATCH:
+        code = "dps.ek_mismatch"
+    elif error_code in ALLOCATION_FAILURES:
+        code = "dps.allocation_failed"
+    elif status < 400:
+        code = "dps.redirected" if status >= 300 else "dps.unexpected_status"
+    elif status in (400, 403, 404):
+        code = {400: "dps.bad_request", 403: "dps.forbidden", 404: "dps.not_found"}[status]
+    elif status in (401, 422):
+        code = "dps.refused"
+    else:
+        code = "dps.unexpected_status"
+    return AskOperator(code, text, None, request_id)
+
+
+def _token_refused(reply: "Reply", now: "Utc | None") -> IdentityStale:
+    refused = _refusal(reply)
+    text = f"DPS did not accept the token that the TPM signed: {refused.message}"
+    if now and reply.date_s is not None and abs(reply.date_s - now.now_s) > CLOCK_SKEW_S:
+        text += f"; the device's clock differs from DPS's by {now.now_s - reply.date_s} s"
+    return IdentityStale("dps.token_refused", text, None, refused.request_id)
+
+
+def _to(state: "DeviceRegistrationResult | None") -> str:
+    return f" to {_printable(state.assigned_hub)}" if state and state.assigned_hub else ""
+
+
+def _printable(text: "str | None") -> str:
+    """The service's text, safe for a terminal and a log line: printable ASCII, at most 200 characters."""
+    out = ""
+    for character in (text or "")[:200]:
+        out += character if " " <= character <= "~" else "?"
+    return out

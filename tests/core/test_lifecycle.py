@@ -1,0 +1,267 @@
+"""One life: states, waits, and what is stored when."""
+
+from dps_agent.assignment import decode
+from dps_agent.effects import Sleep
+from dps_agent.lifecycle import (
+    BOOT,
+    HALTED,
+    PROVISIONED,
+    PROVISIONING,
+    TRANSITIONS,
+    WAITING,
+    Lifecycle,
+    Progress,
+    decode_progress,
+    encode_progress,
+)
+from dps_agent.settings import AUTO
+from dps_hal.contracts import IDENTITY, PROGRESS
+from dps_hal.errors import AskOperator, Broken, RetryLater
+from dps_hal.tpm_keys import registration_id_from_ek
+from support.world import DEVICE, HUB, FakeTpm, World, body_of, calls, catch, error_reply, reply, settings
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from dps_agent.settings import Settings
+
+
+def lived(world: World, once: bool = True, force: bool = False, choice: "Settings | None" = None) -> Lifecycle:
+    life = Lifecycle(choice or settings())
+    world.run(life.live(once, force))
+    return life
+
+
+def reboot(world: World) -> World:
+    world.dps.requests.clear()
+    world.commits.clear()
+    world.sleeps.clear()
+    return world
+
+
+def stored_progress(world: World) -> Progress:
+    progress = decode_progress(world.store[PROGRESS])
+    assert progress is not None
+    return progress
+
+
+def test_every_state_but_the_last_can_be_left_and_every_target_exists() -> None:
+    sources = {source for source, _ in TRANSITIONS}
+    assert sources == {BOOT, PROVISIONING, WAITING, HALTED}
+    assert set(TRANSITIONS.values()) == {BOOT, PROVISIONING, WAITING, HALTED, PROVISIONED}
+
+
+def test_a_first_life_commits_the_identity_exactly_once() -> None:
+    world = World()
+    life = lived(world)
+    assert life.state == PROVISIONED and life.committed and life.assignment is not None
+    assert world.commits == [IDENTITY]
+    assert decode(world.store[IDENTITY])[0] == life.assignment
+
+
+def test_a_second_life_asks_nobody_and_writes_nothing() -> None:
+    world = World()
+    lived(world)
+    life = lived(reboot(world))
+    assert life.state == PROVISIONED and not life.committed and HUB in life.reason
+    assert world.dps.requests == [] and world.commits == []
+
+
+def test_force_registers_again_and_replaces_the_identity() -> None:
+    world = World()
+    lived(world)
+    world.dps.hub = "second.azure-devices.net"
+    life = lived(reboot(world), force=True)
+    assert life.committed and world.commits == [IDENTITY]
+    assert decode(world.store[IDENTITY])[0].assigned_hub == "second.azure-devices.net"
+
+
+def test_a_failed_forced_registration_keeps_the_old_identity() -> None:
+    for script in ([error_reply(404, 404201)], [None, None, error_reply(418, 0)], [error_reply(503, 0, "x", "9999")]):
+        world = World()
+        lived(world)
+        before = world.store[IDENTITY]
+        world.dps.script = script
+        life = lived(reboot(world), force=True)
+        assert life.state in (WAITING, HALTED) and life.error is not None and not life.committed
+        assert world.store[IDENTITY] == before and life.assignment is not None
+
+
+def test_refused_devices_halt_and_ask_again_about_hourly() -> None:
+    world = World()
+    world.dps.script = [error_reply(404, 404201)] * 5
+    life = lived(world, once=False)
+    assert life.state == PROVISIONED
+    delays = world.slept("404201")
+    assert len(delays) == 5 and all(1800 <= delay <= 5402 for delay in delays), delays
+
+
+def test_an_operator_who_asks_once_does_not_wait() -> None:
+    world = World()
+    world.dps.script = [error_reply(404, 404201)]
+    life = lived(world)
+    assert life.state == HALTED and life.error is not None and life.error.code == "dps.not_found"
+    assert world.sleeps == [] and life.retry_after_s is not None and 1800 <= life.retry_after_s <= 5402
+
+
+def test_waits_between_attempts_grow_to_an_hour() -> None:
+    world = World()
+    world.refuse["ReadEndorsementKey"] = [RetryLater("tpm.absent", "no TPM") for _ in range(12)]
+    world.random = 0.999
+    assert lived(world, once=False).state == PROVISIONED
+    delays = world.slept("no TPM")
+    assert len(delays) == 12 and delays[0] <= 31 and delays[-1] > 3500 and max(delays) <= 3601
+    assert delays == sorted(delays)
+
+
+def test_a_wait_that_dps_asks_for_is_kept() -> None:
+    world = World()
+    world.dps.script = [error_reply(429, 429001, retry_after="7200")]
+    assert lived(world, once=False).state == PROVISIONED
+    assert 7200 <= world.slept("429")[0] <= 7922
+
+
+def test_a_lockout_waits_as_long_as_the_tpm_says() -> None:
+    world = World()
+    world.refuse["Sign"] = [RetryLater("tpm.locked_out", "the TPM is locked out", 1000)]
+    assert lived(world, once=False).state == PROVISIONED
+    assert 1000 <= world.slept("locked out")[0] <= 1102
+
+
+def test_a_failing_store_is_asked_again_and_dps_is_not() -> None:
+    world = World()
+    world.refuse["Commit"] = [RetryLater("store.io", "flash failed")] * 2
+    life = lived(world)
+    assert life.state == PROVISIONED and len(world.slept("flash failed")) == 2
+    assert calls(world).count("PUT") == 1
+
+
+def test_an_identity_that_cannot_be_stored_waits_in_memory() -> None:
+    for refusal in (RetryLater("store.full", "no space"), AskOperator("store.read_only", "read-only")):
+        world = World()
+        world.refuse["Commit"] = [refusal] * 3
+        if isinstance(refusal, AskOperator):
+            world.refuse["Commit"] = [refusal]
+        life = lived(world, once=False)
+        assert life.state == PROVISIONED and life.committed
+        assert calls(world).count("PUT") == 1, "DPS was asked again"
+        assert decode(world.store[IDENTITY])[0] == life.assignment
+
+
+def test_assigned_without_a_key_is_retried_three_times_before_the_operator_is_asked() -> None:
+    keyless = reply(200, {"operationId": "4", "status": "assigned", "registrationState": {"status": "assigned"}})
+    world = World()
+    world.dps.script = [None, keyless] * 4
+    life = Lifecycle(settings())
+    states: list[str] = []
+    answer = world.answer
+
+    def watch(effect: "Any") -> "Any":
+        if life.state in (WAITING, HALTED) and states[-1:] != [life.state + str(life.attempts)]:
+            states.append(life.state + str(life.attempts))
+        return answer(effect)
+
+    world.answer = watch  # type: ignore[method-assign]
+    world.run(life.live(False, False))
+    assert states == ["waiting1", "waiting2", "waiting3", "halted4"], states
+
+
+def test_progress_is_written_when_the_attempts_double_and_cleared_by_success() -> None:
+    world = World()
+    world.dps.script = [error_reply(503, 0, "x", "9999")] * 9
+    lived(world, once=False)
+    assert world.commits == [PROGRESS] * 4 + [IDENTITY, PROGRESS], "after attempts 1, 2, 4 and 8, then success"
+    assert stored_progress(world)[:2] == (0, 0)
+
+
+def test_progress_says_why_to_whoever_looks_later() -> None:
+    world = World()
+    world.dps.script = [error_reply(404, 404201, "no such enrolment")]
+    lived(world)
+    progress = stored_progress(world)
+    assert progress.halted and progress.code == "dps.not_found" and "no such enrolment" in progress.message
+    assert progress.attempts == 1 and progress.last_believed_s > 1800000000
+
+
+def test_a_crash_loop_does_not_hammer_dps() -> None:
+    for attempts, shortest_s, longest_s in ((1, 15, 31), (3, 60, 121), (50, 1800, 3601)):
+        world = World()
+        world.store[PROGRESS] = encode_progress(Progress(attempts, 30, 0, False, "network.dns", "no name"))
+        generator = Lifecycle(settings()).live(False, False)
+        effect = generator.send(None)
+        while not isinstance(effect, Sleep):
+            effect = generator.send(world.answer(effect))
+        generator.close()
+        assert world.dps.requests == [] and shortest_s <= effect.delay_s <= longest_s, (attempts, effect)
+        assert "failed before this start" in effect.reason
+
+
+def test_the_first_contacts_of_a_fleet_are_spread() -> None:
+    world = World()
+    world.random = 0.25
+    lived(world, once=False, choice=settings(spread_s=400))
+    assert world.slept("fleet") == [100.0]
+    assert lived(World(), once=True, choice=settings(spread_s=400)).state == PROVISIONED
+
+
+def test_a_derived_registration_id_is_the_eks() -> None:
+    world = World()
+    derived = registration_id_from_ek(FakeTpm().endorsement_key)
+    world.dps.assigned = lambda assigned=world.dps.assigned: dict(assigned(), registrationId=derived)  # type: ignore[method-assign]
+    life = lived(world, choice=settings(registration_id=AUTO))
+    assert life.state == PROVISIONED and body_of(world.dps.requests[0])["registrationId"] == derived
+
+
+def test_a_cleared_tpm_registers_again_by_itself() -> None:
+    world = World()
+    lived(world)
+    world.tpm.clear()
+    life = lived(reboot(world))
+    assert life.state == PROVISIONED and life.committed and world.commits == [IDENTITY]
+
+
+def test_a_replaced_tpm_halts_and_keeps_the_record() -> None:
+    world = World()
+    lived(world)
+    before = world.store[IDENTITY]
+    world.tpm = FakeTpm(seed=5)
+    for force in (False, True):
+        life = lived(reboot(world), force=force)
+        assert life.state == HALTED and life.error is not None and life.error.code == "tpm.ek_changed"
+        assert world.store[IDENTITY] == before and world.dps.requests == []
+
+
+def test_a_damaged_record_registers_again() -> None:
+    world = World()
+    world.store[IDENTITY] = b"rubbish" * 20
+    assert lived(world).state == PROVISIONED
+
+
+def test_a_record_of_a_newer_agent_halts_and_is_not_overwritten() -> None:
+    world = World()
+    world.refuse["LoadRecord"] = [None, AskOperator("store.unknown_version", "version 9")]
+    life = lived(world, force=True)
+    assert life.state == HALTED and IDENTITY not in world.commits and DEVICE not in str(world.dps.requests)
+
+
+def test_a_rolled_back_record_is_reported() -> None:
+    world = World()
+    assert not lived(world).rolled_back
+    world.rolled_back = True
+    assert lived(world).rolled_back
+
+
+def test_our_own_bug_is_not_retried() -> None:
+    world = World()
+    bug = Broken("agent.bug", "impossible")
+    world.refuse["ImportKey"] = [bug]
+    assert catch(lambda: lived(world, once=False)) is bug
+
+
+def test_unreadable_progress_is_forgotten() -> None:
+    whole = Progress(3, 60, 1800000000, True, "dps.not_found", "x")
+    assert decode_progress(encode_progress(whole)) == whole
+    text = encode_progress(whole)
+    for broken in (b"", b"{}", b"[]", text[:-1], text.replace(b"3", b"-3"), text.replace(b"60", b'"60"'), b"\xff"):
+        assert decode_progress(broken) is None, broken

@@ -1,0 +1,327 @@
+"""A world in virtual time for the logic: a TPM, a store, a clock and a DPS that answer effects, on both runtimes.
+
+`World.run` drives one generator as a runner does. A day of back-off takes no time; a generator that asks for more than
+`EFFECT_LIMIT` effects counts as one that never ends.
+"""
+
+import struct
+
+from dps_agent.effects import (
+    Commit,
+    Http,
+    ImportKey,
+    LoadRecord,
+    NoReply,
+    Random,
+    ReadEndorsementKey,
+    ReadStorageRootKey,
+    Reply,
+    Sign,
+    Sleep,
+    Uptime,
+    UtcNow,
+)
+from dps_agent.messages import to_base64
+from dps_agent.sas import percent_encode
+from dps_agent.settings import POLL_LOOKUP, Settings
+from dps_hal.activation import Activation, join_activation, parse_activation
+from dps_hal.contracts import StoredRecord, Utc
+from dps_hal.errors import DpsError, IdentityStale
+from dps_hal.platform import from_json, hmac_sha256, sha256, to_json
+from dps_hal.tpm_keys import ID_KEY_ATTRIBUTES, ek_public, object_name, sized, srk_public, unwrap, wrap
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from typing import Any
+
+    from dps_agent.effects import Effect
+    from dps_agent.sas import SasToken
+
+EFFECT_LIMIT = 20000
+NOW_S = 1800000000  # 2027-01-15
+LATENCY_S = 0.05
+HUB = "emulator.azure-devices.net"
+DEVICE = "press-07"
+SCOPE = "0ne00000000"
+
+
+def settings(
+    registration_id: str = DEVICE,
+    poll: str = POLL_LOOKUP,
+    payload: "dict[str, Any] | None" = None,
+    budget_s: int = 900,
+    spread_s: int = 0,
+    id_scope: str = SCOPE,
+) -> Settings:
+    """Settings as an operator would write them."""
+    return Settings(
+        id_scope,
+        registration_id,
+        "https://global.azure-devices-provisioning.net",
+        poll,
+        payload,
+        budget_s,
+        spread_s,
+        (".azure-devices.net", ".azure-devices.cn"),
+    )
+
+
+def id_key_public(key: bytes, attributes: int = ID_KEY_ATTRIBUTES) -> bytes:
+    """The TPM2B_PUBLIC of an HMAC key; its unique field stands for the key."""
+    area = struct.pack(">HHI", 0x0008, 0x000B, attributes) + sized(b"") + struct.pack(">HH", 0x0005, 0x000B)
+    return sized(area + sized(sha256(key)))
+
+
+def fake_blob(key: bytes, attributes: int = ID_KEY_ATTRIBUTES) -> bytes:
+    """An activation blob of the real layout whose ciphers are zeros: only `FakeTpm` knows the key behind it."""
+    return join_activation(
+        Activation(
+            sized(bytes(32)) + bytes(18),
+            bytes(256),
+            sized(bytes(32)) + bytes(76 + len(key)),
+            bytes(256),
+            id_key_public(key, attributes),
+            bytes(16),
+        )
+    )
+
+
+class FakeTpm:
+    """Answers as a TPM does, with no cryptography: `keys` maps a key's unique field to the key."""
+
+    def __init__(self, seed: int = 1) -> None:
+        self.endorsement_key = ek_public(b"\x81" + bytes([seed]) * 254 + b"\x01")
+        self.storage_root_key = srk_public(b"\x82" + bytes([seed]) * 254 + b"\x01")
+        self.keys: dict[bytes, bytes] = {}
+
+    def clear(self) -> None:
+        """TPM2_Clear: the EK stays, the SRK is another one and wraps nothing of before."""
+        self.storage_root_key = srk_public(b"\x83" + sha256(self.storage_root_key)[:1] * 254 + b"\x01")
+
+    def import_key(self, activation: bytes) -> bytes:
+        public = parse_activation(activation).id_key_public
+        key = self.keys.get(public[-32:])
+        if key is None:
+            raise IdentityStale("tpm.blob_refused", "the blob was made for another TPM")
+        return wrap(public, sized(object_name(self.storage_root_key) + key))
+
+    def sign(self, wrapped_key: bytes, message: bytes) -> bytes:
+        _, private = unwrap(wrapped_key)
+        if private[2:36] != object_name(self.storage_root_key):
+            raise IdentityStale("tpm.key_stale", "the key was wrapped by another storage root key")
+        return hmac_sha256(private[36:], message)
+
+
+class FakeDps:
+    """A DPS that works, in one class; `script` answers in its stead, one entry per request (None: the service does).
+
+    An entry is a Reply, a NoReply, or a function of the working service's own Reply. `requests` lists what came.
+    """
+
+    def __init__(self, tpm: FakeTpm) -> None:
+        self.tpm = tpm
+        self.script: list[Any] = []
+        self.requests: list[Http] = []
+        self.hub = HUB
+        self.polls_until_assigned = 1
+        self.stale_lookups = 0
+        self.lookup_key = True
+        self.retry_after = "3"
+        self.registrations = 0
+        self.etags = 0
+        self.challenge_key = b""
+        self.hub_key = b""
+        self.current: dict[str, Any] | None = None  # the assignment of a finished registration
+        self.previous: dict[str, Any] | None = None
+        self.remaining = 0
+
+    def answer(self, http: Http) -> "Reply | NoReply":
+        self.requests.append(http)
+        scripted = self.script.pop(0) if self.script else None
+        if scripted is None:
+            return self.work(http)
+        return scripted(self.work(http)) if callable(scripted) else scripted  # type: ignore[no-any-return]
+
+    def work(self, http: Http) -> Reply:
+        if http.method == "PUT":
+            if http.authorization is None:
+                self.challenge_key = self._new_key(b"challenge")
+                return self.challenge(fake_blob(self.challenge_key))
+            if not self._accepts(http.authorization):
+                return error_reply(401, 401002, "Unauthorized")
+            self.registrations += 1
+            self.remaining = self.polls_until_assigned
+            self.previous, self.current = self.current, None
+            self.hub_key = self._new_key(b"hub")
+            return reply(202, {"operationId": "4.abc", "status": "assigning"}, self.retry_after)
+        if not self._accepts(http.authorization):
+            return error_reply(401, 401002, "Unauthorized")
+        if http.method == "POST" and self.stale_lookups and self.previous:
+            self.stale_lookups -= 1
+            return reply(200, self.previous)
+        if self.remaining:
+            self.remaining -= 1
+            state = {"registrationId": DEVICE, "status": "assigning"}
+            if http.method == "POST":
+                return reply(200, state, self.retry_after)
+            return reply(202, {"operationId": "4.abc", "status": "assigning", "registrationState": state}, "3")
+        if self.current is None:
+            self.etags += 1
+            self.current = self.assigned()
+        if http.method == "POST":
+            return reply(200, self.current if self.lookup_key else without(self.current, "tpm"))
+        return reply(200, {"operationId": "4.abc", "status": "assigned", "registrationState": self.current})
+
+    def assigned(self) -> "dict[str, Any]":
+        return {
+            "tpm": {"authenticationKey": to_base64(fake_blob(self.hub_key))},
+            "registrationId": DEVICE,
+            "createdDateTimeUtc": "2027-01-15T08:00:00.1234567Z",
+            "assignedHub": self.hub,
+            "deviceId": DEVICE,
+            "status": "assigned",
+            "substatus": "initialAssignment",
+            "lastUpdatedDateTimeUtc": f"2027-01-15T08:00:{self.etags:02d}.1234567Z",
+            "etag": f"etag-{self.etags}",
+            "payload": {"line": 4},
+        }
+
+    def challenge(self, blob: bytes) -> Reply:
+        return reply(
+            401,
+            {
+                "message": "Authorization required, resend request using supplied key",
+                "authenticationKey": to_base64(blob),
+                "unencryptedAuthenticationKey": None,
+                "keyName": "registration",
+            },
+        )
+
+    def _new_key(self, label: bytes) -> bytes:
+        key = sha256(label + bytes([self.registrations % 256, len(self.requests) % 256]))
+        self.tpm.keys[sha256(key)] = key
+        return key
+
+    def _accepts(self, token: "SasToken | None") -> bool:
+        if token is None or token.key_name != "registration":
+            return False
+        signature = to_base64(hmac_sha256(self.challenge_key, f"{token.resource}\n{token.expires_at_s}".encode()))
+        return f"sig={percent_encode(signature)}&" in token.header()
+
+
+def without(value: "dict[str, Any]", name: str) -> "dict[str, Any]":
+    """`value` but for one of its fields."""
+    return {key: value[key] for key in value if key != name}
+
+
+def reply(status: int, body: "Any", retry_after: "str | None" = None) -> Reply:
+    """An answer whose body is bytes as they are, or JSON."""
+    headers = {"content-type": "application/json; charset=utf-8", "x-ms-request-id": "request-1"}
+    if retry_after is not None:
+        headers["retry-after"] = retry_after
+    return Reply(status, headers, body if isinstance(body, bytes) else to_json(body).encode(), NOW_S)
+
+
+def error_reply(status: int, error_code: int, message: str = "no", retry_after: "str | None" = None) -> Reply:
+    """An answer with ProvisioningServiceErrorDetails."""
+    return reply(status, {"errorCode": error_code, "trackingId": "track-1", "message": message}, retry_after)
+
+
+def body_of(http: Http) -> "Any":
+    """The JSON of a request."""
+    return from_json(http.body)
+
+
+class World:
+    """Everything a generator can ask for. `refuse` maps an effect's class name to errors that it is answered with."""
+
+    def __init__(self) -> None:
+        self.tpm = FakeTpm()
+        self.dps = FakeDps(self.tpm)
+        self.store: dict[str, bytes] = {}
+        self.uptime_s = 100.0
+        self.believable = True
+        self.random = 0.5
+        self.effects: dict[str, int] = {}  # how often each class of effect was asked for
+        self.sleeps: list[tuple[float, str]] = []
+        self.commits: list[str] = []
+        self.refuse: dict[str, list[DpsError | None]] = {}
+        self.rolled_back = False
+
+    def run(self, generator: "Generator[Effect, Any, Any]") -> "Any":
+        """Runs the generator to its end and returns its value; it is always closed."""
+        try:
+            effect = generator.send(None)
+            while True:
+                name = type(effect).__name__
+                self.effects[name] = self.effects.get(name, 0) + 1
+                assert self.effects[name] < EFFECT_LIMIT, f"the exchange does not end: {self.effects}"
+                try:
+                    answer = self.answer(effect)
+                except DpsError as error:
+                    effect = generator.throw(error)
+                else:
+                    effect = generator.send(answer)
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            generator.close()
+
+    def answer(self, effect: "Any") -> "Any":
+        refusals = self.refuse.get(type(effect).__name__)
+        if refusals:
+            refusal = refusals.pop(0)
+            if refusal is not None:
+                raise refusal
+        if isinstance(effect, Http):
+            self.uptime_s += LATENCY_S
+            return self.dps.answer(effect)
+        if isinstance(effect, Sleep):
+            assert effect.delay_s >= 0 and effect.reason, effect
+            self.sleeps.append((effect.delay_s, effect.reason))
+            self.uptime_s += effect.delay_s
+            return None
+        if isinstance(effect, Commit):
+            self.store[effect.record] = effect.payload
+            self.commits.append(effect.record)
+            return None
+        if isinstance(effect, LoadRecord):
+            payload = self.store.get(effect.record)
+            return None if payload is None else StoredRecord(payload, 1, self.rolled_back)
+        if isinstance(effect, ImportKey):
+            return self.tpm.import_key(effect.activation)
+        if isinstance(effect, Sign):
+            return self.tpm.sign(effect.wrapped_key, effect.message)
+        if isinstance(effect, ReadEndorsementKey):
+            return self.tpm.endorsement_key
+        if isinstance(effect, ReadStorageRootKey):
+            return self.tpm.storage_root_key
+        if isinstance(effect, Uptime):
+            return self.uptime_s
+        if isinstance(effect, UtcNow):
+            return Utc(NOW_S + int(self.uptime_s), self.believable, "the test")
+        assert isinstance(effect, Random), f"an unknown effect: {effect}"
+        return self.random
+
+    def slept(self, words: str) -> "list[float]":
+        """The delays whose reason contains `words`."""
+        return [delay for delay, reason in self.sleeps if words in reason]
+
+
+def calls(world: World) -> "list[str]":
+    """The requests that DPS got, as "PUT", "PUT+token", "LOOKUP", "OPERATION"."""
+    names = {"POST": "LOOKUP", "GET": "OPERATION"}
+    out = []
+    for http in world.dps.requests:
+        out.append("PUT+token" if http.method == "PUT" and http.authorization else names.get(http.method, http.method))
+    return out
+
+
+def catch(call: "Callable[[], Any]") -> DpsError:
+    """The error that `call` ends with."""
+    try:
+        value = call()
+    except DpsError as error:
+        return error
+    raise AssertionError(f"expected an error, got {value!r}")
