@@ -45,7 +45,7 @@ class Aes128:
             if i % 4 == 0:
                 word = [_SBOX[word[1]] ^ round_constant, _SBOX[word[2]], _SBOX[word[3]], _SBOX[word[0]]]
                 round_constant = _double(round_constant)
-            words.append([a ^ b for a, b in zip(words[i - 4], word)])  # noqa: B905 (MicroPython has no strict=)
+            words.append([a ^ b for a, b in zip(words[i - 4], word)])
         self._round_keys = [words[i] + words[i + 1] + words[i + 2] + words[i + 3] for i in range(0, 44, 4)]
 
     def encrypt(self, block: bytes) -> bytes:
@@ -53,7 +53,7 @@ class Aes128:
         if len(block) != 16:
             raise ValueError(f"an AES block has 16 bytes, not {len(block)}")
         keys = self._round_keys
-        state = [a ^ b for a, b in zip(block, keys[0])]  # noqa: B905
+        state = [a ^ b for a, b in zip(block, keys[0])]
         for round_number in range(1, 11):
             # SubBytes and ShiftRows in one: byte r of column c comes from column c + r.
             state = [_SBOX[state[(i + 4 * (i % 4)) % 16]] for i in range(16)]
@@ -65,5 +65,5 @@ class Aes128:
                     for r in range(4):
                         mixed.append(column[r] ^ total ^ _double(column[r] ^ column[(r + 1) % 4]))
                 state = mixed
-            state = [a ^ b for a, b in zip(state, keys[round_number])]  # noqa: B905
+            state = [a ^ b for a, b in zip(state, keys[round_number])]
         return bytes(state)

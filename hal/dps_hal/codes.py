@@ -25,10 +25,13 @@ REMEDIES: dict[str, str] = {
     " 'dps-agent enroll'",
     "tpm.key_refused": "the TPM does not take the key that the service sent; the message has its return code",
     "tpm.key_stale": "the TPM was cleared or the record came from another device; the agent registers again by itself",
+    "tpm.handle_taken": "persist_at holds something that is no HMAC key: set another handle, or have the TPM's owner"
+    " free it",
     "tpm.nv_full": "the TPM has no room for another persistent object: free one with its owner's tools",
     "tpm.not_available": "install the back end's packages: pip install 'dps-agent[tpm]' or 'dps-agent[simulator]'",
     "tpm.simulator_refused": "a simulated TPM keeps its keys in plain files; use real hardware, or set"
     " i_know_keys_are_in_files = true in [tpm]",
+    "tpm.state_damaged": "a file of the simulated TPM is damaged: delete its folder and enrol its new endorsement key",
     # store
     "store.denied": "let the agent's user own the state folder and everything in it",
     "store.full": "free some space on the state folder's file system",
@@ -40,6 +43,7 @@ REMEDIES: dict[str, str] = {
     # record
     "record.absent": "run 'dps-agent provision'",
     "record.damaged": "run 'dps-agent provision'; the agent registers again by itself",
+    "record.stale": "run 'dps-agent provision'; it registers again and keeps the old assignment until then",
     "record.seal_refused": "the record was altered or paired with another hub; the agent registers again by itself",
     # dps
     "dps.assigned_without_key": "DPS assigned a hub but sent no authenticationKey; check that the enrolment is a TPM"
@@ -55,6 +59,7 @@ REMEDIES: dict[str, str] = {
     "dps.key_unsuitable": "DPS sent a key that is no HMAC-SHA256 signing key; report it to the service",
     "dps.malformed_answer": "the answer is not DPS's; look for a proxy or captive portal between device and service",
     "dps.not_found": "check id_scope, and that an enrolment for this registration id exists",
+    "dps.operation_unknown": "DPS lost track of the registration; the agent tries again by itself",
     "dps.redirected": "DPS never redirects; check endpoint, and look for a proxy or captive portal",
     "dps.refused": "DPS refused the registration; the message has its code",
     "dps.still_assigning": "DPS did not finish in time; the agent asks again later",
@@ -79,5 +84,7 @@ REMEDIES: dict[str, str] = {
     # agent
     "agent.bug": "this is a defect of dps-agent: report it with the output of 'dps-agent version'",
     "agent.interrupted": "run the command again",
+    "agent.out_of_time": "run the command again, with a longer --timeout",
+    "agent.usage": "see 'dps-agent --help'",
     "agent.waiting": "wait, or run 'dps-agent provision' to try now",
 }

@@ -72,7 +72,7 @@ def to_json(value: "Any") -> str:
     _refuse_non_finite(value)
     if MICROPYTHON:
         return ujson.dumps(value, separators=(",", ":"))
-    return ujson.dumps(value, escape_forward_slashes=False, ensure_ascii=True)  # type: ignore[no-any-return]
+    return ujson.dumps(value, escape_forward_slashes=False, ensure_ascii=True)
 
 
 def from_json(text: "bytes | str") -> "Any":
@@ -89,7 +89,7 @@ def from_json(text: "bytes | str") -> "Any":
 
 def _refuse_non_finite(value: "Any") -> None:
     if isinstance(value, float):
-        if value != value or value in (float("inf"), float("-inf")):
+        if not float("-inf") < value < float("inf"):
             raise ValueError("NaN and infinity are not JSON")
     elif isinstance(value, dict):
         for key in value:
