@@ -1,0 +1,443 @@
+"""EsysTpm on swtpm: the contract, what the bus shows, what stays in the TPM, power cuts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from contracts.tpm import CLAIMS, KEY, blob_for
+from dps_hal.contracts import EK_HANDLE, SRK_HANDLE, Tpm
+from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
+from dps_hal.esys import EK_CERTIFICATE_INDEX, EsysTpm
+from dps_hal.platform import hmac_sha256
+from dps_hal.self_challenge import make_activation
+from dps_hal.tpm_keys import SIGN, USER_WITH_AUTH, check_ek_public, srk_template
+from support import swtpm
+from support.claims import assert_refused
+from support.swtpm import Swtpm
+from support.tpm_tap import COMMANDS, TpmTap
+
+COMMANDS_OF_A_REGISTRATION = 21  # the bound; the device SDKs of Azure need 26, in clear
+ECC_SRK_TEMPLATE = bytes.fromhex("001a 0023 000b 00030472 0000 0006 0080 0043 0010 0003 0010 0000 0000")
+DA_KEY = USER_WITH_AUTH | SIGN  # no noDA: each use between power-on and an unannounced power cut counts as a failure
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Swtpm, Swtpm]]:
+    with Swtpm(tmp_path_factory.mktemp("tpm")) as first, Swtpm(tmp_path_factory.mktemp("tpm")) as second:
+        yield first, second
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Swtpm]:
+    with Swtpm(tmp_path / "tpm") as new:
+        yield new
+
+
+@pytest.fixture
+def tap(machine: Swtpm) -> Iterator[TpmTap]:
+    with TpmTap(machine.port) as new:
+        yield new
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.__name__)
+def test_contract(claim: Callable[[Tpm, Tpm], None], machines: tuple[Swtpm, Swtpm]) -> None:
+    first, second = (EsysTpm(each.tcti) for each in machines)
+    try:
+        claim(first, second)
+    finally:
+        first.release()
+        second.release()
+    assert [each.leftovers() for each in machines] == [[], []]
+
+
+def register(tpm: Tpm) -> bytes:
+    """What a registration asks of a TPM: keys, challenge, token, hub key, seal; returns the wrapped hub key."""
+    ek, srk = tpm.endorsement_key(), tpm.storage_root_key()
+    challenge_key = tpm.import_key(make_activation(ek, srk, b"challenge"))
+    tpm.sign(challenge_key, b"0ne00000000%2Fregistrations%2Fpress-07\n1800000000")
+    hub_key = tpm.import_key(make_activation(ek, srk, KEY))
+    assert tpm.sign(hub_key, bytes(1500)) == hmac_sha256(KEY, bytes(1500))
+    return hub_key
+
+
+def test_a_registration_takes_few_commands(tap: TpmTap) -> None:
+    tpm = EsysTpm(tap.tcti)
+    register(tpm)
+    tpm.release()
+    tap.forget()
+    register(tpm)
+    assert len(tap.names) <= COMMANDS_OF_A_REGISTRATION, tap.names
+    assert tap.names.count("ReadPublic") == 2
+    tpm.release()
+    assert tap.names[-1] == "FlushContext"
+
+
+def test_a_message_longer_than_the_tpms_buffer_is_signed(machine: Swtpm) -> None:
+    tpm = EsysTpm(machine.tcti)
+    wrapped_key = tpm.import_key(blob_for(tpm))
+    for length in (1024, 1025, 2048, 2049, 4096, 8192):
+        message = bytes(range(256)) * 32
+        assert tpm.sign(wrapped_key, message[:length]) == hmac_sha256(KEY, message[:length]), f"length={length}"
+    tpm.release()
+    assert machine.leftovers() == []
+
+
+# --- the bus
+
+
+class Unencrypted(EsysTpm):
+    """The same with parameter encryption switched off: what the bus would show then."""
+
+    def _start_session(self, salt_key: int) -> int:
+        session = super()._start_session(salt_key)
+        self._esapi.trsess_set_attributes(session=session, attributes=1, mask=0xFF)  # continueSession alone
+        return session
+
+
+def secrets_of_a_registration(tpm: Tpm) -> dict[str, bytes]:
+    inner_keys: list[bytes] = []
+
+    def random(count: int) -> bytes:
+        inner_keys.append(bytes(reversed(range(100, 100 + count))))
+        return inner_keys[-1]
+
+    activation = make_activation(tpm.endorsement_key(), tpm.storage_root_key(), KEY, random=random)
+    wrapped_key = tpm.import_key(activation)
+    return {
+        "inner key": inner_keys[0],
+        "hub key": KEY,
+        "token signature": tpm.sign(wrapped_key, b"token"),
+        "seal": tpm.sign(wrapped_key, bytes(1500)),
+    }
+
+
+def test_the_bus_shows_no_key_and_no_signature(tap: TpmTap) -> None:
+    tpm = EsysTpm(tap.tcti)
+    secrets = secrets_of_a_registration(tpm)
+    tpm.release()
+    assert [name for name, secret in secrets.items() if tap.seen(secret)] == []
+
+
+def test_the_tap_would_see_them_without_encryption(tap: TpmTap) -> None:
+    tpm = Unencrypted(tap.tcti)
+    secrets = secrets_of_a_registration(tpm)
+    tpm.release()
+    assert [name for name, secret in secrets.items() if tap.seen(secret)] == ["inner key", "token signature", "seal"]
+
+
+def test_hierarchy_passwords_never_cross_the_bus(machine: Swtpm, tap: TpmTap) -> None:
+    machine.set_hierarchy_auth(swtpm.OWNER, b"owner's password")
+    machine.set_hierarchy_auth(swtpm.ENDORSEMENT, b"endorsement's password")
+    tpm = EsysTpm(tap.tcti, owner_auth=b"owner's password", endorsement_auth=b"endorsement's password")
+    register(tpm)  # creates EK and SRK
+    tpm.persist(tpm.import_key(blob_for(tpm)), 0x81000100)
+    tpm.release()
+    assert not tap.seen(b"password")
+    assert machine.leftovers() == []
+    assert machine.handles(swtpm.PERSISTENT) == [SRK_HANDLE, 0x81000100, EK_HANDLE]
+
+
+def test_a_wrong_hierarchy_password_asks_the_operator(machine: Swtpm) -> None:
+    machine.set_hierarchy_auth(swtpm.ENDORSEMENT, b"right")
+    for auth in (b"", b"wrong"):
+        tpm = EsysTpm(machine.tcti, endorsement_auth=auth)
+        assert_refused(tpm.endorsement_key, AskOperator, "tpm.hierarchy_auth", reproduce=f"auth={auth!r}")
+        tpm.release()
+        assert machine.leftovers() == [], f"auth={auth!r}"
+
+
+# --- nothing stays behind
+
+
+@pytest.mark.parametrize("first_boot", [False, True], ids=["keys_present", "first_boot"])
+def test_nothing_is_left_in_the_tpm_after_a_failure_at_any_command(
+    machine: Swtpm, tap: TpmTap, first_boot: bool
+) -> None:
+    tpm = EsysTpm(tap.tcti, owner_auth=b"o", endorsement_auth=b"e") if first_boot else EsysTpm(tap.tcti)
+    if not first_boot:
+        register(tpm)
+        tpm.release()
+    for command in range(60):
+        if first_boot:
+            machine.clear()
+            machine.set_hierarchy_auth(swtpm.OWNER, b"o")
+            machine.set_hierarchy_auth(swtpm.ENDORSEMENT, b"e")
+        tap.forget()
+        return_code = 0x9A2 if command % 2 else 0x101
+        tap.refuse(return_code, skip=command)
+        with suppress(DpsError):
+            register(tpm)
+        tpm.release()
+        reproduce = f"command={command} first_boot={first_boot} rc={return_code:#x} names={tap.names}"
+        assert machine.leftovers() == [], reproduce
+        if all(exchange.return_code != return_code for exchange in tap.exchanges):
+            break
+    assert command >= 20
+
+
+def test_nothing_is_left_in_the_tpm_after_a_lost_connection(machine: Swtpm, tap: TpmTap) -> None:
+    tpm = EsysTpm(tap.tcti)
+    register(tpm)
+    tpm.release()
+    for command in range(60):
+        tap.forget()
+        tap.drop(skip=command)
+        register(tpm)
+        tpm.release()
+        assert machine.leftovers() == [], f"command={command} names={tap.names}"
+        if all(exchange.response for exchange in tap.exchanges):
+            break
+    assert command > 15
+
+
+def test_nothing_is_left_in_the_tpm_after_a_lost_answer(machine: Swtpm, tap: TpmTap) -> None:
+    tpm = EsysTpm(tap.tcti)
+    register(tpm)
+    tpm.release()
+    # Where the lost answer had the handle of a new session or object, only the TPM knows it.
+    for command in (
+        "ReadPublic",
+        "PolicySecret",
+        "ActivateCredential",
+        "Import",
+        "HMAC",
+        "SequenceUpdate",
+        "FlushContext",
+    ):
+        tap.forget()
+        tap.drop(command=command, after_execution=True)
+        register(tpm)
+        tpm.release()
+        assert machine.leftovers() == [], f"command={command} names={tap.names}"
+
+
+# --- power cuts
+
+
+def test_a_wrapped_key_signs_after_any_number_of_power_cuts(machine: Swtpm) -> None:
+    tpm = EsysTpm(machine.tcti)
+    wrapped_key = register(tpm)
+    for cut in range(5):
+        machine.restart()
+        assert tpm.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message"), f"cut={cut}"
+    tpm.release()
+    machine.stop()
+    machine.restart()
+    assert tpm.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message")
+    tpm.release()
+    assert machine.property(swtpm.LOCKOUT_COUNTER) == 0
+    assert machine.leftovers() == []
+
+
+def test_a_tpm_that_is_off_is_absent_until_it_comes_back(machine: Swtpm) -> None:
+    tpm = EsysTpm(machine.tcti)
+    wrapped_key = register(tpm)
+    machine.kill()
+    for _ in range(2):
+        assert_refused(lambda: tpm.sign(wrapped_key, b"message"), RetryLater, "tpm.absent")
+    machine.restart()
+    assert tpm.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message")
+    machine.kill()
+    tpm.release()
+    tpm.release()
+
+
+def test_a_power_cut_in_the_middle_of_a_command_is_survived(machine: Swtpm, tap: TpmTap) -> None:
+    tpm = EsysTpm(tap.tcti)
+    wrapped_key = register(tpm)
+    tap.on_command = lambda name: machine.kill() if name == "HMAC" else None
+    assert_refused(lambda: tpm.sign(wrapped_key, b"message"), RetryLater, "tpm.absent")
+    tap.on_command = lambda name: None
+    machine.restart()
+    assert tpm.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message")
+    tpm.release()
+
+
+def test_a_key_without_no_da_survives_power_cuts_after_release(machine: Swtpm) -> None:
+    tpm = EsysTpm(machine.tcti)
+    wrapped_key = tpm.import_key(blob_for(tpm, attributes=DA_KEY))
+    for cut in range(5):
+        assert tpm.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message"), f"cut={cut}"
+        tpm.release()
+        machine.restart()
+    assert machine.property(swtpm.LOCKOUT_COUNTER) == 0
+
+
+def test_a_key_without_no_da_is_not_used_at_the_brink_of_a_lockout(machine: Swtpm) -> None:
+    tpm = EsysTpm(machine.tcti)
+    wrapped_key = tpm.import_key(blob_for(tpm, attributes=DA_KEY))
+    no_da_key = tpm.import_key(blob_for(tpm))
+    for _ in range(2):  # of three; each cut comes before release() could announce it
+        tpm.sign(wrapped_key, b"message")
+        machine.restart()
+    error = assert_refused(lambda: tpm.sign(wrapped_key, b"message"), RetryLater, "tpm.locked_out")
+    assert error.retry_after_s == 1000
+    assert tpm.sign(no_da_key, b"message") == hmac_sha256(KEY, b"message")
+    condition = tpm.condition()
+    assert (condition.lockout_counter, condition.lockout_maximum, condition.recovery_s) == (2, 3, 1000)
+    tpm.release()
+    assert machine.leftovers() == []
+
+
+# --- EK, SRK, handles
+
+
+def test_a_foreign_object_at_the_srk_handle_is_left_alone(machine: Swtpm) -> None:
+    machine.persist_primary(swtpm.OWNER, ECC_SRK_TEMPLATE, SRK_HANDLE)
+    machine.persist_primary(swtpm.OWNER, ECC_SRK_TEMPLATE, SRK_HANDLE + 1)
+    first = EsysTpm(machine.tcti)
+    wrapped_key = register(first)
+    first.release()
+    assert machine.handles(swtpm.PERSISTENT) == [SRK_HANDLE, SRK_HANDLE + 1, SRK_HANDLE + 2, EK_HANDLE]
+    again = EsysTpm(machine.tcti)
+    assert again.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message")
+    again.release()
+    assert len(machine.handles(swtpm.PERSISTENT)) == 4
+    assert machine.leftovers() == []
+
+
+def test_a_foreign_object_at_the_ek_handle_asks_the_operator(machine: Swtpm) -> None:
+    machine.persist_primary(swtpm.ENDORSEMENT, srk_template(), EK_HANDLE)
+    tpm = EsysTpm(machine.tcti)
+    assert_refused(lambda: register(tpm), AskOperator, "tpm.ek_unsuitable")
+    tpm.release()
+    assert machine.handles(swtpm.PERSISTENT) == [EK_HANDLE]
+    assert machine.leftovers() == []
+
+
+def test_without_room_for_a_persistent_srk_a_transient_serves(machine: Swtpm, tap: TpmTap) -> None:
+    tpm = EsysTpm(tap.tcti)
+    tpm.endorsement_key()
+    tap.refuse(0x14B, command="EvictControl", times=1000)
+    wrapped_key = register(tpm)
+    tpm.release()
+    assert tpm.sign(wrapped_key, bytes(2000)) == hmac_sha256(KEY, bytes(2000))
+    tpm.release()
+    assert machine.handles(swtpm.PERSISTENT) == [EK_HANDLE]
+    assert machine.leftovers() == []
+
+
+def test_handles_are_settings(machine: Swtpm) -> None:
+    tpm = EsysTpm(machine.tcti, ek_handle=0x81010008, srk_handle=0x81000009)
+    register(tpm)
+    tpm.release()
+    assert machine.handles(swtpm.PERSISTENT) == [0x81000009, 0x81010008]
+
+
+def test_the_two_ek_templates_give_two_keys(machine: Swtpm) -> None:
+    tcg = EsysTpm(machine.tcti)
+    azure = EsysTpm(machine.tcti, ek_template="azure-c-sdk", ek_handle=EK_HANDLE + 7)
+    tcg_key = tcg.endorsement_key()
+    tcg.release()
+    azure_key = azure.endorsement_key()
+    azure.release()
+    check_ek_public(azure_key)
+    assert azure_key != tcg_key
+    assert_refused(lambda: EsysTpm(machine.tcti, ek_template="tcg"), AskOperator, "config.invalid")
+
+
+def test_a_cleared_tpm_makes_identity_and_answer_stale(machine: Swtpm) -> None:
+    tpm = EsysTpm(machine.tcti)
+    wrapped_key = register(tpm)
+    activation, ek, srk = blob_for(tpm), tpm.endorsement_key(), tpm.storage_root_key()
+    tpm.release()
+    machine.clear()
+    assert_refused(lambda: tpm.sign(wrapped_key, b"message"), IdentityStale, "tpm.key_stale")
+    assert_refused(lambda: tpm.import_key(activation), IdentityStale, "tpm.blob_refused")
+    assert tpm.endorsement_key() == ek
+    assert tpm.storage_root_key() != srk
+    tpm.release()
+    assert machine.leftovers() == []
+
+
+def test_persist_puts_the_key_where_other_programs_find_it(machine: Swtpm) -> None:
+    tpm = EsysTpm(machine.tcti)
+    for key in (KEY, KEY, b"another key"):
+        tpm.persist(tpm.import_key(blob_for(tpm, key)), 0x81000100)
+    assert_refused(lambda: tpm.persist(tpm.import_key(blob_for(tpm)), SRK_HANDLE), AskOperator, "tpm.handle_taken")
+    assert_refused(lambda: tpm.persist(tpm.import_key(blob_for(tpm)), 0x80000000), AskOperator, "config.invalid")
+    tpm.release()
+    assert machine.handles(swtpm.PERSISTENT) == [SRK_HANDLE, 0x81000100, EK_HANDLE]
+    message = b"message"
+    body = (0x81000100).to_bytes(4, "big") + bytes.fromhex("00000009 40000009 0000 00 0000")
+    parameters = len(message).to_bytes(2, "big") + message + bytes.fromhex("000b")
+    assert machine.command(0x155, body + parameters, tag=0x8002)[6:38] == hmac_sha256(b"another key", message)
+    assert machine.leftovers() == []
+
+
+def test_the_ek_certificate_is_read_in_chunks_and_its_padding_cut_off(machine: Swtpm) -> None:
+    tpm = EsysTpm(machine.tcti)
+    assert tpm.endorsement_certificate() is None
+    tpm.release()
+    certificate = bytes.fromhex("30820300") + bytes(range(256)) * 3
+    machine.write_nv(EK_CERTIFICATE_INDEX, certificate + b"\xff" * 200)
+    assert tpm.endorsement_certificate() == certificate
+    tpm.release()
+    assert machine.leftovers() == []
+
+
+def test_condition_says_what_swtpm_is(machine: Swtpm) -> None:
+    tpm = EsysTpm(machine.tcti)
+    condition = tpm.condition()
+    tpm.release()
+    assert condition.maker == "IBM"
+    assert [part.isdigit() for part in condition.firmware.split(".")] == [True, True]
+    assert (condition.lockout_counter, condition.lockout_maximum, condition.free_slots) == (0, 3, 3)
+
+
+# --- what is not a TPM
+
+
+@pytest.mark.parametrize(
+    ("tcti", "error_class", "code"),
+    [
+        ("device:/dev/there-is-none", AskOperator, "tpm.absent"),
+        ("swtpm:host=127.0.0.1,port=1", RetryLater, "tpm.absent"),
+        ("mssim:host=127.0.0.1,port=1", RetryLater, "tpm.absent"),
+        ("no-such-tcti", AskOperator, "tpm.not_available"),
+    ],
+)
+def test_a_tcti_without_a_tpm_says_so(
+    tcti: str, error_class: type[DpsError], code: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tpm = EsysTpm(tcti)
+    assert_refused(tpm.endorsement_key, error_class, code, reproduce=f"tcti={tcti!r}")
+    tpm.release()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_forbidden_device_names_file_group_and_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = tmp_path / "tpmrm0"
+    node.touch()
+    node.chmod(0o660)
+
+    def refuse(path: str, flags: int) -> int:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("dps_hal.esys.os.open", refuse)
+    error = assert_refused(EsysTpm(f"device:{node}").endorsement_key, AskOperator, "tpm.denied")
+    for word in (str(node), "-rw-rw----", "group", "sudo usermod -aG"):
+        assert word in error.message, word
+
+
+def test_without_the_package_the_operator_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tpm2_pytss", None)
+    assert_refused(lambda: EsysTpm("device:/dev/tpmrm0"), AskOperator, "tpm.not_available")
+
+
+def test_importing_the_module_does_not_import_the_library() -> None:
+    program = f"import sys; sys.path[:0] = {sys.path!r}; import dps_hal.esys; sys.exit('tpm2_pytss' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_tap_knows_every_command_of_a_registration(tap: TpmTap) -> None:
+    tpm = EsysTpm(tap.tcti)
+    register(tpm)
+    tpm.release()
+    assert set(tap.names) <= set(COMMANDS.values())

@@ -1,0 +1,223 @@
+"""What EsysTpm makes of the TPM's return codes: who must act, by code and never by text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from contracts.tpm import KEY, blob_for
+from dps_hal import esys
+from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
+from dps_hal.esys import EsysTpm
+from dps_hal.platform import hmac_sha256
+from support.claims import assert_refused
+from support.swtpm import Swtpm
+from support.tpm_tap import TpmTap
+
+ALWAYS = 1000
+Operation = Callable[[EsysTpm, bytes, bytes], object]
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swtpm]:
+    with Swtpm(tmp_path_factory.mktemp("tpm")) as new:
+        yield new
+
+
+@pytest.fixture(scope="module")
+def shared_tap(machine: Swtpm) -> Iterator[TpmTap]:
+    with TpmTap(machine.port) as new:
+        yield new
+
+
+@pytest.fixture
+def tap(shared_tap: TpmTap) -> TpmTap:
+    shared_tap.forget()
+    return shared_tap
+
+
+@pytest.fixture
+def tpm(tap: TpmTap) -> Iterator[EsysTpm]:
+    new = EsysTpm(tap.tcti)
+    new.endorsement_key(), new.storage_root_key()
+    yield new
+    tap.forget()
+    new.release()
+
+
+def import_it(tpm: EsysTpm, activation: bytes, wrapped_key: bytes) -> object:
+    return tpm.import_key(activation)
+
+
+def sign_it(tpm: EsysTpm, activation: bytes, wrapped_key: bytes) -> object:
+    return tpm.sign(wrapped_key, b"message")
+
+
+def sign_much(tpm: EsysTpm, activation: bytes, wrapped_key: bytes) -> object:
+    return tpm.sign(wrapped_key, bytes(3000))
+
+
+def persist_it(tpm: EsysTpm, activation: bytes, wrapped_key: bytes) -> object:
+    return tpm.persist(wrapped_key, 0x81000100)
+
+
+def read_it(tpm: EsysTpm, activation: bytes, wrapped_key: bytes) -> object:
+    return tpm.endorsement_key()
+
+
+@pytest.mark.parametrize(
+    ("operation", "command", "return_code", "error_class", "code"),
+    [
+        (import_it, "ActivateCredential", 0x1DF, IdentityStale, "tpm.blob_refused"),  # INTEGRITY: another SRK's name
+        (import_it, "ActivateCredential", 0x101, IdentityStale, "tpm.blob_refused"),  # libtpms: another EK's secret
+        (import_it, "ActivateCredential", 0x2E5, IdentityStale, "tpm.blob_refused"),  # hardware says BINDING to that
+        (import_it, "ActivateCredential", 0x2C4, IdentityStale, "tpm.blob_refused"),  # VALUE of the secret
+        (import_it, "ActivateCredential", 0x1D5, IdentityStale, "tpm.blob_refused"),  # SIZE of the credential
+        (import_it, "Import", 0x3DF, IdentityStale, "tpm.blob_refused"),  # INTEGRITY of the duplicate
+        (import_it, "Import", 0x3D5, IdentityStale, "tpm.blob_refused"),  # SIZE after decryption by another key
+        (import_it, "Import", 0x4C4, IdentityStale, "tpm.blob_refused"),  # VALUE of the seed: another SRK
+        (import_it, "Import", 0x101, IdentityStale, "tpm.blob_refused"),
+        (import_it, "Import", 0x2C2, AskOperator, "tpm.key_refused"),  # ATTRIBUTES
+        (import_it, "Import", 0x3C7, AskOperator, "tpm.key_refused"),  # KEY_SIZE
+        (import_it, "Import", 0x0A5, AskOperator, "tpm.key_refused"),  # BINDING of public and sensitive
+        (import_it, "Import", 0x2D2, AskOperator, "tpm.key_refused"),  # SCHEME
+        (sign_it, "Load", 0x1DF, IdentityStale, "tpm.key_stale"),
+        (sign_it, "Load", 0x1D5, IdentityStale, "tpm.key_stale"),
+        (sign_it, "Load", 0x2CB, IdentityStale, "tpm.key_stale"),
+        (sign_it, "Load", 0x902, RetryLater, "tpm.memory"),
+        (sign_it, "StartAuthSession", 0x903, RetryLater, "tpm.memory"),
+        (sign_it, "HMAC", 0x921, RetryLater, "tpm.locked_out"),
+        (sign_it, "HMAC", 0x101, AskOperator, "tpm.failure_mode"),
+        (sign_it, "Load", 0x101, AskOperator, "tpm.failure_mode"),
+        (sign_it, "HMAC", 0x143, AskOperator, "tpm.failed"),  # COMMAND_CODE
+        (sign_it, "HMAC", 0x18B, AskOperator, "tpm.failed"),  # HANDLE, rebuilt once in vain
+        (sign_it, "HMAC", 0x9A2, AskOperator, "tpm.failed"),  # BAD_AUTH on no hierarchy: tampering
+        (sign_it, "HMAC", 0x918, AskOperator, "tpm.failed"),  # REFERENCE_S0, rebuilt once in vain
+        (sign_much, "SequenceUpdate", 0x101, AskOperator, "tpm.failure_mode"),
+        (sign_much, "SequenceComplete", 0x921, RetryLater, "tpm.locked_out"),
+        (import_it, "PolicySecret", 0x9A2, AskOperator, "tpm.hierarchy_auth"),
+        (import_it, "PolicySecret", 0x98E, AskOperator, "tpm.hierarchy_auth"),
+        (persist_it, "EvictControl", 0x9A2, AskOperator, "tpm.hierarchy_auth"),
+        (persist_it, "EvictControl", 0x14B, AskOperator, "tpm.nv_full"),
+        (persist_it, "EvictControl", 0x14C, AskOperator, "tpm.failed"),
+        (read_it, "ReadPublic", 0x101, AskOperator, "tpm.failure_mode"),
+        (read_it, "ReadPublic", 0x120, AskOperator, "tpm.failed"),
+        (read_it, "ReadPublic", 0xB0143, AskOperator, "tpm.failed"),  # of the kernel's resource manager
+        (read_it, "ReadPublic", 0xC0902, RetryLater, "tpm.memory"),  # of tabrmd, for the TPM
+    ],
+    ids=lambda value: value.__name__ if callable(value) else hex(value) if isinstance(value, int) else value,
+)
+def test_a_return_code_says_who_must_act(
+    operation: Operation,
+    command: str,
+    return_code: int,
+    error_class: type[DpsError],
+    code: str,
+    machine: Swtpm,
+    tap: TpmTap,
+    tpm: EsysTpm,
+) -> None:
+    activation = blob_for(tpm)
+    wrapped_key = tpm.import_key(activation)
+    tpm.release()
+    tap.refuse(return_code, command=command, times=ALWAYS)
+    reproduce = f"{command} answered 0x{return_code:x}"
+    error = assert_refused(lambda: operation(tpm, activation, wrapped_key), error_class, code, reproduce=reproduce)
+    if code in ("tpm.failed", "tpm.key_refused", "tpm.failure_mode"):
+        assert f"0x{return_code:x}" in error.message
+    tap.forget()
+    tpm.release()
+    assert machine.leftovers() == [], reproduce
+    assert tpm.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message"), reproduce
+
+
+@pytest.mark.parametrize("return_code", [0x922, 0x908, 0x90A, 0x920], ids=hex)
+def test_a_tpm_that_is_not_ready_is_asked_again(return_code: int, tap: TpmTap, tpm: EsysTpm) -> None:
+    waits: list[int] = []
+    patient = EsysTpm(tap.tcti, while_waiting=lambda: waits.append(1))
+    wrapped_key = tpm.import_key(blob_for(tpm))
+    tpm.release()
+    tap.refuse(return_code, command="HMAC", times=6)  # tpm2-tss itself asks five times
+    assert patient.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message")
+    patient.release()
+    assert waits
+
+
+def test_a_tpm_that_is_never_ready_times_out(
+    machine: Swtpm, tap: TpmTap, tpm: EsysTpm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapped_key = tpm.import_key(blob_for(tpm))
+    monkeypatch.setattr(esys, "COMMAND_LIMIT_S", 0.2)
+    tap.refuse(0x922, command="HMAC", times=ALWAYS)
+    assert_refused(lambda: tpm.sign(wrapped_key, b"message"), RetryLater, "tpm.timeout")
+    tpm.release()
+    assert machine.leftovers() == []
+
+
+def test_a_lockout_says_when_to_come_back_and_is_not_repeated(tap: TpmTap, tpm: EsysTpm) -> None:
+    wrapped_key = tpm.import_key(blob_for(tpm))
+    tap.refuse(0x921, command="HMAC", times=ALWAYS)
+    error = assert_refused(lambda: tpm.sign(wrapped_key, b"message"), RetryLater, "tpm.locked_out")
+    assert error.retry_after_s == 1000
+    assert tap.names.count("HMAC") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "return_code"),
+    [
+        ("Load", 0x918),  # the session
+        ("Load", 0x18B),  # the SRK
+        ("Load", 0x9A2),  # a name or nonce that is no longer the TPM's
+        ("HMAC", 0x910),  # the key
+        ("PolicySecret", 0x911),  # the policy session
+        ("ActivateCredential", 0x919),
+        ("Import", 0x910),
+    ],
+)
+def test_what_a_restarted_tpm_has_forgotten_is_rebuilt_once(
+    command: str, return_code: int, machine: Swtpm, tap: TpmTap, tpm: EsysTpm
+) -> None:
+    tap.refuse(return_code, command=command)
+    wrapped_key = tpm.import_key(blob_for(tpm))
+    assert tpm.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message")
+    assert tap.names.count(command) >= 2
+    tpm.release()
+    assert machine.leftovers() == [], f"{command} answered 0x{return_code:x}"
+
+
+def test_a_tpm_that_was_not_started_is_started(tap: TpmTap, tpm: EsysTpm) -> None:
+    tpm.release()
+    tap.forget()
+    tap.refuse(0x100)
+    tpm.endorsement_key()
+    assert tap.names == ["ReadPublic", "Startup", "ReadPublic"]
+
+
+def test_a_slow_tpm_is_waited_for(tap: TpmTap, tpm: EsysTpm) -> None:
+    wrapped_key = tpm.import_key(blob_for(tpm))
+    tap.delay(0.3, command="HMAC")
+    assert tpm.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message")
+
+
+def test_any_return_code_at_any_command_ends_in_one_of_the_four_classes(
+    tap: TpmTap, tpm: EsysTpm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(esys, "COMMAND_LIMIT_S", 0.05)
+    activation = blob_for(tpm)
+    wrapped_key = tpm.import_key(activation)
+    for command in ("StartAuthSession", "PolicySecret", "ActivateCredential", "Import", "Load", "HMAC"):
+        for return_code in range(0x101, 0xFFF, 331):
+            tap.forget()
+            tap.refuse(return_code, command=command, times=ALWAYS)
+            operation = sign_it if command in ("Load", "HMAC") else import_it
+            tpm.release()
+            with pytest.raises(DpsError) as raised:
+                operation(tpm, activation, wrapped_key)
+            assert raised.value.code.startswith("tpm."), f"{command} answered 0x{return_code:x}"
+
+
+def test_an_answer_altered_on_the_bus_is_not_accepted(tap: TpmTap, tpm: EsysTpm) -> None:
+    wrapped_key = tpm.import_key(blob_for(tpm))
+    tap.alter(command="HMAC", times=ALWAYS)
+    assert_refused(lambda: tpm.sign(wrapped_key, b"message"), AskOperator, "tpm.failed")

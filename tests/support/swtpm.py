@@ -1,0 +1,197 @@
+"""A software TPM of its own for one test: swtpm on free ports, with power cuts.
+
+`swtpm` (libtpms) serves one client at a time on its data port; the port after it takes control commands, as
+tpm2-tss's TCTI `swtpm` expects.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import socket
+import struct
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+OWNER = 0x40000001  # TPM_RH, TPM 2.0 Library Part 2, table 28
+ENDORSEMENT = 0x4000000B
+TRANSIENT = 0x80000000  # handle ranges of GetCapability(TPM_CAP_HANDLES), TPM 2.0 Library Part 2, 7.2
+PERSISTENT = 0x81000000
+LOADED_SESSION = 0x02000000
+SAVED_SESSION = 0x03000000
+LOCKOUT_COUNTER = 0x20E  # TPM_PT_LOCKOUT_COUNTER, TPM 2.0 Library Part 2, table 24
+INPUT_BUFFER = 0x10D  # TPM_PT_INPUT_BUFFER
+
+_LISTEN = "127.0.0.1"
+_STARTS = 10  # another program may take a port between our look and swtpm's bind
+_READY_S = 10.0
+_ANSWER_S = 60.0
+_CTRL_GET_CAPABILITY = struct.pack(">I", 1)  # swtpm_ioctls(3), CMD_GET_CAPABILITY
+
+
+def free_port_pair() -> int:
+    """A port N for which N and N + 1 were both free a moment ago."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind((_LISTEN, 0))
+            port: int = first.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                second.bind((_LISTEN, port + 1))
+                return port
+
+
+def read_exactly(connection: socket.socket, count: int) -> bytes:
+    """`count` bytes from `connection`; EOFError when it ends before."""
+    content = b""
+    while len(content) < count:
+        piece = connection.recv(count - len(content))
+        if not piece:
+            raise EOFError(f"connection ended after {len(content)} of {count} bytes")
+        content += piece
+    return content
+
+
+def read_frame(connection: socket.socket) -> bytes:
+    """One TPM command or response: tag, size, code and `size - 10` bytes; EOFError when the peer has gone."""
+    header = read_exactly(connection, 10)
+    size = struct.unpack(">I", header[2:6])[0]
+    return header + read_exactly(connection, size - 10)
+
+
+class Swtpm:
+    """One swtpm process; its TPM's state is in `state_dir` and outlives it."""
+
+    def __init__(self, state_dir: Path | str) -> None:
+        self.state_dir = Path(state_dir)
+        self.state_dir.mkdir(parents=True, exist_ok=True)
+        self.port = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self.restart()
+
+    @property
+    def tcti(self) -> str:
+        """The TCTI string of this TPM."""
+        return f"swtpm:host={_LISTEN},port={self.port}"
+
+    def restart(self) -> None:
+        """Powers the TPM on with the state it has, on the same ports where it had some; a running one is cut off."""
+        self.kill()
+        for _ in range(_STARTS):
+            port = self.port or free_port_pair()
+            process = subprocess.Popen(
+                [
+                    *("swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self.state_dir}"),
+                    *("--server", f"type=tcp,port={port},bindaddr={_LISTEN}"),
+                    *("--ctrl", f"type=tcp,port={port + 1},bindaddr={_LISTEN}"),
+                    *("--flags", "not-need-init,startup-clear"),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            self._process = process
+            atexit.register(self.kill)
+            if self._ready(process, port):
+                self.port = port
+                return
+            self.kill()
+        raise RuntimeError(f"swtpm did not start {_STARTS} times; run: swtpm socket --tpm2 --tpmstate dir=…")
+
+    @staticmethod
+    def _ready(process: subprocess.Popen[bytes], port: int) -> bool:
+        until_s = time.monotonic() + _READY_S
+        while time.monotonic() < until_s and process.poll() is None:
+            with contextlib.suppress(OSError, EOFError), socket.create_connection((_LISTEN, port + 1), 1) as control:
+                control.sendall(_CTRL_GET_CAPABILITY)
+                read_exactly(control, 4)
+                return process.poll() is None  # not another program's answer on a port that ours could not have
+            time.sleep(0.01)
+        return False
+
+    def kill(self) -> None:
+        """A power cut: SIGKILL, no TPM2_Shutdown; nothing happens where none runs."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        atexit.unregister(self.kill)
+
+    def stop(self) -> None:
+        """An orderly power-off: TPM2_Shutdown(CLEAR), then the end; no client may be connected."""
+        if self._process is not None:
+            self.command(0x145, struct.pack(">H", 0))  # TPM2_Shutdown(TPM_SU_CLEAR)
+            self.kill()
+
+    def command(self, code: int, body: bytes = b"", tag: int = 0x8001) -> bytes:
+        """Sends one command (`body` is all that follows the header) and returns what follows the response's header.
+
+        No other client may be connected. RuntimeError: the TPM refused it.
+        """
+        with socket.create_connection((_LISTEN, self.port), _ANSWER_S) as connection:
+            connection.sendall(struct.pack(">HII", tag, 10 + len(body), code) + body)
+            response = read_frame(connection)
+        return_code = struct.unpack(">I", response[6:10])[0]
+        if return_code:
+            raise RuntimeError(f"TPM command 0x{code:x} was refused with 0x{return_code:x}")
+        return response[10:]
+
+    def handles(self, first: int) -> list[int]:
+        """The handles in use in the range that starts at `first` (TRANSIENT, PERSISTENT, …_SESSION)."""
+        listing = self.command(0x17A, struct.pack(">III", 1, first, 254))[5:]  # moreData, TPM_CAP_HANDLES
+        count = struct.unpack(">I", listing[:4])[0]
+        found = struct.unpack(f">{count}I", listing[4 : 4 + 4 * count])
+        return [handle for handle in found if handle >> 24 == first >> 24]
+
+    def leftovers(self) -> list[int]:
+        """Every transient object and session that somebody did not flush."""
+        return self.handles(TRANSIENT) + self.handles(LOADED_SESSION) + self.handles(SAVED_SESSION)
+
+    def property(self, number: int) -> int:
+        """The value of one TPM_PT property."""
+        listing = self.command(0x17A, struct.pack(">III", 6, number, 1))[5:]  # TPM_CAP_TPM_PROPERTIES
+        _, found, value = struct.unpack(">III", listing[:12])
+        if found != number:
+            raise RuntimeError(f"the TPM has no property 0x{number:x}")
+        return int(value)
+
+    def set_hierarchy_auth(self, hierarchy: int, auth: bytes) -> None:
+        """TPM2_HierarchyChangeAuth of OWNER or ENDORSEMENT while it has no password."""
+        self._with_empty_password(0x129, [hierarchy], struct.pack(">H", len(auth)) + auth)
+
+    def clear(self) -> None:
+        """TPM2_Clear: a new storage hierarchy, so another SRK; every persistent object of the owner goes."""
+        self._with_empty_password(0x126, [0x4000000A])  # by the lockout hierarchy
+
+    def persist_primary(self, hierarchy: int, template: bytes, handle: int) -> None:
+        """Puts a primary key of any kind, by its TPM2B_PUBLIC template, at a persistent handle."""
+        created = self._with_empty_password(0x131, [hierarchy], bytes.fromhex("0004 0000 0000") + template + bytes(6))
+        transient = struct.unpack(">I", created[:4])[0]
+        self._with_empty_password(0x120, [OWNER, transient], struct.pack(">I", handle))
+        self.command(0x165, struct.pack(">I", transient))
+
+    def write_nv(self, index: int, content: bytes) -> None:
+        """Defines an NV index as TPM makers define those of EK certificates, and writes it (up to 1024 bytes)."""
+        attributes = 0x02060006  # OWNERWRITE AUTHWRITE, OWNERREAD AUTHREAD, NO_DA
+        public = struct.pack(">IHIHH", index, 0x000B, attributes, 0, len(content))
+        self._with_empty_password(0x12A, [OWNER], bytes(2) + struct.pack(">H", len(public)) + public)
+        if content:
+            write = struct.pack(">H", len(content)) + content + bytes(2)
+            self._with_empty_password(0x137, [index, index], write)
+
+    def _with_empty_password(self, code: int, handles: list[int], parameters: bytes = b"") -> bytes:
+        password_session = struct.pack(">IHBH", 0x40000009, 0, 0, 0)
+        body = struct.pack(f">{len(handles)}I", *handles) + struct.pack(">I", len(password_session))
+        return self.command(code, body + password_session + parameters, tag=0x8002)
+
+    def __enter__(self) -> Swtpm:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
