@@ -1,0 +1,35 @@
+"""The tests notice what they are there to notice: each planted bug makes the named test fail, and only it is needed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+CAUGHT_BY = {
+    "ignore-retry-after": "tests/core/test_registration.py::test_retry_after_is_honoured_between_polls",
+    "accept-a-truncated-body": "tests/host/test_https.py::test_an_answer_cut_off_anywhere_is_never_a_reply",
+    "no-budget": "tests/core/test_registration.py::test_an_outage_ends_within_the_budget",
+    "swap-the-blobs": "tests/core/test_registration.py::test_a_registration_ends_with_hub_device_and_a_key_that_signs",
+}
+
+
+@pytest.mark.parametrize("bug", CAUGHT_BY)
+def test_a_planted_bug_is_caught_by_its_test(bug: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", CAUGHT_BY[bug]]
+    healthy = subprocess.run(command, check=False, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+    assert healthy.returncode == 0, f"{CAUGHT_BY[bug]} fails without a bug:\n{healthy.stdout}"
+    places = os.pathsep.join(str(CHECKOUT / folder) for folder in ("agent", "hal", "tests"))
+    planted = subprocess.run(
+        [*command, "-p", "support.planted_bugs"],
+        check=False,
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PLANTED_BUG": bug, "PYTHONPATH": places},
+    )
+    assert planted.returncode == 1, f"{CAUGHT_BY[bug]} passes with {bug} planted:\n{planted.stdout}{planted.stderr}"
+    assert "AssertionError" in planted.stdout or "assert" in planted.stdout
