@@ -1,0 +1,180 @@
+"""The command `dps-agent`: text or one JSON document on stdout, progress and errors on stderr, fixed exit statuses.
+
+TPM, TLS and MQTT are imported by the verbs that use them, when they run: `--help` and `status` stay small.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from dps_agent.host.cli import config, enroll, provision, reset, status, token, version
+from dps_agent.host.cli.verb import Outcome, UsageError
+from dps_agent.host.config import SYSTEM_FILE, ConfigurationError
+from dps_agent.host.progress import printable
+from dps_hal.codes import REMEDIES
+from dps_hal.errors import EXIT_GROUPS, DpsError, RetryLater, exit_group
+from dps_hal.platform import to_json
+
+SCHEMA = "dps-agent/1"
+VERBS = (provision.VERB, status.VERB, enroll.VERB, token.VERB, reset.VERB, config.VERB, version.VERB)
+_EXIT_STATUSES = """\
+exit status:
+  0 ok, 1 failed, 2 usage, 3 retry later, 4 refused by the service, 5 TPM, 6 settings
+
+most used:
+  dps-agent enroll       what to enter in the Device Provisioning Service
+  dps-agent provision    get the hub
+  dps-agent status       where the device stands
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are exceptions: `--json` has to report them as well."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, **options
+        )
+        self.color = False  # Python 3.14 colours help by itself
+        self.add_argument("-h", "--help", action="help", help="show this help")
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, self.format_usage())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line, `sys.argv` by default, and returns its exit status."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us; the next file opened must not take its place
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+    as_json = "--json" in words
+    verb = ""
+    try:
+        parsed = _parser().parse_args(words, argparse.Namespace(set_after=[]))
+        verb = parsed.verb
+        outcome: Outcome = parsed.run(parsed)
+    except SystemExit as stop:  # argparse has shown the help
+        return _write("", int(stop.code or 0))
+    except DpsError as error:
+        return _fail(error, verb, as_json)
+    except KeyboardInterrupt:
+        return _fail(RetryLater("agent.interrupted", "interrupted by the keyboard"), verb, as_json)
+    except Exception as error:
+        from dps_agent.host.runner import bug
+
+        return _fail(bug(error), verb, as_json)
+    if as_json:
+        text = _document(outcome.code, verb, outcome.document)
+    else:
+        text = "".join(f"{printable(line)}\n" for line in outcome.lines)
+    return _write(text, EXIT_GROUPS.index(outcome.code))
+
+
+def error_document(error: DpsError) -> dict[str, Any]:
+    """The value of `error` in a JSON document."""
+    document: dict[str, Any] = {
+        "code": error.code,
+        "message": error.message,
+        "remedy": REMEDIES.get(error.code, ""),
+        "retryAfterS": error.retry_after_s,
+        "requestId": error.request_id,
+    }
+    if isinstance(error, ConfigurationError):
+        document["problems"] = list(error.problems)
+    return document
+
+
+def exit_word(error: DpsError) -> str:
+    """The word of EXIT_GROUPS for an error: a missing package is a matter of usage, whichever part missed it."""
+    if error.code in ("agent.usage", "tpm.not_available"):
+        return "usage"
+    return exit_group(error)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="dps-agent",
+        description="Gives this device its Azure IoT Hub: proves its TPM to the Device Provisioning Service.",
+        epilog=_EXIT_STATUSES,
+    )
+    _add_common(parser, "set_before")
+    parser.set_defaults(config=None, set_before=[], json=False, verbose=False)
+    verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True, title="verbs")
+    for verb in VERBS:
+        own = verbs.add_parser(verb.name, help=verb.help, description=verb.help[0].upper() + verb.help[1:] + ".")
+        verb.add_arguments(own)
+        _add_common(own, "set_after")
+        own.set_defaults(run=verb.run)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, set_name: str) -> None:
+    """The options that stand before or after the verb; without defaults, so that the second does not undo the first."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help=f"read this file instead of {SYSTEM_FILE} and config.d beside that",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        dest=set_name,
+        action="append",
+        default=argparse.SUPPRESS,
+        help="change one setting, e.g. tpm.backend=simulator; may be repeated",
+    )
+    parser.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON document instead of text"
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="show each request, without secrets"
+    )
+
+
+def _document(code: str, verb: str, content: Mapping[str, Any]) -> str:
+    head: dict[str, Any] = {"schema": SCHEMA, "code": code}
+    if verb:
+        head["verb"] = verb
+    return to_json({**head, **content}) + "\n"
+
+
+def _fail(error: DpsError, verb: str, as_json: bool) -> int:
+    """Reports an error in the format asked for; text goes to stderr."""
+    code = exit_word(error)
+    if as_json:
+        return _write(_document(code, verb, {"error": error_document(error)}), EXIT_GROUPS.index(code))
+    remedy = REMEDIES.get(error.code, "")
+    lines = [f"dps-agent: {error.message}", f"  {remedy}  [{error.code}]" if remedy else f"  [{error.code}]"]
+    if error.retry_after_s is not None:
+        lines.append(f"  a new try makes sense in {error.retry_after_s} s")
+    if error.request_id:
+        lines.append(f"  DPS's request id: {error.request_id}")
+    if isinstance(error, UsageError) and error.usage:
+        lines.insert(0, error.usage.rstrip())
+    with contextlib.suppress(OSError):
+        sys.stderr.write("".join(f"{printable(line)}\n" for line in lines))
+    return _write("", EXIT_GROUPS.index(code))
+
+
+def _write(text: str, status: int) -> int:
+    """Writes the whole output at once and returns `status`; 1 where nobody could read it."""
+    try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a path need not fit the terminal's encoding
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"dps-agent: the output could not be written: {error.strerror}\n")
+        # the interpreter flushes once more at its end; give it a place that takes everything
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status

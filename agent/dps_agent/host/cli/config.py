@@ -1,0 +1,99 @@
+"""`dps-agent config`: the settings with the origin of each, or only whether they can be used."""
+
+import argparse
+import os
+from typing import Any
+
+from dps_agent.host.cli.verb import Outcome, Verb, configuration_of
+from dps_agent.host.config import (
+    KEYS,
+    SYSTEM_FILE,
+    Configuration,
+    ConfigurationError,
+    check_keys_in_hardware,
+    hierarchy_password,
+    without_password,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The one thing to do with the settings."""
+    parser.add_argument(
+        "action", choices=("show", "validate"), help="show every setting and where it comes from, or check them all"
+    )
+
+
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Shows the settings, or checks them and the files that they name."""
+    if arguments.action == "show":
+        return _show(configuration_of(arguments, need_id_scope=False), arguments.config)
+    configuration = configuration_of(arguments)
+    _check_files(configuration)
+    check_keys_in_hardware(configuration)
+    files = list(configuration.files)
+    return Outcome([f"the settings are valid ({', '.join(files) or 'no file, defaults only'})"], {"files": files})
+
+
+def _show(configuration: Configuration, explicit: str | None) -> Outcome:
+    """Every setting as TOML that can be used as a file."""
+    shown = {key: _safe(key, configuration.value(key)) for key in KEYS}
+    lines = [f"# {_sources(configuration, explicit)}"]
+    table = ""
+    for key, value in shown.items():
+        inner, _, name = key.rpartition(".")
+        if inner != table:
+            table = inner
+            lines.append(f"[{table}]")
+        text = f"{value:#x}" if value and name in ("ek_handle", "srk_handle", "persist_at") else as_toml(value)
+        line = f"{name} = {text}"
+        if key == "id_scope" and not value:
+            line = "# id_scope is not set"
+        lines.append(f"{line:<55} # {configuration.origins[key]}")
+    settings = {key: {"value": value, "origin": configuration.origins[key]} for key, value in shown.items()}
+    return Outcome(lines, {"settings": settings, "files": list(configuration.files)})
+
+
+def _sources(configuration: Configuration, explicit: str | None) -> str:
+    if explicit is not None:
+        return f"file: {explicit}; {SYSTEM_FILE} and its config.d are not read"
+    return f"files: {', '.join(configuration.files)}" if configuration.files else f"no file ({SYSTEM_FILE} is absent)"
+
+
+def _safe(key: str, value: Any) -> Any:
+    if key == "network.proxy":
+        return without_password(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_files(configuration: Configuration) -> None:
+    """ConfigurationError unless every file that the settings name can be used."""
+    problems: list[str] = []
+    for key in ("ca_file", "hub.ca_file"):
+        path = configuration.value(key)
+        if path and not os.access(path, os.R_OK):
+            problems.append(f"{key}: expected a readable file; {path} is none")
+    for key in ("tpm.owner_auth_file", "tpm.endorsement_auth_file"):
+        try:
+            hierarchy_password(key, configuration.value(key))
+        except ConfigurationError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise ConfigurationError("config.invalid", problems)
+
+
+def as_toml(value: Any) -> str:
+    """One value as TOML 1.0 writes it; text as a basic string."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        special = {"\\": "\\\\", '"': '\\"'}
+        plain = (special.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in value)
+        return f'"{"".join(plain)}"'
+    if isinstance(value, list):
+        return f"[{', '.join(as_toml(item) for item in value)}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{as_toml(name)} = {as_toml(item)}" for name, item in value.items()) + "}"
+    return repr(value)
+
+
+VERB = Verb("config", "show or validate the settings", add_arguments, run)

@@ -1,0 +1,38 @@
+"""`dps-agent token`: a token for the assigned hub, for another program."""
+
+import argparse
+
+from dps_agent.host import TOKEN_LIFE_LIMIT_S, TOKEN_LIFE_S
+from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, seconds_up_to, time_shown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How long the token is valid."""
+    parser.add_argument(
+        "--life",
+        type=seconds_up_to(TOKEN_LIFE_LIMIT_S),
+        default=TOKEN_LIFE_S,
+        metavar="S",
+        help="valid for S seconds (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Checks that the stored assignment holds, then has the TPM sign."""
+    configuration = configuration_of(arguments)
+    from dps_agent.host.device import hub_token_once
+
+    assignment, token = hub_token_once(configuration, arguments.life)
+    text = token.header()
+    return Outcome(
+        [text],
+        {
+            "token": text,
+            "expiresAt": time_shown(token.expires_at_s),
+            "assignedHub": assignment.assigned_hub,
+            "deviceId": assignment.device_id,
+        },
+    )
+
+
+VERB = Verb("token", "print a token for the assigned hub, for another program", add_arguments, run)

@@ -1,0 +1,77 @@
+"""What every verb of the command line is made of, and what it returns."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dps_agent.host.config import Configuration, load
+from dps_hal.errors import AskOperator
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of one verb: `lines` for people, `document` for `--json`; `code` is a word of EXIT_GROUPS."""
+
+    lines: Sequence[str]
+    document: Mapping[str, Any]
+    code: str = "ok"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: what `--help` says, its own arguments, and what it does."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], Outcome]
+
+
+class UsageError(AskOperator):
+    """The command line itself is wrong; `usage` shows how it should look, possibly empty."""
+
+    def __init__(self, message: str, usage: str = "") -> None:
+        super().__init__("agent.usage", message)
+        self.usage = usage
+
+
+def seconds_up_to(highest_s: int) -> Callable[[str], int]:
+    """What argparse calls to read whole seconds from 1 to `highest_s`."""
+
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and 0 < int(text[:12]) <= highest_s):
+            raise argparse.ArgumentTypeError(f"expected whole seconds from 1 to {highest_s}; came {text!r}")
+        return int(text)
+
+    return read
+
+
+def no_arguments(parser: argparse.ArgumentParser) -> None:
+    """For a verb without arguments of its own."""
+
+
+def configuration_of(arguments: argparse.Namespace, *, need_id_scope: bool = True) -> Configuration:
+    """The settings that the command line asks for."""
+    overrides = [*arguments.set_before, *arguments.set_after]
+    return load(arguments.config, overrides=overrides, need_id_scope=need_id_scope)
+
+
+def table(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Rows of a name and a value as aligned lines; a row without value is left out."""
+    width = max(len(name) for name, _ in rows) + 2
+    return [f"{name:<{width}}{value}" for name, value in rows if value]
+
+
+def backend_shown(configuration: Configuration) -> str:
+    """The TPM in words; the simulator is always named as what it is."""
+    tpm = configuration.tpm
+    note = ", keys lie in plain files" if tpm.backend == "simulator" else ""
+    return f"{tpm.backend} ({tpm.tcti}{note})"
+
+
+def time_shown(utc_s: int) -> str:
+    """Unix seconds as RFC 3339 text in UTC, "" for 0."""
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(utc_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if utc_s else ""

@@ -1,0 +1,26 @@
+"""`dps-agent version`: what is installed, for a report."""
+
+import argparse
+import platform
+
+from dps_agent.host.cli.verb import Outcome, Verb, no_arguments, table
+
+PACKAGES = ("dps-agent", "tpm2-pytss", "cryptography", "paho-mqtt", "ujson")
+
+
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Shows the versions of the agent, of what it uses and of Python; imports none of them."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    rows = [(package, found or "not installed") for package, found in versions.items()]
+    runtime = [("python", platform.python_version()), ("system", platform.platform(terse=True))]
+    return Outcome(table(rows + runtime), {"version": versions["dps-agent"], "packages": versions, **dict(runtime)})
+
+
+VERB = Verb("version", "show what is installed", no_arguments, run)

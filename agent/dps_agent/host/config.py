@@ -1,0 +1,477 @@
+"""The settings on Linux: TOML files, environment, command line; every value knows where it came from.
+
+Order, the last wins: built-in defaults, `/etc/dps-agent/config.toml`, `config.d/*.toml` beside it in name order,
+`DPS_AGENT_*`, `--set`. A settings file that is named explicitly replaces all files of the system.
+"""
+
+import os
+import stat
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dps_agent.settings import AUTO, POLL_LOOKUP, POLL_OPERATION, Settings, check_registration_id
+from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
+from dps_hal.errors import AskOperator
+from dps_hal.tpm_keys import EK_TEMPLATES
+
+SYSTEM_FILE = Path("/etc/dps-agent/config.toml")
+SYSTEM_STATE_DIR = "/var/lib/dps-agent"
+ENVIRONMENT_PREFIX = "DPS_AGENT_"
+AZURE_ENDPOINT_SUFFIXES = (
+    ".azure-devices-provisioning.net",
+    ".azure-devices-provisioning.cn",
+    ".azure-devices-provisioning.us",
+)
+AUTH_LIMIT = 64  # bytes; an authValue is at most as long as the hierarchy's digest, TPM 2.0 Library Part 1, 13.5
+OWNER_HANDLES = (0x81000000, 0x817FFFFF)  # persistent handles the owner may use, TCG handle registry, table 3
+
+
+class ConfigurationError(AskOperator):
+    """The settings cannot be used; `problems` has one sentence for each thing to correct."""
+
+    def __init__(self, code: str, problems: Sequence[str]) -> None:
+        title = "the settings have a problem" if len(problems) == 1 else f"the settings have {len(problems)} problems"
+        super().__init__(code, "\n".join([f"{title}:", *(f"  {problem}" for problem in problems)]))
+        self.problems = tuple(problems)
+
+
+def _setting(default: Any, expected: str, accepts: Callable[[Any], bool]) -> Any:
+    """A field of the dataclasses below: its default, what is expected in words, and the test of that."""
+    return field(default=default, metadata={"expected": expected, "accepts": accepts})
+
+
+def _text(default: str, expected: str, accepts: Callable[[str], bool] = lambda _: True) -> Any:
+    return _setting(default, expected, lambda value: isinstance(value, str) and accepts(value))
+
+
+def _word(*words: str) -> Any:
+    return _setting(words[0], "one of " + ", ".join(f'"{word}"' for word in words), lambda value: value in words)
+
+
+def _whole(default: int, lowest: int, highest: int, unit: str) -> Any:
+    expected = f"a whole number {unit} from {lowest} to {highest}"
+    return _setting(default, expected, lambda value: type(value) is int and lowest <= value <= highest)
+
+
+def _handle(default: int) -> Any:
+    lowest, highest = OWNER_HANDLES
+    expected = f"a persistent handle from {lowest:#x} to {highest:#x}" + ("" if default else ", or 0 for none")
+
+    def accepts(value: Any) -> bool:
+        return type(value) is int and (lowest <= value <= highest or (value == 0 and not default))
+
+    return _setting(default, expected, accepts)
+
+
+def _is_id_scope(text: str) -> bool:
+    return 0 < len(text) <= 64 and text.isascii() and text.replace("-", "").replace("_", "").isalnum()
+
+
+def _is_registration_id(text: str) -> bool:
+    try:
+        check_registration_id(text)
+    except AskOperator:
+        return False
+    return True
+
+
+def _is_endpoint(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        plain = bool(parts.hostname) and parts.port != 0 and parts.username is None
+    except ValueError:  # a port that is no number, brackets that do not pair
+        return False
+    return plain and text.isascii() and text.isprintable() and " " not in text and text == f"https://{parts.netloc}"
+
+
+def _is_address(text: str) -> bool:
+    host, colon, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not bare or (":" in bare and bare == host) or not port.isdecimal() or not port.isascii():
+        return False
+    return 0 < int(port[:6]) < 65536 and bare.isascii() and bare.isprintable() and not set("/@ []") & set(bare)
+
+
+def _is_proxy(text: str) -> bool:
+    return text in ("env", "none") or (text.startswith("http://") and bool(urlsplit(text).hostname))
+
+
+def _is_suffix_list(value: Any) -> bool:
+    def is_suffix(text: Any) -> bool:
+        letters = text.removeprefix(".").replace("-", "").replace(".", "") if isinstance(text, str) else ""
+        return letters.isascii() and letters.isalnum() and ".." not in text
+
+    return isinstance(value, list) and 0 < len(value) <= 32 and all(is_suffix(text) for text in value)
+
+
+def _is_json_table(value: Any) -> bool:
+    from dps_hal.platform import to_json
+
+    try:
+        return isinstance(value, dict) and len(to_json(value)) > 0
+    except (ValueError, TypeError, OverflowError, RecursionError):  # dates, NaN, endless nesting
+        return False
+
+
+_ADDRESS = '"host:port", or empty'
+_SECONDS = "of seconds"
+
+
+@dataclass(frozen=True)
+class RetrySettings:
+    """[retry]: times in seconds."""
+
+    registration_budget_s: int = _whole(900, 1, 86400, _SECONDS)
+    first_contact_spread_s: int = _whole(0, 0, 86400, _SECONDS)
+
+
+@dataclass(frozen=True)
+class TpmSettings:
+    """[tpm]: which TPM, and what is where in it."""
+
+    backend: str = _word("esys", "wire", "simulator")
+    tcti: str = _text("device:/dev/tpmrm0", "a TCTI string such as device:/dev/tpmrm0, or a simulator's folder", bool)
+    ek_template: str = _word(*EK_TEMPLATES)
+    ek_handle: int = _handle(EK_HANDLE)
+    srk_handle: int = _handle(SRK_HANDLE)
+    owner_auth_file: str = _text("", "the path of a file, or empty")
+    endorsement_auth_file: str = _text("", "the path of a file, or empty")
+    persist_at: int = _handle(0)
+    i_know_keys_are_in_files: bool = _setting(False, "true or false", lambda value: type(value) is bool)
+
+
+@dataclass(frozen=True)
+class HubSettings:
+    """[hub]: how the assigned hub is reached, and which hubs are acceptable."""
+
+    port: int = _whole(8883, 1, 65535, "(a port)")
+    connect_to: str = _text("", _ADDRESS, lambda text: not text or _is_address(text))
+    ca_file: str = _text("", "the path of a file, or empty")
+    transport: str = _word("auto", "mqtt", "websocket")
+    hub_suffixes: tuple[str, ...] = _setting(
+        (".azure-devices.net", ".azure-devices.cn", ".azure-devices.us"),
+        "a list of 1 to 32 domain suffixes",
+        _is_suffix_list,
+    )
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """[network]: what lies between the device and the service."""
+
+    proxy: str = _text("env", '"env", "none" or "http://host:port"', _is_proxy)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Every setting with its value; `origins` names for each dotted key where that value came from.
+
+    `state_dir` is never empty here: the rule for the empty setting has been applied.
+    """
+
+    id_scope: str = _text("", "an ID scope such as 0ne00000000 (letters, digits, - and _)", _is_id_scope)
+    registration_id: str = _text(
+        AUTO,
+        '"auto", or 1 to 128 ASCII letters, digits and : . _ - that begin and end with a letter or digit',
+        _is_registration_id,
+    )
+    endpoint: str = _text(
+        "https://global.azure-devices-provisioning.net",
+        '"https://name" or "https://name:port", nothing behind it',
+        _is_endpoint,
+    )
+    connect_to: str = _text("", _ADDRESS, lambda text: not text or _is_address(text))
+    ca_file: str = _text("", "the path of a file, or empty")
+    state_dir: str = _text("", "the path of a folder, or empty")
+    poll: str = _word(POLL_LOOKUP, POLL_OPERATION)
+    payload: dict[str, Any] = field(
+        default_factory=dict, metadata={"expected": "a table that JSON can hold (no dates)", "accepts": _is_json_table}
+    )
+    retry: RetrySettings = field(default_factory=RetrySettings)
+    tpm: TpmSettings = field(default_factory=TpmSettings)
+    hub: HubSettings = field(default_factory=HubSettings)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+    files: tuple[str, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def settings(self) -> Settings:
+        """The part that the logic knows; AskOperator `config.missing` where there is no id_scope."""
+        if not self.id_scope:
+            raise ConfigurationError("config.missing", [_ID_SCOPE_MISSING])
+        return Settings(
+            id_scope=self.id_scope,
+            registration_id=self.registration_id,
+            endpoint=self.endpoint,
+            poll=self.poll,
+            payload=self.payload or None,
+            registration_budget_s=self.retry.registration_budget_s,
+            first_contact_spread_s=self.retry.first_contact_spread_s,
+            hub_suffixes=self.hub.hub_suffixes,
+        )
+
+    def value(self, key: str) -> Any:
+        """The value of one dotted key of `KEYS`."""
+        table, _, name = key.rpartition(".")
+        return getattr(getattr(self, table) if table else self, name)
+
+
+_TABLES: dict[str, Any] = {
+    "retry": RetrySettings,
+    "tpm": TpmSettings,
+    "hub": HubSettings,
+    "network": NetworkSettings,
+}
+KEYS: dict[str, "Field[Any]"] = {
+    **{own.name: own for own in fields(Configuration) if "expected" in own.metadata},
+    **{f"{table}.{own.name}": own for table, kind in _TABLES.items() for own in fields(kind)},
+}
+_ID_SCOPE_MISSING = (
+    "id_scope: expected the ID scope of your Device Provisioning Service; it is set nowhere"
+    f" (file, {ENVIRONMENT_PREFIX}ID_SCOPE or --set id_scope=...)"
+)
+
+
+def default_of(key: str) -> Any:
+    """The built-in default of one dotted key of `KEYS`."""
+    own = KEYS[key]
+    return own.default if own.default is not MISSING else {}
+
+
+def environment_name(key: str) -> str:
+    """The environment variable of one dotted key: `tpm.backend` is DPS_AGENT_TPM_BACKEND."""
+    return ENVIRONMENT_PREFIX + key.upper().replace(".", "_")
+
+
+class _Collector:
+    """Values and problems of all sources, in the order they are read."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {key: default_of(key) for key in KEYS}
+        self.origins: dict[str, str] = dict.fromkeys(KEYS, "default")
+        self.problems: list[tuple[str, str]] = []  # code, sentence
+
+    def problem(self, text: str, code: str = "config.invalid") -> None:
+        self.problems.append((code, text))
+
+    def may_have_held(self, key: str) -> bool:
+        """Whether a source that was refused named `key`: then its absence is no problem of its own."""
+        return any(code == "config.unreadable" or text.startswith(f"{key}:") for code, text in self.problems)
+
+    def take(self, key: str, value: Any, origin: str) -> None:
+        """Checks one value and keeps it; a later source replaces an earlier one."""
+        metadata = KEYS[key].metadata
+        if not metadata["accepts"](value):
+            shown = without_password(value) if key == "network.proxy" else value
+            self.problem(f"{key}: expected {metadata['expected']}; came {_shortened(shown)} ({origin})")
+            return
+        self.values[key] = tuple(value) if isinstance(value, list) else value
+        self.origins[key] = origin
+
+    def take_text(self, key: str, text: str, origin: str) -> None:
+        """Takes a value from the environment or the command line: as in TOML, text also without quotes."""
+        value: Any = text
+        if not isinstance(default_of(key), str) or text[:1] in ('"', "'"):
+            try:
+                parsed = tomllib.loads(f"value = {text}")
+            except (ValueError, RecursionError):
+                parsed = {}
+            if list(parsed) == ["value"]:
+                value = parsed["value"]
+        self.take(key, value, origin)
+
+    def take_file(self, path: Path) -> None:
+        try:
+            content = tomllib.loads(path.read_bytes().decode())
+        except OSError as error:
+            self.problem(f"{path}: cannot be read: {error.strerror}", "config.unreadable")
+            return
+        except (ValueError, RecursionError) as error:
+            self.problem(f"{path}: expected TOML in UTF-8: {error}", "config.unreadable")
+            return
+        for name, value in content.items():
+            if name not in _TABLES:
+                self._take_named(name, value, str(path))
+            elif not isinstance(value, dict):
+                self.problem(f"{name}: expected a table, [{name}]; came {_shortened(value)} ({path})")
+            else:
+                for inner, inner_value in value.items():
+                    self._take_named(f"{name}.{inner}", inner_value, str(path))
+
+    def _take_named(self, key: str, value: Any, origin: str) -> None:
+        if key in KEYS:
+            self.take(key, value, origin)
+        else:
+            self.unknown(key, origin, [*KEYS, *_TABLES])
+
+    def unknown(self, name: str, origin: str, known: Sequence[str]) -> None:
+        nearest = _nearest(name, known)
+        hint = f"; the nearest is {nearest}" if nearest else ""
+        self.problem(f"{name}: there is no such setting ({origin}){hint}")
+
+
+def load(
+    config_file: "Path | str | None" = None,
+    *,
+    overrides: Sequence[str] = (),
+    environ: "Mapping[str, str] | None" = None,
+    system_file: Path = SYSTEM_FILE,
+    need_id_scope: bool = True,
+) -> Configuration:
+    """Reads all sources and returns the effective settings.
+
+    `config_file` replaces the files of the system, its folder `config.d` included; `overrides` are "key=value".
+    Raises ConfigurationError with every problem found, never only the first.
+    """
+    environ = os.environ if environ is None else environ
+    collector = _Collector()
+    files = [Path(config_file)] if config_file is not None else _system_files(system_file)
+    for path in files:
+        collector.take_file(path)
+    _take_environment(collector, environ)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            collector.problem(f"--set: expected key=value; came {_shortened(override)}")
+        elif key not in KEYS:
+            collector.unknown(key, "--set", list(KEYS))
+        else:
+            collector.take_text(key, text, f"--set {key}")
+    _check_together(collector)
+    _settle_state_dir(collector, environ)
+    if need_id_scope and not collector.values["id_scope"] and not collector.may_have_held("id_scope"):
+        collector.problem(_ID_SCOPE_MISSING, "config.missing")
+    if collector.problems:
+        raise ConfigurationError(collector.problems[0][0], [text for _, text in collector.problems])
+    tables = {
+        table: kind(**{own.name: collector.values[f"{table}.{own.name}"] for own in fields(kind)})
+        for table, kind in _TABLES.items()
+    }
+    top = {key: value for key, value in collector.values.items() if "." not in key}
+    return Configuration(**top, **tables, files=tuple(map(str, files)), origins=collector.origins)
+
+
+def _system_files(system_file: Path) -> list[Path]:
+    """The system's files that exist; a file that exists but cannot be read is the reader's problem."""
+    first = [system_file] if os.path.lexists(system_file) else []
+    return first + sorted(system_file.with_name("config.d").glob("*.toml"))
+
+
+def _take_environment(collector: _Collector, environ: Mapping[str, str]) -> None:
+    keys = {environment_name(key): key for key in KEYS}
+    for name in sorted(environ):
+        if name in keys:
+            collector.take_text(keys[name], environ[name], f"environment {name}")
+        elif name.startswith(ENVIRONMENT_PREFIX):
+            collector.unknown(name, "environment", list(keys))
+
+
+def _check_together(collector: _Collector) -> None:
+    """What no single value shows."""
+    values, origins = collector.values, collector.origins
+    tcti = values["tpm.tcti"]
+    if values["tpm.backend"] == "wire":
+        collector.problem(
+            f'tpm.backend: "wire" is not in this version; use "esys" or "simulator" ({origins["tpm.backend"]})'
+        )
+    if values["tpm.backend"] == "simulator" and tcti.split(":")[0] in ("device", "swtpm", "mssim", "tabrmd", "cmd"):
+        collector.problem(
+            f"tpm.tcti: the simulator expects the folder that holds its keys; came {_shortened(tcti)}"
+            f" ({origins['tpm.tcti']})"
+        )
+    handles = ("tpm.ek_handle", "tpm.srk_handle", "tpm.persist_at")
+    for at, key in enumerate(handles):
+        for other in handles[:at]:
+            if values[key] == values[other]:
+                collector.problem(f"{key}: expected another handle than {other}; both are {values[key]:#x}")
+
+
+def _settle_state_dir(collector: _Collector, environ: Mapping[str, str]) -> None:
+    """The rule for an empty state_dir: systemd's folder, else the system's if writable, else the user's."""
+    if collector.values["state_dir"]:
+        return
+    system_dir = SYSTEM_STATE_DIR if os.path.isdir(SYSTEM_STATE_DIR) else os.path.dirname(SYSTEM_STATE_DIR)
+    home = environ.get("HOME", "")
+    if environ.get("STATE_DIRECTORY"):
+        # systemd separates several folders with colons; ours is the unit's first
+        found, origin = environ["STATE_DIRECTORY"].split(":")[0], "$STATE_DIRECTORY"
+    elif os.access(system_dir, os.W_OK):
+        found, origin = SYSTEM_STATE_DIR, "default, writable"
+    elif environ.get("XDG_STATE_HOME"):
+        found, origin = os.path.join(environ["XDG_STATE_HOME"], "dps-agent"), "$XDG_STATE_HOME"
+    elif home:
+        found, origin = os.path.join(home, ".local", "state", "dps-agent"), "default of $XDG_STATE_HOME"
+    else:
+        collector.problem(f"state_dir: expected a folder; {SYSTEM_STATE_DIR} is not writable and $HOME is not set")
+        return
+    collector.values["state_dir"], collector.origins["state_dir"] = found, origin
+
+
+def check_keys_in_hardware(configuration: Configuration) -> None:
+    """AskOperator `tpm.simulator_refused` for a simulated TPM at Azure's own endpoints."""
+    host = (urlsplit(configuration.endpoint).hostname or "").rstrip(".")
+    tpm = configuration.tpm
+    if tpm.backend == "simulator" and not tpm.i_know_keys_are_in_files and host.endswith(AZURE_ENDPOINT_SUFFIXES):
+        raise AskOperator(
+            "tpm.simulator_refused",
+            f"expected a hardware TPM for {host}; came the simulator, whose keys lie readable in {tpm.tcti}",
+        )
+
+
+def hierarchy_password(key: str, path: str, environ: "Mapping[str, str] | None" = None) -> bytes:
+    """The password in the file that setting `key` names, without one trailing newline; empty for no file.
+
+    AskOperator `config.invalid` where the file is missing, others than its owner may open it (systemd's
+    $CREDENTIALS_DIRECTORY excepted: it protects its files itself), or it holds 0 or more than 64 bytes.
+    """
+    if not path:
+        return b""
+    environ = os.environ if environ is None else environ
+    credentials = environ.get("CREDENTIALS_DIRECTORY", "")
+    try:
+        with open(path, "rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            password = file.read(AUTH_LIMIT + 2)
+    except OSError as error:
+        raise ConfigurationError("config.invalid", [f"{key}: {path} cannot be read: {error.strerror}"]) from None
+    protected = credentials and os.path.realpath(path).startswith(os.path.realpath(credentials) + os.sep)
+    if mode & 0o077 and not protected:
+        problem = f"{key}: expected a file that only its owner may open (chmod 600 {path}); its mode is {mode:03o}"
+        raise ConfigurationError("config.invalid", [problem])
+    password = password.removesuffix(b"\n")
+    if not 0 < len(password) <= AUTH_LIMIT:
+        size = "none" if not password else "more"
+        raise ConfigurationError("config.invalid", [f"{key}: expected 1 to {AUTH_LIMIT} bytes in {path}; came {size}"])
+    return password
+
+
+def without_password(value: Any) -> Any:
+    """A proxy's URL with its user and password replaced by ***."""
+    if not isinstance(value, str) or "@" not in value:
+        return value
+    scheme, _, rest = value.partition("://")
+    return f"{scheme}://***@{rest.rpartition('@')[2]}" if rest else "***@" + value.rpartition("@")[2]
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """The known name that was probably meant, or "": the same last part in another table, else the most similar."""
+    import difflib  # costs 3 ms and is needed only after a mistake
+
+    last = name.rpartition(".")[2]
+    for candidate in known:
+        if candidate.rpartition(".")[2] == last:
+            return candidate
+    for near in difflib.get_close_matches(name, known, n=1, cutoff=0.6):
+        return near
+    short = {candidate.rpartition(".")[2]: candidate for candidate in known}
+    for near in difflib.get_close_matches(last, list(short), n=1, cutoff=0.6):
+        return short[near]
+    return ""

@@ -1,0 +1,176 @@
+"""This device, built from its settings: TPM, store, connection and the runner over them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from dps_agent.assignment import hub_token, load_held
+from dps_agent.effects import LoadRecord
+from dps_agent.host import Provisioned
+from dps_agent.host.clock import SystemClock
+from dps_agent.host.config import Configuration, check_keys_in_hardware, hierarchy_password
+from dps_agent.host.progress import StepLines
+from dps_agent.host.runner import Runner
+from dps_agent.lifecycle import PROVISIONED, Lifecycle
+from dps_hal.contracts import IDENTITY
+from dps_hal.errors import AskOperator, Broken, IdentityStale, RetryLater
+from dps_hal.files import FileStore
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+    from dps_agent.assignment import Assignment
+    from dps_agent.effects import Effect
+    from dps_agent.sas import SasToken
+    from dps_hal.contracts import StoredRecord, TpmService
+
+
+def open_tpm(configuration: Configuration) -> TpmService:
+    """The TPM that the settings name; it is first touched when it is first used.
+
+    AskOperator `tpm.simulator_refused` for a simulated TPM at Azure's endpoints, `tpm.not_available` where the back
+    end's packages are missing.
+    """
+    check_keys_in_hardware(configuration)
+    tpm = configuration.tpm
+    if tpm.backend == "simulator":
+        from dps_hal.simulator import SimulatedTpm
+
+        return SimulatedTpm(tpm.tcti, ek_template=tpm.ek_template)
+    from dps_hal.esys import EsysTpm
+
+    return EsysTpm(
+        tpm.tcti,
+        ek_template=tpm.ek_template,
+        ek_handle=tpm.ek_handle,
+        srk_handle=tpm.srk_handle,
+        owner_auth=hierarchy_password("tpm.owner_auth_file", tpm.owner_auth_file),
+        endorsement_auth=hierarchy_password("tpm.endorsement_auth_file", tpm.endorsement_auth_file),
+    )
+
+
+def provision_once(
+    configuration: Configuration,
+    *,
+    force: bool = False,
+    timeout_s: float | None = None,
+    steps: StepLines | None = None,
+    with_signals: bool = False,
+) -> Provisioned:
+    """One registration, unless the stored assignment holds and `force` is off; see `dps_agent.host.provision`.
+
+    `steps` is told of each step. `with_signals` ends it cleanly at SIGTERM and SIGINT; for the main thread only.
+    """
+    from dps_agent.host.https import DpsConnection
+
+    started_s = time.monotonic()
+    settings = configuration.settings()
+    if timeout_s is not None:
+        budget_s = max(1, min(settings.registration_budget_s, int(timeout_s)))
+        settings = settings._replace(registration_budget_s=budget_s)
+    tpm = open_tpm(configuration)
+    clock = SystemClock()
+
+    def on_wait(reason: str, until_uptime_s: float) -> None:
+        if steps is not None:
+            steps.wait(reason, until_uptime_s - clock.uptime_s())
+
+    runner = Runner(
+        tpm=tpm,
+        store=FileStore(configuration.state_dir),
+        connection=DpsConnection(configuration.endpoint, configuration.connect_to, configuration.ca_file),
+        clock=clock,
+        observe=steps.observe if steps is not None else None,
+        on_wait=on_wait,
+    )
+    if with_signals:
+        runner.install_signals()
+    life = Lifecycle(settings)
+    with _stopped_after(runner, timeout_s):
+        runner.run(life.live(once=True, force=force))
+    assignment = life.assignment
+    if life.state != PROVISIONED or assignment is None:
+        error = life.error or RetryLater("agent.waiting", life.reason)
+        if isinstance(error, RetryLater) and error.retry_after_s is None:
+            error.retry_after_s = life.retry_after_s
+        raise error
+    if life.committed and configuration.tpm.persist_at:
+        try:
+            tpm.persist(assignment.wrapped_key, configuration.tpm.persist_at)
+        finally:
+            tpm.release()
+    return Provisioned(
+        assigned_hub=assignment.assigned_hub,
+        device_id=assignment.device_id,
+        registration_id=assignment.registration_id,
+        substatus=assignment.substatus,
+        already_provisioned=not life.committed,
+        backend=configuration.tpm.backend,
+        payload=assignment.payload,
+        payload_omitted=assignment.payload_omitted,
+        duration_s=round(time.monotonic() - started_s, 3),
+    )
+
+
+def hub_token_once(configuration: Configuration, life_s: int) -> tuple[Assignment, SasToken]:
+    """The assignment that holds and a token for its hub; see `dps_agent.host.hub_token`."""
+    settings = configuration.settings()
+
+    def exchange() -> Generator[Effect, Any, tuple[Assignment, SasToken]]:
+        stored: StoredRecord | None = yield LoadRecord(IDENTITY)
+        if stored is None:
+            raise AskOperator("record.absent", f"there is no assignment in {configuration.state_dir}")
+        assignment, reason = yield from load_held(settings, stored)
+        if assignment is None:
+            raise IdentityStale("record.stale", reason)
+        token = yield from hub_token(assignment, life_s)
+        return assignment, token
+
+    runner = Runner(
+        tpm=open_tpm(configuration),
+        store=FileStore(configuration.state_dir),
+        connection=_NoConnection(),
+        clock=SystemClock(),
+    )
+    return runner.run(exchange())
+
+
+@contextlib.contextmanager
+def _stopped_after(runner: Runner, timeout_s: float | None) -> Iterator[None]:
+    """Stops the runner after `timeout_s` seconds, None for never; its interruption is then an end of time."""
+    if timeout_s is None:
+        yield
+        return
+    out_of_time = threading.Event()
+
+    def stop() -> None:
+        out_of_time.set()
+        runner.stop()
+
+    timer = threading.Timer(timeout_s, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except RetryLater as error:
+        if out_of_time.is_set() and error.code == "agent.interrupted":
+            raise RetryLater("agent.out_of_time", f"not finished within {timeout_s:g} s") from None
+        raise
+    finally:
+        timer.cancel()
+
+
+class _NoConnection:
+    """For an exchange that asks for no HTTP: TLS is not even imported."""
+
+    def request(self, method: str, path: str, body: bytes, authorization: SasToken | None) -> Any:
+        raise Broken("agent.bug", f"an exchange without a network asked for {method}")
+
+    def abort(self) -> None:
+        """Nothing is under way."""
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,365 @@
+"""Does what the logic asks for, on Linux.
+
+One worker thread does what may block (HTTP, TPM, storage); the main thread waits for it with that effect's own
+deadline, feeds the watchdog until then and no longer, and hears of signals meanwhile. A worker that overruns its
+deadline can be neither ended nor trusted: what it holds (a TPM's driver, a disk) would block a second one as well. So
+the exchange ends, `run` raises, and the process is to exit; whatever starts it next starts clean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import queue
+import signal
+import threading
+import time
+from random import SystemRandom
+
+from dps_agent.effects import (
+    NO_REPLY_TIMEOUT,
+    Commit,
+    Http,
+    ImportKey,
+    LoadRecord,
+    NoReply,
+    Random,
+    ReadEndorsementKey,
+    ReadStorageRootKey,
+    Reply,
+    Sign,
+    Sleep,
+    Uptime,
+    UtcNow,
+)
+from dps_hal.errors import EXIT_GROUPS, Broken, DpsError, RetryLater
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from typing import Any, NamedTuple, Protocol, TypeVar
+
+    from dps_agent.effects import Effect
+    from dps_agent.sas import SasToken
+    from dps_hal.contracts import Clock, Store, Tpm
+
+    Result = TypeVar("Result")
+
+    class Connection(Protocol):
+        """What the runner needs of `dps_agent.host.https.DpsConnection`."""
+
+        def request(self, method: str, path: str, body: bytes, authorization: SasToken | None) -> Reply | NoReply: ...
+        def abort(self) -> None: ...
+        def close(self) -> None: ...
+
+    class _Outcome(NamedTuple):
+        """What became of one effect: its answer, or the error to throw."""
+
+        answer: Any
+        error: DpsError | None
+else:
+    from collections import namedtuple
+
+    _Outcome = namedtuple("_Outcome", ("answer", "error"))
+
+HTTP_DEADLINE_S = 60.0  # one request in all
+TPM_KEY_DEADLINE_S = 180.0  # a TPM may have to create the EK or SRK first: RSA-2048 takes minutes on slow ones
+TPM_DEADLINE_S = 30.0
+STORE_DEADLINE_S = 30.0
+ABORT_GRACE_S = 1.0  # an aborted request returns at once; this is for a loaded machine
+STOP_GRACE_S = 1.0  # a TPM command or a commit under way may end within this after `stop`
+EXIT_GRACE_S = 1.5  # after a signal the process is gone by then, whatever blocks
+RELEASE_FOR_SLEEPS_OVER_S = 2.0
+CLOSE_FOR_SLEEPS_OVER_S = 60.0
+_WHO = {"tpm.timeout": "the TPM", "store.io": "the storage"}
+_FEED_EVERY_S = 1.0
+_LONGEST_STEP_S = 60.0
+_random = SystemRandom().random
+
+
+class Runner:
+    """Runs exchanges, one after the other, on one TPM, store, connection and clock.
+
+    `observe(effect, answer or error, seconds)` is called after each effect of HTTP, TPM and store, for progress lines;
+    what it gets holds signatures and keys, so it must not print that. `on_wait(reason, until_uptime_s)` is called
+    before each Sleep, `watchdog()` about once a second while everything is within its deadline.
+
+    `stuck` is True once an effect did not end: the worker hangs in it, the process is to exit, with os._exit if the
+    interpreter's own end could hang as well.
+    """
+
+    def __init__(
+        self,
+        *,
+        tpm: Tpm,
+        store: Store,
+        connection: Connection,
+        clock: Clock,
+        random: Callable[[], float] = _random,
+        observe: Callable[[Effect, object, float], None] | None = None,
+        on_wait: Callable[[str, float], None] | None = None,
+        watchdog: Callable[[], None] | None = None,
+    ) -> None:
+        self.stuck = False
+        self._tpm = tpm
+        self._store = store
+        self._connection = connection
+        self._clock = clock
+        self._random = random
+        self._observe = observe
+        self._on_wait = on_wait
+        self._watchdog = watchdog
+        self._fed_at_s = -math.inf
+        self._stopped_at_s = math.inf
+        self._worker: threading.Thread | None = None
+        self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()  # None: end
+        self._outcomes: queue.SimpleQueue[_Outcome | None] = queue.SimpleQueue()  # None: look whether to stop
+        self._busy = False  # the worker has a call whose outcome was not taken yet
+
+    def run(self, exchange: Generator[Effect, Any, Result]) -> Result:
+        """Runs `exchange` to its end and returns its result; TPM, connection and worker thread are released then.
+
+        Raises what the exchange raises; RetryLater `tpm.timeout`, `store.io` or `network.timeout` where an effect did
+        not end (see `stuck`); RetryLater `agent.interrupted` after `stop`; Broken `agent.bug` for any exception that
+        is no DpsError, with its type and place and without its text, which might hold a secret.
+        """
+        try:
+            if self.stuck:
+                raise RetryLater("agent.interrupted", "an earlier step still hangs; this process must exit first")
+            result = self._drive(exchange)
+        except BaseException:
+            with contextlib.suppress(DpsError):  # the first failure counts
+                self._end(exchange)
+            raise
+        self._end(exchange)
+        return result
+
+    def stop(self) -> None:
+        """Ends the exchange at its next effect, and any later one; from a signal handler or another thread.
+
+        A Sleep or a request ends at once; a TPM command or a commit may go on for STOP_GRACE_S.
+        """
+        self._stopped_at_s = min(self._stopped_at_s, time.monotonic())
+        self._outcomes.put(None)  # a SimpleQueue, and no lock: the signal may have come while the main thread held it
+
+    def install_signals(self, exit_status: int = EXIT_GROUPS.index("retry")) -> None:
+        """From now on SIGTERM and SIGINT are `stop`; for the main thread of a program.
+
+        A process that still lives EXIT_GRACE_S after the first of them ends with `exit_status`, whatever blocks: what
+        must survive that survives a power cut as well.
+        """
+        signalled: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+        def on_signal(_number: int, _frame: object) -> None:
+            self.stop()
+            signalled.put(None)
+
+        def exit_when_late() -> None:
+            signalled.get()
+            time.sleep(EXIT_GRACE_S)
+            os._exit(exit_status)
+
+        threading.Thread(target=exit_when_late, name="dps-exit", daemon=True).start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
+
+    def _drive(self, exchange: Generator[Effect, Any, Result]) -> Result:
+        outcome = _Outcome(None, None)
+        while True:
+            try:
+                effect = _advance(exchange, outcome)
+            except StopIteration as end:
+                result: Result = end.value
+                return result
+            self._feed()
+            outcome = self._perform(effect)
+
+    def _perform(self, effect: Effect) -> _Outcome:
+        self._refuse_if_stopped()
+        match effect:
+            case Uptime():
+                return _attempt(self._clock.uptime_s)
+            case UtcNow():
+                return _attempt(self._clock.utc)
+            case Random():
+                return _attempt(self._random)
+            case Sleep(delay_s, reason):
+                return self._sleep(delay_s, reason)
+        started_s = time.monotonic()
+        outcome = self._request(effect) if isinstance(effect, Http) else self._on_worker(*self._call(effect))
+        if self._observe is not None:
+            self._observe(effect, outcome.error or outcome.answer, time.monotonic() - started_s)
+        return outcome
+
+    def _call(self, effect: Effect) -> tuple[Callable[[], Any], float, str]:
+        """What the worker is to call for `effect`, its deadline in seconds, and the error's code if it does not end."""
+        tpm, store = self._tpm, self._store
+        match effect:
+            case ReadEndorsementKey():
+                return tpm.endorsement_key, TPM_KEY_DEADLINE_S, "tpm.timeout"
+            case ReadStorageRootKey():
+                return tpm.storage_root_key, TPM_KEY_DEADLINE_S, "tpm.timeout"
+            case ImportKey(activation):
+                return lambda: tpm.import_key(activation), TPM_DEADLINE_S, "tpm.timeout"
+            case Sign(wrapped_key, message):
+                return lambda: tpm.sign(wrapped_key, message), TPM_DEADLINE_S, "tpm.timeout"
+            case Commit(record, payload):
+                return lambda: store.commit(record, payload), STORE_DEADLINE_S, "store.io"
+            case LoadRecord(record):
+                return lambda: store.load(record), STORE_DEADLINE_S, "store.io"
+        raise Broken("agent.bug", f"the logic yielded a {type(effect).__name__}, which is no effect")
+
+    def _on_worker(self, call: Callable[[], Any], deadline_s: float, overrun_code: str) -> _Outcome:
+        self._hand_over(call)
+        outcome = self._wait(deadline_s, STOP_GRACE_S)
+        if outcome is None:
+            self.stuck = True
+            self._refuse_if_stopped()
+            raise RetryLater(overrun_code, f"{_WHO[overrun_code]} did not answer within {deadline_s:g} s")
+        return outcome
+
+    def _request(self, http: Http) -> _Outcome:
+        self._hand_over(lambda: self._connection.request(*http))
+        outcome = self._wait(HTTP_DEADLINE_S, 0.0)
+        if outcome is None:
+            for _ in range(10):  # the worker may be about to begin: then the first one finds nothing to end
+                self._connection.abort()
+                outcome = self._wait(ABORT_GRACE_S / 10)
+                if outcome is not None:
+                    break
+            else:
+                self.stuck = True
+                self._refuse_if_stopped()
+                raise RetryLater("network.timeout", f"the request did not end within {HTTP_DEADLINE_S:g} s")
+            if isinstance(outcome.answer, NoReply) and not self._is_stopped():
+                text = f"{NO_REPLY_TIMEOUT}: no whole answer within {HTTP_DEADLINE_S:g} s"
+                return _Outcome(NoReply(text, outcome.answer.request_sent), None)
+        if outcome.error is not None:  # an Http is answered by a value, so this is not for the logic
+            raise outcome.error
+        return outcome
+
+    def _sleep(self, delay_s: float, reason: str) -> _Outcome:
+        if delay_s > RELEASE_FOR_SLEEPS_OVER_S:
+            self._release()
+        if delay_s > CLOSE_FOR_SLEEPS_OVER_S:
+            _required(self._connection.close)
+        if self._on_wait is not None:
+            self._on_wait(reason, self._clock.uptime_s() + delay_s)
+        self._wait(delay_s, 0.0)
+        self._refuse_if_stopped()
+        return _Outcome(None, None)
+
+    def _release(self) -> None:
+        if self._worker is not None:  # without one the TPM was not used
+            outcome = self._on_worker(self._tpm.release, TPM_DEADLINE_S, "tpm.timeout")
+            if outcome.error is not None:
+                raise outcome.error
+
+    def _hand_over(self, call: Callable[[], Any]) -> None:
+        if self._worker is None:
+            self._worker = threading.Thread(
+                target=_work, args=(self._calls, self._outcomes), name="dps-worker", daemon=True
+            )
+            self._worker.start()
+        self._busy = True
+        self._calls.put(call)
+
+    def _wait(self, within_s: float, after_stop_s: float = math.inf) -> _Outcome | None:
+        """The worker's outcome; None once `within_s` is over, or `after_stop_s` after `stop` (if earlier: from now)."""
+        began_s = time.monotonic()
+        until_s = began_s + within_s
+        step_s = _LONGEST_STEP_S if self._watchdog is None else _FEED_EVERY_S
+        while (left_s := min(until_s, max(began_s, self._stopped_at_s) + after_stop_s) - time.monotonic()) > 0:
+            self._feed()
+            with contextlib.suppress(queue.Empty):
+                outcome = self._outcomes.get(timeout=min(left_s, step_s))
+                if outcome is not None:
+                    self._busy = False
+                    return outcome
+        return None
+
+    def _feed(self) -> None:
+        now_s = time.monotonic()
+        if self._watchdog is not None and now_s - self._fed_at_s >= _FEED_EVERY_S:
+            self._fed_at_s = now_s
+            self._watchdog()
+
+    def _is_stopped(self) -> bool:
+        return self._stopped_at_s < math.inf
+
+    def _refuse_if_stopped(self) -> None:
+        if self._is_stopped():
+            raise RetryLater("agent.interrupted", "stopped before the end")
+
+    def _end(self, exchange: Generator[Effect, Any, Any]) -> None:
+        """Ends the exchange, then releases all that `run` used; each step is done even if an earlier one fails."""
+        with contextlib.ExitStack() as steps:  # run from the last to the first
+            steps.callback(self._end_worker)
+            steps.callback(self._close_unless_stuck)
+            steps.callback(self._release_unless_stuck)
+            steps.callback(self._settle)
+            steps.callback(_required, exchange.close)
+
+    def _settle(self) -> None:
+        if self._busy and not self.stuck:  # `run` was left in the middle of a wait: Ctrl-C, or a callback that failed
+            self._connection.abort()
+            self.stuck = self._wait(STOP_GRACE_S) is None
+
+    def _release_unless_stuck(self) -> None:
+        if not self.stuck:
+            with contextlib.suppress(RetryLater):  # it hangs: `stuck` says so, and the result is worth more
+                self._release()
+
+    def _close_unless_stuck(self) -> None:
+        if not self.stuck:
+            _required(self._connection.close)
+
+    def _end_worker(self) -> None:
+        if self._worker is not None:
+            self.stuck = self.stuck or self._busy
+            self._calls.put(None)
+            if not self.stuck:
+                self._worker.join()
+                self._worker = None
+
+
+def bug(error: Exception) -> Broken:
+    """An unforeseen exception as Broken `agent.bug`: its type and where it came from, nothing of what it says."""
+    places = []
+    trace = error.__traceback__
+    while trace is not None:
+        places.append(f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return Broken("agent.bug", f"{type(error).__name__} at {' < '.join(places[:-5:-1])}")
+
+
+def _work(calls: queue.SimpleQueue[Callable[[], Any] | None], outcomes: queue.SimpleQueue[_Outcome | None]) -> None:
+    while (call := calls.get()) is not None:
+        outcomes.put(_attempt(call))
+        del call  # it may hold a key, and the next call may be far
+
+
+def _attempt(call: Callable[[], Any]) -> _Outcome:
+    try:
+        return _Outcome(call(), None)
+    except DpsError as error:
+        return _Outcome(None, error)
+    except Exception as error:
+        return _Outcome(None, bug(error))
+
+
+def _required(call: Callable[[], Any]) -> None:
+    outcome = _attempt(call)
+    if outcome.error is not None:
+        raise outcome.error
+
+
+def _advance(exchange: Generator[Effect, Any, Any], outcome: _Outcome) -> Effect:
+    """The exchange's next effect; StopIteration with the result at its end."""
+    try:
+        return exchange.send(outcome.answer) if outcome.error is None else exchange.throw(outcome.error)
+    except (DpsError, StopIteration):
+        raise
+    except Exception as error:
+        raise bug(error) from None

@@ -1,0 +1,407 @@
+"""The settings: every key from every source, their order, and problems that name what to correct."""
+
+import dataclasses
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dps_agent.host import config
+from dps_agent.host.config import KEYS, Configuration, ConfigurationError, environment_name, load
+from dps_agent.settings import Settings
+from dps_hal.errors import AskOperator
+
+TEMPLATE = Path(__file__).parents[2] / "agent" / "service" / "config.toml"
+
+# Every key: its default, another value as TOML writes it, and that value in Python.
+GOLDEN: dict[str, tuple[Any, str, Any]] = {
+    "id_scope": ("", '"0ne00111111"', "0ne00111111"),
+    "registration_id": ("auto", '"press-07"', "press-07"),
+    "endpoint": ("https://global.azure-devices-provisioning.net", '"https://localhost:8443"', "https://localhost:8443"),
+    "connect_to": ("", '"127.0.0.1:8443"', "127.0.0.1:8443"),
+    "ca_file": ("", '"/etc/ca.pem"', "/etc/ca.pem"),
+    "state_dir": ("", '"/var/lib/other"', "/var/lib/other"),
+    "poll": ("lookup", '"operation"', "operation"),
+    "payload": ({}, '{line = 3, tags = ["a"]}', {"line": 3, "tags": ["a"]}),
+    "retry.registration_budget_s": (900, "60", 60),
+    "retry.first_contact_spread_s": (0, "300", 300),
+    "tpm.backend": ("esys", '"simulator"', "simulator"),
+    "tpm.tcti": ("device:/dev/tpmrm0", '"/tmp/tpm"', "/tmp/tpm"),
+    "tpm.ek_template": ("tcg-l1", '"azure-c-sdk"', "azure-c-sdk"),
+    "tpm.ek_handle": (0x81010001, "0x81010005", 0x81010005),
+    "tpm.srk_handle": (0x81000001, "0x81000005", 0x81000005),
+    "tpm.owner_auth_file": ("", '"/run/owner"', "/run/owner"),
+    "tpm.endorsement_auth_file": ("", '"/run/endorsement"', "/run/endorsement"),
+    "tpm.persist_at": (0, "0x81000100", 0x81000100),
+    "tpm.i_know_keys_are_in_files": (False, "true", True),
+    "hub.port": (8883, "443", 443),
+    "hub.connect_to": ("", '"[::1]:8883"', "[::1]:8883"),
+    "hub.ca_file": ("", '"/etc/hub.pem"', "/etc/hub.pem"),
+    "hub.transport": ("auto", '"websocket"', "websocket"),
+    "hub.hub_suffixes": (
+        (".azure-devices.net", ".azure-devices.cn", ".azure-devices.us"),
+        '[".example.test", "hub.test"]',
+        (".example.test", "hub.test"),
+    ),
+    "network.proxy": ("env", '"http://proxy:3128"', "http://proxy:3128"),
+}
+NO_FILE = Path("/nonexistent/dps-agent/config.toml")
+ENVIRON = {"STATE_DIRECTORY": "/run/state", "DPS_AGENT_ID_SCOPE": "0ne00000000"}
+
+
+def read(text: str, tmp_path: Path, environ: dict[str, str] | None = None, *overrides: str) -> Configuration:
+    file = tmp_path / "given.toml"
+    file.write_text(text)
+    return load(file, overrides=overrides, environ=ENVIRON if environ is None else environ)
+
+
+def problems_of(text: str, tmp_path: Path, environ: dict[str, str] | None = None, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigurationError) as caught:
+        read(text, tmp_path, environ, *overrides)
+    assert all(problem in caught.value.message for problem in caught.value.problems)
+    return caught.value.problems
+
+
+def as_file(key: str, text: str) -> str:
+    table, _, name = key.rpartition(".")
+    return f"[{table}]\n{name} = {text}\n" if table else f"{name} = {text}\n"
+
+
+def with_scope(key: str) -> dict[str, str]:
+    """An environment without `key`: a simulator needs its folder, the other keys stand alone."""
+    environ = dict(ENVIRON)
+    if key == "tpm.backend":
+        environ["DPS_AGENT_TPM_TCTI"] = "/tmp/tpm"
+    environ.pop(environment_name(key), None)
+    return environ
+
+
+def test_the_golden_table_has_every_key_and_no_other() -> None:
+    assert list(GOLDEN) == list(KEYS)
+
+
+def test_defaults_are_those_of_the_design() -> None:
+    assert {key: config.default_of(key) for key in KEYS} == {key: default for key, (default, _, _) in GOLDEN.items()}
+
+
+@pytest.mark.parametrize("key", GOLDEN)
+def test_a_key_in_a_file_counts_and_its_origin_is_the_file(key: str, tmp_path: Path) -> None:
+    loaded = read(as_file(key, GOLDEN[key][1]), tmp_path, with_scope(key))
+    assert (loaded.value(key), loaded.origins[key]) == (GOLDEN[key][2], str(tmp_path / "given.toml"))
+
+
+@pytest.mark.parametrize("key", GOLDEN)
+def test_a_key_in_the_environment_counts_and_its_origin_is_the_variable(key: str) -> None:
+    environ = {**with_scope(key), environment_name(key): GOLDEN[key][1]}
+    loaded = load(environ=environ, system_file=NO_FILE)
+    assert (loaded.value(key), loaded.origins[key]) == (GOLDEN[key][2], f"environment {environment_name(key)}")
+
+
+@pytest.mark.parametrize("key", GOLDEN)
+def test_a_key_as_a_flag_counts_and_its_origin_is_the_flag(key: str) -> None:
+    loaded = load(overrides=[f"{key}={GOLDEN[key][1]}"], environ=with_scope(key), system_file=NO_FILE)
+    assert (loaded.value(key), loaded.origins[key]) == (GOLDEN[key][2], f"--set {key}")
+
+
+@pytest.mark.parametrize("key", [key for key, (default, _, _) in GOLDEN.items() if isinstance(default, str)])
+def test_text_in_the_environment_needs_no_quotes(key: str) -> None:
+    environ = {**with_scope(key), environment_name(key): GOLDEN[key][2]}
+    assert load(environ=environ, system_file=NO_FILE).value(key) == GOLDEN[key][2]
+
+
+def test_bare_digits_stay_text_where_text_is_expected() -> None:
+    assert load(environ={**ENVIRON, "DPS_AGENT_REGISTRATION_ID": "0815"}, system_file=NO_FILE).registration_id == "0815"
+
+
+def test_a_value_in_the_environment_cannot_smuggle_another_key() -> None:
+    with pytest.raises(ConfigurationError, match=r"hub\.port: expected a whole number"):
+        load(environ={**ENVIRON, "DPS_AGENT_HUB_PORT": "443\npoll = 'operation'"}, system_file=NO_FILE)
+
+
+def test_environment_names_are_the_documented_ones() -> None:
+    assert environment_name("id_scope") == "DPS_AGENT_ID_SCOPE"
+    assert environment_name("tpm.backend") == "DPS_AGENT_TPM_BACKEND"
+    assert environment_name("hub.connect_to") == "DPS_AGENT_HUB_CONNECT_TO"
+
+
+def test_the_last_source_wins(tmp_path: Path) -> None:
+    system = tmp_path / "config.toml"
+    system.write_text('id_scope = "file"\npoll = "operation"\n[retry]\nregistration_budget_s = 1\n[hub]\nport = 1\n')
+    (tmp_path / "config.d").mkdir()
+    (tmp_path / "config.d" / "20.toml").write_text("[retry]\nregistration_budget_s = 20\n[hub]\nport = 20\n")
+    (tmp_path / "config.d" / "10.toml").write_text("[retry]\nregistration_budget_s = 10\nfirst_contact_spread_s = 10\n")
+    (tmp_path / "config.d" / "30.txt").write_text("no TOML")
+    environ = {"STATE_DIRECTORY": "/run/state", "DPS_AGENT_HUB_PORT": "30", "DPS_AGENT_CA_FILE": "/env"}
+    loaded = load(overrides=["ca_file=/flag"], environ=environ, system_file=system)
+    assert loaded.id_scope == "file"
+    assert loaded.poll == "operation"
+    assert loaded.retry.first_contact_spread_s == 10
+    assert loaded.retry.registration_budget_s == 20
+    assert loaded.hub.port == 30
+    assert loaded.ca_file == "/flag"
+    assert loaded.files == tuple(
+        str(tmp_path / name) for name in ("config.toml", "config.d/10.toml", "config.d/20.toml")
+    )
+
+
+def test_a_named_file_replaces_the_system_files_and_their_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.d").mkdir()
+    (tmp_path / "config.d" / "10.toml").write_text("[hub]\nport = 10\n")
+    assert read("", tmp_path).hub.port == 8883
+
+
+def test_the_folder_counts_without_the_first_file(tmp_path: Path) -> None:
+    (tmp_path / "config.d").mkdir()
+    (tmp_path / "config.d" / "10.toml").write_text("[hub]\nport = 10\n")
+    assert load(environ=ENVIRON, system_file=tmp_path / "config.toml").hub.port == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [
+        ('id_skope = "x"', "id_scope"),
+        ('[tpm]\nbackends = "esys"', "tpm.backend"),
+        ('backend = "esys"', "tpm.backend"),
+        ("[retries]\nx = 1", "retry"),
+        ("[network]\nport = 443", "hub.port"),
+        ('registrationId = "x"', "registration_id"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known(text: str, nearest: str, tmp_path: Path) -> None:
+    (problem,) = problems_of(text, tmp_path)
+    assert "there is no such setting" in problem
+    assert problem.endswith(f"the nearest is {nearest}")
+
+
+def test_an_unknown_variable_names_the_nearest_known_and_not_its_value(tmp_path: Path) -> None:
+    (problem,) = problems_of("", tmp_path, {**ENVIRON, "DPS_AGENT_TPM_BACKED": "hunter2"})
+    assert "DPS_AGENT_TPM_BACKEND" in problem
+    assert "hunter2" not in problem
+
+
+def test_a_key_like_nothing_known_is_an_error_without_a_guess(tmp_path: Path) -> None:
+    (problem,) = problems_of("zzzz = 1", tmp_path)
+    assert "nearest" not in problem
+
+
+BAD = [
+    ("id_scope", '"has space"'),
+    ("id_scope", "1"),
+    ("registration_id", '"-x"'),
+    ("registration_id", '"x."'),
+    ("registration_id", '"a/b"'),
+    ("registration_id", f'"{"a" * 129}"'),
+    ("endpoint", '"http://plain.test"'),
+    ("endpoint", '"https://x.test/path"'),
+    ("endpoint", '"https://user@x.test"'),
+    ("endpoint", '"https://x.test:port"'),
+    ("endpoint", '"https://"'),
+    ("connect_to", '"host"'),
+    ("connect_to", '"host:0"'),
+    ("connect_to", '"host:65536"'),
+    ("connect_to", '"::1:443"'),
+    ("state_dir", "7"),
+    ("poll", '"mqtt"'),
+    ("payload", '"text"'),
+    ("payload", "{when = 2026-01-01}"),
+    ("payload", "{x = nan}"),
+    ("retry.registration_budget_s", "0"),
+    ("retry.registration_budget_s", "1.5"),
+    ("retry.registration_budget_s", "true"),
+    ("retry.first_contact_spread_s", "-1"),
+    ("tpm.backend", '"fapi"'),
+    ("tpm.tcti", '""'),
+    ("tpm.ek_template", '"l2"'),
+    ("tpm.ek_handle", "0"),
+    ("tpm.srk_handle", "0x81800000"),
+    ("tpm.persist_at", "0x80000000"),
+    ("tpm.i_know_keys_are_in_files", "1"),
+    ("hub.port", "65536"),
+    ("hub.transport", '"amqp"'),
+    ("hub.hub_suffixes", "[]"),
+    ("hub.hub_suffixes", '["a b"]'),
+    ("hub.hub_suffixes", '"x"'),
+    ("network.proxy", '"socks5://x"'),
+]
+
+
+@pytest.mark.parametrize(("key", "text"), BAD)
+def test_a_bad_value_names_key_origin_expectation_and_what_came(key: str, text: str, tmp_path: Path) -> None:
+    (problem,) = problems_of(as_file(key, text), tmp_path)
+    assert re.match(rf"{re.escape(key)}: expected .+; came .+ \({re.escape(str(tmp_path))}", problem), problem
+
+
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+    problems = problems_of(
+        'pol = "x"\nendpoint = "ftp://x"\n[hub]\nport = 0\n[tpm]\nbackend = "wire"\nek_handle = 0x81000001\n',
+        tmp_path,
+        {"STATE_DIRECTORY": "/run/state", "DPS_AGENT_NETWORK_PROXY": "gopher"},
+        "retry.registration_budget_s=many",
+        "nonsense",
+    )
+    named = [problem.split(":")[0] for problem in problems]
+    assert named == [
+        "pol",
+        "endpoint",
+        "hub.port",
+        "network.proxy",
+        "retry.registration_budget_s",
+        "--set",
+        "tpm.backend",
+        "tpm.srk_handle",
+        "id_scope",
+    ]
+
+
+def test_a_missing_id_scope_has_its_own_code_and_is_no_problem_where_none_is_needed(tmp_path: Path) -> None:
+    environ = {"STATE_DIRECTORY": "/run/state"}
+    with pytest.raises(ConfigurationError) as caught:
+        load(environ=environ, system_file=NO_FILE)
+    assert caught.value.code == "config.missing"
+    loaded = load(environ=environ, system_file=NO_FILE, need_id_scope=False)
+    with pytest.raises(ConfigurationError, match="id_scope"):
+        loaded.settings()
+
+
+@pytest.mark.parametrize("content", [b"id_scope = ", b"\xff\xfe", b"a = " + b"[" * 100_000])
+def test_a_file_that_is_no_toml_is_named(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "broken.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=re.escape(str(file))) as caught:
+        load(file, environ={"STATE_DIRECTORY": "/run/state"})
+    assert caught.value.code == "config.unreadable"
+    assert len(caught.value.problems) == 1
+
+
+def test_a_named_file_that_is_absent_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="No such file"):
+        load(tmp_path / "absent.toml", environ=ENVIRON)
+
+
+def test_the_wire_backend_is_said_to_be_missing_in_this_version(tmp_path: Path) -> None:
+    (problem,) = problems_of('[tpm]\nbackend = "wire"', tmp_path)
+    assert "not in this version" in problem
+
+
+@pytest.mark.parametrize("tcti", ["", 'tcti = "swtpm:port=2321"'])
+def test_the_simulator_wants_a_folder(tcti: str, tmp_path: Path) -> None:
+    (problem,) = problems_of(f'[tpm]\nbackend = "simulator"\n{tcti}', tmp_path)
+    assert problem.startswith("tpm.tcti: ")
+    assert "folder" in problem
+
+
+@pytest.mark.parametrize("domain", ["net", "cn", "us"])
+def test_the_simulator_is_refused_for_azure(domain: str, tmp_path: Path) -> None:
+    text = 'endpoint = "https://{}"\n[tpm]\nbackend = "simulator"\ntcti = "/tmp/tpm"\n'
+    azure = f"GLOBAL.azure-devices-provisioning.{domain}:443"
+    with pytest.raises(AskOperator) as caught:
+        config.check_keys_in_hardware(read(text.format(azure), tmp_path))
+    assert caught.value.code == "tpm.simulator_refused"
+    config.check_keys_in_hardware(read(text.format(azure) + "i_know_keys_are_in_files = true", tmp_path))
+    config.check_keys_in_hardware(read(text.format("localhost"), tmp_path))
+
+
+def test_the_state_folder_is_systemds_then_the_systems_then_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def state_dir(environ: dict[str, str]) -> str:
+        return load(environ={"DPS_AGENT_ID_SCOPE": "x", **environ}, system_file=NO_FILE).state_dir
+
+    user = {"XDG_STATE_HOME": "/home/u/state", "HOME": "/home/u"}
+    monkeypatch.setattr(config, "SYSTEM_STATE_DIR", str(tmp_path / "dps-agent"))
+    assert state_dir({"STATE_DIRECTORY": "/run/a:/run/b", **user}) == "/run/a"
+    assert state_dir(user) == str(tmp_path / "dps-agent")
+    monkeypatch.setattr(config, "SYSTEM_STATE_DIR", str(tmp_path / "absent" / "dps-agent"))
+    assert state_dir(user) == "/home/u/state/dps-agent"
+    assert state_dir({"HOME": "/home/u"}) == "/home/u/.local/state/dps-agent"
+    assert state_dir({"DPS_AGENT_STATE_DIR": "/mine", **user}) == "/mine"
+    with pytest.raises(ConfigurationError, match="state_dir: expected a folder"):
+        state_dir({})
+
+
+def test_the_logic_gets_its_settings(tmp_path: Path) -> None:
+    loaded = read('id_scope = "s"\nregistration_id = "r"\npayload = {a = 1}', tmp_path)
+    suffixes = (".azure-devices.net", ".azure-devices.cn", ".azure-devices.us")
+    endpoint = "https://global.azure-devices-provisioning.net"
+    assert loaded.settings() == Settings("0ne00000000", "r", endpoint, "lookup", {"a": 1}, 900, 0, suffixes)
+    assert read("", tmp_path).settings().payload is None
+
+
+def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        read("", tmp_path).poll = "operation"  # type: ignore[misc]
+
+
+def test_a_password_file_loses_one_line_end(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.touch(0o600)
+    file.write_bytes(b"hunter2\n\n")
+    assert config.hierarchy_password("tpm.owner_auth_file", str(file)) == b"hunter2\n"
+    assert config.hierarchy_password("tpm.owner_auth_file", "") == b""
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o610, 0o601])
+def test_a_password_file_open_to_others_is_refused(mode: int, tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_bytes(b"hunter2")
+    file.chmod(mode)
+    with pytest.raises(ConfigurationError, match="chmod 600") as caught:
+        config.hierarchy_password("tpm.owner_auth_file", str(file), {})
+    assert "hunter2" not in str(caught.value) + repr(caught.value)
+
+
+def test_a_credential_of_systemd_may_have_its_own_mode(tmp_path: Path) -> None:
+    file = tmp_path / "credentials" / "owner"
+    file.parent.mkdir()
+    file.write_bytes(b"hunter2")
+    file.chmod(0o440)
+    environ = {"CREDENTIALS_DIRECTORY": str(file.parent)}
+    assert config.hierarchy_password("tpm.owner_auth_file", str(file), environ) == b"hunter2"
+    beside = tmp_path / "credentials-of-others"
+    beside.write_bytes(b"hunter2")
+    beside.chmod(0o440)
+    with pytest.raises(ConfigurationError):
+        config.hierarchy_password("tpm.owner_auth_file", str(beside), environ)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"x" * 65])
+def test_a_password_of_no_or_too_many_bytes_is_refused(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.touch(0o600)
+    file.write_bytes(content)
+    with pytest.raises(ConfigurationError, match="1 to 64 bytes"):
+        config.hierarchy_password("tpm.owner_auth_file", str(file))
+
+
+def test_a_password_file_that_is_absent_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(str(tmp_path / "absent"))):
+        config.hierarchy_password("tpm.owner_auth_file", str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("url", ["ftp://me:hunter2@proxy:3128", "me:hunter2@proxy", "http:/me:hunter2@proxy"])
+def test_a_problem_with_the_proxy_does_not_show_its_password(url: str, tmp_path: Path) -> None:
+    (problem,) = problems_of("", tmp_path, {**ENVIRON, "DPS_AGENT_NETWORK_PROXY": url})
+    assert "hunter2" not in problem
+
+
+def test_the_template_has_every_key_with_its_default_and_variable() -> None:
+    lines = TEMPLATE.read_text().splitlines()
+    assigned = [line for line in lines if re.match(r"# [a-z_]+ = ", line)]
+    opened = [line.removeprefix("# ") if line in assigned else line for line in lines]
+    parsed = tomllib.loads("\n".join(opened))
+    flat = {
+        key: parsed.get(key.split(".")[0]) if "." not in key else parsed[key.split(".")[0]].get(key.split(".")[1])
+        for key in KEYS
+    }
+    expected = {key: config.default_of(key) for key in KEYS}
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()} == expected
+    assert [line.rpartition("# ")[2] for line in assigned] == [environment_name(key) for key in KEYS]
+
+
+def test_the_template_as_it_is_changes_nothing() -> None:
+    loaded = load(TEMPLATE, environ=ENVIRON)
+    assert all(loaded.value(key) == config.default_of(key) for key in KEYS if key not in ("id_scope", "state_dir"))
+    assert os.path.isabs(loaded.state_dir)

@@ -1,0 +1,429 @@
+"""The house rules that a machine can check, each first shown to see a violation.
+
+A shared file is one that also runs on MicroPython: every file directly in dps_agent, and every file of dps_hal that is
+not in HOST_ONLY.
+"""
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dps_agent import effects
+from dps_hal.codes import REMEDIES
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+AGENT = CHECKOUT / "agent" / "dps_agent"
+HAL = CHECKOUT / "hal" / "dps_hal"
+EMULATOR = CHECKOUT / "tools" / "dps_emulator"
+HOST_ONLY = {"aes.py", "codes.py", "esys.py", "files.py", "simulator.py"}
+
+SHARED_AGENT = sorted(AGENT.glob("*.py"))
+SHARED_HAL = sorted(path for path in HAL.glob("*.py") if path.name not in HOST_ONLY)
+SHARED = SHARED_AGENT + SHARED_HAL
+PRODUCT = sorted([*AGENT.rglob("*.py"), *HAL.rglob("*.py")])
+EVERY_PACKAGE = sorted([*PRODUCT, *EMULATOR.rglob("*.py")])
+TEXTS = sorted(
+    path
+    for folder in ("agent", "hal", "micropython", "tests", "tools", "docs", ".ci")
+    for path in (CHECKOUT / folder).rglob("*")
+    if path.is_file() and (path.suffix in (".py", ".md", ".toml", ".sh", ".service") or not path.suffix)
+) + sorted([*CHECKOUT.glob("*.md"), *CHECKOUT.glob("*.toml")])
+
+BOARD_MODULES = {"struct", "binascii", "hashlib", "collections"}
+AGENT_MAY_IMPORT = {"dps_hal.contracts", "dps_hal.errors", "dps_hal.platform", "dps_hal.activation", "dps_hal.tpm_keys"}
+PLATFORM_MAY_IMPORT = {"os", "sys", "ujson", "cryptolib", "dps_hal.aes"}  # platform.py alone knows two runtimes
+
+# MicroPython has no such built-in, and finds out only when an exception is matched against it.
+ABSENT_EXCEPTIONS = {
+    *("BlockingIOError", "BrokenPipeError", "ChildProcessError", "ConnectionError", "ConnectionAbortedError"),
+    *("ConnectionRefusedError", "ConnectionResetError", "FileExistsError", "FileNotFoundError", "InterruptedError"),
+    *("IsADirectoryError", "NotADirectoryError", "PermissionError", "ProcessLookupError", "TimeoutError"),
+}
+ABSENT_ATTRIBUTES = {
+    *("bit_length", "hexdigest", "zfill", "ljust", "rjust", "removeprefix", "removesuffix", "isascii", "casefold"),
+    *("translate", "tobytes", "cast", "_replace", "_asdict", "__cause__", "__context__", "__annotations__", "strerror"),
+}
+ABSENT_KEYWORDS = {"byteorder", "signed", "strict", "sort_keys", "flush", "defaults", "metaclass"}
+
+AREAS = ("tpm", "store", "record", "dps", "network", "clock", "config", "agent")
+CODE = re.compile(rf"(?:{'|'.join(AREAS)})\.[a-z][a-z0-9_]*")
+FILE_NAMES = {"config.toml", "config.d"}  # of the form of a code, but none
+
+Rule = Callable[[ast.Module], Iterator[str]]
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    """Whether `node` is an `if TYPE_CHECKING:`."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def nodes(tree: ast.AST, at_run_time: bool = False) -> Iterator[ast.AST]:
+    """Every node; with `at_run_time` without those that only a type checker sees."""
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        if at_run_time and is_type_checking(child):
+            assert isinstance(child, ast.If)
+            for statement in child.orelse:
+                yield from nodes(statement, at_run_time)
+        else:
+            yield from nodes(child, at_run_time)
+
+
+def imports(tree: ast.AST, at_run_time: bool = False) -> Iterator[tuple[int, str]]:
+    """Line and full module name of every import; `from dps_hal import x` is `dps_hal.x`."""
+    for node in nodes(tree, at_run_time):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            if module in ("dps_agent", "dps_hal", "dps_emulator"):
+                yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, module
+
+
+def only_these_imports(allowed: set[str]) -> Rule:
+    """The rule that run-time imports come from `allowed`."""
+
+    def rule(tree: ast.Module) -> Iterator[str]:
+        for line, module in imports(tree, at_run_time=True):
+            if module not in allowed:
+                yield f"{line}: imports {module}"
+
+    return rule
+
+
+def no_import_of(*packages: str) -> Rule:
+    """The rule that nothing below `packages` is imported, not even for a type checker."""
+
+    def rule(tree: ast.Module) -> Iterator[str]:
+        for line, module in imports(tree):
+            if module.partition(".")[0] in packages:
+                yield f"{line}: imports {module}"
+
+    return rule
+
+
+def no_raise_from(tree: ast.Module) -> Iterator[str]:
+    """`raise … from` makes MicroPython print a warning each time."""
+    for node in nodes(tree):
+        if isinstance(node, ast.Raise) and node.cause is not None:
+            yield f"{node.lineno}: raise … from"
+
+
+def no_swallowed_errors(tree: ast.Module) -> Iterator[str]:
+    """No bare `except`, and no broad one that does nothing."""
+    for node in nodes(tree):
+        if not isinstance(node, ast.ExceptHandler):
+            continue
+        broad = isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")
+        if node.type is None or (broad and all(isinstance(statement, ast.Pass) for statement in node.body)):
+            yield f"{node.lineno}: except without saying what, or broad and silent"
+
+
+def nothing_a_board_lacks(tree: ast.Module) -> Iterator[str]:
+    """Syntax, names and keywords that MicroPython does not have."""
+    for node in nodes(tree, at_run_time=True):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, (ast.Match, ast.TryStar)):
+            yield f"{line}: {type(node).__name__}"
+        elif isinstance(node, ast.arguments) and node.posonlyargs:
+            yield f"{node.posonlyargs[0].lineno}: positional-only parameters"
+        elif isinstance(node, (ast.List, ast.Tuple, ast.Set)) and any(isinstance(e, ast.Starred) for e in node.elts):
+            yield f"{line}: * in a display"
+        elif isinstance(node, ast.Dict) and None in node.keys:
+            yield f"{line}: ** in a display"
+        elif isinstance(node, ast.Slice) and node.step is not None and ast.unparse(node.step) != "-1":
+            yield f"{line}: a slice with a step"
+        elif isinstance(node, ast.FormattedValue) and node.conversion == ord("a"):
+            yield f"{line}: !a in an f-string"
+        elif isinstance(node, ast.Name) and node.id in ABSENT_EXCEPTIONS:
+            yield f"{line}: {node.id}"
+        elif isinstance(node, ast.Attribute) and node.attr in ABSENT_ATTRIBUTES:
+            yield f"{line}: .{node.attr}"
+        elif isinstance(node, ast.keyword) and node.arg in ABSENT_KEYWORDS:
+            yield f"{line}: {node.arg}="
+
+
+def every_yield_is_named_and_typed(tree: ast.Module) -> Iterator[str]:
+    """`answer: Reply = yield Http(…)`, so that a type checker sees what an effect is answered by.
+
+    Sleep and Commit are answered by None and may stand alone.
+    """
+    named = {id(node.value) for node in nodes(tree) if isinstance(node, ast.AnnAssign)}
+    alone = {id(node.value) for node in nodes(tree) if isinstance(node, ast.Expr)}
+    for node in nodes(tree):
+        if not isinstance(node, ast.Yield) or id(node) in named:
+            continue
+        effect = ast.unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
+        if id(node) not in alone or effect not in ("Sleep", "Commit"):
+            yield f"{node.lineno}: a yield without an annotated name"
+
+
+def no_yield_in_finally(tree: ast.Module) -> Iterator[str]:
+    """MicroPython does not run `finally` when a generator is dropped."""
+    for node in nodes(tree):
+        if isinstance(node, ast.Try):
+            for statement in node.finalbody:
+                for inner in nodes(statement):
+                    if isinstance(inner, (ast.Yield, ast.YieldFrom)):
+                        yield f"{inner.lineno}: a yield in finally"
+
+
+def no_typing_at_run_time(tree: ast.Module) -> Iterator[str]:
+    """`typing` and `__future__` do not exist on a board."""
+    for line, module in imports(tree, at_run_time=True):
+        if module in ("typing", "__future__", "dataclasses", "enum", "abc"):
+            yield f"{line}: imports {module} at run time"
+
+
+def the_two_faces_of_a_tuple_agree(tree: ast.Module) -> Iterator[str]:
+    """A NamedTuple for the type checker has the fields, in order, of the namedtuple at run time."""
+    declared: dict[str, tuple[str, ...]] = {}
+    built: dict[str, tuple[str, ...]] = {}
+    for node in nodes(tree):
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "NamedTuple" for base in node.bases):
+            fields = [entry for entry in node.body if isinstance(entry, ast.AnnAssign)]
+            declared[node.name] = tuple(ast.unparse(entry.target) for entry in fields)
+            yield from (f"{entry.lineno}: a default in {node.name}" for entry in fields if entry.value is not None)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            call = node.value
+            if isinstance(call.func, ast.Name) and call.func.id == "namedtuple":
+                built[ast.unparse(node.targets[0])] = tuple(ast.literal_eval(call.args[1]))
+                if ast.literal_eval(call.args[0]) != ast.unparse(node.targets[0]):
+                    yield f"{node.lineno}: {ast.unparse(node.targets[0])} calls itself {ast.unparse(call.args[0])}"
+    for name in sorted(declared.keys() | built.keys()):
+        if declared.get(name) != built.get(name):
+            yield f"0: {name} is {declared.get(name)} for the type checker, {built.get(name)} at run time"
+
+
+def every_code_raised_has_a_remedy(tree: ast.Module) -> Iterator[str]:
+    """The first argument of the error classes is a code that `dps_hal.codes` explains."""
+    for node in nodes(tree):
+        if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):
+            continue
+        if ast.unparse(node.func).rpartition(".")[2] in ("RetryLater", "AskOperator", "IdentityStale", "Broken"):
+            code = node.args[0].value
+            if code not in REMEDIES:
+                yield f"{node.lineno}: raises the code {code!r}, which dps_hal.codes does not explain"
+
+
+def every_code_written_has_a_remedy(tree: ast.Module) -> Iterator[str]:
+    """Tables and comparisons name only codes that exist."""
+    for line, code in codes_in(tree):
+        if code not in REMEDIES:
+            yield f"{line}: names the code {code!r}, which dps_hal.codes does not explain"
+
+
+def codes_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of every string that has the form of an error code."""
+    for node in nodes(tree):
+        text = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and CODE.fullmatch(text) and text not in FILE_NAMES:
+            yield node.lineno, text
+
+
+def violations(rule: Rule, paths: list[Path]) -> list[str]:
+    """Each violation as "file:line: what"; a rule that has no file to look at is itself a violation."""
+    if not paths:
+        return ["no file to look at"]
+    return [
+        f"{path.relative_to(CHECKOUT)}:{found}"
+        for path in paths
+        for found in rule(ast.parse(path.read_text(), str(path)))
+    ]
+
+
+AGENT_IMPORTS = BOARD_MODULES | AGENT_MAY_IMPORT | {f"dps_agent.{path.stem}" for path in SHARED_AGENT}
+HAL_IMPORTS = BOARD_MODULES | {f"dps_hal.{path.stem}" for path in SHARED_HAL}
+
+RULES: list[tuple[str, Rule, list[Path], str, str]] = [
+    # name, rule, files, a snippet that breaks it, one that keeps it
+    (
+        "dps_agent imports what a board has",
+        only_these_imports(AGENT_IMPORTS),
+        SHARED_AGENT,
+        "import time",
+        "import struct\nif TYPE_CHECKING:\n    import typing",
+    ),
+    (
+        "dps_agent leaves the back ends alone",
+        only_these_imports(AGENT_IMPORTS),
+        SHARED_AGENT,
+        "from dps_hal import esys",
+        "from dps_hal.errors import Broken",
+    ),
+    (
+        "dps_hal imports what a board has",
+        only_these_imports(HAL_IMPORTS),
+        [path for path in SHARED_HAL if path.name != "platform.py"],
+        "import os",
+        "from dps_hal import errors",
+    ),
+    (
+        "platform.py imports what it adapts",
+        only_these_imports(HAL_IMPORTS | PLATFORM_MAY_IMPORT),
+        [HAL / "platform.py"],
+        "import socket",
+        "import os",
+    ),
+    (
+        "dps_hal never imports upwards",
+        no_import_of("dps_agent", "dps_emulator"),
+        sorted(HAL.rglob("*.py")),
+        "if TYPE_CHECKING:\n    from dps_agent.effects import Http",
+        "from dps_hal import errors",
+    ),
+    (
+        "the emulator shares no code with the agent",
+        no_import_of("dps_agent", "dps_hal"),
+        sorted(EMULATOR.rglob("*.py")),
+        "import dps_hal.platform",
+        "import json",
+    ),
+    (
+        "dps_agent does not know the emulator",
+        no_import_of("dps_emulator"),
+        sorted(AGENT.rglob("*.py")),
+        "from dps_emulator import service",
+        "import dps_agent",
+    ),
+    (
+        "only esys.py imports tpm2_pytss",
+        no_import_of("tpm2_pytss"),
+        [path for path in EVERY_PACKAGE if path != HAL / "esys.py"],
+        "from tpm2_pytss import ESAPI",
+        "import ujson",
+    ),
+    (
+        "no typing at run time",
+        no_typing_at_run_time,
+        SHARED,
+        "from typing import Any",
+        "if TYPE_CHECKING:\n    from typing import Any",
+    ),
+    ("no raise from", no_raise_from, SHARED, "raise ValueError('x') from error", "raise ValueError('x')"),
+    (
+        "no swallowed errors",
+        no_swallowed_errors,
+        EVERY_PACKAGE,
+        "try:\n    f()\nexcept:\n    g()",
+        "try:\n    f()\nexcept OSError:\n    pass",
+    ),
+    (
+        "no silent broad except",
+        no_swallowed_errors,
+        EVERY_PACKAGE,
+        "try:\n    f()\nexcept Exception:\n    pass",
+        "try:\n    f()\nexcept Exception as error:\n    g(error)",
+    ),
+    (
+        "no absent exception",
+        nothing_a_board_lacks,
+        SHARED,
+        "try:\n    f()\nexcept TimeoutError:\n    g()",
+        "try:\n    f()\nexcept OSError:\n    g()",
+    ),
+    (
+        "no absent keyword",
+        nothing_a_board_lacks,
+        SHARED,
+        "int.from_bytes(b, byteorder='big')",
+        "int.from_bytes(b, 'big')",
+    ),
+    ("no absent attribute", nothing_a_board_lacks, SHARED, "n.bit_length()", "n.to_bytes(2, 'big')"),
+    ("no match", nothing_a_board_lacks, SHARED, "match a:\n    case 1:\n        b()", "a == 1"),
+    ("no * in a display", nothing_a_board_lacks, SHARED, "c = [*a, *b]", "f(*a)"),
+    ("no ** in a display", nothing_a_board_lacks, SHARED, "c = {**a}", "f(**a)"),
+    ("no slice with a step", nothing_a_board_lacks, SHARED, "a[::2]", "a[1:2]"),
+    ("no !a", nothing_a_board_lacks, SHARED, "f'{a!a}'", "f'{a!r}'"),
+    ("no positional-only parameters", nothing_a_board_lacks, SHARED, "def f(a, /): ...", "def f(a, *, b): ..."),
+    (
+        "yields are named and typed",
+        every_yield_is_named_and_typed,
+        SHARED_AGENT,
+        "def f():\n    reply = yield Http()",
+        "def f():\n    reply: Reply = yield Http()",
+    ),
+    (
+        "only what is answered by None stands alone",
+        every_yield_is_named_and_typed,
+        SHARED_AGENT,
+        "def f():\n    yield Http()",
+        "def f():\n    yield Sleep(1, '')",
+    ),
+    (
+        "no yield in finally",
+        no_yield_in_finally,
+        SHARED,
+        "def f():\n    try:\n        a()\n    finally:\n        b: None = yield Sleep(1, '')",
+        "def f():\n    try:\n        b: None = yield Sleep(1, '')\n    finally:\n        a()",
+    ),
+    (
+        "both faces of a tuple agree",
+        the_two_faces_of_a_tuple_agree,
+        SHARED,
+        "if TYPE_CHECKING:\n    class A(NamedTuple):\n        x: int\n        y: int\n"
+        "else:\n    A = namedtuple('A', ('y', 'x'))",
+        "if TYPE_CHECKING:\n    class A(NamedTuple):\n        x: int\nelse:\n    A = namedtuple('A', ('x',))",
+    ),
+    (
+        "codes raised are explained",
+        every_code_raised_has_a_remedy,
+        PRODUCT,
+        "raise RetryLater('dps.no_such_code', 'x')",
+        "raise RetryLater('dps.throttled', 'x')",
+    ),
+    (
+        "codes in tables are explained",
+        every_code_written_has_a_remedy,
+        sorted({*SHARED, *HAL.rglob("*.py")}),  # elsewhere names of settings have the same form
+        "CODES = {429: 'dps.no_such_code'}",
+        "CODES = {429: 'dps.throttled'}; NAME = 'config.toml'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "rule", "paths", "broken", "kept"), RULES, ids=[row[0] for row in RULES])
+def test_the_rule_sees_a_violation_and_finds_none_in_the_tree(
+    name: str, rule: Rule, paths: list[Path], broken: str, kept: str
+) -> None:
+    assert list(rule(ast.parse(broken))), f"the rule {name!r} does not see: {broken}"
+    assert not list(rule(ast.parse(kept))), f"the rule {name!r} complains about: {kept}"
+    assert not violations(rule, paths), "\n".join(violations(rule, paths))
+
+
+def test_every_error_code_is_of_a_known_area() -> None:
+    assert [code for code in REMEDIES if not CODE.fullmatch(code)] == []
+
+
+def test_every_error_code_is_used() -> None:
+    used = {
+        code
+        for path in PRODUCT
+        if path != HAL / "codes.py"
+        for _, code in codes_in(ast.parse(path.read_text(), str(path)))
+    }
+    no_reply = {"network." + word for name, word in vars(effects).items() if name.startswith("NO_REPLY_")}
+    assert sorted(REMEDIES.keys() - used - no_reply) == []
+
+
+def unwanted_words(text: str) -> list[str]:
+    """Paths of one machine, notes for later and switched-off tests; written in two pieces, or this file had them."""
+    words = ("/wo" + "rk/", "/tmp" + "/w", "/ro" + "ot/", "TO" + "DO", "FIX" + "ME", "pytest.sk" + "ip", "xf" + "ail")
+    return [word for word in words if word in text]
+
+
+def test_no_file_speaks_of_another_place_or_of_later() -> None:
+    assert unwanted_words("see /wo" + "rk/notes") and unwanted_words("# TO" + "DO: later")
+    assert TEXTS
+    found = {str(path.relative_to(CHECKOUT)): unwanted_words(path.read_text()) for path in TEXTS if readable(path)}
+    assert {name: words for name, words in found.items() if words} == {}
+
+
+def readable(path: Path) -> bool:
+    """Whether `path` is text; a TPM's state folder also holds binary files without a suffix."""
+    return b"\0" not in path.read_bytes()[:1024]

@@ -1,0 +1,754 @@
+"""The Linux runner: what it answers, what it throws, what it releases, and that it always ends."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from dps_agent.effects import (
+    Commit,
+    Http,
+    ImportKey,
+    LoadRecord,
+    NoReply,
+    Random,
+    ReadEndorsementKey,
+    ReadStorageRootKey,
+    Reply,
+    Sign,
+    Sleep,
+    Uptime,
+    UtcNow,
+)
+from dps_agent.host import clock, runner
+from dps_agent.host.clock import SystemClock
+from dps_agent.host.https import DpsConnection
+from dps_agent.host.runner import Runner, bug
+from dps_hal.contracts import StoredRecord, Utc
+from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
+from support.servers import ENDPOINT_NAME, Peer, Server
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+SOON_S = 5.0  # a wait that should not happen at all is shorter than this on any machine
+GET = Http("GET", "/", b"", None)
+WHOLE = Reply(200, {}, b"{}", None)
+SECRET = "c2VjcmV0"
+
+
+class Hardware:
+    """TPM, store and connection in one: writes down each call with its thread, and does what `does` says for it."""
+
+    def __init__(self, **does: Callable[..., Any]) -> None:
+        self.calls: list[str] = []
+        self.threads: set[str] = set()
+        self._does = does
+
+    def _call(self, name: str, usual: object, *arguments: object) -> Any:
+        self.calls.append(name)
+        if name != "abort":
+            self.threads.add(threading.current_thread().name)
+        return self._does[name](*arguments) if name in self._does else usual
+
+    def endorsement_key(self) -> bytes:
+        return self._call("endorsement_key", b"ek")
+
+    def storage_root_key(self) -> bytes:
+        return self._call("storage_root_key", b"srk")
+
+    def import_key(self, activation: bytes) -> bytes:
+        return self._call("import_key", b"wrapped " + activation, activation)
+
+    def sign(self, wrapped_key: bytes, message: bytes) -> bytes:
+        return self._call("sign", wrapped_key + b" signed " + message, wrapped_key, message)
+
+    def release(self) -> None:
+        return self._call("release", None)
+
+    def load(self, record: str) -> StoredRecord | None:
+        return self._call("load", StoredRecord(record.encode(), 7, False), record)
+
+    def commit(self, record: str, payload: bytes) -> None:
+        return self._call("commit", None, record, payload)
+
+    def erase(self, record: str) -> None:
+        raise AssertionError("no effect erases")
+
+    def request(self, method: str, path: str, body: bytes, authorization: Any) -> Reply | NoReply:
+        return self._call("request", WHOLE, method, path, body, authorization)
+
+    def abort(self) -> None:
+        return self._call("abort", None)
+
+    def close(self) -> None:
+        return self._call("close", None)
+
+
+def runner_on(hardware: Hardware, **options: Any) -> Runner:
+    return Runner(tpm=hardware, store=hardware, connection=hardware, **{"clock": SystemClock(), **options})
+
+
+def asking(*effects: Any) -> Generator[Any, Any, list[Any]]:
+    """An exchange that asks for `effects` and returns the answers."""
+    answers = []
+    for effect in effects:
+        answers.append((yield effect))
+    return answers
+
+
+def catching(effect: Any) -> Generator[Any, Any, DpsError]:
+    """An exchange that returns the error thrown in for `effect`."""
+    try:
+        yield effect
+    except DpsError as error:
+        return error
+    raise AssertionError(f"nothing was thrown in for {effect}")
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Generator[None, None, None]:
+    yield
+    deadline_s = time.monotonic() + SOON_S
+    while (left := [t.name for t in threading.enumerate() if t.name.startswith("dps-")]) and (
+        time.monotonic() < deadline_s
+    ):
+        time.sleep(0.01)
+    assert not left
+
+
+@pytest.fixture
+def hang() -> Generator[Callable[..., None], None, None]:
+    """A call that does not end before the test does."""
+    over = threading.Event()
+    yield lambda *_arguments: over.wait(60) and None
+    over.set()
+
+
+# answers
+
+
+def test_each_effect_is_answered_in_order_by_what_it_names() -> None:
+    hardware = Hardware()
+    answers = runner_on(hardware, random=lambda: 0.25).run(
+        asking(
+            LoadRecord("identity"),
+            ReadEndorsementKey(),
+            ReadStorageRootKey(),
+            Http("PUT", "/p", b"{}", None),
+            ImportKey(b"blob"),
+            Sign(b"key", b"message"),
+            Random(),
+            Sleep(0.01, "a moment"),
+            Commit("identity", b"payload"),
+        )
+    )
+    assert answers == [
+        StoredRecord(b"identity", 7, False),
+        b"ek",
+        b"srk",
+        WHOLE,
+        b"wrapped blob",
+        b"key signed message",
+        0.25,
+        None,
+        None,
+    ]
+    assert hardware.calls == [
+        *("load", "endorsement_key", "storage_root_key", "request", "import_key", "sign", "commit"),
+        *("release", "close"),
+    ]
+
+
+def test_what_may_block_runs_on_one_worker_thread() -> None:
+    hardware = Hardware()
+    hardware.close = lambda: None  # type: ignore[method-assign]
+    runner_on(hardware).run(asking(ReadEndorsementKey(), GET, LoadRecord("identity"), Commit("identity", b"")))
+    assert hardware.threads == {"dps-worker"}
+
+
+def test_time_comes_from_the_clock() -> None:
+    class Noon:
+        def uptime_s(self) -> float:
+            return 12.0
+
+        def utc(self) -> Utc:
+            return Utc(1_800_000_000, True, "noon")
+
+    answers = runner_on(Hardware(), clock=Noon()).run(asking(Uptime(), UtcNow()))
+    assert answers == [12.0, Utc(1_800_000_000, True, "noon")]
+
+
+def test_random_numbers_are_in_range_and_differ() -> None:
+    drawn = runner_on(Hardware()).run(asking(*[Random()] * 100))
+    assert all(0 <= number < 1 for number in drawn)
+    assert len(set(drawn)) > 90
+
+
+def test_one_runner_runs_many_exchanges() -> None:
+    hardware = Hardware()
+    one = runner_on(hardware)
+    for _ in range(3):
+        assert one.run(asking(ReadEndorsementKey())) == [b"ek"]
+    assert hardware.calls == ["endorsement_key", "release", "close"] * 3
+
+
+def test_an_exchange_that_asks_for_nothing_starts_no_thread_and_opens_no_tpm() -> None:
+    hardware = Hardware()
+    assert runner_on(hardware).run(asking(Uptime(), Sleep(0, "nothing")))[1] is None
+    assert "release" not in hardware.calls
+
+
+@pytest.mark.parametrize(
+    ("now_s", "believable"),
+    [(0, False), (1_793_491_199, False), (1_793_491_200, True), (4_102_444_799, True), (4_102_444_800, False)],
+)
+def test_the_system_s_time_is_believed_from_this_release_to_2100(monkeypatch, now_s: int, believable: bool) -> None:
+    monkeypatch.setattr(clock.time, "time", lambda: now_s + 0.5)
+    assert SystemClock().utc() == Utc(now_s, believable, "system")
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("effect", "call"),
+    [
+        (ReadEndorsementKey(), "endorsement_key"),
+        (ReadStorageRootKey(), "storage_root_key"),
+        (ImportKey(b""), "import_key"),
+        (Sign(b"", b""), "sign"),
+        (LoadRecord("identity"), "load"),
+        (Commit("identity", b""), "commit"),
+    ],
+)
+def test_a_failure_of_tpm_or_store_is_thrown_in_as_it_is(effect: Any, call: str) -> None:
+    for kind in (RetryLater, AskOperator, IdentityStale, Broken):
+        failure = kind("tpm.failed", "as told")
+
+        def fail(*_arguments: object, failure: DpsError = failure) -> None:
+            raise failure
+
+        assert runner_on(Hardware(**{call: fail})).run(catching(effect)) is failure
+
+
+def blunder(*_arguments: object) -> None:
+    raise KeyError(SECRET)
+
+
+@pytest.mark.parametrize("effect", [Sign(SECRET.encode(), b""), Commit("identity", b"")])
+def test_a_foreign_exception_is_thrown_in_as_broken_with_its_place_and_without_its_text(effect: Any) -> None:
+    error = runner_on(Hardware(sign=blunder, commit=blunder)).run(catching(effect))
+    assert isinstance(error, Broken)
+    assert error.code == "agent.bug"
+    assert error.message.startswith("KeyError at test_runner.py:")
+    assert SECRET not in repr(error)
+    assert error.__cause__ is error.__context__ is None
+
+
+def test_a_foreign_exception_of_a_clock_is_broken_too() -> None:
+    class NoClock:
+        uptime_s = utc = blunder
+
+    for effect in (Uptime(), UtcNow()):
+        error = runner_on(Hardware(), clock=NoClock()).run(catching(effect))
+        assert error.code == "agent.bug"
+        assert SECRET not in repr(error)
+
+
+def test_an_exception_in_the_logic_comes_out_as_broken() -> None:
+    def logic() -> Generator[Any, Any, None]:
+        yield Uptime()
+        blunder()
+
+    with pytest.raises(Broken, match=r"KeyError at test_runner\.py:\d+ < test_runner\.py:\d+ < runner\.py") as caught:
+        runner_on(Hardware()).run(logic())
+    assert caught.value.__suppress_context__
+    assert SECRET not in str(caught.value)
+
+
+def test_an_exception_of_the_connection_never_reaches_the_logic() -> None:
+    reached = []
+
+    def logic() -> Generator[Any, Any, None]:
+        try:
+            yield GET
+        except DpsError as error:
+            reached.append(error)
+
+    with pytest.raises(Broken, match="KeyError") as caught:
+        runner_on(Hardware(request=blunder)).run(logic())
+    assert SECRET not in str(caught.value)
+    assert reached == []
+
+
+def test_what_the_exchange_raises_comes_out_after_all_was_released() -> None:
+    hardware = Hardware()
+
+    def logic() -> Generator[Any, Any, None]:
+        _: bytes = yield ReadEndorsementKey()
+        raise AskOperator("dps.not_found", "no such enrolment")
+
+    with pytest.raises(AskOperator, match="no such enrolment"):
+        runner_on(hardware).run(logic())
+    assert hardware.calls == ["endorsement_key", "release", "close"]
+
+
+@pytest.mark.parametrize("garbage", [None, 7, "Uptime", ("GET", "/", b"", None)])
+def test_an_effect_that_is_none_is_broken(garbage: Any) -> None:
+    with pytest.raises(Broken, match="which is no effect"):
+        runner_on(Hardware()).run(asking(garbage))
+
+
+def test_a_bug_names_four_places_at_the_most() -> None:
+    def deep(levels: int) -> None:
+        if levels:
+            deep(levels - 1)
+        blunder()
+
+    with pytest.raises(KeyError) as caught:
+        deep(10)
+    assert bug(caught.value).message.count("test_runner.py") == 4
+
+
+# ends and releases
+
+
+def closing_exchange(ends: list[str], *effects: Any) -> Generator[Any, Any, None]:
+    try:
+        yield from asking(*effects)
+    except GeneratorExit:
+        ends.append("closed")
+        raise
+
+
+def test_an_exchange_that_cannot_go_on_is_closed() -> None:
+    ends: list[str] = []
+    with pytest.raises(Broken):
+        runner_on(Hardware()).run(closing_exchange(ends, "garbage"))
+    assert ends == ["closed"]
+
+
+def test_an_exchange_that_refuses_to_be_closed_does_not_keep_the_runner() -> None:
+    def stubborn() -> Generator[Any, Any, None]:
+        while True:
+            try:
+                yield "garbage"
+            except GeneratorExit:
+                yield "more"
+
+    hardware = Hardware()
+    with pytest.raises(Broken, match="no effect"):
+        runner_on(hardware).run(stubborn())
+    assert hardware.calls[-1] == "close"
+
+
+@pytest.mark.parametrize(
+    ("delay_s", "released", "closed"), [(1.5, False, False), (2.5, True, False), (60, True, False), (61, True, True)]
+)
+def test_before_long_sleeps_tpm_and_connection_are_released(
+    monkeypatch, delay_s: float, released: bool, closed: bool
+) -> None:
+    hardware = Hardware()
+    before: list[str] = []
+
+    def on_wait(reason: str, until_uptime_s: float) -> None:
+        before.extend(hardware.calls)
+        assert reason == "DPS asked us to wait"
+        assert until_uptime_s == pytest.approx(time.monotonic() + delay_s, abs=1)
+        waiting.stop()  # the test need not sleep
+
+    waiting = runner_on(hardware, on_wait=on_wait)
+    with pytest.raises(RetryLater):
+        waiting.run(asking(ReadEndorsementKey(), Sleep(delay_s, "DPS asked us to wait")))
+    assert ("release" in before, "close" in before) == (released, closed)
+    assert hardware.calls[-2:] == ["release", "close"]
+
+
+def test_a_release_that_raises_is_broken_and_the_connection_is_closed_all_the_same() -> None:
+    hardware = Hardware(release=blunder)
+    with pytest.raises(Broken, match="KeyError"):
+        runner_on(hardware).run(asking(ReadEndorsementKey()))
+    assert hardware.calls[-1] == "close"
+
+
+def test_a_release_that_hangs_does_not_cost_the_result(monkeypatch, hang) -> None:
+    monkeypatch.setattr(runner, "TPM_DEADLINE_S", 0.2)
+    one = runner_on(Hardware(release=hang))
+    assert one.run(asking(ReadEndorsementKey())) == [b"ek"]
+    assert one.stuck
+
+
+def test_a_callback_that_fails_ends_the_exchange_and_releases() -> None:
+    hardware = Hardware()
+    ends: list[str] = []
+
+    def broken_pipe(*_arguments: object) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        runner_on(hardware, observe=broken_pipe).run(closing_exchange(ends, ReadEndorsementKey()))
+    assert ends == ["closed"]
+    assert hardware.calls == ["endorsement_key", "release", "close"]
+
+
+def test_an_interrupt_from_outside_waits_for_the_call_under_way() -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def slow_commit(_record: str, _payload: bytes) -> None:
+        begun.set()
+        time.sleep(0.3)
+        ended.set()
+
+    def ctrl_c() -> None:
+        if begun.is_set():
+            begun.clear()
+            raise KeyboardInterrupt
+
+    hardware = Hardware(commit=slow_commit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_FEED_EVERY_S", 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            runner_on(hardware, watchdog=ctrl_c).run(asking(Commit("identity", b"")))
+    assert ended.is_set()
+    assert hardware.calls == ["commit", "abort", "release", "close"]
+
+
+# observers
+
+
+def test_the_observer_sees_each_effect_with_its_outcome_and_duration() -> None:
+    seen: list[tuple[Any, Any, float]] = []
+
+    def slow(*_arguments: object) -> bytes:
+        time.sleep(0.1)
+        return b"srk"
+
+    failure = RetryLater("store.full", "no room")
+
+    def fail(*_arguments: object) -> None:
+        raise failure
+
+    hardware = Hardware(storage_root_key=slow, commit=fail)
+    one = runner_on(hardware, observe=lambda *what: seen.append(what))
+    with pytest.raises(RetryLater):
+        one.run(asking(Uptime(), GET, ReadStorageRootKey(), Commit("identity", b"")))
+    assert [what[:2] for what in seen] == [
+        (GET, WHOLE),
+        (ReadStorageRootKey(), b"srk"),
+        (Commit("identity", b""), failure),
+    ]
+    assert 0.05 < seen[1][2] < SOON_S
+
+
+# deadlines
+
+
+@pytest.mark.parametrize(
+    ("effect", "call", "deadline", "code"),
+    [
+        (ReadEndorsementKey(), "endorsement_key", "TPM_KEY_DEADLINE_S", "tpm.timeout"),
+        (ReadStorageRootKey(), "storage_root_key", "TPM_KEY_DEADLINE_S", "tpm.timeout"),
+        (ImportKey(b""), "import_key", "TPM_DEADLINE_S", "tpm.timeout"),
+        (Sign(b"", b""), "sign", "TPM_DEADLINE_S", "tpm.timeout"),
+        (LoadRecord("identity"), "load", "STORE_DEADLINE_S", "store.io"),
+        (Commit("identity", b""), "commit", "STORE_DEADLINE_S", "store.io"),
+    ],
+)
+def test_what_hangs_ends_the_exchange_at_its_own_deadline(
+    monkeypatch, hang, effect: Any, call: str, deadline: str, code: str
+) -> None:
+    monkeypatch.setattr(runner, deadline, 0.2)
+    ends: list[str] = []
+    one = runner_on(Hardware(**{call: hang}))
+    began_s = time.monotonic()
+    with pytest.raises(RetryLater) as caught:
+        one.run(closing_exchange(ends, effect))
+    assert 0.15 < time.monotonic() - began_s < SOON_S
+    assert (caught.value.code, ends, one.stuck) == (code, ["closed"], True)
+    with pytest.raises(RetryLater, match="this process must exit"):
+        one.run(closing_exchange(ends, Uptime()))
+
+
+def test_the_deadlines_are_the_designed_ones() -> None:
+    assert (runner.HTTP_DEADLINE_S, runner.TPM_KEY_DEADLINE_S) == (60, 180)
+    assert (runner.TPM_DEADLINE_S, runner.STORE_DEADLINE_S) == (30, 30)
+
+
+@pytest.mark.parametrize("request_sent", [False, True])
+def test_a_request_over_its_deadline_is_aborted_and_answered_as_a_timeout(monkeypatch, request_sent: bool) -> None:
+    monkeypatch.setattr(runner, "HTTP_DEADLINE_S", 0.2)
+    aborted = threading.Event()
+
+    def request(*_arguments: object) -> NoReply:
+        aborted.wait(60)
+        return NoReply("closed: given up", request_sent)
+
+    one = runner_on(Hardware(request=request, abort=aborted.set))
+    [outcome, uptime_s] = one.run(asking(GET, Uptime()))
+    assert outcome == NoReply("timeout: no whole answer within 0.2 s", request_sent)
+    assert uptime_s
+    assert not one.stuck
+
+
+def test_an_answer_that_was_whole_when_the_abort_came_counts(monkeypatch) -> None:
+    monkeypatch.setattr(runner, "HTTP_DEADLINE_S", 0.2)
+    aborted = threading.Event()
+
+    def request(*_arguments: object) -> Reply:
+        aborted.wait(60)
+        return WHOLE
+
+    assert runner_on(Hardware(request=request, abort=aborted.set)).run(asking(GET)) == [WHOLE]
+
+
+def test_an_abort_that_came_too_early_is_repeated(monkeypatch) -> None:
+    monkeypatch.setattr(runner, "HTTP_DEADLINE_S", 0.2)
+    aborts: list[None] = []
+    heard = threading.Event()
+
+    def request(*_arguments: object) -> NoReply:
+        heard.wait(60)
+        return NoReply("closed: given up", True)
+
+    def abort() -> None:
+        aborts.append(None)
+        if len(aborts) == 3:
+            heard.set()
+
+    [outcome] = runner_on(Hardware(request=request, abort=abort)).run(asking(GET))
+    assert outcome.reason.startswith("timeout")
+
+
+def test_a_request_that_survives_its_abort_ends_the_exchange(monkeypatch, hang) -> None:
+    monkeypatch.setattr(runner, "HTTP_DEADLINE_S", 0.2)
+    one = runner_on(Hardware(request=hang))
+    with pytest.raises(RetryLater) as caught:
+        one.run(asking(GET))
+    assert (caught.value.code, one.stuck) == ("network.timeout", True)
+
+
+def test_the_watchdog_is_fed_until_the_deadline_and_no_longer(monkeypatch, hang) -> None:
+    monkeypatch.setattr(runner, "_FEED_EVERY_S", 0.1)
+    monkeypatch.setattr(runner, "TPM_DEADLINE_S", 0.55)
+    fed: list[float] = []
+    one = runner_on(Hardware(sign=hang), watchdog=lambda: fed.append(time.monotonic()))
+    began_s = time.monotonic()
+    with pytest.raises(RetryLater):
+        one.run(asking(Sign(b"", b"")))
+    assert 3 <= len(fed) <= 6, fed
+    assert fed[-1] - began_s < 0.56
+    assert all(later - earlier >= 0.1 for earlier, later in itertools.pairwise(fed))
+    time.sleep(0.3)
+    assert fed[-1] - began_s < 0.56
+
+
+def test_the_watchdog_is_fed_during_a_sleep(monkeypatch) -> None:
+    monkeypatch.setattr(runner, "_FEED_EVERY_S", 0.05)
+    fed: list[None] = []
+    runner_on(Hardware(), watchdog=lambda: fed.append(None)).run(asking(Sleep(0.5, "a while")))
+    assert 4 <= len(fed) <= 11
+
+
+def test_the_watchdog_is_fed_once_a_second_at_the_most() -> None:
+    fed: list[None] = []
+    runner_on(Hardware(), watchdog=lambda: fed.append(None)).run(asking(*[ReadEndorsementKey()] * 50))
+    assert len(fed) == 1
+
+
+# stop
+
+
+def stopping_soon(one: Runner) -> threading.Timer:
+    timer = threading.Timer(0.2, one.stop)
+    timer.start()
+    return timer
+
+
+def test_stop_ends_a_sleep_at_once_and_closes_the_exchange() -> None:
+    ends: list[str] = []
+    one = runner_on(Hardware())
+    timer = stopping_soon(one)
+    began_s = time.monotonic()
+    with pytest.raises(RetryLater) as caught:
+        one.run(closing_exchange(ends, Sleep(3600, "an hour")))
+    timer.join()
+    assert time.monotonic() - began_s < 1.0
+    assert (caught.value.code, ends, one.stuck) == ("agent.interrupted", ["closed"], False)
+
+
+def test_stop_aborts_a_request_at_once() -> None:
+    aborted = threading.Event()
+
+    def request(*_arguments: object) -> NoReply:
+        aborted.wait(60)
+        return NoReply("closed: given up", True)
+
+    one = runner_on(Hardware(request=request, abort=aborted.set))
+    timer = stopping_soon(one)
+    began_s = time.monotonic()
+    with pytest.raises(RetryLater, match="stopped") as caught:
+        one.run(asking(GET, Uptime()))
+    timer.join()
+    assert time.monotonic() - began_s < 1.0
+    assert (caught.value.code, one.stuck) == ("agent.interrupted", False)
+
+
+def test_stop_lets_a_commit_end_and_the_exchange_come_to_its_next_effect() -> None:
+    after = []
+
+    def slow_commit(*_arguments: object) -> None:
+        time.sleep(0.6)
+
+    def logic(*further: Any) -> Generator[Any, Any, str]:
+        _: None = yield Commit("identity", b"")
+        after.append("committed")
+        yield from asking(*further)
+        return "result"
+
+    hardware = Hardware(commit=slow_commit)
+    one = runner_on(hardware)
+    timer = stopping_soon(one)
+    with pytest.raises(RetryLater):
+        one.run(logic(ReadEndorsementKey()))
+    timer.join()
+    assert after == ["committed"]
+    assert hardware.calls == ["commit", "release", "close"]
+
+    one = runner_on(Hardware(commit=slow_commit))
+    timer = stopping_soon(one)
+    assert one.run(logic()) == "result", "what was reached is not thrown away"
+    timer.join()
+
+
+def test_stop_leaves_a_hanging_tpm_behind(monkeypatch, hang) -> None:
+    monkeypatch.setattr(runner, "STOP_GRACE_S", 0.3)
+    one = runner_on(Hardware(import_key=hang))
+    timer = stopping_soon(one)
+    began_s = time.monotonic()
+    with pytest.raises(RetryLater) as caught:
+        one.run(asking(ImportKey(b"")))
+    timer.join()
+    assert 0.4 < time.monotonic() - began_s < SOON_S
+    assert (caught.value.code, one.stuck) == ("agent.interrupted", True)
+
+
+def test_after_stop_no_effect_is_done_any_more() -> None:
+    hardware = Hardware()
+    one = runner_on(hardware)
+    one.stop()
+    for _ in range(2):
+        with pytest.raises(RetryLater, match="stopped"):
+            one.run(asking(Commit("identity", b"")))
+    assert "commit" not in hardware.calls
+
+
+# signals, in a process of their own
+
+PROGRAM = """
+import sys, time
+from dps_agent.effects import *
+from dps_agent.host.clock import SystemClock
+from dps_agent.host.https import DpsConnection
+from dps_agent.host.runner import Runner
+from dps_hal.errors import DpsError
+
+what, address = sys.argv[1:]
+
+class Tpm:
+    def endorsement_key(self): return b"ek"
+    def sign(self, wrapped_key, message): time.sleep(60)
+    def release(self): print("released", flush=True)
+
+def on_wait(reason, until_uptime_s):
+    print("ready", flush=True)
+
+def observe(effect, outcome, seconds):
+    print("ready", flush=True)
+    while what == "observer":
+        time.sleep(60)
+
+def exchange():
+    if what == "sleep":
+        yield Sleep(60, "a while")
+    if what == "http":
+        print("ready", flush=True)
+        yield Http("GET", "/", b"", None)
+        yield Sleep(60, "a while")
+    if what == "observer":
+        yield ReadEndorsementKey()
+    if what == "tpm":
+        print("ready", flush=True)
+        yield Sign(b"", b"")
+    if what == "logic":
+        print("ready", flush=True)
+        while True:
+            pass
+
+runner = Runner(tpm=Tpm(), store=None, connection=DpsConnection("https://dps.example", address), clock=SystemClock(),
+                on_wait=on_wait, observe=observe if what == "observer" else None)
+runner.install_signals(exit_status=77)
+try:
+    runner.run(exchange())
+except DpsError as error:
+    print(error.code, flush=True)
+    sys.exit(5)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("what", "status", "says"),
+    [
+        ("sleep", 5, "agent.interrupted\n"),
+        ("http", 5, "released\nagent.interrupted\n"),
+        ("tpm", 5, "agent.interrupted\n"),
+        ("observer", 77, ""),
+        ("logic", 77, ""),
+    ],
+)
+def test_a_signal_ends_the_process_within_two_seconds(
+    number: signal.Signals, what: str, status: int, says: str
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with Server(Peer.wait_until_gone, None) as silent:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, what, silent.address],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.2)
+            signalled_s = time.monotonic()
+            process.send_signal(number)
+            out, err = process.communicate(timeout=20)
+            took_s = time.monotonic() - signalled_s
+        finally:
+            process.kill()
+            process.wait()
+    assert (process.returncode, out, err) == (status, says, "")
+    assert took_s < 2.0
+
+
+def test_a_silent_server_is_given_up_at_the_deadline_with_the_real_connection(monkeypatch) -> None:
+    monkeypatch.setattr(runner, "HTTP_DEADLINE_S", 0.3)
+    with Server(Peer.wait_until_gone, None) as silent:
+        connection = DpsConnection(f"https://{ENDPOINT_NAME}", silent.address)
+        hardware = Hardware()
+        one = Runner(tpm=hardware, store=hardware, connection=connection, clock=SystemClock())
+        began_s = time.monotonic()
+        assert one.run(asking(GET)) == [NoReply("timeout: no whole answer within 0.3 s", False)]
+        assert time.monotonic() - began_s < SOON_S
+        assert not one.stuck
