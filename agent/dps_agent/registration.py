@@ -124,7 +124,7 @@ def _attempt(
     _check_answer(state, registration_id, settings)
     wrapped_key: bytes = yield ImportKey(_activation(state.tpm and state.tpm.authentication_key, "the hub key"))
     _check_hub_key(wrapped_key)
-    now = yield UtcNow()
+    assigned_at: Utc = yield UtcNow()
     payload, payload_omitted = payload_to_store(state.payload)
     assignment = Assignment(
         id_scope=settings.id_scope,
@@ -140,7 +140,7 @@ def _attempt(
         etag=_text_to_store(state.etag),
         created_utc=_text_to_store(state.created_date_time_utc),
         last_updated_utc=_text_to_store(state.last_updated_date_time_utc),
-        assigned_at_s=now.now_s,
+        assigned_at_s=assigned_at.now_s,
         payload=payload,
         payload_omitted=payload_omitted,
     )

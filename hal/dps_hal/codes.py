@@ -44,7 +44,6 @@ REMEDIES: dict[str, str] = {
     "record.absent": "run 'dps-agent provision'",
     "record.damaged": "run 'dps-agent provision'; the agent registers again by itself",
     "record.stale": "run 'dps-agent provision'; it registers again and keeps the old assignment until then",
-    "record.seal_refused": "the record was altered or paired with another hub; the agent registers again by itself",
     # dps
     "dps.assigned_without_key": "DPS assigned a hub but sent no authenticationKey; check that the enrolment is a TPM"
     " enrolment",
@@ -55,7 +54,7 @@ REMEDIES: dict[str, str] = {
     "dps.conflict": "another registration of this device was under way; the agent tries again by itself",
     "dps.ek_mismatch": "the enrolment holds another endorsement key: enrol the one that 'dps-agent enroll' prints",
     "dps.enrollment_disabled": "enable the enrolment in DPS",
-    "dps.forbidden": "DPS forbids this device; check the enrolment and the service's network rules",
+    "dps.forbidden": "check that the enrolment is enabled, and the service's network rules",
     "dps.key_unsuitable": "DPS sent a key that is no HMAC-SHA256 signing key; report it to the service",
     "dps.malformed_answer": "the answer is not DPS's; look for a proxy or captive portal between device and service",
     "dps.not_found": "check id_scope, and that an enrolment for this registration id exists",

@@ -1,0 +1,351 @@
+"""The record store on a Linux file system: two files of one slot each per record, in a folder of the agent's own.
+
+Every system call goes through one `SystemCalls` object, so that tests can count, fail and cut each of them. Why two
+files, written in place: `SPEC.md` beside this folder.
+"""
+
+import errno
+import fcntl
+import os
+import pwd
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+
+from dps_hal.contracts import IDENTITY, PROGRESS
+from dps_hal.errors import AskOperator, DpsError, RetryLater
+from dps_hal.slots import SlotStore
+
+LOCK_NAME = "lock"
+_FILE_MODE = 0o600
+_FOLDER_MODE = 0o700
+# O_NONBLOCK: a FIFO under one of our names must not hold us up.
+_GUARDS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO)
+
+
+class SystemCalls:
+    """The system calls of the file store, one method each; failures are OSError."""
+
+    def open(self, path: str, flags: int, mode: int = 0) -> int:
+        """open(2); returns the file descriptor."""
+        return os.open(path, flags, mode)
+
+    def close(self, fd: int) -> None:
+        """close(2)."""
+        os.close(fd)
+
+    def pread(self, fd: int, count: int, offset: int) -> bytes:
+        """pread(2)."""
+        return os.pread(fd, count, offset)
+
+    def pwrite(self, fd: int, content: bytes, offset: int) -> int:
+        """pwrite(2); returns how many bytes it took."""
+        return os.pwrite(fd, content, offset)
+
+    def fsync(self, fd: int) -> None:
+        """fsync(2), of a file or a folder."""
+        os.fsync(fd)
+
+    def flock(self, fd: int) -> None:
+        """flock(2) with LOCK_EX | LOCK_NB; the lock ends with the descriptor."""
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def file_size(self, fd: int) -> int:
+        """st_size of fstat(2), in bytes."""
+        return os.fstat(fd).st_size
+
+    def owner(self, path: str) -> tuple[int, int]:
+        """User and group number of stat(2)."""
+        status = os.stat(path)
+        return status.st_uid, status.st_gid
+
+    def fchown(self, fd: int, user: int, group: int) -> None:
+        """fchown(2)."""
+        os.fchown(fd, user, group)
+
+    def mkdir(self, path: str, mode: int) -> None:
+        """mkdir(2)."""
+        os.mkdir(path, mode)
+
+    def geteuid(self) -> int:
+        """geteuid(2)."""
+        return os.geteuid()
+
+
+class StateFolder:
+    """The folder with the records' files: opens them, makes them, and says what went wrong.
+
+    The folder itself may be a symbolic link (systemd's DynamicUser makes it one); the names in it may not.
+    """
+
+    def __init__(self, path: str, calls: SystemCalls) -> None:
+        self.path = os.path.abspath(path)
+        self.calls = calls
+
+    def open(self, name: str, access: int) -> int | None:
+        """A descriptor of an existing file, or None where there is none."""
+        path = os.path.join(self.path, name)
+        try:
+            return self.calls.open(path, access | _GUARDS)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self.failure(error, "open", path) from error
+
+    def open_or_create(self, name: str) -> int:
+        """A descriptor for reading and writing; a file that root makes belongs to the folder's owner."""
+        fd = self.open(name, os.O_RDWR)
+        if fd is not None:
+            return fd
+        path = os.path.join(self.path, name)
+        with self.reporting("create", path):
+            try:
+                fd = self.calls.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _GUARDS, _FILE_MODE)
+            except FileExistsError:  # another process was faster
+                return self.calls.open(path, os.O_RDWR | _GUARDS)
+            try:
+                if self.calls.geteuid() == 0:
+                    self.calls.fchown(fd, *self.calls.owner(self.path))
+            except BaseException:
+                self.close(fd)
+                raise
+        return fd
+
+    def close(self, fd: int) -> None:
+        """Closes a descriptor; what could be lost by then, fsync has already reported."""
+        with suppress(OSError):
+            self.calls.close(fd)
+
+    def exists(self) -> bool:
+        """Whether the folder is there."""
+        return self._owner(self.path) is not None
+
+    def make(self) -> None:
+        """Makes the folder, 0700, and those above it that are missing; durable on return."""
+        missing = [self.path]
+        while self._owner(missing[-1]) is None:
+            missing.append(os.path.dirname(missing[-1]))
+        missing.pop()
+        for path in reversed(missing):
+            with self.reporting("create", path):
+                with suppress(FileExistsError):  # another process was faster
+                    self.calls.mkdir(path, _FOLDER_MODE)
+                self._sync_folder(os.path.dirname(path))
+        if not missing:
+            # A process that made the folder may have died before the line above. Where somebody else made it we may
+            # not be allowed to open what holds it, and need not.
+            try:
+                self._sync_folder(os.path.dirname(self.path))
+            except PermissionError:
+                pass
+            except OSError as error:
+                raise self.failure(error, "sync", os.path.dirname(self.path)) from error
+
+    def sync(self) -> None:
+        """Makes the names in the folder durable."""
+        with self.reporting("sync", self.path):
+            self._sync_folder(self.path)
+
+    @contextmanager
+    def reporting(self, action: str, path: str) -> Iterator[None]:
+        """Turns an OSError of the block into one of the store's errors."""
+        try:
+            yield
+        except OSError as error:
+            raise self.failure(error, action, path) from error
+
+    def failure(self, error: OSError, action: str, path: str) -> DpsError:
+        """The store's error for `error`, raised while doing `action` to `path`."""
+        text = f"cannot {action} {path}: {os.strerror(error.errno) if error.errno else error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return RetryLater("store.full", text)
+        if error.errno == errno.EROFS:
+            return AskOperator("store.read_only", text)
+        if error.errno in (errno.EACCES, errno.EPERM):
+            return AskOperator("store.denied", f"{text}; {self._whose(path)}")
+        if error.errno in _NOT_A_FILE:
+            return AskOperator("store.denied", f"{text}; it is no regular file: remove it")
+        if error.errno == errno.ENOTDIR:
+            return AskOperator("store.denied", f"{text}; name a folder in state_dir")
+        return RetryLater("store.io", text)
+
+    def _whose(self, path: str) -> str:
+        """Who owns `path`, or the nearest folder above it that may be looked at, and what to run."""
+        owner = None
+        while owner is None:
+            try:
+                owner = self.calls.owner(path)
+            except OSError:
+                if path == "/":
+                    return "ask the owner of the folder"
+                path = os.path.dirname(path)
+        theirs, ours = _user_name(owner[0]), _user_name(self.calls.geteuid())
+        if theirs == ours:
+            return f"{path} belongs to '{theirs}', who this is: look at its mode and its security labels"
+        hand_over = f"sudo chown -R {ours} {self.path}"
+        if not path.startswith(self.path):
+            hand_over = f"sudo install -d -o {ours} -m 0700 {self.path}"
+        return (
+            f"{path} belongs to '{theirs}' and this is '{ours}': run it as 'sudo -u {theirs} dps-agent ...',"
+            f" or make the folder yours with '{hand_over}'"
+        )
+
+    def _owner(self, path: str) -> tuple[int, int] | None:
+        with self.reporting("look at", path):
+            try:
+                return self.calls.owner(path)
+            except FileNotFoundError:
+                return None
+
+    def _sync_folder(self, path: str) -> None:
+        fd = self.calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.calls.fsync(fd)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # EINVAL: this file system has no fsync for folders
+                raise
+        finally:
+            self.close(fd)
+
+
+class FileSlots:
+    """The `SlotDevice` of one record: files `{record}.0` and `{record}.1`, written in place."""
+
+    slot_bytes = 4096
+    erase_value = 0xFF
+
+    def __init__(self, folder: StateFolder, record: str) -> None:
+        self._folder = folder
+        self._names = (f"{record}.0", f"{record}.1")
+        self._unsynced = {0, 1}
+        self._written: dict[int, int] = {}  # slot -> descriptor, kept until sync: it is the one that hears of failures
+
+    def read(self, slot: int) -> bytes:
+        """See `SlotDevice.read`; empty where there is no file. Needs neither lock nor permission to write."""
+        self._unsynced.add(slot)
+        fd = self._folder.open(self._names[slot], os.O_RDONLY)
+        if fd is None:
+            return b""
+        calls = self._folder.calls
+        content = b""
+        try:
+            with self._reporting("read", slot):
+                while part := calls.pread(fd, self.slot_bytes - len(content), len(content)):
+                    content += part
+        finally:
+            self._folder.close(fd)
+        return content
+
+    def erase(self, slot: int) -> None:
+        """Overwrites what the file has; its blocks stay, so that a full file system cannot stop the next write."""
+        if slot not in self._written:
+            fd = self._folder.open(self._names[slot], os.O_RDWR)
+            if fd is None:
+                return
+            self._written[slot] = fd
+        with self._closing_on_failure(), self._reporting("erase", slot):
+            size = min(self._folder.calls.file_size(self._written[slot]), self.slot_bytes)
+            self._write(slot, bytes([self.erase_value]) * size)
+
+    def program(self, slot: int, content: bytes) -> None:
+        """See `SlotDevice.program`; the whole slot at once, so that a longer record later needs no more room."""
+        whole = content + bytes([self.erase_value]) * (self.slot_bytes - len(content))
+        with self._closing_on_failure():
+            if slot not in self._written:
+                self._written[slot] = self._folder.open_or_create(self._names[slot])
+            with self._reporting("write", slot):
+                self._write(slot, whole)
+
+    def sync(self) -> None:
+        """Syncs the files, then the folder, for a file's name is durable only then."""
+        found = False
+        with self._closing_on_failure():
+            for slot in sorted(self._unsynced):
+                fd = self._written.get(slot)
+                if fd is None:
+                    fd = self._folder.open(self._names[slot], os.O_RDONLY)
+                    if fd is None:
+                        continue
+                    self._written[slot] = fd
+                found = True
+                with self._reporting("sync", slot):
+                    self._folder.calls.fsync(fd)
+            if found:
+                self._folder.sync()
+        self._unsynced.clear()
+        self._close()
+
+    def _write(self, slot: int, content: bytes) -> None:
+        self._unsynced.add(slot)
+        done = 0
+        while done < len(content):
+            taken = self._folder.calls.pwrite(self._written[slot], content[done:], done)
+            if taken == 0:
+                raise OSError(errno.EIO, "pwrite took nothing")
+            done += taken
+
+    def _reporting(self, action: str, slot: int) -> AbstractContextManager[None]:
+        return self._folder.reporting(action, os.path.join(self._folder.path, self._names[slot]))
+
+    @contextmanager
+    def _closing_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        while self._written:
+            self._folder.close(self._written.popitem()[1])
+
+
+class FileStore(SlotStore):
+    """The `Store` in a folder; loading needs no lock, writing takes one for as long as it lasts.
+
+    RetryLater `store.locked`: another process is writing. The folder is made by the first commit, never by loading.
+    """
+
+    def __init__(self, folder: str, calls: SystemCalls | None = None) -> None:
+        self._folder = StateFolder(folder, calls or SystemCalls())
+        super().__init__({record: FileSlots(self._folder, record) for record in (IDENTITY, PROGRESS)})
+
+    def commit(self, record: str, payload: bytes) -> None:
+        """See `Store.commit`."""
+        with self._lock():
+            super().commit(record, payload)
+
+    def erase(self, record: str) -> None:
+        """See `Store.erase`."""
+        if self._folder.exists():
+            with self._lock():
+                super().erase(record)
+
+    def forget_older(self, record: str) -> None:
+        """See `SlotStore.forget_older`."""
+        if self._folder.exists():
+            with self._lock():
+                super().forget_older(record)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        fd = self._folder.open(LOCK_NAME, os.O_RDWR)
+        if fd is None:
+            self._folder.make()  # the lock comes after: where it is, the folder's own name is durable
+            fd = self._folder.open_or_create(LOCK_NAME)
+        try:
+            with self._folder.reporting("lock", os.path.join(self._folder.path, LOCK_NAME)):
+                try:
+                    self._folder.calls.flock(fd)
+                except BlockingIOError as error:
+                    raise RetryLater("store.locked", f"another process is writing to {self._folder.path}") from error
+            yield
+        finally:
+            self._folder.close(fd)
+
+
+def _user_name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return f"#{user}"

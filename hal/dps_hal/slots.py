@@ -1,0 +1,244 @@
+"""Records in pairs of slots that no power cut can lose, over any device that has slots.
+
+Each record has two slots. A write goes to the slot that does not hold the current copy, so at every instant one whole
+copy is untouched. `SPEC.md` beside this folder has the bytes; the files of `dps_hal.files`, raw flash and block devices
+are devices.
+"""
+
+import binascii
+import struct
+
+from dps_hal.contracts import StoredRecord
+from dps_hal.errors import AskOperator, Broken, DpsError, RetryLater
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Final, NamedTuple, Protocol
+
+    class Slot(NamedTuple):
+        """What one slot holds; `generation` is None without a readable header, `payload` None unless VALID."""
+
+        state: int
+        generation: int | None
+        payload: bytes | None
+        version: int
+else:
+    from collections import namedtuple
+
+    Protocol = object
+    Slot = namedtuple("Slot", ("state", "generation", "payload", "version"))
+
+MAGIC: "Final" = b"DPSr"
+FORMAT_VERSION: "Final" = 1
+HEADER_BYTES: "Final" = 20  # magic, version, generation, length, CRC-32 of these 16 bytes
+OVERHEAD_BYTES: "Final" = HEADER_BYTES + 4  # and the CRC-32 of header and payload
+_FIELDS = ">4sIII"
+_TOMBSTONE_LENGTH = 0xFFFFFFFF
+
+EMPTY: "Final" = 0  # erased, or never written
+DAMAGED: "Final" = 1  # anything else that cannot be read; what a cut leaves
+FOREIGN: "Final" = 2  # a whole header of a version that this program does not know
+VALID: "Final" = 3  # a payload
+TOMBSTONE: "Final" = 4  # valid, and says that the record is none
+
+
+class SlotDevice(Protocol):
+    """Two slots, 0 and 1, of one record. Failures are the `store.*` errors of `Store`, nothing else."""
+
+    slot_bytes: int
+    erase_value: int  # the value of every byte of an erased slot, 0xFF or 0x00
+
+    def read(self, slot: int) -> bytes:
+        """The slot's content, at most `slot_bytes` long; what is missing at its end counts as erased."""
+
+    def erase(self, slot: int) -> None:
+        """Sets every byte of the slot to `erase_value`."""
+
+    def program(self, slot: int, content: bytes) -> None:
+        """Writes `content` at the start of a slot that was erased just before; the rest stays erased."""
+
+    def sync(self) -> None:
+        """Makes durable what was erased, programmed or read since the last sync.
+
+        Read too: where writes wait in a cache, a program that was killed may have left there what the next one reads.
+        """
+
+
+class SlotStore:
+    """A `Store` whose records live on slot devices; it remembers nothing between calls."""
+
+    def __init__(self, devices: "Mapping[str, SlotDevice]") -> None:
+        self._devices = devices
+        self.max_payload = min([devices[record].slot_bytes for record in devices]) - OVERHEAD_BYTES
+
+    def load(self, record: str) -> "StoredRecord | None":
+        """The newest valid payload; see `Store.load`. None also where both copies are damaged."""
+        slots = _read_known(record, self._device(record))
+        newest = _newest(slots)
+        if newest is None:
+            return None
+        generation, payload = slots[newest].generation, slots[newest].payload
+        if generation is None or payload is None:
+            return None
+        other = slots[1 - newest]
+        rolled_back = other.state == DAMAGED and (other.generation is None or _is_later(other.generation, generation))
+        return StoredRecord(payload, generation, rolled_back)
+
+    def commit(self, record: str, payload: bytes) -> None:
+        """Makes `payload` the record's content; see `Store.commit`. One erase and one program of one slot."""
+        if len(payload) > self.max_payload:
+            raise AskOperator(
+                "store.too_large",
+                f"record '{record}' has {len(payload)} bytes where at most {self.max_payload} fit",
+            )
+        device = self._device(record)
+        _write(record, device, _read_known(record, device), payload)
+
+    def erase(self, record: str) -> None:
+        """Makes the record empty; see `Store.erase`. A record of an unknown version is erased as well.
+
+        A tombstone goes over the older copy first: erasing the current copy first would bring the older one back.
+        """
+        device = self._device(record)
+        slots = _read(device)
+        if slots[0].state == EMPTY and slots[1].state == EMPTY:
+            return
+        newest = _newest(slots)
+        if newest is not None and slots[newest].state == TOMBSTONE:
+            tombstone = newest
+            device.sync()
+        else:
+            tombstone = _write(record, device, slots, None)
+        for slot in (1 - tombstone, tombstone):
+            device.erase(slot)
+            device.sync()
+
+    def forget_older(self, record: str) -> None:
+        """Erases the copy that `load` does not return, if there is one, so that nothing can roll back to it."""
+        device = self._device(record)
+        slots = _read_known(record, device)
+        newest = _newest(slots)
+        if newest is not None and slots[1 - newest].state != EMPTY:
+            device.sync()
+            device.erase(1 - newest)
+            device.sync()
+
+    def _device(self, record: str) -> SlotDevice:
+        if record not in self._devices:
+            raise Broken("agent.bug", f"there is no record named '{record}'")
+        return self._devices[record]
+
+
+def encode_slot(generation: int, payload: "bytes | None") -> bytes:
+    """The bytes of a slot, without what stays erased behind them; no payload makes a tombstone."""
+    length = _TOMBSTONE_LENGTH if payload is None else len(payload)
+    header = struct.pack(_FIELDS, MAGIC, FORMAT_VERSION, generation, length)
+    content = header + struct.pack(">I", crc32(header)) + (payload or b"")
+    return content + struct.pack(">I", crc32(content))
+
+
+def decode_slot(content: bytes, erase_value: int) -> Slot:
+    """What the bytes of one slot mean; every content has a meaning, nothing is raised."""
+    if content == bytes([erase_value]) * len(content):
+        return Slot(EMPTY, None, None, 0)
+    if len(content) < OVERHEAD_BYTES:
+        return Slot(DAMAGED, None, None, 0)
+    magic, version, generation, length = struct.unpack(_FIELDS, content[:16])
+    if magic != MAGIC or content[16:HEADER_BYTES] != struct.pack(">I", crc32(content[:16])):
+        return Slot(DAMAGED, None, None, 0)
+    if version != FORMAT_VERSION:
+        return Slot(FOREIGN, generation, None, version)
+    end = HEADER_BYTES + (0 if length == _TOMBSTONE_LENGTH else length)
+    if content[end : end + 4] != struct.pack(">I", crc32(content[:end])):
+        return Slot(DAMAGED, generation, None, version)
+    if length == _TOMBSTONE_LENGTH:
+        return Slot(TOMBSTONE, generation, None, version)
+    return Slot(VALID, generation, content[HEADER_BYTES:end], version)
+
+
+def crc32_by_nibbles(content: bytes) -> int:
+    """CRC-32 (ISO 3309, reflected polynomial 0xEDB88320) for boards whose `binascii` has none."""
+    crc = 0xFFFFFFFF
+    for byte in content:
+        for nibble in (byte & 15, byte >> 4):
+            crc = (crc >> 4) ^ _CRC_OF_NIBBLE[(crc ^ nibble) & 15]
+    return crc ^ 0xFFFFFFFF
+
+
+_CRC_OF_NIBBLE = (
+    0x00000000, 0x1DB71064, 0x3B6E20C8, 0x26D930AC, 0x76DC4190, 0x6B6B51F4, 0x4DB26158, 0x5005713C,
+    0xEDB88320, 0xF00F9344, 0xD6D6A3E8, 0xCB61B38C, 0x9B64C2B0, 0x86D3D2D4, 0xA00AE278, 0xBDBDF21C,
+)  # fmt: skip
+
+crc32 = getattr(binascii, "crc32", crc32_by_nibbles)
+
+
+def _read(device: SlotDevice) -> "list[Slot]":
+    return [decode_slot(device.read(slot), device.erase_value) for slot in (0, 1)]
+
+
+def _read_known(record: str, device: SlotDevice) -> "list[Slot]":
+    slots = _read(device)
+    for slot in slots:
+        if slot.state == FOREIGN:
+            raise AskOperator(
+                "store.unknown_version",
+                f"record '{record}' has format version {slot.version}, this program knows {FORMAT_VERSION}",
+            )
+    return slots
+
+
+def _newest(slots: "list[Slot]") -> "int | None":
+    """The index of the slot with the latest generation among those that are whole; None where neither is."""
+    newest = None
+    latest = 0
+    for index in (0, 1):
+        generation = slots[index].generation
+        if slots[index].state < FOREIGN or generation is None:
+            continue
+        if newest is None or _is_later(generation, latest):
+            newest, latest = index, generation
+    return newest
+
+
+def _is_later(generation: int, than: int) -> bool:
+    """Whether `generation` was counted after `than`, with wrap-around at 2**32 (RFC 1982)."""
+    return generation != than and (generation - than) & 0xFFFFFFFF < 0x80000000
+
+
+def _write(record: str, device: SlotDevice, slots: "list[Slot]", payload: "bytes | None") -> int:
+    """Programs the slot that does not hold the current copy, durably, and returns its index."""
+    newest = _newest(slots)
+    if newest is not None:
+        target = 1 - newest
+    elif slots[0].state == EMPTY and slots[1].state == DAMAGED:
+        target = 1  # over the damaged copy, which would go on looking like a newer one
+    else:
+        target = 0
+    generation = slots[1 - target].generation or 0  # later than the copy that stays, also where that one is damaged
+    content = encode_slot((generation + 1) & 0xFFFFFFFF, payload)
+    if newest is not None:
+        device.sync()  # before the other copy goes: this one may still be in a cache
+    try:
+        device.erase(target)
+        device.program(target, content)
+        device.sync()
+        if device.read(target)[: len(content)] != content:
+            raise RetryLater("store.io", f"record '{record}' was written and read back differently")
+    except DpsError:
+        _withdraw(device, target)
+        raise
+    return target
+
+
+def _withdraw(device: SlotDevice, slot: int) -> None:
+    """Takes back a copy whose writing failed, for a cache may show it whole though it is not durable.
+
+    Believed, it would be the current copy, and the next write would go over the last durable one.
+    """
+    try:
+        device.erase(slot)
+        device.sync()
+    except DpsError:
+        pass  # the failure that led here is the one to report

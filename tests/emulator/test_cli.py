@@ -1,0 +1,201 @@
+"""The program `dps-emulator` as it is started, fed and stopped."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dps_emulator.cli import main
+from emulator.device import ActivatedKey, Client, Device, lookup_path, operation_path, register_path
+from support.emulator import EmulatorProcess
+
+DEVICE = Device.of_the_vectors()
+RID = DEVICE.registration_id
+BODY = {"registrationId": RID, "tpm": DEVICE.attestation()}
+CSV = f"registrationId,endorsementKey,serial\n{RID},{base64.b64encode(DEVICE.ek_public).decode()},7\n"
+
+
+def provision(emulator: EmulatorProcess) -> tuple[dict[str, Any], ActivatedKey]:
+    """A whole registration; the finished state and the hub key."""
+    with Client(emulator.port, emulator.ca_file) as client:
+        _, _, body = client.call("PUT", register_path(RID), BODY)
+        key = DEVICE.activate(body["authenticationKey"])
+        token = key.token(f"0ne00000000%2Fregistrations%2F{RID}", int(time.time()) + 60)
+        status, _, body = client.call("PUT", register_path(RID), BODY, token)
+        assert status == 202, body
+        _, _, final = client.call("GET", operation_path(RID, body["operationId"]), None, token)
+        state: dict[str, Any] = final["registrationState"]
+        return state, DEVICE.activate(state["tpm"]["authenticationKey"])
+
+
+def test_state_survives_a_restart_and_tokens_can_be_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state_dir, csv = tmp_path / "state", tmp_path / "factory.csv"
+    csv.write_text(CSV)
+    assert main(["enroll-import", str(csv), "--state-dir", str(state_dir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"schema": 1, "code": "ok", "imported": [RID], "replaced": 0}
+    hubs = ("--hub", "one.azure-devices.net", "--hub", "two.azure-devices.net")
+    with EmulatorProcess(*hubs, state_dir=state_dir) as emulator:
+        first, hub_key = provision(emulator)
+        ca = emulator.ca_file.read_bytes()
+        assert emulator.stop() == 0
+    assert first["assignedHub"] == "one.azure-devices.net"
+
+    token_file = tmp_path / "token"
+    token = hub_key.token(f"one.azure-devices.net%2Fdevices%2F{RID}", int(time.time()) + 60, None)
+    token_file.write_text(token + "\n")
+    verify = ["verify-token", str(token_file), "--state-dir", str(state_dir)]
+    assert main(verify) == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO(token))
+    assert main(["verify-token", "-", "--state-dir", str(state_dir)]) == 0
+
+    with EmulatorProcess(*hubs, state_dir=state_dir) as emulator:
+        assert emulator.ca_file.read_bytes() == ca
+        again, same_key = provision(emulator)
+        assert (again["substatus"], same_key.key) == ("reprovisionedToInitialAssignment", hub_key.key)
+        # A running server sees what the other commands write.
+        assert main(["move", RID, "two.azure-devices.net", "--state-dir", str(state_dir)]) == 0
+        moved, _ = provision(emulator)
+        assert (moved["assignedHub"], moved["substatus"]) == ("two.azure-devices.net", "deviceDataMigrated")
+        assert [line.status for line in emulator.log] == [401, 202, 200] * 2
+    capsys.readouterr()
+    assert main([*verify, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["code"] == "refused"
+
+
+def test_files_of_the_server_are_private_and_its_log_has_no_secret(tmp_path: Path) -> None:
+    log_file = tmp_path / "requests.log"
+    with EmulatorProcess("--enroll-any", "--retry-after", "none", "--log-file", str(log_file)) as emulator:
+        _, hub_key = provision(emulator)
+        private = [path for path in emulator.state_dir.rglob("*") if path.is_file()]
+        assert len(private) == 3 and all(path.stat().st_mode & 0o077 == 0 for path in private)
+        assert "warning: --enroll-any" in emulator.stderr and f"enrolled '{RID}' at first sight" in emulator.stderr
+        assert log_file.read_text().splitlines() == [line.text() for line in emulator.log]
+        for text in (emulator.stderr, log_file.read_text()):
+            assert base64.b64encode(hub_key.key).decode() not in text and "SharedAccessSignature" not in text
+
+
+def test_a_damaged_state_file_is_500_and_named_on_stderr() -> None:
+    with EmulatorProcess("--enroll-any") as emulator, Client(emulator.port, emulator.ca_file) as client:
+        (emulator.state_dir / "enrollments" / f"{RID}.json").write_text("{")
+        status, headers, body = client.call("PUT", register_path(RID), BODY)
+        assert (status, headers["x-ms-error-code"], body["errorCode"]) == (500, "500001", 500001)
+        assert f"warning: {emulator.state_dir}/enrollments/{RID}.json can't be read back" in emulator.stderr
+        assert "Traceback" not in emulator.stderr
+
+
+def test_flags_reach_the_service(tmp_path: Path) -> None:
+    faults = tmp_path / "faults.json"
+    faults.write_text('[{"request": 4, "status": 418}]')
+    enrollments = tmp_path / "devices.csv"
+    enrollments.write_text(CSV)
+    flags = ("--enrollments", str(enrollments), "--faults", str(faults), "--lookup", "404", "--key-bytes", "20")
+    with EmulatorProcess(*flags, "--no-noda", "--retry-after", "0") as emulator:
+        _, hub_key = provision(emulator)
+        assert (hub_key.attributes, len(hub_key.key)) == (0x40040, 20)
+        with Client(emulator.port, emulator.ca_file) as client:
+            assert client.call("PUT", register_path(RID), BODY)[0] == 418
+            assert client.call("POST", lookup_path(RID), BODY)[0] == 404
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_0_within_two_seconds(number: signal.Signals) -> None:
+    with EmulatorProcess() as emulator, Client(emulator.port, emulator.ca_file) as client:
+        client.call("PUT", register_path(RID), {})  # a connection is open
+        started = time.monotonic()
+        assert emulator._process is not None
+        os.kill(emulator._process.pid, number)
+        assert emulator._process.wait(10) == 0
+        assert time.monotonic() - started < 2
+        assert len(emulator.stderr.splitlines()) == 1, emulator.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["serve"], "give --ca-file or --state-dir"),
+        (["serve", "--port", "70000"], "'70000' is not a number from 0 to 65535"),
+        (["serve", "--retry-after", "soon"], "'soon' is not a number"),
+        (["serve", "--assign-after", "nan"], "'nan' is not a number"),
+        (["serve", "--lookup", "stale:x"], "none of fresh, stale:N"),
+        (["serve", "--hub", "https://x"], "is no DNS name"),
+        (["serve", "--ca-file", "ca", "--faults", "absent.json"], "can't read absent.json"),
+        (["serve", "--ca-file", "ca", "--enrollments", "absent.csv"], "can't read absent.csv"),
+        (["enroll-import", "absent.csv", "--state-dir", "state"], "can't read absent.csv"),
+        (["move", "x", "a/b", "--state-dir", "state"], "is no DNS name"),
+        (["verify-token", "token", "--state-dir", "absent"], "no state folder at absent"),
+    ],
+)
+def test_wrong_usage_is_one_clear_line_and_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    try:
+        status = main(arguments)
+    except SystemExit as ending:
+        status = int(ending.code or 0)
+    error = capsys.readouterr().err
+    assert status == 2 and message in error, error
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
+
+
+def test_an_import_that_is_wrong_imports_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    csv = tmp_path / "bad.csv"
+    csv.write_text(CSV + "press-08,AAAA,8\n")
+    assert main(["enroll-import", str(csv), "--state-dir", str(tmp_path / "state")]) == 2
+    assert "line 3: press-08" in capsys.readouterr().err
+    assert not (tmp_path / "state").exists()
+
+
+def test_failures_are_one_line_and_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    csv = tmp_path / "a.csv"
+    csv.write_text(CSV)
+    assert main(["enroll-import", str(csv), "--state-dir", str(tmp_path / "file")]) == 1
+    assert main(["move", "nobody", "one.azure-devices.net", "--state-dir", str(tmp_path)]) == 1
+    assert main(["move", "../nobody", "one.azure-devices.net", "--state-dir", str(tmp_path)]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3 and all(line.startswith("dps-emulator: ") for line in errors)
+
+
+def test_a_port_in_use_is_said_in_one_line(tmp_path: Path) -> None:
+    with EmulatorProcess() as emulator:
+        command = [sys.executable, "-m", "dps_emulator.cli", "serve", "--port", str(emulator.port)]
+        ended = subprocess.run(
+            [*command, "--ca-file", str(tmp_path / "ca.pem")],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "tools")},
+        )
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 1 and "in use" in ended.stderr
+
+
+def test_a_missing_extra_is_one_sentence_and_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "trustme", None)
+    monkeypatch.delitem(sys.modules, "dps_emulator.state")
+    assert main(["verify-token", "-", "--state-dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        "dps-emulator: needs 'trustme', which is not installed: pip install 'dps-agent[emulator]'\n"
+    )

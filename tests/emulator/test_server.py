@@ -1,0 +1,312 @@
+"""The emulator on the wire: connections, certificates, the log, and faults that are real."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dps_emulator.enrollments import Enrollment
+from dps_emulator.faults import Fault, FaultScript, FaultScriptError, read_fault_script
+from dps_emulator.server import LogLine
+from dps_emulator.service import Settings
+from emulator.device import (
+    API,
+    ActivatedKey,
+    Client,
+    Device,
+    lookup_path,
+    operation_path,
+    register_path,
+)
+from support.emulator import EmulatorInThread
+
+DEVICE = Device.of_the_vectors()
+RID = DEVICE.registration_id
+BODY = {"registrationId": RID, "tpm": DEVICE.attestation()}
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[EmulatorInThread]:
+    with EmulatorInThread(Settings(retry_after_s=0), [Enrollment(RID, DEVICE.ek_public)]) as emulator:
+        yield emulator
+
+
+@pytest.fixture
+def emulator(shared: EmulatorInThread) -> EmulatorInThread:
+    shared.script()
+    shared.log.clear()
+    return shared
+
+
+@pytest.fixture
+def client(emulator: EmulatorInThread) -> Iterator[Client]:
+    with Client(emulator.port, emulator.ca_file) as client:
+        yield client
+
+
+def token(key: ActivatedKey) -> str:
+    return key.token(f"0ne00000000%2Fregistrations%2F{RID}", int(time.time()) + 60)
+
+
+def challenge(client: Client) -> str:
+    status, _, body = client.call("PUT", register_path(RID), BODY)
+    assert status == 401, body
+    return token(DEVICE.activate(body["authenticationKey"]))
+
+
+def test_a_device_provisions_and_looks_up_on_one_connection(emulator: EmulatorInThread, client: Client) -> None:
+    authorization = challenge(client)
+    first_socket = client.connection.sock
+    status, headers, body = client.call("PUT", register_path(RID), BODY, authorization)
+    assert (status, headers["retry-after"]) == (202, "0") and headers["location"].startswith("https://127.0.0.1")
+    # Node sends {} with its polls, others nothing: both must leave the connection usable.
+    bodies: tuple[object, ...] = ({}, None, b" " * 300_000)
+    for poll_body in bodies:
+        status, _, final = client.call("GET", operation_path(RID, body["operationId"]), poll_body, authorization)
+        assert (status, final["status"]) == (200, "assigned")
+    status, _, found = client.call("POST", lookup_path(RID), BODY, authorization)
+    assert status == 200 and found["assignedHub"] == "emulator.azure-devices.net"
+    assert client.connection.sock is first_socket and first_socket is not None
+    key = DEVICE.activate(found["tpm"]["authenticationKey"]).key
+    assert key == emulator.service.hub_key("emulator.azure-devices.net", RID)
+
+
+def test_the_log_has_a_line_a_request_and_no_secret(emulator: EmulatorInThread, client: Client) -> None:
+    authorization = challenge(client)
+    _, _, body = client.call("PUT", register_path(RID), BODY, authorization)
+    client.call("GET", operation_path(RID, body["operationId"]), None, authorization)
+    client.call("POST", lookup_path(RID), BODY, authorization)
+    client.call("POST", lookup_path("not%20an%0Aid"), BODY, authorization)
+    lines = [(line.method, line.operation, line.status, line.error_code) for line in emulator.log]
+    assert lines == [
+        ("PUT", "register", 401, 0),
+        ("PUT", "register", 202, 0),
+        ("GET", "operation", 200, 0),
+        ("POST", "lookup", 200, 0),
+        ("POST", "lookup", 400, 400001),
+    ]
+    assert [line.registration_id for line in emulator.log] == [RID] * 4 + ["not an\nid"]
+    for line in emulator.log:
+        assert LogLine.parse(line.text()) == line
+        assert "\n" not in line.text() and authorization[-40:] not in line.text()
+
+
+def test_other_lines_are_no_log_lines() -> None:
+    assert LogLine.parse("dps-emulator: warning: method=PUT") is None and LogLine.parse("x") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["localhost", "global.azure-devices-provisioning.net", "emulator.azure-devices.net", "127.0.0.1"]
+)
+def test_the_certificate_covers_service_and_hub(emulator: EmulatorInThread, name: str) -> None:
+    context = ssl.create_default_context(cafile=str(emulator.ca_file))
+    with (
+        socket.create_connection(("127.0.0.1", emulator.port), 5) as plain,
+        context.wrap_socket(plain, server_hostname=name) as wrapped,
+    ):
+        assert wrapped.version() in ("TLSv1.2", "TLSv1.3")
+
+
+def test_a_certificate_of_another_name_is_not_offered(emulator: EmulatorInThread) -> None:
+    context = ssl.create_default_context(cafile=str(emulator.ca_file))
+    with (
+        socket.create_connection(("127.0.0.1", emulator.port), 5) as plain,
+        pytest.raises(ssl.SSLCertVerificationError),
+    ):
+        context.wrap_socket(plain, server_hostname="other.azure-devices.net")
+
+
+def test_what_is_no_http_gets_400_and_a_closed_connection(emulator: EmulatorInThread) -> None:
+    context = ssl.create_default_context(cafile=str(emulator.ca_file))
+    with (
+        socket.create_connection(("127.0.0.1", emulator.port), 5) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as wrapped,
+    ):
+        wrapped.sendall(b"\0\1\2\r\n\r\n")
+        assert wrapped.recv(4096).startswith(b"HTTP/1.1 400")
+
+
+# --- faults
+
+
+def test_a_status_is_answered_instead_of_asking_the_service(emulator: EmulatorInThread, client: Client) -> None:
+    emulator.script(
+        Fault(request=1, operation="register", status=429, headers={"Retry-After": "9"}),
+        Fault(request=2, method="PUT", status=503, body="<html>busy</html>", headers={"Content-Type": "text/html"}),
+        Fault(request=3, operation="register", status=200, body=""),
+        Fault(request=4, operation="register", body={"a": 1}),
+    )
+    status, headers, body = client.call("PUT", register_path(RID), BODY)
+    assert (status, headers["retry-after"], body["errorCode"]) == (429, "9", 429001)
+    status, headers, body = client.call("PUT", register_path(RID), BODY)
+    assert (status, headers["content-type"], body) == (503, "text/html", b"<html>busy</html>")
+    client.connection.request("PUT", register_path(RID) + API, json.dumps(BODY))
+    response = client.connection.getresponse()
+    assert (response.status, response.read()) == (200, b"")
+    assert client.call("PUT", register_path(RID), BODY)[2] == {"a": 1}
+    assert client.call("PUT", register_path(RID), BODY)[0] == 401
+    assert [line.fault for line in emulator.log] == [1, 2, 3, 4, 0]
+
+
+def test_headers_are_replaced_and_taken_away(emulator: EmulatorInThread, client: Client) -> None:
+    authorization = challenge(client)
+    emulator.script(Fault(headers={"retry-after": "soon", "DATE": None}))
+    status, headers, _ = client.call("PUT", register_path(RID), BODY, authorization)
+    assert (status, headers["retry-after"], "date" in headers) == (202, "soon", False)
+
+
+@pytest.mark.parametrize("count", [0, 1, 100])
+def test_a_cut_leaves_the_promised_rest_unsent(emulator: EmulatorInThread, client: Client, count: int) -> None:
+    emulator.script(Fault(request=1, cut_after_bytes=count))
+    client.connection.request("PUT", register_path(RID) + API, json.dumps(BODY))
+    response = client.connection.getresponse()
+    assert response.status == 401 and int(response.headers["Content-Length"]) > 1000
+    with pytest.raises(http.client.IncompleteRead) as caught:
+        response.read()
+    assert len(caught.value.partial) == count
+    client.connection.close()
+    assert client.call("PUT", register_path(RID), BODY)[0] == 401, "the next connection works"
+
+
+def test_a_cut_before_the_answer_sends_nothing(emulator: EmulatorInThread, client: Client) -> None:
+    authorization = challenge(client)
+    emulator.script(Fault(cut_after_bytes=-1))
+    before = emulator.service.registrations.get(RID)
+    with pytest.raises(http.client.RemoteDisconnected):
+        client.call("PUT", register_path(RID), BODY, authorization)
+    assert emulator.service.registrations.get(RID) != before, "the service has done it: only the answer is lost"
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_cut_ends_tcp_by_fin_or_by_reset(emulator: EmulatorInThread, reset: bool) -> None:
+    # Over memory buffers: Python's own TLS sockets report a reset as an end of file.
+    emulator.script(Fault(cut_after_bytes=3, reset=reset))
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = ssl.create_default_context(cafile=str(emulator.ca_file))
+    tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with socket.create_connection(("127.0.0.1", emulator.port), 5) as tcp:
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                tcp.sendall(outgoing.read())
+                incoming.write(tcp.recv(65536))
+        tls.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        tcp.sendall(outgoing.read())
+        with pytest.raises(ConnectionResetError) if reset else contextlib.nullcontext():
+            while tcp.recv(65536):
+                pass
+
+
+def test_a_drip_arrives_slowly_and_whole(emulator: EmulatorInThread, client: Client) -> None:
+    emulator.script(Fault(request=1, status=200, body={"a": 12345}, drip=20))
+    started = time.monotonic()
+    assert client.call("PUT", register_path(RID), BODY)[2] == {"a": 12345}
+    assert 0.3 < time.monotonic() - started < 3
+
+
+def test_a_chunked_answer_has_no_length(emulator: EmulatorInThread, client: Client) -> None:
+    emulator.script(Fault(chunked=True, drip=5000))
+    status, headers, body = client.call("PUT", register_path(RID), BODY)
+    assert (status, headers["transfer-encoding"], "content-length" in headers) == (401, "chunked", False)
+    DEVICE.activate(body["authenticationKey"])
+
+
+def test_a_delay_is_waited_and_a_client_that_leaves_does_no_harm(emulator: EmulatorInThread, client: Client) -> None:
+    emulator.script(Fault(request=1, delay_s=0.3), Fault(request=2, delay_s=0.3, drip=10))
+    started = time.monotonic()
+    client.call("PUT", register_path(RID), BODY)
+    assert time.monotonic() - started >= 0.3
+    client.connection.timeout = 0.1
+    client.connection.close()
+    with pytest.raises(TimeoutError):
+        client.call("PUT", register_path(RID), BODY)
+    client.connection.close()
+    client.connection.timeout = 10
+    assert client.call("PUT", register_path(RID), BODY)[0] == 401
+
+
+def test_stopping_does_not_wait_for_slow_answers_or_idle_clients(capfd: pytest.CaptureFixture[str]) -> None:
+    emulator = EmulatorInThread(faults=[Fault(request=2, delay_s=60), Fault(request=3, drip=1)])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(emulator)
+        idle, delayed, dripping = (stack.enter_context(Client(emulator.port, emulator.ca_file)) for _ in range(3))
+        assert idle.call("PUT", register_path("x"), {})[0] == 404
+        delayed.connection.request("PUT", register_path("x") + API, b"{}")
+        time.sleep(0.1)
+        dripping.connection.request("PUT", register_path("x") + API, b"{}")
+        time.sleep(0.1)
+        started = time.monotonic()
+        emulator.stop()
+        assert time.monotonic() - started < 2
+    assert capfd.readouterr().err == ""
+
+
+# --- fault scripts
+
+
+def test_a_script_counts_over_all_or_over_what_it_matches() -> None:
+    script = read_fault_script(
+        '[{"request": 2, "operation": "lookup", "status": 500}, {"request": 4, "delayS": 1},'
+        ' {"method": "GET", "drip": 9}]'
+    )
+    requests = [("PUT", "register"), ("POST", "lookup"), ("POST", "lookup"), ("POST", "lookup"), ("GET", "operation")]
+    taken = [script.take(*request) for request in requests]
+    assert [None if found is None else found[0] for found in taken] == [None, None, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "not valid JSON"),
+        ("{}", "list of objects"),
+        ("[1]", "entry 1 is not an object"),
+        ('[{}, {"requests": 1}]', "entry 2: unknown field 'requests'"),
+        ('[{"request": 0}]', "'request' is not a number from 1"),
+        ('[{"request": true}]', "'request' is not a number from 1"),
+        ('[{"status": 99}]', "'status' is not"),
+        ('[{"operation": "put"}]', "'operation' is not"),
+        ('[{"headers": {"a": 1}}]', "'headers' is not"),
+        ('[{"drip": 0}]', "'drip' is not"),
+        ('[{"reset": true}]', "'reset' needs 'cutAfterBytes'"),
+    ],
+)
+def test_a_wrong_script_is_refused_by_entry_and_field(text: str, message: str) -> None:
+    with pytest.raises(FaultScriptError) as caught:
+        read_fault_script(text)
+    assert message in str(caught.value)
+
+
+def test_every_field_of_a_script_reaches_the_fault() -> None:
+    entry: dict[str, Any] = {
+        "request": 3,
+        "method": "PUT",
+        "operation": "register",
+        "status": 500,
+        "body": [],
+        "headers": {"a": None},
+        "delayS": 0.5,
+        "drip": 1,
+        "chunked": True,
+        "cutAfterBytes": -1,
+        "reset": True,
+    }
+    expected = Fault(3, "PUT", "register", 500, [], {"a": None}, 0.5, 1, True, -1, True)
+    assert read_fault_script(json.dumps([entry])).faults == FaultScript([expected]).faults
+
+
+def test_the_folder_of_a_thread_is_gone_afterwards() -> None:
+    with EmulatorInThread() as emulator:
+        ca_file: Path = emulator.ca_file
+        assert ca_file.exists()
+    assert not ca_file.exists()

@@ -1,0 +1,322 @@
+"""The command `dps-emulator`."""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dps_emulator.enrollments import Enrollment
+    from dps_emulator.faults import FaultScript
+    from dps_emulator.service import DpsService, Settings
+
+OK, FAILED, USAGE = 0, 1, 2
+ID_SCOPE = "0ne00000000"
+HUB = "emulator.azure-devices.net"
+
+
+class _UsageError(Exception):
+    """Something on the command line, or a file that it names, can't be used."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0 done, 1 failed or refused, 2 usage."""
+    arguments = _parser().parse_args(argv)
+    try:
+        from dps_emulator.state import StateError
+    except ModuleNotFoundError as error:
+        return _complain(f"needs '{error.name}', which is not installed: pip install 'dps-agent[emulator]'", USAGE)
+    try:
+        return int(arguments.run(arguments))
+    except ModuleNotFoundError as error:
+        return _complain(f"needs '{error.name}', which is not installed: pip install 'dps-agent[emulator]'", USAGE)
+    except _UsageError as error:
+        return _complain(str(error), USAGE)
+    except (StateError, OSError) as error:
+        return _complain(str(error), FAILED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dps-emulator", description="A Device Provisioning Service for TPM devices, on your desk."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands)
+
+    command = commands.add_parser("enroll-import", help="add the enrolments of a CSV or JSON file to a state folder")
+    command.add_argument("file", metavar="FILE", help="CSV with registrationId,endorsementKey, or JSON; - is stdin")
+    command.add_argument("--state-dir", type=Path, required=True, metavar="DIR")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    command.set_defaults(run=_enroll_import)
+
+    command = commands.add_parser("move", help="send a device's next registration to another hub")
+    command.add_argument("registration_id", metavar="REGISTRATION-ID")
+    command.add_argument("hub", metavar="HUB", help="one of the hubs that 'serve' was started with")
+    command.add_argument("--state-dir", type=Path, required=True, metavar="DIR")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    command.set_defaults(run=_move)
+
+    command = commands.add_parser("verify-token", help="say whether a hub would accept a token")
+    command.add_argument("file", metavar="TOKEN-FILE", help="a file that holds the token; - is stdin")
+    command.add_argument("--state-dir", type=Path, required=True, metavar="DIR")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    command.set_defaults(run=_verify_token)
+    return parser
+
+
+def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser("serve", help="serve until SIGTERM or SIGINT")
+    add = command.add_argument
+    add("--port", type=_number(0, 65535), default=0, metavar="N", help="0, the default: a free one; stdout says which")
+    add("--listen", default="127.0.0.1", metavar="ADDRESS", help="default %(default)s")
+    add("--id-scope", default=ID_SCOPE, metavar="SCOPE", help="default %(default)s")
+    add("--state-dir", type=Path, metavar="DIR", help="keep enrolments, assignments, hub keys and the CA here")
+    add("--ca-file", type=Path, metavar="FILE", help="write the CA's certificate here (default: STATE-DIR/ca-cert.pem)")
+    add("--hub", action="append", type=_hub, metavar="NAME", help=f"a linked hub, repeatable; default {HUB}")
+    add(
+        "--allocation",
+        choices=("static", "hashed", "rotate"),
+        default="static",
+        help="static: the first hub; hashed: by registration id; rotate: each registration goes to the next hub",
+    )
+    add("--assign-after", type=_number(0, 86_400, float), default=0.0, metavar="S", help="seconds until 'assigned'")
+    add("--retry-after", type=_retry_after, default=3, metavar="S", help="whole seconds or 'none'; default %(default)s")
+    add("--enroll-any", action="store_true", help="enrol every TPM at first sight (never on a network you don't own)")
+    add("--enrollments", type=Path, metavar="FILE", help="enrol the devices of this CSV or JSON file")
+    add("--lookup", type=_lookup, default=("fresh", 0), metavar="fresh|stale:N|no-key|401|404", help="default fresh")
+    add("--hub-key", choices=("stable", "rotate"), default="stable", help="rotate: a new one with each registration")
+    add("--no-noda", action="store_true", help="issue keys that count against the TPM's lockout")
+    add("--key-bytes", type=_number(1, 128), default=32, metavar="N", help="size of the keys issued; default 32")
+    add(
+        "--refuse-by",
+        choices=("status", "operation"),
+        default="status",
+        help="unknown or disabled enrolments: an HTTP error at once, or an operation that fails",
+    )
+    add("--clock-skew", type=_number(0, 86_400), default=300, metavar="S", help="accept tokens expired so long ago")
+    add("--faults", type=Path, metavar="FILE", help="fault script, a JSON list; see dps_emulator/faults.py")
+    add("--log-file", type=Path, metavar="FILE", help="append the request log here too")
+    command.set_defaults(run=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from dps_emulator.server import EmulatorServer, LogLine
+    from dps_emulator.state import certificate_authority, make_private_folder
+
+    stopping = False
+    server: EmulatorServer | None = None
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopping
+        stopping = True
+        if server:
+            server.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+    state_dir: Path | None = arguments.state_dir
+    ca_file: Path | None = arguments.ca_file or (state_dir and state_dir / "ca-cert.pem")
+    if ca_file is None:
+        raise _UsageError("clients need the CA: give --ca-file or --state-dir")
+    faults = _fault_script(arguments.faults)
+    enrollments = _read_enrollments(arguments.enrollments) if arguments.enrollments else []
+    if state_dir:
+        make_private_folder(state_dir)
+    service = _service(_settings(arguments), state_dir)
+    for enrollment in enrollments:
+        service.enroll(enrollment)
+    authority = certificate_authority(state_dir)
+    ca_file.write_bytes(authority.cert_pem.bytes())
+
+    with _log_file(arguments.log_file) as log_file:
+
+        def log(line: LogLine) -> None:
+            for file in (sys.stderr, log_file):
+                if file:
+                    print(line.text(), file=file, flush=True)
+
+        def notice(text: str) -> None:
+            print(f"dps-emulator: warning: {text}", file=sys.stderr, flush=True)
+
+        listen, port = arguments.listen, arguments.port
+        server = EmulatorServer(service, authority, listen=listen, port=port, faults=faults, log=log, notice=notice)
+        if arguments.enroll_any:
+            notice("--enroll-any gives every TPM that asks a hub: use it on your own network only")
+        host = f"[{listen}]" if ":" in listen else listen
+        print(f"listening on https://{host}:{server.port}", flush=True)
+        if stopping:
+            server.stop()
+        server.run()
+    return OK
+
+
+def _settings(arguments: argparse.Namespace) -> "Settings":
+    from dps_emulator.service import Settings
+
+    lookup, stale_lookups = arguments.lookup
+    return Settings(
+        id_scope=arguments.id_scope,
+        hubs=tuple(arguments.hub or (HUB,)),
+        allocation=arguments.allocation,
+        assign_after_s=arguments.assign_after,
+        retry_after_s=arguments.retry_after,
+        enroll_any=arguments.enroll_any,
+        lookup=lookup,
+        stale_lookups=stale_lookups,
+        hub_key=arguments.hub_key,
+        no_da=not arguments.no_noda,
+        key_bytes=arguments.key_bytes,
+        refuse_by=arguments.refuse_by,
+        clock_skew_s=arguments.clock_skew,
+    )
+
+
+def _enroll_import(arguments: argparse.Namespace) -> int:
+    from dps_emulator.enrollments import registration_key
+    from dps_emulator.state import enrollment_folder, make_private_folder
+
+    enrollments = _read_enrollments(arguments.file)
+    make_private_folder(arguments.state_dir)
+    folder = enrollment_folder(arguments.state_dir)
+    replaced = 0
+    for enrollment in enrollments:
+        key = registration_key(enrollment.registration_id)
+        replaced += key in folder
+        folder[key] = enrollment
+    ids = [enrollment.registration_id for enrollment in enrollments]
+    text = f"{len(ids)} enrolments imported, {replaced} of them replaced an earlier one"
+    return _say(arguments, {"code": "ok", "imported": ids, "replaced": replaced}, text)
+
+
+def _move(arguments: argparse.Namespace) -> int:
+    from dps_emulator.enrollments import is_hub_name, is_registration_id
+
+    if not is_hub_name(arguments.hub):
+        raise _UsageError(f"'{arguments.hub}' is no DNS name")
+    try:
+        if not is_registration_id(arguments.registration_id):
+            raise KeyError
+        _service_of(arguments.state_dir).move(arguments.registration_id, arguments.hub)
+    except KeyError:
+        return _complain(f"no enrolment for '{arguments.registration_id}' in {arguments.state_dir}", FAILED)
+    content = {"code": "ok", "registrationId": arguments.registration_id, "hub": arguments.hub}
+    return _say(arguments, content, f"{arguments.registration_id} goes to {arguments.hub} when it next registers")
+
+
+def _verify_token(arguments: argparse.Namespace) -> int:
+    refusal = _service_of(arguments.state_dir).hub_token_refusal(_read_text(arguments.file).strip(), time.time())
+    if refusal:
+        _say(arguments, {"code": "refused", "error": {"message": refusal}}, f"refused: {refusal}")
+        return FAILED
+    return _say(arguments, {"code": "ok"}, "the hub would accept this token")
+
+
+def _service_of(state_dir: Path) -> "DpsService":
+    """A service over an existing state folder, for what it knows."""
+    from dps_emulator.service import Settings
+
+    if not state_dir.is_dir():
+        raise _UsageError(f"no state folder at {state_dir}")
+    return _service(Settings(), state_dir)
+
+
+def _service(settings: "Settings", state_dir: Path | None) -> "DpsService":
+    from dps_emulator.service import DpsService
+    from dps_emulator.state import enrollment_folder, registration_folder
+
+    if state_dir is None:
+        return DpsService(settings, {}, {}, os.urandom)
+    return DpsService(settings, enrollment_folder(state_dir), registration_folder(state_dir), os.urandom)
+
+
+def _read_enrollments(path: Path | str) -> "list[Enrollment]":
+    from dps_emulator.enrollments import EnrollmentError, read_enrollments
+
+    try:
+        return read_enrollments(_read_text(path))
+    except EnrollmentError as error:
+        raise _UsageError(f"{path}: {error}") from None
+
+
+def _fault_script(path: Path | None) -> "FaultScript | None":
+    from dps_emulator.faults import FaultScriptError, read_fault_script
+
+    if path is None:
+        return None
+    try:
+        return read_fault_script(_read_text(path))
+    except FaultScriptError as error:
+        raise _UsageError(f"{path}: {error}") from None
+
+
+def _read_text(path: Path | str) -> str:
+    try:
+        return sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _UsageError(f"can't read {path}: {error}") from None
+
+
+@contextlib.contextmanager
+def _log_file(path: Path | None) -> Iterator[IO[str] | None]:
+    if path is None:
+        yield None
+        return
+    with path.open("a", encoding="utf-8") as file:
+        yield file
+
+
+def _say(arguments: argparse.Namespace, content: dict[str, Any], text: str) -> int:
+    print(json.dumps({"schema": 1, **content}) if arguments.json else text)
+    return OK
+
+
+def _complain(text: str, status: int) -> int:
+    print(f"dps-emulator: {text}", file=sys.stderr)
+    return status
+
+
+def _number(low: float, high: float, kind: type = int) -> Any:
+    def convert(text: str) -> float:
+        try:
+            value: float = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number from {low} to {high}")
+        return value
+
+    return convert
+
+
+def _retry_after(text: str) -> int | None:
+    return None if text == "none" else int(_number(0, 86_400)(text))
+
+
+def _lookup(text: str) -> tuple[str | int, int]:
+    if text in ("fresh", "no-key"):
+        return text, 0
+    if text in ("401", "404"):
+        return int(text), 0
+    count = text.removeprefix("stale:")
+    if count != text and count.isascii() and count.isdigit():
+        return "fresh", int(count)
+    raise argparse.ArgumentTypeError(f"'{text}' is none of fresh, stale:N, no-key, 401, 404")
+
+
+def _hub(text: str) -> str:
+    from dps_emulator.enrollments import is_hub_name
+
+    if not is_hub_name(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no DNS name")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Fault scripts: what shall go wrong with which request.
+
+A script is a JSON list of objects. Which requests: `request` (the n-th, from 1; absent: every one), counted over all
+requests or over those of the same `method` ("PUT") and `operation` ("register", "operation", "lookup") where given.
+What goes wrong, in any combination:
+
+- `status`, `body` (text, or JSON of any shape): answered instead of asking the service;
+- `headers`: names and values that replace the answer's, null takes one away;
+- `delayS`: seconds before the service is asked;
+- `drip`: bytes of the body each second; `chunked`: true sends the body without a Content-Length;
+- `cutAfterBytes`: the connection ends after so many bytes of the body, the promised rest unsent; -1: before the
+  answer begins; `reset`: true ends it by TCP RST instead of FIN.
+
+The first entry that fits a request is taken.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dps_emulator.service import RefusalError, Response, json_response, refusal_response, standard_headers
+
+
+class FaultScriptError(ValueError):
+    """A fault script that can't be used; the message names the entry and the field."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One entry of a script."""
+
+    request: int | None = None
+    method: str | None = None
+    operation: str | None = None
+    status: int | None = None
+    body: object = None
+    headers: Mapping[str, str | None] = field(default_factory=dict)
+    delay_s: float = 0.0
+    drip: float | None = None  # bytes a second
+    chunked: bool = False
+    cut_after_bytes: int | None = None
+    reset: bool = False
+
+    @property
+    def replaces_answer(self) -> bool:
+        """Whether the service is not asked."""
+        return self.status is not None or self.body is not None
+
+    def answer(self, request_id: str, now: float) -> Response:
+        """The answer instead of the service's; without a body an error of that status."""
+        status = 200 if self.status is None else self.status
+        if self.body is None:
+            response = refusal_response(RefusalError(status * 1000 + 1, "A fault script says so."), request_id, now)
+        elif isinstance(self.body, str):
+            response = Response(status, (("Content-Type", "application/json; charset=utf-8"),), self.body.encode())
+        else:
+            response = json_response(status, self.body)
+        return Response(
+            status, (*response.headers, *standard_headers(request_id, now)), response.body, request_id=request_id
+        )
+
+    def altered(self, headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The answer's headers with this entry's in their place."""
+        own = {name.lower() for name in self.headers}
+        kept = [(name, value) for name, value in headers if name.lower() not in own]
+        return kept + [(name, value) for name, value in self.headers.items() if value is not None]
+
+
+class FaultScript:
+    """A script and how often each of its entries has been counted."""
+
+    def __init__(self, faults: Sequence[Fault] = ()) -> None:
+        self.faults = list(faults)
+        self._counted = [0] * len(self.faults)
+
+    def take(self, method: str, operation: str) -> tuple[int, Fault] | None:
+        """Counts one request; its fault and that entry's number from 1, or None."""
+        taken = None
+        for at, fault in enumerate(self.faults):
+            if fault.method in (None, method) and fault.operation in (None, operation):
+                self._counted[at] += 1
+                if taken is None and fault.request in (None, self._counted[at]):
+                    taken = at + 1, fault
+        return taken
+
+
+_FIELDS: dict[str, tuple[str, type | tuple[type, ...], str]] = {
+    "request": ("request", int, "a number from 1"),
+    "method": ("method", str, "text"),
+    "operation": ("operation", str, "register, operation or lookup"),
+    "status": ("status", int, "an HTTP status from 200 to 599"),
+    "body": ("body", object, "anything"),
+    "headers": ("headers", dict, "an object of text or null"),
+    "delayS": ("delay_s", (int, float), "seconds"),
+    "drip": ("drip", (int, float), "bytes a second, more than 0"),
+    "chunked": ("chunked", bool, "true or false"),
+    "cutAfterBytes": ("cut_after_bytes", int, "a number from -1"),
+    "reset": ("reset", bool, "true or false"),
+}
+_RANGES: dict[str, tuple[float, float]] = {
+    "request": (1, 10**9),
+    "status": (200, 599),
+    "delayS": (0, 86_400),
+    "drip": (0.01, 10**9),
+    "cutAfterBytes": (-1, 10**9),
+}
+
+
+def read_fault_script(text: str) -> FaultScript:
+    """Parses a script; raises FaultScriptError."""
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FaultScriptError(f"not valid JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise FaultScriptError("a fault script is a JSON list of objects")
+    return FaultScript([_fault(number, entry) for number, entry in enumerate(entries, 1)])
+
+
+def _fault(number: int, entry: object) -> Fault:
+    if not isinstance(entry, dict):
+        raise FaultScriptError(f"entry {number} is not an object")
+    values: dict[str, Any] = {}
+    for name, value in entry.items():
+        if name not in _FIELDS:
+            raise FaultScriptError(f"entry {number}: unknown field '{name}', expected one of {', '.join(_FIELDS)}")
+        attribute, kind, expected = _FIELDS[name]
+        low, high = _RANGES.get(name, (float("-inf"), float("inf")))
+        fits = isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
+        fits = fits and (name not in _RANGES or low <= value <= high)
+        if name == "operation":
+            fits = value in ("register", "operation", "lookup")
+        if name == "headers" and isinstance(value, dict):
+            fits = all(item is None or isinstance(item, str) for item in value.values())
+        if not fits:
+            raise FaultScriptError(f"entry {number}: '{name}' is not {expected}")
+        values[attribute] = value
+    if "reset" in entry and "cutAfterBytes" not in entry:
+        raise FaultScriptError(f"entry {number}: 'reset' needs 'cutAfterBytes'")
+    return Fault(**values)

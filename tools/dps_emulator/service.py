@@ -1,0 +1,571 @@
+"""The service itself: a request and the time go in, an answer comes out; no socket, file, clock or thread.
+
+Operations: register (`PUT …/register`), operation status (`GET …/operations/{id}`) and registration status lookup
+(`POST …/registrations/{id}`). Sources: DPS device API 2021-10-01; "TPM attestation concepts"; "Reprovisioning
+concepts". Where nothing is published about the real service, the choice made here is marked as ours.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
+from email.utils import formatdate
+from typing import Any, Literal
+from urllib.parse import parse_qs, unquote
+
+from dps_emulator.enrollments import REGISTRATION_ID_GRAMMAR, Enrollment, is_registration_id, registration_key
+from dps_emulator.registrations import Assignment, Failure, Operation, Registration, utc_text
+from dps_emulator.tokens import Token, TokenError, parse_token
+from dps_emulator.tpm_keys import (
+    ActivationSecrets,
+    RandomBytes,
+    StorageKey,
+    UnsuitableKeyError,
+    activation_blob,
+    parse_endorsement_key,
+    parse_storage_root_key,
+)
+
+MAX_BODY_BYTES = 96 * 1024  # DPS limits: largest message
+
+# HTTP status = code // 1000. Seen from the service: 400004, 400208, 401002, 404201. The others are ours.
+BAD_REQUEST = 400001
+EK_MISMATCH = 400004
+SRK_UNSUITABLE = 400005
+NO_LINKED_HUB = 400208
+UNAUTHORIZED = 401002
+ENROLLMENT_DISABLED = 403001
+SCOPE_NOT_FOUND = 404200
+NOT_FOUND = 404201
+OPERATION_NOT_FOUND = 404202
+METHOD_NOT_ALLOWED = 405001
+BODY_TOO_LARGE = 413001
+NOT_JSON = 415001
+INTERNAL_ERROR = 500001
+
+
+METHODS = {"register": "PUT", "operation": "GET", "lookup": "POST"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How this service behaves; the command line's flags in one value."""
+
+    id_scope: str = "0ne00000000"
+    hubs: tuple[str, ...] = ("emulator.azure-devices.net",)  # the linked hubs
+    allocation: str = "static"  # where the enrolment has no policy: static, hashed or rotate
+    assign_after_s: float = 0.0  # from the register request to the assignment
+    retry_after_s: int | None = 3  # None: no such header
+    enroll_any: bool = False
+    lookup: Literal["fresh", "no-key", 401, 404] = "fresh"
+    stale_lookups: int = 0  # so many lookups after a new registration still answer with the previous one
+    hub_key: Literal["stable", "rotate"] = "stable"
+    no_da: bool = True
+    key_bytes: int = 32
+    refuse_by: Literal["status", "operation"] = "status"  # unknown or disabled: at once, or as a failed operation
+    clock_skew_s: int = 300  # a token may have expired so long ago
+    challenge_life_s: int = 3600
+
+
+@dataclass(frozen=True)
+class Request:
+    """One HTTP request; header names in lower case, path as received (percent-encoded, without the query)."""
+
+    method: str
+    path: str
+    query: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    body: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True)
+class Response:
+    """One HTTP answer, and what the log says about it."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes = field(repr=False)
+    error_code: int = 0
+    request_id: str = ""
+    notice: str = ""  # something the operator should see
+
+
+@dataclass(frozen=True)
+class _Challenge:
+    """A key that only one TPM can use, and that TPM's keys."""
+
+    key: bytes = field(repr=False)
+    ek: StorageKey
+    srk: StorageKey
+    issued_at_s: float
+
+
+@dataclass(frozen=True)
+class _DeviceRegistration:
+    """A request's body; keys are None where it has none."""
+
+    ek: StorageKey | None = None
+    srk: StorageKey | None = None
+    payload: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a path points at; `operation` is register, operation, lookup, or empty for a path of no meaning."""
+
+    operation: str = ""
+    id_scope: str = ""
+    registration_id: str = ""
+    operation_id: str = ""
+
+
+class RefusalError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, code: int, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.headers = headers
+
+
+class _ChallengeNeeded(Exception):
+    """No error but the first step: not yet authorised, and the keys to challenge are at hand."""
+
+    def __init__(self, ek: StorageKey, srk: StorageKey) -> None:
+        super().__init__()
+        self.ek = ek
+        self.srk = srk
+
+
+class DpsService:
+    """One DPS instance; all that it remembers is in the two mappings and, for open exchanges, in itself."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        enrollments: MutableMapping[str, Enrollment],
+        registrations: MutableMapping[str, Registration],
+        random_bytes: RandomBytes,
+    ) -> None:
+        """Both mappings are keyed by `registration_key`; `random_bytes(n)` returns n random bytes."""
+        self.settings = settings
+        self.enrollments = enrollments
+        self.registrations = registrations
+        self._random_bytes = random_bytes
+        self._challenges: dict[str, _Challenge] = {}
+        self._stale: dict[str, tuple[int, Registration | None]] = {}  # lookups left, what they answer with
+
+    def answer(self, request: Request, now: float) -> Response:
+        """Answers one request at `now` (Unix seconds); never raises for anything a client sent."""
+        request_id = self._guid()
+        exchange = _Exchange(self, request, now)
+        try:
+            response = exchange.run()
+        except _ChallengeNeeded as needed:
+            response = self._challenge(exchange.registration_id, needed, now)
+        except RefusalError as refusal:
+            response = refusal_response(refusal, request_id, now)
+        return replace(
+            response,
+            headers=(*response.headers, *standard_headers(request_id, now)),
+            request_id=request_id,
+            notice=exchange.notice,
+        )
+
+    def enroll(self, enrollment: Enrollment) -> None:
+        """Adds or replaces an enrolment."""
+        self.enrollments[registration_key(enrollment.registration_id)] = enrollment
+
+    def move(self, registration_id: str, hub: str) -> None:
+        """Makes the device's next registration go to `hub`; raises KeyError where it is not enrolled."""
+        self.enroll(replace(self.enrollments[registration_key(registration_id)], hubs=(hub,)))
+
+    def hub_key(self, hub: str, device_id: str) -> bytes | None:
+        """The key that device has at that hub now, or None; both names without case, as tokens are compared."""
+        for registration in self.registrations.values():
+            found = registration.assignment
+            if found and (found.hub.lower(), found.device_id.lower()) == (hub.lower(), device_id.lower()):
+                return found.key
+        return None
+
+    def hub_token_refusal(self, text: str, now: float) -> str | None:
+        """Why a hub would refuse this token at `now`, or None where it accepts it."""
+        try:
+            token = parse_token(text)
+        except TokenError as error:
+            return f"the token {error}"
+        hub, devices, device_id, *_ = [*unquote(token.resource).split("/"), "", "", ""]
+        key = self.hub_key(hub, device_id)
+        if devices.lower() != "devices" or not token.names(f"{hub}/devices/{device_id}"):
+            return "its sr is not {hub}/devices/{deviceId}"
+        if key is None:
+            return f"no device '{device_id}' is assigned to '{hub}'"
+        if not token.signed_by(key):
+            return f"its signature is not by the key of '{device_id}' at '{hub}'"
+        return self.expiry_refusal(token, now)
+
+    def expiry_refusal(self, token: Token, now: float) -> str | None:
+        """Says that the token has expired, or None."""
+        if token.expires_at_s <= now - self.settings.clock_skew_s:
+            return f"it expired at {utc_text(token.expires_at_s)}"
+        return None
+
+    def settled(self, registration_id: str, now: float) -> Registration | None:
+        """The device's registration, with an operation finished whose time has come."""
+        key = registration_key(registration_id)
+        registration = self.registrations.get(key)
+        if registration and not registration.operation.finished and registration.operation.ready_at_s <= now:
+            registration = self.registrations[key] = self._finish(registration)
+        return registration
+
+    def accept(self, registration_id: str, payload: dict[str, Any] | None, failure: Failure | None, now: float) -> str:
+        """Starts an operation, returns its id."""
+        previous = self.settled(registration_id, now)
+        digit, state = self._random_bytes(1)[0] % 10, self._random_bytes(8).hex()
+        operation_id = f"{digit}.{state}.{self._guid()}"
+        operation = Operation(operation_id, now + self.settings.assign_after_s, payload, failure=failure)
+        created = previous.created if previous else utc_text(now)
+        assignment = previous.assignment if previous else None
+        key = registration_key(registration_id)
+        self.registrations[key] = Registration(registration_id, created, operation, assignment)
+        if self.settings.stale_lookups:
+            self._stale[key] = (self.settings.stale_lookups, previous)
+        self.settled(registration_id, now)
+        return operation_id
+
+    def looked_up(self, registration_id: str, now: float) -> Registration | None:
+        """What a lookup sees: the registration, or for the first few after a register request the previous one."""
+        left, previous = self._stale.get(registration_key(registration_id), (0, None))
+        if left:
+            self._stale[registration_key(registration_id)] = (left - 1, previous)
+            return previous
+        return self.settled(registration_id, now)
+
+    def challenge_of(self, registration_id: str, now: float) -> _Challenge | None:
+        """The newest challenge to this device, or None where there is none or it is too old."""
+        challenge = self._challenges.get(registration_key(registration_id))
+        if challenge and now - challenge.issued_at_s <= self.settings.challenge_life_s:
+            return challenge
+        return None
+
+    def authentication_key(self, ek: StorageKey, srk: StorageKey, key: bytes, uri: str) -> str:
+        """`key` for that TPM alone, base64."""
+        secrets = ActivationSecrets.draw(self._random_bytes)
+        return base64.b64encode(
+            activation_blob(ek, srk, key, secrets, uri.encode(), no_da=self.settings.no_da)
+        ).decode()
+
+    def _challenge(self, registration_id: str, needed: _ChallengeNeeded, now: float) -> Response:
+        key = self._random_bytes(self.settings.key_bytes)
+        self._challenges[registration_key(registration_id)] = _Challenge(key, needed.ek, needed.srk, now)
+        uri = f"{self.settings.id_scope}/registrations/{registration_id}"
+        content = {
+            "message": "Authorization required, resend request using supplied key",
+            "authenticationKey": self.authentication_key(needed.ek, needed.srk, key, uri),
+            "unencryptedAuthenticationKey": None,
+            "keyName": "registration",
+        }
+        return json_response(401, content)
+
+    def _finish(self, registration: Registration) -> Registration:
+        """Ends an operation: allocation, reprovisioning policy, hub key, substatus."""
+        operation, previous = replace(registration.operation, finished=True), registration.assignment
+        if operation.failure:
+            return replace(registration, operation=operation)
+        enrollment = self.enrollments.get(registration_key(registration.registration_id))
+        if enrollment is None:
+            failure = Failure("failed", NOT_FOUND, "The enrolment was deleted.")
+            return replace(registration, operation=replace(operation, failure=failure))
+        if previous and not enrollment.update_hub_assignment:
+            return replace(registration, operation=operation)
+        hub = self._allocate(enrollment, previous)
+        if hub is None:
+            failure = Failure("failed", NO_LINKED_HUB, "The enrolment names a hub that is not linked to this service.")
+            return replace(registration, operation=replace(operation, failure=failure))
+        device_id = enrollment.device_id or enrollment.registration_id
+        stays = previous is not None and (previous.hub, previous.device_id) == (hub, device_id)
+        if previous is None:
+            substatus = "initialAssignment"
+        elif stays:
+            substatus = "reprovisionedToInitialAssignment"
+        else:
+            substatus = "deviceDataMigrated" if enrollment.migrate_device_data else "deviceDataReset"
+        if previous and stays and self.settings.hub_key == "stable":
+            key = previous.key
+        else:
+            key = self._random_bytes(self.settings.key_bytes)
+        # Custom allocation returns what its webhook says; the emulator's webhook says what the device said.
+        payload = operation.payload if enrollment.allocation_policy in ("", "custom") else None
+        etag = base64.b64encode(f'"{self._guid()}"'.encode()).decode()
+        when = utc_text(operation.ready_at_s)
+        assignment = Assignment(hub, device_id, key, substatus, etag, when, payload)
+        return replace(registration, operation=operation, assignment=assignment)
+
+    def _allocate(self, enrollment: Enrollment, previous: Assignment | None) -> str | None:
+        """The hub for a device, or None where the enrolment names one that is not linked."""
+        hubs = enrollment.hubs or self.settings.hubs
+        if not {hub.lower() for hub in hubs} <= {hub.lower() for hub in self.settings.hubs}:
+            return None
+        policy = enrollment.allocation_policy or self.settings.allocation
+        if policy == "rotate" and previous and previous.hub in hubs:
+            return hubs[(hubs.index(previous.hub) + 1) % len(hubs)]
+        if policy == "hashed":
+            digest = hashlib.sha256(registration_key(enrollment.registration_id).encode()).digest()
+            return hubs[int.from_bytes(digest) % len(hubs)]
+        return hubs[0]
+
+    def _guid(self) -> str:
+        return str(uuid.UUID(bytes=self._random_bytes(16), version=4))
+
+
+class _Exchange:
+    """One request on its way through the checks; the log reads how far it came."""
+
+    def __init__(self, service: DpsService, request: Request, now: float) -> None:
+        self.service = service
+        self.settings = service.settings
+        self.request = request
+        self.now = now
+        self.target = target_of(request.path)
+        self.operation = self.target.operation
+        self.registration_id = self.target.registration_id
+        self.notice = ""
+
+    def run(self) -> Response:
+        if not self.operation:
+            raise RefusalError(SCOPE_NOT_FOUND, "There is nothing at this path.")
+        method = METHODS[self.operation]
+        if self.request.method != method:
+            raise RefusalError(METHOD_NOT_ALLOWED, f"This path takes {method}.", Allow=method)
+        if not parse_qs(self.request.query).get("api-version", [""])[0].strip():
+            raise RefusalError(BAD_REQUEST, "The query parameter api-version is missing or empty.")
+        if self.target.id_scope != self.settings.id_scope:
+            raise RefusalError(SCOPE_NOT_FOUND, f"The ID scope of this path is not {self.settings.id_scope}.")
+        if not is_registration_id(self.registration_id):
+            raise RefusalError(BAD_REQUEST, f"The registration ID is not {REGISTRATION_ID_GRAMMAR}.")
+        if self.operation == "operation":
+            return self._operation_status(self.target.operation_id)
+        device = self._device_registration()
+        return self._register(device) if self.operation == "register" else self._lookup(device)
+
+    def _register(self, device: _DeviceRegistration) -> Response:
+        enrollment = self._enrollment(device)
+        failure = self._failure(enrollment)
+        self._authenticate(device, enrollment)
+        registration_id = enrollment.registration_id if enrollment else self.registration_id
+        operation_id = self.service.accept(registration_id, device.payload, failure, self.now)
+        location = f"https://{self.request.headers.get('host', '')}{self.request.path}?{self.request.query}"
+        # The register answer says "assigning" even where the assignment is already made: clients must poll.
+        content = {"operationId": operation_id, "status": "assigning"}
+        return json_response(202, content, *self._retry_after(), ("Location", location))
+
+    def _operation_status(self, operation_id: str) -> Response:
+        challenge = self._authenticate(_DeviceRegistration(), self._enrollment(_DeviceRegistration()))
+        registration = self.service.settled(self.registration_id, self.now)
+        if registration is None or registration.operation.operation_id != operation_id:
+            raise RefusalError(OPERATION_NOT_FOUND, "The operation was not found.")
+        state = self._state(registration, challenge, with_key=True)
+        content = {"operationId": operation_id, "status": state["status"], "registrationState": state}
+        if registration.operation.finished:
+            return json_response(200, content)
+        return json_response(202, content, *self._retry_after())
+
+    def _lookup(self, device: _DeviceRegistration) -> Response:
+        if self.settings.lookup == 401:
+            raise RefusalError(UNAUTHORIZED, "This service authorizes no lookups.")
+        if self.settings.lookup == 404:
+            raise RefusalError(NOT_FOUND, "This service has no lookups.")
+        enrollment = self._enrollment(device)
+        self._failure(enrollment)
+        challenge = self._authenticate(device, enrollment)
+        registration = self.service.looked_up(self.registration_id, self.now)
+        if registration is None:
+            return json_response(200, {"registrationId": self.registration_id, "status": "unassigned"})
+        return json_response(200, self._state(registration, challenge, with_key=self.settings.lookup != "no-key"))
+
+    def _state(self, registration: Registration, challenge: _Challenge, *, with_key: bool) -> dict[str, Any]:
+        """A DeviceRegistrationResult."""
+        state: dict[str, Any] = {
+            "registrationId": registration.registration_id,
+            "createdDateTimeUtc": registration.created,
+        }
+        operation, assignment = registration.operation, registration.assignment
+        if not operation.finished:
+            return {**state, "status": "assigning"}
+        if operation.failure:
+            failure = operation.failure
+            when = utc_text(operation.ready_at_s)
+            state |= {"status": failure.status, "errorCode": failure.code, "errorMessage": failure.message}
+            return {**state, "lastUpdatedDateTimeUtc": when}
+        assert assignment is not None, "an operation that finished without failure has an assignment"
+        state |= {
+            "assignedHub": assignment.hub,
+            "deviceId": assignment.device_id,
+            "status": "assigned",
+            "substatus": assignment.substatus,
+            "lastUpdatedDateTimeUtc": assignment.last_updated,
+            "etag": assignment.etag,
+        }
+        if assignment.payload is not None:
+            state["payload"] = assignment.payload
+        if with_key:
+            uri = f"{assignment.hub}/devices/{assignment.device_id}"
+            blob = self.service.authentication_key(challenge.ek, challenge.srk, assignment.key, uri)
+            state["tpm"] = {"authenticationKey": blob}
+        return state
+
+    def _enrollment(self, device: _DeviceRegistration) -> Enrollment | None:
+        """The device's enrolment, after its EK was compared; makes one where the service takes anybody."""
+        enrollment = self.service.enrollments.get(registration_key(self.registration_id))
+        if enrollment is None and self.settings.enroll_any and device.ek and self.operation == "register":
+            enrollment = Enrollment(self.registration_id, device.ek.marshalled)
+            self.service.enroll(enrollment)
+            digest = hashlib.sha256(device.ek.marshalled).hexdigest()
+            self.notice = f"enrolled '{self.registration_id}' at first sight, EK SHA-256 {digest}"
+        if enrollment and device.ek and device.ek.marshalled != enrollment.endorsement_key:
+            raise RefusalError(EK_MISMATCH, "Endorsement key is invalid, or does not match the Enrollment.")
+        return enrollment
+
+    def _failure(self, enrollment: Enrollment | None) -> Failure | None:
+        """Why this enrolment gets no assignment, or None; raises RefusalError where the HTTP status is to say it."""
+        if enrollment is None:
+            failure = Failure("failed", NOT_FOUND, "The enrolment was not found.")
+        elif not enrollment.enabled:
+            failure = Failure("disabled", ENROLLMENT_DISABLED, "The enrolment is disabled.")
+        else:
+            return None
+        if self.settings.refuse_by == "status":
+            raise RefusalError(failure.code, failure.message)
+        return failure
+
+    def _authenticate(self, device: _DeviceRegistration, enrollment: Enrollment | None) -> _Challenge:
+        """The challenge whose key signed this request's token; raises _ChallengeNeeded where there is no token."""
+        text = self.request.headers.get("authorization")
+        if text is None:
+            if device.ek is None:
+                raise RefusalError(UNAUTHORIZED, "Authorization is missing, and no endorsement key to challenge came.")
+            if device.srk is None:
+                raise RefusalError(SRK_UNSUITABLE, "tpm.storageRootKey is missing: without it there is no challenge.")
+            raise _ChallengeNeeded(device.ek, device.srk)
+        try:
+            token = parse_token(text)
+        except TokenError as error:
+            raise RefusalError(UNAUTHORIZED, f"The token {error}.") from None
+        challenge = self.service.challenge_of(self.registration_id, self.now)
+        if challenge is None:
+            raise RefusalError(UNAUTHORIZED, "No challenge is open: register without Authorization to get one.")
+        if token.key_name not in ("", "registration"):
+            raise RefusalError(UNAUTHORIZED, "The token's skn is not 'registration'.")
+        if not token.names(f"{self.settings.id_scope}/registrations/{self.registration_id}"):
+            raise RefusalError(UNAUTHORIZED, "The token's sr is for another resource.")
+        if not token.signed_by(challenge.key):
+            raise RefusalError(UNAUTHORIZED, "The token is not signed by the key of the newest challenge.")
+        expired = self.service.expiry_refusal(token, self.now)
+        if expired:
+            raise RefusalError(UNAUTHORIZED, f"The token is refused: {expired}.")
+        if enrollment and challenge.ek.marshalled != enrollment.endorsement_key:
+            raise RefusalError(EK_MISMATCH, "Endorsement key is invalid, or does not match the Enrollment.")
+        if device.srk and device.srk != challenge.srk:
+            raise RefusalError(SRK_UNSUITABLE, "tpm.storageRootKey is not the one that was challenged.")
+        return challenge
+
+    def _device_registration(self) -> _DeviceRegistration:
+        """The body, checked field by field; unknown fields are passed over."""
+        content_type = self.request.headers.get("content-type", "")
+        if content_type and "json" not in content_type.lower():
+            raise RefusalError(NOT_JSON, "The body is not application/json.")
+        if len(self.request.body) > MAX_BODY_BYTES:
+            raise RefusalError(BODY_TOO_LARGE, f"The body is larger than {MAX_BODY_BYTES} bytes.")
+        try:
+            content = json.loads(self.request.body.decode(), parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            raise RefusalError(BAD_REQUEST, "The body is not valid JSON.") from None
+        if not isinstance(content, dict):
+            raise RefusalError(BAD_REQUEST, "The body is not a JSON object.")
+        named = content.get("registrationId")
+        if named is not None and (
+            not isinstance(named, str) or registration_key(named) != registration_key(self.registration_id)
+        ):
+            raise RefusalError(BAD_REQUEST, "registrationId in the body is not the path's.")
+        payload = content.get("payload")
+        if payload is not None and not isinstance(payload, dict):
+            raise RefusalError(BAD_REQUEST, "payload is not a JSON object.")
+        tpm = content.get("tpm")
+        if tpm is None:
+            return _DeviceRegistration(payload=payload)
+        if not isinstance(tpm, dict):
+            raise RefusalError(BAD_REQUEST, "tpm is not a JSON object.")
+        try:
+            ek = parse_endorsement_key(_key_bytes(tpm, "endorsementKey"))
+        except UnsuitableKeyError as error:
+            raise RefusalError(EK_MISMATCH, f"Endorsement key is invalid: {error}.") from None
+        if tpm.get("storageRootKey") is None:
+            return _DeviceRegistration(ek, None, payload)
+        try:
+            srk = parse_storage_root_key(_key_bytes(tpm, "storageRootKey"))
+        except UnsuitableKeyError as error:
+            raise RefusalError(SRK_UNSUITABLE, f"Storage root key is invalid: {error}.") from None
+        return _DeviceRegistration(ek, srk, payload)
+
+    def _retry_after(self) -> tuple[tuple[str, str], ...]:
+        seconds = self.settings.retry_after_s
+        return () if seconds is None else (("Retry-After", str(seconds)),)
+
+
+def target_of(path: str) -> Target:
+    """Reads a path as received."""
+    match [unquote(segment) for segment in path.split("/")]:
+        case ["", id_scope, "registrations", registration_id]:
+            return Target("lookup", id_scope, registration_id)
+        case ["", id_scope, "registrations", registration_id, "register"]:
+            return Target("register", id_scope, registration_id)
+        case ["", id_scope, "registrations", registration_id, "operations", operation_id]:
+            return Target("operation", id_scope, registration_id, operation_id)
+    return Target()
+
+
+def json_response(status: int, content: object, *headers: tuple[str, str], error_code: int = 0) -> Response:
+    """An answer with a JSON body."""
+    body = json.dumps(content, separators=(",", ":")).encode()
+    return Response(
+        status, (("Content-Type", "application/json; charset=utf-8"), *headers), body, error_code=error_code
+    )
+
+
+def refusal_response(refusal: RefusalError, request_id: str, now: float) -> Response:
+    """A refusal as ProvisioningServiceErrorDetails with the header x-ms-error-code."""
+    content = {
+        "errorCode": refusal.code,
+        "trackingId": request_id,
+        "message": refusal.message,
+        "timestampUtc": utc_text(now),
+    }
+    headers = (("x-ms-error-code", str(refusal.code)), *refusal.headers.items())
+    return json_response(refusal.code // 1000, content, *headers, error_code=refusal.code)
+
+
+def standard_headers(request_id: str, now: float) -> tuple[tuple[str, str], ...]:
+    """What every answer carries."""
+    return (
+        ("Date", formatdate(now, usegmt=True)),
+        ("x-ms-request-id", request_id),
+        ("Strict-Transport-Security", "max-age=31536000; includeSubDomains"),
+    )
+
+
+def _key_bytes(tpm: Mapping[str, object], name: str) -> bytes:
+    value = tpm.get(name)
+    if not isinstance(value, str):
+        raise RefusalError(BAD_REQUEST, f"tpm.{name} is missing or not a string.")
+    try:
+        return base64.b64decode(value, validate=True)
+    except binascii.Error:
+        raise RefusalError(BAD_REQUEST, f"tpm.{name} is not base64.") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

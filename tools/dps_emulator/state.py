@@ -1,0 +1,122 @@
+"""What survives a restart: a folder with one JSON file for each enrolment and registration, and the CA's key.
+
+The folder is 0700 and every file 0600, because registrations hold hub keys. A file is replaced by rename, so that a
+reader never sees half of one; each access reads the file again, so that `enroll-import` and `move` reach a server
+that is running.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, MutableMapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trustme
+
+from dps_emulator.enrollments import Enrollment, enrollment_from_json
+from dps_emulator.registrations import Registration
+
+Record = TypeVar("Record")
+
+
+class StateError(Exception):
+    """A state folder that can't be used; the message names the file."""
+
+
+class RecordFolder(MutableMapping[str, Record]):
+    """A mapping whose values are JSON files; keys are lower-case registration ids."""
+
+    def __init__(
+        self, folder: Path, to_json: Callable[[Record], dict[str, Any]], from_json: Callable[[Any], Record]
+    ) -> None:
+        self._folder = folder
+        self._to_json = to_json
+        self._from_json = from_json
+        make_private_folder(folder)
+
+    def __getitem__(self, key: str) -> Record:
+        path = self._path(key)
+        try:
+            return self._from_json(json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            raise KeyError(key) from None
+        except OSError as error:
+            raise StateError(f"{path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise StateError(f"{path} can't be read back ({error}): repair or delete it") from None
+
+    def __setitem__(self, key: str, record: Record) -> None:
+        write_private_file(self._path(key), json.dumps(self._to_json(record), indent=1).encode() + b"\n")
+
+    def __delitem__(self, key: str) -> None:
+        try:
+            self._path(key).unlink()
+        except FileNotFoundError:
+            raise KeyError(key) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.stem for path in sorted(self._folder.glob("*.json")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key}.json"
+
+
+def enrollment_folder(state_dir: Path) -> RecordFolder[Enrollment]:
+    """The enrolments kept in `state_dir`."""
+    return RecordFolder(state_dir / "enrollments", Enrollment.to_json, enrollment_from_json)
+
+
+def registration_folder(state_dir: Path) -> RecordFolder[Registration]:
+    """The registrations kept in `state_dir`, with the hub keys."""
+    return RecordFolder(state_dir / "registrations", Registration.to_json, Registration.from_json)
+
+
+def certificate_authority(state_dir: Path | None) -> trustme.CA:
+    """The CA kept in `state_dir`, made there the first time; without a folder a new one."""
+    if state_dir is None:
+        return trustme.CA()
+    path = state_dir / "ca.pem"  # key and certificate in one file: never one without the other
+    if path.exists():
+        try:
+            content = path.read_bytes()
+            return trustme.CA.from_pem(content, content)
+        except (OSError, ValueError) as error:
+            raise StateError(f"{path} can't be read back ({error}): repair or delete it") from None
+    authority = trustme.CA()
+    write_private_file(path, authority.private_key_pem.bytes() + authority.cert_pem.bytes())
+    return authority
+
+
+def make_private_folder(folder: Path) -> None:
+    """Makes the folder, 0700, and its parents; raises StateError."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise StateError(f"{folder}: {error.strerror}") from None
+
+
+def write_private_file(path: Path, content: bytes) -> None:
+    """Replaces `path` by a file of mode 0600 that is on the disk when this returns; raises StateError."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")  # 0600 from the start
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise StateError(f"{path}: {error.strerror}") from None

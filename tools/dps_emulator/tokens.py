@@ -1,0 +1,64 @@
+"""Shared access signature tokens, verified over the text they were received with.
+
+Clients spell the resource differently (`%2F`, `%2f`, a raw slash, all lower case) and sign what they spell, so the
+signature is checked over the literal text and only then is the decoded text compared, without case.
+"""
+
+import base64
+import binascii
+import hmac
+from dataclasses import dataclass, field
+from urllib.parse import unquote
+
+SCHEME = "SharedAccessSignature "
+
+
+class TokenError(ValueError):
+    """A token that is not of the form `SharedAccessSignature sr=…&sig=…&se=…[&skn=…]`; never quotes it."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A parsed token; its repr shows no signature."""
+
+    resource: str  # sr as received, still percent-encoded
+    expiry: str  # se as received, decimal digits
+    signature: bytes = field(repr=False)
+    key_name: str  # skn, empty where it is absent
+
+    @property
+    def expires_at_s(self) -> int:
+        """Unix seconds."""
+        return int(self.expiry)
+
+    def signed_by(self, key: bytes) -> bool:
+        """Whether `key` made the signature: HMAC-SHA256 over `sr LF se`, both as received."""
+        expected = hmac.digest(key, f"{self.resource}\n{self.expiry}".encode(), "sha256")
+        return hmac.compare_digest(expected, self.signature)
+
+    def names(self, resource: str) -> bool:
+        """Whether the token is for `resource` (not encoded), compared without case."""
+        return unquote(self.resource).casefold() == resource.casefold()
+
+
+def parse_token(text: str) -> Token:
+    """Parses the Authorization header or password; raises TokenError."""
+    if not text.startswith(SCHEME):
+        raise TokenError(f"does not begin with '{SCHEME}'")
+    values: dict[str, str] = {}
+    for pair in text.removeprefix(SCHEME).strip().split("&"):
+        name, _, value = pair.partition("=")
+        if name in values:
+            raise TokenError(f"has '{name}' twice" if name in ("sr", "sig", "se", "skn") else "has a field twice")
+        values[name] = value
+    for name in ("sr", "sig", "se"):
+        if not values.get(name):
+            raise TokenError(f"has no '{name}'")
+    expiry = values["se"]
+    if not (expiry.isascii() and expiry.isdigit() and len(expiry) <= 12):
+        raise TokenError("has an 'se' that is no number of seconds since 1970")
+    try:
+        signature = base64.b64decode(unquote(values["sig"]), validate=True)
+    except binascii.Error:
+        raise TokenError("has a 'sig' that is not percent-encoded base64") from None
+    return Token(values["sr"], expiry, signature, values.get("skn", ""))
