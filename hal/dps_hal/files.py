@@ -179,15 +179,17 @@ class StateFolder:
                 if path == "/":
                     return "ask the owner of the folder"
                 path = os.path.dirname(path)
-        theirs, ours = _user_name(owner[0]), _user_name(self.calls.geteuid())
-        if theirs == ours:
-            return f"{path} belongs to '{theirs}', who this is: look at its mode and its security labels"
+        us = self.calls.geteuid()
+        theirs, ours = _user_name(owner[0]), _user_name(us)
+        if owner[0] == us:
+            return f"{path} belongs to {theirs}, who this is: look at its mode and its security labels"
         hand_over = f"sudo chown -R {ours} {self.path}"
         if not path.startswith(self.path):
             hand_over = f"sudo install -d -o {ours} -m 0700 {self.path}"
+        as_owner = theirs if theirs != str(owner[0]) else f"'#{theirs}'"
         return (
-            f"{path} belongs to '{theirs}' and this is '{ours}': run it as 'sudo -u {theirs} dps-agent ...',"
-            f" or make the folder yours with '{hand_over}'"
+            f"{path} belongs to user {theirs} and this is {ours}: run it as the owner"
+            f" (sudo -u {as_owner} dps-agent ...), or make the folder yours ({hand_over})"
         )
 
     def _owner(self, path: str) -> tuple[int, int] | None:
@@ -348,4 +350,4 @@ def _user_name(user: int) -> str:
     try:
         return pwd.getpwuid(user).pw_name
     except KeyError:
-        return f"#{user}"
+        return str(user)

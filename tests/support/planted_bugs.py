@@ -13,9 +13,12 @@ import os
 from collections.abc import Callable, Generator
 from typing import Any
 
-from dps_agent import registration
+import dps_agent.host.https
+import dps_agent.registration
 from dps_agent.effects import Sleep
-from dps_agent.host import https
+
+registration: Any = dps_agent.registration
+https: Any = dps_agent.host.https
 
 
 def ignore_retry_after() -> None:
@@ -41,7 +44,7 @@ def no_budget() -> None:
     def sleep(delay_s: float, deadline_s: float, error: object) -> Generator[Any, Any, None]:
         yield Sleep(delay_s, "for ever")
 
-    registration._sleep_within = sleep  # type: ignore[assignment]
+    registration._sleep_within = sleep
 
 
 def swap_the_blobs() -> None:

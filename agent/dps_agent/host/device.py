@@ -7,6 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from dps_agent import __version__
 from dps_agent.assignment import hub_token, load_held
 from dps_agent.effects import LoadRecord
 from dps_agent.host import Provisioned
@@ -81,7 +82,12 @@ def provision_once(
     runner = Runner(
         tpm=tpm,
         store=FileStore(configuration.state_dir),
-        connection=DpsConnection(configuration.endpoint, configuration.connect_to, configuration.ca_file),
+        connection=DpsConnection(
+            configuration.endpoint,
+            configuration.connect_to,
+            configuration.ca_file,
+            user_agent=f"dps-agent/{__version__}",
+        ),
         clock=clock,
         observe=steps.observe if steps is not None else None,
         on_wait=on_wait,

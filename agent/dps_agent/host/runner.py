@@ -74,6 +74,7 @@ RELEASE_FOR_SLEEPS_OVER_S = 2.0
 CLOSE_FOR_SLEEPS_OVER_S = 60.0
 _WHO = {"tpm.timeout": "the TPM", "store.io": "the storage"}
 _FEED_EVERY_S = 1.0
+_WORKER_NAME = "dps-worker"
 _LONGEST_STEP_S = 60.0
 _random = SystemRandom().random
 
@@ -259,7 +260,7 @@ class Runner:
     def _hand_over(self, call: Callable[[], Any]) -> None:
         if self._worker is None:
             self._worker = threading.Thread(
-                target=_work, args=(self._calls, self._outcomes), name="dps-worker", daemon=True
+                target=_work, args=(self._calls, self._outcomes), name=_WORKER_NAME, daemon=True
             )
             self._worker.start()
         self._busy = True
@@ -322,6 +323,11 @@ class Runner:
             if not self.stuck:
                 self._worker.join()
                 self._worker = None
+
+
+def worker_hangs() -> bool:
+    """Whether a worker of this process still hangs in what it was asked to do; see `Runner.stuck`."""
+    return any(thread.name == _WORKER_NAME for thread in threading.enumerate())
 
 
 def bug(error: Exception) -> Broken:

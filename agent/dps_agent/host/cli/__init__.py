@@ -47,7 +47,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command line, `sys.argv` by default, and returns its exit status."""
+    """Runs one command line, `sys.argv` by default, and returns its exit status.
+
+    As a program it ends the process itself where a worker still hangs in the TPM or on a disk: the interpreter's own
+    end would wait for it.
+    """
+    status = _run(arguments)
+    runner = sys.modules.get("dps_agent.host.runner")
+    if arguments is None and runner is not None and runner.worker_hangs():
+        os._exit(status)  # everything was written and flushed
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us; the next file opened must not take its place

@@ -1,0 +1,216 @@
+"""A Linux file system in memory, as the file store's system calls, that loses power or fails at the n-th call.
+
+The model is what POSIX promises and no more: content is durable by fsync of the file, a name by fsync of its folder.
+Until then each write and each name may be there or not, on its own; a write may be torn after any sector or byte, or
+have lengthened the file without its content. A failed fsync leaves the content in the cache as if it were clean.
+"""
+
+import errno
+import os
+from copy import deepcopy
+from itertools import product
+
+from dps_hal.files import SystemCalls
+from support.flash import PowerCut
+
+Tree = dict[str, bytes | None]  # absolute path -> content, None for a folder
+_TEARS = (1, 4, 8, 12, 15, 16, 19, 20, 22, 24, 100, 512, 1024, 1536)
+_FOLDERS = ("/", "/var", "/var/lib")
+
+
+class Inode:
+    """A file or folder: what is durable, and the writes since."""
+
+    def __init__(self, content: bytes | None) -> None:
+        self.is_folder = content is None
+        self.durable = content or b""
+        self.cached = self.durable
+        self.pending: list[tuple[int, bytes]] = []
+
+    def contents_after_a_cut(self) -> set[bytes]:
+        """Every content that may be left."""
+        left = set()
+        for chosen in product((False, True), repeat=len(self.pending)):
+            content = self.durable
+            survivors = [write for write, survives in zip(self.pending, chosen, strict=True) if survives]
+            for offset, part in survivors[:-1]:
+                content = _written(content, offset, part)
+            left.add(content)
+            for offset, part in survivors[-1:]:
+                left.add(_written(content, offset, part))
+                left.update(_written(content, offset, part[:tear]) for tear in _TEARS)
+                left.add(_written(content, offset + 512, part[512:]))
+                left.add(content + bytes(max(0, offset + len(part) - len(content))))
+        return left
+
+
+class SimulatedDisk(SystemCalls):
+    """See the module; `cut_at` counts calls from 1, 0 is never. `failing` is (n-th call, errno)."""
+
+    def __init__(self, tree: Tree | None = None) -> None:
+        self._inodes = {path: Inode(content) for path, content in (tree or dict.fromkeys(_FOLDERS)).items()}
+        self._durable_names = set(self._inodes)
+        self._descriptors: dict[int, str] = {}
+        self._next_descriptor = 3
+        self._locks: set[int] = set()
+        self.calls = 0
+        self.cut_at = 0
+        self.failing = (0, 0)
+        self.counts: dict[str, int] = {}
+        self.chowned: list[tuple[str, int, int]] = []
+        self.user = 1000
+        self.owner_of_all = (1000, 1000)
+
+    def open_descriptors(self) -> int:
+        """How many descriptors nobody has closed."""
+        return len(self._descriptors)
+
+    def copy(self, cut_at: int = 0) -> "SimulatedDisk":
+        """The same disk and cache, after every process on it was killed; then cut at `cut_at`."""
+        disk = deepcopy(self)
+        disk._descriptors.clear()
+        disk._locks.clear()
+        disk.counts.clear()
+        disk.calls = 0
+        disk.cut_at = cut_at
+        disk.failing = (0, 0)
+        return disk
+
+    def aftermaths(self) -> list[Tree]:
+        """Every file tree that may be left when the power goes now, none twice."""
+        paths = sorted(self._inodes)
+        choices: list[list[tuple[str, bytes | None] | None]] = []
+        for path in paths:
+            inode = self._inodes[path]
+            left: list[tuple[str, bytes | None] | None] = [None] if path not in self._durable_names else []
+            if inode.is_folder:
+                left.append((path, None))
+            else:
+                left.extend((path, content) for content in sorted(inode.contents_after_a_cut()))
+            choices.append(left)
+        trees: dict[tuple[tuple[str, bytes | None], ...], Tree] = {}
+        for chosen in product(*choices):
+            tree: Tree = {}
+            for entry in chosen:
+                if entry is not None and (entry[0] == "/" or os.path.dirname(entry[0]) in tree):
+                    tree[entry[0]] = entry[1]
+            trees[tuple(tree.items())] = tree
+        return list(trees.values())
+
+    def open(self, path: str, flags: int, mode: int = 0) -> int:
+        """open(2)."""
+        self._fail("open")
+        inode = self._inodes.get(path)
+        if inode is None:
+            if not flags & os.O_CREAT or os.path.dirname(path) not in self._inodes:
+                self._spend()
+                raise FileNotFoundError(errno.ENOENT, "no such file", path)
+            self._inodes[path] = Inode(b"")
+        elif flags & os.O_EXCL:
+            self._spend()
+            raise FileExistsError(errno.EEXIST, "exists", path)
+        self._spend()
+        self._next_descriptor += 1
+        self._descriptors[self._next_descriptor] = path
+        return self._next_descriptor
+
+    def close(self, fd: int) -> None:
+        """close(2)."""
+        del self._descriptors[fd]
+        self._locks.discard(fd)
+        self._fail("close")
+        self._spend()
+
+    def pread(self, fd: int, count: int, offset: int) -> bytes:
+        """pread(2)."""
+        self._fail("pread")
+        self._spend()
+        return self._inode(fd).cached[offset : offset + count]
+
+    def pwrite(self, fd: int, content: bytes, offset: int) -> int:
+        """pwrite(2)."""
+        self._fail("pwrite")
+        inode = self._inode(fd)
+        inode.pending.append((offset, content))
+        inode.cached = _written(inode.cached, offset, content)
+        self._spend()
+        return len(content)
+
+    def fsync(self, fd: int) -> None:
+        """fsync(2)."""
+        inode = self._inode(fd)
+        try:
+            self._fail("fsync")
+        except OSError:
+            inode.pending.clear()
+            raise
+        self._spend()
+        if inode.is_folder:
+            self._durable_names.update(path for path in self._inodes if os.path.dirname(path) == self._descriptors[fd])
+        for offset, content in inode.pending:
+            inode.durable = _written(inode.durable, offset, content)
+        inode.pending.clear()
+
+    def flock(self, fd: int) -> None:
+        """flock(2)."""
+        self._fail("flock")
+        self._spend()
+        if any(self._descriptors[held] == self._descriptors[fd] for held in self._locks):
+            raise BlockingIOError(errno.EWOULDBLOCK, "locked")
+        self._locks.add(fd)
+
+    def file_size(self, fd: int) -> int:
+        """fstat(2)."""
+        self._fail("file_size")
+        self._spend()
+        return len(self._inode(fd).cached)
+
+    def owner(self, path: str) -> tuple[int, int]:
+        """stat(2)."""
+        self._fail("owner")
+        self._spend()
+        if path not in self._inodes:
+            raise FileNotFoundError(errno.ENOENT, "no such file", path)
+        return self.owner_of_all
+
+    def fchown(self, fd: int, user: int, group: int) -> None:
+        """fchown(2)."""
+        self._fail("fchown")
+        self._spend()
+        self.chowned.append((self._descriptors[fd], user, group))
+
+    def mkdir(self, path: str, mode: int) -> None:
+        """mkdir(2)."""
+        self._fail("mkdir")
+        there, possible = path in self._inodes, os.path.dirname(path) in self._inodes
+        if possible and not there:
+            self._inodes[path] = Inode(None)
+        self._spend()
+        if there:
+            raise FileExistsError(errno.EEXIST, "exists", path)
+        if not possible:
+            raise FileNotFoundError(errno.ENOENT, "no such folder", path)
+
+    def geteuid(self) -> int:
+        """geteuid(2)."""
+        return self.user
+
+    def _inode(self, fd: int) -> Inode:
+        return self._inodes[self._descriptors[fd]]
+
+    def _fail(self, name: str) -> None:
+        self.calls += 1
+        self.counts[name] = self.counts.get(name, 0) + 1
+        if self.calls == self.failing[0]:
+            raise OSError(self.failing[1], "as the test asked")
+
+    def _spend(self) -> None:
+        if self.calls == self.cut_at:
+            raise PowerCut(f"cut={self.cut_at}")
+
+
+def _written(content: bytes, offset: int, part: bytes) -> bytes:
+    if not part:
+        return content
+    content = content.ljust(offset, b"\x00")
+    return content[:offset] + part + content[offset + len(part) :]

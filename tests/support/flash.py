@@ -1,0 +1,226 @@
+"""A slot device in memory that loses power at the n-th operation and tells every state that may be left.
+
+The model is the worst of flash and of a disk's cache: what was erased or programmed since the last sync may be there
+or not, each operation on its own, and the last one that is there may be torn after any byte. Programming flips bits
+one way only, so a slot that was not erased becomes the mixture. Runs on both runtimes.
+"""
+
+from dps_hal.errors import DpsError, RetryLater
+from dps_hal.slots import SlotStore
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Slots = tuple[bytes, bytes]
+    # name of the step, what it does, the payload that the record has afterwards
+    Step = tuple[str, Callable[[SlotStore], None], bytes | None]
+
+RECORD = "identity"
+
+
+class PowerCut(Exception):
+    """The supply is gone; no code of the product catches this."""
+
+
+class Supply:
+    """The power: cut at the n-th operation (counted from 1) of all devices that hang on it, or never."""
+
+    def __init__(self, cut_at: int = 0) -> None:
+        self.cut_at = cut_at
+        self.operations = 0
+
+    def spend(self) -> None:
+        """Counts one operation; PowerCut if it is the one."""
+        self.operations += 1
+        if self.operations == self.cut_at:
+            raise PowerCut(f"cut={self.cut_at}")
+
+
+class FlashSlots:
+    """A `SlotDevice` of two slots in memory.
+
+    `failing` names one operation, "erase", "program" or "sync", that raises store.io when its count in
+    `failing_after` has run down; "silent" is a program that reports success and writes nothing.
+    """
+
+    def __init__(
+        self,
+        slot_bytes: int = 4096,
+        erase_value: int = 0xFF,
+        content: "Slots | None" = None,
+        supply: "Supply | None" = None,
+    ) -> None:
+        self.slot_bytes = slot_bytes
+        self.erase_value = erase_value
+        blank = bytes([erase_value]) * slot_bytes
+        self._durable = list(content or (blank, blank))
+        self._pending: list[tuple[int, bytes | None]] = []  # slot, content; no content: an erase
+        self.supply = supply or Supply()
+        self.counts = {"read": 0, "erase": 0, "program": 0, "sync": 0}
+        self.failing = ""
+        self.failing_after = 0
+
+    def read(self, slot: int) -> bytes:
+        """What a reader sees: the cache."""
+        self.counts["read"] += 1
+        return self._cached(slot)
+
+    def _cached(self, slot: int) -> bytes:
+        content = self._durable[slot]
+        for pending_slot, program in self._pending:
+            if pending_slot == slot:
+                content = self._changed(content, program, self.slot_bytes)
+        return content
+
+    def erase(self, slot: int) -> None:
+        """See `SlotDevice.erase`."""
+        self._do("erase", slot, None)
+
+    def program(self, slot: int, content: bytes) -> None:
+        """See `SlotDevice.program`."""
+        if len(content) > self.slot_bytes:
+            raise ValueError(f"{len(content)} bytes do not fit into a slot of {self.slot_bytes}")
+        if self.failing == "silent":
+            self.counts["program"] += 1
+            return
+        self._do("program", slot, content)
+
+    def sync(self) -> None:
+        """See `SlotDevice.sync`."""
+        self._fail_or_count("sync")
+        self.supply.spend()
+        self._durable = [self._cached(0), self._cached(1)]
+        self._pending = []
+
+    def durable(self) -> "Slots":
+        """The two slots as they are for certain."""
+        return (self._durable[0], self._durable[1])
+
+    def aftermaths(self, torn_at: "tuple[int, ...] | None" = None) -> "list[Slots]":
+        """Every pair of slots that may be left when the power goes now, none twice.
+
+        `torn_at` bounds where the last surviving operation is torn (bytes from the slot's start); None: anywhere.
+        """
+        left: dict[Slots, bool] = {}
+        for chosen in range(1 << len(self._pending)):
+            slots = list(self._durable)
+            survivors = [self._pending[i] for i in range(len(self._pending)) if chosen >> i & 1]
+            for slot, program in survivors[:-1]:
+                slots[slot] = self._changed(slots[slot], program, self.slot_bytes)
+            if not survivors:
+                left[(slots[0], slots[1])] = True
+            for slot, program in survivors[-1:]:
+                length = self.slot_bytes if program is None else len(program)
+                tears = list(range(length) if torn_at is None else torn_at)
+                tears.append(length)
+                for tear in tears:
+                    torn = list(slots)
+                    torn[slot] = self._changed(slots[slot], program, tear)
+                    left[(torn[0], torn[1])] = True
+        return list(left)
+
+    def _do(self, operation: str, slot: int, content: "bytes | None") -> None:
+        self._fail_or_count(operation)
+        self._pending.append((slot, content))
+        self.supply.spend()
+
+    def _fail_or_count(self, operation: str) -> None:
+        if operation == self.failing:
+            if self.failing_after == 0:
+                raise RetryLater("store.io", f"{operation} failed, as the test asked")
+            self.failing_after -= 1
+        self.counts[operation] += 1
+
+    def _changed(self, content: bytes, program: "bytes | None", length: int) -> bytes:
+        if program is None:
+            return bytes([self.erase_value]) * length + content[length:]
+        length = min(length, len(program))
+        if self.erase_value:
+            return bytes([content[i] & program[i] for i in range(length)]) + content[length:]
+        return bytes([content[i] | program[i] for i in range(length)]) + content[length:]
+
+
+def sweep(
+    new_store: "Callable[[FlashSlots], SlotStore]",
+    steps: "list[Step]",
+    depth: int = 1,
+    slot_bytes: int = 48,
+    erase_value: int = 0xFF,
+    torn_at: "tuple[int, ...] | None" = None,
+) -> "tuple[int, list[str]]":
+    """Cuts `steps` at every operation and looks at every state that may be left.
+
+    After each cut a new store must load what was durable or what was being written, and a further commit must work.
+    With `depth` 2 the interrupted step is done again and cut again. Returns how many states it saw and what was wrong.
+    """
+    wrong: list[str] = []
+    flash = FlashSlots(slot_bytes, erase_value)
+    states = 0
+    for number in range(len(steps)):
+        name, _, _ = steps[number]
+        states += _sweep_step(new_store, steps[number], flash, depth, torn_at, f"step={number} ({name})", wrong)
+        steps[number][1](new_store(flash))
+        flash = FlashSlots(slot_bytes, erase_value, flash.durable())  # done is durable: what is not, is lost here
+        if _payload(new_store(flash)) != steps[number][2]:
+            wrong.append(f"step={number} ({name}): done, but {_payload(new_store(flash))!r} after the next cut")
+    return states, wrong
+
+
+def _sweep_step(
+    new_store: "Callable[[FlashSlots], SlotStore]",
+    step: "Step",
+    start: FlashSlots,
+    depth: int,
+    torn_at: "tuple[int, ...] | None",
+    line: str,
+    wrong: "list[str]",
+) -> int:
+    _, action, after = step
+    before = _payload(new_store(start))
+    states = 0
+    cut = 0
+    while True:
+        cut += 1
+        flash = FlashSlots(start.slot_bytes, start.erase_value, start.durable(), Supply(cut))
+        try:
+            action(new_store(flash))
+            return states
+        except PowerCut:
+            pass
+        except DpsError as error:
+            wrong.append(f"{line}: {error.code} without any failure of the flash")
+            return states
+        left = flash.aftermaths(torn_at)
+        for number in range(len(left)):
+            states += 1
+            where = f"{line} cut={cut} left={number}"
+            rebooted = FlashSlots(start.slot_bytes, start.erase_value, left[number])
+            try:
+                found = _payload(new_store(rebooted))
+                if found not in (before, after):
+                    wrong.append(f"{where}: {found!r} is neither {before!r} nor {after!r}")
+                    continue
+                if depth > 1:
+                    states += _sweep_step(new_store, step, rebooted, depth - 1, torn_at, where, wrong)
+                new_store(rebooted).commit(RECORD, b"further")
+                rebooted = FlashSlots(start.slot_bytes, start.erase_value, rebooted.durable())
+                if _payload(new_store(rebooted)) != b"further":
+                    wrong.append(f"{where}: a further commit left {_payload(new_store(rebooted))!r}")
+            except DpsError as error:
+                wrong.append(f"{where}: {error.code} after the reboot")
+
+
+def _payload(store: SlotStore) -> "bytes | None":
+    found = store.load(RECORD)
+    return None if found is None else found.payload
+
+
+def committing(payload: bytes) -> "Step":
+    """The step that commits `payload`."""
+    return (f"commit {payload!r}", lambda store: store.commit(RECORD, payload), payload)
+
+
+def erasing() -> "Step":
+    """The step that erases the record."""
+    return ("erase", lambda store: store.erase(RECORD), None)
