@@ -58,9 +58,11 @@ class Tpm(Protocol):
 
     def endorsement_key(self) -> bytes:
         """The EK's marshalled TPM2B_PUBLIC, its two size bytes included (316 bytes); created once if absent."""
+        ...
 
     def storage_root_key(self) -> bytes:
         """The SRK's marshalled TPM2B_PUBLIC, its two size bytes included (284 bytes); created once if absent."""
+        ...
 
     def import_key(self, activation: bytes) -> bytes:
         """Decrypts DPS's activation blob (raw bytes, not base64) and returns the key in it as a wrapped key.
@@ -69,15 +71,18 @@ class Tpm(Protocol):
         the key in it is not an HMAC-SHA256 signing key that can be imported. IdentityStale `tpm.blob_refused`: made
         for another EK or SRK, or altered. AskOperator `tpm.key_refused`: the TPM does not take the key.
         """
+        ...
 
     def sign(self, wrapped_key: bytes, message: bytes) -> bytes:
         """HMAC-SHA256 of `message` (at most 4096 bytes) by the wrapped key, 32 bytes.
 
         IdentityStale `tpm.key_stale`: the key was wrapped by another SRK, or altered.
         """
+        ...
 
     def release(self) -> None:
         """Ends session and connection; idempotent, never raises; the next call opens them again."""
+        ...
 
 
 class TpmService(Tpm, Protocol):
@@ -85,12 +90,15 @@ class TpmService(Tpm, Protocol):
 
     def endorsement_certificate(self) -> "bytes | None":
         """The manufacturer's EK certificate in DER from NV index 0x01C00002, or None where there is none."""
+        ...
 
     def persist(self, wrapped_key: bytes, handle: int) -> None:
         """Makes the wrapped key a persistent object at `handle` for other programs."""
+        ...
 
     def condition(self) -> TpmCondition:
         """Maker, firmware, lockout state and free slots."""
+        ...
 
 
 class Store(Protocol):
@@ -101,6 +109,7 @@ class Store(Protocol):
 
         AskOperator `store.unknown_version`: written by a newer agent; nothing is touched. RetryLater `store.io`.
         """
+        ...
 
     def commit(self, record: str, payload: bytes) -> None:
         """Makes `payload` (at most `max_payload` bytes) the record's content, durable on return.
@@ -108,9 +117,11 @@ class Store(Protocol):
         Raises RetryLater `store.full`, `store.io` or AskOperator `store.read_only`, `store.denied`,
         `store.too_large`; then the old content is still there.
         """
+        ...
 
     def erase(self, record: str) -> None:
         """Makes the record empty; after a cut at any point it is the current one or none, never an earlier one."""
+        ...
 
 
 class Clock(Protocol):
@@ -118,9 +129,11 @@ class Clock(Protocol):
 
     def uptime_s(self) -> float:
         """Monotonic seconds since any fixed point."""
+        ...
 
     def utc(self) -> Utc:
         """Wall-clock time and whether to believe it."""
+        ...
 
 
 if TYPE_CHECKING:

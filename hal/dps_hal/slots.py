@@ -51,18 +51,22 @@ class SlotDevice(Protocol):
 
     def read(self, slot: int) -> bytes:
         """The slot's content, at most `slot_bytes` long; what is missing at its end counts as erased."""
+        ...
 
     def erase(self, slot: int) -> None:
         """Sets every byte of the slot to `erase_value`."""
+        ...
 
     def program(self, slot: int, content: bytes) -> None:
         """Writes `content` at the start of a slot that was erased just before; the rest stays erased."""
+        ...
 
     def sync(self) -> None:
         """Makes durable what was erased, programmed or read since the last sync.
 
         Read too: where writes wait in a cache, a program that was killed may have left there what the next one reads.
         """
+        ...
 
 
 class SlotStore:
