@@ -359,13 +359,7 @@ def _read(message: "Any", value: "dict[str, Any]", where: str) -> "Any":
 def _field(value: "Any", kind: "Any", where: str) -> "Any":
     if value is None or kind is ANY:
         return value
-    if kind is STRING:
-        fits = isinstance(value, str)
-    elif kind is INTEGER:
-        fits = isinstance(value, int) and not isinstance(value, bool) and -(2**31) <= value < 2**31
-    else:
-        fits = isinstance(value, dict)
-    if not fits:
+    if not _fits(value, kind):
         raise _malformed(where, f"expected {kind if isinstance(kind, str) else 'an object'}, got {_kind(value)}")
     if kind is STRINGS:
         for name in value:
@@ -373,6 +367,14 @@ def _field(value: "Any", kind: "Any", where: str) -> "Any":
     elif not isinstance(kind, str):
         return _read(kind, value, where)
     return value
+
+
+def _fits(value: "Any", kind: "Any") -> bool:
+    if kind is STRING:
+        return isinstance(value, str)
+    if kind is INTEGER:
+        return isinstance(value, int) and not isinstance(value, bool) and -(2**31) <= value < 2**31
+    return isinstance(value, dict)
 
 
 def _write(message: "Any") -> "dict[str, Any]":

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 MICROPYTHON = sys.implementation.name == "micropython"
 
 if MICROPYTHON:
-    from cryptolib import aes as _aes
+    from cryptolib import aes as _aes  # pyright: ignore[reportMissingImports]
 
     def _encrypt_block(key: bytes):  # type: ignore[no-untyped-def]
         return _aes(key, 1).encrypt  # 1: ECB
