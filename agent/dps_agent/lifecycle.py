@@ -71,6 +71,7 @@ TRANSITIONS = {
 COMMIT_TRIES = 3  # in a row, before the new identity waits in memory for better days
 KEYLESS_LIMIT = 3  # assignments without a key in a row before an operator is asked
 MESSAGE_LIMIT = 400  # characters of an error's text that `progress` keeps
+INTERRUPTED = RetryLater("agent.interrupted", "a registration began and did not end")
 
 
 class Lifecycle:
@@ -88,6 +89,8 @@ class Lifecycle:
         self.retry_after_s: int | None = None  # chosen for the current WAITING or HALTED
         self._progress: Progress | None = None  # as last stored
         self._uncommitted: tuple[Assignment, bytes] | None = None
+        self._begun = False  # an attempt was counted and has not ended
+        self._counted = False  # this life has counted one
         self._keyless = 0
 
     def live(self, once: bool, force: bool) -> "Generator[Effect, Any, None]":
@@ -135,7 +138,8 @@ class Lifecycle:
     def _provision(self, once: bool) -> "Generator[Effect, Any, str]":
         try:
             if self._uncommitted is None:
-                if not once and not self.attempts and not self.assignment and self.settings.first_contact_spread_s:
+                yield from self._begin_attempt()
+                if not once and self.attempts == 1 and not self.assignment and self.settings.first_contact_spread_s:
                     random: float = yield Random()
                     yield Sleep(
                         random * self.settings.first_contact_spread_s, "spreading the first contacts of a fleet"
@@ -184,7 +188,9 @@ class Lifecycle:
             error = AskOperator(error.code, error.message, None, error.request_id)
         self.error = error
         self.reason = error.message
-        self.attempts += 1
+        if not self._begun:
+            self.attempts += 1
+        self._begun = False
         halted = isinstance(error, AskOperator)
         if halted:
             delay_s: float = yield from around_s(HALTED_S)
@@ -194,15 +200,32 @@ class Lifecycle:
             delay_s = yield from exponential_s(self.attempts, WAITING_FIRST_S, WAITING_LIMIT_S)
         self.retry_after_s = int(delay_s) + 1
         before = self._progress
-        doubled = self.attempts & (self.attempts - 1) == 0
-        if doubled or before is None or before.halted != halted or before.code != error.code:
+        if self._doubled() or before is None or before.halted != halted or before.code != error.code:
             yield from self._store_progress(error, halted)
         return ASK if halted else RETRY
+
+    def _begin_attempt(self) -> "Generator[Effect, Any, None]":
+        """Counts a registration before it begins, so that one that a crash ends is counted as well.
+
+        Where nothing can be stored there is no point in asking DPS for a new key: raises what the store said. A store
+        that fails in other ways may fail for this expendable record alone.
+        """
+        self.attempts += 1
+        self._begun = True
+        first, self._counted = not self._counted, True
+        if first or self._doubled():
+            refusal = yield from self._store_progress(INTERRUPTED, False)
+            if isinstance(refusal, AskOperator) or (refusal and refusal.code == "store.full"):
+                raise refusal
+
+    def _doubled(self) -> bool:
+        return self.attempts & (self.attempts - 1) == 0
 
     def _succeeded(self) -> "Generator[Effect, Any, None]":
         self.error = None
         self.attempts = 0
         self.retry_after_s = None
+        self._begun = False
         self._keyless = 0
         if self._progress and self._progress.attempts:
             yield from self._store_progress(None, False)
@@ -216,16 +239,18 @@ class Lifecycle:
         if self._progress:
             self.attempts = self._progress.attempts
 
-    def _store_progress(self, error: "DpsError | None", halted: bool) -> "Generator[Effect, Any, None]":
+    def _store_progress(self, error: "DpsError | None", halted: bool) -> "Generator[Effect, Any, DpsError | None]":
+        """Stores why and how often it failed; returns the store's error if that could not be done."""
         now: Utc = yield UtcNow()
         believed_s = now.now_s if now.believable else self._progress.last_believed_s if self._progress else 0
         code, message = (error.code, error.message) if error else ("", "")
         progress = Progress(self.attempts, self.retry_after_s or 0, believed_s, halted, code, message[:MESSAGE_LIMIT])
         try:
             yield Commit(PROGRESS, encode_progress(progress))
-        except DpsError:
-            return  # expendable
+        except DpsError as refusal:
+            return refusal
         self._progress = progress
+        return None
 
 
 def encode_progress(progress: Progress) -> bytes:

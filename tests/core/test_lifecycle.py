@@ -1,7 +1,7 @@
 """One life: states, waits, and what is stored when."""
 
 from dps_agent.assignment import decode
-from dps_agent.effects import Sleep
+from dps_agent.effects import Http, Sleep
 from dps_agent.lifecycle import (
     BOOT,
     HALTED,
@@ -56,8 +56,8 @@ def test_a_first_life_commits_the_identity_exactly_once() -> None:
     world = World()
     life = lived(world)
     assert life.state == PROVISIONED and life.committed and life.assignment is not None
-    assert world.commits == [IDENTITY]
-    assert decode(world.store[IDENTITY])[0] == life.assignment
+    assert world.commits == [PROGRESS, IDENTITY, PROGRESS], "counted before, cleared after"
+    assert decode(world.store[IDENTITY])[0] == life.assignment and stored_progress(world).attempts == 0
 
 
 def test_a_second_life_asks_nobody_and_writes_nothing() -> None:
@@ -73,7 +73,7 @@ def test_force_registers_again_and_replaces_the_identity() -> None:
     lived(world)
     world.dps.hub = "second.azure-devices.net"
     life = lived(reboot(world), force=True)
-    assert life.committed and world.commits == [IDENTITY]
+    assert life.committed and world.commits.count(IDENTITY) == 1
     assert decode(world.store[IDENTITY])[0].assigned_hub == "second.azure-devices.net"
 
 
@@ -131,7 +131,7 @@ def test_a_lockout_waits_as_long_as_the_tpm_says() -> None:
 
 def test_a_failing_store_is_asked_again_and_dps_is_not() -> None:
     world = World()
-    world.refuse["Commit"] = [RetryLater("store.io", "flash failed")] * 2
+    world.refuse["Commit"] = [None] + [RetryLater("store.io", "flash failed")] * 2
     life = lived(world)
     assert life.state == PROVISIONED and len(world.slept("flash failed")) == 2
     assert calls(world).count("PUT") == 1
@@ -140,13 +140,44 @@ def test_a_failing_store_is_asked_again_and_dps_is_not() -> None:
 def test_an_identity_that_cannot_be_stored_waits_in_memory() -> None:
     for refusal in (RetryLater("store.full", "no space"), AskOperator("store.read_only", "read-only")):
         world = World()
-        world.refuse["Commit"] = [refusal] * 3
-        if isinstance(refusal, AskOperator):
-            world.refuse["Commit"] = [refusal]
+        tries = 1 if isinstance(refusal, AskOperator) else 3
+        world.refuse["Commit"] = [None] + [refusal] * tries
         life = lived(world, once=False)
         assert life.state == PROVISIONED and life.committed
         assert calls(world).count("PUT") == 1, "DPS was asked again"
         assert decode(world.store[IDENTITY])[0] == life.assignment
+
+
+def test_dps_is_not_asked_for_a_key_that_cannot_be_stored() -> None:
+    for refusal, state in (
+        (AskOperator("store.read_only", "read-only"), HALTED),
+        (AskOperator("store.denied", "not yours"), HALTED),
+        (RetryLater("store.full", "no space"), WAITING),
+    ):
+        world = World()
+        world.refuse["Commit"] = [refusal] * 2
+        life = lived(world)
+        assert life.state == state and life.error is refusal and world.dps.requests == [], refusal.code
+
+
+def test_a_failing_expendable_record_does_not_stop_a_registration() -> None:
+    for code in ("store.io", "store.locked"):
+        world = World()
+        world.refuse["Commit"] = [RetryLater(code, "failed")]
+        assert lived(world).state == PROVISIONED
+
+
+def test_a_registration_that_a_crash_ends_is_counted() -> None:
+    world = World()
+    for crash in range(1, 5):
+        generator = Lifecycle(settings()).live(True, False)
+        effect = generator.send(None)
+        while not isinstance(effect, Http):
+            effect = generator.send(world.answer(effect))
+        generator.close()
+        progress = stored_progress(world)
+        assert progress.code == "agent.interrupted" and not progress.halted, f"crash={crash}"
+        assert progress.attempts == crash, f"crash={crash}: {progress}"
 
 
 def test_assigned_without_a_key_is_retried_three_times_before_the_operator_is_asked() -> None:
@@ -171,7 +202,8 @@ def test_progress_is_written_when_the_attempts_double_and_cleared_by_success() -
     world = World()
     world.dps.script = [error_reply(503, 0, "x", "9999")] * 9
     lived(world, once=False)
-    assert world.commits == [PROGRESS] * 4 + [IDENTITY, PROGRESS], "after attempts 1, 2, 4 and 8, then success"
+    wanted = [PROGRESS] * 2 * 4 + [IDENTITY, PROGRESS]
+    assert world.commits == wanted, "before and after attempts 1, 2, 4 and 8, then success"
     assert stored_progress(world)[:2] == (0, 0)
 
 
@@ -218,7 +250,7 @@ def test_a_cleared_tpm_registers_again_by_itself() -> None:
     lived(world)
     world.tpm.clear()
     life = lived(reboot(world))
-    assert life.state == PROVISIONED and life.committed and world.commits == [IDENTITY]
+    assert life.state == PROVISIONED and life.committed and world.commits.count(IDENTITY) == 1
 
 
 def test_a_replaced_tpm_halts_and_keeps_the_record() -> None:
