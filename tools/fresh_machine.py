@@ -1,0 +1,135 @@
+"""What `tools/demo` and `tools/test` need from a fresh Debian or Ubuntu machine: packages and a virtual environment.
+
+Runs on the system's Python before anything is installed, so it imports the standard library only.
+"""
+
+import fcntl
+import hashlib
+import importlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"  # dpkg fails without the sbin folders
+APT_DEADLINE_S = 900
+PIP_DEADLINE_S = 900
+
+VENV_PACKAGES = ("python3-venv",)
+SWTPM_PACKAGES = ("swtpm", "libtss2-dev", "gcc", "libc6-dev", "pkg-config", "python3-dev")  # tpm2-pytss has no wheels
+
+
+class NotReady(Exception):
+    """The machine lacks something that this program can't put there; the text says what and the command for it."""
+
+
+def require_python() -> None:
+    """Raises NotReady unless this Python is at least 3.11."""
+    if sys.version_info < (3, 11):  # noqa: UP036 (nothing has checked it yet)
+        raise NotReady(f"Python 3.11 or newer is needed; {sys.executable} is {sys.version.split()[0]}")
+
+
+def require_packages(packages: Sequence[str]) -> None:
+    """Installs the Debian packages that are missing, as root or through a sudo that asks no password."""
+    if shutil.which("dpkg-query", path=SYSTEM_PATH) is None:
+        raise NotReady(f"this is not Debian or Ubuntu: install what they call {' '.join(packages)}, run it there")
+    missing = [package for package in packages if not _is_installed(package)]
+    if not missing:
+        return
+    command = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
+    if os.geteuid() == 0:
+        become_root = []
+    elif _sudo_asks_nothing():
+        become_root = ["sudo", "-n"]
+    else:
+        names = " ".join(missing)
+        raise NotReady(
+            f"missing packages: {names}\nrun this once, as root: apt-get update && apt-get install -y {names}"
+        )
+    with_settings = [*become_root, "env", "DEBIAN_FRONTEND=noninteractive", f"PATH={SYSTEM_PATH}"]
+    print(f"$ {shlex.join([*become_root, *command])}", flush=True)
+    # A stale or half reachable list of packages matters only if the installation then fails.
+    _output_of([*with_settings, "apt-get", "update", "-q"], APT_DEADLINE_S)
+    status, output = _output_of([*with_settings, *command], APT_DEADLINE_S)
+    if status != 0:
+        raise NotReady(f"{output.rstrip()}\napt-get could not install: {' '.join(missing)}")
+
+
+def environment(name: str, extras: str) -> Path:
+    """Makes or reuses the virtual environment `name` with the checkout and its `extras`; returns its folder.
+
+    It stands in `.cache` of the checkout, or in the user's cache folder where the checkout is not writable.
+    """
+    require_python()
+    if importlib.util.find_spec("ensurepip") is None:
+        require_packages(VENV_PACKAGES)
+        importlib.invalidate_caches()
+        if importlib.util.find_spec("ensurepip") is None:
+            raise NotReady(f"{sys.executable} has no ensurepip, so it can't make a virtual environment")
+    folder = _cache_folder() / name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.with_suffix(".lock"), "w")  # noqa: SIM115 (entered below)
+    except OSError as error:
+        raise NotReady(
+            f"no place for a virtual environment: {error}\nset XDG_CACHE_HOME to a folder of yours"
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        content = f"{sys.executable} {sys.version} {CHECKOUT} {extras}".encode()
+        wanted = hashlib.sha256(content + (CHECKOUT / "pyproject.toml").read_bytes()).hexdigest()
+        stamp = folder / "made-from"
+        if stamp.is_file() and stamp.read_text() == wanted:
+            print(f"the environment in {folder} is up to date")
+            return folder
+        print(f"making the environment in {folder}: downloads packages, once", flush=True)
+        _require_success([sys.executable, "-m", "venv", "--clear", str(folder)])
+        pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+        _require_success([*pip, "install", "--quiet", "--editable", f"{CHECKOUT}[{extras}]"])
+        stamp.write_text(wanted)
+    return folder
+
+
+def _is_installed(package: str) -> bool:
+    status, output = _output_of(["dpkg-query", "-W", "-f", "${db:Status-Status}", package], 60)
+    return status == 0 and output == "installed"
+
+
+def _sudo_asks_nothing() -> bool:
+    return shutil.which("sudo") is not None and _output_of(["sudo", "-n", "true"], 60)[0] == 0
+
+
+def _cache_folder() -> Path:
+    beside = CHECKOUT / ".cache"
+    if os.access(beside if beside.exists() else CHECKOUT, os.W_OK):
+        return beside
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(user_cache) / "dps-agent" / hashlib.sha256(bytes(CHECKOUT)).hexdigest()[:12]
+
+
+def _require_success(command: list[str]) -> None:
+    status, output = _output_of(command, PIP_DEADLINE_S)
+    if status != 0:
+        raise NotReady(f"{output.rstrip()}\nthis failed with status {status}: {shlex.join(command)}")
+
+
+def _output_of(command: list[str], deadline_s: int) -> tuple[int, str]:
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=deadline_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise NotReady(f"this did not end within {deadline_s} s: {shlex.join(command)}") from error
+    return done.returncode, done.stdout
