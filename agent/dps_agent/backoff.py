@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 THROTTLE_LIMIT_S = 86400  # the longest Retry-After obeyed with 429 and 503
 POLL_LIMIT_S = 300  # the longest Retry-After obeyed between two polls
 POLL_DEFAULT_S = 2  # between two polls when DPS names no delay
+POLL_DEFAULT_LIMIT_S = 10  # what that grows to, by POLL_DEFAULT_S with every tenth poll
 STEP_FIRST_S = 1  # bounds of our own delays inside one registration
 STEP_LIMIT_S = 60
 WAITING_FIRST_S = 30  # bounds of our own delays between two registrations
@@ -20,15 +21,12 @@ HALTED_S = 3600  # a refused device asks again hourly
 
 
 def retry_after_s(header: "str | None", limit_s: int) -> "int | None":
-    """The Retry-After header in seconds if it is a whole number in 0..limit_s, else None (a date, text, too long)."""
+    """The Retry-After header in seconds, at most `limit_s`; None where it is no whole number (a date, text, none)."""
     text = (header or "").strip()
-    if not text or len(text) > 9:
-        return None
     for character in text:
         if character not in "0123456789":
             return None
-    seconds = int(text)
-    return seconds if seconds <= limit_s else None
+    return min(int(text[:12]), limit_s) if text else None
 
 
 def after_request_s(seconds: int) -> "Generator[Effect, Any, float]":

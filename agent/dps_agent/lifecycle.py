@@ -106,7 +106,6 @@ class Lifecycle:
                 event = yield from self._boot(registering, wait_first)
                 wait_first = False
             elif self.state == PROVISIONING:
-                registering = True
                 event = yield from self._provision(once)
             else:
                 event = yield from self._wait()
@@ -122,7 +121,7 @@ class Lifecycle:
         except DpsError as error:
             event = yield from self._failed(error)
             return event
-        if self.assignment and not registering:
+        if self.assignment and not registering and not self._uncommitted:
             self.reason = f"assigned to {self.assignment.assigned_hub}"
             yield from self._succeeded()
             return HOLDS
@@ -130,10 +129,23 @@ class Lifecycle:
             self.reason = "asked to register again"
         if wait_first:
             delay_s: float = yield from exponential_s(self.attempts, WAITING_FIRST_S, WAITING_LIMIT_S)
-            self.retry_after_s = int(delay_s) + 1
+            left_s: int = yield from self._left_of_last_delay()
+            self.retry_after_s = max(int(delay_s) + 1, left_s)
             self.reason = f"{self.attempts} registrations failed before this start"
             return FAILED_BEFORE
         return REGISTER
+
+    def _left_of_last_delay(self) -> "Generator[Effect, Any, int]":
+        """Seconds that the delay chosen before the restart has still to run; 0 after a refusal.
+
+        Who restarts a refused device has probably changed something, and the back-off holds all the same.
+        """
+        last = self._progress
+        if last is None or last.halted:
+            return 0
+        now: Utc = yield UtcNow()
+        gone_s = max(now.now_s - last.last_believed_s, 0) if now.believable and last.last_believed_s else 0
+        return max(last.next_try_delay_s - gone_s, 0)
 
     def _provision(self, once: bool) -> "Generator[Effect, Any, str]":
         try:
@@ -148,9 +160,11 @@ class Lifecycle:
                 if registration_id == AUTO:
                     endorsement_key: bytes = yield ReadEndorsementKey()
                     registration_id = registration_id_from_ek(endorsement_key)
-                self._uncommitted = yield from register(self.settings, registration_id, self.assignment)
+                self._uncommitted = yield from register(self.settings, registration_id)
             yield from self._commit(self._uncommitted[1])
         except DpsError as error:
+            if error.code == "store.too_large":
+                self._uncommitted = None  # it will never fit; a later registration may bring a smaller one
             event = yield from self._failed(error)
             return event
         self.assignment = self._uncommitted[0]

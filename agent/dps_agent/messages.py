@@ -10,8 +10,6 @@ import binascii
 from dps_hal.errors import RetryLater
 from dps_hal.platform import from_json, to_json
 
-NESTING_LIMIT = 32  # levels of JSON; DPS's own bodies have 4
-
 # EnrollmentStatus
 UNASSIGNED = "unassigned"
 ASSIGNING = "assigning"
@@ -313,37 +311,13 @@ def from_base64(text: str) -> bytes:
 
 
 def _json_object(body: bytes, where: str) -> "dict[str, Any]":
-    if nesting(body) > NESTING_LIMIT:
-        raise _malformed(where, f"expected at most {NESTING_LIMIT} levels of JSON, got more")
     try:
         value = from_json(body)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: MicroPython's parser out of stack
+    except ValueError as error:
         raise _malformed(where, f"expected JSON, got {_excerpt(body)} ({error})")
     if not isinstance(value, dict):
         raise _malformed(where, f"expected a JSON object, got {_kind(value)}")
     return value
-
-
-def nesting(body: bytes) -> int:
-    """The deepest nesting of brackets outside strings in JSON text; never fails."""
-    depth = deepest = 0
-    in_string = escaped = False
-    for byte in body:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif byte == 0x5C:
-                escaped = True
-            elif byte == 0x22:
-                in_string = False
-        elif byte == 0x22:
-            in_string = True
-        elif byte in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif byte in b"]}":
-            depth -= 1
-    return deepest
 
 
 def _read(message: "Any", value: "dict[str, Any]", where: str) -> "Any":

@@ -11,6 +11,7 @@ Source: Azure DPS Runtime Registration API, 2021-10-01.
 
 from dps_agent.assignment import Assignment, check_clock, device_id_fault, hub_fault, payload_to_store, sealed
 from dps_agent.backoff import (
+    POLL_DEFAULT_LIMIT_S,
     POLL_DEFAULT_S,
     POLL_LIMIT_S,
     STEP_FIRST_S,
@@ -71,24 +72,21 @@ FINAL = (ASSIGNED, FAILED, DISABLED)
 # A lookup that answers so will not get better: the operation status serves for the rest of the exchange.
 LOOKUP_REFUSALS = (400, 401, 403, 404, 405, 415, 501)
 STILL_UNASSIGNED_POLLS = 5  # lookups that say "unassigned" before the operation is asked why
-POLL_FLOOR_S = 0.5  # our least delay grows by so much with every poll, up to POLL_DEFAULT_S per request
+TEXT_LIMIT = 200  # characters of any text of the service that are shown, sent back or stored
 
 
-def register(
-    settings: "Settings", registration_id: str, previous: "Assignment | None"
-) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
+def register(settings: "Settings", registration_id: str) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
     """Registers the device and returns its assignment and the payload to commit as record `identity`.
 
-    `previous` is the assignment that still holds, if one does: a lookup that only repeats it proves nothing. Raises
-    RetryLater, AskOperator; never leaves the device worse than before.
+    Raises RetryLater, AskOperator; never leaves the device worse than before.
     """
     now_s: float = yield Uptime()
     deadline_s = now_s + settings.registration_budget_s
     try:
-        outcome = yield from _attempt(settings, registration_id, previous, deadline_s)
+        outcome = yield from _attempt(settings, registration_id, deadline_s)
     except IdentityStale:
         try:
-            outcome = yield from _attempt(settings, registration_id, previous, deadline_s)
+            outcome = yield from _attempt(settings, registration_id, deadline_s)
         except IdentityStale as again:
             if again.code == "dps.operation_unknown":
                 raise RetryLater(again.code, again.message, None, again.request_id)
@@ -97,7 +95,7 @@ def register(
 
 
 def _attempt(
-    settings: "Settings", registration_id: str, previous: "Assignment | None", deadline_s: float
+    settings: "Settings", registration_id: str, deadline_s: float
 ) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
     endorsement_key: bytes = yield ReadEndorsementKey()
     storage_root_key: bytes = yield ReadStorageRootKey()
@@ -120,7 +118,7 @@ def _attempt(
         if isinstance(answer, TpmChallenge):
             raise _token_refused(reply, now)
 
-    state = yield from _poll(settings, path, query, body, token, reply, answer, previous, deadline_s)
+    state = yield from _poll(settings, path, query, body, token, reply, answer, deadline_s)
     _check_answer(state, registration_id, settings)
     wrapped_key: bytes = yield ImportKey(_activation(state.tpm and state.tpm.authentication_key, "the hub key"))
     _check_hub_key(wrapped_key)
@@ -135,7 +133,7 @@ def _attempt(
         wrapped_key=wrapped_key,
         ek_name=object_name(endorsement_key),
         srk_name=object_name(storage_root_key),
-        status=state.status or ASSIGNED,
+        status=ASSIGNED,
         substatus=_text_to_store(state.substatus),
         etag=_text_to_store(state.etag),
         created_utc=_text_to_store(state.created_date_time_utc),
@@ -156,14 +154,13 @@ def _poll(
     token: "SasToken | None",
     reply: "Reply",
     answer: RegistrationOperationStatus,
-    previous: "Assignment | None",
     deadline_s: float,
 ) -> "Generator[Effect, Any, DeviceRegistrationResult]":
     """Asks until the registration has ended well, and returns how; `reply` and `answer` are the last PUT's.
 
-    A lookup may still answer for an earlier registration. Its "assigned" counts only if a lookup of this exchange said
-    "not yet" before, or if it differs from the assignment that we hold; its "failed" counts only in the first case.
-    Otherwise, and where anything is missing, the status of this very operation decides.
+    A lookup may still answer for an earlier registration, also for one of ours that was never committed. What it says
+    counts only if a lookup of this exchange said "not yet" before; otherwise, and where anything is missing, the
+    status of this very operation decides.
     """
     lookup = Http("POST", path + query, body, token)
     operation = Http("GET", f"{path}/operations/{percent_encode(answer.operation_id or '')}{query}", b"", token)
@@ -179,12 +176,12 @@ def _poll(
             reply, result = yield from _step(lookup, deadline_s, _read_lookup)
             if result is None:
                 by_lookup = False
-            elif result.status in FINAL:
-                if result.status != ASSIGNED and not_yet_seen:
-                    raise _failure(result, reply)
-                if _is_complete(result) and (not_yet_seen or _differs(result, previous)):
+            elif result.status in FINAL and not_yet_seen:
+                if result.status != ASSIGNED:
+                    raise _failure(result.status, result, reply)
+                if _is_complete(result):
                     return result
-            elif result.status:
+            elif result.status and result.status not in FINAL:
                 not_yet_seen = True
                 if result.status != UNASSIGNED or polls % STILL_UNASSIGNED_POLLS:
                     continue
@@ -192,8 +189,9 @@ def _poll(
         reply, answer = yield from _step(operation, deadline_s, _read_operation)
         ended = _is_final(answer)
     state = answer.registration_state
-    if FAILED in (answer.status, state and state.status) or DISABLED in (answer.status, state and state.status):
-        raise _failure(state, reply)
+    for status in (DISABLED, FAILED):
+        if status in (answer.status, state and state.status):
+            raise _failure(status, state, reply)
     if not (state and state.tpm and state.tpm.authentication_key):
         raise RetryLater(
             "dps.assigned_without_key",
@@ -219,8 +217,8 @@ def _step(
             except RetryLater as refused:
                 error = refused
         failures += 1
-        if error.code in ("dps.malformed_answer", "network.protocol", "network.too_large"):
-            unreadable += 1
+        senseless = error.code in ("dps.malformed_answer", "network.protocol", "network.too_large")
+        unreadable = unreadable + 1 if senseless else 0
         if unreadable >= UNREADABLE_LIMIT or error.code == "network.tls":
             raise error
         if error.retry_after_s:
@@ -231,10 +229,17 @@ def _step(
 
 
 def _wait_to_poll(reply: "Reply", polls: int, requests: int, deadline_s: float) -> "Generator[Effect, Any, None]":
-    """Waits as long as `reply` asks for; never polls faster than the service allows (5 requests in 10 s)."""
+    """Waits as long as `reply` asks for, by default longer the longer it takes.
+
+    `polls` were made so far, the last one of `requests` requests. From the second poll on never faster than DPS lets
+    a device poll: 5 requests in 10 s.
+    """
     asked_s = retry_after_s(reply.headers.get("retry-after"), POLL_LIMIT_S)
-    delay_s: float = yield from after_request_s(POLL_DEFAULT_S if asked_s is None else asked_s)
-    delay_s = max(delay_s, min(polls * POLL_FLOOR_S, POLL_DEFAULT_S) * requests)
+    if asked_s is None:
+        asked_s = min(POLL_DEFAULT_S * (1 + polls // 10), POLL_DEFAULT_LIMIT_S)
+    delay_s: float = yield from after_request_s(asked_s)
+    if polls:
+        delay_s = max(delay_s, POLL_DEFAULT_S * requests)
     error = RetryLater("dps.still_assigning", "DPS is still assigning the device to a hub")
     yield from _sleep_within(delay_s, deadline_s, error)
 
@@ -258,7 +263,11 @@ def _read_register(reply: "Reply") -> "RegistrationOperationStatus | TpmChalleng
         except RetryLater:
             return TpmChallenge(None, None, None, None, {})  # no challenge, an error in some other form
     answer = _read_status(reply)
-    if not answer.operation_id and not (_is_final(answer) and answer.registration_state):
+    operation_id = answer.operation_id or ""
+    if operation_id != _printable(operation_id):
+        fault = f"expected at most {TEXT_LIMIT} printable characters, got {operation_id[:TEXT_LIMIT]!r}"
+        raise RetryLater("dps.malformed_answer", f"RegistrationOperationStatus.operationId: {_printable(fault)}")
+    if not operation_id and not (_is_final(answer) and answer.registration_state):
         raise RetryLater("dps.malformed_answer", "RegistrationOperationStatus.operationId: expected a string, got none")
     return answer
 
@@ -294,16 +303,6 @@ def _is_final(answer: RegistrationOperationStatus) -> bool:
 def _is_complete(result: DeviceRegistrationResult) -> bool:
     key = result.tpm and result.tpm.authentication_key
     return bool(key and result.assigned_hub and result.device_id and result.registration_id)
-
-
-def _differs(result: DeviceRegistrationResult, previous: "Assignment | None") -> bool:
-    """Whether a lookup cannot be about the assignment that we hold; without one nothing can be told."""
-    if previous is None:
-        return False
-    if result.etag and previous.etag and result.etag != previous.etag:
-        return True
-    updated = result.last_updated_date_time_utc
-    return bool(updated and previous.last_updated_utc and updated != previous.last_updated_utc)
 
 
 # Checks before anything is committed.
@@ -344,7 +343,6 @@ def _text_to_store(text: "str | None") -> str:
 
 EK_MISMATCH = 400004
 ALLOCATION_FAILURES = (400207, 400208, 400209)  # webhook failed, no hub linked, not authorised on the hub
-TEXT_LIMIT = 128  # characters of an etag, a time, a status that are kept
 
 
 def _no_reply(reply: NoReply) -> RetryLater:
@@ -374,11 +372,11 @@ def _refusal(reply: "Reply") -> "DpsError":
     )
 
 
-def _failure(state: "DeviceRegistrationResult | None", reply: "Reply") -> "DpsError":
+def _failure(status: str, state: "DeviceRegistrationResult | None", reply: "Reply") -> "DpsError":
     """The error for a registration that ended as failed or disabled."""
     request_id = _printable(reply.headers.get(REQUEST_ID_HEADER))
-    if state and state.status == DISABLED:
-        name = _printable(state.registration_id) or "this device"
+    if status == DISABLED:
+        name = _printable(state.registration_id if state else "") or "this device"
         return AskOperator("dps.enrollment_disabled", f"the enrolment of {name} is disabled", None, request_id)
     error_code = state.error_code if state else None
     text = "the registration failed"
@@ -386,8 +384,8 @@ def _failure(state: "DeviceRegistrationResult | None", reply: "Reply") -> "DpsEr
         text += f", error {error_code}"
     if state and state.error_message:
         text += f": {_printable(state.error_message)}"
-    status = error_code // 1000 if error_code else 0
-    return _classed(status if status >= 400 else 422, error_code, text, request_id, None)
+    http_status = error_code // 1000 if error_code else 0
+    return _classed(http_status if http_status >= 400 else 422, error_code, text, request_id, None)
 
 
 def _classed(status: int, error_code: "int | None", text: str, request_id: str, asked_s: "int | None") -> "DpsError":
@@ -427,8 +425,8 @@ def _to(state: "DeviceRegistrationResult | None") -> str:
 
 
 def _printable(text: "str | None") -> str:
-    """The service's text, safe for a terminal and a log line: printable ASCII, at most 200 characters."""
+    """The service's text, safe for a terminal and a log line: printable ASCII, cut off at TEXT_LIMIT."""
     out = ""
-    for character in (text or "")[:200]:
+    for character in (text or "")[:TEXT_LIMIT]:
         out += character if " " <= character <= "~" else "?"
     return out

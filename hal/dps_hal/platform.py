@@ -1,8 +1,9 @@
-"""The one file that knows there are two runtimes: JSON, AES, randomness."""
+"""The one file that knows there are two runtimes: JSON, AES, randomness, short waits."""
 
 import hashlib
 import os
 import sys
+import time
 
 import ujson  # the CPython package; on MicroPython another name of the built-in json
 
@@ -10,6 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+NESTING_LIMIT = 32  # levels of JSON; DPS's own bodies have 4
 MICROPYTHON = sys.implementation.name == "micropython"
 
 if MICROPYTHON:
@@ -22,6 +24,25 @@ else:
 
     def _encrypt_block(key: bytes):  # type: ignore[no-untyped-def]
         return Aes128(key).encrypt
+
+
+def ticks_ms() -> int:
+    """Milliseconds since any fixed point, for `ms_since`; may wrap around."""
+    if MICROPYTHON:
+        return time.ticks_ms()  # type: ignore[attr-defined,no-any-return]
+    return time.monotonic_ns() // 1_000_000
+
+
+def ms_since(ticks: int) -> int:
+    """Milliseconds since `ticks_ms` returned `ticks`, at most some days ago."""
+    if MICROPYTHON:
+        return time.ticks_diff(time.ticks_ms(), ticks)  # type: ignore[attr-defined,no-any-return]
+    return ticks_ms() - ticks
+
+
+def pause_ms(milliseconds: int) -> None:
+    """Does nothing for up to a second."""
+    time.sleep(milliseconds / 1000)
 
 
 def random_bytes(count: int) -> bytes:
@@ -76,7 +97,9 @@ def to_json(value: "Any") -> str:
 
 
 def from_json(text: "bytes | str") -> "Any":
-    """The value of one JSON text; ValueError for anything else, NaN and infinity included."""
+    """The value of one JSON text; ValueError for anything else, NaN, infinity and deep nesting included."""
+    if nesting(text) > NESTING_LIMIT:  # before the parser: it and what walks its value are recursive
+        raise ValueError(f"more than {NESTING_LIMIT} levels of nesting")
     if isinstance(text, bytes):
         try:
             text = text.decode()
@@ -85,6 +108,28 @@ def from_json(text: "bytes | str") -> "Any":
     value = ujson.loads(text)
     _refuse_non_finite(value)
     return value
+
+
+def nesting(text: "bytes | str") -> int:
+    """The deepest nesting of brackets outside strings in JSON text; never fails."""
+    depth = deepest = 0
+    in_string = escaped = False
+    for byte in text.encode() if isinstance(text, str) else text:
+        if in_string:
+            if escaped:
+                escaped = False
+            elif byte == 0x5C:
+                escaped = True
+            elif byte == 0x22:
+                in_string = False
+        elif byte == 0x22:
+            in_string = True
+        elif byte in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif byte in b"]}":
+            depth -= 1
+    return deepest
 
 
 def _refuse_non_finite(value: "Any") -> None:

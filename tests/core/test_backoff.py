@@ -17,7 +17,7 @@ def answered(generator: "Any", random: float) -> float:
 
 
 def test_whole_seconds_within_the_limit_are_obeyed() -> None:
-    for text, wanted in (("0", 0), ("3", 3), (" 300 ", 300), ("007", 7)):
+    for text, wanted in (("0", 0), ("3", 3), (" 300 ", 300), ("007", 7), ("301", 300), ("9" * 40, 300)):
         assert retry_after_s(text, 300) == wanted, text
 
 
@@ -25,14 +25,12 @@ def test_anything_else_is_not_obeyed() -> None:
     for text in (
         None,
         "",
-        "301",
         "-1",
         "+1",
         "1.5",
         "1e2",
         "soon",
         "\u0663",
-        "9" * 40,
         "Wed, 21 Oct 2026 07:28:00 GMT",
     ):
         assert retry_after_s(text, 300) is None, repr(text)

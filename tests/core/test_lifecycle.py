@@ -220,13 +220,40 @@ def test_a_crash_loop_does_not_hammer_dps() -> None:
     for attempts, shortest_s, longest_s in ((1, 15, 31), (3, 60, 121), (50, 1800, 3601)):
         world = World()
         world.store[PROGRESS] = encode_progress(Progress(attempts, 30, 0, False, "network.dns", "no name"))
-        generator = Lifecycle(settings()).live(False, False)
-        effect = generator.send(None)
-        while not isinstance(effect, Sleep):
-            effect = generator.send(world.answer(effect))
-        generator.close()
+        effect = first_sleep(world)
         assert world.dps.requests == [] and shortest_s <= effect.delay_s <= longest_s, (attempts, effect)
         assert "failed before this start" in effect.reason
+
+
+def first_sleep(world: World) -> Sleep:
+    generator = Lifecycle(settings()).live(False, False)
+    effect = generator.send(None)
+    while not isinstance(effect, Sleep):
+        effect = generator.send(world.answer(effect))
+    generator.close()
+    return effect
+
+
+def test_a_delay_that_dps_asked_for_survives_a_restart() -> None:
+    now_s = 1800000100  # what the world's clock says
+    for asked_s, stored_at_s, shortest_s, longest_s in (
+        (7200, now_s, 7190, 7200),
+        (7200, now_s - 7000, 190, 210),
+        (7200, now_s - 9000, 15, 32),
+        (7200, 0, 7200, 7200),
+    ):
+        world = World()
+        world.store[PROGRESS] = encode_progress(Progress(1, asked_s, stored_at_s, False, "dps.throttled", "x"))
+        assert shortest_s <= first_sleep(world).delay_s <= longest_s, (asked_s, stored_at_s)
+    world.store[PROGRESS] = encode_progress(Progress(1, 5000, now_s, True, "dps.not_found", "x"))
+    assert first_sleep(world).delay_s < 32, "an operator who restarts a refused device has changed something"
+
+
+def test_an_assignment_too_large_to_store_is_asked_for_anew() -> None:
+    world = World()
+    world.refuse["Commit"] = [None, AskOperator("store.too_large", "too large")]
+    assert lived(world, once=False).state == PROVISIONED
+    assert calls(world).count("PUT") == 2
 
 
 def test_the_first_contacts_of_a_fleet_are_spread() -> None:

@@ -13,11 +13,10 @@ from dps_agent.messages import (
     decode,
     encode,
     from_base64,
-    nesting,
     to_base64,
 )
 from dps_hal.errors import RetryLater
-from dps_hal.platform import from_json, to_json
+from dps_hal.platform import from_json, nesting, to_json
 from support.claims import assert_refused
 from support.vectors import load
 

@@ -26,15 +26,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from dps_agent.assignment import Assignment
     from dps_agent.settings import Settings
 
 FIRST_CALLS = ["PUT", "PUT+token"]
 SERVICE = None  # in a script: the service answers by itself
 
 
-def enrol(world: World, previous: "Assignment | None" = None, choice: "Settings | None" = None) -> "Any":
-    return world.run(register(choice or settings(), DEVICE, previous))
+def enrol(world: World, choice: "Settings | None" = None) -> "Any":
+    return world.run(register(choice or settings(), DEVICE))
 
 
 def scripted(*script: "Any") -> World:
@@ -45,7 +44,7 @@ def scripted(*script: "Any") -> World:
 
 def ended(script: "tuple[Any, ...]", error_class: "Any", code: str, choice: "Settings | None" = None) -> World:
     world = scripted(*script)
-    assert_refused(lambda: enrol(world, None, choice), error_class, code, f"script={script[:4]!r}")
+    assert_refused(lambda: enrol(world, choice), error_class, code, f"script={script[:4]!r}")
     assert world.uptime_s <= 100 + 900 + 60, f"the budget was overrun: {world.uptime_s}"
     return world
 
@@ -71,13 +70,13 @@ def test_polling_uses_the_status_lookup_and_never_the_operation() -> None:
 
 def test_polling_by_operation_never_looks_up() -> None:
     world = World()
-    enrol(world, None, settings(poll=POLL_OPERATION))
+    enrol(world, settings(poll=POLL_OPERATION))
     assert calls(world) == FIRST_CALLS + ["OPERATION", "OPERATION"]
 
 
 def test_requests_carry_keys_ids_and_payload() -> None:
     world = World()
-    enrol(world, None, settings(payload={"line": 7}))
+    enrol(world, settings(payload={"line": 7}))
     put, lookup = world.dps.requests[0], world.dps.requests[2]
     assert put.path == "/0ne00000000/registrations/press-07/register?api-version=2021-10-01"
     assert lookup.path == "/0ne00000000/registrations/press-07?api-version=2021-10-01"
@@ -102,7 +101,7 @@ def test_the_first_put_carries_no_token_and_the_rest_one_for_the_registration() 
 def test_ids_are_percent_encoded_in_the_path() -> None:
     world = World()
     world.dps.script = [error_reply(404, 404201)]
-    catch(lambda: world.run(register(settings(id_scope="a/b"), "x:y", None)))
+    catch(lambda: world.run(register(settings(id_scope="a/b"), "x:y")))
     assert world.dps.requests[0].path.startswith("/a%2Fb/registrations/x%3Ay/register?")
 
 
@@ -115,7 +114,7 @@ def test_retry_after_is_honoured_between_polls() -> None:
 
 
 def test_a_retry_after_that_is_no_number_of_seconds_means_the_default() -> None:
-    for text in ("soon", "Wed, 21 Oct 2026 07:28:00 GMT", "-1", "1.5", "301", "99999999999", ""):
+    for text in ("soon", "Wed, 21 Oct 2026 07:28:00 GMT", "-1", "1.5", ""):
         world = World()
         world.dps.retry_after = text
         enrol(world)
@@ -123,13 +122,31 @@ def test_a_retry_after_that_is_no_number_of_seconds_means_the_default() -> None:
         assert world.slept("assigning")[0] < 3, f"retry_after={text!r} gave {world.sleeps}"
 
 
+def test_a_retry_after_over_the_limit_is_the_limit() -> None:
+    for text in ("301", "600", "99999999999", "9" * 40):
+        world = World()
+        world.dps.retry_after = text
+        enrol(world)
+        assert 300 <= world.slept("assigning")[0] <= 330, f"retry_after={text!r} gave {world.sleeps}"
+
+
+def test_polls_without_a_retry_after_become_slower() -> None:
+    world = World()
+    world.dps.retry_after = None
+    world.dps.polls_until_assigned = 10**6
+    catch(lambda: enrol(world))
+    delays = world.slept("assigning")
+    assert delays[0] < 3 and 10 <= delays[-1] <= 11 and 80 < len(delays) < 160, f"{len(delays)} polls"
+
+
 def test_retry_after_zero_polls_at_once_but_not_in_a_hot_loop() -> None:
     world = World()
     world.dps.retry_after = "0"
     world.dps.polls_until_assigned = 10000
-    assert_refused(lambda: enrol(world, None, settings(budget_s=120)), RetryLater, "dps.still_assigning")
-    assert 60 < len(world.dps.requests) < 80, "DPS lets a device poll 5 times in 10 s"
-    assert calls(world)[:3] == FIRST_CALLS + ["LOOKUP"] and sum(world.slept("assigning")[:1]) <= 1
+    assert_refused(lambda: enrol(world, settings(budget_s=120)), RetryLater, "dps.still_assigning")
+    assert 55 < len(world.dps.requests) < 65, "DPS lets a device poll 5 times in 10 s"
+    assert calls(world)[:3] == FIRST_CALLS + ["LOOKUP"]
+    assert len(world.slept("assigning")) == calls(world).count("LOOKUP") - 1, "the first poll waits for nothing"
 
 
 def test_a_throttled_put_waits_as_long_as_dps_asks() -> None:
@@ -217,6 +234,21 @@ def test_answers_that_make_no_sense_end_after_three() -> None:
     for reason in ("protocol: no HTTP", "too_large: 70000 bytes"):
         world = ended(tuple([NoReply(reason, True)] * 9), RetryLater, "network." + reason.split(":")[0])
         assert len(world.dps.requests) == 3
+
+
+def test_only_senseless_answers_in_a_row_end_an_exchange() -> None:
+    busy = error_reply(503, 503000)
+    enrol(scripted(reply(200, b""), reply(200, b""), busy, reply(200, b""), reply(200, b""), busy))
+
+
+def test_an_operation_id_must_fit_into_a_path() -> None:
+    for body in (b'{"operationId":"\\ud800","status":"assigning"}', b'{"operationId":"a\\u0000"}'):
+        world = ended(
+            (SERVICE, reply(202, body), reply(202, body), reply(202, body)), RetryLater, "dps.malformed_answer"
+        )
+        assert len(world.dps.requests) == 4
+    long = {"operationId": "4." + "a" * 400, "status": "assigning"}
+    ended((SERVICE,) + (reply(202, long),) * 3, RetryLater, "dps.malformed_answer")
 
 
 def test_one_senseless_answer_is_forgiven() -> None:
@@ -307,30 +339,29 @@ def test_register_without_a_challenge_is_tolerated() -> None:
     assert enrol(world)[0].assigned_hub == HUB
 
 
-def first_assignment(world: World) -> "Assignment":
-    assignment, _ = enrol(world)
+def first_assignment(world: World) -> None:
+    enrol(world)
     world.dps.requests.clear()
-    return assignment
 
 
 def test_a_stale_lookup_is_not_taken_for_the_new_assignment() -> None:
     for stale in (1, 2, 3, 5):
         world = World()
         world.dps.polls_until_assigned = 2
-        previous = first_assignment(world)
+        first_assignment(world)
         world.dps.hub = "second.azure-devices.net"
         world.dps.stale_lookups = stale
-        assignment, _ = enrol(world, previous)
+        assignment, _ = enrol(world)
         assert assignment.assigned_hub == "second.azure-devices.net", f"stale={stale}"
 
 
 def test_a_stale_lookup_is_not_taken_after_the_operation_said_not_yet() -> None:
     world = World()
-    previous = first_assignment(world)
+    first_assignment(world)
     world.dps.hub = "second.azure-devices.net"
     world.dps.stale_lookups = 3
     world.dps.polls_until_assigned = 2
-    assignment, _ = enrol(world, previous)
+    assignment, _ = enrol(world)
     assert assignment.assigned_hub == "second.azure-devices.net", calls(world)
     assert "OPERATION" in calls(world)
 
@@ -342,12 +373,19 @@ def test_without_a_record_a_first_assigned_lookup_needs_the_operation() -> None:
     assert calls(world) == FIRST_CALLS + ["LOOKUP", "OPERATION"]
 
 
-def test_a_lookup_that_differs_from_the_record_is_final() -> None:
+def test_a_stale_lookup_of_a_registration_that_was_never_committed_is_not_taken() -> None:
     world = World()
     world.dps.polls_until_assigned = 0
-    previous = first_assignment(world)
-    enrol(world, previous)
-    assert calls(world) == FIRST_CALLS + ["LOOKUP"]
+    enrol(world)
+    world.dps.hub = "second.azure-devices.net"
+    world.dps.script = [SERVICE, SERVICE] + [error_reply(503, 503000, retry_after="9999")]
+    catch(lambda: enrol(world))  # reached DPS, was never committed
+    world.dps.script = [SERVICE, SERVICE, SERVICE]
+    world.dps.answer(world.dps.requests[-1])  # the service finishes it
+    world.dps.script = []
+    world.dps.hub = "third.azure-devices.net"
+    world.dps.stale_lookups = 3
+    assert enrol(world)[0].assigned_hub == "third.azure-devices.net"
 
 
 def test_a_lookup_without_a_key_leaves_the_operation_to_decide() -> None:
@@ -445,12 +483,15 @@ def test_a_disabled_enrolment_asks_the_operator() -> None:
     )
     status = {"operationId": "4", "status": "disabled", "registrationState": disabled}
     ended((SERVICE, reply(200, status)), AskOperator, "dps.enrollment_disabled")
+    choice = settings(poll=POLL_OPERATION)
+    bare = reply(200, {"operationId": "4", "status": "disabled"})
+    ended((SERVICE, SERVICE, bare), AskOperator, "dps.enrollment_disabled", choice)
 
 
 def test_an_operation_that_dps_forgot_starts_over_once() -> None:
     choice = settings(poll=POLL_OPERATION)
     world = scripted(SERVICE, SERVICE, error_reply(404, 404000))
-    enrol(world, None, choice)
+    enrol(world, choice)
     assert calls(world)[:5] == FIRST_CALLS + ["OPERATION"] + FIRST_CALLS
     forgotten = (SERVICE, SERVICE, error_reply(404, 404000))
     ended(forgotten + forgotten, RetryLater, "dps.operation_unknown", choice)
@@ -459,7 +500,7 @@ def test_an_operation_that_dps_forgot_starts_over_once() -> None:
 def test_a_token_refused_while_polling_starts_over_once() -> None:
     choice = settings(poll=POLL_OPERATION)
     refused = (SERVICE, SERVICE, error_reply(401, 401002))
-    enrol(scripted(*refused), None, choice)
+    enrol(scripted(*refused), choice)
     ended(refused + refused, AskOperator, "dps.token_refused", choice)
 
 
@@ -499,13 +540,13 @@ def test_an_assignment_that_must_not_be_taken_is_refused() -> None:
         world = World()
         world.dps.script = [SERVICE, SERVICE, final_with(world, **changes)]
         choice = settings(poll=POLL_OPERATION)
-        assert_refused(lambda: enrol(world, None, choice), AskOperator, "dps.assignment_refused", f"{changes!r}")
+        assert_refused(lambda: enrol(world, choice), AskOperator, "dps.assignment_refused", f"{changes!r}")
 
 
 def test_a_registration_id_of_another_case_is_ours() -> None:
     world = World()
     world.dps.script = [SERVICE, SERVICE, final_with(world, registrationId="PRESS-07", deviceId="It's_%ok*(1)")]
-    assert enrol(world, None, settings(poll=POLL_OPERATION))[0].device_id == "It's_%ok*(1)"
+    assert enrol(world, settings(poll=POLL_OPERATION))[0].device_id == "It's_%ok*(1)"
 
 
 def test_a_hub_key_of_another_kind_is_refused() -> None:
@@ -520,7 +561,7 @@ def test_a_hub_key_of_another_kind_is_refused() -> None:
 
         world.dps.script[1] = damage
         choice = settings(poll=POLL_OPERATION)
-        assert_refused(lambda: enrol(world, None, choice), AskOperator, "dps.key_unsuitable", hex(attributes))
+        assert_refused(lambda: enrol(world, choice), AskOperator, "dps.key_unsuitable", hex(attributes))
 
 
 def test_a_hub_key_that_does_not_sign_is_refused() -> None:
@@ -532,13 +573,13 @@ def test_a_hub_key_that_does_not_sign_is_refused() -> None:
 def test_a_damaged_hub_blob_is_a_damaged_answer() -> None:
     world = World()
     world.dps.script = [SERVICE, SERVICE, final_with(world, tpm={"authenticationKey": "AAAA"})]
-    assert_refused(lambda: enrol(world, None, settings(poll=POLL_OPERATION)), RetryLater, "dps.blob_malformed")
+    assert_refused(lambda: enrol(world, settings(poll=POLL_OPERATION)), RetryLater, "dps.blob_malformed")
 
 
 def test_a_custom_payload_too_large_to_store_is_left_out() -> None:
     world = World()
     world.dps.script = [SERVICE, SERVICE, final_with(world, payload={"x": "y" * 3000}, etag="e" * 500)]
-    assignment, record = enrol(world, None, settings(poll=POLL_OPERATION))
+    assignment, record = enrol(world, settings(poll=POLL_OPERATION))
     assert assignment.payload is None and assignment.payload_omitted and assignment.etag == ""
     assert len(record) < 2000 and without(body_of(world.dps.requests[0]), "tpm") == {"registrationId": DEVICE}
 
@@ -547,5 +588,5 @@ def test_a_slow_exchange_stays_within_its_budget() -> None:
     for budget_s in (1, 10, 60):
         world = World()
         world.dps.polls_until_assigned = 10**6
-        assert_refused(lambda: enrol(world, None, settings(budget_s=budget_s)), RetryLater, "dps.still_assigning")
+        assert_refused(lambda: enrol(world, settings(budget_s=budget_s)), RetryLater, "dps.still_assigning")
         assert world.uptime_s <= 100 + budget_s + 1

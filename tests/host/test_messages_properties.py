@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
-from dps_agent.messages import FIELDS, NESTING_LIMIT, DeviceRegistrationResult, decode, encode, nesting
+from dps_agent.messages import FIELDS, DeviceRegistrationResult, decode, encode
 from dps_hal.errors import RetryLater
-from dps_hal.platform import from_json, to_json
+from dps_hal.platform import NESTING_LIMIT, from_json, nesting, to_json
 from support.vectors import load
 
 EXAMPLES = 2000

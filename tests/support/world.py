@@ -127,7 +127,7 @@ class FakeDps:
         self.polls_until_assigned = 1
         self.stale_lookups = 0
         self.lookup_key = True
-        self.retry_after = "3"
+        self.retry_after: str | None = "3"
         self.registrations = 0
         self.etags = 0
         self.challenge_key = b""

@@ -6,7 +6,6 @@ concepts". Where nothing is published about the real service, the choice made he
 """
 
 import base64
-import binascii
 import hashlib
 import json
 import uuid
@@ -563,7 +562,7 @@ def _key_bytes(tpm: Mapping[str, object], name: str) -> bytes:
         raise RefusalError(BAD_REQUEST, f"tpm.{name} is missing or not a string.")
     try:
         return base64.b64decode(value, validate=True)
-    except binascii.Error:
+    except ValueError:  # binascii.Error is one; text that is not ASCII another
         raise RefusalError(BAD_REQUEST, f"tpm.{name} is not base64.") from None
 
 

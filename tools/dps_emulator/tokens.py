@@ -5,7 +5,6 @@ signature is checked over the literal text and only then is the decoded text com
 """
 
 import base64
-import binascii
 import hmac
 from dataclasses import dataclass, field
 from urllib.parse import unquote
@@ -59,6 +58,6 @@ def parse_token(text: str) -> Token:
         raise TokenError("has an 'se' that is no number of seconds since 1970")
     try:
         signature = base64.b64decode(unquote(values["sig"]), validate=True)
-    except binascii.Error:
+    except ValueError:  # binascii.Error is one; text that is not ASCII another
         raise TokenError("has a 'sig' that is not percent-encoded base64") from None
     return Token(values["sr"], expiry, signature, values.get("skn", ""))

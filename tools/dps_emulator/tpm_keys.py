@@ -114,7 +114,9 @@ def _parse(what: str, marshalled: bytes, attributes: int, policy: bytes) -> Stor
     expect("symmetric mode", ALG_CFB)
     expect("scheme", ALG_NULL)
     expect("keyBits", RSA_BITS)
-    expect("exponent", 0, 4)
+    exponent = int.from_bytes(take(4, "exponent"))
+    if exponent not in (0, RSA_EXPONENT):
+        raise UnsuitableKeyError(f"{what}: exponent is {exponent}, expected 0 or {RSA_EXPONENT}, which mean the same")
     unique = sized("unique")
     if at != len(marshalled):
         raise UnsuitableKeyError(f"{what}: {len(marshalled) - at} bytes follow the public area")
