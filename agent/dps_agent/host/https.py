@@ -174,6 +174,7 @@ class DpsConnection:
                 "config.invalid", f"ca_file: expected PEM certificates in '{self._ca_file}': {reason}"
             ) from None
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # set by Python 3.11.2: a body cut off would look whole
         return context
 
     def _connect(self, deadline_s: float) -> _Stream:
@@ -247,7 +248,7 @@ class DpsConnection:
             return _Failed(NO_REPLY_TIMEOUT, f"no whole answer within {self._timeout_s:g} s")
         if isinstance(error, ssl.SSLCertVerificationError):
             return _Failed(NO_REPLY_TLS, error.verify_message)
-        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+        if isinstance(error, ssl.SSLError) and not _is_ragged_end(error):
             return _Failed(NO_REPLY_TLS, (error.reason or "failed").lower().replace("_", " "))
         if isinstance(error, OSError):
             at = "in the TLS handshake" if self._stream is None else "before the answer was whole"
@@ -265,6 +266,11 @@ class _Failed(Exception):
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
         self.reason = reason
+
+
+def _is_ragged_end(error: ssl.SSLError) -> bool:
+    """Whether the connection ended without close_notify; Python 3.11.2 has no class for it on OpenSSL 3."""
+    return isinstance(error, ssl.SSLEOFError) or error.reason == "UNEXPECTED_EOF_WHILE_READING"
 
 
 class _Stream:

@@ -9,7 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from dps_agent.host.cli import config, enroll, provision, reset, status, token, version
 from dps_agent.host.cli.verb import Outcome, UsageError
@@ -53,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end would wait for it.
     """
     status = _run(arguments)
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _discard(sys.stderr)
     runner = sys.modules.get("dps_agent.host.runner")
     if arguments is None and runner is not None and runner.worker_hangs():
         os._exit(status)  # everything was written and flushed
@@ -185,8 +189,12 @@ def _write(text: str, status: int) -> int:
         if not isinstance(error, BrokenPipeError):
             with contextlib.suppress(OSError):
                 sys.stderr.write(f"dps-agent: the output could not be written: {error.strerror}\n")
-        # the interpreter flushes once more at its end; give it a place that takes everything
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         return 1
     return status
+
+
+def _discard(stream: TextIO) -> None:
+    """Gives what nobody reads a place to go: the interpreter flushes once more at its end, and would exit with 120."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
