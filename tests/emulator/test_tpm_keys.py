@@ -101,7 +101,7 @@ WRONG_EKS = {
     "symmetric mode is 0x0042": changed(DEVICE.ek_public, 48, b"\0\x42"),
     "scheme is 0x0014": changed(DEVICE.ek_public, 50, b"\0\x14"),
     "keyBits is 0x0c00": changed(DEVICE.ek_public, 52, b"\x0c\0"),
-    "exponent is 0x00000003": changed(DEVICE.ek_public, 54, b"\0\0\0\3"),
+    "exponent is 3": changed(DEVICE.ek_public, 54, b"\0\0\0\3"),
     "unique is no 2048-bit RSA modulus": changed(DEVICE.ek_public, 60, bytes(256)),
     "ends within unique": b"\1\x39" + DEVICE.ek_public[2:-1],
     "1 bytes follow the public area": b"\1\x3b" + DEVICE.ek_public[2:] + b"\0",

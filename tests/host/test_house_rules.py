@@ -34,7 +34,7 @@ TEXTS = sorted(
 
 BOARD_MODULES = {"struct", "binascii", "hashlib", "collections"}
 AGENT_MAY_IMPORT = {"dps_hal.contracts", "dps_hal.errors", "dps_hal.platform", "dps_hal.activation", "dps_hal.tpm_keys"}
-PLATFORM_MAY_IMPORT = {"os", "sys", "ujson", "cryptolib", "dps_hal.aes"}  # platform.py alone knows two runtimes
+PLATFORM_MAY_IMPORT = {"os", "sys", "time", "ujson", "cryptolib", "dps_hal.aes"}  # platform.py alone knows two runtimes
 
 # MicroPython has no such built-in, and finds out only when an exception is matched against it.
 ABSENT_EXCEPTIONS = {
