@@ -216,32 +216,24 @@ def load_held(
     if reason:
         return None, reason
     endorsement_key: bytes = yield ReadEndorsementKey()
-    storage_root_key: bytes = yield ReadStorageRootKey()
-    same_ek = object_name(endorsement_key) == assignment.ek_name
-    if same_ek and object_name(storage_root_key) != assignment.srk_name:
-        return None, "the TPM was cleared: it has another storage root key"
-    derived = registration_id_from_ek(endorsement_key)
-    if same_ek and settings.registration_id == AUTO and assignment.registration_id != derived:
+    if object_name(endorsement_key) != assignment.ek_name:  # before anything is salted to it
+        raise AskOperator(
+            "tpm.ek_changed",
+            "the stored assignment belongs to another endorsement key: its name begins with"
+            f" {_short(assignment.ek_name)}, this TPM's with {_short(object_name(endorsement_key))}",
+        )
+    if settings.registration_id == AUTO and assignment.registration_id != registration_id_from_ek(endorsement_key):
         return None, f"the stored assignment is for registration_id {assignment.registration_id!r}, not the EK's own"
+    storage_root_key: bytes = yield ReadStorageRootKey()
+    if object_name(storage_root_key) != assignment.srk_name:
+        return None, "the TPM was cleared: it has another storage root key"
     try:
         signature: bytes = yield Sign(assignment.wrapped_key, seal_message(text))
     except IdentityStale as error:
-        if not same_ek:
-            raise _another_tpm(assignment, endorsement_key)
         return None, error.message
     if not same_bytes(signature, seal):
         return None, "the stored assignment was altered: its seal does not fit"
-    if not same_ek:  # the seal fits, so this is the SRK of before: the EK at the handle is another one
-        raise _another_tpm(assignment, endorsement_key)
     return assignment, ""
-
-
-def _another_tpm(assignment: Assignment, endorsement_key: bytes) -> AskOperator:
-    return AskOperator(
-        "tpm.ek_changed",
-        "the stored assignment belongs to another endorsement key: its name begins with"
-        f" {_short(assignment.ek_name)}, this TPM's with {_short(object_name(endorsement_key))}",
-    )
 
 
 def hub_token(assignment: Assignment, life_s: int) -> "Generator[Effect, Any, SasToken]":

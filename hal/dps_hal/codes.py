@@ -9,6 +9,8 @@ REMEDIES: dict[str, str] = {
     "tpm.denied": "give the agent's user access to the TPM: add it to the group 'tss' and start a new session",
     "tpm.locked_out": "wait for the TPM's own recovery time; do not retry by hand, each failure prolongs it",
     "tpm.busy": "another program holds the TPM; use /dev/tpmrm0, or stop the other program",
+    "tpm.bus_altered": "something between the agent and the TPM alters what passes: check the wiring, look for an"
+    " interposer; the agent tries again by itself",
     "tpm.timeout": "the TPM did not answer in time; power-cycle the device if this repeats",
     "tpm.memory": "the TPM has no free object or session slot; use /dev/tpmrm0, or flush what other programs left",
     "tpm.failure_mode": "the TPM reports a failure of its own; power-cycle the device, replace the TPM if it repeats",
@@ -28,7 +30,7 @@ REMEDIES: dict[str, str] = {
     "tpm.handle_taken": "persist_at holds something that is no HMAC key: set another handle, or have the TPM's owner"
     " free it",
     "tpm.nv_full": "the TPM has no room for another persistent object: free one with its owner's tools",
-    "tpm.not_available": "install the back end's packages: pip install 'dps-agent[tpm]' or 'dps-agent[simulator]'",
+    "tpm.not_available": "install the agent with its extra 'tpm' or 'simulator', as the README says",
     "tpm.simulator_refused": "a simulated TPM keeps its keys in plain files; use real hardware, or set"
     " i_know_keys_are_in_files = true in [tpm]",
     "tpm.state_damaged": "a file of the simulated TPM is damaged: delete its folder and enrol its new endorsement key",
@@ -40,6 +42,7 @@ REMEDIES: dict[str, str] = {
     "store.read_only": "make the state folder's file system writable",
     "store.too_large": "the assignment does not fit into its slot; send a smaller custom payload from DPS",
     "store.unknown_version": "a newer dps-agent wrote this record: install that version, or run 'dps-agent reset'",
+    "store.unsuitable": "name a NOR flash partition of four slots; on NAND put UBIFS over UBI and name a folder there",
     # record
     "record.absent": "run 'dps-agent provision'",
     "record.damaged": "run 'dps-agent provision'; the agent registers again by itself",

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         lockout_maximum: int  # the count at which the TPM refuses keys without noDA
         recovery_s: int  # seconds after which the TPM forgets one failure
         free_slots: int  # transient objects that still fit
+        owner_has_password: bool
+        endorsement_has_password: bool
 
     class StoredRecord(NamedTuple):
         """One record as `Store.load` found it."""
@@ -37,7 +39,16 @@ else:
     Protocol = object
     TpmCondition = namedtuple(
         "TpmCondition",
-        ("maker", "firmware", "lockout_counter", "lockout_maximum", "recovery_s", "free_slots"),
+        (
+            "maker",
+            "firmware",
+            "lockout_counter",
+            "lockout_maximum",
+            "recovery_s",
+            "free_slots",
+            "owner_has_password",
+            "endorsement_has_password",
+        ),
     )
     StoredRecord = namedtuple("StoredRecord", ("payload", "generation", "rolled_back"))
     Utc = namedtuple("Utc", ("now_s", "believable", "source"))
@@ -97,7 +108,7 @@ class TpmService(Tpm, Protocol):
         ...
 
     def condition(self) -> TpmCondition:
-        """Maker, firmware, lockout state and free slots."""
+        """Maker, firmware, lockout state, free slots, and which hierarchies have a password."""
         ...
 
 

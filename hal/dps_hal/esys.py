@@ -7,25 +7,30 @@ its arguments, because their order differs between 1.2.0 (Debian 12) and 3.0.0.
 from __future__ import annotations
 
 import contextlib
-import errno
-import grp
 import os
-import pwd
-import stat
 import struct
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dps_hal.activation import Activation, parse_activation
-from dps_hal.contracts import EK_HANDLE, SRK_HANDLE, TpmCondition
-from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
+from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
+from dps_hal.errors import AskOperator, DpsError, RetryLater
+from dps_hal.tpm_errors import (
+    FMT1_HANDLE,
+    RC_ALTERED,
+    RC_INITIALIZE,
+    RC_NV_SPACE,
+    RC_NV_UNINITIALIZED,
+    RC_RESEND,
+    RefusedError,
+    check_duplicate_fits,
+    error_of,
+)
 from dps_hal.tpm_keys import (
-    MAX_HMAC_KEY_BYTES,
+    ALG_SHA256,
     RSA_BYTES,
-    SHA256_BYTES,
     check_ek_public,
-    check_id_key_public,
     check_srk_public,
     ek_public,
     has_no_da,
@@ -37,86 +42,43 @@ from dps_hal.tpm_keys import (
     wrap,
 )
 from dps_hal.tpm_keys import ek_template as template_of_ek
+from dps_hal.tpm_rules import (
+    COMMAND_LIMIT_S,
+    KEY_CREATION_LIMIT_S,
+    LEFTOVERS,
+    MAX_BUFFER_BYTES,
+    PT_LOCKOUT_COUNTER,
+    PT_LOCKOUT_INTERVAL,
+    RELEASE_LIMIT_S,
+    check_passwords,
+    is_srk,
+    locked_out,
+    refuse_at_the_brink,
+)
+from dps_hal.tpm_upkeep import (
+    EK_CERTIFICATE_INDEX,
+    NV_CHUNK_BYTES,
+    PT_FIRMWARE_VERSION_1,
+    PT_MANUFACTURER,
+    PT_PERMANENT,
+    check_owner_handle,
+    check_replaceable,
+    condition_of,
+    without_padding,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any, TypeVar
 
-    from dps_hal.contracts import WhileWaiting
+    from dps_hal.contracts import TpmCondition, WhileWaiting
 
     Answer = TypeVar("Answer")
 
-EK_CERTIFICATE_INDEX = 0x01C00002  # TCG EK Credential Profile, 2.2.1.4: RSA-2048 EK certificate
-MAX_BUFFER_BYTES = 1024  # TPM2B_MAX_BUFFER of the PC Client Platform TPM Profile; a longer message is a sequence
-NV_CHUNK_BYTES = 512  # at most TPM_PT_NV_BUFFER_MAX, which the PC Client profile lets be this small
-MAX_AUTH_BYTES = 64  # TPM2B_AUTH
-COMMAND_LIMIT_S = 30.0  # one operation of the Tpm contract
-KEY_CREATION_LIMIT_S = 180.0  # RSA-2048 key generation takes up to tens of seconds on real parts
-RELEASE_LIMIT_S = 5.0
-
-_OWNER_HANDLES = range(0x81000000, 0x81800000)  # TPM 2.0 Library Part 2, 7.5: persistent, of the owner
 _OTHER_SRK_HANDLES = range(SRK_HANDLE + 1, 0x81000100)  # where ours goes when the usual handle is taken
-# Two integrity digests and a seed value with their sizes, type, empty authorisation, the key's size, the key.
-_LONGEST_DUPLICATE = 3 * (2 + SHA256_BYTES) + 2 + 2 + 2 + 2 + MAX_HMAC_KEY_BYTES
 _PUBLIC_SIZES = (len(ek_public(bytes(RSA_BYTES))), len(srk_public(bytes(RSA_BYTES))))
 
-_PT_MANUFACTURER = 0x105  # TPM_PT, TPM 2.0 Library Part 2, table 24, with the next four
-_PT_FIRMWARE_VERSION_1 = 0x10B
-_PT_HR_TRANSIENT_AVAIL = 0x207
-_PT_LOCKOUT_COUNTER = 0x20E  # followed by MAX_AUTH_FAIL and LOCKOUT_INTERVAL
-_PT_LOCKOUT_INTERVAL = 0x210
-
-_RC_INITIALIZE = 0x100  # TPM_RC, Part 2, table 17, with the next eight
-_RC_FAILURE = 0x101
-_RC_NV_UNINITIALIZED = 0x14A
-_RC_NV_SPACE = 0x14B
-_RC_OUT_OF_MEMORY = (0x902, 0x903, 0x904, 0x905, 0x906)  # objects, sessions, memory, their handles
-_RC_REFERENCES = range(0x910, 0x91F)  # a handle or session that is not loaded
-_RC_LOCKOUT = 0x921
-_RC_RESEND = (0x908, 0x90A, 0x920, 0x922)  # YIELDED, TESTING, NV_RATE, RETRY: the same command again
-_FMT1_HANDLE = 0x8B  # format-one codes without the number of the handle, parameter or session
-_FMT1_AUTH_FAIL = 0x8E
-_FMT1_SIZE = 0x95
-_FMT1_INSUFFICIENT = 0x9A
-_FMT1_INTEGRITY = 0x9F
-_FMT1_BAD_AUTH = 0xA2
-
-_LAYER_MARSHALLING = 9  # TSS2 Overview and Common Structures, 3.1: who reports, bits 16 to 23 of a code
-_LAYER_TCTI = 10
-_TPM_LAYERS = (0, 11, 12)  # the TPM, or a resource manager that speaks for it
 _TCTI_UNKNOWN = (0x5, 0xB, 0x15)  # BAD_REFERENCE, BAD_VALUE, NOT_SUPPORTED: no such TCTI, or its string is wrong
-_ON_HIERARCHIES = ("policy_secret", "create_primary", "evict_control")
-
-
-class _RefusedError(Exception):
-    """One command that did not succeed: which method of ESAPI, its return code and the TSS's text."""
-
-    def __init__(self, command: str, rc: int, text: str) -> None:
-        super().__init__(command, rc)
-        self.command = command
-        self.rc = rc
-        self.text = text
-        self.layer = rc >> 16 & 0xFF
-        self.code = rc & 0xFFFF if self.layer in _TPM_LAYERS else 0
-        format_one = self.code & 0x80 != 0
-        self.base = self.code & 0xBF if format_one else 0
-        self.parameter = self.code >> 8 & 0xF if format_one and self.code & 0x40 else 0
-        # About what was sent: of the library, about a parameter, or about none of handles, sessions and parameters.
-        unnumbered = format_one and self.code & 0xF00 == 0
-        self.about_content = self.layer == _LAYER_MARSHALLING or self.parameter != 0 or unnumbered
-
-    @property
-    def connection_lost(self) -> bool:
-        return self.layer == _LAYER_TCTI
-
-    @property
-    def stale(self) -> bool:
-        """Whether the connection, a session or a handle is no longer what it was: the TPM restarted or was cleared."""
-        if self.layer not in (*_TPM_LAYERS, _LAYER_MARSHALLING) or self.code in _RC_REFERENCES:
-            return True
-        if self.base == _FMT1_HANDLE and not self.parameter:
-            return True
-        return self.base in (_FMT1_AUTH_FAIL, _FMT1_BAD_AUTH) and self.command not in _ON_HIERARCHIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +111,13 @@ class EsysTpm:
         owner_auth: bytes = b"",
         endorsement_auth: bytes = b"",
         while_waiting: WhileWaiting | None = None,
+        exclusive: bool = False,
     ) -> None:
-        """Does not touch the TPM yet; AskOperator `tpm.not_available` where tpm2-pytss or tpm2-tss is missing."""
-        for setting, auth in (("owner_auth_file", owner_auth), ("endorsement_auth_file", endorsement_auth)):
-            if len(auth) > MAX_AUTH_BYTES:
-                raise AskOperator(
-                    "config.invalid", f"{setting}: expected at most {MAX_AUTH_BYTES} bytes; came {len(auth)}"
-                )
+        """Does not touch the TPM yet; AskOperator `tpm.not_available` where tpm2-pytss or tpm2-tss is missing.
+
+        `exclusive`: nobody else ever uses this TPM, so whatever a crash left in it is flushed when it is opened.
+        """
+        check_passwords(owner_auth, endorsement_auth)
         self._ek_template = template_of_ek(ek_template)
         self._tss = _load_tpm2_pytss()
         self._tcti = tcti
@@ -164,7 +126,9 @@ class EsysTpm:
         self._owner_auth = owner_auth
         self._endorsement_auth = endorsement_auth
         self._while_waiting = while_waiting
+        self._exclusive = exclusive
         self._until_s = 0.0  # on time.monotonic(): when this operation stops resending
+        self._pinned_ek = b""  # the first EK seen; nothing is ever salted to another
         self._shutdown_due = False  # a key without noDA was used: a power cut would now count as a failed guess
         self._orphans: list[int] = []  # the TPM's handles of what a lost connection left there
         self._esapi: Any = None
@@ -202,7 +166,7 @@ class EsysTpm:
             session = self._salted_session()
             with self._loaded(public, private, session) as key:
                 if not has_no_da(public):
-                    self._refuse_at_the_brink()
+                    refuse_at_the_brink(self._properties(PT_LOCKOUT_COUNTER, PT_LOCKOUT_INTERVAL))
                     self._shutdown_due = True
                 return self._hmac(key, message, session)
 
@@ -217,12 +181,12 @@ class EsysTpm:
             for handle in reversed(self._held.copy()):
                 self._flush(handle)
         if self._shutdown_due:
-            with contextlib.suppress(_RefusedError):  # nobody can act on it; the TPM then counts one failure
+            with contextlib.suppress(RefusedError):  # nobody can act on it; the TPM then counts one failure
                 self._command("shutdown", shutdown_type=self._tss.TPM2_SU.CLEAR)
                 self._shutdown_due = False
         self._close()
         if self._orphans:  # the connection was lost: one more, for them alone
-            with contextlib.suppress(_RefusedError, DpsError):
+            with contextlib.suppress(RefusedError, DpsError):
                 self._open()
             if self._esapi is not None:
                 self._close()
@@ -234,8 +198,7 @@ class EsysTpm:
     def persist(self, wrapped_key: bytes, handle: int) -> None:
         """As `TpmService.persist`: replaces an HMAC key, but nothing else (AskOperator `tpm.handle_taken`)."""
         public, private = unwrap(wrapped_key)
-        if handle not in _OWNER_HANDLES:
-            raise AskOperator("config.invalid", f"persist_at: expected 0x81000000 to 0x817fffff; came 0x{handle:08x}")
+        check_owner_handle(handle)
 
         def load_and_persist() -> None:
             session = self._salted_session()
@@ -244,7 +207,7 @@ class EsysTpm:
                 if present is not None:
                     if present.public == public:
                         return
-                    _check_replaceable(present.public, handle)
+                    check_replaceable(present.public, handle)
                     self._evict_control(present.handle, handle, session)
                 self._evict_control(key, handle, session)
 
@@ -254,17 +217,8 @@ class EsysTpm:
         """As `TpmService.condition`."""
 
         def ask() -> TpmCondition:
-            fixed = self._properties(_PT_MANUFACTURER, _PT_FIRMWARE_VERSION_1)
-            variable = self._properties(_PT_HR_TRANSIENT_AVAIL, _PT_LOCKOUT_INTERVAL)
-            firmware = fixed.get(_PT_FIRMWARE_VERSION_1, 0)
-            return TpmCondition(
-                maker=struct.pack(">I", fixed.get(_PT_MANUFACTURER, 0)).decode("latin-1").strip("\0 "),
-                firmware=f"{firmware >> 16}.{firmware & 0xFFFF}",
-                lockout_counter=variable.get(_PT_LOCKOUT_COUNTER, 0),
-                lockout_maximum=variable.get(_PT_LOCKOUT_COUNTER + 1, 0),
-                recovery_s=variable.get(_PT_LOCKOUT_INTERVAL, 0),
-                free_slots=variable.get(_PT_HR_TRANSIENT_AVAIL, 0),
-            )
+            fixed = self._properties(PT_MANUFACTURER, PT_FIRMWARE_VERSION_1)
+            return condition_of({**fixed, **self._properties(PT_PERMANENT, PT_LOCKOUT_INTERVAL)})
 
         return self._operate(ask)
 
@@ -277,20 +231,22 @@ class EsysTpm:
             try:
                 self._open()
                 return operation()
-            except _RefusedError as refused:
+            except RefusedError as refused:
                 if refused.stale:
                     self._drop(refused.connection_lost)
                     if not rebuilt:
                         rebuilt = True
                         continue
-                raise self._error(refused) from None
+                raise error_of(refused, self._locked_out) from None
 
     def _open(self) -> None:
         if self._esapi is not None:
             return
         kind, _, path = self._tcti.partition(":")
         if kind == "device" and path:
-            _check_device(path)
+            from dps_hal.wire.device import open_device
+
+            os.close(open_device(path))  # says why it cannot be used, which the return code of the TSS does not
         try:
             self._esapi = self._tss.ESAPI(tcti=self._tcti)
         except self._tss.TSS2_Exception as error:
@@ -306,6 +262,8 @@ class EsysTpm:
         tr = self._tss.ESYS_TR
         self._esapi.tr_set_auth(esys_handle=tr.OWNER, auth_value=self._owner_auth)
         self._esapi.tr_set_auth(esys_handle=tr.ENDORSEMENT, auth_value=self._endorsement_auth)
+        if self._exclusive:
+            self._orphans = [handle for first in LEFTOVERS for handle in self._handles(first, 254)]
         self._flush_orphans()
 
     def _drop(self, connection_lost: bool) -> None:
@@ -337,59 +295,28 @@ class EsysTpm:
                 tcti.receive(size=4096)
                 self._orphans.pop()
         except self._tss.TSS2_Exception as error:
-            raise _RefusedError("flush_context", int(error.rc), str(error)) from None
+            raise RefusedError("flush_context", int(error.rc), str(error)) from None
 
     def _command(self, method: str, **arguments: Any) -> Any:
-        """Runs one TPM command, again where the TPM asks for that; _RefusedError with its return code."""
+        """Runs one TPM command, again where the TPM asks for that; RefusedError with its return code."""
         pause_s = 0.01
         started = False
         while True:
             try:
                 return getattr(self._esapi, method)(**arguments)
             except self._tss.TSS2_Exception as error:
-                refused = _RefusedError(method, int(error.rc), str(error))
-            if refused.code == _RC_INITIALIZE and not started:  # a TPM on which no firmware has run, as on mssim
+                refused = RefusedError(method.rstrip("_"), int(error.rc), str(error))
+            if refused.code == RC_INITIALIZE and not started:  # a TPM on which no firmware has run, as on mssim
                 started = True
                 with contextlib.suppress(self._tss.TSS2_Exception):  # the command itself says whether it helped
                     self._esapi.startup(startup_type=self._tss.TPM2_SU.CLEAR)
-            elif refused.code in _RC_RESEND and time.monotonic() + pause_s < self._until_s:
+            elif refused.code in RC_RESEND and time.monotonic() + pause_s < self._until_s:
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, 1.0)
                 if self._while_waiting is not None:
                     self._while_waiting()
             else:
                 raise refused
-
-    def _error(self, refused: _RefusedError) -> DpsError:
-        """The class of error that a refused command is: by its return code, never by its text."""
-        command, code = refused.command, refused.code
-        message = f"the TPM refused {command} with 0x{refused.rc:x}: {refused.text}"
-        if refused.connection_lost:
-            return RetryLater("tpm.absent", f"the connection to the TPM broke in {command}: {refused.text}")
-        if code in _RC_RESEND:
-            return RetryLater("tpm.timeout", f"the TPM was not ready for {command} in time (0x{code:x})")
-        if code == _RC_LOCKOUT:
-            return self._locked_out("the TPM is locked out")
-        if code in _RC_OUT_OF_MEMORY:
-            return RetryLater("tpm.memory", message)
-        if command == "activate_credential" and (refused.about_content or code == _RC_FAILURE):
-            return IdentityStale("tpm.blob_refused", message)
-        if command == "import_" and (refused.about_content or code == _RC_FAILURE):
-            # Parameter 4 is the seed, which only this SRK can decrypt. With another inner key the duplicate decrypts to
-            # random bytes, whose first two are a size that does not fit, or whose integrity is wrong.
-            altered = refused.base in (_FMT1_SIZE, _FMT1_INSUFFICIENT, _FMT1_INTEGRITY)
-            if altered or refused.parameter == 4 or code == _RC_FAILURE:
-                return IdentityStale("tpm.blob_refused", message)
-            return AskOperator("tpm.key_refused", message)
-        if command == "load" and refused.about_content:
-            return IdentityStale("tpm.key_stale", message)
-        if code == _RC_FAILURE:
-            return AskOperator("tpm.failure_mode", message)
-        if command in _ON_HIERARCHIES and refused.base in (_FMT1_AUTH_FAIL, _FMT1_BAD_AUTH):
-            return AskOperator("tpm.hierarchy_auth", message)
-        if command == "evict_control" and code == _RC_NV_SPACE:
-            return AskOperator("tpm.nv_full", message)
-        return AskOperator("tpm.failed", message)
 
     # --- objects and sessions
 
@@ -408,8 +335,8 @@ class EsysTpm:
             return
         try:
             self._command("flush_context", flush_handle=handle)
-        except _RefusedError as refused:
-            if refused.base != _FMT1_HANDLE:  # that is: the TPM does not know it any more
+        except RefusedError as refused:
+            if refused.base != FMT1_HANDLE:  # that is: the TPM does not know it any more
                 return
         self._held.remove(handle)
 
@@ -468,31 +395,36 @@ class EsysTpm:
                         ek = _Key(self._evict_control(created.handle, self._ek_handle, session), created.public)
             else:
                 check_ek_public(ek.public)
+            if self._pinned_ek not in (b"", ek.public):
+                raise AskOperator("tpm.ek_changed", "the TPM shows another endorsement key than before")
+            self._pinned_ek = ek.public
             self._ek = ek
         return self._ek
 
     def _storage_root_key(self) -> _Key:
+        """The SRK, proved by the session: the holder of the EK took a command for an object of this name.
+
+        Without the proof, somebody on the bus could show a key of his own, and the registration would be for that.
+        """
         if self._srk is None:
             srk = self._present(self._srk_handle)
             free_handle = self._srk_handle
-            if srk is not None and not _is_srk(srk.public):
+            if srk is not None and not is_srk(srk.public):
                 srk, free_handle = self._look_for_srk()
-            self._srk = srk or self._create_srk(free_handle)
+            if srk is None:
+                srk = self._create_srk(free_handle)
+            else:
+                self._command("read_public", object_handle=srk.handle, session1=self._salted_session())
+            self._srk = srk
         return self._srk
 
     def _look_for_srk(self) -> tuple[_Key | None, int]:
         """Our SRK at another handle than the usual one, or None and the first free handle."""
-        _, capability = self._command(
-            "get_capability",
-            capability=self._tss.TPM2_CAP.HANDLES,
-            prop=_OTHER_SRK_HANDLES.start,
-            property_count=len(_OTHER_SRK_HANDLES),
-        )
-        taken = [int(handle) for handle in capability.data.handles]
+        taken = self._handles(_OTHER_SRK_HANDLES.start, len(_OTHER_SRK_HANDLES))
         for handle in taken:
             if handle in _OTHER_SRK_HANDLES:
                 key = self._present(handle)
-                if key is not None and _is_srk(key.public):
+                if key is not None and is_srk(key.public):
                     return key, handle
         return None, next(handle for handle in _OTHER_SRK_HANDLES if handle not in taken)
 
@@ -502,8 +434,8 @@ class EsysTpm:
         self._held.append(created.handle)
         try:
             persistent = self._evict_control(created.handle, handle, session)
-        except _RefusedError as refused:
-            if refused.code == _RC_NV_SPACE:
+        except RefusedError as refused:
+            if refused.code == RC_NV_SPACE:
                 return created  # a transient serves as well: the same template gives the same key at every start
             self._flush(created.handle)
             raise
@@ -514,15 +446,19 @@ class EsysTpm:
         """A new transient primary key, checked against its template; the caller flushes it."""
         tss = self._tss
         self._until_s = max(self._until_s, time.monotonic() + KEY_CREATION_LIMIT_S)
-        handle, public, *_ = self._command(
-            "create_primary",
-            in_sensitive=tss.TPM2B_SENSITIVE_CREATE(),
-            in_public=self._structure("TPM2B_PUBLIC", template),
-            primary_handle=hierarchy,
-            outside_info=b"",
-            creation_pcr=tss.TPML_PCR_SELECTION(),
-            session1=session,
-        )
+        try:
+            handle, public, *_ = self._command(
+                "create_primary",
+                in_sensitive=tss.TPM2B_SENSITIVE_CREATE(),
+                in_public=self._structure("TPM2B_PUBLIC", template),
+                primary_handle=hierarchy,
+                outside_info=b"",
+                creation_pcr=tss.TPML_PCR_SELECTION(),
+                session1=session,
+            )
+        except RefusedError as refused:
+            refused.of_owner = hierarchy == tss.ESYS_TR.OWNER
+            raise
         key = _Key(handle, bytes(public.marshal()))
         try:
             check(key.public)
@@ -547,8 +483,8 @@ class EsysTpm:
         """The object at a persistent handle, or None where there is none."""
         try:
             handle = self._command("tr_from_tpmpublic", handle=tpm_handle)
-        except _RefusedError as refused:
-            if refused.base == _FMT1_HANDLE:
+        except RefusedError as refused:
+            if refused.base == FMT1_HANDLE:
                 return None
             raise
         # The library has just read the public area and keeps it at the end of what it serialises: a second
@@ -558,8 +494,12 @@ class EsysTpm:
         for size in _PUBLIC_SIZES:
             if object_name(serialised[-size:]) == name:
                 return _Key(handle, serialised[-size:])
-        public, _, _ = self._command("read_public", object_handle=handle)
-        return _Key(handle, bytes(public.marshal()))
+        structure, _, _ = self._command("read_public", object_handle=handle)
+        public = bytes(structure.marshal())
+        if len(public) in _PUBLIC_SIZES and public[4:6] == struct.pack(">H", ALG_SHA256):
+            # An EK or SRK would have been found above: the library holds another key for this handle than it read now.
+            raise RefusedError("read_public", RC_ALTERED)
+        return _Key(handle, public)
 
     def _structure(self, kind: str, marshalled: bytes) -> Any:
         """A structure of tpm2-pytss from its bytes."""
@@ -574,7 +514,7 @@ class EsysTpm:
             in_private = self._structure("TPM2B_PRIVATE", private)
             in_public = self._structure("TPM2B_PUBLIC", public)
         except self._tss.TSS2_Exception as error:
-            raise _RefusedError("load", int(error.rc), str(error)) from None
+            raise RefusedError("load", int(error.rc), str(error)) from None
         key = self._command(
             "load", parent_handle=srk.handle, in_private=in_private, in_public=in_public, session1=session
         )
@@ -594,7 +534,7 @@ class EsysTpm:
             duplicate_seed = self._structure("TPM2B_ENCRYPTED_SECRET", sized(activation.duplicate_seed))
             public = self._structure("TPM2B_PUBLIC", activation.id_key_public)
         except tss.TSS2_Exception as error:
-            raise _RefusedError("activate_credential", int(error.rc), str(error)) from None
+            raise RefusedError("activate_credential", int(error.rc), str(error)) from None
         policy = self._command(
             "start_auth_session",
             tpm_key=tss.ESYS_TR.NONE,
@@ -641,11 +581,8 @@ class EsysTpm:
                 ),
                 session1=session,
             )
-        except _RefusedError as refused:
-            if refused.base == _FMT1_SIZE and len(activation.duplicate) > _LONGEST_DUPLICATE:
-                raise AskOperator(
-                    "tpm.key_refused", f"expected an HMAC key of at most {MAX_HMAC_KEY_BYTES} bytes; came a longer one"
-                ) from None
+        except RefusedError as refused:
+            check_duplicate_fits(refused, activation.duplicate)
             raise
         return wrap(activation.id_key_public, bytes(private.marshal()))
 
@@ -676,8 +613,8 @@ class EsysTpm:
     def _endorsement_certificate(self) -> bytes | None:
         try:
             index = self._command("tr_from_tpmpublic", handle=EK_CERTIFICATE_INDEX)
-        except _RefusedError as refused:
-            if refused.base == _FMT1_HANDLE:
+        except RefusedError as refused:
+            if refused.base == FMT1_HANDLE:
                 return None
             raise
         public, _ = self._command("nv_read_public", nv_index=index)
@@ -692,14 +629,19 @@ class EsysTpm:
                     auth_handle=index,
                     session1=self._tss.ESYS_TR.PASSWORD,  # the index's empty password: the certificate is public
                 )
-            except _RefusedError as refused:
-                if refused.code == _RC_NV_UNINITIALIZED:
+            except RefusedError as refused:
+                if refused.code == RC_NV_UNINITIALIZED:
                     return None
                 raise
             content += bytes(chunk)
-        if content[:2] == b"\x30\x82":  # an ASN.1 SEQUENCE that says its own length in two bytes
-            return content[: 4 + int.from_bytes(content[2:4], "big")]
-        return content
+        return without_padding(content)
+
+    def _handles(self, first: int, count: int) -> list[int]:
+        """At most `count` handles in use from `first` on, of its kind."""
+        _, capability = self._command(
+            "get_capability", capability=self._tss.TPM2_CAP.HANDLES, prop=first, property_count=count
+        )
+        return [int(handle) for handle in capability.data.handles]
 
     def _properties(self, first: int, last: int) -> dict[int, int]:
         """TPM properties by number; those that the TPM does not have are missing."""
@@ -711,19 +653,11 @@ class EsysTpm:
         )
         return {int(entry.property): int(entry.value) for entry in capability.data.tpmProperties}
 
-    def _refuse_at_the_brink(self) -> None:
-        """RetryLater `tpm.locked_out` where one more failure locks keys without noDA out."""
-        properties = self._properties(_PT_LOCKOUT_COUNTER, _PT_LOCKOUT_INTERVAL)
-        counter, maximum = properties.get(_PT_LOCKOUT_COUNTER, 0), properties.get(_PT_LOCKOUT_COUNTER + 1, 2)
-        if counter >= maximum - 1:
-            raise self._locked_out(f"the TPM has counted {counter} of {maximum} failures")
-
     def _locked_out(self, what: str) -> RetryLater:
         try:
-            recovery_s = self._properties(_PT_LOCKOUT_INTERVAL, _PT_LOCKOUT_INTERVAL).get(_PT_LOCKOUT_INTERVAL)
-        except _RefusedError:
-            recovery_s = None
-        return RetryLater("tpm.locked_out", f"{what}; it forgets one every {recovery_s or '?'} s", recovery_s)
+            return locked_out(what, self._properties(PT_LOCKOUT_INTERVAL, PT_LOCKOUT_INTERVAL))
+        except RefusedError:
+            return locked_out(what, {})
 
 
 def _load_tpm2_pytss() -> Any:
@@ -734,52 +668,3 @@ def _load_tpm2_pytss() -> Any:
     except ImportError as error:
         raise AskOperator("tpm.not_available", f"the package tpm2-pytss cannot be loaded: {error}") from None
     return tpm2_pytss
-
-
-def _is_srk(public: bytes) -> bool:
-    try:
-        check_srk_public(public)
-    except AskOperator:
-        return False
-    return True
-
-
-def _check_replaceable(public: bytes, handle: int) -> None:
-    try:
-        check_id_key_public(public)
-    except (ValueError, AskOperator):
-        raise AskOperator(
-            "tpm.handle_taken", f"persist_at: expected a free handle or an HMAC key at 0x{handle:08x}; came another"
-        ) from None
-
-
-def _check_device(path: str) -> None:
-    """Says why a device node cannot be used, which the TSS's return code does not."""
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise AskOperator("tpm.denied", _denied(path)) from None
-        if error.errno == errno.EBUSY:
-            raise RetryLater("tpm.busy", f"{path} is in use by another program") from None
-        raise AskOperator("tpm.absent", f"no TPM at {path}: {error.strerror}") from None
-
-
-def _denied(path: str) -> str:
-    node = os.stat(path)
-    owner = _name_of(node.st_uid, lambda number: pwd.getpwuid(number).pw_name)
-    group = _name_of(node.st_gid, lambda number: grp.getgrgid(number).gr_name)
-    user = _name_of(os.geteuid(), lambda number: pwd.getpwuid(number).pw_name)
-    mode = stat.filemode(node.st_mode)
-    tss = group if group != "root" else "tss"
-    return (
-        f"{user} may not open {path} ({mode}, owner {owner}, group {group}); run 'sudo usermod -aG {tss} {user}'"
-        " and log in again"
-    )
-
-
-def _name_of(number: int, look_up: Callable[[int], str]) -> str:
-    try:
-        return look_up(number)
-    except KeyError:
-        return str(number)

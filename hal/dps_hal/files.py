@@ -1,7 +1,7 @@
 """The record store on a Linux file system: two files of one slot each per record, in a folder of the agent's own.
 
-Every system call goes through one `SystemCalls` object, so that tests can count, fail and cut each of them. Why two
-files, written in place: `SPEC.md` beside this folder.
+`open_store` also takes the path of a flash partition. Every system call goes through one `SystemCalls` object, so that
+tests can count, fail and cut each of them. Why two files, written in place: `SPEC.md` beside this folder.
 """
 
 import errno
@@ -9,7 +9,7 @@ import fcntl
 import os
 import pwd
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, RetryLater
@@ -70,6 +70,10 @@ class SystemCalls:
     def geteuid(self) -> int:
         """geteuid(2)."""
         return os.geteuid()
+
+    def ioctl(self, fd: int, request: int, argument: bytes) -> bytes:
+        """ioctl(2); returns the argument as the kernel left it."""
+        return fcntl.ioctl(fd, request, argument)
 
 
 class StateFolder:
@@ -156,18 +160,14 @@ class StateFolder:
 
     def failure(self, error: OSError, action: str, path: str) -> DpsError:
         """The store's error for `error`, raised while doing `action` to `path`."""
-        text = f"cannot {action} {path}: {os.strerror(error.errno) if error.errno else error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return RetryLater("store.full", text)
-        if error.errno == errno.EROFS:
-            return AskOperator("store.read_only", text)
+        advice = ""
         if error.errno in (errno.EACCES, errno.EPERM):
-            return AskOperator("store.denied", f"{text}; {self._whose(path)}")
-        if error.errno in _NOT_A_FILE:
-            return AskOperator("store.denied", f"{text}; it is no regular file: remove it")
-        if error.errno == errno.ENOTDIR:
-            return AskOperator("store.denied", f"{text}; name a folder in state_dir")
-        return RetryLater("store.io", text)
+            advice = self._whose(path)
+        elif error.errno in _NOT_A_FILE:
+            advice = "it is no regular file: remove it"
+        elif error.errno == errno.ENOTDIR:
+            advice = "name a folder in state_dir"
+        return storage_failure(error, f"cannot {action} {path}", advice)
 
     def _whose(self, path: str) -> str:
         """Who owns `path`, or the nearest folder above it that may be looked at, and what to run."""
@@ -208,6 +208,18 @@ class StateFolder:
                 raise
         finally:
             self.close(fd)
+
+
+def storage_failure(error: OSError, what: str, advice: str = "") -> DpsError:
+    """The store's error for `error`: `what` could not be done, `advice` says what to do where somebody must."""
+    text = f"{what}: {os.strerror(error.errno) if error.errno else error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RetryLater("store.full", text)
+    if error.errno == errno.EROFS:
+        return AskOperator("store.read_only", text)
+    if advice:
+        return AskOperator("store.denied", f"{text}; {advice}")
+    return RetryLater("store.io", text)
 
 
 class FileSlots:
@@ -302,7 +314,55 @@ class FileSlots:
             self._folder.close(self._written.popitem()[1])
 
 
-class FileStore(SlotStore):
+class LockedStore(SlotStore):
+    """A store that holds a lock for as long as a write lasts, or for longer; loading takes none."""
+
+    _held = False
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Holds the lock over all of a block; RetryLater `store.locked` where another process has it.
+
+        For who registers: what it commits at the end must not overwrite what another process committed meanwhile.
+        """
+        with self._lock():
+            self._held = True
+            try:
+                yield
+            finally:
+                self._held = False
+
+    def commit(self, record: str, payload: bytes) -> None:
+        """See `Store.commit`."""
+        with self._lock_for_write():
+            super().commit(record, payload)
+
+    def erase(self, record: str) -> None:
+        """See `Store.erase`."""
+        with self._lock_for_write():
+            super().erase(record)
+
+    def forget_older(self, record: str) -> None:
+        """See `SlotStore.forget_older`."""
+        with self._lock_for_write():
+            super().forget_older(record)
+
+    def _lock_for_write(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._held else self._lock()
+
+    def _lock(self) -> AbstractContextManager[None]:
+        raise NotImplementedError
+
+
+def take_lock(calls: SystemCalls, fd: int, path: str) -> None:
+    """Takes the lock of an open file without waiting; RetryLater `store.locked`, or OSError."""
+    try:
+        calls.flock(fd)
+    except BlockingIOError as error:
+        raise RetryLater("store.locked", f"another process is writing to {path}") from error
+
+
+class FileStore(LockedStore):
     """The `Store` in a folder; loading needs no lock, writing takes one for as long as it lasts.
 
     RetryLater `store.locked`: another process is writing. The folder is made by the first commit, never by loading.
@@ -312,22 +372,15 @@ class FileStore(SlotStore):
         self._folder = StateFolder(folder, calls or SystemCalls())
         super().__init__({record: FileSlots(self._folder, record) for record in (IDENTITY, PROGRESS)})
 
-    def commit(self, record: str, payload: bytes) -> None:
-        """See `Store.commit`."""
-        with self._lock():
-            super().commit(record, payload)
-
     def erase(self, record: str) -> None:
         """See `Store.erase`."""
         if self._folder.exists():
-            with self._lock():
-                super().erase(record)
+            super().erase(record)
 
     def forget_older(self, record: str) -> None:
         """See `SlotStore.forget_older`."""
         if self._folder.exists():
-            with self._lock():
-                super().forget_older(record)
+            super().forget_older(record)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -337,13 +390,19 @@ class FileStore(SlotStore):
             fd = self._folder.open_or_create(LOCK_NAME)
         try:
             with self._folder.reporting("lock", os.path.join(self._folder.path, LOCK_NAME)):
-                try:
-                    self._folder.calls.flock(fd)
-                except BlockingIOError as error:
-                    raise RetryLater("store.locked", f"another process is writing to {self._folder.path}") from error
+                take_lock(self._folder.calls, fd, self._folder.path)
             yield
         finally:
             self._folder.close(fd)
+
+
+def open_store(state_dir: str) -> LockedStore:
+    """The store that the setting `state_dir` names: a folder, or a flash partition such as /dev/mtd3."""
+    if state_dir.startswith("/dev/mtd"):
+        from dps_hal.mtd import MtdStore
+
+        return MtdStore(state_dir)
+    return FileStore(state_dir)
 
 
 def _user_name(user: int) -> str:

@@ -104,7 +104,7 @@ class SimulatedTpm:
 
     def condition(self) -> TpmCondition:
         """What a healthy TPM reports, with "SIMU" as its maker."""
-        return TpmCondition("SIMU", "1.0", 0, 32, 7200, 3)
+        return TpmCondition("SIMU", "1.0", 0, 32, 7200, 3, False, False)
 
     def clear(self) -> None:
         """TPM2_Clear: the SRK and persistent keys are gone and the next SRK is another; the EKs stay."""

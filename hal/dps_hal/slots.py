@@ -161,6 +161,15 @@ def decode_slot(content: bytes, erase_value: int) -> Slot:
     return Slot(VALID, generation, content[HEADER_BYTES:end], version)
 
 
+def refuse_foreign(record: str, slot: Slot) -> None:
+    """AskOperator `store.unknown_version` if a program with another format wrote the slot."""
+    if slot.state == FOREIGN:
+        raise AskOperator(
+            "store.unknown_version",
+            f"record '{record}' has format version {slot.version}, this program knows {FORMAT_VERSION}",
+        )
+
+
 def crc32_by_nibbles(content: bytes) -> int:
     """CRC-32 (ISO 3309, reflected polynomial 0xEDB88320) for boards whose `binascii` has none."""
     crc = 0xFFFFFFFF
@@ -185,11 +194,7 @@ def _read(device: SlotDevice) -> "list[Slot]":
 def _read_known(record: str, device: SlotDevice) -> "list[Slot]":
     slots = _read(device)
     for slot in slots:
-        if slot.state == FOREIGN:
-            raise AskOperator(
-                "store.unknown_version",
-                f"record '{record}' has format version {slot.version}, this program knows {FORMAT_VERSION}",
-            )
+        refuse_foreign(record, slot)
     return slots
 
 

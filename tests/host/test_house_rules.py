@@ -1,7 +1,7 @@
 """The house rules that a machine can check, each first shown to see a violation.
 
-A shared file is one that also runs on MicroPython: every file directly in dps_agent, and every file of dps_hal that is
-not in HOST_ONLY.
+A shared file is one that also runs on MicroPython: every file directly in dps_agent, and every file directly in dps_hal
+or in dps_hal/wire that is not in HOST_ONLY.
 """
 
 import ast
@@ -18,10 +18,10 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 AGENT = CHECKOUT / "agent" / "dps_agent"
 HAL = CHECKOUT / "hal" / "dps_hal"
 EMULATOR = CHECKOUT / "tools" / "dps_emulator"
-HOST_ONLY = {"aes.py", "codes.py", "esys.py", "files.py", "simulator.py"}
+HOST_ONLY = {"aes.py", "codes.py", "device.py", "esys.py", "files.py", "mtd.py", "simulator.py", "tcti.py"}
 
 SHARED_AGENT = sorted(AGENT.glob("*.py"))
-SHARED_HAL = sorted(path for path in HAL.glob("*.py") if path.name not in HOST_ONLY)
+SHARED_HAL = sorted(path for path in [*HAL.glob("*.py"), *HAL.glob("wire/*.py")] if path.name not in HOST_ONLY)
 SHARED = SHARED_AGENT + SHARED_HAL
 PRODUCT = sorted([*AGENT.rglob("*.py"), *HAL.rglob("*.py")])
 EVERY_PACKAGE = sorted([*PRODUCT, *EMULATOR.rglob("*.py")])
@@ -238,7 +238,9 @@ def violations(rule: Rule, paths: list[Path]) -> list[str]:
 
 
 AGENT_IMPORTS = BOARD_MODULES | AGENT_MAY_IMPORT | {f"dps_agent.{path.stem}" for path in SHARED_AGENT}
-HAL_IMPORTS = BOARD_MODULES | {f"dps_hal.{path.stem}" for path in SHARED_HAL}
+HAL_IMPORTS = BOARD_MODULES | {
+    ".".join(("dps_hal", *path.relative_to(HAL).with_suffix("").parts)).removesuffix(".__init__") for path in SHARED_HAL
+}
 
 RULES: list[tuple[str, Rule, list[Path], str, str]] = [
     # name, rule, files, a snippet that breaks it, one that keeps it
@@ -259,7 +261,7 @@ RULES: list[tuple[str, Rule, list[Path], str, str]] = [
     (
         "dps_hal imports what a board has",
         only_these_imports(HAL_IMPORTS),
-        [path for path in SHARED_HAL if path.name != "platform.py"],
+        [path for path in SHARED_HAL if path.name not in ("platform.py", "tcp.py")],
         "import os",
         "from dps_hal import errors",
     ),
@@ -269,6 +271,13 @@ RULES: list[tuple[str, Rule, list[Path], str, str]] = [
         [HAL / "platform.py"],
         "import socket",
         "import os",
+    ),
+    (
+        "tcp.py imports what a socket takes",
+        only_these_imports(HAL_IMPORTS | {"socket", "select"}),
+        [HAL / "wire" / "tcp.py"],
+        "import time",
+        "import socket",
     ),
     (
         "dps_hal never imports upwards",

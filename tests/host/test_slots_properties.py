@@ -29,6 +29,7 @@ class Life:
         self.current: set[bytes | None] = {None}
         self.earlier: set[bytes | None] = {None}
         self.damaged = False
+        self.flipped: set[tuple[int, int]] = set()
         self.commits = 0
 
     def store(self) -> SlotStore:
@@ -72,7 +73,10 @@ class Life:
             self.current = {now}
 
     def flip(self, slot: int, bit: int) -> None:
-        """Damages one bit of what is durable; the cache is written first."""
+        """Damages one bit of what is durable, never the same one twice: that would heal; the cache is written first."""
+        if (slot, bit) in self.flipped:
+            return
+        self.flipped.add((slot, bit))
         self.flash.sync()
         slots = [bytearray(content) for content in self.flash.durable()]
         slots[slot][bit >> 3] ^= 1 << (bit & 7)

@@ -1,4 +1,4 @@
-"""What EsysTpm makes of the TPM's return codes: who must act, by code and never by text."""
+"""What EsysTpm and WireTpm make of the TPM's return codes: who must act, by code and never by text."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from contracts.tpm import KEY, blob_for
-from dps_hal import esys
+from dps_hal import esys, wire
+from dps_hal.contracts import TpmService
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
-from dps_hal.esys import EsysTpm
 from dps_hal.platform import hmac_sha256
+from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused
 from support.swtpm import Swtpm
 from support.tpm_tap import TpmTap
 
 ALWAYS = 1000
-Operation = Callable[[EsysTpm, bytes, bytes], object]
+Operation = Callable[[TpmService, bytes, bytes], object]
 
 
 @pytest.fixture(scope="module")
@@ -37,32 +38,42 @@ def tap(shared_tap: TpmTap) -> TpmTap:
     return shared_tap
 
 
+@pytest.fixture(params=BACK_ENDS)
+def open_tpm(request: pytest.FixtureRequest) -> OpenTpm:
+    return BACK_ENDS[request.param]
+
+
 @pytest.fixture
-def tpm(tap: TpmTap) -> Iterator[EsysTpm]:
-    new = EsysTpm(tap.tcti)
+def tpm(tap: TpmTap, open_tpm: OpenTpm) -> Iterator[TpmService]:
+    new = open_tpm(tap.tcti)
     new.endorsement_key(), new.storage_root_key()
     yield new
     tap.forget()
     new.release()
 
 
-def import_it(tpm: EsysTpm, activation: bytes, wrapped_key: bytes) -> object:
+def set_limit(monkeypatch: pytest.MonkeyPatch, limit_s: float) -> None:
+    for back_end in (esys, wire):
+        monkeypatch.setattr(back_end, "COMMAND_LIMIT_S", limit_s)
+
+
+def import_it(tpm: TpmService, activation: bytes, wrapped_key: bytes) -> object:
     return tpm.import_key(activation)
 
 
-def sign_it(tpm: EsysTpm, activation: bytes, wrapped_key: bytes) -> object:
+def sign_it(tpm: TpmService, activation: bytes, wrapped_key: bytes) -> object:
     return tpm.sign(wrapped_key, b"message")
 
 
-def sign_much(tpm: EsysTpm, activation: bytes, wrapped_key: bytes) -> object:
+def sign_much(tpm: TpmService, activation: bytes, wrapped_key: bytes) -> object:
     return tpm.sign(wrapped_key, bytes(3000))
 
 
-def persist_it(tpm: EsysTpm, activation: bytes, wrapped_key: bytes) -> object:
+def persist_it(tpm: TpmService, activation: bytes, wrapped_key: bytes) -> object:
     return tpm.persist(wrapped_key, 0x81000100)
 
 
-def read_it(tpm: EsysTpm, activation: bytes, wrapped_key: bytes) -> object:
+def read_it(tpm: TpmService, activation: bytes, wrapped_key: bytes) -> object:
     return tpm.endorsement_key()
 
 
@@ -116,7 +127,7 @@ def test_a_return_code_says_who_must_act(
     code: str,
     machine: Swtpm,
     tap: TpmTap,
-    tpm: EsysTpm,
+    tpm: TpmService,
 ) -> None:
     activation = blob_for(tpm)
     wrapped_key = tpm.import_key(activation)
@@ -133,9 +144,11 @@ def test_a_return_code_says_who_must_act(
 
 
 @pytest.mark.parametrize("return_code", [0x922, 0x908, 0x90A, 0x920], ids=hex)
-def test_a_tpm_that_is_not_ready_is_asked_again(return_code: int, tap: TpmTap, tpm: EsysTpm) -> None:
+def test_a_tpm_that_is_not_ready_is_asked_again(
+    return_code: int, tap: TpmTap, tpm: TpmService, open_tpm: OpenTpm
+) -> None:
     waits: list[int] = []
-    patient = EsysTpm(tap.tcti, while_waiting=lambda: waits.append(1))
+    patient = open_tpm(tap.tcti, while_waiting=lambda: waits.append(1))
     wrapped_key = tpm.import_key(blob_for(tpm))
     tpm.release()
     tap.refuse(return_code, command="HMAC", times=6)  # tpm2-tss itself asks five times
@@ -145,17 +158,17 @@ def test_a_tpm_that_is_not_ready_is_asked_again(return_code: int, tap: TpmTap, t
 
 
 def test_a_tpm_that_is_never_ready_times_out(
-    machine: Swtpm, tap: TpmTap, tpm: EsysTpm, monkeypatch: pytest.MonkeyPatch
+    machine: Swtpm, tap: TpmTap, tpm: TpmService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrapped_key = tpm.import_key(blob_for(tpm))
-    monkeypatch.setattr(esys, "COMMAND_LIMIT_S", 0.2)
+    set_limit(monkeypatch, 0.2)
     tap.refuse(0x922, command="HMAC", times=ALWAYS)
     assert_refused(lambda: tpm.sign(wrapped_key, b"message"), RetryLater, "tpm.timeout")
     tpm.release()
     assert machine.leftovers() == []
 
 
-def test_a_lockout_says_when_to_come_back_and_is_not_repeated(tap: TpmTap, tpm: EsysTpm) -> None:
+def test_a_lockout_says_when_to_come_back_and_is_not_repeated(tap: TpmTap, tpm: TpmService) -> None:
     wrapped_key = tpm.import_key(blob_for(tpm))
     tap.refuse(0x921, command="HMAC", times=ALWAYS)
     error = assert_refused(lambda: tpm.sign(wrapped_key, b"message"), RetryLater, "tpm.locked_out")
@@ -176,7 +189,7 @@ def test_a_lockout_says_when_to_come_back_and_is_not_repeated(tap: TpmTap, tpm: 
     ],
 )
 def test_what_a_restarted_tpm_has_forgotten_is_rebuilt_once(
-    command: str, return_code: int, machine: Swtpm, tap: TpmTap, tpm: EsysTpm
+    command: str, return_code: int, machine: Swtpm, tap: TpmTap, tpm: TpmService
 ) -> None:
     tap.refuse(return_code, command=command)
     wrapped_key = tpm.import_key(blob_for(tpm))
@@ -186,7 +199,7 @@ def test_what_a_restarted_tpm_has_forgotten_is_rebuilt_once(
     assert machine.leftovers() == [], f"{command} answered 0x{return_code:x}"
 
 
-def test_a_tpm_that_was_not_started_is_started(tap: TpmTap, tpm: EsysTpm) -> None:
+def test_a_tpm_that_was_not_started_is_started(tap: TpmTap, tpm: TpmService) -> None:
     tpm.release()
     tap.forget()
     tap.refuse(0x100)
@@ -194,16 +207,16 @@ def test_a_tpm_that_was_not_started_is_started(tap: TpmTap, tpm: EsysTpm) -> Non
     assert tap.names == ["ReadPublic", "Startup", "ReadPublic"]
 
 
-def test_a_slow_tpm_is_waited_for(tap: TpmTap, tpm: EsysTpm) -> None:
+def test_a_slow_tpm_is_waited_for(tap: TpmTap, tpm: TpmService) -> None:
     wrapped_key = tpm.import_key(blob_for(tpm))
     tap.delay(0.3, command="HMAC")
     assert tpm.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message")
 
 
 def test_any_return_code_at_any_command_ends_in_one_of_the_four_classes(
-    tap: TpmTap, tpm: EsysTpm, monkeypatch: pytest.MonkeyPatch
+    tap: TpmTap, tpm: TpmService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(esys, "COMMAND_LIMIT_S", 0.05)
+    set_limit(monkeypatch, 0.05)
     activation = blob_for(tpm)
     wrapped_key = tpm.import_key(activation)
     for command in ("StartAuthSession", "PolicySecret", "ActivateCredential", "Import", "Load", "HMAC"):
@@ -217,7 +230,7 @@ def test_any_return_code_at_any_command_ends_in_one_of_the_four_classes(
             assert raised.value.code.startswith("tpm."), f"{command} answered 0x{return_code:x}"
 
 
-def test_an_answer_altered_on_the_bus_is_not_accepted(tap: TpmTap, tpm: EsysTpm) -> None:
+def test_an_answer_altered_on_the_bus_is_not_accepted(tap: TpmTap, tpm: TpmService) -> None:
     wrapped_key = tpm.import_key(blob_for(tpm))
     tap.alter(command="HMAC", times=ALWAYS)
-    assert_refused(lambda: tpm.sign(wrapped_key, b"message"), AskOperator, "tpm.failed")
+    assert_refused(lambda: tpm.sign(wrapped_key, b"message"), RetryLater, "tpm.bus_altered")

@@ -1,12 +1,12 @@
 """Every power cut at every operation of commits and erases, on simulated flash; faulty writers are caught."""
 
 from dps_hal import slots as slots_module
-from dps_hal.slots import OVERHEAD_BYTES, SlotStore, decode_slot, encode_slot
+from dps_hal.slots import OVERHEAD_BYTES, SlotStore, encode_slot
+from support.faulty_writers import FAULTY
 from support.flash import RECORD, FlashSlots, committing, erasing, sweep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from dps_hal.contracts import StoredRecord
     from support.flash import Step
 
 # Where a nested sweep tears: each field's border, in the middle of a field, and in the payload.
@@ -75,114 +75,10 @@ def test_a_torn_commit_is_reported_as_rolled_back_and_the_next_commit_clears_it(
     assert found is not None and found.payload == b"newer" and not found.rolled_back
 
 
-# Writers with a fault: a sweep that lets one of them pass proves nothing.
-
-
-class WritesInPlace(SlotStore):
-    """Keeps one slot only."""
-
-    def commit(self, record: str, payload: bytes) -> None:
-        device = self._devices[record]
-        device.erase(0)
-        device.program(0, encode_slot(1, payload))
-        device.sync()
-
-
-class TakesTurnsWithoutLooking(SlotStore):
-    """Begins with slot 0 after each start, whatever is in it."""
-
-    def commit(self, record: str, payload: bytes) -> None:
-        found = self.load(record)
-        device = self._devices[record]
-        device.erase(0)
-        device.program(0, encode_slot(1 if found is None else found.generation + 1, payload))
-        device.sync()
-
-
-class NeverSyncs(SlotStore):
-    """Believes that what was written is durable."""
-
-    def commit(self, record: str, payload: bytes) -> None:
-        device = self._devices[record]
-        found = [decode_slot(device.read(slot), device.erase_value) for slot in (0, 1)]
-        newest = slots_module._newest(found)
-        target = 0 if newest is None else 1 - newest
-        generation = 0 if newest is None else found[newest].generation or 0
-        device.erase(target)
-        device.program(target, encode_slot(generation + 1, payload))
-
-
-class ForgetsToErase(SlotStore):
-    """Programs over what is there."""
-
-    def commit(self, record: str, payload: bytes) -> None:
-        device = self._devices[record]
-        found = [decode_slot(device.read(slot), device.erase_value) for slot in (0, 1)]
-        newest = slots_module._newest(found)
-        target = 0 if newest is None else 1 - newest
-        generation = 0 if newest is None else found[newest].generation or 0
-        device.program(target, encode_slot(generation + 1, payload))
-        device.sync()
-
-
-class TakesTheHeaderForTheWhole(SlotStore):
-    """Checks the header's CRC only."""
-
-    def load(self, record: str) -> "StoredRecord | None":
-        device = self._devices[record]
-        best = None
-        for slot in (0, 1):
-            content = device.read(slot)
-            found = decode_slot(content, device.erase_value)
-            if found.generation is not None and (best is None or found.generation > best[0]):
-                length = int.from_bytes(content[12:16], "big")
-                best = (found.generation, content[20 : 20 + length])
-        if best is None:
-            return None
-        return slots_module.StoredRecord(best[1], best[0], False)
-
-
-class ErasesTheNewestFirst(SlotStore):
-    """Resets without a tombstone."""
-
-    def erase(self, record: str) -> None:
-        device = self._devices[record]
-        found = [decode_slot(device.read(slot), device.erase_value) for slot in (0, 1)]
-        newest = slots_module._newest(found)
-        if newest is not None:
-            for slot in (newest, 1 - newest):
-                device.erase(slot)
-                device.sync()
-
-
-class ErasesBothWithOneSync(SlotStore):
-    """Resets oldest first, but leaves the order to the cache."""
-
-    def erase(self, record: str) -> None:
-        device = self._devices[record]
-        found = [decode_slot(device.read(slot), device.erase_value) for slot in (0, 1)]
-        newest = slots_module._newest(found)
-        if newest is not None:
-            device.erase(1 - newest)
-            device.erase(newest)
-            device.sync()
-
-
-FAULTY = (
-    WritesInPlace,
-    TakesTurnsWithoutLooking,
-    NeverSyncs,
-    ForgetsToErase,
-    TakesTheHeaderForTheWhole,
-    ErasesTheNewestFirst,
-    ErasesBothWithOneSync,
-)
-
-
 def test_the_sweep_catches_every_faulty_writer() -> None:
-    for faulty in FAULTY:
-        _, wrong = sweep(lambda device, faulty=faulty: faulty({RECORD: device}), life(), torn_at=TEARS)
-        assert wrong, f"{faulty.__name__} passed the sweep"
+    for name in FAULTY:
+        _, wrong = sweep(lambda device, faulty=FAULTY[name]: faulty({RECORD: device}), life(), torn_at=TEARS)
+        assert wrong, f"{name} passed the sweep"
 
 
 def test_a_generation_compare_without_wrap_around_is_caught() -> None:

@@ -41,7 +41,8 @@ class FlashSlots:
     """A `SlotDevice` of two slots in memory.
 
     `failing` names one operation, "erase", "program" or "sync", that raises store.io when its count in
-    `failing_after` has run down; "silent" is a program that reports success and writes nothing.
+    `failing_after` has run down, `failing_times` times (None: for ever); "silent" is a program that reports success
+    and writes nothing.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class FlashSlots:
         self.counts = {"read": 0, "erase": 0, "program": 0, "sync": 0}
         self.failing = ""
         self.failing_after = 0
+        self.failing_times: int | None = None
 
     def read(self, slot: int) -> bytes:
         """What a reader sees: the cache."""
@@ -127,9 +129,11 @@ class FlashSlots:
 
     def _fail_or_count(self, operation: str) -> None:
         if operation == self.failing:
-            if self.failing_after == 0:
+            if self.failing_after == 0 and self.failing_times != 0:
+                if self.failing_times is not None:
+                    self.failing_times -= 1
                 raise RetryLater("store.io", f"{operation} failed, as the test asked")
-            self.failing_after -= 1
+            self.failing_after = max(0, self.failing_after - 1)
         self.counts[operation] += 1
 
     def _changed(self, content: bytes, program: "bytes | None", length: int) -> bytes:

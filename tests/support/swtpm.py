@@ -141,11 +141,15 @@ class Swtpm:
         return response[10:]
 
     def handles(self, first: int) -> list[int]:
-        """The handles in use in the range that starts at `first` (TRANSIENT, PERSISTENT, …_SESSION)."""
+        """The handles in use in the range that starts at `first` (TRANSIENT, PERSISTENT, …_SESSION).
+
+        A loaded policy session is listed in the range of loaded sessions, with a handle of the other range.
+        """
         listing = self.command(0x17A, struct.pack(">III", 1, first, 254))[5:]  # moreData, TPM_CAP_HANDLES
         count = struct.unpack(">I", listing[:4])[0]
         found = struct.unpack(f">{count}I", listing[4 : 4 + 4 * count])
-        return [handle for handle in found if handle >> 24 == first >> 24]
+        kinds = (LOADED_SESSION >> 24, SAVED_SESSION >> 24) if first == LOADED_SESSION else (first >> 24,)
+        return [handle for handle in found if handle >> 24 in kinds]
 
     def leftovers(self) -> list[int]:
         """Every transient object and session that somebody did not flush."""
@@ -163,6 +167,10 @@ class Swtpm:
         """TPM2_HierarchyChangeAuth of OWNER or ENDORSEMENT while it has no password."""
         self._with_empty_password(0x129, [hierarchy], struct.pack(">H", len(auth)) + auth)
 
+    def set_lockout(self, maximum: int, recovery_s: int) -> None:
+        """TPM2_DictionaryAttackParameters: failures until a lockout, and seconds after which one is forgotten."""
+        self._with_empty_password(0x13A, [0x4000000A], struct.pack(">III", maximum, recovery_s, recovery_s))
+
     def clear(self) -> None:
         """TPM2_Clear: a new storage hierarchy, so another SRK; every persistent object of the owner goes."""
         self._with_empty_password(0x126, [0x4000000A])  # by the lockout hierarchy
@@ -173,6 +181,35 @@ class Swtpm:
         transient = struct.unpack(">I", created[:4])[0]
         self._with_empty_password(0x120, [OWNER, transient], struct.pack(">I", handle))
         self.command(0x165, struct.pack(">I", transient))
+
+    def fill_nv(self, template: bytes) -> None:
+        """Leaves no room for a persistent object: NV indices, then the primary key of `template` at many handles."""
+        index = 0x01800000
+        size = 2048
+        while size >= 64:
+            public = struct.pack(">IHIHH", index, 0x000B, 0x02060006, 0, size)
+            try:
+                self._with_empty_password(0x12A, [OWNER], bytes(2) + struct.pack(">H", len(public)) + public)
+                index += 1
+            except RuntimeError:
+                size //= 2
+        created = self._with_empty_password(0x131, [OWNER], bytes.fromhex("0004 0000 0000") + template + bytes(6))
+        handle = 0x81010100
+        try:
+            while True:
+                self._with_empty_password(
+                    0x120, [OWNER, struct.unpack(">I", created[:4])[0]], struct.pack(">I", handle)
+                )
+                handle += 1
+        except RuntimeError as error:
+            if "0x14b" not in str(error):
+                raise
+        finally:
+            self.command(0x165, created[:4])
+
+    def public_areas(self) -> dict[int, bytes]:
+        """The public area and names of every persistent object, by handle."""
+        return {handle: self.command(0x173, struct.pack(">I", handle)) for handle in self.handles(PERSISTENT)}
 
     def write_nv(self, index: int, content: bytes) -> None:
         """Defines an NV index as TPM makers define those of EK certificates, and writes it (up to 1024 bytes)."""

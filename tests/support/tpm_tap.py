@@ -92,6 +92,8 @@ class TpmTap:
     def __init__(self, tpm_port: int) -> None:
         self.exchanges: list[Exchange] = []
         self.on_command: Callable[[str], object] = lambda name: None  # called before a command reaches the TPM
+        self.redirect: Callable[[bytes], bytes] = lambda command: command  # what the TPM gets instead of a command
+        self.change: Callable[[bytes, bytes], bytes] = lambda command, response: response  # what the client gets
         self._tpm_port = tpm_port
         self._faults: list[_Fault] = []
         self._closing = threading.Event()
@@ -198,8 +200,7 @@ class TpmTap:
                 return
             client.sendall(response)
 
-    @staticmethod
-    def _response(command: bytes, struck: list[_Fault], tpm: socket.socket) -> bytes:
+    def _response(self, command: bytes, struck: list[_Fault], tpm: socket.socket) -> bytes:
         """What the client gets; empty: its connection is to be cut."""
         for fault in struck:
             time.sleep(fault.delay_s)
@@ -207,13 +208,14 @@ class TpmTap:
                 return b""
             if fault.return_code:
                 return struct.pack(">HII", 0x8001, 10, fault.return_code)
-        tpm.sendall(command)
+        tpm.sendall(self.redirect(command))
         try:
-            response = read_frame(tpm)
+            response = self.change(command, read_frame(tpm))
         except (OSError, EOFError):
             return b""  # the TPM was cut off in the middle of the command
         if any(fault.alter for fault in struck):
-            response = response[:20] + bytes([response[20] ^ 1]) + response[21:]
+            place = min(20, len(response) - 1)
+            response = response[:place] + bytes([response[place] ^ 1]) + response[place + 1 :]
         return b"" if any(fault.drop for fault in struck) else response
 
     def _pass_bytes(self, client: socket.socket, tpm: socket.socket) -> None:

@@ -1,0 +1,123 @@
+"""What a refused TPM command means: by return code, never by text; one table for every back end.
+
+Return codes: TPM 2.0 Library Part 2, 6.6. Above bit 15 a code says who reports it (TSS2 Overview and Common
+Structures, 3.1); the back end without a TSS uses two of those for what it finds out itself.
+"""
+
+from dps_hal.errors import AskOperator, IdentityStale, RetryLater
+from dps_hal.tpm_keys import MAX_HMAC_KEY_BYTES, SHA256_BYTES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Final
+
+    from dps_hal.errors import DpsError
+
+RC_INITIALIZE: "Final" = 0x100  # TPM_RC, Part 2, table 17, with the next eight
+RC_FAILURE: "Final" = 0x101
+RC_NV_UNINITIALIZED: "Final" = 0x14A
+RC_NV_SPACE: "Final" = 0x14B
+RC_LOCKOUT: "Final" = 0x921
+RC_RESEND: "Final" = (0x908, 0x90A, 0x920, 0x922)  # YIELDED, TESTING, NV_RATE, RETRY: the same command again
+_RC_OUT_OF_MEMORY = (0x902, 0x903, 0x904, 0x905, 0x906)  # objects, sessions, memory, their handles
+_RC_REFERENCE_H0 = 0x910  # from here to REFERENCE_S6: a handle or session that is not loaded
+_RC_REFERENCE_S6 = 0x91E
+FMT1_HANDLE: "Final" = 0x8B  # format-one codes without the number of the handle, parameter or session
+_FMT1_SIZE = 0x95
+_FMT1_INSUFFICIENT = 0x9A
+_FMT1_INTEGRITY = 0x9F
+_FMT1_AUTH = (0x8E, 0xA2)  # AUTH_FAIL, BAD_AUTH: a wrong password, or a command that was altered on its way
+
+_LAYER_MARSHALLING = 9
+_LAYER_TCTI = 10
+_TPM_LAYERS = (0, 11, 12)  # the TPM, or a resource manager that speaks for it
+RC_TOO_LARGE: "Final" = 0x90006  # TSS2_MU_RC_BAD_SIZE: more than a TPM command holds
+RC_CONNECTION_LOST: "Final" = 0xA000A  # TSS2_TCTI_RC_IO_ERROR
+RC_ALTERED: "Final" = 0x7001B  # TSS2_ESYS_RC_RSP_AUTH_FAILED: the answer is not what the TPM sent
+
+_ON_HIERARCHIES = ("policy_secret", "create_primary", "evict_control")
+# Two integrity digests and a seed value with their sizes, type, empty authorisation, the key's size, the key.
+_LONGEST_DUPLICATE = 3 * (2 + SHA256_BYTES) + 2 + 2 + 2 + 2 + MAX_HMAC_KEY_BYTES
+
+
+class RefusedError(Exception):
+    """One command that did not succeed: its name, such as `activate_credential`, its return code, a text for it."""
+
+    def __init__(self, command: str, rc: int, text: str = "") -> None:
+        super().__init__(command, rc)
+        self.command = command
+        self.rc = rc
+        self.text = text
+        self.of_owner = command == "evict_control"  # it asked for the owner's authorisation, not the endorsement's
+        self.layer = rc >> 16 & 0xFF
+        self.code = rc & 0xFFFF if self.layer in _TPM_LAYERS else 0
+        format_one = self.code & 0x80 != 0
+        self.base = self.code & 0xBF if format_one else 0
+        self.parameter = self.code >> 8 & 0xF if format_one and self.code & 0x40 else 0
+        # About what was sent: of the library, about a parameter, or about none of handles, sessions and parameters.
+        unnumbered = format_one and self.code & 0xF00 == 0
+        self.about_content = self.layer == _LAYER_MARSHALLING or self.parameter != 0 or unnumbered
+
+    @property
+    def connection_lost(self) -> bool:
+        """Whether the TPM cannot be reached any more over this connection."""
+        return self.layer == _LAYER_TCTI
+
+    @property
+    def stale(self) -> bool:
+        """Whether the connection, a session or a handle is no longer what it was: the TPM restarted or was cleared."""
+        if self.layer not in _TPM_LAYERS and self.layer != _LAYER_MARSHALLING:
+            return True
+        if _RC_REFERENCE_H0 <= self.code <= _RC_REFERENCE_S6:
+            return True
+        if self.base == FMT1_HANDLE and not self.parameter:
+            return True
+        return self.base in _FMT1_AUTH and self.command not in _ON_HIERARCHIES
+
+
+def error_of(refused: RefusedError, locked_out: "Callable[[str], RetryLater]") -> "DpsError":
+    """The class of error that a refused command is; `locked_out(what)` adds the TPM's own recovery time."""
+    command, code, base = refused.command, refused.code, refused.base
+    message = f"the TPM refused {command} with 0x{refused.rc:x}"
+    if refused.text:
+        message += ": " + refused.text
+    if refused.connection_lost:
+        return RetryLater("tpm.absent", f"the connection to the TPM broke in {command}: {refused.text}")
+    if refused.rc == RC_ALTERED or (command == "read_public" and base in _FMT1_AUTH):  # which needs no password
+        return RetryLater("tpm.bus_altered", f"{command}: expected the TPM's own answer; came one altered on its way")
+    if command == "start_auth_session" and refused.parameter == 2:  # the salt is for a key that this TPM has not
+        return RetryLater("tpm.bus_altered", f"{message}: the endorsement key that it shows is not its own")
+    if code in RC_RESEND:
+        return RetryLater("tpm.timeout", f"the TPM was not ready for {command} in time (0x{code:x})")
+    if code == RC_LOCKOUT:
+        return locked_out("the TPM is locked out")
+    if code in _RC_OUT_OF_MEMORY:
+        return RetryLater("tpm.memory", message)
+    if command == "activate_credential" and (refused.about_content or code == RC_FAILURE):
+        return IdentityStale("tpm.blob_refused", message)
+    if command == "import" and (refused.about_content or code == RC_FAILURE):
+        # Parameter 4 is the seed, which only this SRK can decrypt. With another inner key the duplicate decrypts to
+        # random bytes, whose first two are a size that does not fit, or whose integrity is wrong.
+        altered = base in (_FMT1_SIZE, _FMT1_INSUFFICIENT, _FMT1_INTEGRITY)
+        if altered or refused.parameter == 4 or code == RC_FAILURE:
+            return IdentityStale("tpm.blob_refused", message)
+        return AskOperator("tpm.key_refused", message)
+    if command == "load" and refused.about_content:
+        return IdentityStale("tpm.key_stale", message)
+    if code == RC_FAILURE:
+        return AskOperator("tpm.failure_mode", message)
+    if command in _ON_HIERARCHIES and base in _FMT1_AUTH:
+        hierarchy = "owner" if refused.of_owner else "endorsement"
+        return AskOperator("tpm.hierarchy_auth", f"{message}: {hierarchy}_auth_file has not the {hierarchy}'s password")
+    if command == "evict_control" and code == RC_NV_SPACE:
+        return AskOperator("tpm.nv_full", message)
+    return AskOperator("tpm.failed", message)
+
+
+def check_duplicate_fits(refused: RefusedError, duplicate: bytes) -> None:
+    """AskOperator `tpm.key_refused` where an Import was refused because the key in `duplicate` is too long."""
+    if refused.base == _FMT1_SIZE and len(duplicate) > _LONGEST_DUPLICATE:
+        raise AskOperator(
+            "tpm.key_refused", f"expected an HMAC key of at most {MAX_HMAC_KEY_BYTES} bytes; came a longer one"
+        )

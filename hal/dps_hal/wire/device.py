@@ -1,0 +1,108 @@
+"""TPMs as Linux names them, above all the device nodes /dev/tpmrm0 and /dev/tpm0; CPython only."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+from typing import TYPE_CHECKING
+
+from dps_hal.errors import AskOperator, RetryLater
+from dps_hal.platform import ms_since, ticks_ms
+from dps_hal.tcti import parse_tcti
+from dps_hal.wire.tcp import SwtpmTransport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dps_hal.contracts import WhileWaiting
+    from dps_hal.wire.commands import Transport
+
+_MAX_RESPONSE_BYTES = 4096  # TPM_BUFSIZE of the kernel's driver
+
+
+class DeviceTransport:
+    """One open device node; it is opened by the first command."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._node = -1
+
+    def send(self, command: bytes, limit_s: float, while_waiting: WhileWaiting | None) -> bytes:
+        """As `Transport.send`. The kernel takes a command whole, and has its own limit for each."""
+        if self._node < 0:
+            self._node = open_device(self._path, os.O_NONBLOCK)
+        started_ms = ticks_ms()
+        written = os.write(self._node, command)
+        if written != len(command):
+            raise OSError(errno.EIO, f"the driver took {written} of {len(command)} bytes")
+        poller = select.poll()
+        poller.register(self._node, select.POLLIN)
+        response = b""
+        while len(response) < 10 or len(response) < int.from_bytes(response[2:6], "big"):
+            left_ms = int(limit_s * 1000) - ms_since(started_ms)
+            if left_ms <= 0:
+                raise RetryLater("tpm.timeout", f"{self._path} did not answer within {limit_s:.0f} s")
+            if not poller.poll(min(left_ms, 1000)):
+                if while_waiting is not None:
+                    while_waiting()
+                continue
+            piece = os.read(self._node, _MAX_RESPONSE_BYTES)
+            if not piece:
+                raise OSError(errno.EIO, "the driver's answer ended early")
+            response += piece
+            if len(response) > _MAX_RESPONSE_BYTES:
+                break  # no TPM's; the caller refuses it
+        return response
+
+    def close(self) -> None:
+        """As `Transport.close`."""
+        if self._node >= 0:
+            os.close(self._node)
+            self._node = -1
+
+
+def open_device(path: str, flags: int = 0) -> int:
+    """The descriptor of a TPM's device node, open for reading and writing.
+
+    AskOperator `tpm.denied` says which file, group and command it takes; AskOperator `tpm.absent`, RetryLater
+    `tpm.busy`.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY | flags)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise AskOperator("tpm.denied", _denied(path)) from None
+        if error.errno == errno.EBUSY:
+            raise RetryLater("tpm.busy", f"{path} is in use by another program") from None
+        raise AskOperator("tpm.absent", f"no TPM at {path}: {error.strerror}") from None
+
+
+def _denied(path: str) -> str:
+    import grp
+    import pwd
+    import stat
+
+    node = os.stat(path)
+    owner = _name_of(node.st_uid, lambda number: pwd.getpwuid(number).pw_name)
+    group = _name_of(node.st_gid, lambda number: grp.getgrgid(number).gr_name)
+    user = _name_of(os.geteuid(), lambda number: pwd.getpwuid(number).pw_name)
+    mode = stat.filemode(node.st_mode)
+    tss = group if group != "root" else "tss"
+    return (
+        f"{user} may not open {path} ({mode}, owner {owner}, group {group}); run 'sudo usermod -aG {tss} {user}'"
+        " and log in again"
+    )
+
+
+def _name_of(number: int, look_up: Callable[[int], str]) -> str:
+    try:
+        return look_up(number)
+    except KeyError:
+        return str(number)
+
+
+def transport_for(tcti: str) -> Transport:
+    """The transport to the TPM that a string names, as `parse_tcti` says; nothing is opened yet."""
+    place, port = parse_tcti(tcti)
+    return SwtpmTransport(place, port) if port else DeviceTransport(place)

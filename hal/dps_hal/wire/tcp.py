@@ -1,0 +1,82 @@
+"""A TPM behind a TCP socket, as swtpm serves it: raw commands and responses, one client at a time."""
+
+import select
+import socket
+
+from dps_hal.errors import RetryLater
+from dps_hal.platform import ms_since, ticks_ms
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from dps_hal.contracts import WhileWaiting
+
+_MAX_RESPONSE_BYTES = 4096
+_CONNECT_LIMIT_S = 1.0  # a connection is made by the peer's kernel; a TPM's slowness does not count here
+
+
+class SwtpmTransport:
+    """One connection to swtpm's data port; it is made by the first command."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host = host
+        self._port = port
+        self._socket: socket.socket | None = None
+
+    def send(self, command: bytes, limit_s: float, while_waiting: "WhileWaiting | None") -> bytes:
+        """As `Transport.send`."""
+        connection = self._socket or self._connect()
+        limit_ms = int(limit_s * 1000)
+        started_ms = ticks_ms()
+        poller = select.poll()
+        poller.register(connection, select.POLLOUT)
+        sent = 0
+        while sent < len(command):
+            self._wait(poller, limit_ms - ms_since(started_ms), while_waiting)
+            sent += connection.send(command[sent:])
+        poller.modify(connection, select.POLLIN)
+        response = b""
+        wanted = 10
+        while len(response) < wanted:
+            self._wait(poller, limit_ms - ms_since(started_ms), while_waiting)
+            piece = connection.recv(wanted - len(response))
+            if not piece:
+                raise OSError("the TPM closed the connection")
+            response += piece
+            if len(response) == 10:
+                wanted = int.from_bytes(response[2:6], "big")
+                if wanted > _MAX_RESPONSE_BYTES:
+                    break  # no TPM's; the caller refuses it
+        return response
+
+    def close(self) -> None:
+        """As `Transport.close`."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _connect(self) -> socket.socket:
+        connection = None
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_STREAM)[0]
+            connection = socket.socket(family, kind, protocol)
+            connection.settimeout(_CONNECT_LIMIT_S)
+            connection.connect(address)
+            connection.setblocking(False)
+        except OSError as error:
+            if connection is not None:
+                connection.close()
+            raise RetryLater("tpm.absent", f"no TPM answers at {self._host}:{self._port}: {error}")
+        self._socket = connection
+        return connection
+
+    def _wait(self, poller: select.poll, left_ms: int, while_waiting: "WhileWaiting | None") -> None:
+        """Until the socket is ready; RetryLater `tpm.timeout` after `left_ms`."""
+        until_ms = left_ms
+        started_ms = ticks_ms()
+        while until_ms > 0:
+            if poller.poll(min(until_ms, 1000)):
+                return
+            if while_waiting is not None:
+                while_waiting()
+            until_ms = left_ms - ms_since(started_ms)
+        raise RetryLater("tpm.timeout", f"the TPM at {self._host}:{self._port} did not answer in time")

@@ -1,0 +1,78 @@
+"""The store for littlefs: its contract on a folder, and what it does with damage, newer formats and full storage."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contracts.store import RULES, error_of, payload_of
+from dps_hal.contracts import IDENTITY
+from dps_hal.errors import AskOperator, RetryLater
+from dps_hal.littlefs import LittleFsStore
+from dps_hal.slots import encode_slot
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_store_contract_holds(rule: Callable[[Callable[[], LittleFsStore]], None], tmp_path: Path) -> None:
+    rule(lambda: LittleFsStore(str(tmp_path / "state"), os))
+
+
+def test_a_damaged_file_is_none_and_the_next_commit_works(tmp_path: Path) -> None:
+    store = LittleFsStore(str(tmp_path), os)
+    for content in (b"", b"x", encode_slot(5, b"hub A")[:-1]):
+        (tmp_path / IDENTITY).write_bytes(content)
+        assert store.load(IDENTITY) is None
+    store.commit(IDENTITY, b"hub B")
+    assert payload_of(store) == b"hub B"
+
+
+def test_a_newer_format_stops_load_and_commit_and_only_a_reset_goes_on(tmp_path: Path) -> None:
+    from dps_hal.slots import crc32
+
+    header = b"DPSr" + (2).to_bytes(4) + (7).to_bytes(4) + (4).to_bytes(4)
+    newer = header + crc32(header).to_bytes(4) + b"who knows"
+    (tmp_path / IDENTITY).write_bytes(newer)
+    store = LittleFsStore(str(tmp_path), os)
+    for action in (lambda: store.load(IDENTITY), lambda: store.commit(IDENTITY, b"mine")):
+        error = error_of(action)
+        assert isinstance(error, AskOperator) and error.code == "store.unknown_version"
+    assert (tmp_path / IDENTITY).read_bytes() == newer
+    store.erase(IDENTITY)
+    assert store.load(IDENTITY) is None and list(tmp_path.iterdir()) == []
+
+
+class Failing:
+    """The module os, but renaming and removing fail."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("rename", "remove"):
+            return self.fail
+        return getattr(os, name)
+
+    def fail(self, *_: str) -> None:
+        raise OSError(self.number, "as the test asked")
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "code"),
+    [
+        (errno.ENOSPC, RetryLater, "store.full"),
+        (errno.EROFS, AskOperator, "store.read_only"),
+        (errno.EIO, RetryLater, "store.io"),
+    ],
+)
+def test_failures_are_the_stores_errors_and_the_old_record_stays(
+    number: int, kind: type[Exception], code: str, tmp_path: Path
+) -> None:
+    LittleFsStore(str(tmp_path), os).commit(IDENTITY, b"old")
+    failing = LittleFsStore(str(tmp_path), Failing(number))
+    for action in (lambda: failing.commit(IDENTITY, b"new"), lambda: failing.erase(IDENTITY)):
+        error = error_of(action)
+        assert isinstance(error, kind) and error.code == code, error
+    assert payload_of(LittleFsStore(str(tmp_path), os)) == b"old"

@@ -1,0 +1,128 @@
+"""The TPM's lockout: power cuts, which the TPM counts as guesses, never lead this device into it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from contracts.tpm import KEY, blob_for
+from dps_agent.host import hub_token
+from dps_hal.errors import DpsError, RetryLater
+from dps_hal.platform import hmac_sha256
+from support.backends import BACK_ENDS
+from support.claims import assert_refused
+from support.device import Device
+from support.swtpm import LOCKOUT_COUNTER, Swtpm
+from support.tpm_tap import TpmTap
+
+MESSAGE = b"message"
+MAXIMUM = 3
+LONG_S = 7200
+SHORT_S = 1
+RC_LOCKOUT = 0x921
+
+
+@pytest.fixture(params=BACK_ENDS)
+def device(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Device]:
+    """A provisioned device whose hub key the service did not exempt from the lockout."""
+    with Device(tmp_path, request.param, no_da=False) as new:
+        new.swtpm.set_lockout(MAXIMUM, LONG_S)
+        new.provision()
+        new.tap.forget()
+        yield new
+
+
+def cut_at(machine: Swtpm, tap: TpmTap, number: int) -> None:
+    """Plans a power cut before the command after `number` others reaches the TPM."""
+    passed = 0
+
+    def kill(_name: str) -> None:
+        nonlocal passed
+        if passed == number:
+            machine.kill()
+        passed += 1
+
+    tap.on_command = kill
+
+
+def cut_after_hmac(machine: Swtpm, tap: TpmTap) -> None:
+    """Plans a power cut when the TPM has signed and is not yet told of its end."""
+    tap.on_command = lambda name: machine.kill() if "HMAC" in tap.names and name == "FlushContext" else None
+
+
+def no_cuts(tap: TpmTap) -> None:
+    tap.on_command = lambda _name: None
+    tap.forget()
+
+
+def lockout_answers(tap: TpmTap) -> list[str]:
+    return [exchange.name for exchange in tap.exchanges if exchange.return_code == RC_LOCKOUT]
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_ten_power_cuts_at_any_command_do_not_count_for_an_exempt_key(back_end: str, tmp_path: Path) -> None:
+    with Swtpm(tmp_path / "tpm") as machine, TpmTap(machine.port) as tap:
+        tpm = BACK_ENDS[back_end](tap.tcti)
+        activation = blob_for(tpm)
+        wrapped_key = tpm.import_key(activation)
+        tpm.release()
+        tap.forget()
+        tpm.sign(tpm.import_key(activation), MESSAGE)
+        tpm.release()
+        commands = len(tap.names)
+        for cut in range(10):
+            number = cut * commands // 10
+            cut_at(machine, tap, number)
+            with pytest.raises(RetryLater) as raised:
+                tpm.sign(tpm.import_key(activation), MESSAGE)
+                tpm.release()  # never raises
+                raise RetryLater("tpm.absent", "the cut came in release")
+            assert raised.value.code == "tpm.absent", f"cut before command {number}"
+            no_cuts(tap)
+            machine.restart()
+            tpm.release()
+            assert tpm.sign(wrapped_key, MESSAGE) == hmac_sha256(KEY, MESSAGE), f"cut before command {number}"
+            tpm.release()
+            assert machine.property(LOCKOUT_COUNTER) == 0, f"cut before command {number}"
+
+
+def test_cuts_after_the_announced_end_do_not_count(device: Device) -> None:
+    for cut in range(MAXIMUM + 2):
+        assert device.provision(force=cut % 2 == 0).device_id == "press-07"
+        assert device.tap.names[-1] == "Shutdown", f"cut={cut}: {device.tap.names}"
+        device.swtpm.restart()
+        device.tap.forget()
+        assert device.swtpm.property(LOCKOUT_COUNTER) == 0, f"cut={cut}"
+
+
+def test_before_a_cut_can_lock_the_tpm_the_device_waits_as_long_as_the_tpm_says_and_then_signs_again(
+    device: Device,
+) -> None:
+    for cut in range(1, MAXIMUM):
+        cut_after_hmac(device.swtpm, device.tap)
+        with pytest.raises(DpsError) as raised:
+            hub_token(device.settings)
+            raise RetryLater("tpm.absent", "the cut came in release")
+        assert raised.value.code == "tpm.absent"
+        no_cuts(device.tap)
+        device.swtpm.restart()
+        assert device.swtpm.property(LOCKOUT_COUNTER) == cut
+    kept, asked = device.stored(), len(device.emulator.log)
+    for _ in range(3):
+        for call in (lambda: hub_token(device.settings), lambda: device.provision(force=False)):
+            error = assert_refused(call, RetryLater, "tpm.locked_out")
+            assert error.retry_after_s == LONG_S
+    assert lockout_answers(device.tap) == [] and "HMAC" not in device.tap.names
+    assert device.swtpm.property(LOCKOUT_COUNTER) == MAXIMUM - 1
+    assert device.stored() == kept and len(device.emulator.log) == asked
+
+    device.swtpm.set_lockout(MAXIMUM, SHORT_S)
+    until_s = time.monotonic() + 15 * SHORT_S
+    while device.swtpm.property(LOCKOUT_COUNTER) and time.monotonic() < until_s:
+        time.sleep(0.2)
+    assert hub_token(device.settings).startswith("SharedAccessSignature ")
+    assert device.provision(force=False).already_provisioned
+    assert lockout_answers(device.tap) == []

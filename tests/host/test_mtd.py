@@ -1,0 +1,183 @@
+"""The store on a NOR partition, against simulated MTD ioctls: contract, power cuts, and what it refuses."""
+
+import errno
+import os
+import struct
+from collections.abc import Callable
+
+import pytest
+
+from contracts.store import RULES, payload_of
+from dps_hal.contracts import IDENTITY, PROGRESS
+from dps_hal.errors import AskOperator, DpsError, RetryLater
+from dps_hal.files import FileStore, SystemCalls, open_store
+from dps_hal.mtd import MEMERASE, MEMGETINFO, NAND, NOR, WRITEABLE, MtdStore
+
+PATH = "/dev/mtd3"
+
+
+class Partition(SystemCalls):
+    """A flash partition: programming clears bits, erasing a whole block sets them; fails or cuts at the n-th call."""
+
+    def __init__(self, size: int = 65536, erasesize: int = 4096, writesize: int = 1, kind: int = NOR) -> None:
+        self.flash = bytearray(b"\xff" * size)
+        self.erasesize, self.writesize, self.kind = erasesize, writesize, kind
+        self.flags = WRITEABLE
+        self.accesses: dict[int, int] = {}
+        self.locked: set[int] = set()
+        self.most_at_once = 1 << 30
+        self.failing: dict[str, int] = {}
+        self.counts: dict[str, int] = {}
+
+    def _count(self, name: str) -> None:
+        self.counts[name] = self.counts.get(name, 0) + 1
+        if name in self.failing:
+            raise OSError(self.failing[name], os.strerror(self.failing[name]))
+
+    def open(self, path: str, flags: int, mode: int = 0) -> int:
+        assert path == PATH
+        self._count("open")
+        fd = 3 + self.counts["open"]
+        self.accesses[fd] = flags & os.O_ACCMODE
+        return fd
+
+    def close(self, fd: int) -> None:
+        del self.accesses[fd]
+        self.locked.discard(fd)
+
+    def pread(self, fd: int, count: int, offset: int) -> bytes:
+        self._count("pread")
+        assert self.accesses[fd] in (os.O_RDONLY, os.O_RDWR)
+        return bytes(self.flash[offset : offset + min(count, self.most_at_once)])
+
+    def pwrite(self, fd: int, content: bytes, offset: int) -> int:
+        self._count("pwrite")
+        assert self.accesses[fd] == os.O_RDWR
+        assert offset % self.writesize == 0 and len(content) % self.writesize == 0, (offset, len(content))
+        content = content[: self.most_at_once]
+        for place, byte in enumerate(content, offset):
+            self.flash[place] &= byte
+        return len(content)
+
+    def flock(self, fd: int) -> None:
+        if self.locked:
+            raise BlockingIOError(errno.EWOULDBLOCK, "locked")
+        self.locked.add(fd)
+
+    def ioctl(self, fd: int, request: int, argument: bytes) -> bytes:
+        self._count(f"ioctl {request:#x}")
+        if request == MEMGETINFO:
+            info = (self.kind, self.flags, len(self.flash), self.erasesize, self.writesize, 0, 0)
+            return struct.pack("=BxxxIIIIIQ", *info)
+        assert request == MEMERASE and self.accesses[fd] == os.O_RDWR
+        start, length = struct.unpack("=II", argument)
+        assert start % self.erasesize == 0 and length % self.erasesize == 0
+        assert start + length <= len(self.flash)
+        self.flash[start : start + length] = b"\xff" * length
+        return argument
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize(
+    ("size", "erasesize", "writesize"),
+    [(16384, 4096, 1), (262144, 65536, 1), (65536, 512, 16), (4 * 4224, 528, 264)],
+    ids=["sectors", "blocks", "small-sectors", "dataflash"],
+)
+def test_the_store_contract_holds_on_nor(
+    rule: Callable[[Callable[[], MtdStore]], None], size: int, erasesize: int, writesize: int
+) -> None:
+    partition = Partition(size, erasesize, writesize)
+    rule(lambda: MtdStore(PATH, partition))
+    assert not partition.accesses, "a descriptor stayed open"
+
+
+def test_the_requests_are_those_of_the_kernel() -> None:
+    def request(direction: int, number: int, size: int) -> int:
+        return direction << 30 | size << 16 | ord("M") << 8 | number
+
+    assert request(2, 1, struct.calcsize("=BxxxIIIIIQ")) == MEMGETINFO
+    assert request(1, 2, struct.calcsize("=II")) == MEMERASE
+
+
+def refusal(action: Callable[[], object]) -> DpsError:
+    with pytest.raises((AskOperator, RetryLater)) as caught:
+        action()
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", NAND)
+def test_nand_is_refused_and_ubi_is_named(kind: int) -> None:
+    partition = Partition(kind=kind)
+    for action in (
+        lambda: MtdStore(PATH, partition).load(IDENTITY),
+        lambda: MtdStore(PATH, partition).commit(IDENTITY, b"x"),
+        lambda: MtdStore(PATH, partition).erase(IDENTITY),
+    ):
+        error = refusal(action)
+        assert error.code == "store.unsuitable" and "NAND" in error.message and "UBI" in error.message
+    assert partition.flash == b"\xff" * len(partition.flash)
+
+
+def test_a_partition_that_is_too_small_says_what_it_needs() -> None:
+    error = refusal(lambda: MtdStore(PATH, Partition(65536, 65536)).load(IDENTITY))
+    assert error.code == "store.unsuitable" and "262144" in error.message
+
+
+def test_what_is_no_flash_is_refused() -> None:
+    error = refusal(lambda: MtdStore("/dev/null").load(IDENTITY))
+    assert error.code == "store.unsuitable" and "/dev/null is no MTD" in error.message
+    assert refusal(lambda: MtdStore(PATH, Partition(kind=7)).load(IDENTITY)).code == "store.unsuitable"
+    assert refusal(lambda: MtdStore("/dev/no-such-partition").load(IDENTITY)).code == "store.denied"
+
+
+def test_a_partition_marked_read_only_can_be_read() -> None:
+    partition = Partition()
+    MtdStore(PATH, partition).commit(IDENTITY, b"hub A")
+    partition.flags = 0
+    assert payload_of(MtdStore(PATH, partition)) == b"hub A"
+    assert refusal(lambda: MtdStore(PATH, partition).commit(IDENTITY, b"hub B")).code == "store.read_only"
+
+
+@pytest.mark.parametrize("call", ["pwrite", f"ioctl {MEMERASE:#x}"])
+@pytest.mark.parametrize(("number", "code"), [(errno.EIO, "store.io"), (errno.EROFS, "store.read_only")])
+def test_a_failing_chip_is_reported_and_the_old_record_stays(call: str, number: int, code: str) -> None:
+    partition = Partition()
+    for payload in (b"older", b"old"):
+        MtdStore(PATH, partition).commit(IDENTITY, payload)
+    for _ in range(3):
+        partition.failing = {call: number}
+        assert refusal(lambda: MtdStore(PATH, partition).commit(IDENTITY, b"new")).code == code
+        partition.failing = {}
+        assert payload_of(MtdStore(PATH, partition)) == b"old"
+    MtdStore(PATH, partition).commit(IDENTITY, b"new")
+    assert payload_of(MtdStore(PATH, partition)) == b"new"
+
+
+def test_a_second_writer_is_told_so() -> None:
+    partition = Partition()
+    partition.locked.add(99)
+    assert refusal(lambda: MtdStore(PATH, partition).commit(IDENTITY, b"x")).code == "store.locked"
+
+
+def test_short_reads_and_writes_are_continued() -> None:
+    partition = Partition()
+    partition.most_at_once = 100
+    for payload in (b"x" * 1000, b"y" * 1001):
+        MtdStore(PATH, partition).commit(IDENTITY, payload)
+        assert payload_of(MtdStore(PATH, partition)) == payload
+
+
+def test_a_commit_erases_one_slot_and_touches_no_other_block() -> None:
+    partition = Partition(5 * 65536, 65536)
+    partition.flash[4 * 65536 :] = b"\x5a" * 65536
+    for number in range(3):
+        MtdStore(PATH, partition).commit(IDENTITY, b"hub %d" % number)
+        MtdStore(PATH, partition).commit(PROGRESS, b"attempt %d" % number)
+    assert partition.counts[f"ioctl {MEMERASE:#x}"] == 6 and partition.counts["pwrite"] == 6
+    assert partition.flash[4 * 65536 :] == b"\x5a" * 65536
+
+
+def test_the_setting_chooses_the_store() -> None:
+    assert isinstance(open_store("/dev/mtd3"), MtdStore)
+    for folder in ("/var/lib/dps-agent", "/dev/shm/state"):
+        assert isinstance(open_store(folder), FileStore)

@@ -1,0 +1,74 @@
+"""`tools/powercut`: every sweep loses nothing, catches its controls, and cannot be skipped in silence."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOOL = str(Path(__file__).parents[2] / "tools/powercut")
+ALLOWED = set(os.environ.get("ALLOW_SKIP", "").replace(",", " ").split())
+DEADLINE_S = 280
+LEAST_STATES = {"lives": 20_000, "littlefs": 1_000, "ext4": 200, "tpm": 60}
+
+
+def powercut(*words: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, TOOL, *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env={**os.environ, **environ},
+    )
+
+
+@pytest.mark.parametrize("sweep", LEAST_STATES)
+def test_the_sweep_loses_nothing_and_catches_every_control(sweep: str) -> None:
+    done = powercut("--sweep", sweep, "--json")
+    assert done.returncode == 0, f"tools/powercut --sweep {sweep}: {done.returncode}\n{done.stdout}{done.stderr}"
+    document: dict[str, Any] = json.loads(done.stdout)
+    assert document["lost"] == 0 and document["controlsMissed"] == 0
+    if document["skipped"]:
+        assert set(document["skipped"]) <= ALLOWED, f"{sweep} was skipped: {done.stderr}"
+        return
+    assert document["states"] >= LEAST_STATES[sweep], f"only {document['states']} states: the sweep does not sweep"
+    assert document["controlsCaught"] > 0
+    assert document["sweeps"][sweep]["seconds"] > 0 and document["perCommit"]["slots"]["erase"] == 1
+    print(f"{sweep}: {document['states']} states, {document['sweeps'][sweep]['seconds']} s")
+
+
+@pytest.mark.parametrize(("sweep", "writer"), [("littlefs", "naive"), ("lives", "single-slot")])
+def test_a_faulty_writer_ends_with_status_1_and_its_line_reproduces_the_loss(sweep: str, writer: str) -> None:
+    done = powercut("--sweep", sweep, "--writer", writer)
+    assert done.returncode == 1, done.stdout + done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("  LOST "))
+    name = line.removeprefix("  LOST ").partition(":")[0]
+    again = powercut("--writer", writer, "--only", name, "--json")
+    assert again.returncode == 1, again.stdout + again.stderr
+    document = json.loads(again.stdout)
+    assert document["states"] == 1 and document["lostStates"][0] == line.removeprefix("  LOST ")
+    honest = powercut("--only", name, "--json")
+    assert honest.returncode == 0 and json.loads(honest.stdout)["lost"] == 0, honest.stdout + honest.stderr
+
+
+def test_a_sweep_that_cannot_run_is_a_failure_unless_it_is_named() -> None:
+    without_swtpm = {"PATH": "/nonexistent"}
+    done = powercut("--sweep", "tpm", **without_swtpm, ALLOW_SKIP="ext4")
+    assert done.returncode == 2 and "swtpm" in done.stderr and "ALLOW_SKIP=tpm" in done.stderr, done.stderr
+    done = powercut("--sweep", "tpm", "--json", **without_swtpm, ALLOW_SKIP="ext4,tpm")
+    assert done.returncode == 0 and json.loads(done.stdout)["skipped"] == ["tpm"], done.stderr
+
+
+def test_an_unknown_sweep_or_writer_is_a_mistake_that_names_the_known_ones() -> None:
+    for words, known in ((("--sweep", "nvme"), "littlefs"), (("--writer", "careless"), "single-slot")):
+        done = powercut(*words)
+        assert done.returncode == 2 and known in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_the_interpreter_without_the_test_environment_says_what_is_missing() -> None:
+    done = subprocess.run([sys.executable, "-I", "-S", TOOL], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "is missing" in done.stderr and "Traceback" not in done.stderr, done.stderr

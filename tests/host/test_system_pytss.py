@@ -1,0 +1,53 @@
+"""EsysTpm on the distribution's own Python and tpm2-pytss: the same code as on the newest one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from contracts.tpm import CLAIMS
+from support.swtpm import Swtpm
+
+CHECKOUT = Path(__file__).parents[2]
+SYSTEM_PYTHON = "/usr/bin/python3"
+PROGRAM = "tests/support/system_pytss.py"
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Swtpm, Swtpm]]:
+    with Swtpm(tmp_path_factory.mktemp("tpm")) as first, Swtpm(tmp_path_factory.mktemp("tpm")) as second:
+        yield first, second
+
+
+def run(python: str, *options: str, ports: tuple[int, ...] = ()) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return subprocess.run(
+        [python, *options, PROGRAM, *map(str, ports)],
+        check=False,
+        cwd=CHECKOUT,
+        env={**environment, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("python", [SYSTEM_PYTHON, sys.executable], ids=["system", "newest"])
+def test_the_contract_holds_on_each_tpm2_pytss(python: str, machines: tuple[Swtpm, Swtpm]) -> None:
+    ended = run(python, ports=(machines[0].port, machines[1].port))
+    print(ended.stdout)
+    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
+    assert ended.stdout.startswith("tpm2-pytss ")
+    assert ended.stdout.splitlines()[-1] == f"{len(CLAIMS) + 1} passed, 0 failed"
+    assert [machine.leftovers() for machine in machines] == [[], []]
+
+
+def test_a_python_without_the_packages_says_which_to_install() -> None:
+    ended = run(sys.executable, "-S")  # without site-packages
+    assert ended.returncode == 2
+    assert "apt-get install python3-tpm2-pytss python3-ujson" in ended.stderr and "Traceback" not in ended.stderr

@@ -1,0 +1,534 @@
+"""WireTpm on swtpm: what only bytes show. What it has in common with EsysTpm is in test_esys and test_tpm_faults."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import subprocess
+import sys
+import threading
+import tty
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from contracts.tpm import KEY, blob_for
+from dps_hal import wire
+from dps_hal.contracts import Tpm
+from dps_hal.errors import AskOperator, DpsError, RetryLater
+from dps_hal.platform import hmac_sha256, random_bytes
+from dps_hal.self_challenge import make_activation
+from dps_hal.tpm_keys import (
+    RSA_BYTES,
+    SIGN,
+    USER_WITH_AUTH,
+    check_srk_public,
+    registration_id_from_ek,
+    sized,
+    srk_public,
+)
+from dps_hal.wire import WireTpm, commands, sessions
+from dps_hal.wire.device import DeviceTransport, transport_for
+from dps_hal.wire.sessions import SaltedSession
+from support import swtpm
+from support.claims import assert_refused
+from support.swtpm import Swtpm
+from support.tpm_tap import TpmTap
+
+MESSAGE = b"message"
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Swtpm]:
+    with Swtpm(tmp_path / "tpm") as new:
+        yield new
+
+
+@pytest.fixture
+def tap(machine: Swtpm) -> Iterator[TpmTap]:
+    with TpmTap(machine.port) as new:
+        yield new
+
+
+def import_and_sign(tpm: Tpm, activation: bytes) -> bytes:
+    return tpm.sign(tpm.import_key(activation), MESSAGE)
+
+
+# --- the bus
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Every salt and OAEP seed that the sessions draw; nonces are shorter, and no secret."""
+    drawn: list[bytes] = []
+
+    def draw(count: int) -> bytes:
+        content = random_bytes(count)
+        if count == 32:
+            drawn.append(content)
+        return content
+
+    monkeypatch.setattr(sessions, "random_bytes", draw)
+    return drawn
+
+
+def secrets_of_a_first_boot(machine: Swtpm, tap: TpmTap) -> dict[str, bytes]:
+    machine.set_hierarchy_auth(swtpm.OWNER, b"owner's password")
+    machine.set_hierarchy_auth(swtpm.ENDORSEMENT, b"endorsement's password")
+    tpm = WireTpm(transport_for(tap.tcti), owner_auth=b"owner's password", endorsement_auth=b"endorsement's password")
+    drawn: list[bytes] = []
+
+    def draw(count: int) -> bytes:
+        drawn.append(random_bytes(count))
+        return drawn[-1]
+
+    activation = make_activation(tpm.endorsement_key(), tpm.storage_root_key(), KEY, random=draw)
+    wrapped_key = tpm.import_key(activation)
+    secrets = {
+        "inner key": drawn[0],
+        "hub key": KEY,
+        "token signature": tpm.sign(wrapped_key, b"token"),
+        "seal": tpm.sign(wrapped_key, bytes(1500)),
+        "owner's password": b"owner's password",
+        "endorsement's password": b"endorsement's password",
+    }
+    tpm.persist(wrapped_key, 0x81000100)
+    tpm.release()
+    return secrets
+
+
+def test_the_bus_of_a_first_boot_shows_no_secret(machine: Swtpm, tap: TpmTap, planted: list[bytes]) -> None:
+    secrets = secrets_of_a_first_boot(machine, tap)
+    assert "CreatePrimary" in tap.names and "EvictControl" in tap.names
+    assert [name for name, secret in secrets.items() if tap.seen(secret)] == []
+    assert len(planted) >= 4 and not any(tap.seen(salt) for salt in planted)
+    assert machine.leftovers() == []
+
+
+def test_the_tap_would_see_keys_and_signatures_without_encryption(
+    machine: Swtpm, tap: TpmTap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "_DECRYPT", 0)
+    monkeypatch.setattr(sessions, "_ENCRYPT", 0)
+    monkeypatch.setattr(SaltedSession, "_crypted", lambda self, newer, older, parameters, decrypt: parameters)
+    secrets = secrets_of_a_first_boot(machine, tap)
+    assert [name for name, secret in secrets.items() if tap.seen(secret)] == ["inner key", "token signature", "seal"]
+
+
+def test_no_nonce_is_used_twice_and_none_comes_from_the_tpm(tap: TpmTap) -> None:
+    tpm = WireTpm(transport_for(tap.tcti))
+    import_and_sign(tpm, blob_for(tpm))
+    tpm.release()
+    nonces = []
+    for exchange in tap.exchanges:
+        if exchange.name == "StartAuthSession":
+            nonces.append(exchange.command[20:36])
+            nonces.append(exchange.response[16:32])
+    assert len(nonces) == 4 == len(set(nonces))
+    assert "GetRandom" not in tap.names
+
+
+def test_a_password_that_ends_in_zeros_is_the_one_the_tpm_has(machine: Swtpm) -> None:
+    password = bytes(range(1, 41)) + bytes(2)  # longer than what HMAC's own padding would make equal
+    machine.set_hierarchy_auth(swtpm.OWNER, password)
+    tpm = WireTpm(transport_for(machine.tcti), owner_auth=password)
+    check_srk_public(tpm.storage_root_key())
+    tpm.release()
+
+
+# --- altered answers
+
+
+class Interposer:
+    """A transport with somebody on it: `change(command, response)` is what arrives instead of `response`."""
+
+    def __init__(self, machine: Swtpm) -> None:
+        self.inner = transport_for(machine.tcti)
+        self.redirect: Callable[[bytes], bytes] = lambda command: command
+        self.change: Callable[[bytes, bytes], bytes] = lambda command, response: response
+        self.codes: list[int] = []
+
+    def send(self, command: bytes, limit_s: float, while_waiting: Callable[[], None] | None) -> bytes:
+        self.codes.append(int.from_bytes(command[6:10], "big"))
+        return self.change(command, self.inner.send(self.redirect(command), limit_s, while_waiting))
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def ask(self, code: int, body: bytes, tag: int = 0x8001) -> bytes:
+        """One command of the interposer's own."""
+        response = self.inner.send(struct.pack(">HII", tag, 10 + len(body), code) + body, 10, None)
+        assert response[6:10] == bytes(4), response.hex()
+        return response[10:]
+
+
+ALTERED = (
+    commands.READ_PUBLIC,
+    commands.START_AUTH_SESSION,
+    commands.POLICY_SECRET,
+    commands.ACTIVATE_CREDENTIAL,
+    commands.IMPORT,
+    commands.LOAD,
+    commands.HMAC,
+)
+
+
+@pytest.mark.parametrize("code", ALTERED, ids=hex)
+def test_a_byte_flipped_in_every_answer_is_refused(code: int, machine: Swtpm) -> None:
+    bus = Interposer(machine)
+    tpm = WireTpm(bus, exclusive=True)
+    activation = blob_for(tpm)
+    assert import_and_sign(tpm, activation) == hmac_sha256(KEY, MESSAGE)
+    tpm.release()
+    longest = 0
+    offset = 0
+    taken: list[int] = []
+
+    def flip(command: bytes, response: bytes) -> bytes:
+        nonlocal longest
+        if int.from_bytes(command[6:10], "big") != code or len(response) <= offset:
+            return response
+        longest = max(longest, len(response))
+        return response[:offset] + bytes([response[offset] ^ 0x10]) + response[offset + 1 :]
+
+    bus.change = flip
+    while offset <= longest:
+        try:
+            signature = import_and_sign(tpm, activation)
+        except DpsError as error:
+            assert error.code.startswith("tpm."), f"code={code:#x} offset={offset}: {error.code}"
+        else:
+            assert signature == hmac_sha256(KEY, MESSAGE), f"code={code:#x} offset={offset}"
+            taken.append(offset)
+        tpm.release()
+        offset += 1 if offset < 24 else 5
+    assert longest > 20
+    # The policy session's own nonce, behind everything that the HMAC proves, is read by nobody.
+    unused = [longest - 1 - back for back in range(21)] if code == commands.ACTIVATE_CREDENTIAL else []
+    assert [offset for offset in taken if offset < longest and offset not in unused] == [], f"longest={longest}"
+    bus.change = lambda command, response: response
+    assert import_and_sign(tpm, activation) == hmac_sha256(KEY, MESSAGE)
+    tpm.release()
+    assert machine.leftovers() == []
+
+
+def test_one_flipped_byte_costs_one_new_session(machine: Swtpm) -> None:
+    bus = Interposer(machine)
+    tpm = WireTpm(bus)
+    wrapped_key = tpm.import_key(blob_for(tpm))
+    struck: list[int] = []
+
+    def flip_once(command: bytes, response: bytes) -> bytes:
+        if command[6:10] != struct.pack(">I", commands.HMAC) or struck:
+            return response
+        struck.append(1)
+        return response[:-1] + bytes([response[-1] ^ 1])
+
+    bus.change = flip_once
+    assert tpm.sign(wrapped_key, MESSAGE) == hmac_sha256(KEY, MESSAGE)
+    tpm.release()
+    assert struck and machine.leftovers() == []
+
+
+def test_an_answer_without_its_proof_is_refused(machine: Swtpm) -> None:
+    bus = Interposer(machine)
+    tpm = WireTpm(bus)
+    wrapped_key = tpm.import_key(blob_for(tpm))
+    forged = struct.pack(">HII", 0x8001, 44, 0) + sized(bytes(32))
+    bus.change = lambda command, response: forged if command[6:10] == struct.pack(">I", commands.HMAC) else response
+    assert_refused(lambda: tpm.sign(wrapped_key, MESSAGE), RetryLater, "tpm.bus_altered")
+    tpm.release()
+    assert machine.leftovers() == []
+
+
+def test_an_answer_of_an_earlier_session_is_refused(machine: Swtpm) -> None:
+    bus = Interposer(machine)
+    tpm = WireTpm(bus)
+    wrapped_key = tpm.import_key(blob_for(tpm))
+    recorded: list[bytes] = []
+
+    def replay(command: bytes, response: bytes) -> bytes:
+        if command[6:10] != struct.pack(">I", commands.HMAC):
+            return response
+        recorded.append(response)
+        return recorded[0]
+
+    bus.change = replay
+    assert tpm.sign(wrapped_key, MESSAGE) == hmac_sha256(KEY, MESSAGE)
+    assert_refused(lambda: tpm.sign(wrapped_key, MESSAGE), RetryLater, "tpm.bus_altered")
+    tpm.release()
+
+
+def test_whatever_a_bus_carries_ends_in_one_of_the_four_classes(machine: Swtpm) -> None:
+    bus = Interposer(machine)
+    tpm = WireTpm(bus, exclusive=True)
+    activation = blob_for(tpm)
+    seed = random.randrange(1 << 32)
+    chance = random.Random(seed)
+
+    def noise(command: bytes, response: bytes) -> bytes:
+        kind = chance.randrange(40)
+        if kind == 0:
+            return response[: chance.randrange(len(response))]
+        if kind == 1:
+            return chance.randbytes(chance.randrange(60))
+        if kind == 2:
+            body = chance.randbytes(chance.randrange(40))
+            return struct.pack(">HII", chance.choice((0x8001, 0x8002)), 10 + len(body), 0) + body
+        return b"\xff" * 4096 if kind == 3 else response
+
+    bus.change = noise
+    refused = 0
+    for run in range(60):
+        try:
+            signature = import_and_sign(tpm, activation)
+            assert signature == hmac_sha256(KEY, MESSAGE), f"seed={seed} run={run}"
+            tpm.endorsement_certificate()
+            tpm.condition()
+        except DpsError as error:
+            assert error.code.startswith("tpm."), f"seed={seed} run={run}"
+            refused += 1
+        tpm.release()
+    assert 0 < refused < 60, f"seed={seed}"
+
+
+# --- leftovers, cuts, waits
+
+
+def own_modulus() -> bytes:
+    numbers = rsa.generate_private_key(public_exponent=65537, key_size=2048).public_key().public_numbers()
+    return numbers.n.to_bytes(RSA_BYTES, "big")
+
+
+def leave_a_session_and_an_object(machine: Swtpm) -> list[int]:
+    start = struct.pack(">II", commands.NULL, commands.NULL) + sized(bytes(16)) + b"\x00\x00"
+    for kind in (b"\x00", b"\x01"):  # HMAC, policy
+        machine.command(commands.START_AUTH_SESSION, start + kind + bytes.fromhex("0010 000b"))
+    loaded = srk_public(own_modulus())[:6] + struct.pack(">I", 0x00030440) + srk_public(own_modulus())[10:]
+    machine.command(0x167, b"\x00\x00" + loaded + struct.pack(">I", commands.NULL))
+    return machine.leftovers()
+
+
+def test_only_an_exclusive_tpm_is_freed_of_what_others_left(machine: Swtpm) -> None:
+    left = leave_a_session_and_an_object(machine)
+    assert len(left) == 3
+    shared = WireTpm(transport_for(machine.tcti))
+    shared.endorsement_key()
+    shared.release()
+    assert machine.leftovers() == left
+    ours = WireTpm(transport_for(machine.tcti), exclusive=True)
+    ours.endorsement_key()
+    ours.release()
+    assert machine.leftovers() == []
+
+
+def test_an_exclusive_tpm_starts_up_in_few_commands(tap: TpmTap) -> None:
+    for _ in range(2):
+        tpm = WireTpm(transport_for(tap.tcti), exclusive=True)
+        tap.forget()
+        tpm.storage_root_key()
+        tpm.release()
+    assert tap.names[:3] == ["GetCapability"] * 3
+    assert tap.names.index("StartAuthSession") <= 6
+
+
+def test_an_exclusive_tpm_outlives_lost_answers_of_any_command(machine: Swtpm, tap: TpmTap) -> None:
+    tpm = WireTpm(transport_for(tap.tcti), exclusive=True)
+    activation = blob_for(tpm)
+    for command in ("StartAuthSession", "PolicySecret", "ActivateCredential", "Import", "Load", "HMAC", "FlushContext"):
+        tpm.release()
+        tap.forget()
+        tap.drop(command=command, after_execution=True)
+        assert import_and_sign(tpm, activation) == hmac_sha256(KEY, MESSAGE), f"command={command}"
+    tpm.release()
+    assert machine.leftovers() == []
+
+
+def test_a_power_cut_at_any_command_costs_nothing_but_time(machine: Swtpm, tap: TpmTap) -> None:
+    tpm = WireTpm(transport_for(tap.tcti))
+    activation = blob_for(tpm)
+    tpm.release()
+    for cut in range(40):
+        passed = 0
+
+        def kill(name: str, at: int = cut) -> None:
+            nonlocal passed
+            if passed == at:
+                machine.kill()
+            passed += 1
+
+        tap.on_command = kill
+        try:
+            signature = import_and_sign(tpm, activation)
+            assert signature == hmac_sha256(KEY, MESSAGE), f"cut={cut}"
+        except RetryLater as error:
+            assert error.code == "tpm.absent", f"cut={cut}: {error.code}"
+        tap.on_command = lambda name: None
+        uncut = passed <= cut
+        if not uncut:
+            machine.restart()
+        tpm.release()
+        assert machine.leftovers() == [], f"cut={cut}"
+        if uncut:
+            break
+    assert cut >= 10
+    assert machine.property(swtpm.LOCKOUT_COUNTER) == 0
+
+
+def test_keys_without_no_da_count_no_power_cut_after_release(machine: Swtpm) -> None:
+    tpm = WireTpm(transport_for(machine.tcti))
+    wrapped_key = tpm.import_key(blob_for(tpm, attributes=USER_WITH_AUTH | SIGN))
+    for cut in range(10):
+        assert tpm.sign(wrapped_key, MESSAGE) == hmac_sha256(KEY, MESSAGE), f"cut={cut}"
+        tpm.release()
+        machine.restart()
+    assert machine.property(swtpm.LOCKOUT_COUNTER) == 0
+
+
+def test_a_key_without_no_da_is_announced_also_after_a_lost_connection(machine: Swtpm, tap: TpmTap) -> None:
+    tpm = WireTpm(transport_for(tap.tcti))
+    wrapped_key = tpm.import_key(blob_for(tpm, attributes=USER_WITH_AUTH | SIGN))
+    for cut in range(4):
+        tpm.sign(wrapped_key, MESSAGE)
+        tap.forget()
+        tap.drop(command="FlushContext")
+        tpm.release()
+        assert tap.names[-1] == "Shutdown", f"cut={cut}: {tap.names}"
+        assert machine.leftovers() == [], f"cut={cut}"
+        machine.restart()
+    assert machine.property(swtpm.LOCKOUT_COUNTER) == 0
+
+
+def test_a_slow_command_is_waited_for_and_the_caller_is_heard_of_each_second(tap: TpmTap) -> None:
+    waits: list[int] = []
+    tpm = WireTpm(transport_for(tap.tcti), while_waiting=lambda: waits.append(1))
+    tpm.endorsement_key()
+    tap.delay(3.5, command="ReadPublic")
+    tpm.release()
+    waits.clear()
+    tpm.endorsement_key()
+    tpm.release()
+    assert len(waits) == 3
+
+
+def test_a_late_answer_is_not_taken_for_the_next_one(
+    machine: Swtpm, tap: TpmTap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tpm = WireTpm(transport_for(tap.tcti))
+    wrapped_key = tpm.import_key(blob_for(tpm))
+    monkeypatch.setattr(commands, "LEAST_LIMIT_S", 0.3)
+    monkeypatch.setattr(wire, "COMMAND_LIMIT_S", 0.3)
+    tap.delay(1.0, command="HMAC")
+    error = assert_refused(lambda: tpm.sign(wrapped_key, MESSAGE), RetryLater, "tpm.timeout")
+    assert "in time" in error.message
+    tpm.release()
+    tap.delay(1.0, command="GetCapability")
+    assert_refused(tpm.condition, RetryLater, "tpm.timeout")
+    monkeypatch.undo()
+    assert tpm.condition().lockout_maximum == 3  # no HMAC protects it
+    assert tpm.sign(wrapped_key, MESSAGE) == hmac_sha256(KEY, MESSAGE)
+    tpm.release()
+    assert machine.leftovers() == []
+
+
+# --- transports
+
+
+class DeviceNode:
+    """A pseudo-terminal that answers like /dev/tpmrm0: a command written whole, then its response to read."""
+
+    def __init__(self, machine: Swtpm) -> None:
+        self._master, slave = os.openpty()
+        tty.setraw(slave)
+        self._slave = slave
+        self.path = os.ttyname(slave)
+        self._tpm = transport_for(machine.tcti)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        command = b""
+        while True:
+            try:
+                command += os.read(self._master, 4096)
+            except OSError:  # the last descriptor of the other side was closed
+                return
+            if len(command) >= 10 and len(command) == int.from_bytes(command[2:6], "big"):
+                os.write(self._master, self._tpm.send(command, 30, None))
+                command = b""
+
+    def close(self) -> None:
+        os.close(self._slave)
+        self._thread.join()
+        os.close(self._master)
+        self._tpm.close()
+
+
+def test_a_device_node_carries_a_registration(machine: Swtpm) -> None:
+    node = DeviceNode(machine)
+    tpm = WireTpm(transport_for(f"device:{node.path}"))
+    assert import_and_sign(tpm, blob_for(tpm)) == hmac_sha256(KEY, MESSAGE)
+    tpm.release()
+    node.close()
+    assert machine.leftovers() == []
+
+
+def test_a_device_node_that_never_answers_times_out() -> None:
+    master, slave = os.openpty()
+    tty.setraw(slave)
+    transport = DeviceTransport(os.ttyname(slave))
+    waits: list[int] = []
+    command = struct.pack(">HII", 0x8001, 10, 0)
+    assert_refused(lambda: transport.send(command, 1.2, lambda: waits.append(1)), RetryLater, "tpm.timeout")
+    assert len(waits) >= 1
+    transport.close()
+    transport.close()
+    os.close(slave)
+    os.close(master)
+
+
+@pytest.mark.parametrize(
+    ("tcti", "error_class", "code"),
+    [
+        ("device:/dev/there-is-none", AskOperator, "tpm.absent"),
+        ("swtpm:host=127.0.0.1,port=1", RetryLater, "tpm.absent"),
+        ("swtpm:host=name.invalid,port=1", RetryLater, "tpm.absent"),
+        ("device:", AskOperator, "config.invalid"),
+        ("device", AskOperator, "config.invalid"),
+        ("mssim:host=127.0.0.1,port=1", AskOperator, "config.invalid"),
+        ("swtpm:host=127.0.0.1,port=x", AskOperator, "config.invalid"),
+        ("swtpm:host=,port=1", AskOperator, "config.invalid"),
+        ("swtpm:path=/run/swtpm", AskOperator, "config.invalid"),
+        ("", AskOperator, "config.invalid"),
+    ],
+)
+def test_a_tcti_without_a_tpm_says_so(tcti: str, error_class: type[DpsError], code: str) -> None:
+    assert_refused(lambda: WireTpm(transport_for(tcti)).endorsement_key(), error_class, code, f"tcti={tcti!r}")
+
+
+def test_the_command_line_needs_no_extra_for_it(machine: Swtpm, tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        "for absent in ('tpm2_pytss', 'cryptography', 'cffi'): sys.modules[absent] = None\n"
+        "from dps_agent.host.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["--set", "tpm.backend=wire", "--set", f"tpm.tcti={machine.tcti}", "--set", f"state_dir={tmp_path}"]
+    ended = subprocess.run(
+        [sys.executable, "-c", program, "enroll", *words], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 0, ended.stderr
+    tpm = WireTpm(transport_for(machine.tcti))
+    assert registration_id_from_ek(tpm.endorsement_key()) in ended.stdout
+    tpm.release()
+    assert machine.leftovers() == []
+
+
+def test_the_back_end_imports_no_library() -> None:
+    program = (
+        f"import sys; sys.path[:0] = {sys.path!r}; import dps_hal.wire.device;"
+        "sys.exit(', '.join({'tpm2_pytss', 'cryptography', 'cffi', 'ctypes', 'ssl'} & set(sys.modules)) or None)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

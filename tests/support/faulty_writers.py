@@ -1,0 +1,136 @@
+"""Slot stores with one fault each: a sweep that lets one of them pass proves nothing. For both runtimes."""
+
+from dps_hal import slots as slots_module
+from dps_hal.contracts import StoredRecord
+from dps_hal.slots import SlotStore, decode_slot, encode_slot
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from dps_hal.slots import Slot, SlotDevice
+
+
+class SingleSlot(SlotStore):
+    """Keeps one copy: erases it, writes it, syncs."""
+
+    def commit(self, record: str, payload: bytes) -> None:
+        """One slot for ever."""
+        device = self._devices[record]
+        device.erase(0)
+        device.program(0, encode_slot(1, payload))
+        device.sync()
+
+
+class Naive(SlotStore):
+    """Believes that what was written is durable: never syncs."""
+
+    def commit(self, record: str, payload: bytes) -> None:
+        """Two slots in turn, no sync."""
+        device = self._devices[record]
+        target, generation = _next(device)
+        device.erase(target)
+        device.program(target, encode_slot(generation, payload))
+
+
+class InPlace(SlotStore):
+    """Writes over the current copy, and over the second one right after it."""
+
+    def commit(self, record: str, payload: bytes) -> None:
+        """Both slots, one sync."""
+        device = self._devices[record]
+        _, generation = _next(device)
+        for slot in (0, 1):
+            device.erase(slot)
+            device.program(slot, encode_slot(generation, payload))
+        device.sync()
+
+
+class TakesTurnsWithoutLooking(SlotStore):
+    """Begins with slot 0 after each start, whatever is in it."""
+
+    def commit(self, record: str, payload: bytes) -> None:
+        """Slot 0 each time, with the right generation."""
+        found = self.load(record)
+        device = self._devices[record]
+        device.erase(0)
+        device.program(0, encode_slot(1 if found is None else found.generation + 1, payload))
+        device.sync()
+
+
+class ForgetsToErase(SlotStore):
+    """Programs over what is there."""
+
+    def commit(self, record: str, payload: bytes) -> None:
+        """The right slot, not erased."""
+        device = self._devices[record]
+        target, generation = _next(device)
+        device.program(target, encode_slot(generation, payload))
+        device.sync()
+
+
+class TakesTheHeaderForTheWhole(SlotStore):
+    """Checks the header's CRC only."""
+
+    def load(self, record: str) -> "StoredRecord | None":
+        """The latest header, whatever is behind it."""
+        device = self._devices[record]
+        best = None
+        for slot in (0, 1):
+            content = device.read(slot)
+            found = decode_slot(content, device.erase_value)
+            if found.generation is not None and (best is None or found.generation > best[0]):
+                length = int.from_bytes(content[12:16], "big")
+                best = (found.generation, content[20 : 20 + length])
+        if best is None:
+            return None
+        return StoredRecord(best[1], best[0], False)
+
+
+class ErasesTheNewestFirst(SlotStore):
+    """Resets without a tombstone."""
+
+    def erase(self, record: str) -> None:
+        """The current copy, then the older one."""
+        device = self._devices[record]
+        newest = slots_module._newest(_decoded(device))
+        if newest is not None:
+            for slot in (newest, 1 - newest):
+                device.erase(slot)
+                device.sync()
+
+
+class ErasesBothWithOneSync(SlotStore):
+    """Resets oldest first, but leaves the order to the cache."""
+
+    def erase(self, record: str) -> None:
+        """The older copy, then the current one, then one sync."""
+        device = self._devices[record]
+        newest = slots_module._newest(_decoded(device))
+        if newest is not None:
+            device.erase(1 - newest)
+            device.erase(newest)
+            device.sync()
+
+
+FAULTY: "dict[str, type[SlotStore]]" = {
+    "naive": Naive,
+    "in-place": InPlace,
+    "single-slot": SingleSlot,
+    "turns-without-looking": TakesTurnsWithoutLooking,
+    "no-erase": ForgetsToErase,
+    "header-only": TakesTheHeaderForTheWhole,
+    "reset-newest-first": ErasesTheNewestFirst,
+    "reset-with-one-sync": ErasesBothWithOneSync,
+}
+
+
+def _decoded(device: "SlotDevice") -> "list[Slot]":
+    return [decode_slot(device.read(slot), device.erase_value) for slot in (0, 1)]
+
+
+def _next(device: "SlotDevice") -> "tuple[int, int]":
+    """The slot and the generation that a sound writer would choose."""
+    found = _decoded(device)
+    newest = slots_module._newest(found)
+    if newest is None:
+        return 0, 1
+    return 1 - newest, (found[newest].generation or 0) + 1

@@ -1,0 +1,431 @@
+"""Cuts the power in every moment of a device's life: the whole lifecycle over a slot store on simulated flash.
+
+A life runs in the virtual world of `support.world`. The power goes at its n-th event: an erase, program or sync of
+either record, or an answer of the service that the device does not hear any more. Then every state that may be left of
+the flash is booted without an operator, and must end with a hub token that the service accepts. Runs on both runtimes.
+
+Each state has a name, `sweep=lives depth=1 tears=all life=other-hub cut=5 late=False left=17`; `only` looks at that one
+alone.
+"""
+
+from dps_agent.assignment import decode, hub_token
+from dps_agent.effects import Commit, Http, LoadRecord
+from dps_agent.lifecycle import PROVISIONED, Lifecycle
+from dps_agent.messages import to_base64
+from dps_agent.sas import hub_resource, percent_encode
+from dps_hal.contracts import IDENTITY, PROGRESS
+from dps_hal.errors import DpsError, IdentityStale
+from dps_hal.platform import hmac_sha256, sha256
+from dps_hal.slots import SlotStore
+from dps_hal.tpm_keys import unwrap
+from support.faulty_writers import FAULTY
+from support.flash import FlashSlots, PowerCut, Supply
+from support.world import HUB, FakeDps, World, settings
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from dps_agent.assignment import Assignment
+    from dps_agent.effects import Reply
+    from support.flash import Slots
+
+    NewStore = Callable[[dict[str, FlashSlots]], SlotStore]
+    Step = Callable[["FlashWorld"], None]
+
+SLOT_BYTES = 1280
+SECOND_HUB = "second.azure-devices.net"
+RECORDS = (IDENTITY, PROGRESS)
+# Where the last surviving operation is torn: after any byte; after every 32nd; at the start, in the payload.
+TEARS: "dict[str, tuple[int, ...] | None]" = {"all": None, "32": tuple(range(0, SLOT_BYTES, 32)), "few": (0, 20, 300)}
+
+
+class KeyedDps(FakeDps):
+    """A DPS whose hubs accept the newest key only; without `rotating` a device that stays keeps its key."""
+
+    def __init__(self, tpm: "Any") -> None:
+        FakeDps.__init__(self, tpm)
+        self.rotating = True
+        self.accepted: tuple[str, bytes] = ("", b"")  # the one hub with the one key that it accepts
+        self.issued: list[tuple[str, bytes]] = []  # every pair that ever belonged together
+
+    def work(self, http: Http) -> "Reply":
+        """See `FakeDps.work`."""
+        before = self.registrations
+        reply = FakeDps.work(self, http)
+        if self.registrations > before:
+            if not self.rotating and self.accepted[0] == self.hub:
+                self.hub_key = self.accepted[1]
+            self.accepted = (self.hub, self.hub_key)
+            self.issued.append(self.accepted)
+        return reply
+
+    def copy(self, tpm: "Any") -> "KeyedDps":
+        """The same service, with a memory of its own."""
+        other = KeyedDps(tpm)
+        for name in self.__dict__:
+            setattr(other, name, getattr(self, name))
+        other.tpm = tpm
+        other.script, other.requests, other.issued = [], [], list(self.issued)
+        return other
+
+
+class FlashWorld(World):
+    """A world whose records are on simulated flash, and whose power goes at an event of `supply`."""
+
+    def __init__(self, new_store: "NewStore", contents: "dict[str, Slots] | None" = None, cut_at: int = 0) -> None:
+        World.__init__(self)
+        self.dps = self.service = KeyedDps(self.tpm)
+        self.new_store = new_store
+        self.offered: list[bytes] = []  # every identity that was given to the store
+        self.late = False  # the power went after the service had answered
+        self.evicts = False  # a faulty agent: forgets its hub when it is challenged, as others do
+        self.supply = Supply(cut_at)
+        contents = contents or {}
+        self.flash = {record: FlashSlots(SLOT_BYTES, 0xFF, contents.get(record), self.supply) for record in RECORDS}
+        self.slot_store = new_store(self.flash)
+
+    def rebooted(self, contents: "dict[str, Slots]", cut_at: int = 0) -> "FlashWorld":
+        """The same world after the power came back; this one stays as it is."""
+        world = FlashWorld(self.new_store, contents, cut_at)
+        world.tpm.storage_root_key = self.tpm.storage_root_key
+        world.tpm.keys = dict(self.tpm.keys)
+        world.dps = world.service = self.service.copy(world.tpm)
+        world.uptime_s = self.uptime_s
+        world.evicts = self.evicts
+        return world
+
+    def durable(self) -> "dict[str, Slots]":
+        """What of the flash is there for certain."""
+        return {record: self.flash[record].durable() for record in RECORDS}
+
+    def aftermaths(self, torn_at: "tuple[int, ...] | None") -> "list[dict[str, Slots]]":
+        """Every content of the flash that may be left when the power goes now."""
+        progress = self.flash[PROGRESS].aftermaths(torn_at)
+        return [
+            {IDENTITY: identity, PROGRESS: other}
+            for identity in self.flash[IDENTITY].aftermaths(torn_at)
+            for other in progress
+        ]
+
+    def answer(self, effect: "Any") -> "Any":
+        """See `World.answer`."""
+        if isinstance(effect, Commit):
+            if effect.record == IDENTITY:
+                self.offered.append(effect.payload)
+            self.commits.append(effect.record)
+            self.slot_store.commit(effect.record, effect.payload)
+            return None
+        if isinstance(effect, LoadRecord):
+            return self.slot_store.load(effect.record)
+        answer = World.answer(self, effect)
+        if isinstance(effect, Http):
+            self.late = True
+            self.supply.spend()
+            self.late = False
+            if self.evicts and answer.status == 401:
+                self.slot_store.erase(IDENTITY)
+        return answer
+
+    def lived(self, force: bool = False, once: bool = False) -> Lifecycle:
+        """One life of the agent."""
+        life = Lifecycle(settings())
+        self.run(life.live(once, force))
+        return life
+
+    def accepts(self, assignment: "Assignment | None") -> bool:
+        """Whether the service takes a token that the device makes for its hub."""
+        if assignment is None:
+            return False
+        hub, key = self.service.accepted
+        token = self.run(hub_token(assignment, 3600))
+        resource = hub_resource(hub, assignment.device_id)
+        signature = to_base64(hmac_sha256(key, f"{resource}\n{token.expires_at_s}".encode()))
+        return assignment.assigned_hub == hub and f"sig={percent_encode(signature)}&" in token.header()
+
+    def recover(self) -> Lifecycle:
+        """What a device does that has power again, until its hub accepts it; nobody helps it.
+
+        A hub that refuses the token makes it register again, as the hub's session does.
+        """
+        life = self.lived()
+        if life.state == PROVISIONED and not self.accepts(life.assignment):
+            life = self.lived(force=True)
+        return life
+
+
+# Lives: what happened before the cut, and what is cut.
+
+
+def nothing(world: FlashWorld) -> None:
+    """A device from the factory."""
+
+
+def twice(world: FlashWorld) -> None:
+    """Both slots hold an identity, of two hubs."""
+    world.dps.hub = "first.azure-devices.net"
+    world.lived()
+    world.dps.hub = HUB
+    world.lived(force=True)
+
+
+def register(world: FlashWorld) -> None:
+    """A life that registers if it must."""
+    world.recover()
+
+
+def register_again(world: FlashWorld) -> None:
+    """The hub refused the token, or somebody asked for it."""
+    world.lived(force=True)
+
+
+def to_another_hub(world: FlashWorld) -> None:
+    """The enrolment names another hub."""
+    world.dps.hub = SECOND_HUB
+    world.lived(force=True)
+
+
+def same_key(world: FlashWorld) -> None:
+    """A service that does not change the key of a device that stays."""
+    world.service.rotating = False
+    world.lived(force=True)
+
+
+def reset(world: FlashWorld) -> None:
+    """`dps-agent reset`."""
+    for record in RECORDS:
+        world.slot_store.erase(record)
+
+
+def reset_and_register(world: FlashWorld) -> None:
+    """A new life after a reset."""
+    reset(world)
+    world.lived()
+
+
+def cleared_tpm(world: FlashWorld) -> None:
+    """TPM2_Clear before the boot: another SRK, and the stored key is useless."""
+    world.tpm.clear()
+    world.lived()
+
+
+def failing(operation: str, times: "int | None") -> "Step":
+    """Another hub, but the flash fails; for good (None), or `times` times, which Commit is repeated for."""
+
+    def step(world: FlashWorld) -> None:
+        world.dps.hub = SECOND_HUB
+        flash = world.flash[IDENTITY]
+        flash.failing, flash.failing_times = operation, times
+        world.lived(force=True, once=True)
+
+    return step
+
+
+class Life:
+    """One row of LIVES."""
+
+    def __init__(self, name: str, before: "Step", step: "Step", forgets: bool = False) -> None:
+        self.name = name
+        self.before = before
+        self.step = step
+        self.forgets = forgets  # the step may end without an identity, or with one that is of no use
+
+
+LIVES = (
+    Life("first", nothing, register),
+    Life("other-hub", twice, to_another_hub),
+    Life("new-key", twice, register_again),
+    Life("same-key", twice, same_key),
+    Life("reset", twice, reset, True),
+    Life("reset-and-register", twice, reset_and_register, True),
+    Life("cleared-tpm", twice, cleared_tpm, True),
+    Life("commit-fails-twice", twice, failing("program", 2)),
+    Life("commit-fails-at-erase", twice, failing("erase", None)),
+    Life("commit-fails-at-program", twice, failing("program", None)),
+    Life("commit-fails-at-sync", twice, failing("sync", None)),
+    Life("commit-writes-nothing", twice, failing("silent", None)),
+)
+
+
+def new_store(flash: "dict[str, FlashSlots]") -> SlotStore:
+    """The store as it is."""
+    return SlotStore(flash)
+
+
+WRITERS: "dict[str, NewStore]" = {"": new_store, "evict-first": new_store}
+for _name in FAULTY:
+    WRITERS[_name] = FAULTY[_name]
+
+
+class Sweep:
+    """Cuts lives at every event; `states` were looked at, `lost` names those that were wrong, and why.
+
+    `depth` 2 cuts the recovery from each cut as well. `only` is the name of one state. `at_first` ends with the first
+    lost one.
+    """
+
+    def __init__(self, writer: str = "", depth: int = 1, tears: str = "all", only: str = "", at_first: bool = False):
+        self.states = 0
+        self.lost: list[str] = []
+        self._pairs: dict[bytes, tuple[str, bytes]] = {}
+        self._writer = writer
+        self._depth = depth
+        self._tears = tears
+        self._only = only
+        self._at_first = at_first
+
+    def run(self, lives: "tuple[Life, ...]" = LIVES) -> "Sweep":
+        """Sweeps `lives`."""
+        for life in lives:
+            world = FlashWorld(WRITERS[self._writer])
+            name = f"sweep=lives depth={self._depth} tears={self._tears} life={life.name}"
+            try:
+                life.before(world)
+                world.evicts = self._writer == "evict-first"
+                self._cut(world.rebooted(world.durable()), life, self._depth, name)
+            except DpsError as error:
+                self.lost.append(f"{name}: {error.code} before any cut: {error}")
+            if self._at_first and self.lost:
+                break
+        return self
+
+    def _cut(self, start: FlashWorld, life: Life, depth: int, name: str) -> None:
+        """Cuts the step of `life` at each of its events; `depth` cuts more follow each other."""
+        held = start.slot_store.load(IDENTITY)
+        seen: dict[bytes, bool] = {}
+        contents = start.durable()
+        cut = 0
+        ended = False
+        while not ended:
+            cut += 1
+            world = start.rebooted(contents, cut)
+            try:
+                life.step(world)
+                ended = True  # the last state: it is over and the power goes
+            except PowerCut:
+                pass
+            allowed = [None if held is None else held.payload] + world.offered
+            if life.forgets:
+                allowed.append(None)
+            left = world.aftermaths(TEARS[self._tears])
+            for number in range(len(left)):
+                looks = sha256(
+                    b"".join([part for record in RECORDS for part in left[number][record]])
+                    + bytes([world.dps.registrations, len(world.dps.requests)])
+                )
+                if looks in seen:
+                    continue
+                seen[looks] = True
+                where = f"{name} cut={cut} late={world.late} left={number}"
+                if self._only and not (self._only + " ").startswith(where + " "):
+                    continue
+                if not self._only or self._only == where:
+                    self.states += 1
+                    fault = self._fault(world, left[number], life, held, allowed, ended)
+                    if fault:
+                        self.lost.append(f"{where}: {fault}")
+                        if self._at_first:
+                            return
+                        continue
+                if depth > 1:
+                    again = Life(life.name, nothing, register, life.forgets)
+                    self._cut(world.rebooted(left[number]), again, depth - 1, where)
+                    if self._at_first and self.lost:
+                        return
+
+    def _fault(
+        self,
+        cut_off: FlashWorld,
+        left: "dict[str, Slots]",
+        life: Life,
+        held: "Any",
+        allowed: "list[bytes | None]",
+        ended: bool,
+    ) -> str:
+        """What is wrong with what is `left` of the flash, or ""."""
+        world = cut_off.rebooted(left)
+        registrations = world.dps.registrations
+        try:
+            stored = world.slot_store.load(IDENTITY)
+            payload = None if stored is None else stored.payload
+            if payload not in allowed:
+                return f"the record is neither the old one nor a new one: {_shown(payload)}"
+            if ended and life.step is reset and payload is not None:
+                return "the reset was over, but there is an identity"
+            if payload is not None and self._pair(payload) not in world.service.issued:
+                return f"a hub with the key of another one: {_shown(payload)}"
+            may_serve = held is not None and not life.forgets
+            if may_serve:
+                may_serve = self._pair(held.payload) == world.service.accepted
+            end = world.recover()
+        except IdentityStale as error:
+            return f"the record is not readable: {error}"
+        except DpsError as error:
+            return f"{error.code} after the reboot: {error}"
+        if end.state != PROVISIONED:
+            return f"it waits for somebody: {end.state}, {end.reason}"
+        if not world.accepts(end.assignment):
+            return "the hub refuses its token"
+        more = world.dps.registrations - registrations
+        if more > (0 if may_serve else 1):
+            return f"it took {more} registrations more" + (", though the old identity was good" if may_serve else "")
+        durable = self._store_of(world.durable()).load(IDENTITY)
+        if durable is None or durable.payload != (world.offered[-1] if world.offered else payload):
+            return "what it ended with was not durable"
+        return ""
+
+    def _store_of(self, contents: "dict[str, Slots]") -> SlotStore:
+        """The store over these contents, for a look at them."""
+        return WRITERS[self._writer]({record: FlashSlots(SLOT_BYTES, 0xFF, contents[record]) for record in RECORDS})
+
+    def _pair(self, payload: bytes) -> "tuple[str, bytes]":
+        """Hub and key of an identity."""
+        if payload not in self._pairs:
+            assignment, _, _ = decode(payload)
+            self._pairs[payload] = (assignment.assigned_hub, unwrap(assignment.wrapped_key)[1][36:])
+        return self._pairs[payload]
+
+
+def _shown(payload: "bytes | None") -> str:
+    if payload is None:
+        return "none"
+    hub = payload.split(b'"assignedHub":"')[-1].split(b'"')[0]
+    return f"hub {hub[:40]!r}"
+
+
+def sweep(writer: str = "", only: str = "", at_first: bool = False) -> "tuple[int, list[str]]":
+    """One cut torn after any byte, then two cuts torn at few; number of states, and the lost ones.
+
+    `at_first` ends with the first lost one and tears at few bytes only.
+    """
+    if only:
+        plans = [(1, "all"), (1, "few"), (2, "few")]
+        plans = [plan for plan in plans if only.startswith("sweep=lives depth={} tears={} ".format(*plan))]
+    else:
+        plans = [(1, "few" if at_first else "all"), (2, "few")]
+    states = 0
+    lost: list[str] = []
+    for depth, tears in plans:
+        if not (at_first and lost):
+            one = Sweep(writer, depth, tears, only, at_first).run()
+            states += one.states
+            lost += one.lost
+    return states, lost
+
+
+def registrations_wear(registrations: int) -> "tuple[int, int]":
+    """Erases of the most worn slot, and of all slots, by so many registrations that all succeed."""
+    world = FlashWorld(new_store)
+    erased: dict[tuple[str, int], int] = {}
+    for record in RECORDS:
+        flash = world.flash[record]
+
+        def erase(slot: int, record: str = record, erase: "Any" = flash.erase) -> None:
+            erased[(record, slot)] = erased.get((record, slot), 0) + 1
+            erase(slot)
+
+        flash.erase = erase  # type: ignore[method-assign]
+    for _ in range(registrations):
+        world.lived(force=True)
+    return max(erased.values()), sum(erased.values())

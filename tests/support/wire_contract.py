@@ -1,0 +1,37 @@
+"""Runs the contract of every Tpm over WireTpm against two swtpm, under MicroPython as under CPython.
+
+    micropython tests/support/wire_contract.py PORT OTHER_PORT          (in the checkout)
+
+Prints the traceback of each failure and closes with "N passed, N failed". Exit status 0: nothing failed.
+"""
+
+import gc
+import sys
+
+
+def main(ports: "list[str]") -> int:
+    """Each claim with two TPMs of its own making, which leave nothing in the swtpm."""
+    sys.path[:0] = ["agent", "hal", "tests"]
+    from contracts.tpm import CLAIMS
+    from dps_hal.wire import WireTpm
+    from dps_hal.wire.tcp import SwtpmTransport
+    from support.run_shared import report
+
+    passed = failed = 0
+    for claim in CLAIMS:
+        tpms = [WireTpm(SwtpmTransport("127.0.0.1", int(port))) for port in ports]
+        try:
+            claim(tpms[0], tpms[1])
+            passed += 1
+        except Exception as error:
+            failed += 1
+            report(claim.__name__, error)
+        for tpm in tpms:
+            tpm.release()
+        gc.collect()
+    print(f"{passed} passed, {failed} failed")
+    return 0 if passed and not failed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
