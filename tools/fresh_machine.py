@@ -84,7 +84,7 @@ def environment(name: str, extras: str) -> Path:
         content = f"{sys.executable} {sys.version} {CHECKOUT} {extras}".encode()
         wanted = hashlib.sha256(content + (CHECKOUT / "pyproject.toml").read_bytes()).hexdigest()
         stamp = folder / "made-from"
-        if stamp.is_file() and stamp.read_text() == wanted:
+        if stamp.is_file() and stamp.read_text() == wanted and (folder / "bin/python").exists():
             print(f"the environment in {folder} is up to date")
             return folder
         print(f"making the environment in {folder}: downloads packages, once", flush=True)

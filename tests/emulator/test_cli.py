@@ -197,5 +197,5 @@ def test_a_missing_extra_is_one_sentence_and_2(
     monkeypatch.delitem(sys.modules, "dps_emulator.state")
     assert main(["verify-token", "-", "--state-dir", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        "dps-emulator: needs 'trustme', which is not installed: pip install 'dps-agent[emulator]'\n"
+        "dps-emulator: needs 'trustme', which is not installed: it comes with the extra 'emulator'\n"
     )

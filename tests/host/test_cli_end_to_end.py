@@ -29,6 +29,7 @@ from dps_hal.tpm_keys import registration_id_from_ek
 from support.emulator import EmulatorInThread
 from support.swtpm import Swtpm
 from support.tpm_states import copy_state
+from support.tpm_tap import TpmTap
 
 CHECKOUT = Path(__file__).parents[2]
 HUB = "emulator.azure-devices.net"
@@ -340,3 +341,73 @@ def test_an_error_of_a_progress_line_is_no_error_of_the_registration(
     bench.enroll()
     steps = StepLines(Gone(), True)  # type: ignore[arg-type]
     assert not device_module.provision_once(load(bench.settings), steps=steps).already_provisioned
+
+
+def test_a_second_provision_cannot_overtake_the_first(bench: Bench) -> None:
+    bench.enroll()
+    bench.emulator.script(Fault(operation="register", request=2, delay_s=3))
+    with bench.start("provision", "--json") as first:
+        wait_for(lambda: bench.operations().count("register") >= 1)
+        answer = bench.json("provision", exit_status=3)
+        assert answer["error"]["code"] == "store.locked"
+        out, _ = first.communicate(timeout=30)
+    assert first.returncode == 0 and json.loads(out)["assignedHub"] == HUB
+    token = bench.json("token")["token"]
+    assert bench.emulator.service.hub_token_refusal(token, time.time()) is None
+
+
+def test_a_key_that_cannot_be_persisted_is_a_warning_and_the_next_run_tries_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.enroll()
+    handle = 0x81000200
+    configuration = load(bench.settings, overrides=[f"tpm.persist_at={handle:#x}"])
+    path = Path(bench.tpm_folder) / f"persistent-{handle:08x}.key"
+    with monkeypatch.context() as patch:
+        patch.setattr(SimulatedTpm, "persist", refuse_to_persist)
+        refused = provision(configuration)
+    assert refused.assigned_hub == HUB and "no room" in refused.warnings[0] and not path.exists()
+    again = provision(configuration)
+    assert again.already_provisioned and again.warnings == () and path.exists()
+
+
+def refuse_to_persist(tpm: SimulatedTpm, wrapped_key: bytes, handle: int) -> None:
+    raise AskOperator("tpm.nv_full", "the TPM has no room")
+
+
+def test_out_of_time_after_the_commit_is_a_success(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.enroll()
+    commit = FileStore.commit
+
+    def slow(store: FileStore, record: str, payload: bytes) -> None:
+        commit(store, record, payload)
+        if record == IDENTITY:
+            time.sleep(1.5)
+
+    monkeypatch.setattr(FileStore, "commit", slow)
+    assert provision(bench.settings, timeout_s=1).assigned_hub == HUB
+
+
+def test_deep_or_odd_answers_of_the_service_are_malformed_answers(bench: Bench) -> None:
+    bench.enroll()
+    for body in ("[" * 1005, '{"operationId":"\\ud800","status":"assigning"}', '{"operationId":"\\u0000"}'):
+        bench.emulator.script(*[Fault(operation="register", request=n, status=200, body=body) for n in range(1, 9)])
+        answer = bench.json("provision", exit_status=3)
+        assert answer["error"]["code"] == "dps.malformed_answer", body[:40]
+
+
+def test_enroll_ends_at_a_signal_though_the_tpm_hangs(bench: Bench, tmp_path: Path) -> None:
+    with Swtpm(tmp_path / "swtpm") as machine, TpmTap(machine.port) as tap:
+        tap.delay(6, command="ReadPublic", times=9)
+        with bench.start("enroll", "--set", "tpm.backend=esys", "--set", f"tpm.tcti={tap.tcti}") as process:
+            wait_for(lambda: bool(tap.exchanges) or process.poll() is not None, 3)
+            began_s = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        assert process.returncode == 3 and time.monotonic() - began_s < 3 and "Traceback" not in err
+
+
+def wait_for(condition: Any, within_s: float = 20) -> None:
+    until_s = time.monotonic() + within_s
+    while not condition() and time.monotonic() < until_s:
+        time.sleep(0.02)

@@ -36,6 +36,7 @@ GOLDEN: dict[str, tuple[Any, str, Any]] = {
     "tpm.owner_auth_file": ("", '"/run/owner"', "/run/owner"),
     "tpm.endorsement_auth_file": ("", '"/run/endorsement"', "/run/endorsement"),
     "tpm.persist_at": (0, "0x81000100", 0x81000100),
+    "tpm.exclusive": (False, "true", True),
     "tpm.i_know_keys_are_in_files": (False, "true", True),
     "hub.port": (8883, "443", 443),
     "hub.connect_to": ("", '"[::1]:8883"', "[::1]:8883"),
@@ -71,10 +72,11 @@ def as_file(key: str, text: str) -> str:
 
 
 def with_scope(key: str) -> dict[str, str]:
-    """An environment without `key`: a simulator needs its folder, the other keys stand alone."""
+    """An environment without `key`: some values need a TPM that fits them, the other keys stand alone."""
     environ = dict(ENVIRON)
-    if key == "tpm.backend":
-        environ["DPS_AGENT_TPM_TCTI"] = "/tmp/tpm"
+    tcti = {"tpm.backend": "/tmp/tpm", "tpm.exclusive": "swtpm:port=2321"}
+    if key in tcti:
+        environ["DPS_AGENT_TPM_TCTI"] = tcti[key]
     environ.pop(environment_name(key), None)
     return environ
 
@@ -218,6 +220,7 @@ BAD = [
     ("tpm.ek_handle", "0"),
     ("tpm.srk_handle", "0x81800000"),
     ("tpm.persist_at", "0x80000000"),
+    ("tpm.exclusive", "1"),
     ("tpm.i_know_keys_are_in_files", "1"),
     ("hub.port", "65536"),
     ("hub.transport", '"amqp"'),
@@ -236,7 +239,8 @@ def test_a_bad_value_names_key_origin_expectation_and_what_came(key: str, text: 
 
 def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     problems = problems_of(
-        'pol = "x"\nendpoint = "ftp://x"\n[hub]\nport = 0\n[tpm]\nbackend = "wire"\nek_handle = 0x81000001\n',
+        'pol = "x"\nendpoint = "ftp://x"\n[hub]\nport = 0\n'
+        '[tpm]\nbackend = "wire"\ntcti = "tabrmd"\nek_handle = 0x81000001\n',
         tmp_path,
         {"STATE_DIRECTORY": "/run/state", "DPS_AGENT_NETWORK_PROXY": "gopher"},
         "retry.registration_budget_s=many",
@@ -250,10 +254,28 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         "network.proxy",
         "retry.registration_budget_s",
         "--set",
-        "tpm.backend",
+        "tpm.tcti",
         "tpm.srk_handle",
         "id_scope",
     ]
+
+
+SHARED = ("device:/dev/tpm0", "device:/dev/tpmrm0", "device", "tabrmd", "tabrmd:bus_type=session", "cmd:tpm2_send")
+
+
+@pytest.mark.parametrize("backend", ["esys", "wire"])
+@pytest.mark.parametrize("tcti", SHARED)
+def test_a_tpm_that_others_may_use_is_never_taken_for_ours_alone(backend: str, tcti: str, tmp_path: Path) -> None:
+    text = f'[tpm]\nbackend = "{backend}"\ntcti = "{tcti}"\n'
+    problems = problems_of(text + "exclusive = true\n", tmp_path)
+    (problem,) = [problem for problem in problems if problem.startswith("tpm.exclusive: expected false")]
+    assert tcti in problem
+    assert str(tmp_path) in problem
+
+
+@pytest.mark.parametrize("tcti", ["swtpm:port=2321", "mssim", "spi-ltt2go", "i2c-helper"])
+def test_a_tpm_without_a_driver_may_be_ours_alone(tcti: str, tmp_path: Path) -> None:
+    assert read(f'[tpm]\ntcti = "{tcti}"\nexclusive = true\n', tmp_path).tpm.exclusive
 
 
 def test_a_missing_id_scope_has_its_own_code_and_is_no_problem_where_none_is_needed(tmp_path: Path) -> None:
@@ -281,9 +303,10 @@ def test_a_named_file_that_is_absent_is_an_error(tmp_path: Path) -> None:
         load(tmp_path / "absent.toml", environ=ENVIRON)
 
 
-def test_the_wire_backend_is_said_to_be_missing_in_this_version(tmp_path: Path) -> None:
-    (problem,) = problems_of('[tpm]\nbackend = "wire"', tmp_path)
-    assert "not in this version" in problem
+@pytest.mark.parametrize("tcti", ["mssim:port=2321", "tabrmd", "swtpm:port=0", "swtpm:path=/run/swtpm", "device:"])
+def test_the_wire_backend_wants_a_device_node_or_a_swtpm(tcti: str, tmp_path: Path) -> None:
+    (problem,) = problems_of(f'[tpm]\nbackend = "wire"\ntcti = "{tcti}"', tmp_path)
+    assert problem.startswith("tpm.tcti: expected device:/dev/tpmrm0 or swtpm:host=HOST,port=PORT") and tcti in problem
 
 
 @pytest.mark.parametrize("tcti", ["", 'tcti = "swtpm:port=2321"'])
@@ -405,3 +428,15 @@ def test_the_template_as_it_is_changes_nothing() -> None:
     loaded = load(TEMPLATE, environ=ENVIRON)
     assert all(loaded.value(key) == config.default_of(key) for key in KEYS if key not in ("id_scope", "state_dir"))
     assert os.path.isabs(loaded.state_dir)
+
+
+def test_a_folder_of_the_system_that_cannot_be_looked_into_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.lstat", denied)
+    with pytest.raises(ConfigurationError) as caught:
+        load(environ={}, system_file=tmp_path / "config.toml")
+    assert caught.value.code == "config.unreadable" and "Permission denied" in caught.value.message

@@ -31,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from dps_emulator.state import StateError
     except ModuleNotFoundError as error:
-        return _complain(f"needs '{error.name}', which is not installed: pip install 'dps-agent[emulator]'", USAGE)
+        return _complain(f"needs '{error.name}', which is not installed: it comes with the extra 'emulator'", USAGE)
     try:
         return int(arguments.run(arguments))
     except ModuleNotFoundError as error:
-        return _complain(f"needs '{error.name}', which is not installed: pip install 'dps-agent[emulator]'", USAGE)
+        return _complain(f"needs '{error.name}', which is not installed: it comes with the extra 'emulator'", USAGE)
     except _UsageError as error:
         return _complain(str(error), USAGE)
     except (StateError, OSError) as error:

@@ -36,6 +36,7 @@ class Provisioned:
     payload: Any  # what a custom allocation returned, None for nothing
     payload_omitted: bool  # it was too large to store
     duration_s: float
+    warnings: tuple[str, ...]  # what else was asked for and could not be done
 
 
 def provision(
@@ -57,8 +58,8 @@ def hub_token(config: Configuration | Path | str | None = None, *, life_s: int =
     AskOperator `record.absent` before the first registration; IdentityStale `record.stale` where the stored
     assignment no longer holds.
     """
-    if not 0 < life_s <= TOKEN_LIFE_LIMIT_S:
-        raise AskOperator("agent.usage", f"life_s: expected 1 to {TOKEN_LIFE_LIMIT_S} seconds; came {life_s}")
+    if not isinstance(life_s, int) or not 0 < life_s <= TOKEN_LIFE_LIMIT_S:
+        raise AskOperator("agent.usage", f"life_s: expected 1 to {TOKEN_LIFE_LIMIT_S} whole seconds; came {life_s}")
     from dps_agent.host.device import hub_token_once
 
     _, token = hub_token_once(_configuration(config), life_s)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from dps_agent.settings import AUTO, POLL_LOOKUP, POLL_OPERATION, Settings, check_registration_id
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
 from dps_hal.errors import AskOperator
+from dps_hal.tcti import parse_tcti
 from dps_hal.tpm_keys import EK_TEMPLATES
 
 SYSTEM_FILE = Path("/etc/dps-agent/config.toml")
@@ -45,7 +46,7 @@ def _setting(default: Any, expected: str, accepts: Callable[[Any], bool]) -> Any
 
 
 def _text(default: str, expected: str, accepts: Callable[[str], bool] = lambda _: True) -> Any:
-    return _setting(default, expected, lambda value: isinstance(value, str) and accepts(value))
+    return _setting(default, expected, lambda value: isinstance(value, str) and value.isprintable() and accepts(value))
 
 
 def _word(*words: str) -> Any:
@@ -55,6 +56,10 @@ def _word(*words: str) -> Any:
 def _whole(default: int, lowest: int, highest: int, unit: str) -> Any:
     expected = f"a whole number {unit} from {lowest} to {highest}"
     return _setting(default, expected, lambda value: type(value) is int and lowest <= value <= highest)
+
+
+def _switch() -> Any:
+    return _setting(False, "true or false", lambda value: type(value) is bool)
 
 
 def _handle(default: int) -> Any:
@@ -100,6 +105,12 @@ def _is_proxy(text: str) -> bool:
     return text in ("env", "none") or (text.startswith("http://") and bool(urlsplit(text).hostname))
 
 
+def _is_ours_alone(tcti: str) -> bool:
+    """Whether a TCTI can reach a TPM that no other program uses: a simulator's socket, or a bus without a driver."""
+    kind = tcti.partition(":")[0]
+    return kind in ("swtpm", "mssim", "libtpms") or kind.startswith(("spi-", "i2c-"))
+
+
 def _is_suffix_list(value: Any) -> bool:
     def is_suffix(text: Any) -> bool:
         letters = text.removeprefix(".").replace("-", "").replace(".", "") if isinstance(text, str) else ""
@@ -141,7 +152,8 @@ class TpmSettings:
     owner_auth_file: str = _text("", "the path of a file, or empty")
     endorsement_auth_file: str = _text("", "the path of a file, or empty")
     persist_at: int = _handle(0)
-    i_know_keys_are_in_files: bool = _setting(False, "true or false", lambda value: type(value) is bool)
+    exclusive: bool = _switch()
+    i_know_keys_are_in_files: bool = _switch()
 
 
 @dataclass(frozen=True)
@@ -186,7 +198,7 @@ class Configuration:
     )
     connect_to: str = _text("", _ADDRESS, lambda text: not text or _is_address(text))
     ca_file: str = _text("", "the path of a file, or empty")
-    state_dir: str = _text("", "the path of a folder, or empty")
+    state_dir: str = _text("", "the path of a folder, of a flash partition such as /dev/mtd3, or empty")
     poll: str = _word(POLL_LOOKUP, POLL_OPERATION)
     payload: dict[str, Any] = field(
         default_factory=dict, metadata={"expected": "a table that JSON can hold (no dates)", "accepts": _is_json_table}
@@ -328,7 +340,7 @@ def load(
     """
     environ = os.environ if environ is None else environ
     collector = _Collector()
-    files = [Path(config_file)] if config_file is not None else _system_files(system_file)
+    files = [Path(config_file)] if config_file is not None else _system_files(system_file, collector)
     for path in files:
         collector.take_file(path)
     _take_environment(collector, environ)
@@ -354,10 +366,27 @@ def load(
     return Configuration(**top, **tables, files=tuple(map(str, files)), origins=collector.origins)
 
 
-def _system_files(system_file: Path) -> list[Path]:
+def _system_files(system_file: Path, collector: "_Collector") -> list[Path]:
     """The system's files that exist; a file that exists but cannot be read is the reader's problem."""
-    first = [system_file] if os.path.lexists(system_file) else []
-    return first + sorted(system_file.with_name("config.d").glob("*.toml"))
+    found: list[Path] = []
+    folder = system_file.with_name("config.d")
+    try:
+        found += [system_file] if _exists(system_file) else []
+        found += (
+            sorted(folder / name for name in os.listdir(folder) if name.endswith(".toml")) if _exists(folder) else []
+        )
+    except OSError as error:
+        collector.problem(f"{error.filename}: cannot be read: {error.strerror}", "config.unreadable")
+    return found
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something at `path`; PermissionError where that cannot be known."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _take_environment(collector: _Collector, environ: Mapping[str, str]) -> None:
@@ -374,13 +403,19 @@ def _check_together(collector: _Collector) -> None:
     values, origins = collector.values, collector.origins
     tcti = values["tpm.tcti"]
     if values["tpm.backend"] == "wire":
-        collector.problem(
-            f'tpm.backend: "wire" is not in this version; use "esys" or "simulator" ({origins["tpm.backend"]})'
-        )
+        try:
+            parse_tcti(tcti)
+        except AskOperator as error:
+            collector.problem(f"tpm.{error.message} ({origins['tpm.tcti']})")
     if values["tpm.backend"] == "simulator" and tcti.split(":")[0] in ("device", "swtpm", "mssim", "tabrmd", "cmd"):
         collector.problem(
             f"tpm.tcti: the simulator expects the folder that holds its keys; came {_shortened(tcti)}"
             f" ({origins['tpm.tcti']})"
+        )
+    if values["tpm.exclusive"] and values["tpm.backend"] != "simulator" and not _is_ours_alone(tcti):
+        collector.problem(
+            "tpm.exclusive: expected false for a TPM that other programs may use, as through a device node or tabrmd;"
+            f" came true with tpm.tcti = {_shortened(tcti)} ({origins['tpm.exclusive']})"
         )
     handles = ("tpm.ek_handle", "tpm.srk_handle", "tpm.persist_at")
     for at, key in enumerate(handles):
@@ -419,6 +454,22 @@ def check_keys_in_hardware(configuration: Configuration) -> None:
             "tpm.simulator_refused",
             f"expected a hardware TPM for {host}; came the simulator, whose keys lie readable in {tpm.tcti}",
         )
+
+
+def check_files(configuration: Configuration) -> None:
+    """ConfigurationError unless every file that the settings name can be used."""
+    problems: list[str] = []
+    for key in ("ca_file", "hub.ca_file"):
+        path = configuration.value(key)
+        if path and not os.access(path, os.R_OK):
+            problems.append(f"{key}: expected a readable file; {path} is none")
+    for key in ("tpm.owner_auth_file", "tpm.endorsement_auth_file"):
+        try:
+            hierarchy_password(key, configuration.value(key))
+        except ConfigurationError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise ConfigurationError("config.invalid", problems)
 
 
 def hierarchy_password(key: str, path: str, environ: "Mapping[str, str] | None" = None) -> bytes:

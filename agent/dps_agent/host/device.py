@@ -17,16 +17,17 @@ from dps_agent.host.progress import StepLines
 from dps_agent.host.runner import Runner
 from dps_agent.lifecycle import PROVISIONED, Lifecycle
 from dps_hal.contracts import IDENTITY
-from dps_hal.errors import AskOperator, Broken, IdentityStale, RetryLater
-from dps_hal.files import FileStore
+from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
+from dps_hal.files import open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
     from dps_agent.assignment import Assignment
     from dps_agent.effects import Effect
     from dps_agent.sas import SasToken
     from dps_hal.contracts import StoredRecord, TpmService
+    from dps_hal.files import LockedStore
 
 
 def open_tpm(configuration: Configuration) -> TpmService:
@@ -41,16 +42,22 @@ def open_tpm(configuration: Configuration) -> TpmService:
         from dps_hal.simulator import SimulatedTpm
 
         return SimulatedTpm(tpm.tcti, ek_template=tpm.ek_template)
+    settings: dict[str, Any] = {
+        "ek_template": tpm.ek_template,
+        "ek_handle": tpm.ek_handle,
+        "srk_handle": tpm.srk_handle,
+        "owner_auth": hierarchy_password("tpm.owner_auth_file", tpm.owner_auth_file),
+        "endorsement_auth": hierarchy_password("tpm.endorsement_auth_file", tpm.endorsement_auth_file),
+        "exclusive": tpm.exclusive,
+    }
+    if tpm.backend == "wire":
+        from dps_hal.wire import WireTpm
+        from dps_hal.wire.device import transport_for
+
+        return WireTpm(transport_for(tpm.tcti), **settings)
     from dps_hal.esys import EsysTpm
 
-    return EsysTpm(
-        tpm.tcti,
-        ek_template=tpm.ek_template,
-        ek_handle=tpm.ek_handle,
-        srk_handle=tpm.srk_handle,
-        owner_auth=hierarchy_password("tpm.owner_auth_file", tpm.owner_auth_file),
-        endorsement_auth=hierarchy_password("tpm.endorsement_auth_file", tpm.endorsement_auth_file),
-    )
+    return EsysTpm(tpm.tcti, **settings)
 
 
 def provision_once(
@@ -79,9 +86,10 @@ def provision_once(
         if steps is not None:
             steps.wait(reason, until_uptime_s - clock.uptime_s())
 
+    store = open_store(configuration.state_dir)
     runner = Runner(
         tpm=tpm,
-        store=FileStore(configuration.state_dir),
+        store=store,
         connection=DpsConnection(
             configuration.endpoint,
             configuration.connect_to,
@@ -95,19 +103,23 @@ def provision_once(
     if with_signals:
         runner.install_signals()
     life = Lifecycle(settings)
-    with _stopped_after(runner, timeout_s):
+    with _held(store), _stopped_after(runner, timeout_s, unless=lambda: life.committed):
         runner.run(life.live(once=True, force=force))
     assignment = life.assignment
-    if life.state != PROVISIONED or assignment is None:
+    if assignment is None or not (life.committed or life.state == PROVISIONED):
         error = life.error or RetryLater("agent.waiting", life.reason)
         if isinstance(error, RetryLater) and error.retry_after_s is None:
             error.retry_after_s = life.retry_after_s
         raise error
-    if life.committed and configuration.tpm.persist_at:
+    warnings = []
+    if life.rolled_back:
+        warnings.append("a newer copy of the stored assignment was damaged, an older one serves")
+    handle = configuration.tpm.persist_at
+    if handle:
         try:
-            tpm.persist(assignment.wrapped_key, configuration.tpm.persist_at)
-        finally:
-            tpm.release()
+            runner.ask_tpm(lambda: tpm.persist(assignment.wrapped_key, handle))
+        except DpsError as error:
+            warnings.append(f"the hub key is not at persist_at {handle:#x}: {error.message}")
     return Provisioned(
         assigned_hub=assignment.assigned_hub,
         device_id=assignment.device_id,
@@ -118,7 +130,29 @@ def provision_once(
         payload=assignment.payload,
         payload_omitted=assignment.payload_omitted,
         duration_s=round(time.monotonic() - started_s, 3),
+        warnings=tuple(warnings),
     )
+
+
+@contextlib.contextmanager
+def _held(store: LockedStore) -> Iterator[None]:
+    """Keeps other processes from registering meanwhile; without a lock where this one may not write anyway."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(AskOperator):  # an assignment that holds needs no writing; else the commit says it
+            stack.enter_context(store.exclusive())
+        yield
+
+
+def endorsement(configuration: Configuration) -> tuple[bytes, bytes | None]:
+    """The TPM's endorsement key, marshalled, and its certificate in DER, None where there is none."""
+    tpm = open_tpm(configuration)
+    runner = offline_runner(configuration, tpm)
+    return runner.ask_tpm(lambda: (tpm.endorsement_key(), tpm.endorsement_certificate()))
+
+
+def offline_runner(configuration: Configuration, tpm: TpmService) -> Runner:
+    """A runner on this device's TPM and store, without any network."""
+    return Runner(tpm=tpm, store=open_store(configuration.state_dir), connection=_NoConnection(), clock=SystemClock())
 
 
 def hub_token_once(configuration: Configuration, life_s: int) -> tuple[Assignment, SasToken]:
@@ -135,34 +169,33 @@ def hub_token_once(configuration: Configuration, life_s: int) -> tuple[Assignmen
         token = yield from hub_token(assignment, life_s)
         return assignment, token
 
-    runner = Runner(
-        tpm=open_tpm(configuration),
-        store=FileStore(configuration.state_dir),
-        connection=_NoConnection(),
-        clock=SystemClock(),
-    )
-    return runner.run(exchange())
+    return offline_runner(configuration, open_tpm(configuration)).run(exchange())
 
 
 @contextlib.contextmanager
-def _stopped_after(runner: Runner, timeout_s: float | None) -> Iterator[None]:
-    """Stops the runner after `timeout_s` seconds, None for never; its interruption is then an end of time."""
-    if timeout_s is None:
-        yield
-        return
+def _stopped_after(runner: Runner, timeout_s: float | None, unless: Callable[[], bool]) -> Iterator[None]:
+    """Stops the runner after `timeout_s` seconds, None for never; its interruption is then an end of time.
+
+    An interruption is none where `unless` says that all that counts was done before.
+    """
     out_of_time = threading.Event()
 
     def stop() -> None:
         out_of_time.set()
         runner.stop()
 
-    timer = threading.Timer(timeout_s, stop)
+    timer = threading.Timer(timeout_s or 0, stop)
     timer.daemon = True
-    timer.start()
+    if timeout_s is not None:
+        timer.start()
     try:
         yield
     except RetryLater as error:
-        if out_of_time.is_set() and error.code == "agent.interrupted":
+        if error.code != "agent.interrupted":
+            raise
+        if unless():
+            return
+        if out_of_time.is_set():
             raise RetryLater("agent.out_of_time", f"not finished within {timeout_s:g} s") from None
         raise
     finally:

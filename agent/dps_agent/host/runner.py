@@ -58,10 +58,16 @@ if TYPE_CHECKING:
 
         answer: Any
         error: DpsError | None
+
+    class _TpmCall(NamedTuple):
+        """An effect of this runner alone: one call of a TPM's that the logic knows nothing of."""
+
+        call: Callable[[], Any]
 else:
     from collections import namedtuple
 
     _Outcome = namedtuple("_Outcome", ("answer", "error"))
+    _TpmCall = namedtuple("_TpmCall", ("call",))
 
 HTTP_DEADLINE_S = 60.0  # one request in all
 TPM_KEY_DEADLINE_S = 180.0  # a TPM may have to create the EK or SRK first: RSA-2048 takes minutes on slow ones
@@ -136,6 +142,15 @@ class Runner:
         self._end(exchange)
         return result
 
+    def ask_tpm(self, call: Callable[[], Result]) -> Result:
+        """Makes one call of the TPM's, such as reading its certificate, with the bounds and the errors of `run`."""
+
+        def exchange() -> Generator[Any, Any, Result]:
+            answer: Result = yield _TpmCall(call)
+            return answer
+
+        return self.run(exchange())
+
     def stop(self) -> None:
         """Ends the exchange at its next effect, and any later one; from a signal handler or another thread.
 
@@ -205,6 +220,8 @@ class Runner:
                 return lambda: tpm.import_key(activation), TPM_DEADLINE_S, "tpm.timeout"
             case Sign(wrapped_key, message):
                 return lambda: tpm.sign(wrapped_key, message), TPM_DEADLINE_S, "tpm.timeout"
+            case _TpmCall(call):
+                return call, TPM_KEY_DEADLINE_S, "tpm.timeout"
             case Commit(record, payload):
                 return lambda: store.commit(record, payload), STORE_DEADLINE_S, "store.io"
             case LoadRecord(record):

@@ -9,18 +9,19 @@ import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn, TextIO
 
-from dps_agent.host.cli import config, enroll, provision, reset, status, token, version
-from dps_agent.host.cli.verb import Outcome, UsageError
-from dps_agent.host.config import SYSTEM_FILE, ConfigurationError
+from dps_agent.host.cli import check, config, enroll, provision, reset, status, token, version
+from dps_agent.host.cli.verb import Outcome, UsageError, error_document, exit_word
+from dps_agent.host.config import SYSTEM_FILE
 from dps_agent.host.progress import printable
 from dps_hal.codes import REMEDIES
-from dps_hal.errors import EXIT_GROUPS, DpsError, RetryLater, exit_group
+from dps_hal.errors import EXIT_GROUPS, DpsError, RetryLater
 from dps_hal.platform import to_json
 
 SCHEMA = "dps-agent/1"
-VERBS = (provision.VERB, status.VERB, enroll.VERB, token.VERB, reset.VERB, config.VERB, version.VERB)
+VERBS = (provision.VERB, status.VERB, enroll.VERB, check.VERB, token.VERB, reset.VERB, config.VERB, version.VERB)
 _EXIT_STATUSES = """\
 exit status:
   0 ok, 1 failed, 2 usage, 3 retry later, 4 refused by the service, 5 TPM, 6 settings
@@ -31,14 +32,15 @@ most used:
   dps-agent status       where the device stands
 """
 
+# With a width of its own: to ask the terminal, argparse imports shutil and its compressors, at every start.
+_HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=78)
+
 
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are exceptions: `--json` has to report them as well."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, **options
-        )
+        super().__init__(allow_abbrev=False, formatter_class=_HELP_FORMAT, add_help=False, **options)
         self.color = False  # Python 3.14 colours help by itself
         self.add_argument("-h", "--help", action="help", help="show this help")
 
@@ -89,27 +91,6 @@ def _run(arguments: Sequence[str] | None) -> int:
     else:
         text = "".join(f"{printable(line)}\n" for line in outcome.lines)
     return _write(text, EXIT_GROUPS.index(outcome.code))
-
-
-def error_document(error: DpsError) -> dict[str, Any]:
-    """The value of `error` in a JSON document."""
-    document: dict[str, Any] = {
-        "code": error.code,
-        "message": error.message,
-        "remedy": REMEDIES.get(error.code, ""),
-        "retryAfterS": error.retry_after_s,
-        "requestId": error.request_id,
-    }
-    if isinstance(error, ConfigurationError):
-        document["problems"] = list(error.problems)
-    return document
-
-
-def exit_word(error: DpsError) -> str:
-    """The word of EXIT_GROUPS for an error: a missing package is a matter of usage, whichever part missed it."""
-    if error.code in ("agent.usage", "tpm.not_available"):
-        return "usage"
-    return exit_group(error)
 
 
 def _parser() -> _Parser:

@@ -1,7 +1,6 @@
 """`dps-agent config`: the settings with the origin of each, or only whether they can be used."""
 
 import argparse
-import os
 from typing import Any
 
 from dps_agent.host.cli.verb import Outcome, Verb, configuration_of
@@ -9,9 +8,8 @@ from dps_agent.host.config import (
     KEYS,
     SYSTEM_FILE,
     Configuration,
-    ConfigurationError,
+    check_files,
     check_keys_in_hardware,
-    hierarchy_password,
     without_password,
 )
 
@@ -28,7 +26,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
     if arguments.action == "show":
         return _show(configuration_of(arguments, need_id_scope=False), arguments.config)
     configuration = configuration_of(arguments)
-    _check_files(configuration)
+    check_files(configuration)
+    _check_connection(configuration)
     check_keys_in_hardware(configuration)
     files = list(configuration.files)
     return Outcome([f"the settings are valid ({', '.join(files) or 'no file, defaults only'})"], {"files": files})
@@ -65,20 +64,11 @@ def _safe(key: str, value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check_files(configuration: Configuration) -> None:
-    """ConfigurationError unless every file that the settings name can be used."""
-    problems: list[str] = []
-    for key in ("ca_file", "hub.ca_file"):
-        path = configuration.value(key)
-        if path and not os.access(path, os.R_OK):
-            problems.append(f"{key}: expected a readable file; {path} is none")
-    for key in ("tpm.owner_auth_file", "tpm.endorsement_auth_file"):
-        try:
-            hierarchy_password(key, configuration.value(key))
-        except ConfigurationError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise ConfigurationError("config.invalid", problems)
+def _check_connection(configuration: Configuration) -> None:
+    """AskOperator `config.invalid` unless a connection can be made of endpoint, connect_to and ca_file."""
+    from dps_agent.host.https import DpsConnection
+
+    DpsConnection(configuration.endpoint, configuration.connect_to, configuration.ca_file)
 
 
 def as_toml(value: Any) -> str:

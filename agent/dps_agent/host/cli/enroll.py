@@ -8,7 +8,14 @@ from dps_agent.host.config import Configuration
 from dps_agent.settings import AUTO
 
 FORMATS = ("text", "csv", "json", "az")
-CSV_HEADER = "registrationId,endorsementKey,ekTemplate,backend"
+CSV_HEADER = "registrationId,endorsementKey,backend"
+
+CERTIFICATE_SAYS = {  # by the words of dps_hal.ek_certificate
+    "match": "match: it names this endorsement key, which is therefore of the template tcg-l1",
+    "mismatch": "mismatch: it names another key, as for a key of the template azure-c-sdk",
+    "absent": "absent: the TPM holds none",
+    "unreadable": "unreadable: what the TPM holds is no X.509 certificate of an RSA key",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,20 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Reads the endorsement key and says how to enrol it."""
-    from dps_agent.host.device import open_tpm
+    from dps_agent.host.device import endorsement
     from dps_agent.messages import to_base64
+    from dps_hal import ek_certificate
     from dps_hal.platform import sha256, to_json
     from dps_hal.tpm_keys import registration_id_from_ek
 
     if arguments.json and arguments.format not in (None, "json"):
         raise UsageError(f"--json and --format {arguments.format} exclude each other")
     configuration = configuration_of(arguments, need_id_scope=False)
-    tpm = open_tpm(configuration)
-    try:
-        endorsement_key = tpm.endorsement_key()
-        has_certificate = tpm.endorsement_certificate() is not None
-    finally:
-        tpm.release()
+    endorsement_key, certificate = endorsement(configuration)
+    verdict = ek_certificate.compare(certificate, endorsement_key)
     encoded = to_base64(endorsement_key)
     derived = registration_id_from_ek(endorsement_key)
     fingerprint = sha256(endorsement_key).hex()
@@ -45,12 +49,12 @@ def run(arguments: argparse.Namespace) -> Outcome:
         "registrationId": registration_id,
         "endorsementKey": encoded,
         "derivedIds": {"base32": derived, "hex": fingerprint},
-        "ekTemplate": configuration.tpm.ek_template,
-        "ekCertificate": has_certificate,
+        "ekCertificate": verdict,
+        "ekTemplate": "tcg-l1" if verdict == ek_certificate.MATCH else None,
         "backend": configuration.tpm.backend,
     }
     if arguments.format == "csv":
-        fields = (registration_id, encoded, configuration.tpm.ek_template, configuration.tpm.backend)
+        fields = (registration_id, encoded, configuration.tpm.backend)
         return Outcome([CSV_HEADER, ",".join(fields)], document)
     if arguments.format == "json":
         # the body of the service API's "create or update individual enrollment"
@@ -63,8 +67,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
         ("endorsement key", encoded),
         ("derived ids", f"{derived} (base32 of SHA-256, as Microsoft's tools)"),
         ("", f"{fingerprint} (hex of SHA-256, as the IoT Edge script)"),
-        ("EK template", configuration.tpm.ek_template),
-        ("EK certificate", "in the TPM" if has_certificate else "none in the TPM"),
+        ("EK certificate", CERTIFICATE_SAYS[verdict]),
         ("TPM", backend_shown(configuration)),
     ]
     return Outcome(table(rows), document)

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from dps_agent.host.cli.verb import Outcome, Verb, backend_shown, configuration_of, seconds_up_to, table
-from dps_agent.host.progress import StepLines
+from dps_agent.host.progress import StepLines, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +33,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
         steps=StepLines(sys.stderr, arguments.verbose),
         with_signals=True,
     )
+    for warning in provisioned.warnings:
+        print(f"dps-agent: {printable(warning)}", file=sys.stderr)
     document: dict[str, Any] = {_camel(name): value for name, value in dataclasses.asdict(provisioned).items()}
     title = "already provisioned, nothing was done (--force registers again)"
     lines = [

@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Erases both records; needs no TPM and no network."""
-    from dps_hal.files import FileStore
+    from dps_hal.files import open_store
 
     configuration = configuration_of(arguments, need_id_scope=False)
-    store = FileStore(configuration.state_dir)
+    store = open_store(configuration.state_dir)
     found = {record: text for record in (IDENTITY, PROGRESS) if (text := _description(store, record))}
     if found and not arguments.yes:
         _ask(found, configuration.state_dir, arguments.json)

@@ -17,10 +17,10 @@ def run(arguments: argparse.Namespace) -> Outcome:
     """Reads the records; needs no TPM, no network and no permission to write."""
     from dps_agent.assignment import Assignment, decode, difference
     from dps_agent.lifecycle import HALTED, PROVISIONED, WAITING, Progress, decode_progress
-    from dps_hal.files import FileStore
+    from dps_hal.files import open_store
 
     configuration = configuration_of(arguments, need_id_scope=False)
-    store = FileStore(configuration.state_dir)
+    store = open_store(configuration.state_dir)
     stored = store.load(IDENTITY)
     progress = _progress(store, PROGRESS, decode_progress)
     assignment: Assignment | None = None

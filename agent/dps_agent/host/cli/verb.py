@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dps_agent.host.config import Configuration, load
-from dps_hal.errors import AskOperator
+from dps_agent.host.config import Configuration, ConfigurationError, load
+from dps_hal.codes import REMEDIES
+from dps_hal.errors import AskOperator, DpsError, exit_group
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,27 @@ def configuration_of(arguments: argparse.Namespace, *, need_id_scope: bool = Tru
     """The settings that the command line asks for."""
     overrides = [*arguments.set_before, *arguments.set_after]
     return load(arguments.config, overrides=overrides, need_id_scope=need_id_scope)
+
+
+def error_document(error: DpsError) -> dict[str, Any]:
+    """The value of `error` in a JSON document."""
+    document: dict[str, Any] = {
+        "code": error.code,
+        "message": error.message,
+        "remedy": REMEDIES.get(error.code, ""),
+        "retryAfterS": error.retry_after_s,
+        "requestId": error.request_id,
+    }
+    if isinstance(error, ConfigurationError):
+        document["problems"] = list(error.problems)
+    return document
+
+
+def exit_word(error: DpsError) -> str:
+    """The word of EXIT_GROUPS for an error: a missing package is a matter of usage, whichever part missed it."""
+    if error.code in ("agent.usage", "tpm.not_available"):
+        return "usage"
+    return exit_group(error)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> list[str]:

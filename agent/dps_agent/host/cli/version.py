@@ -1,7 +1,6 @@
 """`dps-agent version`: what is installed, for a report."""
 
 import argparse
-import platform
 
 from dps_agent.host.cli.verb import Outcome, Verb, no_arguments, table
 
@@ -10,6 +9,7 @@ PACKAGES = ("dps-agent", "tpm2-pytss", "cryptography", "paho-mqtt", "ujson")
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Shows the versions of the agent, of what it uses and of Python; imports none of them."""
+    import platform
     from importlib.metadata import PackageNotFoundError, version
 
     versions: dict[str, str | None] = {}
