@@ -82,6 +82,7 @@ class Lifecycle:
         self.state = BOOT
         self.reason = "starting"  # why it is in this state, in words
         self.assignment: Assignment | None = None  # the identity that holds
+        self.former: Assignment | None = None  # the identity that this life replaced
         self.committed = False  # this life stored a new identity
         self.rolled_back = False  # a newer copy of the record was damaged, an older one serves
         self.error: DpsError | None = None  # what ended the last attempt
@@ -167,6 +168,7 @@ class Lifecycle:
                 self._uncommitted = None  # it will never fit; a later registration may bring a smaller one
             event = yield from self._failed(error)
             return event
+        self.former = self.assignment
         self.assignment = self._uncommitted[0]
         self._uncommitted = None
         self.committed = True

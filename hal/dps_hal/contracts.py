@@ -103,8 +103,11 @@ class TpmService(Tpm, Protocol):
         """The manufacturer's EK certificate in DER from NV index 0x01C00002, or None where there is none."""
         ...
 
-    def persist(self, wrapped_key: bytes, handle: int) -> None:
-        """Makes the wrapped key a persistent object at `handle` for other programs."""
+    def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
+        """Makes the wrapped key a persistent object at `handle` for other programs.
+
+        What is there is replaced only if it is the wrapped key `former`; else AskOperator `tpm.handle_taken`.
+        """
         ...
 
     def condition(self) -> TpmCondition:

@@ -75,6 +75,7 @@ if TYPE_CHECKING:
 
     Answer = TypeVar("Answer")
 
+_WITHOUT_RESOURCE_MANAGER = ("swtpm", "mssim", "libtpms")  # TCTIs of a TPM that is ours for as long as we are connected
 _OTHER_SRK_HANDLES = range(SRK_HANDLE + 1, 0x81000100)  # where ours goes when the usual handle is taken
 _PUBLIC_SIZES = (len(ek_public(bytes(RSA_BYTES))), len(srk_public(bytes(RSA_BYTES))))
 
@@ -195,8 +196,8 @@ class EsysTpm:
         """As `TpmService.endorsement_certificate`; what follows the DER in the index is cut off."""
         return self._operate(self._endorsement_certificate)
 
-    def persist(self, wrapped_key: bytes, handle: int) -> None:
-        """As `TpmService.persist`: replaces an HMAC key, but nothing else (AskOperator `tpm.handle_taken`)."""
+    def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
+        """As `TpmService.persist`."""
         public, private = unwrap(wrapped_key)
         check_owner_handle(handle)
 
@@ -207,7 +208,7 @@ class EsysTpm:
                 if present is not None:
                     if present.public == public:
                         return
-                    check_replaceable(present.public, handle)
+                    check_replaceable(present.public, handle, former)
                     self._evict_control(present.handle, handle, session)
                 self._evict_control(key, handle, session)
 
@@ -275,9 +276,10 @@ class EsysTpm:
 
     def _close(self) -> None:
         """Closes the context; what could not be flushed is left to the next one."""
-        for handle in self._held:
-            with contextlib.suppress(self._tss.TSS2_Exception):  # the library's own memory; no TPM is asked
-                self._orphans.append(int(self._esapi.tr_get_tpm_handle(esys_handle=handle)))
+        if self._tcti.partition(":")[0] in _WITHOUT_RESOURCE_MANAGER:
+            for handle in self._held:
+                with contextlib.suppress(self._tss.TSS2_Exception):  # the library's own memory; no TPM is asked
+                    self._orphans.append(int(self._esapi.tr_get_tpm_handle(esys_handle=handle)))
         self._esapi.close()
         self._esapi = None
         self._forget_connection()
@@ -285,8 +287,8 @@ class EsysTpm:
     def _flush_orphans(self) -> None:
         """Flushes what an earlier connection left; a TPM without resource manager keeps it, and has three slots.
 
-        The bytes go past ESAPI, which knows only what this context made. Where the TPM has restarted it refuses them;
-        a resource manager gives the handles of others to nobody.
+        The bytes go past ESAPI, which knows only what this context made. Where the TPM has restarted it refuses them.
+        Behind a device node or a broker the kernel or the broker does it, and the handle may be another program's now.
         """
         tcti = self._esapi.get_tcti()
         try:

@@ -33,6 +33,7 @@ from dps_hal.tpm_keys import (
     unwrap,
     wrap,
 )
+from dps_hal.tpm_upkeep import check_replaceable
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
@@ -97,9 +98,16 @@ class SimulatedTpm:
         """None: no manufacturer vouches for a simulated TPM."""
         return None
 
-    def persist(self, wrapped_key: bytes, handle: int) -> None:
-        """Keeps the wrapped key in the folder under its handle, in place of an earlier one."""
+    def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
+        """Keeps the wrapped key in the folder under its handle, in place of `former`."""
         self._load(wrapped_key)
+        try:
+            with open(os.path.join(self._folder, _persistent_file(handle)), "rb") as file:
+                present = file.read()
+        except FileNotFoundError:
+            present = b""
+        if present and present != wrapped_key:
+            check_replaceable(unwrap(present)[0], handle, former)
         self._write(_persistent_file(handle), wrapped_key, replace=True)
 
     def condition(self) -> TpmCondition:

@@ -73,7 +73,7 @@ class RefusedError(Exception):
             return True
         if self.base == FMT1_HANDLE and not self.parameter:
             return True
-        return self.base in _FMT1_AUTH and self.command not in _ON_HIERARCHIES
+        return self.base in _FMT1_AUTH and self.command not in _ON_HIERARCHIES and self.command != "nv_read"
 
 
 def error_of(refused: RefusedError, locked_out: "Callable[[str], RetryLater]") -> "DpsError":

@@ -38,7 +38,7 @@ def is_srk(public: bytes) -> bool:
 def refuse_at_the_brink(properties: "dict[int, int]") -> None:
     """RetryLater `tpm.locked_out` where one more failure locks keys without noDA out."""
     counter, maximum = properties.get(PT_LOCKOUT_COUNTER, 0), properties.get(PT_LOCKOUT_COUNTER + 1, 2)
-    if counter >= maximum - 1:
+    if 0 < counter >= maximum - 1:
         raise locked_out(f"the TPM has counted {counter} of {maximum} failures", properties)
 
 

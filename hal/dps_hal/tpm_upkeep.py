@@ -4,7 +4,6 @@ import struct
 
 from dps_hal.contracts import TpmCondition
 from dps_hal.errors import AskOperator
-from dps_hal.tpm_keys import check_id_key_public
 from dps_hal.tpm_rules import PT_LOCKOUT_COUNTER, PT_LOCKOUT_INTERVAL
 
 TYPE_CHECKING = False
@@ -28,13 +27,15 @@ def check_owner_handle(handle: int) -> None:
         raise AskOperator("config.invalid", f"persist_at: expected 0x81000000 to 0x817fffff; came 0x{handle:08x}")
 
 
-def check_replaceable(public: bytes, handle: int) -> None:
-    """AskOperator `tpm.handle_taken` unless the TPM2B_PUBLIC at `handle` is an HMAC key as we persist them."""
-    try:
-        check_id_key_public(public)
-    except (ValueError, AskOperator):
+def check_replaceable(public: bytes, handle: int, former: bytes) -> None:
+    """AskOperator `tpm.handle_taken` unless the TPM2B_PUBLIC at `handle` is that of the wrapped key `former`.
+
+    Other programs keep HMAC keys of the same kind, Azure's own clients at the very same handle.
+    """
+    if not former or former[: len(public)] != public:
         raise AskOperator(
-            "tpm.handle_taken", f"persist_at: expected a free handle or an HMAC key at 0x{handle:08x}; came another"
+            "tpm.handle_taken",
+            f"persist_at: expected a free handle or this agent's earlier key at 0x{handle:08x}; came another",
         )
 
 

@@ -371,7 +371,7 @@ def test_a_key_that_cannot_be_persisted_is_a_warning_and_the_next_run_tries_agai
     assert again.already_provisioned and again.warnings == () and path.exists()
 
 
-def refuse_to_persist(tpm: SimulatedTpm, wrapped_key: bytes, handle: int) -> None:
+def refuse_to_persist(tpm: SimulatedTpm, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
     raise AskOperator("tpm.nv_full", "the TPM has no room")
 
 

@@ -380,8 +380,14 @@ def test_a_cleared_tpm_makes_identity_and_answer_stale(machine: Swtpm, open_tpm:
 
 def test_persist_puts_the_key_where_other_programs_find_it(machine: Swtpm, open_tpm: OpenTpm) -> None:
     tpm = open_tpm(machine.tcti)
+    former = b""
     for key in (KEY, KEY, b"another key"):
-        tpm.persist(tpm.import_key(blob_for(tpm, key)), 0x81000100)
+        wrapped_key = tpm.import_key(blob_for(tpm, key))
+        tpm.persist(wrapped_key, 0x81000100, former)
+        former = wrapped_key
+    stranger = tpm.import_key(blob_for(tpm))
+    for wrong in (b"", stranger):  # an HMAC key all the same, as other programs keep them there
+        assert_refused(lambda wrong=wrong: tpm.persist(stranger, 0x81000100, wrong), AskOperator, "tpm.handle_taken")
     assert_refused(lambda: tpm.persist(tpm.import_key(blob_for(tpm)), SRK_HANDLE), AskOperator, "tpm.handle_taken")
     assert_refused(lambda: tpm.persist(tpm.import_key(blob_for(tpm)), 0x80000000), AskOperator, "config.invalid")
     tpm.release()

@@ -111,7 +111,8 @@ def test_clear_of_a_tpm_that_was_never_used_changes_nothing(tmp_path: Path) -> N
 def test_persist_keeps_a_usable_key_alone_and_the_newest(tmp_path: Path, tpm: SimulatedTpm) -> None:
     first, second = tpm.import_key(blob_for(tpm)), tpm.import_key(blob_for(tpm))
     tpm.persist(first, 0x81000100)
-    tpm.persist(second, 0x81000100)
+    assert_refused(lambda: tpm.persist(second, 0x81000100), AskOperator, "tpm.handle_taken")
+    tpm.persist(second, 0x81000100, first)
     assert (tmp_path / "press-07" / "persistent-81000100.key").read_bytes() == second
     assert_refused(lambda: tpm.persist(first[:-1], 0x81000100), IdentityStale, "tpm.key_stale")
     assert (tmp_path / "press-07" / "persistent-81000100.key").read_bytes() == second

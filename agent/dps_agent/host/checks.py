@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dps_agent.assignment import decode
 from dps_agent.effects import LoadRecord
 from dps_agent.host.config import Configuration, ConfigurationError, check_files
-from dps_agent.host.device import offline_runner, open_tpm
+from dps_agent.host.device import certificate_of, offline_runner, open_tpm
 from dps_hal import ek_certificate
 from dps_hal.codes import REMEDIES
 from dps_hal.contracts import IDENTITY
@@ -227,7 +227,7 @@ def _tpm_srk(device: Device) -> Finding:
 
 
 def _tpm_certificate(device: Device) -> Finding:
-    verdict = ek_certificate.compare(device.ask(lambda tpm: tpm.endorsement_certificate()), device.endorsement_key)
+    verdict = ek_certificate.compare(device.ask(certificate_of), device.endorsement_key)
     template = device.configuration.tpm.ek_template
     if verdict == ek_certificate.MATCH:
         if template == "tcg-l1":
@@ -249,7 +249,9 @@ def _tpm_certificate(device: Device) -> Finding:
     if verdict == ek_certificate.ABSENT:
         return Finding(OK, "absent: the TPM holds none, and none is needed to register")
     return Finding(
-        WARNING, "unreadable: what the TPM holds is no X.509 certificate of an RSA key", "ask the TPM's manufacturer"
+        WARNING,
+        "unreadable: what the TPM holds is no X.509 certificate of an RSA key, or may not be read",
+        "ask the TPM's manufacturer",
     )
 
 
@@ -313,7 +315,7 @@ def _failures_counted(condition: TpmCondition) -> str:
 
 
 def _is_at_the_brink(condition: TpmCondition) -> bool:
-    return condition.lockout_counter >= condition.lockout_maximum - 1
+    return 0 < condition.lockout_counter >= condition.lockout_maximum - 1
 
 
 CHECKS: Sequence[Check] = (

@@ -117,7 +117,8 @@ def provision_once(
     handle = configuration.tpm.persist_at
     if handle:
         try:
-            runner.ask_tpm(lambda: tpm.persist(assignment.wrapped_key, handle))
+            former = life.former.wrapped_key if life.former else b""
+            runner.ask_tpm(lambda: tpm.persist(assignment.wrapped_key, handle, former))
         except DpsError as error:
             warnings.append(f"the hub key is not at persist_at {handle:#x}: {error.message}")
     return Provisioned(
@@ -147,7 +148,18 @@ def endorsement(configuration: Configuration) -> tuple[bytes, bytes | None]:
     """The TPM's endorsement key, marshalled, and its certificate in DER, None where there is none."""
     tpm = open_tpm(configuration)
     runner = offline_runner(configuration, tpm)
-    return runner.ask_tpm(lambda: (tpm.endorsement_key(), tpm.endorsement_certificate()))
+    return runner.ask_tpm(lambda: (tpm.endorsement_key(), certificate_of(tpm)))
+
+
+def certificate_of(tpm: TpmService) -> bytes | None:
+    """The EK certificate as `TpmService.endorsement_certificate`; empty where the TPM does not let it be read.
+
+    A certificate that somebody put behind a password says nothing about whether this TPM can register.
+    """
+    try:
+        return tpm.endorsement_certificate()
+    except AskOperator:
+        return b""
 
 
 def offline_runner(configuration: Configuration, tpm: TpmService) -> Runner:

@@ -200,8 +200,8 @@ class WireTpm:
 
         return self._operate(lambda: endorsement_certificate(self._connection))
 
-    def persist(self, wrapped_key: bytes, handle: int) -> None:
-        """As `TpmService.persist`: replaces an HMAC key, but nothing else (AskOperator `tpm.handle_taken`)."""
+    def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
+        """As `TpmService.persist`."""
         from dps_hal.tpm_upkeep import check_owner_handle, check_replaceable
 
         public, private = unwrap(wrapped_key)
@@ -212,7 +212,7 @@ class WireTpm:
             if present is not None:
                 if present.public == public:
                     return
-                check_replaceable(present.public, handle)
+                check_replaceable(present.public, handle, former)
                 self._evict_control(present, handle, self._salted_session())
             self._evict_control(key, handle, self._salted_session())
 
@@ -257,7 +257,8 @@ class WireTpm:
 
     def _close(self) -> None:
         """Ends the connection; what could not be flushed is left to the next one."""
-        self._orphans += self._held
+        if not self._connection.managed:
+            self._orphans += self._held
         self._connection.close()
         self._opened = False
         self._forget_connection()
@@ -265,7 +266,8 @@ class WireTpm:
     def _flush_orphans(self) -> None:
         """Flushes what an earlier connection left; a TPM without resource manager keeps it, and has three slots.
 
-        Where the TPM has restarted it refuses them; a resource manager gives the handles of others to nobody.
+        Where the TPM has restarted it refuses them. Behind a device node the kernel does it, and the handle may be
+        another program's now.
         """
         while self._orphans:
             self._flush_handle(self._orphans[-1])
@@ -330,7 +332,9 @@ class WireTpm:
         held = len(self._held)
         try:
             if self._owner_auth or self._endorsement_auth:
-                session = self._start_session(self._create_primary(NULL, srk_template(), None))
+                primary = self._create_primary(NULL, srk_template(), None)
+                check_srk_public(primary.public)
+                session = self._start_session(primary)
             created = self._create_primary(ENDORSEMENT, self._ek_template, session)
             check_ek_public(created.public)
             return self._evict_control(created, self._ek_handle, session)

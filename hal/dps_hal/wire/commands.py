@@ -91,6 +91,7 @@ class Connection:
 
     def __init__(self, transport: "Transport", while_waiting: "WhileWaiting | None") -> None:
         self._transport = transport
+        self.managed = getattr(transport, "managed", False)  # a resource manager behind it flushes what is left
         self._while_waiting = while_waiting
         self._started_ms = 0
         self._limit_ms = 0

@@ -24,6 +24,8 @@ _MAX_RESPONSE_BYTES = 4096  # TPM_BUFSIZE of the kernel's driver
 class DeviceTransport:
     """One open device node; it is opened by the first command."""
 
+    managed = True
+
     def __init__(self, path: str) -> None:
         self._path = path
         self._node = -1
@@ -83,7 +85,10 @@ def _denied(path: str) -> str:
     import pwd
     import stat
 
-    node = os.stat(path)
+    try:
+        node = os.stat(path)
+    except OSError as error:  # a folder above it may not be searched
+        return f"{path} cannot be looked at: {error.strerror}; let this user search the folders above it"
     owner = _name_of(node.st_uid, lambda number: pwd.getpwuid(number).pw_name)
     group = _name_of(node.st_gid, lambda number: grp.getgrgid(number).gr_name)
     user = _name_of(os.geteuid(), lambda number: pwd.getpwuid(number).pw_name)
