@@ -18,7 +18,7 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 PROGRAM = "tests/support/system_pytss.py"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Swtpm, Swtpm]]:
     with Swtpm(tmp_path_factory.mktemp("tpm")) as first, Swtpm(tmp_path_factory.mktemp("tpm")) as second:
         yield first, second
