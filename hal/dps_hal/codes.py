@@ -6,7 +6,7 @@ The messages at the places that raise say what was expected and what came; the r
 REMEDIES: dict[str, str] = {
     # tpm
     "tpm.absent": "check that the TPM device or socket named by [tpm] tcti exists and that its service runs",
-    "tpm.denied": "give the agent's user access to the TPM: add it to the group 'tss' and start a new session",
+    "tpm.denied": "give the agent's user access to the TPM, as the message says, and start a new session",
     "tpm.locked_out": "wait for the TPM's own recovery time; do not retry by hand, each failure prolongs it",
     "tpm.busy": "another program holds the TPM; use /dev/tpmrm0, or stop the other program",
     "tpm.bus_altered": "something between the agent and the TPM alters what passes: check the wiring, look for an"
@@ -14,7 +14,7 @@ REMEDIES: dict[str, str] = {
     "tpm.timeout": "the TPM did not answer in time; power-cycle the device if this repeats",
     "tpm.memory": "the TPM has no free object or session slot; use /dev/tpmrm0, or flush what other programs left",
     "tpm.failure_mode": "the TPM reports a failure of its own; power-cycle the device, replace the TPM if it repeats",
-    "tpm.failed": "the TPM refused a command; the message has its return code",
+    "tpm.failed": "power-cycle the device; if it repeats, report the return code in the message to the TPM's maker",
     "tpm.hierarchy_auth": "the owner or endorsement hierarchy has a password: set owner_auth_file or"
     " endorsement_auth_file in [tpm]",
     "tpm.ek_unsuitable": "the object at ek_handle is no RSA-2048 endorsement key of the TCG template: set another"
@@ -30,6 +30,12 @@ REMEDIES: dict[str, str] = {
     "tpm.handle_taken": "persist_at holds something that is no HMAC key: set another handle, or have the TPM's owner"
     " free it",
     "tpm.nv_full": "the TPM has no room for another persistent object: free one with its owner's tools",
+    "tpm.certificate_locked": "none is needed to register; have the TPM's owner read NV index 0x01C00002",
+    "tpm.nv_unavailable": "the TPM cannot write its memory now; the agent tries again by itself; power-cycle the device"
+    " if this repeats",
+    "tpm.not_started": "power-cycle the device; if it repeats, enable the TPM in the machine's firmware settings",
+    "tpm.upgrading": "finish the upgrade of the TPM's firmware with its maker's tool, then power-cycle the device",
+    "tpm.unsupported": "this TPM lacks a command that a registration needs: upgrade its firmware, or replace it",
     "tpm.not_available": "install the agent with its extra 'tpm' or 'simulator', as the README says",
     "tpm.simulator_refused": "a simulated TPM keeps its keys in plain files; use real hardware, or set"
     " i_know_keys_are_in_files = true in [tpm]",
@@ -73,20 +79,33 @@ REMEDIES: dict[str, str] = {
     "network.closed": "the connection broke; the agent tries again later",
     "network.dns": "the endpoint's name did not resolve: check endpoint, DNS and the network cable",
     "network.protocol": "the peer does not speak HTTP: check endpoint and connect_to",
+    "network.proxy": "put the proxy's user and password into network.proxy, or into the variable https_proxy",
     "network.timeout": "no answer in time; check the network and the firewall (outgoing TCP 443)",
     "network.tls": "the server's certificate was not verified: check ca_file, the endpoint's name and the clock",
     "network.too_large": "the answer is larger than any DPS answer; check endpoint",
     "network.unreachable": "no connection to the endpoint; check the network and the firewall (outgoing TCP 443)",
     # clock
+    "hub.lost": "nothing to do unless it lasts: then check the way to the hub, TCP port 8883 (or 443 for WebSocket)",
+    "hub.not_found": "check DNS on the device; if the hub was deleted the device registers again by itself",
+    "hub.refused": "nothing to do: after two refusals the device registers again; is the device disabled in the hub?",
+    "hub.protocol": "report it with the agent's version; something that is no IoT hub may answer at this name",
+    "network.not_found": "check that the hub still exists",
     "clock.not_set": "set the device's clock, or let NTP set it",
     # config
     "config.invalid": "correct the setting that the message names",
     "config.missing": "set the setting that the message names",
+    "config.no_random_source": "let the board's program call declare_random_source with its hardware's generator",
     "config.unreadable": "make the settings file readable and valid TOML",
     # agent
     "agent.bug": "this is a defect of dps-agent: report it with the output of 'dps-agent version'",
+    "agent.busy": "try again in a moment",
+    "agent.denied": "run it as root or as the service's own user; programs that send telemetry need the group"
+    " dps-agent-clients",
     "agent.interrupted": "run the command again",
+    "agent.not_connected": "try again later; 'dps-agent status' says why there is no connection to the hub",
+    "agent.not_running": "look at the service with 'systemctl status dps-agent', then run the command again",
     "agent.out_of_time": "run the command again, with a longer --timeout",
+    "agent.unknown_event": "nothing to do: it was answered already, took too long, or will be delivered again",
     "agent.usage": "see 'dps-agent --help'",
     "agent.waiting": "wait, or run 'dps-agent provision' to try now",
 }

@@ -97,16 +97,32 @@ class Tpm(Protocol):
 
 
 class TpmService(Tpm, Protocol):
-    """What `check`, `enroll` and diagnostics need beyond the logic."""
+    """What `check`, `enroll` and diagnostics need beyond the logic.
+
+    `srk_found_at` is the persistent handle of the SRK as it was last used, 0 where the TPM has no room for it and
+    makes it anew at each start, None before its first use and where nothing has a handle.
+    """
+
+    srk_found_at: "int | None"
 
     def endorsement_certificate(self) -> "bytes | None":
-        """The manufacturer's EK certificate in DER from NV index 0x01C00002, or None where there is none."""
+        """The manufacturer's EK certificate in DER from NV index 0x01C00002, or None where there is none.
+
+        AskOperator `tpm.certificate_locked`: reading it takes a password, or could count as a failed guess.
+        """
         ...
 
     def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
         """Makes the wrapped key a persistent object at `handle` for other programs.
 
         What is there is replaced only if it is the wrapped key `former`; else AskOperator `tpm.handle_taken`.
+        """
+        ...
+
+    def try_passwords(self) -> None:
+        """Uses the hierarchies' passwords that are set once, for nothing else; a wrong one counts towards no lockout.
+
+        AskOperator `tpm.hierarchy_auth` names the one that is wrong.
         """
         ...
 
@@ -135,6 +151,10 @@ class Store(Protocol):
 
     def erase(self, record: str) -> None:
         """Makes the record empty; after a cut at any point it is the current one or none, never an earlier one."""
+        ...
+
+    def forget_older(self, record: str) -> None:
+        """Leaves nothing in the storage that the record was before; what it is now stays. Raises as `commit` does."""
         ...
 
 

@@ -17,7 +17,9 @@ from dps_hal.activation import Activation, parse_activation
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.tpm_errors import (
-    FMT1_HANDLE,
+    LAYER_ESYS,
+    LAYER_MARSHALLING,
+    LAYER_SYS,
     RC_ALTERED,
     RC_INITIALIZE,
     RC_NV_SPACE,
@@ -46,24 +48,30 @@ from dps_hal.tpm_rules import (
     COMMAND_LIMIT_S,
     KEY_CREATION_LIMIT_S,
     LEFTOVERS,
+    LOADED_SESSIONS,
     MAX_BUFFER_BYTES,
+    PERSISTENT,
     PT_LOCKOUT_COUNTER,
     PT_LOCKOUT_INTERVAL,
     RELEASE_LIMIT_S,
+    TRANSIENT,
     check_passwords,
     is_srk,
+    kind_of,
     locked_out,
     refuse_at_the_brink,
 )
 from dps_hal.tpm_upkeep import (
     EK_CERTIFICATE_INDEX,
-    NV_CHUNK_BYTES,
     PT_FIRMWARE_VERSION_1,
     PT_MANUFACTURER,
+    PT_NV_BUFFER_MAX,
     PT_PERMANENT,
     check_owner_handle,
+    check_readable,
     check_replaceable,
     condition_of,
+    nv_chunk_bytes,
     without_padding,
 )
 
@@ -77,8 +85,18 @@ if TYPE_CHECKING:
 
 _WITHOUT_RESOURCE_MANAGER = ("swtpm", "mssim", "libtpms")  # TCTIs of a TPM that is ours for as long as we are connected
 _OTHER_SRK_HANDLES = range(SRK_HANDLE + 1, 0x81000100)  # where ours goes when the usual handle is taken
+_SHA256 = struct.pack(">H", ALG_SHA256)
 _PUBLIC_SIZES = (len(ek_public(bytes(RSA_BYTES))), len(srk_public(bytes(RSA_BYTES))))
 
+# Of ESAPI's layer: BAD_SEQUENCE, MALFORMED_RESPONSE, INSUFFICIENT_RESPONSE, RSP_AUTH_FAILED. After the last three a
+# context refuses every command with the first.
+_ANSWER_REFUSED = (0x70007, 0x70011, 0x70013, 0x7001B)
+_GIVES_HANDLE = {
+    "start_auth_session": LOADED_SESSIONS,
+    "load": TRANSIENT,
+    "create_primary": TRANSIENT,
+    "hmac_start": TRANSIENT,
+}
 _TCTI_UNKNOWN = (0x5, 0xB, 0x15)  # BAD_REFERENCE, BAD_VALUE, NOT_SUPPORTED: no such TCTI, or its string is wrong
 
 
@@ -133,6 +151,7 @@ class EsysTpm:
         self._shutdown_due = False  # a key without noDA was used: a power cut would now count as a failed guess
         self._orphans: list[int] = []  # the TPM's handles of what a lost connection left there
         self._esapi: Any = None
+        self.srk_found_at: int | None = None  # see TpmService
         self._forget_connection()
 
     def _forget_connection(self) -> None:
@@ -140,6 +159,8 @@ class EsysTpm:
         self._srk: _Key | None = None
         self._session: int | None = None
         self._held: list[int] = []  # ESAPI's handles of every session and transient object that is to be flushed
+        self._altered = False  # an answer was not the TPM's own
+        self._lost: list[int] = []  # TRANSIENT or LOADED_SESSIONS for each of ours whose handle we may not know
 
     # --- the contract
 
@@ -185,12 +206,18 @@ class EsysTpm:
             with contextlib.suppress(RefusedError):  # nobody can act on it; the TPM then counts one failure
                 self._command("shutdown", shutdown_type=self._tss.TPM2_SU.CLEAR)
                 self._shutdown_due = False
+        with contextlib.suppress(RefusedError):
+            self._flush_lost()
         self._close()
         if self._orphans:  # the connection was lost: one more, for them alone
             with contextlib.suppress(RefusedError, DpsError):
                 self._open()
             if self._esapi is not None:
                 self._close()
+
+    def try_passwords(self) -> None:
+        """As `TpmService.try_passwords`."""
+        self._operate(self._try_passwords)
 
     def endorsement_certificate(self) -> bytes | None:
         """As `TpmService.endorsement_certificate`; what follows the DER in the index is cut off."""
@@ -209,6 +236,8 @@ class EsysTpm:
                     if present.public == public:
                         return
                     check_replaceable(present.public, handle, former)
+                    # EvictControl overwrites nothing, so for a moment the handle is empty; the new key has been
+                    # loaded by now, and the room that the old one took is free for it.
                     self._evict_control(present.handle, handle, session)
                 self._evict_control(key, handle, session)
 
@@ -233,6 +262,7 @@ class EsysTpm:
                 self._open()
                 return operation()
             except RefusedError as refused:
+                self._altered = self._altered or refused.altered
                 if refused.stale:
                     self._drop(refused.connection_lost)
                     if not rebuilt:
@@ -290,12 +320,36 @@ class EsysTpm:
         The bytes go past ESAPI, which knows only what this context made. Where the TPM has restarted it refuses them.
         Behind a device node or a broker the kernel or the broker does it, and the handle may be another program's now.
         """
+        while self._orphans:
+            self._flush_past_the_library(self._orphans[-1])
+            self._orphans.pop()
+
+    def _flush_lost(self) -> None:
+        """Flushes what an altered answer kept from us.
+
+        The handle in an altered answer proves nothing, and the library does not show it, so it is the TPM that is
+        asked what of that kind is left in it. Where that is more than one others have left something too, and nobody
+        can tell what is whose: all stays. Behind a device node or a broker others are at work meanwhile.
+        """
+        if self._altered and self._tcti.partition(":")[0] in _WITHOUT_RESOURCE_MANAGER:
+            for first in self._lost:
+                # GetCapability(TPM_CAP_HANDLES): moreData, capability, count, handles behind the response's header
+                listing = self._past_the_library(0x17A, struct.pack(">III", 1, first, 254))[15:]
+                if listing[:4] == struct.pack(">I", 1) and len(listing) == 8:
+                    self._flush_past_the_library(int.from_bytes(listing[4:], "big"))
+        self._altered = False
+        self._lost.clear()
+
+    def _flush_past_the_library(self, tpm_handle: int) -> int:
+        """The return code of FlushContext."""
+        return int.from_bytes(self._past_the_library(0x165, struct.pack(">I", tpm_handle))[6:10], "big")
+
+    def _past_the_library(self, code: int, parameters: bytes) -> bytes:
+        """The response to a command without sessions, for which ESAPI has no handle or no more use."""
         tcti = self._esapi.get_tcti()
         try:
-            while self._orphans:
-                tcti.transmit(command=struct.pack(">HIII", 0x8001, 14, 0x165, self._orphans[-1]))  # FlushContext
-                tcti.receive(size=4096)
-                self._orphans.pop()
+            tcti.transmit(command=struct.pack(">HII", 0x8001, 10 + len(parameters), code) + parameters)
+            return bytes(tcti.receive(size=4096))
         except self._tss.TSS2_Exception as error:
             raise RefusedError("flush_context", int(error.rc), str(error)) from None
 
@@ -307,7 +361,7 @@ class EsysTpm:
             try:
                 return getattr(self._esapi, method)(**arguments)
             except self._tss.TSS2_Exception as error:
-                refused = RefusedError(method.rstrip("_"), int(error.rc), str(error))
+                refused = self._refused(method.rstrip("_"), int(error.rc), str(error))
             if refused.code == RC_INITIALIZE and not started:  # a TPM on which no firmware has run, as on mssim
                 started = True
                 with contextlib.suppress(self._tss.TSS2_Exception):  # the command itself says whether it helped
@@ -319,6 +373,18 @@ class EsysTpm:
                     self._while_waiting()
             else:
                 raise refused
+
+    def _refused(self, command: str, rc: int, text: str) -> RefusedError:
+        """Why a command did not succeed.
+
+        What is sent was made from structures of the library's, so what does not fit a structure is the answer.
+        """
+        refused = RefusedError(command, rc, text)
+        if rc in _ANSWER_REFUSED or refused.layer in (LAYER_SYS, LAYER_MARSHALLING):
+            refused = RefusedError(command, RC_ALTERED, text)
+        if refused.altered and command in _GIVES_HANDLE:
+            self._lost.append(_GIVES_HANDLE[command])
+        return refused
 
     # --- objects and sessions
 
@@ -338,8 +404,16 @@ class EsysTpm:
         try:
             self._command("flush_context", flush_handle=handle)
         except RefusedError as refused:
-            if refused.base != FMT1_HANDLE:  # that is: the TPM does not know it any more
+            tpm_handle = int(self._esapi.tr_get_tpm_handle(esys_handle=handle))
+            if refused.layer == LAYER_ESYS:  # this context is of no more use, the connection is
+                with contextlib.suppress(RefusedError):
+                    if self._flush_past_the_library(tpm_handle):
+                        self._lost.append(kind_of(tpm_handle))
+                    self._held.remove(handle)
                 return
+            if not refused.unknown_handle and not (self._altered and refused.altered_handle):
+                return
+            self._lost.append(kind_of(tpm_handle))
         self._held.remove(handle)
 
     def _salted_session(self) -> int:
@@ -418,6 +492,8 @@ class EsysTpm:
             else:
                 self._command("read_public", object_handle=srk.handle, session1=self._salted_session())
             self._srk = srk
+            at = int(self._esapi.tr_get_tpm_handle(esys_handle=srk.handle))
+            self.srk_found_at = at if at >= PERSISTENT else 0
         return self._srk
 
     def _look_for_srk(self) -> tuple[_Key | None, int]:
@@ -486,19 +562,22 @@ class EsysTpm:
         try:
             handle = self._command("tr_from_tpmpublic", handle=tpm_handle)
         except RefusedError as refused:
-            if refused.base == FMT1_HANDLE:
+            if refused.unknown_handle:
                 return None
             raise
-        # The library has just read the public area and keeps it at the end of what it serialises: a second
-        # ReadPublic is needed only where the name says that this is not it.
-        serialised = bytes(self._esapi.tr_serialize(esys_handle=handle))
-        name = bytes(self._esapi.tr_get_name(handle=handle))
+        # The library has just read the public area and keeps it at the end of what it serialises, behind the name that
+        # the TPM gave: a second ReadPublic is needed only where the two do not fit together.
+        serialised = bytes(self._command("tr_serialize", esys_handle=handle))
         for size in _PUBLIC_SIZES:
-            if object_name(serialised[-size:]) == name:
-                return _Key(handle, serialised[-size:])
-        structure, _, _ = self._command("read_public", object_handle=handle)
+            public = serialised[-size:]
+            if public[4:6] == _SHA256 and sized(object_name(public)) in serialised[:-size]:
+                return _Key(handle, public)
+        structure, name, _ = self._command("read_public", object_handle=handle)
         public = bytes(structure.marshal())
-        if len(public) in _PUBLIC_SIZES and public[4:6] == struct.pack(">H", ALG_SHA256):
+        altered = bytes(name)[:2] != public[4:6]
+        if public[4:6] == _SHA256:
+            altered = altered or len(public) in _PUBLIC_SIZES or bytes(name) != object_name(public)
+        if altered:
             # An EK or SRK would have been found above: the library holds another key for this handle than it read now.
             raise RefusedError("read_public", RC_ALTERED)
         return _Key(handle, public)
@@ -537,25 +616,8 @@ class EsysTpm:
             public = self._structure("TPM2B_PUBLIC", activation.id_key_public)
         except tss.TSS2_Exception as error:
             raise RefusedError("activate_credential", int(error.rc), str(error)) from None
-        policy = self._command(
-            "start_auth_session",
-            tpm_key=tss.ESYS_TR.NONE,
-            bind=tss.ESYS_TR.NONE,
-            session_type=tss.TPM2_SE.POLICY,
-            symmetric=tss.TPMT_SYM_DEF(algorithm=tss.TPM2_ALG.NULL),
-            auth_hash=tss.TPM2_ALG.SHA256,
-        )
-        with self._flushed(policy):
-            self._command(
-                "policy_secret",
-                auth_handle=tss.ESYS_TR.ENDORSEMENT,
-                policy_session=policy,
-                nonce_tpm=b"",
-                cp_hash_a=b"",
-                policy_ref=b"",
-                expiration=0,
-                session1=session,
-            )
+        with self._flushed(self._start_policy()) as policy:
+            self._policy_secret(tss.ESYS_TR.ENDORSEMENT, policy, session)
             # Without continueSession the TPM frees the policy session when the command succeeds.
             self._esapi.trsess_set_attributes(session=policy, attributes=0, mask=0xFF)
             inner_key = self._command(
@@ -588,6 +650,43 @@ class EsysTpm:
             raise
         return wrap(activation.id_key_public, bytes(private.marshal()))
 
+    def _start_policy(self) -> int:
+        tss = self._tss
+        policy: int = self._command(
+            "start_auth_session",
+            tpm_key=tss.ESYS_TR.NONE,
+            bind=tss.ESYS_TR.NONE,
+            session_type=tss.TPM2_SE.POLICY,
+            symmetric=tss.TPMT_SYM_DEF(algorithm=tss.TPM2_ALG.NULL),
+            auth_hash=tss.TPM2_ALG.SHA256,
+        )
+        return policy
+
+    def _policy_secret(self, hierarchy: int, policy: int, session: int) -> None:
+        """Shows the policy session that we know the hierarchy's password."""
+        try:
+            self._command(
+                "policy_secret",
+                auth_handle=hierarchy,
+                policy_session=policy,
+                nonce_tpm=b"",
+                cp_hash_a=b"",
+                policy_ref=b"",
+                expiration=0,
+                session1=session,
+            )
+        except RefusedError as refused:
+            refused.of_owner = hierarchy == self._tss.ESYS_TR.OWNER
+            raise
+
+    def _try_passwords(self) -> None:
+        session = self._salted_session()
+        tr = self._tss.ESYS_TR
+        for hierarchy, auth in ((tr.ENDORSEMENT, self._endorsement_auth), (tr.OWNER, self._owner_auth)):
+            if auth:
+                with self._flushed(self._start_policy()) as policy:
+                    self._policy_secret(hierarchy, policy, session)
+
     def _hmac(self, key: int, message: bytes, session: int) -> bytes:
         sha256 = self._tss.TPM2_ALG.SHA256
         if len(message) <= MAX_BUFFER_BYTES:
@@ -616,17 +715,21 @@ class EsysTpm:
         try:
             index = self._command("tr_from_tpmpublic", handle=EK_CERTIFICATE_INDEX)
         except RefusedError as refused:
-            if refused.base == FMT1_HANDLE:
+            if refused.unknown_handle:
                 return None
             raise
         public, _ = self._command("nv_read_public", nv_index=index)
+        check_readable(int(public.nvPublic.attributes))
+        size = int(public.nvPublic.dataSize)
+        most_bytes = nv_chunk_bytes(self._properties(PT_NV_BUFFER_MAX, PT_NV_BUFFER_MAX))
         content = b""
-        while len(content) < public.nvPublic.dataSize:
+        while len(content) < size:
+            chunk_bytes = min(most_bytes, size - len(content))
             try:
                 chunk = self._command(
                     "nv_read",
                     nv_index=index,
-                    size=min(NV_CHUNK_BYTES, public.nvPublic.dataSize - len(content)),
+                    size=chunk_bytes,
                     offset=len(content),
                     auth_handle=index,
                     session1=self._tss.ESYS_TR.PASSWORD,  # the index's empty password: the certificate is public
@@ -635,6 +738,8 @@ class EsysTpm:
                 if refused.code == RC_NV_UNINITIALIZED:
                     return None
                 raise
+            if len(chunk) != chunk_bytes:
+                raise RefusedError("nv_read", RC_ALTERED)
             content += bytes(chunk)
         return without_padding(content)
 

@@ -7,8 +7,11 @@ import time
 
 import ujson  # the CPython package; on MicroPython another name of the built-in json
 
+from dps_hal.errors import AskOperator
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 NESTING_LIMIT = 32  # levels of JSON; DPS's own bodies have 4
@@ -45,9 +48,34 @@ def pause_ms(milliseconds: int) -> None:
     time.sleep(milliseconds / 1000)
 
 
+def pause_us(microseconds: int) -> None:
+    """Does nothing for up to some milliseconds."""
+    if MICROPYTHON:
+        time.sleep_us(microseconds)  # type: ignore[attr-defined]
+    else:
+        time.sleep(microseconds / 1_000_000)
+
+
+# An operating system's generator is good enough for keys. A board's may be anything, a counter included: its program
+# says which one is, and until then there is none.
+_random_sources = [os.urandom] if sys.platform in ("linux", "darwin", "win32") else []
+
+
+def declare_random_source(source: "Callable[[int], bytes]") -> None:
+    """Makes `source(count)` the origin of every salt, nonce and delay: a generator that nobody can foretell.
+
+    Boards only, and once, before the TPM's first use: `os.urandom` where the port feeds it from hardware.
+    """
+    _random_sources[:] = [source]
+
+
 def random_bytes(count: int) -> bytes:
-    """`count` bytes from the system's random generator."""
-    return os.urandom(count)
+    """`count` bytes from the declared generator, the system's where there is one; AskOperator where there is none."""
+    if not _random_sources:
+        raise AskOperator(
+            "config.no_random_source", "expected a declared random source before keys are used; came none"
+        )
+    return _random_sources[0](count)
 
 
 def sha256(message: bytes) -> bytes:

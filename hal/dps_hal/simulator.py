@@ -55,6 +55,7 @@ class SimulatedTpm:
         self._folder = folder
         self._ek_file = f"ek-{ek_template}.pem"
         self._keys: dict[str, RSAPrivateKey] = {}
+        self.srk_found_at: int | None = None
 
     def endorsement_key(self) -> bytes:
         """The EK's TPM2B_PUBLIC, 316 bytes; each `ek_template` has an EK of its own."""
@@ -109,6 +110,9 @@ class SimulatedTpm:
         if present and present != wrapped_key:
             check_replaceable(unwrap(present)[0], handle, former)
         self._write(_persistent_file(handle), wrapped_key, replace=True)
+
+    def try_passwords(self) -> None:
+        """Nothing to try: no hierarchy has a password."""
 
     def condition(self) -> TpmCondition:
         """What a healthy TPM reports, with "SIMU" as its maker."""

@@ -14,25 +14,34 @@ if TYPE_CHECKING:
 
     from dps_hal.errors import DpsError
 
-RC_INITIALIZE: "Final" = 0x100  # TPM_RC, Part 2, table 17, with the next eight
+RC_INITIALIZE: "Final" = 0x100  # TPM_RC, Part 2, table 17, with the next fourteen
 RC_FAILURE: "Final" = 0x101
+_RC_UPGRADE = 0x12D
+_RC_AUTH_UNAVAILABLE = 0x12F
+_RC_REBOOT = 0x130
+_RC_COMMAND_CODE = 0x143
 RC_NV_UNINITIALIZED: "Final" = 0x14A
 RC_NV_SPACE: "Final" = 0x14B
 RC_LOCKOUT: "Final" = 0x921
+_RC_NV_UNAVAILABLE = 0x923
 RC_RESEND: "Final" = (0x908, 0x90A, 0x920, 0x922)  # YIELDED, TESTING, NV_RATE, RETRY: the same command again
 _RC_OUT_OF_MEMORY = (0x902, 0x903, 0x904, 0x905, 0x906)  # objects, sessions, memory, their handles
 _RC_REFERENCE_H0 = 0x910  # from here to REFERENCE_S6: a handle or session that is not loaded
 _RC_REFERENCE_S6 = 0x91E
-FMT1_HANDLE: "Final" = 0x8B  # format-one codes without the number of the handle, parameter or session
+_FMT1_HANDLE = 0x8B  # format-one codes without the number of the handle, parameter or session
+_FMT1_VALUE = 0x84
 _FMT1_SIZE = 0x95
 _FMT1_INSUFFICIENT = 0x9A
+_FMT1_POLICY_FAIL = 0x9D
 _FMT1_INTEGRITY = 0x9F
 _FMT1_AUTH = (0x8E, 0xA2)  # AUTH_FAIL, BAD_AUTH: a wrong password, or a command that was altered on its way
 
-_LAYER_MARSHALLING = 9
+LAYER_ESYS: "Final" = 7
+LAYER_SYS: "Final" = 8
+LAYER_MARSHALLING: "Final" = 9
 _LAYER_TCTI = 10
-_TPM_LAYERS = (0, 11, 12)  # the TPM, or a resource manager that speaks for it
-RC_TOO_LARGE: "Final" = 0x90006  # TSS2_MU_RC_BAD_SIZE: more than a TPM command holds
+TPM_LAYERS: "Final" = (0, 11, 12)  # the TPM, or a resource manager that speaks for it
+RC_TOO_LARGE: "Final" = 0x90006  # TSS2_MU_RC_INSUFFICIENT_BUFFER: more than a TPM command holds
 RC_CONNECTION_LOST: "Final" = 0xA000A  # TSS2_TCTI_RC_IO_ERROR
 RC_ALTERED: "Final" = 0x7001B  # TSS2_ESYS_RC_RSP_AUTH_FAILED: the answer is not what the TPM sent
 
@@ -51,13 +60,21 @@ class RefusedError(Exception):
         self.text = text
         self.of_owner = command == "evict_control"  # it asked for the owner's authorisation, not the endorsement's
         self.layer = rc >> 16 & 0xFF
-        self.code = rc & 0xFFFF if self.layer in _TPM_LAYERS else 0
+        self.code = rc & 0xFFFF if self.layer in TPM_LAYERS else 0
         format_one = self.code & 0x80 != 0
         self.base = self.code & 0xBF if format_one else 0
         self.parameter = self.code >> 8 & 0xF if format_one and self.code & 0x40 else 0
         # About what was sent: of the library, about a parameter, or about none of handles, sessions and parameters.
         unnumbered = format_one and self.code & 0xF00 == 0
-        self.about_content = self.layer == _LAYER_MARSHALLING or self.parameter != 0 or unnumbered
+        self.about_content = self.layer == LAYER_MARSHALLING or self.parameter != 0 or unnumbered
+        # Not what the TPM sent: found out by us or by the library, or a number that no TPM 2.0 returns, whose bits 7
+        # and 8 are not both 0 and which has no more than 12; whether a layer 13 or above says something, nobody knows.
+        of_tpm = rc <= 0xFFF and rc & 0x180 != 0
+        self.altered = rc == RC_ALTERED or (self.layer == 0 and not of_tpm) or self.layer > TPM_LAYERS[-1]
+        self.unknown_handle = self.base == _FMT1_HANDLE  # the TPM has not, or no longer, what we mean
+        self.altered_handle = self.base == _FMT1_VALUE  # no TPM gives such a handle: the one that we got was altered
+        if self.altered_handle and not self.parameter and not unnumbered:
+            self.altered = True
 
     @property
     def connection_lost(self) -> bool:
@@ -67,11 +84,11 @@ class RefusedError(Exception):
     @property
     def stale(self) -> bool:
         """Whether the connection, a session or a handle is no longer what it was: the TPM restarted or was cleared."""
-        if self.layer not in _TPM_LAYERS and self.layer != _LAYER_MARSHALLING:
+        if self.layer not in TPM_LAYERS and self.layer != LAYER_MARSHALLING:
             return True
         if _RC_REFERENCE_H0 <= self.code <= _RC_REFERENCE_S6:
             return True
-        if self.base == FMT1_HANDLE and not self.parameter:
+        if self.altered or (self.base == _FMT1_HANDLE and not self.parameter):
             return True
         return self.base in _FMT1_AUTH and self.command not in _ON_HIERARCHIES and self.command != "nv_read"
 
@@ -84,12 +101,14 @@ def error_of(refused: RefusedError, locked_out: "Callable[[str], RetryLater]") -
         message += ": " + refused.text
     if refused.connection_lost:
         return RetryLater("tpm.absent", f"the connection to the TPM broke in {command}: {refused.text}")
-    if refused.rc == RC_ALTERED or (command == "read_public" and base in _FMT1_AUTH):  # which needs no password
+    if refused.altered or (command == "read_public" and base in _FMT1_AUTH):  # which needs no password
         return RetryLater("tpm.bus_altered", f"{command}: expected the TPM's own answer; came one altered on its way")
     if command == "start_auth_session" and refused.parameter == 2:  # the salt is for a key that this TPM has not
         return RetryLater("tpm.bus_altered", f"{message}: the endorsement key that it shows is not its own")
     if code in RC_RESEND:
         return RetryLater("tpm.timeout", f"the TPM was not ready for {command} in time (0x{code:x})")
+    if code == _RC_NV_UNAVAILABLE:
+        return RetryLater("tpm.nv_unavailable", f"{message}: it cannot write its memory now")
     if code == RC_LOCKOUT:
         return locked_out("the TPM is locked out")
     if code in _RC_OUT_OF_MEMORY:
@@ -107,11 +126,25 @@ def error_of(refused: RefusedError, locked_out: "Callable[[str], RetryLater]") -
         return IdentityStale("tpm.key_stale", message)
     if code == RC_FAILURE:
         return AskOperator("tpm.failure_mode", message)
+    if code in (RC_INITIALIZE, _RC_REBOOT):
+        return AskOperator("tpm.not_started", f"{message}: it has to be started anew by the machine's firmware")
+    if code == _RC_UPGRADE:
+        return AskOperator("tpm.upgrading", f"{message}: an upgrade of its own firmware is under way")
+    if code == _RC_COMMAND_CODE:
+        return AskOperator("tpm.unsupported", f"{message}: it does not have this command")
+    if code == _RC_AUTH_UNAVAILABLE or base == _FMT1_POLICY_FAIL:
+        return AskOperator("tpm.failed", f"{message}: it does not take the proof that the key's template asks for")
     if command in _ON_HIERARCHIES and base in _FMT1_AUTH:
         hierarchy = "owner" if refused.of_owner else "endorsement"
         return AskOperator("tpm.hierarchy_auth", f"{message}: {hierarchy}_auth_file has not the {hierarchy}'s password")
     if command == "evict_control" and code == RC_NV_SPACE:
         return AskOperator("tpm.nv_full", message)
+    if command == "nv_read" and base in _FMT1_AUTH:
+        return AskOperator("tpm.certificate_locked", f"{message}: the index of the EK certificate has a password")
+    if base in _FMT1_AUTH:
+        return AskOperator("tpm.failed", f"{message}: it does not take the proof that the command is ours, twice")
+    if base == _FMT1_HANDLE or _RC_REFERENCE_H0 <= code <= _RC_REFERENCE_S6:
+        return AskOperator("tpm.failed", f"{message}: a key or session was gone twice; does another program clear it?")
     return AskOperator("tpm.failed", message)
 
 

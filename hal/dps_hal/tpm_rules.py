@@ -16,7 +16,16 @@ RELEASE_LIMIT_S: "Final" = 5.0
 PT_LOCKOUT_COUNTER: "Final" = 0x20E  # TPM_PT, Part 2, table 24; then MAX_AUTH_FAIL, LOCKOUT_INTERVAL
 PT_LOCKOUT_INTERVAL: "Final" = 0x210
 
-LEFTOVERS: "Final" = (0x02000000, 0x03000000, 0x80000000)  # handles of loaded, of saved sessions, of transient objects
+LOADED_SESSIONS: "Final" = 0x02000000  # the first handle of its kind, Part 2, 7.2, with the next three
+_SAVED_SESSIONS = 0x03000000
+TRANSIENT: "Final" = 0x80000000
+PERSISTENT: "Final" = 0x81000000
+LEFTOVERS: "Final" = (LOADED_SESSIONS, _SAVED_SESSIONS, TRANSIENT)
+
+
+def kind_of(handle: int) -> int:
+    """LOADED_SESSIONS or TRANSIENT, whichever the handle is one of, be it altered in a few bits."""
+    return LOADED_SESSIONS if handle < TRANSIENT else TRANSIENT
 
 
 def check_passwords(owner_auth: bytes, endorsement_auth: bytes) -> None:

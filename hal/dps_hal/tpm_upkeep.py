@@ -11,14 +11,19 @@ if TYPE_CHECKING:
     from typing import Final
 
 EK_CERTIFICATE_INDEX: "Final" = 0x01C00002  # TCG EK Credential Profile, 2.2.1.4: RSA-2048 EK certificate
-NV_CHUNK_BYTES: "Final" = 512  # at most TPM_PT_NV_BUFFER_MAX, which the PC Client profile lets be this small
+_NV_CHUNK_BYTES = 512  # where the TPM does not say; TPM_PT_NV_BUFFER_MAX of the PC Client profile is no smaller
+_LEAST_NV_CHUNK_BYTES = 32  # a TPM that states less would take thousands of commands
+_MOST_NV_CHUNK_BYTES = 2048  # a response has 4096 bytes at most
 
-PT_MANUFACTURER: "Final" = 0x105  # TPM_PT, TPM 2.0 Library Part 2, table 24, with the next three
+PT_MANUFACTURER: "Final" = 0x105  # TPM_PT, TPM 2.0 Library Part 2, table 24, with the next four
 PT_FIRMWARE_VERSION_1: "Final" = 0x10B
+PT_NV_BUFFER_MAX: "Final" = 0x12C
 PT_PERMANENT: "Final" = 0x200
 PT_HR_TRANSIENT_AVAIL: "Final" = 0x207
 _OWNER_AUTH_SET = 1  # TPMA_PERMANENT, Part 2, table 36, with the next
 _ENDORSEMENT_AUTH_SET = 2
+_NV_AUTHREAD = 1 << 18  # TPMA_NV, Part 2, table 217, with the next: its own password suffices for reading
+_NV_NO_DA = 1 << 25  # a wrong password is not counted as a failed guess
 
 
 def check_owner_handle(handle: int) -> None:
@@ -36,6 +41,26 @@ def check_replaceable(public: bytes, handle: int, former: bytes) -> None:
         raise AskOperator(
             "tpm.handle_taken",
             f"persist_at: expected a free handle or this agent's earlier key at 0x{handle:08x}; came another",
+        )
+
+
+def nv_chunk_bytes(properties: "dict[int, int]") -> int:
+    """How many bytes of an NV index one command reads."""
+    stated = properties.get(PT_NV_BUFFER_MAX) or _NV_CHUNK_BYTES
+    return min(max(stated, _LEAST_NV_CHUNK_BYTES), _MOST_NV_CHUNK_BYTES)
+
+
+def check_readable(attributes: int) -> None:
+    """AskOperator `tpm.certificate_locked` unless trying an empty password on an index of these TPMA_NV is harmless."""
+    if attributes & _NV_AUTHREAD == 0:
+        raise AskOperator(
+            "tpm.certificate_locked", "the index of the EK certificate cannot be read by its own password (no AUTHREAD)"
+        )
+    if attributes & _NV_NO_DA == 0:
+        raise AskOperator(
+            "tpm.certificate_locked",
+            "the EK certificate is not read: if its index has a password, the try would count as a failed guess (no"
+            " NO_DA)",
         )
 
 

@@ -18,7 +18,7 @@ from dps_agent.assignment import Assignment, encode, seal_message
 from dps_agent.host import checks, runner
 from dps_agent.host.cli import main
 from dps_agent.host.device import certificate_of
-from dps_hal.contracts import EK_HANDLE, IDENTITY, Tpm, TpmCondition
+from dps_hal.contracts import EK_HANDLE, IDENTITY, SRK_HANDLE, Tpm, TpmCondition
 from dps_hal.errors import AskOperator, IdentityStale
 from dps_hal.files import FileStore
 from dps_hal.simulator import SimulatedTpm
@@ -43,6 +43,8 @@ IDS = [
     "tpm-noda",
 ]
 DA_KEY = USER_WITH_AUTH | SIGN
+# TPM2B_PUBLIC: systemd's storage key, ECC on P-256.
+ECC_STORAGE = bytes.fromhex("001a 0023 000b 00030472 0000 0006 0080 0043 0010 0003 0010 0000 0000")
 
 
 class Desk:
@@ -270,7 +272,7 @@ def test_an_endorsement_password_that_the_settings_lack_is_exit_5(
         if expected is not None:
             assert (status, results(found)) == (0, expected)
         else:
-            assert (status, found["tpm-auth"]["result"]) == (5, "ok")  # what is in the file only its use can tell
+            assert (status, found["tpm-auth"]["code"]) == (5, "tpm.hierarchy_auth")
             assert found["tpm-self-challenge"]["code"] == "tpm.hierarchy_auth"
         assert "hunter2" not in json.dumps(document)
     assert machine.leftovers() == []
@@ -306,7 +308,51 @@ def test_an_owner_password_that_the_settings_lack_matters_only_until_the_keys_ex
     assert (status, results(found)) == (0, {"tpm-auth": "warning", "tpm-noda": "skipped"})
 
 
+def test_an_owner_password_is_tried_also_where_the_keys_exist(
+    backend: str, desk: Desk, machine: Swtpm, tmp_path: Path
+) -> None:
+    tpm = BACK_ENDS[backend](machine.tcti)
+    tpm.storage_root_key()
+    tpm.release()
+    machine.set_hierarchy_auth(swtpm.OWNER, b"hunter2")
+    password = tmp_path / "password"
+    password.touch(0o600)
+    desk.configure(backend, machine.tcti, f'owner_auth_file = "{password}"')
+    for written, result in ((b"hunter2", "ok"), (b"other", "failed")):
+        password.write_bytes(written)
+        status, found, _ = desk.check()
+        assert (status, found["tpm-auth"]["result"]) == (5 if result == "failed" else 0, result), written
+        assert found["tpm-self-challenge"]["result"] == "ok"
+    assert "owner_auth_file" in found["tpm-auth"]["detail"]
+    assert "no lockout" in found["tpm-auth"]["detail"]
+    assert machine.property(swtpm.LOCKOUT_COUNTER) == 0
+    assert machine.leftovers() == []
+
+
 # --- keys and challenge
+
+
+def test_a_storage_root_key_without_room_is_a_warning(backend: str, desk: Desk, machine: Swtpm) -> None:
+    tpm = BACK_ENDS[backend](machine.tcti)
+    tpm.endorsement_key()
+    tpm.release()
+    machine.fill_nv(ECC_STORAGE)
+    desk.configure(backend, machine.tcti)
+    status, found, _ = desk.check()
+    assert (status, results(found)) == (0, {"tpm-srk": "warning", "tpm-noda": "skipped"})
+    assert "no room" in found["tpm-srk"]["detail"]
+    assert found["tpm-srk"]["remedy"]
+    assert machine.leftovers() == []
+
+
+def test_a_storage_root_key_at_another_handle_is_named_with_it(backend: str, desk: Desk, machine: Swtpm) -> None:
+    desk.configure(backend, machine.tcti)
+    assert desk.check()[1]["tpm-srk"]["detail"].startswith("at 0x81000001; its name is ")
+    machine.clear()
+    machine.persist_primary(swtpm.OWNER, ECC_STORAGE, SRK_HANDLE)
+    status, found, _ = desk.check()
+    assert (status, found["tpm-srk"]["result"]) == (0, "ok")
+    assert found["tpm-srk"]["detail"].startswith("at 0x81000002, as another program's key is at 0x81000001; ")
 
 
 def test_another_object_at_the_handle_of_the_endorsement_key_stops_only_what_needs_that(

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import random
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from dps_agent.host.cli import main
 from dps_hal.ek_certificate import ABSENT, MATCH, MISMATCH, UNREADABLE, certified_key, compare
+from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.tpm_keys import ek_public
+from dps_hal.tpm_upkeep import EK_CERTIFICATE_INDEX, PT_NV_BUFFER_MAX, nv_chunk_bytes
+from support import swtpm
 from support.backends import BACK_ENDS
+from support.claims import assert_refused
 from support.swtpm import Swtpm
 from support.tpm_maker import certify
 from support.tpm_tap import TpmTap
@@ -193,16 +198,90 @@ def test_a_setting_that_the_certificate_contradicts_is_a_warning(device: Device)
         assert "ek_template" in found["remedy"]
 
 
+@pytest.mark.parametrize("stated", [100, 512, 1024])
 @pytest.mark.parametrize("name", BACK_ENDS)
-def test_the_certificate_read_in_chunks_is_whole(name: str, certified: Swtpm) -> None:
+def test_the_certificate_read_in_chunks_of_the_tpms_own_size_is_whole(name: str, stated: int, certified: Swtpm) -> None:
+    def state(command: bytes, response: bytes) -> bytes:
+        asked_for = struct.pack(">IIII", 0x17A, 6, PT_NV_BUFFER_MAX, 1)  # GetCapability
+        return response[:-4] + struct.pack(">I", stated) if command[6:] == asked_for else response
+
     with TpmTap(certified.port) as tap:
+        tap.change = state
         tpm = BACK_ENDS[name](tap.tcti)
         ek, read = tpm.endorsement_key(), tpm.endorsement_certificate()
         tpm.release()
         sizes = [int.from_bytes(passed.command[-4:-2], "big") for passed in tap.exchanges if passed.name == "NV_Read"]
     assert read is not None
-    assert len(sizes) > 1
-    assert max(sizes) <= 512, sizes  # what every TPM of the PC Client profile takes
+    assert sizes[:-1] == [stated] * (len(sizes) - 1)
+    assert (len(sizes) > 1 or stated == 1024) and max(sizes) <= stated, sizes
     key = x509.load_der_x509_certificate(read).public_key()
     assert isinstance(key, rsa.RSAPublicKey)
     assert key.public_numbers().n == int.from_bytes(ek[-256:], "big")
+
+
+def test_a_size_that_no_tpm_has_is_not_used() -> None:
+    for stated, used in ((None, 512), (0, 512), (1, 32), (100, 100), (2048, 2048), (0xFFFFFFFF, 2048)):
+        assert nv_chunk_bytes({} if stated is None else {PT_NV_BUFFER_MAX: stated}) == used, f"stated={stated}"
+
+
+@pytest.mark.parametrize("name", BACK_ENDS)
+def test_an_empty_chunk_is_refused_and_ends_the_reading(name: str, certified: Swtpm) -> None:
+    with TpmTap(certified.port) as tap:
+        empty = struct.pack(">HIIIH", 0x8002, 21, 0, 2, 0) + bytes.fromhex("0000 01 0000")
+        tap.change = lambda command, response: empty if command[6:10] == struct.pack(">I", 0x14E) else response
+        tpm = BACK_ENDS[name](tap.tcti)
+        assert_refused(tpm.endorsement_certificate, RetryLater, "tpm.bus_altered")
+        tpm.release()
+        assert tap.names.count("NV_Read") == 2  # and once more over a new connection
+    assert certified.leftovers() == []
+
+
+# --- indices that somebody made otherwise
+
+OWNERWRITE, AUTHWRITE, OWNERREAD, AUTHREAD, NO_DA = 1 << 1, 1 << 2, 1 << 17, 1 << 18, 1 << 25  # TPMA_NV
+
+
+def define_index(machine: Swtpm, attributes: int, password: bytes) -> None:
+    """NV_DefineSpace of the certificate's index, and NV_Write by the owner."""
+    no_password = struct.pack(">IIHBH", 9, 0x40000009, 0, 0, 0)
+    public = struct.pack(">IHIHH", EK_CERTIFICATE_INDEX, 0x000B, attributes | OWNERWRITE, 0, 64)
+    owner = struct.pack(">I", swtpm.OWNER)
+    new = struct.pack(">H", len(password)) + password + struct.pack(">H", len(public)) + public
+    machine.command(0x12A, owner + no_password + new, tag=0x8002)
+    written = owner + struct.pack(">I", EK_CERTIFICATE_INDEX) + no_password + struct.pack(">H", 64) + bytes(66)
+    machine.command(0x137, written, tag=0x8002)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "password", "words"),
+    [
+        (OWNERREAD | NO_DA, b"", "no AUTHREAD"),
+        (OWNERREAD | AUTHREAD, b"secret", "no NO_DA"),
+        (OWNERREAD | AUTHREAD, b"", "no NO_DA"),
+        (OWNERREAD | AUTHREAD | NO_DA, b"secret", "has a password"),
+    ],
+)
+@pytest.mark.parametrize("name", BACK_ENDS)
+def test_a_certificate_behind_a_password_is_named_and_costs_no_failed_guess(
+    name: str,
+    attributes: int,
+    password: bytes,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for variable in [variable for variable in os.environ if variable.startswith("DPS_AGENT_")]:
+        monkeypatch.delenv(variable)
+    with Swtpm(tmp_path / "tpm") as machine:
+        define_index(machine, attributes, password)
+        tpm = BACK_ENDS[name](machine.tcti)
+        error = assert_refused(tpm.endorsement_certificate, AskOperator, "tpm.certificate_locked")
+        assert words in error.message
+        tpm.release()
+        device = Device(machine, name, tmp_path / "state", capsys)
+        found = device.finding()
+        assert (found["result"], words in found["detail"]) == ("warning", True), found
+        assert device.document("enroll")["ekCertificate"] == "unreadable"
+        assert machine.property(swtpm.LOCKOUT_COUNTER) == 0
+        assert machine.leftovers() == []

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import grp
+import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +22,7 @@ from dps_hal.platform import hmac_sha256
 from dps_hal.self_challenge import make_activation
 from dps_hal.tpm_keys import SIGN, USER_WITH_AUTH, check_ek_public, srk_template
 from dps_hal.tpm_upkeep import EK_CERTIFICATE_INDEX
+from dps_hal.wire.device import open_device
 from support import swtpm
 from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused
@@ -84,6 +89,21 @@ def test_a_registration_takes_few_commands(back_end: str, tap: TpmTap) -> None:
     assert len(tap.names) <= COMMANDS_OF_A_REGISTRATION[back_end], tap.names
     tpm.release()
     assert tap.names[-1] == "FlushContext"
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_a_start_with_an_assignment_that_holds_takes_six_commands_to_its_seal(back_end: str, tap: TpmTap) -> None:
+    first = BACK_ENDS[back_end](tap.tcti)
+    wrapped_key = first.import_key(blob_for(first))
+    first.release()
+    tap.forget()
+    tpm = BACK_ENDS[back_end](tap.tcti)
+    tpm.endorsement_key(), tpm.storage_root_key()
+    assert tpm.sign(wrapped_key, bytes(1000)) == hmac_sha256(KEY, bytes(1000))
+    tpm.release()
+    print(f"TPM commands of a start, {back_end}: {len(tap.names)}: {' '.join(tap.names)}")
+    assert tap.names.index("HMAC") + 1 <= 6, tap.names
+    assert tap.names[6:] == ["FlushContext", "FlushContext"], tap.names  # key and session, after the answer
 
 
 def test_a_message_longer_than_the_tpms_buffer_is_signed(machine: Swtpm, open_tpm: OpenTpm) -> None:
@@ -399,6 +419,58 @@ def test_persist_puts_the_key_where_other_programs_find_it(machine: Swtpm, open_
     assert machine.leftovers() == []
 
 
+def test_a_key_that_cannot_be_loaded_or_stored_costs_no_other(machine: Swtpm, tap: TpmTap, open_tpm: OpenTpm) -> None:
+    tpm = open_tpm(tap.tcti)
+    former = tpm.import_key(blob_for(tpm, b"former"))
+    new = tpm.import_key(blob_for(tpm))
+    tpm.persist(former, 0x81000100)
+    tpm.release()
+    before = machine.public_areas()
+    tap.refuse(0x902, command="Load", times=1000)
+    assert_refused(lambda: tpm.persist(new, 0x81000100, former), RetryLater, "tpm.memory")
+    tpm.release()
+    assert machine.public_areas() == before  # what is there goes only after the new one was loaded
+    tap.forget()
+    tap.refuse(0x14B, command="EvictControl", skip=1, times=1000)
+    assert_refused(lambda: tpm.persist(new, 0x81000100, former), AskOperator, "tpm.nv_full")
+    assert tpm.sign(new, b"message") == hmac_sha256(KEY, b"message")
+    tap.forget()
+    tpm.persist(new, 0x81000100, former)
+    tpm.release()
+    assert machine.handles(swtpm.PERSISTENT) == [SRK_HANDLE, 0x81000100, EK_HANDLE]
+    assert machine.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "fits"),
+    [
+        (swtpm.OWNER, {"owner_auth": b"right"}, True),
+        (swtpm.OWNER, {"owner_auth": b"wrong"}, False),
+        (swtpm.OWNER, {}, True),  # there is none to try
+        (swtpm.ENDORSEMENT, {"endorsement_auth": b"right"}, True),
+        (swtpm.ENDORSEMENT, {"endorsement_auth": b"wrong"}, False),
+    ],
+)
+def test_passwords_are_tried_once_and_never_cross_the_bus(
+    kind: int, given: dict[str, bytes], fits: bool, machine: Swtpm, tap: TpmTap, open_tpm: OpenTpm
+) -> None:
+    before = open_tpm(machine.tcti)
+    before.storage_root_key()
+    before.release()
+    machine.set_hierarchy_auth(kind, b"right")
+    tpm = open_tpm(tap.tcti, **given)
+    if fits:
+        tpm.try_passwords()
+    else:
+        error = assert_refused(tpm.try_passwords, AskOperator, "tpm.hierarchy_auth")
+        assert next(iter(given)) + "_file" in error.message
+    tpm.release()
+    assert tap.names.count("PolicySecret") == len(given)
+    assert not tap.seen(b"right") and not tap.seen(b"wrong")
+    assert machine.property(swtpm.LOCKOUT_COUNTER) == 0
+    assert machine.leftovers() == []
+
+
 def test_the_ek_certificate_is_read_in_chunks_and_its_padding_cut_off(machine: Swtpm, open_tpm: OpenTpm) -> None:
     tpm = open_tpm(machine.tcti)
     assert tpm.endorsement_certificate() is None
@@ -445,15 +517,59 @@ def test_a_forbidden_device_names_file_group_and_command(
 ) -> None:
     node = tmp_path / "tpmrm0"
     node.touch()
-    node.chmod(0o660)
+    refuse_to_open(monkeypatch, str(node), 0o660, "tss-of-a-test")
+    error = assert_refused(open_tpm(f"device:{node}").endorsement_key, AskOperator, "tpm.denied")
+    for word in (str(node), "crw-rw----", "group tss-of-a-test", "sudo usermod -aG tss-of-a-test"):
+        assert word in error.message, word
+
+
+def refuse_to_open(
+    monkeypatch: pytest.MonkeyPatch, node: str, mode: int, group: str, groups: tuple[int, ...] = ()
+) -> None:
+    """Makes `node` a device of this mode and group that this user may not open."""
+    gid = {"root": 0}.get(group, 987654)
+    real_stat = os.stat
 
     def refuse(path: str, flags: int) -> int:
         raise PermissionError(13, "Permission denied", path)
 
+    def stat_of(path: Any, *arguments: Any, **named: Any) -> Any:
+        if str(path) == node:
+            return os.stat_result((stat.S_IFCHR | mode, 1, 1, 1, 0, gid, 0, 0, 0, 0))
+        return real_stat(path, *arguments, **named)
+
     monkeypatch.setattr("dps_hal.wire.device.os.open", refuse)
-    error = assert_refused(open_tpm(f"device:{node}").endorsement_key, AskOperator, "tpm.denied")
-    for word in (str(node), "-rw-rw----", "group", "sudo usermod -aG"):
-        assert word in error.message, word
+    monkeypatch.setattr("dps_hal.wire.device.os.stat", stat_of)
+    monkeypatch.setattr("dps_hal.wire.device.os.getgroups", lambda: list(groups))
+    monkeypatch.setattr("grp.getgrgid", lambda number: grp.struct_group((group, "x", number, [])))
+
+
+@pytest.mark.parametrize(
+    ("node", "mode", "group", "groups", "advice", "not_advice"),
+    [
+        ("/dev/tpmrm9", 0o660, "tss", (), "sudo usermod -aG tss", "udev"),
+        ("/dev/tpmrm9", 0o600, "tss", (), 'GROUP="tss"', "tcti ="),  # the group may not
+        ("/dev/tpmrm9", 0o660, "root", (), "udev", "usermod -aG root"),  # nobody should be in that one
+        ("/dev/tpmrm9", 0o640, "tss", (), "udev", "tcti ="),
+        ("/dev/tpmrm9", 0o660, "tss", (987654,), "DeviceAllow", "usermod"),  # it is in the group already
+        ("/dev/tpm9", 0o600, "root", (), 'tcti = "device:/dev/tpmrm9"', "usermod"),
+        ("/dev/tpm9", 0o660, "tss", (), "sudo usermod -aG tss", "tcti ="),
+    ],
+)
+def test_what_helps_against_a_forbidden_device_depends_on_its_mode_and_group(
+    node: str,
+    mode: int,
+    group: str,
+    groups: tuple[int, ...],
+    advice: str,
+    not_advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refuse_to_open(monkeypatch, node, mode, group, groups)
+    monkeypatch.setattr("dps_hal.wire.device.os.path.exists", lambda path: path == "/dev/tpmrm9")
+    error = assert_refused(lambda: open_device(node), AskOperator, "tpm.denied")
+    assert advice in error.message
+    assert not_advice not in error.message
 
 
 def test_without_the_package_the_operator_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

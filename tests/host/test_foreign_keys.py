@@ -14,6 +14,7 @@ from dps_hal.platform import hmac_sha256
 from support import swtpm
 from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused
+from support.device import Device
 from support.swtpm import Swtpm
 
 # TPM2B_PUBLIC: systemd's storage key, ECC on P-256, and a key that signs with RSASSA and SHA-256.
@@ -153,3 +154,19 @@ def test_an_unknown_password_of_the_owner_is_not_needed_where_ek_and_srk_are_the
     keys = machine.public_areas()
     signs(open_tpm(machine.tcti))
     assert machine.public_areas() == keys
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_a_registration_with_a_transient_srk_says_so_once(back_end: str, tmp_path: Path) -> None:
+    with Device(tmp_path, back_end) as device:
+        tpm = BACK_ENDS[back_end](device.tap.tcti)
+        tpm.endorsement_key()
+        tpm.release()
+        device.tap.refuse(0x14B, command="EvictControl", times=1000)
+        for force in (True, False):
+            warnings = device.provision(force=force).warnings
+            assert [warning for warning in warnings if "no room" in warning] == list(warnings), warnings
+            assert len(warnings) == 1, f"force={force}"
+        device.tap.forget()
+        assert device.provision().warnings == ()
+        assert device.swtpm.leftovers() == []

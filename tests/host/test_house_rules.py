@@ -18,7 +18,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 AGENT = CHECKOUT / "agent" / "dps_agent"
 HAL = CHECKOUT / "hal" / "dps_hal"
 EMULATOR = CHECKOUT / "tools" / "dps_emulator"
-HOST_ONLY = {"aes.py", "codes.py", "device.py", "esys.py", "files.py", "mtd.py", "simulator.py", "tcti.py"}
+HOST_ONLY = {"aes.py", "codes.py", "device.py", "esys.py", "files.py", "mtd.py", "simulator.py", "spidev.py", "tcti.py"}
 
 SHARED_AGENT = sorted(AGENT.glob("*.py"))
 SHARED_HAL = sorted(path for path in [*HAL.glob("*.py"), *HAL.glob("wire/*.py")] if path.name not in HOST_ONLY)
@@ -47,8 +47,9 @@ ABSENT_ATTRIBUTES = {
     *("translate", "tobytes", "cast", "_replace", "_asdict", "__cause__", "__context__", "__annotations__", "strerror"),
 }
 ABSENT_KEYWORDS = {"byteorder", "signed", "strict", "sort_keys", "flush", "defaults", "metaclass"}
+ANSWERED_BY_NONE = {"Sleep", "Commit", "ForgetOlder", "Acknowledge", "Disconnect"}
 
-AREAS = ("tpm", "store", "record", "dps", "network", "clock", "config", "agent")
+AREAS = ("tpm", "store", "record", "dps", "network", "hub", "clock", "config", "agent")
 CODE = re.compile(rf"(?:{'|'.join(AREAS)})\.[a-z][a-z0-9_]*")
 FILE_NAMES = {"config.toml", "config.d"}  # of the form of a code, but none
 
@@ -151,7 +152,7 @@ def nothing_a_board_lacks(tree: ast.Module) -> Iterator[str]:
 def every_yield_is_named_and_typed(tree: ast.Module) -> Iterator[str]:
     """`answer: Reply = yield Http(…)`, so that a type checker sees what an effect is answered by.
 
-    Sleep and Commit are answered by None and may stand alone.
+    What is answered by None may stand alone.
     """
     named = {id(node.value) for node in nodes(tree) if isinstance(node, ast.AnnAssign)}
     alone = {id(node.value) for node in nodes(tree) if isinstance(node, ast.Expr)}
@@ -159,7 +160,7 @@ def every_yield_is_named_and_typed(tree: ast.Module) -> Iterator[str]:
         if not isinstance(node, ast.Yield) or id(node) in named:
             continue
         effect = ast.unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
-        if id(node) not in alone or effect not in ("Sleep", "Commit"):
+        if id(node) not in alone or effect not in ANSWERED_BY_NONE:
             yield f"{node.lineno}: a yield without an annotated name"
 
 
@@ -362,7 +363,7 @@ RULES: list[tuple[str, Rule, list[Path], str, str]] = [
         every_yield_is_named_and_typed,
         SHARED_AGENT,
         "def f():\n    yield Http()",
-        "def f():\n    yield Sleep(1, '')",
+        "def f():\n    yield Sleep(1, '')\n    yield Disconnect()",
     ),
     (
         "no yield in finally",

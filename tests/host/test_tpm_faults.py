@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from contracts.tpm import KEY, blob_for
 from dps_hal import esys, wire
+from dps_hal.codes import REMEDIES
 from dps_hal.contracts import TpmService
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.platform import hmac_sha256
+from dps_hal.tpm_errors import RefusedError, error_of
+from dps_hal.tpm_rules import locked_out
 from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused
 from support.swtpm import Swtpm
-from support.tpm_tap import TpmTap
+from support.tpm_tap import DeviceNode, TpmTap
 
 ALWAYS = 1000
 Operation = Callable[[TpmService, bytes, bytes], object]
@@ -101,7 +106,18 @@ def read_it(tpm: TpmService, activation: bytes, wrapped_key: bytes) -> object:
         (sign_it, "HMAC", 0x921, RetryLater, "tpm.locked_out"),
         (sign_it, "HMAC", 0x101, AskOperator, "tpm.failure_mode"),
         (sign_it, "Load", 0x101, AskOperator, "tpm.failure_mode"),
-        (sign_it, "HMAC", 0x143, AskOperator, "tpm.failed"),  # COMMAND_CODE
+        (sign_it, "HMAC", 0x143, AskOperator, "tpm.unsupported"),  # COMMAND_CODE
+        (sign_it, "Load", 0x923, RetryLater, "tpm.nv_unavailable"),
+        (sign_it, "Load", 0x100, AskOperator, "tpm.not_started"),  # INITIALIZE, also after Startup
+        (sign_it, "Load", 0x130, AskOperator, "tpm.not_started"),  # REBOOT
+        (sign_it, "Load", 0x12D, AskOperator, "tpm.upgrading"),  # UPGRADE
+        (sign_it, "Load", 0x010, RetryLater, "tpm.bus_altered"),  # no return code that a TPM 2.0 has, with the next
+        (sign_it, "Load", 0x1000, RetryLater, "tpm.bus_altered"),
+        (sign_it, "Load", 0x100000, RetryLater, "tpm.bus_altered"),
+        (sign_it, "Load", 0x10000000, RetryLater, "tpm.bus_altered"),
+        (sign_it, "HMAC", 0x184, RetryLater, "tpm.bus_altered"),  # VALUE of a handle that it gave itself
+        (import_it, "ActivateCredential", 0x12F, AskOperator, "tpm.failed"),  # AUTH_UNAVAILABLE
+        (import_it, "ActivateCredential", 0xA9D, AskOperator, "tpm.failed"),  # POLICY_FAIL
         (sign_it, "HMAC", 0x18B, AskOperator, "tpm.failed"),  # HANDLE, rebuilt once in vain
         (sign_it, "HMAC", 0x9A2, AskOperator, "tpm.failed"),  # BAD_AUTH on no hierarchy: tampering
         (sign_it, "HMAC", 0x918, AskOperator, "tpm.failed"),  # REFERENCE_S0, rebuilt once in vain
@@ -114,7 +130,7 @@ def read_it(tpm: TpmService, activation: bytes, wrapped_key: bytes) -> object:
         (persist_it, "EvictControl", 0x14C, AskOperator, "tpm.failed"),
         (read_it, "ReadPublic", 0x101, AskOperator, "tpm.failure_mode"),
         (read_it, "ReadPublic", 0x120, AskOperator, "tpm.failed"),
-        (read_it, "ReadPublic", 0xB0143, AskOperator, "tpm.failed"),  # of the kernel's resource manager
+        (read_it, "ReadPublic", 0xB0143, AskOperator, "tpm.unsupported"),  # of the kernel's resource manager
         (read_it, "ReadPublic", 0xC0902, RetryLater, "tpm.memory"),  # of tabrmd, for the TPM
     ],
     ids=lambda value: value.__name__ if callable(value) else hex(value) if isinstance(value, int) else value,
@@ -135,7 +151,7 @@ def test_a_return_code_says_who_must_act(
     tap.refuse(return_code, command=command, times=ALWAYS)
     reproduce = f"{command} answered 0x{return_code:x}"
     error = assert_refused(lambda: operation(tpm, activation, wrapped_key), error_class, code, reproduce=reproduce)
-    if code in ("tpm.failed", "tpm.key_refused", "tpm.failure_mode"):
+    if error_class is AskOperator:
         assert f"0x{return_code:x}" in error.message
     tap.forget()
     tpm.release()
@@ -230,7 +246,155 @@ def test_any_return_code_at_any_command_ends_in_one_of_the_four_classes(
             assert raised.value.code.startswith("tpm."), f"{command} answered 0x{return_code:x}"
 
 
-def test_an_answer_altered_on_the_bus_is_not_accepted(tap: TpmTap, tpm: TpmService) -> None:
-    wrapped_key = tpm.import_key(blob_for(tpm))
-    tap.alter(command="HMAC", times=ALWAYS)
-    assert_refused(lambda: tpm.sign(wrapped_key, b"message"), RetryLater, "tpm.bus_altered")
+# Command, the return code that it ends with, who must act, words of the sentence.
+KNOWN_RETURN_CODES = (
+    ("read_public", 0x18B, AskOperator, "tpm.failed", "gone twice"),
+    ("activate_credential", 0x28B, AskOperator, "tpm.failed", "gone twice"),
+    ("evict_control", 0x28B, AskOperator, "tpm.failed", "gone twice"),
+    ("hmac", 0x922, RetryLater, "tpm.timeout", "not ready for hmac in time"),
+    ("hmac", 0x908, RetryLater, "tpm.timeout", "not ready"),
+    ("hmac", 0x90A, RetryLater, "tpm.timeout", "not ready"),
+    ("hmac", 0x920, RetryLater, "tpm.timeout", "not ready"),
+    ("hmac", 0x921, RetryLater, "tpm.locked_out", "forgets one every 1000 s"),
+    ("hmac", 0x923, RetryLater, "tpm.nv_unavailable", "cannot write its memory"),
+    ("activate_credential", 0x12F, AskOperator, "tpm.failed", "does not take the proof"),
+    ("activate_credential", 0xA9D, AskOperator, "tpm.failed", "does not take the proof"),
+    ("policy_secret", 0x9A2, AskOperator, "tpm.hierarchy_auth", "endorsement_auth_file"),
+    ("create_primary", 0x9A2, AskOperator, "tpm.hierarchy_auth", "endorsement_auth_file"),
+    ("evict_control", 0x9A2, AskOperator, "tpm.hierarchy_auth", "owner_auth_file"),
+    ("activate_credential", 0x1DF, IdentityStale, "tpm.blob_refused", "activate_credential with 0x1df"),
+    ("activate_credential", 0x101, IdentityStale, "tpm.blob_refused", "activate_credential with 0x101"),
+    ("activate_credential", 0x2E5, IdentityStale, "tpm.blob_refused", "activate_credential with 0x2e5"),
+    ("import", 0x3DF, IdentityStale, "tpm.blob_refused", "import with 0x3df"),
+    ("import", 0x2C2, AskOperator, "tpm.key_refused", "import with 0x2c2"),
+    ("import", 0x3C7, AskOperator, "tpm.key_refused", "import with 0x3c7"),
+    ("load", 0x902, RetryLater, "tpm.memory", "load with 0x902"),
+    ("start_auth_session", 0x903, RetryLater, "tpm.memory", "start_auth_session with 0x903"),
+    ("hmac", 0x143, AskOperator, "tpm.unsupported", "does not have this command"),
+    ("hmac", 0x101, AskOperator, "tpm.failure_mode", "hmac with 0x101"),
+    ("evict_control", 0x14B, AskOperator, "tpm.nv_full", "evict_control with 0x14b"),
+    ("hmac", 0x100, AskOperator, "tpm.not_started", "started anew"),
+    ("hmac", 0x130, AskOperator, "tpm.not_started", "started anew"),
+    ("hmac", 0x12D, AskOperator, "tpm.upgrading", "upgrade of its own firmware"),
+    ("hmac", 0x9A2, AskOperator, "tpm.failed", "the proof that the command is ours"),
+    ("nv_read", 0x98E, AskOperator, "tpm.certificate_locked", "has a password"),
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "return_code", "error_class", "code", "words"),
+    KNOWN_RETURN_CODES,
+    ids=[f"{row[0]}-{row[1]:#x}" for row in KNOWN_RETURN_CODES],
+)
+def test_every_known_return_code_has_a_class_a_sentence_and_a_remedy(
+    command: str, return_code: int, error_class: type[DpsError], code: str, words: str
+) -> None:
+    error = error_of(RefusedError(command, return_code), lambda what: locked_out(what, {0x210: 1000}))
+    assert (type(error), error.code) == (error_class, code)
+    assert words in error.message
+    assert REMEDIES[code]
+
+
+# --- answers that are not the TPM's own
+
+PLACES = (0, 8, 12, 14, 16, 20, -1)  # tag, return code, handle or size, size or nonce, what is in it, its proof
+
+
+@pytest.mark.parametrize(
+    ("operation", "command"),
+    [
+        (sign_it, "ReadPublic"),
+        (sign_it, "StartAuthSession"),
+        (import_it, "PolicySecret"),
+        (import_it, "ActivateCredential"),
+        (import_it, "Import"),
+        (sign_it, "Load"),
+        (sign_it, "HMAC"),
+        (sign_much, "HMAC_Start"),
+        (sign_much, "SequenceUpdate"),
+        (sign_much, "SequenceComplete"),
+    ],
+    ids=lambda value: None if callable(value) else value,
+)
+def test_an_altered_answer_is_refused_and_what_it_kept_from_us_is_flushed(
+    operation: Operation, command: str, machine: Swtpm, tap: TpmTap, tpm: TpmService
+) -> None:
+    activation = blob_for(tpm)
+    wrapped_key = tpm.import_key(activation)
+    for place in PLACES:
+        if (command, place) == ("ActivateCredential", -1):
+            continue  # of the policy session, which proves nothing and which nobody reads
+        for times in (1, ALWAYS):
+            reproduce = f"{command} altered at {place}, {times} times"
+            tpm.release()
+            tap.forget()
+            tap.alter(command=command, place=place, times=times)
+            if times == 1:
+                operation(tpm, activation, wrapped_key)
+            else:
+                assert_refused(
+                    lambda: operation(tpm, activation, wrapped_key), RetryLater, "tpm.bus_altered", reproduce
+                )
+            tap.forget()
+            tpm.release()
+            assert machine.leftovers() == [], reproduce
+
+
+@pytest.mark.parametrize("place", PLACES[:-1])  # the last byte is of the password session, which proves nothing
+def test_an_altered_new_primary_key_is_refused_and_flushed(
+    place: int, machine: Swtpm, tap: TpmTap, open_tpm: OpenTpm
+) -> None:
+    machine.clear()
+    for kind in ("EK", "SRK"):
+        new = open_tpm(tap.tcti)
+        operation = new.endorsement_key if kind == "EK" else new.storage_root_key
+        tap.alter(command="CreatePrimary", place=place, times=ALWAYS)
+        try:
+            assert_refused(operation, RetryLater, "tpm.bus_altered", kind)
+        finally:
+            tap.forget()
+            new.release()
+        assert machine.leftovers() == [], kind
+        new.endorsement_key()
+        new.release()
+
+
+def leave_something_of_others(machine: Swtpm) -> list[int]:
+    null = "40000007"
+    machine.command(0x176, bytes.fromhex(null + null + "0010" + "00" * 16 + "0000 00 0010 000b"))  # StartAuthSession
+    machine.command(0x186, bytes.fromhex("0000 000b"))  # HashSequenceStart
+    return machine.leftovers()
+
+
+@pytest.mark.parametrize("command", ["StartAuthSession", "Load"])
+def test_what_others_left_stays_also_after_an_altered_answer(command: str, tmp_path: Path, open_tpm: OpenTpm) -> None:
+    with Swtpm(tmp_path / "tpm") as machine, TpmTap(machine.port) as tap:
+        tpm = open_tpm(tap.tcti)
+        wrapped_key = tpm.import_key(blob_for(tpm))
+        tpm.release()
+        theirs = leave_something_of_others(machine)
+        tap.alter(command=command, place=-1)
+        with suppress(RetryLater):  # of three slots theirs is one and what the altered answer kept from us another
+            tpm.sign(wrapped_key, b"message")
+        tpm.release()
+        assert command in tap.names
+        assert set(theirs) <= set(machine.leftovers())
+
+
+def test_behind_a_device_node_an_altered_answer_costs_what_is_ours_and_nothing_else(
+    tmp_path: Path, open_tpm: OpenTpm
+) -> None:
+    with Swtpm(tmp_path / "tpm") as machine, TpmTap(machine.port) as tap:
+        node = DeviceNode(tap.port)
+        tpm = open_tpm(f"device:{node.path}")
+        wrapped_key = tpm.import_key(blob_for(tpm))
+        tap.alter(command="HMAC", place=-1)  # key and session are ours, and known
+        assert tpm.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message")
+        tap.alter(command="Load", place=-1, times=2)  # its handle is not known, and others are at work
+        tap.exchanges.clear()
+        assert_refused(lambda: tpm.sign(wrapped_key, b"message"), RetryLater, "tpm.bus_altered")
+        tpm.release()
+        flushed = [int.from_bytes(passed.command[10:], "big") for passed in tap.exchanges if "Flush" in passed.name]
+        node.close()
+        assert [handle for handle in flushed if handle >= 0x80000000] == []
+        assert len(machine.leftovers()) == 2

@@ -7,7 +7,6 @@ import random
 import struct
 import subprocess
 import sys
-import threading
 import tty
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,7 +35,7 @@ from dps_hal.wire.sessions import SaltedSession
 from support import swtpm
 from support.claims import assert_refused
 from support.swtpm import Swtpm
-from support.tpm_tap import TpmTap
+from support.tpm_tap import DeviceNode, TpmTap
 
 MESSAGE = b"message"
 
@@ -176,6 +175,11 @@ ALTERED = (
 )
 
 
+NOT_KNOWN_AS_ALTERED = (
+    (commands.START_AUTH_SESSION, 13, "tpm.failed"),  # the handle of another session, which there could be
+)
+
+
 @pytest.mark.parametrize("code", ALTERED, ids=hex)
 def test_a_byte_flipped_in_every_answer_is_refused(code: int, machine: Swtpm) -> None:
     bus = Interposer(machine)
@@ -199,7 +203,10 @@ def test_a_byte_flipped_in_every_answer_is_refused(code: int, machine: Swtpm) ->
         try:
             signature = import_and_sign(tpm, activation)
         except DpsError as error:
-            assert error.code.startswith("tpm."), f"code={code:#x} offset={offset}: {error.code}"
+            altered = (error.code, type(error)) == ("tpm.bus_altered", RetryLater)
+            assert altered or (code, offset, error.code) in NOT_KNOWN_AS_ALTERED, (
+                f"code={code:#x} offset={offset}: {error.code}"
+            )
         else:
             assert signature == hmac_sha256(KEY, MESSAGE), f"code={code:#x} offset={offset}"
             taken.append(offset)
@@ -437,38 +444,8 @@ def test_a_late_answer_is_not_taken_for_the_next_one(
 # --- transports
 
 
-class DeviceNode:
-    """A pseudo-terminal that answers like /dev/tpmrm0: a command written whole, then its response to read."""
-
-    def __init__(self, machine: Swtpm) -> None:
-        self._master, slave = os.openpty()
-        tty.setraw(slave)
-        self._slave = slave
-        self.path = os.ttyname(slave)
-        self._tpm = transport_for(machine.tcti)
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        command = b""
-        while True:
-            try:
-                command += os.read(self._master, 4096)
-            except OSError:  # the last descriptor of the other side was closed
-                return
-            if len(command) >= 10 and len(command) == int.from_bytes(command[2:6], "big"):
-                os.write(self._master, self._tpm.send(command, 30, None))
-                command = b""
-
-    def close(self) -> None:
-        os.close(self._slave)
-        self._thread.join()
-        os.close(self._master)
-        self._tpm.close()
-
-
 def test_a_device_node_carries_a_registration(machine: Swtpm) -> None:
-    node = DeviceNode(machine)
+    node = DeviceNode(machine.port)
     tpm = WireTpm(transport_for(f"device:{node.path}"))
     assert import_and_sign(tpm, blob_for(tpm)) == hmac_sha256(KEY, MESSAGE)
     tpm.release()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import shutil
 import socket
 import struct
 import subprocess
@@ -64,10 +65,14 @@ def read_frame(connection: socket.socket) -> bytes:
 
 
 class Swtpm:
-    """One swtpm process; its TPM's state is in `state_dir` and outlives it."""
+    """One swtpm process; its TPM's state is in `state_dir` and outlives it.
 
-    def __init__(self, state_dir: Path | str) -> None:
+    `ends_with_thread`: the process ends with the thread that starts it, even where SIGKILL ends that.
+    """
+
+    def __init__(self, state_dir: Path | str, ends_with_thread: bool = False) -> None:
         self.state_dir = Path(state_dir)
+        self._prefix = ("setpriv", "--pdeathsig", "KILL") if ends_with_thread and shutil.which("setpriv") else ()
         self.state_dir.mkdir(parents=True, exist_ok=True)
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -85,7 +90,7 @@ class Swtpm:
             port = self.port or free_port_pair()
             process = subprocess.Popen(
                 [
-                    *("swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self.state_dir}"),
+                    *(*self._prefix, "swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self.state_dir}"),
                     *("--server", f"type=tcp,port={port},bindaddr={_LISTEN}"),
                     *("--ctrl", f"type=tcp,port={port + 1},bindaddr={_LISTEN}"),
                     *("--flags", "not-need-init,startup-clear"),

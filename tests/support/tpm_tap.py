@@ -6,11 +6,13 @@ It stands where a chip on the TPM's bus would stand: what `seen` finds here, a p
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import struct
 import threading
 import time
+import tty
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -74,6 +76,7 @@ class _Fault:
     times: int
     return_code: int = 0
     alter: bool = False
+    place: int = 0
     drop: bool = False
     after_execution: bool = False
     delay_s: float = 0.0
@@ -146,9 +149,12 @@ class TpmTap:
         """Makes the TPM slow: `delay_s` seconds before a command reaches it."""
         self._faults.append(_Fault(_code(command), skip, times, delay_s=delay_s))
 
-    def alter(self, *, command: str | None = None, skip: int = 0, times: int = 1) -> None:
-        """Flips one bit of what the TPM answered, as an active attacker on the bus would."""
-        self._faults.append(_Fault(_code(command), skip, times, alter=True))
+    def alter(self, *, command: str | None = None, skip: int = 0, times: int = 1, place: int = 20) -> None:
+        """Flips one bit of what the TPM answered, as an active attacker on the bus would.
+
+        It is in byte `place`, counted from the end where negative, and in the last one of a shorter answer.
+        """
+        self._faults.append(_Fault(_code(command), skip, times, alter=True, place=place))
 
     def seen(self, secret: bytes) -> bool:
         """Whether `secret` passed in clear in any command or response."""
@@ -213,9 +219,10 @@ class TpmTap:
             response = self.change(command, read_frame(tpm))
         except (OSError, EOFError):
             return b""  # the TPM was cut off in the middle of the command
-        if any(fault.alter for fault in struck):
-            place = min(20, len(response) - 1)
-            response = response[:place] + bytes([response[place] ^ 1]) + response[place + 1 :]
+        for fault in struck:
+            if fault.alter:
+                place = min(fault.place, len(response) - 1) % len(response)
+                response = response[:place] + bytes([response[place] ^ 0x10]) + response[place + 1 :]
         return b"" if any(fault.drop for fault in struck) else response
 
     def _pass_bytes(self, client: socket.socket, tpm: socket.socket) -> None:
@@ -225,6 +232,38 @@ class TpmTap:
                 if not content:
                     return
                 (tpm if source is client else client).sendall(content)
+
+
+class DeviceNode:
+    """A pseudo-terminal that answers like /dev/tpmrm0: a command written whole, then its response to read."""
+
+    def __init__(self, tpm_port: int) -> None:
+        self._master, slave = os.openpty()
+        tty.setraw(slave)
+        self._slave = slave
+        self.path = os.ttyname(slave)
+        self._tpm = socket.create_connection((_LISTEN, tpm_port), _TPM_S)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        command = b""
+        while True:
+            try:
+                command += os.read(self._master, 4096)
+            except OSError:  # the last descriptor of the other side was closed
+                return
+            if len(command) >= 10 and len(command) == int.from_bytes(command[2:6], "big"):
+                self._tpm.sendall(command)
+                os.write(self._master, read_frame(self._tpm))
+                command = b""
+
+    def close(self) -> None:
+        """Takes the node away; nobody may have it open any more."""
+        os.close(self._slave)
+        self._thread.join()
+        os.close(self._master)
+        self._tpm.close()
 
 
 def _code(command: str | None) -> int | None:

@@ -8,9 +8,18 @@ Prints the traceback of each failure and closes with "N passed, N failed". Exit 
 import gc
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def main(ports: "list[str]") -> int:
-    """Each claim with two TPMs of its own making, which leave nothing in the swtpm."""
+    from dps_hal.wire.commands import Transport
+
+
+def main(ports: "list[str]", transport_to: "Callable[[int], Transport] | None" = None) -> int:
+    """Each claim with two TPMs of its own making, which leave nothing in the swtpm.
+
+    `transport_to(port)` is what leads there where it is not a socket alone.
+    """
     sys.path[:0] = ["agent", "hal", "tests"]
     from contracts.tpm import CLAIMS
     from dps_hal.wire import WireTpm
@@ -19,7 +28,10 @@ def main(ports: "list[str]") -> int:
 
     passed = failed = 0
     for claim in CLAIMS:
-        tpms = [WireTpm(SwtpmTransport("127.0.0.1", int(port))) for port in ports]
+        tpms = [
+            WireTpm(transport_to(int(port)) if transport_to else SwtpmTransport("127.0.0.1", int(port)))
+            for port in ports
+        ]
         try:
             claim(tpms[0], tpms[1])
             passed += 1

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dps_agent.assignment import decode
 from dps_agent.effects import LoadRecord
 from dps_agent.host.config import Configuration, ConfigurationError, check_files
-from dps_agent.host.device import certificate_of, offline_runner, open_tpm
+from dps_agent.host.device import TRANSIENT_SRK, offline_runner, open_tpm
 from dps_hal import ek_certificate
 from dps_hal.codes import REMEDIES
 from dps_hal.contracts import IDENTITY
@@ -204,6 +204,14 @@ def _tpm_auth(device: Device) -> Finding:
         return _failed(error, _NO_PASSWORD_NEEDED)
     if tpm.owner_auth_file and not condition.owner_has_password:
         return Finding(WARNING, "owner_auth_file is set, but the owner hierarchy has no password", _NO_PASSWORD_NEEDED)
+    if tpm.owner_auth_file or tpm.endorsement_auth_file:
+        try:
+            device.ask(lambda tpm: tpm.try_passwords())
+        except AskOperator as error:
+            if error.code != "tpm.hierarchy_auth":
+                raise
+            counted = f"{error.message}; it was tried once, and the TPM counts a wrong one of these towards no lockout"
+            return _failed(AskOperator(error.code, counted))
     if condition.owner_has_password and not tpm.owner_auth_file:
         return Finding(
             WARNING,
@@ -211,9 +219,7 @@ def _tpm_auth(device: Device) -> Finding:
             "set owner_auth_file in [tpm] until the endorsement and storage root keys exist, and for persist_at",
         )
     if condition.endorsement_has_password or condition.owner_has_password:
-        return Finding(
-            OK, "a password is set for each hierarchy that has one; tpm-self-challenge tries the endorsement's"
-        )
+        return Finding(OK, "each hierarchy that has a password takes the one in the settings")
     return Finding(OK, "neither owner nor endorsement hierarchy has a password")
 
 
@@ -223,11 +229,22 @@ def _tpm_ek(device: Device) -> Finding:
 
 
 def _tpm_srk(device: Device) -> Finding:
-    return Finding(OK, f"its name is {object_name(device.storage_root_key).hex()}")
+    name = f"its name is {object_name(device.storage_root_key).hex()}"
+    found_at, wanted_at = device.tpm.srk_found_at, device.configuration.tpm.srk_handle
+    if found_at == 0:
+        return Finding(WARNING, f"{TRANSIENT_SRK}; {name}", REMEDIES["tpm.nv_full"])
+    if found_at is None:
+        return Finding(OK, name)
+    taken = "" if found_at == wanted_at else f", as another program's key is at {wanted_at:#x}"
+    return Finding(OK, f"at {found_at:#x}{taken}; {name}")
 
 
 def _tpm_certificate(device: Device) -> Finding:
-    verdict = ek_certificate.compare(device.ask(certificate_of), device.endorsement_key)
+    try:
+        certificate = device.ask(lambda tpm: tpm.endorsement_certificate())
+    except AskOperator as error:  # it says nothing about whether this TPM can register
+        return Finding(WARNING, f"unreadable: {error.message}", REMEDIES.get(error.code, ""))
+    verdict = ek_certificate.compare(certificate, device.endorsement_key)
     template = device.configuration.tpm.ek_template
     if verdict == ek_certificate.MATCH:
         if template == "tcg-l1":
@@ -250,7 +267,7 @@ def _tpm_certificate(device: Device) -> Finding:
         return Finding(OK, "absent: the TPM holds none, and none is needed to register")
     return Finding(
         WARNING,
-        "unreadable: what the TPM holds is no X.509 certificate of an RSA key, or may not be read",
+        "unreadable: what the TPM holds is no X.509 certificate of an RSA key",
         "ask the TPM's manufacturer",
     )
 

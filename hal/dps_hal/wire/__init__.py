@@ -9,7 +9,6 @@ from dps_hal.activation import parse_activation
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.tpm_errors import (
-    FMT1_HANDLE,
     RC_ALTERED,
     RC_NV_SPACE,
     RefusedError,
@@ -35,12 +34,16 @@ from dps_hal.tpm_rules import (
     COMMAND_LIMIT_S,
     KEY_CREATION_LIMIT_S,
     LEFTOVERS,
+    LOADED_SESSIONS,
     MAX_BUFFER_BYTES,
+    PERSISTENT,
     PT_LOCKOUT_COUNTER,
     PT_LOCKOUT_INTERVAL,
     RELEASE_LIMIT_S,
+    TRANSIENT,
     check_passwords,
     is_srk,
+    kind_of,
     locked_out,
     refuse_at_the_brink,
 )
@@ -73,7 +76,7 @@ from dps_hal.wire.sessions import SaltedSession, start_policy_parameters, start_
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import NamedTuple, TypeVar
+    from typing import Any, NamedTuple, TypeVar
 
     from dps_hal.activation import Activation
     from dps_hal.contracts import TpmCondition, WhileWaiting
@@ -131,6 +134,7 @@ class WireTpm:
         self._pinned_ek = b""  # the first EK seen; nothing is ever salted to another
         self._shutdown_due = False  # a key without noDA was used: a power cut would now count as a failed guess
         self._orphans: list[int] = []  # handles of what a lost connection left in the TPM
+        self.srk_found_at: int | None = None  # see TpmService
         self._opened = False
         self._forget_connection()
 
@@ -139,6 +143,8 @@ class WireTpm:
         self._srk: Key | None = None
         self._session: SaltedSession | None = None
         self._held: list[int] = []  # every session and transient object that is to be flushed
+        self._altered = False  # an answer was not the TPM's own
+        self._lost: list[int] = []  # TRANSIENT or LOADED_SESSIONS for each of ours whose handle we may not know
 
     # --- the contract
 
@@ -191,6 +197,7 @@ class WireTpm:
         if self._shutdown_due:
             self._connection.run(SHUTDOWN, (), b"\x00\x00")  # TPM_SU_CLEAR
             self._shutdown_due = False
+        self._flush_lost()
 
     # What only diagnostics and other programs ask for is in a file of its own, which a board loads when it is asked.
 
@@ -198,31 +205,40 @@ class WireTpm:
         """As `TpmService.endorsement_certificate`; what follows the DER in the index is cut off."""
         from dps_hal.wire.upkeep import endorsement_certificate
 
-        return self._operate(lambda: endorsement_certificate(self._connection))
+        return self._operate(lambda: endorsement_certificate(self._connection, self._properties))
 
     def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
         """As `TpmService.persist`."""
-        from dps_hal.tpm_upkeep import check_owner_handle, check_replaceable
+        from dps_hal.tpm_upkeep import check_owner_handle
+        from dps_hal.wire.upkeep import persist
 
         public, private = unwrap(wrapped_key)
         check_owner_handle(handle)
 
-        def persist(key: Key) -> None:
-            present = self._present(handle)
-            if present is not None:
-                if present.public == public:
-                    return
-                check_replaceable(present.public, handle, former)
-                self._evict_control(present, handle, self._salted_session())
+        def evict(key: Key) -> None:
             self._evict_control(key, handle, self._salted_session())
 
-        self._operate(lambda: self._with_loaded(public, private, persist))
+        self._operate(
+            lambda: self._with_loaded(
+                public, private, lambda key: persist(key, self._present(handle), handle, former, evict)
+            )
+        )
 
     def condition(self) -> "TpmCondition":
         """As `TpmService.condition`."""
         from dps_hal.wire.upkeep import condition
 
         return self._operate(lambda: condition(self._properties))
+
+    def try_passwords(self) -> None:
+        """As `TpmService.try_passwords`."""
+
+        def try_them() -> None:
+            for hierarchy in (ENDORSEMENT, OWNER):
+                if self._auth(hierarchy):
+                    self._flush(self._policy_of(hierarchy))
+
+        self._operate(try_them)
 
     # --- one operation: connection, one rebuild, errors named after who must act
 
@@ -234,6 +250,7 @@ class WireTpm:
                 self._open()
                 return operation()
             except RefusedError as refused:
+                self._altered = self._altered or refused.altered
                 if not refused.stale:
                     raise error_of(refused, self._locked_out)
                 if refused.connection_lost:
@@ -280,7 +297,33 @@ class WireTpm:
             if refused.connection_lost:
                 raise
 
+    def _flush_lost(self) -> None:
+        """Flushes what an altered answer kept from us."""
+        # The handle in an altered answer proves nothing, so it is the TPM that is asked what of that kind is left in
+        # it. Where that is more than one others have left something too, and nobody can tell what is whose: all
+        # stays. Behind a device node others are at work meanwhile.
+        if self._altered and not self._connection.managed:
+            for first in self._lost:
+                handles = self._handles(first)
+                if len(handles) == 1:
+                    self._flush_handle(handles[0])
+        self._altered = False
+        self._lost.clear()
+
     # --- objects and sessions
+
+    def _run_and_hold(
+        self, code: int, handles: "tuple[int, ...]", parameters: bytes, **named: "Any"
+    ) -> "tuple[int, bytes]":
+        """As `Connection.run` for a command that makes a session or an object, which is held until it is flushed."""
+        try:
+            handle, answer = self._connection.run(code, handles, parameters, gives_handle=True, **named)
+        except RefusedError as refused:
+            if refused.altered:
+                self._lost.append(LOADED_SESSIONS if code == START_AUTH_SESSION else TRANSIENT)
+            raise refused
+        self._held.append(handle)
+        return handle, answer
 
     def _flush(self, handle: int) -> None:
         """Flushes what is still held; where the TPM refuses, release() tries again."""
@@ -291,8 +334,9 @@ class WireTpm:
         except DpsError:
             return
         except RefusedError as refused:
-            if refused.base != FMT1_HANDLE:  # that is: the TPM does not know it any more
+            if not refused.unknown_handle and not (self._altered and refused.altered_handle):
                 return
+            self._lost.append(kind_of(handle))
         self._held.remove(handle)
 
     def _salted_session(self) -> SaltedSession:
@@ -307,8 +351,7 @@ class WireTpm:
         return SaltedSession(handle, salt, nonce, nonce_tpm)
 
     def _start(self, salt_key: int, parameters: bytes) -> "tuple[int, bytes]":
-        handle, answer = self._connection.run(START_AUTH_SESSION, (salt_key, NULL), parameters, gives_handle=True)
-        self._held.append(handle)
+        handle, answer = self._run_and_hold(START_AUTH_SESSION, (salt_key, NULL), parameters)
         nonce_tpm, _ = take_field("start_auth_session", answer, 0)
         return handle, nonce_tpm
 
@@ -358,6 +401,7 @@ class WireTpm:
                 session = self._salted_session()
                 self._connection.run(READ_PUBLIC, (srk.handle,), session=session, names=(srk.name,))
             self._srk = srk
+            self.srk_found_at = srk.handle if srk.handle >= PERSISTENT else 0
         return self._srk
 
     def _look_for_srk(self) -> "tuple[Key | None, int]":
@@ -393,7 +437,7 @@ class WireTpm:
         """A new transient primary key, held; the caller checks it against its template."""
         self._connection.extend(KEY_CREATION_LIMIT_S)
         try:
-            handle, answer = self._connection.run(
+            handle, answer = self._run_and_hold(
                 CREATE_PRIMARY,
                 (hierarchy,),
                 b"\x00\x04\x00\x00\x00\x00" + template + bytes(6),  # no password, no data; no outside info, no PCRs
@@ -401,12 +445,10 @@ class WireTpm:
                 names=(struct.pack(">I", hierarchy),),
                 auth=self._auth(hierarchy),
                 password=session is None,
-                gives_handle=True,
             )
         except RefusedError as refused:
             refused.of_owner = hierarchy == OWNER
             raise refused
-        self._held.append(handle)
         _, end = take_field("create_primary", answer, 0)
         if session is None and answer[-36:] != sized(object_name(answer[:end])):
             raise RefusedError("create_primary", RC_ALTERED)
@@ -435,7 +477,7 @@ class WireTpm:
         try:
             _, answer = self._connection.run(READ_PUBLIC, (handle,))
         except RefusedError as refused:
-            if refused.base == FMT1_HANDLE:
+            if refused.unknown_handle:
                 return None
             raise refused
         _, end = take_field("read_public", answer, 0)
@@ -443,23 +485,17 @@ class WireTpm:
         _, last = take_field("read_public", answer, last)
         public = answer[:end]
         name = object_name(public) if public[4:6] == struct.pack(">H", ALG_SHA256) else b""
-        if last != len(answer) or (name and name != stated):
+        if last != len(answer) or stated[:2] != public[4:6] or (name and name != stated):
             raise RefusedError("read_public", RC_ALTERED)
         return Key(handle, public, name or stated)
 
     def _with_loaded(self, public: bytes, private: bytes, work: "Callable[[Key], Answer]") -> "Answer":
         """What `work` makes of a wrapped key, loaded under the SRK for a while."""
         srk = self._storage_root_key()
-        handle, _ = self._connection.run(
-            LOAD,
-            (srk.handle,),
-            private + public,
-            session=self._salted_session(),
-            names=(srk.name,),
-            auth=b"",
-            gives_handle=True,
+        session = self._salted_session()
+        handle, _ = self._run_and_hold(
+            LOAD, (srk.handle,), private + public, session=session, names=(srk.name,), auth=b""
         )
-        self._held.append(handle)
         try:
             return work(Key(handle, public, object_name(public)))
         finally:
@@ -467,19 +503,30 @@ class WireTpm:
 
     # --- what the operations do
 
-    def _import_key(self, activation: "Activation") -> bytes:
+    def _policy_of(self, hierarchy: int) -> int:
+        """A policy session to which we have shown that we know the hierarchy's password."""
         session = self._salted_session()
-        ek, srk = self._endorsement_key(), self._storage_root_key()
         policy, _ = self._start(NULL, start_policy_parameters())
         try:
             self._connection.run(
                 POLICY_SECRET,
-                (ENDORSEMENT, policy),
+                (hierarchy, policy),
                 bytes(10),  # no nonce, no command's digest, no reference, no expiry
                 session=session,
-                names=(struct.pack(">I", ENDORSEMENT), struct.pack(">I", policy)),
-                auth=self._endorsement_auth,
+                names=(struct.pack(">I", hierarchy), struct.pack(">I", policy)),
+                auth=self._auth(hierarchy),
             )
+        except RefusedError as refused:
+            refused.of_owner = hierarchy == OWNER
+            self._flush(policy)
+            raise refused
+        return policy
+
+    def _import_key(self, activation: "Activation") -> bytes:
+        session = self._salted_session()
+        ek, srk = self._endorsement_key(), self._storage_root_key()
+        policy = self._policy_of(ENDORSEMENT)
+        try:
             _, answer = self._connection.run(
                 ACTIVATE_CREDENTIAL,
                 (srk.handle, ek.handle),
@@ -519,16 +566,9 @@ class WireTpm:
                 HMAC, (key.handle,), sized(message) + algorithm, session=session, names=(key.name,), auth=b""
             )
             return _digest("hmac", answer)
-        sequence, _ = run(
-            HMAC_START,
-            (key.handle,),
-            b"\x00\x00" + algorithm,
-            session=session,
-            names=(key.name,),
-            auth=b"",
-            gives_handle=True,
+        sequence, _ = self._run_and_hold(
+            HMAC_START, (key.handle,), b"\x00\x00" + algorithm, session=session, names=(key.name,), auth=b""
         )
-        self._held.append(sequence)
         names = (b"",)  # of a sequence, Part 1, 16
         try:
             at = 0

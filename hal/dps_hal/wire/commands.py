@@ -7,7 +7,15 @@ import struct
 
 from dps_hal.errors import RetryLater
 from dps_hal.platform import ms_since, pause_ms, ticks_ms
-from dps_hal.tpm_errors import RC_ALTERED, RC_CONNECTION_LOST, RC_INITIALIZE, RC_RESEND, RC_TOO_LARGE, RefusedError
+from dps_hal.tpm_errors import (
+    RC_ALTERED,
+    RC_CONNECTION_LOST,
+    RC_INITIALIZE,
+    RC_RESEND,
+    RC_TOO_LARGE,
+    TPM_LAYERS,
+    RefusedError,
+)
 from dps_hal.tpm_keys import take_sized
 
 TYPE_CHECKING = False
@@ -171,6 +179,8 @@ class Connection:
             rc = int.from_bytes(response[6:10], "big")
             if rc == 0:
                 return response
+            if len(response) != 10 or rc >> 16 not in TPM_LAYERS:
+                rc = RC_ALTERED
             refused = RefusedError(name, rc)
             if refused.code == RC_INITIALIZE and not started:  # a TPM on which no firmware has run
                 started = True

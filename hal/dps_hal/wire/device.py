@@ -92,11 +92,19 @@ def _denied(path: str) -> str:
     owner = _name_of(node.st_uid, lambda number: pwd.getpwuid(number).pw_name)
     group = _name_of(node.st_gid, lambda number: grp.getgrgid(number).gr_name)
     user = _name_of(os.geteuid(), lambda number: pwd.getpwuid(number).pw_name)
-    mode = stat.filemode(node.st_mode)
-    tss = group if group != "root" else "tss"
+    seen = f"{user} may not open {path} ({stat.filemode(node.st_mode)}, owner {owner}, group {group})"
+    if node.st_mode & 0o060 == 0o060 and node.st_gid != 0 and node.st_gid not in (os.getegid(), *os.getgroups()):
+        return f"{seen}; run 'sudo usermod -aG {group} {user}' and log in again"
+    managed = path.replace("/dev/tpm", "/dev/tpmrm")
+    if path.startswith("/dev/tpm") and not path.startswith("/dev/tpmrm") and os.path.exists(managed):
+        return f'{seen}, and no group may; set tcti = "device:{managed}" in [tpm]'
+    if node.st_mode & 0o060 == 0o060 and node.st_gid != 0:  # something else than the mode: a sandbox, a container
+        return f"{seen}, though its group may; look at the service's sandbox (DeviceAllow), the container, or AppArmor"
+    name = os.path.basename(path)
     return (
-        f"{user} may not open {path} ({mode}, owner {owner}, group {group}); run 'sudo usermod -aG {tss} {user}'"
-        " and log in again"
+        f"{seen}, and no group may; give it one with the udev rule"
+        f' \'KERNEL=="{name}", GROUP="tss", MODE="0660"\' in /etc/udev/rules.d, run'
+        f" 'sudo udevadm trigger --name-match={name}', then 'sudo usermod -aG tss {user}' and log in again"
     )
 
 
@@ -109,5 +117,9 @@ def _name_of(number: int, look_up: Callable[[int], str]) -> str:
 
 def transport_for(tcti: str) -> Transport:
     """The transport to the TPM that a string names, as `parse_tcti` says; nothing is opened yet."""
-    place, port = parse_tcti(tcti)
-    return SwtpmTransport(place, port) if port else DeviceTransport(place)
+    kind, place, number = parse_tcti(tcti)
+    if kind == "spi":
+        from dps_hal.wire.spidev import SpidevTransport
+
+        return SpidevTransport(place, number)
+    return SwtpmTransport(place, number) if kind == "swtpm" else DeviceTransport(place)

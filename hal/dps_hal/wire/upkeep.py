@@ -2,15 +2,18 @@
 
 import struct
 
-from dps_hal.tpm_errors import FMT1_HANDLE, RC_ALTERED, RC_NV_UNINITIALIZED, RefusedError
+from dps_hal.tpm_errors import RC_ALTERED, RC_NV_UNINITIALIZED, RefusedError
 from dps_hal.tpm_rules import PT_LOCKOUT_INTERVAL
 from dps_hal.tpm_upkeep import (
     EK_CERTIFICATE_INDEX,
-    NV_CHUNK_BYTES,
     PT_FIRMWARE_VERSION_1,
     PT_MANUFACTURER,
+    PT_NV_BUFFER_MAX,
     PT_PERMANENT,
+    check_readable,
+    check_replaceable,
     condition_of,
+    nv_chunk_bytes,
     without_padding,
 )
 from dps_hal.wire.commands import NV_READ, NV_READ_PUBLIC, take_field
@@ -20,23 +23,30 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dps_hal.contracts import TpmCondition
+    from dps_hal.wire import Key
     from dps_hal.wire.commands import Connection
 
 
-def endorsement_certificate(connection: "Connection") -> "bytes | None":
-    """As `TpmService.endorsement_certificate`."""
+def endorsement_certificate(
+    connection: "Connection", properties: "Callable[[int, int], dict[int, int]]"
+) -> "bytes | None":
+    """As `TpmService.endorsement_certificate`; `properties(first, last)` asks the TPM."""
     index = EK_CERTIFICATE_INDEX
     try:
         _, answer = connection.run(NV_READ_PUBLIC, (index,))
     except RefusedError as refused:
-        if refused.base == FMT1_HANDLE:
+        if refused.unknown_handle:
             return None
         raise refused
-    public, _ = take_field("nv_read_public", answer, 0)
+    public, _ = take_field("nv_read_public", answer, 0)  # index, hash, attributes, policy, size
+    if len(public) < 14:
+        raise RefusedError("nv_read_public", RC_ALTERED)
+    check_readable(int.from_bytes(public[6:10], "big"))
     size = int.from_bytes(public[-2:], "big")
+    most_bytes = nv_chunk_bytes(properties(PT_NV_BUFFER_MAX, PT_NV_BUFFER_MAX))
     content = b""
     while len(content) < size:
-        chunk_bytes = min(NV_CHUNK_BYTES, size - len(content))
+        chunk_bytes = min(most_bytes, size - len(content))
         try:  # by the index's empty password: the certificate is public
             parameters = struct.pack(">HH", chunk_bytes, len(content))
             _, answer = connection.run(NV_READ, (index, index), parameters, password=True)
@@ -49,6 +59,20 @@ def endorsement_certificate(connection: "Connection") -> "bytes | None":
             raise RefusedError("nv_read", RC_ALTERED)
         content += chunk
     return without_padding(content)
+
+
+def persist(key: "Key", present: "Key | None", handle: int, former: bytes, evict: "Callable[[Key], None]") -> None:
+    """As `TpmService.persist`: `present` is at the handle now; `evict` removes a persistent key, adds a transient one.
+
+    EvictControl overwrites nothing, so for a moment the handle is empty. The new key has been loaded by now, and the
+    room that the old one took is free for it.
+    """
+    if present is not None:
+        if present.public == key.public:
+            return
+        check_replaceable(present.public, handle, former)
+        evict(present)
+    evict(key)
 
 
 def condition(properties: "Callable[[int, int], dict[int, int]]") -> "TpmCondition":
