@@ -250,8 +250,26 @@ class FileSlots:
             self._folder.close(fd)
         return content
 
+    def make_room(self) -> None:
+        """Gives both files their whole size, durably, where they lack it; what they hold stays.
+
+        From then on no write needs a new block, so that a full file system cannot stop one.
+        """
+        grown = False
+        with self._closing_on_failure():
+            for slot in (0, 1):
+                self._written[slot] = self._folder.open_or_create(self._names[slot])
+                with self._reporting("write", slot):
+                    size = self._folder.calls.file_size(self._written[slot])
+                    if size < self.slot_bytes:
+                        grown = True
+                        self._write(slot, bytes([self.erase_value]) * (self.slot_bytes - size), size)
+        if grown:
+            self.sync()
+        self._close()
+
     def erase(self, slot: int) -> None:
-        """Overwrites what the file has; its blocks stay, so that a full file system cannot stop the next write."""
+        """Overwrites what the file has; its blocks stay."""
         if slot not in self._written:
             fd = self._folder.open(self._names[slot], os.O_RDWR)
             if fd is None:
@@ -262,7 +280,7 @@ class FileSlots:
             self._write(slot, bytes([self.erase_value]) * size)
 
     def program(self, slot: int, content: bytes) -> None:
-        """See `SlotDevice.program`; the whole slot at once, so that a longer record later needs no more room."""
+        """See `SlotDevice.program`; what stays erased is written as well, so that the file keeps its size."""
         whole = content + bytes([self.erase_value]) * (self.slot_bytes - len(content))
         with self._closing_on_failure():
             if slot not in self._written:
@@ -289,11 +307,11 @@ class FileSlots:
         self._unsynced.clear()
         self._close()
 
-    def _write(self, slot: int, content: bytes) -> None:
+    def _write(self, slot: int, content: bytes, offset: int = 0) -> None:
         self._unsynced.add(slot)
         done = 0
         while done < len(content):
-            taken = self._folder.calls.pwrite(self._written[slot], content[done:], done)
+            taken = self._folder.calls.pwrite(self._written[slot], content[done:], offset + done)
             if taken == 0:
                 raise OSError(errno.EIO, "pwrite took nothing")
             done += taken
@@ -370,7 +388,19 @@ class FileStore(LockedStore):
 
     def __init__(self, folder: str, calls: SystemCalls | None = None) -> None:
         self._folder = StateFolder(folder, calls or SystemCalls())
-        super().__init__({record: FileSlots(self._folder, record) for record in (IDENTITY, PROGRESS)})
+        self._files = {record: FileSlots(self._folder, record) for record in (IDENTITY, PROGRESS)}
+        super().__init__(self._files)
+
+    def commit(self, record: str, payload: bytes) -> None:
+        """See `Store.commit`. The first one makes room for all records.
+
+        So a registration, which begins with a commit of `progress`, ends at once where the identity would not fit.
+        """
+        with self._lock_for_write():
+            self.load(record)  # a newer format stops here, before anything is written
+            for files in self._files.values():
+                files.make_room()
+            SlotStore.commit(self, record, payload)
 
     def erase(self, record: str) -> None:
         """See `Store.erase`."""

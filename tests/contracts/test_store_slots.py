@@ -152,6 +152,16 @@ def test_two_damaged_copies_are_none_and_the_next_commit_works() -> None:
         assert found is not None and found.payload == b"new"
 
 
+def test_the_first_commit_beside_a_damaged_copy_goes_over_it_and_leaves_the_erased_slot() -> None:
+    for damaged in (b"garbage", encode_slot(5, b"torn")[:-1]):
+        device = flash_with(b"", damaged)
+        store_on(device).commit(IDENTITY, b"new")
+        found = store_on(device).load(IDENTITY)
+        assert found is not None and found.payload == b"new", found
+        assert not found.rolled_back, "the damaged copy still looks like a newer one"
+        assert decode_slot(device.read(0), 0xFF).state == EMPTY and decode_slot(device.read(1), 0xFF).state == VALID
+
+
 def test_a_commit_over_two_damaged_copies_counts_on_from_the_later_one() -> None:
     device = flash_with(encode_slot(4, b"older")[:-1], encode_slot(5, b"current")[:-1])
     store_on(device).commit(IDENTITY, b"new")

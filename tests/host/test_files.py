@@ -1,5 +1,6 @@
 """The file store: its contract on a real folder, power cuts and kills at every system call, and every failing call."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -7,22 +8,27 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from contracts.store import RULES
+from dps_agent.effects import Commit, LoadRecord
+from dps_agent.lifecycle import PROVISIONED, WAITING, Lifecycle
 from dps_hal import files
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.files import FileStore
+from dps_hal.slots import encode_slot
+from support import disk_cuts
 from support.disk import SimulatedDisk
 from support.flash import PowerCut
+from support.world import World
+from support.world import settings as world_settings
 
 FOLDER = "/var/lib/dps-agent"
-NESTED = "/var/lib/factory/dps-agent"
 Action = Callable[[FileStore], None]
 Rule = Callable[[Callable[[], FileStore]], None]
-Steps = list[tuple[str, Action, bytes | None]]
 
 
 def payload_of(store: FileStore) -> bytes | None:
@@ -30,19 +36,12 @@ def payload_of(store: FileStore) -> bytes | None:
     return None if found is None else found.payload
 
 
-def committing(payload: bytes) -> tuple[str, Action, bytes | None]:
-    return f"commit {payload!r}", lambda store: store.commit(IDENTITY, payload), payload
+def committing(payload: bytes) -> Action:
+    return lambda store: store.commit(IDENTITY, payload)
 
 
-ERASING = ("erase", lambda store: store.erase(IDENTITY), None)
-LIFE: Steps = [
-    committing(b"hub A"),
-    committing(b"hub B" * 300),
-    committing(b"hub C"),
-    ERASING,
-    ERASING,
-    committing(b"hub D"),
-]
+def erasing(store: FileStore) -> None:
+    store.erase(IDENTITY)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -57,118 +56,7 @@ def test_the_store_contract_holds_on_the_simulated_disk(rule: Rule) -> None:
     assert disk.open_descriptors() == 0
 
 
-# Power cuts
-
-
-def sweep(folder: str, disk: SimulatedDisk, steps: Steps) -> tuple[int, list[str]]:
-    """Cuts `steps` at every system call and looks at every tree that may be left; how many, and what was wrong."""
-    states = 0
-    wrong = []
-    for number, (name, action, after) in enumerate(steps):
-        before = payload_of(FileStore(folder, disk.copy()))
-        cut = 0
-        while True:
-            cut += 1
-            one = disk.copy(cut)
-            try:
-                action(FileStore(folder, one))
-                finished = True
-                assert one.calls < cut, f"{name} cut={cut}: somebody caught the power cut"
-            except PowerCut:
-                finished = False
-            for left, tree in enumerate(one.aftermaths()):
-                states += 1
-                where = f"step={number} ({name}) cut={cut} left={left}"
-                rebooted = type(disk)(tree)
-                found = payload_of(FileStore(folder, rebooted))
-                if found not in ((after,) if finished else (before, after)):
-                    wrong.append(f"{where}: {found!r} where {before!r} became {after!r}, finished={finished}")
-                    continue
-                FileStore(folder, rebooted).commit(IDENTITY, b"further")
-                if any(payload_of(FileStore(folder, type(disk)(t))) != b"further" for t in rebooted.aftermaths()):
-                    wrong.append(f"{where}: a further commit was not durable")
-            if finished:
-                break
-        action(FileStore(folder, disk))
-        disk = disk.copy()
-    return states, wrong
-
-
-def sweep_killed(
-    folder: str, disk: SimulatedDisk, steps: Steps, second: tuple[str, Action, bytes | None]
-) -> tuple[int, list[str]]:
-    """Kills each of `steps` at every system call, which leaves the cache, then cuts `second` of the next process."""
-    states = 0
-    wrong = []
-    for number, (name, action, after) in enumerate(steps):
-        before = payload_of(FileStore(folder, disk.copy()))
-        kill = 0
-        while True:
-            kill += 1
-            killed = disk.copy(kill)
-            try:
-                action(FileStore(folder, killed))
-                break
-            except PowerCut:
-                pass
-            cut = 0
-            finished = False
-            while not finished:
-                cut += 1
-                one = killed.copy(cut)
-                try:
-                    second[1](FileStore(folder, one))
-                    finished = True
-                except PowerCut:
-                    pass
-                allowed = (second[2],) if finished else (before, after, second[2])
-                for left, tree in enumerate(one.aftermaths()):
-                    states += 1
-                    found = payload_of(FileStore(folder, type(disk)(tree)))
-                    if found not in allowed:
-                        wrong.append(f"step={number} ({name}) kill={kill} cut={cut} left={left}: {found!r}")
-        action(FileStore(folder, disk))
-        disk = disk.copy()
-    return states, wrong
-
-
-def test_a_cut_at_any_system_call_leaves_the_old_record_or_the_new_one() -> None:
-    states, wrong = sweep(FOLDER, SimulatedDisk(), LIFE)
-    assert not wrong, wrong[0]
-    assert states > 400, states
-
-
-def test_a_cut_while_nested_folders_are_made_loses_no_finished_commit() -> None:
-    states, wrong = sweep(NESTED, SimulatedDisk(), LIFE[:2])
-    assert not wrong, wrong[0]
-    assert states > 150, states
-
-
-def test_a_kill_followed_by_a_cut_of_the_next_commit_loses_nothing() -> None:
-    states, wrong = sweep_killed(FOLDER, SimulatedDisk(), LIFE[:4], committing(b"second process"))
-    assert not wrong, wrong[0]
-    assert states > 5000, states
-
-
-def test_a_kill_followed_by_a_cut_of_the_next_reset_brings_nothing_back() -> None:
-    states, wrong = sweep_killed(FOLDER, SimulatedDisk(), LIFE[:4], ERASING)
-    assert not wrong, wrong[0]
-    assert states > 5000, states
-
-
-class LyingDisk(SimulatedDisk):
-    """fsync does nothing."""
-
-    def fsync(self, fd: int) -> None:
-        pass
-
-
-class DiskWithoutFolderSync(SimulatedDisk):
-    """fsync of a folder does nothing."""
-
-    def fsync(self, fd: int) -> None:
-        if not self._inode(fd).is_folder:
-            super().fsync(fd)
+# Power cuts: `tools/powercut --sweep disk` makes them, with writers of other faults.
 
 
 class SyncsOnlyWhatItWrote(files.FileSlots):
@@ -180,16 +68,10 @@ class SyncsOnlyWhatItWrote(files.FileSlots):
         return content
 
 
-@pytest.mark.parametrize("faulty", [LyingDisk, DiskWithoutFolderSync])
-def test_the_sweep_catches_a_missing_sync(faulty: type[SimulatedDisk]) -> None:
-    _, wrong = sweep(FOLDER, faulty(), LIFE[:3])
-    assert wrong
-
-
 def test_the_sweep_catches_trust_in_another_process_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "FileSlots", SyncsOnlyWhatItWrote)
-    _, wrong = sweep_killed(FOLDER, SimulatedDisk(), LIFE[:3], committing(b"second process"))
-    assert wrong
+    _, lost = disk_cuts.sweep(at_first=True)
+    assert lost and "plan=kill-then-commit" in lost[0], lost
 
 
 def disk_with(*payloads: bytes) -> SimulatedDisk:
@@ -207,12 +89,11 @@ def spent_by(action: Action, disk: SimulatedDisk) -> dict[str, int]:
 
 def test_what_a_commit_costs() -> None:
     disk = SimulatedDisk()
-    # the folder's name, the file, the file's name
-    assert spent_by(committing(b"hub A")[1], disk) == {"mkdir": 1, "pwrite": 1, "fsync": 3}
-    # the current copy and the folder; the file, the file's name
-    assert spent_by(committing(b"hub B")[1], disk) == {"mkdir": 0, "pwrite": 1, "fsync": 4}
-    # both files and the folder; the file, the folder; an erase and a program
-    assert spent_by(committing(b"hub C")[1], disk) == {"mkdir": 0, "pwrite": 2, "fsync": 5}
+    # the folder's name; room for two records: two files and their names each; the current files, the file and its name
+    assert spent_by(committing(b"hub A"), disk) == {"mkdir": 1, "pwrite": 6, "fsync": 10}
+    # both files and the folder; the file and the folder; an erase and a program
+    for payload in (b"hub B", b"hub C"):
+        assert spent_by(committing(payload), disk) == {"mkdir": 0, "pwrite": 2, "fsync": 5}
     assert spent_by(lambda store: store.load(IDENTITY), disk) == {"mkdir": 0, "pwrite": 0, "fsync": 0}
 
 
@@ -263,7 +144,7 @@ def test_each_failing_call_is_reported_and_the_old_record_stays_also_after_a_ret
                 finished = True
             except PowerCut:
                 finished = False
-            for left, tree in enumerate(again.aftermaths()):
+            for left, tree in enumerate(again.aftermaths(focus=IDENTITY)):
                 found = payload_of(FileStore(FOLDER, SimulatedDisk(tree)))
                 assert found in ((b"new",) if finished else (old, b"new")), f"{line} cut={cut} left={left}: {found!r}"
             if finished:
@@ -273,7 +154,7 @@ def test_each_failing_call_is_reported_and_the_old_record_stays_also_after_a_ret
 
 @pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
 def test_each_failing_call_of_load_and_erase_is_one_of_our_errors(number: int) -> None:
-    for name, action in (("load", payload_of), ("erase", ERASING[1])):
+    for name, action in (("load", payload_of), ("erase", erasing)):
         call = 0
         while True:
             call += 1
@@ -348,7 +229,8 @@ def test_files_that_root_makes_get_the_folders_owner() -> None:
     disk = SimulatedDisk()
     disk.user, disk.owner_of_all = 0, (4343, 4344)
     FileStore(FOLDER, disk).commit(IDENTITY, b"new")
-    assert disk.chowned == [(f"{FOLDER}/lock", 4343, 4344), (f"{FOLDER}/identity.0", 4343, 4344)]
+    names = ["lock", "identity.0", "identity.1", "progress.0", "progress.1"]
+    assert disk.chowned == [(f"{FOLDER}/{name}", 4343, 4344) for name in names]
 
 
 # A real folder
@@ -372,7 +254,7 @@ def test_folder_and_files_are_the_owners_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o700
     assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
     names = sorted(path.name for path in (tmp_path / "a" / "b").iterdir())
-    assert names == ["identity.0", "identity.1", "lock", "progress.0"]
+    assert names == ["identity.0", "identity.1", "lock", "progress.0", "progress.1"]
     for name in names:
         assert stat.S_IMODE((tmp_path / "a" / "b" / name).stat().st_mode) == 0o600, name
 
@@ -393,7 +275,7 @@ def test_a_symbolic_link_under_a_files_name_is_refused(name: str, tmp_path: Path
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_a_fifo_or_folder_under_a_files_name_is_refused_at_once(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "identity.0")
-    for action in (payload_of, committing(b"new")[1]):
+    for action in (payload_of, committing(b"new")):
         with pytest.raises(AskOperator, match="no regular file"):
             action(FileStore(str(tmp_path)))
 
@@ -425,7 +307,7 @@ def test_a_second_writer_is_told_and_a_reader_is_not_held_up(tmp_path: Path) -> 
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        for action in (committing(b"new")[1], ERASING[1], lambda store: store.forget_older(IDENTITY)):
+        for action in (committing(b"new"), erasing, lambda store: store.forget_older(IDENTITY)):
             with pytest.raises(RetryLater) as caught:
                 action(store)
             assert caught.value.code == "store.locked" and str(tmp_path) in str(caught.value)
@@ -433,6 +315,61 @@ def test_a_second_writer_is_told_and_a_reader_is_not_held_up(tmp_path: Path) -> 
         other.communicate("\n", timeout=10)
     store.commit(IDENTITY, b"new")
     assert payload_of(store) == b"new"
+
+
+COMMITS = """
+import sys
+from dps_hal.errors import RetryLater
+from dps_hal.files import FileStore
+store = FileStore(sys.argv[1])
+done = locked = 0
+print("ready", flush=True)
+input()
+while done < 40:
+    try:
+        with store.exclusive():
+            found = store.load("identity")
+            store.commit("identity", b"%d" % (1 if found is None else int(found.payload) + 1))
+        done += 1
+    except RetryLater as error:
+        assert error.code == "store.locked", error
+        locked += 1
+print(locked)
+"""
+
+
+def test_two_processes_that_write_to_one_folder_lose_no_commit_of_each_other(tmp_path: Path) -> None:
+    place = tmp_path / "state"
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", COMMITS, str(place)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                )
+            )
+            for _ in range(2)
+        ]
+        for writer in writers:
+            assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+        for writer in writers:
+            assert writer.stdin is not None
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+        seen = [0]
+        while any(writer.poll() is None for writer in writers):
+            found = payload_of(FileStore(str(place)))  # a reader beside them, without the lock
+            if found is not None:
+                seen.append(int(found))
+        locked = [int(writer.communicate(timeout=30)[0]) for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0]
+    stored = FileStore(str(place)).load(IDENTITY)
+    assert stored is not None and stored.payload == b"80" and stored.generation == 80 and not stored.rolled_back
+    assert sum(locked) > 0, "the two never met: the test shows nothing"
+    assert set(seen) <= set(range(81)), seen
 
 
 def test_a_reset_leaves_nothing_of_the_record_in_the_files(tmp_path: Path) -> None:
@@ -444,11 +381,93 @@ def test_a_reset_leaves_nothing_of_the_record_in_the_files(tmp_path: Path) -> No
         assert set((tmp_path / f"identity.{slot}").read_bytes()) == {0xFF}, slot
 
 
-def test_a_file_has_its_whole_room_from_its_first_record_on(tmp_path: Path) -> None:
+def sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "lock"}
+
+
+def test_the_first_commit_makes_room_for_every_later_one(tmp_path: Path) -> None:
+    whole = dict.fromkeys(("identity.0", "identity.1", "progress.0", "progress.1"), 4096)
     store = FileStore(str(tmp_path))
+    store.commit(PROGRESS, b"attempt 1")
+    assert sizes(tmp_path) == whole and store.load(IDENTITY) is None
     for payload in (b"x", b"y", b"z" * store.max_payload):
         store.commit(IDENTITY, payload)
-        assert {path.stat().st_size for path in tmp_path.glob("identity.*")} == {4096}
+        assert sizes(tmp_path) == whole
+
+
+def test_making_room_changes_no_byte_that_is_there(tmp_path: Path) -> None:
+    store = FileStore(str(tmp_path))
+    short = encode_slot(7, b"hub A")
+    (tmp_path / "identity.1").write_bytes(short)  # as where somebody put it back without what is erased behind it
+    (tmp_path / "identity.0").write_bytes(b"")
+    store.commit(PROGRESS, b"attempt 1")
+    assert (tmp_path / "identity.1").read_bytes() == short + b"\xff" * (4096 - len(short))
+    assert (tmp_path / "identity.0").read_bytes() == b"\xff" * 4096
+    assert payload_of(store) == b"hub A"
+
+
+def test_a_disk_without_room_for_both_records_refuses_the_progress_and_one_with_room_takes_all() -> None:
+    refused = 0
+    for room_bytes in range(0, 4 * 4096 + 1, 1024):
+        disk = SimulatedDisk()
+        disk.room_bytes = room_bytes
+        store = FileStore(FOLDER, disk)
+        try:
+            store.commit(PROGRESS, b"attempt 1")
+        except RetryLater as error:
+            refused += 1
+            assert error.code == "store.full" and store.load(PROGRESS) is store.load(IDENTITY) is None, room_bytes
+            disk.room_bytes = None
+            store.commit(PROGRESS, b"attempt 1")
+        disk.room_bytes = 0
+        for payload in (b"hub A", b"hub B" * 700, b"hub C"):
+            store.commit(IDENTITY, payload)
+            assert payload_of(FileStore(FOLDER, disk)) == payload, room_bytes
+        store.erase(IDENTITY)
+        store.commit(IDENTITY, b"after the reset")
+        assert payload_of(store) == b"after the reset"
+    assert refused == 16
+
+
+def test_dps_is_not_asked_where_the_disk_has_no_room_for_the_answer() -> None:
+    disk = SimulatedDisk()
+    disk.room_bytes = 4096  # progress alone would fit
+    world = WorldOnFiles(FileStore(FOLDER, disk))
+    life = Lifecycle(world_settings())
+    world.run(life.live(True, False))
+    assert life.state == WAITING and life.error is not None and life.error.code == "store.full"
+    assert not world.dps.requests
+    disk.room_bytes = None
+    life = Lifecycle(world_settings())
+    world.run(life.live(False, False))
+    assert life.state == PROVISIONED and life.committed
+
+
+def test_a_boot_without_a_registration_writes_nothing() -> None:
+    disk = SimulatedDisk()
+    world = WorldOnFiles(FileStore(FOLDER, disk))
+    world.run(Lifecycle(world_settings()).live(False, False))
+    disk.counts.clear()
+    disk.changes = 0
+    life = Lifecycle(world_settings())
+    world.run(life.live(False, False))
+    assert life.state == PROVISIONED and not life.committed
+    assert disk.changes == 0 and "flock" not in disk.counts, disk.counts
+
+
+class WorldOnFiles(World):
+    """A world whose records are in a file store."""
+
+    def __init__(self, store: FileStore) -> None:
+        super().__init__()
+        self.files = store
+
+    def answer(self, effect: Any) -> Any:
+        if isinstance(effect, LoadRecord):
+            return self.files.load(effect.record)
+        if isinstance(effect, Commit):
+            return self.files.commit(effect.record, effect.payload)
+        return super().answer(effect)
 
 
 class FullDisk(SimulatedDisk):

@@ -2,8 +2,12 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import pytest
 TOOL = str(Path(__file__).parents[2] / "tools/powercut")
 ALLOWED = set(os.environ.get("ALLOW_SKIP", "").replace(",", " ").split())
 DEADLINE_S = 280
-LEAST_STATES = {"lives": 20_000, "littlefs": 1_000, "ext4": 200, "tpm": 60}
+LEAST_STATES = {"lives": 20_000, "littlefs": 1_000, "disk": 5_000, "ext4": 200, "tpm": 60}
 
 
 def powercut(*words: str, **environ: str) -> "subprocess.CompletedProcess[str]":
@@ -41,7 +45,10 @@ def test_the_sweep_loses_nothing_and_catches_every_control(sweep: str) -> None:
     print(f"{sweep}: {document['states']} states, {document['sweeps'][sweep]['seconds']} s")
 
 
-@pytest.mark.parametrize(("sweep", "writer"), [("littlefs", "naive"), ("lives", "single-slot")])
+@pytest.mark.parametrize(
+    ("sweep", "writer"),
+    [("littlefs", "naive"), ("lives", "single-slot"), ("disk", "trusts-the-cache"), ("tpm", "in-place")],
+)
 def test_a_faulty_writer_ends_with_status_1_and_its_line_reproduces_the_loss(sweep: str, writer: str) -> None:
     done = powercut("--sweep", sweep, "--writer", writer)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -74,6 +81,82 @@ def test_a_sweep_that_cannot_run_is_a_failure_unless_it_is_named() -> None:
     assert done.returncode == 2 and "swtpm" in done.stderr and "ALLOW_SKIP=tpm" in done.stderr, done.stderr
     done = powercut("--sweep", "tpm", "--json", **without_swtpm, ALLOW_SKIP="ext4,tpm")
     assert done.returncode == 0 and json.loads(done.stdout)["skipped"] == ["tpm"], done.stderr
+
+
+def test_a_micropython_that_does_not_start_is_a_skipped_sweep_and_no_matter_for_the_others(tmp_path: Path) -> None:
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    shutil.copy(Path(sys.prefix) / "pyvenv.cfg", tmp_path)
+    python.symlink_to(os.path.realpath(sys.executable))
+    library = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}"
+    (tmp_path / library).mkdir(parents=True)
+    (tmp_path / library / "site-packages").symlink_to(Path(sys.prefix) / library / "site-packages")
+    micropython = python.with_name("micropython")
+
+    def run(*words: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([str(python), TOOL, *words], check=False, capture_output=True, text=True, timeout=60)
+
+    for content, mode in ((None, 0), (b"", 0o600), (b"\x7fELF and not more", 0o700)):
+        if content is not None:
+            micropython.write_bytes(content)
+            micropython.chmod(mode)
+        done = run("--sweep", "littlefs")
+        assert done.returncode == 2 and "ALLOW_SKIP=littlefs" in done.stderr, done.stdout + done.stderr
+        assert str(micropython) in done.stderr and "Traceback" not in done.stderr, done.stderr
+        done = run("--sweep", "disk", "--json")
+        assert done.returncode == 0 and set(json.loads(done.stdout)["perCommit"]) == {"slots", "linux"}, done.stderr
+
+
+def test_a_writer_of_other_sweeps_is_a_mistake_that_names_both() -> None:
+    done = powercut("--sweep", "tpm", "--writer", "header-only")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "header-only belongs to the sweeps lives" in done.stderr and "tpm has evict-first" in done.stderr
+
+
+def processes_that_name(folder: Path) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if os.fsencode(folder) in status.read_bytes():
+                found.append(int(status.parent.name))
+        except OSError:
+            pass  # it has ended
+    return found
+
+
+def until(holds: Callable[[], bool]) -> bool:
+    until_s = time.monotonic() + 20
+    while not holds():
+        if time.monotonic() > until_s:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@pytest.mark.parametrize(("sweep", "delay_s"), [("ext4", 0.1), ("ext4", 0.7), ("tpm", 0.1)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_whatever_ends_the_tool_leaves_no_process_and_no_folder_for_good(
+    sweep: str, delay_s: float, number: signal.Signals, tmp_path: Path
+) -> None:
+    if sweep in ALLOWED:
+        return
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, TOOL, "--sweep", sweep]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ) as tool:
+        under_way = "powercut-*/powercut-*/now" if sweep == "tpm" else "powercut-*/powercut-*/live"
+        assert until(lambda: any(tmp_path.glob(under_way)) or tool.poll() is not None)
+        time.sleep(delay_s)
+        tool.send_signal(number)
+        _, complaints = tool.communicate(timeout=30)
+    assert "Traceback" not in complaints, complaints
+    assert until(lambda: not processes_that_name(tmp_path)), processes_that_name(tmp_path)
+    if number == signal.SIGKILL:
+        assert list(tmp_path.glob("powercut-*")), "nothing was left, so that this shows nothing"
+        done = powercut("--sweep", sweep, "--only", f"sweep={sweep} of no state", TMPDIR=str(tmp_path))
+        assert done.returncode == 2 and "no state" in done.stderr, done.stdout + done.stderr
+    else:
+        assert tool.returncode == 128 + number and complaints.endswith("tools/powercut: stopped\n"), complaints
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_sweep_or_writer_is_a_mistake_that_names_the_known_ones() -> None:

@@ -1,6 +1,18 @@
 """Power cuts anywhere in a life, on both runtimes; `tools/powercut --sweep lives` tears after every byte as well."""
 
-from support.lives import LIVES, WRITERS, Sweep, registrations_wear
+from dps_hal import slots
+from support.lives import (
+    CUT_TWICE,
+    FAILING_LIVES,
+    KILL_THEN_CUT,
+    KILLED_LIVES,
+    LIVES,
+    WRITERS,
+    Life,
+    Sweep,
+    registrations_wear,
+    sweep,
+)
 
 
 def assert_clean(sweep: Sweep, at_least: int) -> None:
@@ -14,19 +26,44 @@ def test_a_device_whose_power_is_cut_anywhere_in_its_life_is_usable_after_the_ne
 
 
 def test_a_second_cut_in_the_recovery_from_the_first_loses_nothing() -> None:
-    assert_clean(Sweep(depth=2, tears="few").run(LIVES[:2]), 300)
+    assert_clean(Sweep(plan=CUT_TWICE, tears="few").run(LIVES[:2]), 300)
+
+
+def test_a_process_that_is_killed_and_a_cut_of_the_next_one_lose_nothing() -> None:
+    assert_clean(Sweep(plan=KILL_THEN_CUT, tears="few").run(KILLED_LIVES[:1]), 200)
 
 
 def test_the_sweep_catches_every_faulty_writer() -> None:
     for writer in WRITERS:
         if writer:
-            assert Sweep(writer, tears="few", at_first=True).run().lost, f"{writer} passed the sweep"
+            assert sweep(writer, at_first=True)[1], f"{writer} passed the sweep"
+
+
+def test_trust_in_what_a_killed_process_left_in_the_cache_is_caught() -> None:
+    caught = Sweep("trusts-the-cache", KILL_THEN_CUT, "few", at_first=True).run(KILLED_LIVES[:2]).lost
+    assert caught and "kill=" in caught[0], caught
+
+
+def test_a_copy_that_stays_after_its_sync_failed_is_caught() -> None:
+    honest = slots._withdraw
+    slots._withdraw = lambda device, slot: None
+    try:
+        caught = Sweep(tears="few", at_first=True).run(FAILING_LIVES).lost
+    finally:
+        slots._withdraw = honest
+    assert caught and "life=commit-fails-once-at-sync" in caught[0], caught
+
+
+def test_a_life_that_is_over_leaves_what_it_stored_last_and_needs_no_registration_more() -> None:
+    forgets_at_the_end = Life("forgets", LIVES[1].before, LIVES[4].step)  # a reset where a new identity was promised
+    caught = Sweep(tears="few").run((forgets_at_the_end,)).lost
+    assert caught and "where hub" in caught[-1], caught
 
 
 def test_the_name_of_a_lost_state_reproduces_it() -> None:
-    lost = Sweep("single-slot", tears="few", at_first=True).run().lost[0]
-    again = Sweep("single-slot", tears="few", only=lost.split(":")[0]).run()
-    assert again.states == 1 and again.lost == [lost], again.lost
+    for writer in ("single-slot", "leaves-what-failed"):
+        lost = sweep(writer, at_first=True)[1][0]
+        assert sweep(writer, lost.split(":")[0]) == (1, [lost]), lost
 
 
 def test_a_registration_costs_each_slot_at_most_one_erase() -> None:

@@ -1,8 +1,9 @@
 """A disk that records every write and flush: one file of a FUSE file system behind a loop device.
 
 The kernel's FUSE protocol (include/uapi/linux/fuse.h, version 7.31) is spoken here directly, since one regular file is
-all that is needed: the root of the file system is the disk. Everything is mounted in a mount namespace of this process
-alone, and every loop device detaches itself, so that nothing stays behind however the process ends. Needs root.
+all that is needed: the root of the file system is the disk. It is served by a process of its own: one that served
+itself could not be killed while it waits for its own answer. Everything is mounted in a mount namespace of these
+processes alone, and every loop device detaches itself, so that nothing stays behind however they end. Needs root.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import multiprocessing
 import os
+import select
 import shutil
 import struct
 import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 DISK_BYTES = 4 << 20
 SECTOR_BYTES = 512
@@ -56,51 +59,101 @@ class Entry(NamedTuple):
 
 
 class RecordedDisk:
-    """The disk, in memory, and what was done to it since `log` was last cleared."""
+    """A disk with this content at first; what is done to it is recorded by the process that serves it."""
 
     def __init__(self, content: bytes) -> None:
-        self.content = bytearray(content)
-        self.log: list[Entry] = []
-        self.mark = 0
-        self._fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        self._thread = threading.Thread(target=self._serve, name="recorded-disk", daemon=True)
+        self._content = content
 
     @contextmanager
     def mounted_at(self, place: Path) -> Iterator[Path]:
         """The disk as a file; ends with everything unmounted."""
         place.touch()
-        options = f"fd={self._fuse},rootmode=100600,user_id=0,group_id=0,max_read={_MAX_WRITE}"
+        fork = multiprocessing.get_context("fork")
+        fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._link, servers = fork.Pipe()
         try:
+            options = f"fd={fuse},rootmode=100600,user_id=0,group_id=0,max_read={_MAX_WRITE}"
             mount("recorded-disk", place, "fuse", 0, options)
-        except OSError:
-            os.close(self._fuse)
-            raise
-        self._thread.start()
+            words = (self._content, fuse, servers, self._link)
+            server = fork.Process(target=_serve, args=words, name="recorded-disk", daemon=True)
+            server.start()
+        finally:
+            os.close(fuse)  # the server's alone: when that ends, whoever waits for the disk has an error
+            servers.close()
         try:
             yield place
         finally:
             unmount(place)
-            self._thread.join(10)
+            server.join(10)
+            server.kill()
+            server.join()
+            self._link.close()
+
+    def begin(self) -> bytes:
+        """Forgets what was recorded; returns the disk's content."""
+        content: bytes = self._ask("begin")
+        return content
 
     def finished(self, step: int) -> None:
         """Notes that the writer's step `step` is over: what it wrote must last."""
-        self.mark = step
-        self.log.append(Entry("mark", 0, b"", step))
+        self._ask("finished", step)
 
-    def _serve(self) -> None:
-        try:
-            while True:
-                try:
-                    self._serve_one(os.read(self._fuse, _MAX_WRITE + 4096))
-                except OSError as error:
-                    if error.errno == errno.ENODEV:  # unmounted
-                        return
-                    if error.errno not in (errno.EINTR, errno.EAGAIN, errno.ENOENT):  # ENOENT: was interrupted
-                        raise
-        finally:
-            os.close(self._fuse)  # whoever still waits for an answer has an error now
+    def log(self) -> list[Entry]:
+        """What was done to the disk since `begin`."""
+        log: list[Entry] = self._ask("log")
+        return log
 
-    def _serve_one(self, request: bytes) -> None:
+    def _ask(self, *words: Any) -> Any:
+        self._link.send(words)
+        return self._link.recv()
+
+
+def _serve(content: bytes, fuse: int, link: Connection, askers: Connection) -> None:
+    """The process: serves until the disk is unmounted, or until nobody is left who could ask."""
+    askers.close()
+    disk = _Server(content, fuse)
+    ready = select.poll()
+    ready.register(fuse, select.POLLIN)
+    ready.register(link, select.POLLIN)
+    while True:
+        events = [fd for fd, _ in ready.poll()]
+        if fuse in events:
+            try:
+                disk.serve_one(os.read(fuse, _MAX_WRITE + 4096))
+            except OSError as error:
+                if error.errno == errno.ENODEV:  # unmounted
+                    return
+                if error.errno not in (errno.EINTR, errno.EAGAIN, errno.ENOENT):  # ENOENT: was interrupted
+                    raise
+        elif link.fileno() in events:
+            try:
+                link.send(disk.told(*link.recv()))
+            except (EOFError, ConnectionError):
+                return
+
+
+class _Server:
+    """The disk itself, in memory, and what was done to it."""
+
+    def __init__(self, content: bytes, fuse: int) -> None:
+        self.content = bytearray(content)
+        self.log: list[Entry] = []
+        self.mark = 0
+        self._fuse = fuse
+
+    def told(self, what: str, step: int = 0) -> Any:
+        """What a method of `RecordedDisk` asks for."""
+        if what == "begin":
+            self.log.clear()
+            return bytes(self.content)
+        if what == "finished":
+            self.mark = step
+            self.log.append(Entry("mark", 0, b"", step))
+            return None
+        return self.log
+
+    def serve_one(self, request: bytes) -> None:
+        """Answers one request of the kernel's."""
         _, operation, unique, _, _, _, _, _ = struct.unpack("<IIQQIIII", request[:40])
         if operation in (_FORGET, _BATCH_FORGET, _INTERRUPT):
             return

@@ -3,6 +3,7 @@
 The model is what POSIX promises and no more: content is durable by fsync of the file, a name by fsync of its folder.
 Until then each write and each name may be there or not, on its own; a write may be torn after any sector or byte, or
 have lengthened the file without its content. A failed fsync leaves the content in the cache as if it were clean.
+`support.disk_cuts` sweeps it.
 """
 
 import errno
@@ -45,7 +46,10 @@ class Inode:
 
 
 class SimulatedDisk(SystemCalls):
-    """See the module; `cut_at` counts calls from 1, 0 is never. `failing` is (n-th call, errno)."""
+    """See the module; `cut_at` counts calls that change something, from 1; 0 is never. `failing` is (n-th call, errno).
+
+    `room_bytes` is how much all files may grow; None: without end.
+    """
 
     def __init__(self, tree: Tree | None = None) -> None:
         self._inodes = {path: Inode(content) for path, content in (tree or dict.fromkeys(_FOLDERS)).items()}
@@ -54,8 +58,10 @@ class SimulatedDisk(SystemCalls):
         self._next_descriptor = 3
         self._locks: set[int] = set()
         self.calls = 0
+        self.changes = 0
         self.cut_at = 0
         self.failing = (0, 0)
+        self.room_bytes: int | None = None
         self.counts: dict[str, int] = {}
         self.chowned: list[tuple[str, int, int]] = []
         self.user = 1000
@@ -71,13 +77,16 @@ class SimulatedDisk(SystemCalls):
         disk._descriptors.clear()
         disk._locks.clear()
         disk.counts.clear()
-        disk.calls = 0
+        disk.calls = disk.changes = 0
         disk.cut_at = cut_at
         disk.failing = (0, 0)
         return disk
 
-    def aftermaths(self) -> list[Tree]:
-        """Every file tree that may be left when the power goes now, none twice."""
+    def aftermaths(self, focus: str = "") -> list[Tree]:
+        """Every file tree that may be left when the power goes now, none twice.
+
+        Of files whose name does not begin with `focus` only what is durable and what is cached.
+        """
         paths = sorted(self._inodes)
         choices: list[list[tuple[str, bytes | None] | None]] = []
         for path in paths:
@@ -86,7 +95,9 @@ class SimulatedDisk(SystemCalls):
             if inode.is_folder:
                 left.append((path, None))
             else:
-                left.extend((path, content) for content in sorted(inode.contents_after_a_cut()))
+                is_looked_at = os.path.basename(path).startswith(focus)
+                contents = inode.contents_after_a_cut() if is_looked_at else {inode.durable, inode.cached}
+                left.extend((path, content) for content in sorted(contents))
             choices.append(left)
         trees: dict[tuple[tuple[str, bytes | None], ...], Tree] = {}
         for chosen in product(*choices):
@@ -103,13 +114,11 @@ class SimulatedDisk(SystemCalls):
         inode = self._inodes.get(path)
         if inode is None:
             if not flags & os.O_CREAT or os.path.dirname(path) not in self._inodes:
-                self._spend()
                 raise FileNotFoundError(errno.ENOENT, "no such file", path)
             self._inodes[path] = Inode(b"")
-        elif flags & os.O_EXCL:
             self._spend()
+        elif flags & os.O_EXCL:
             raise FileExistsError(errno.EEXIST, "exists", path)
-        self._spend()
         self._next_descriptor += 1
         self._descriptors[self._next_descriptor] = path
         return self._next_descriptor
@@ -119,18 +128,22 @@ class SimulatedDisk(SystemCalls):
         del self._descriptors[fd]
         self._locks.discard(fd)
         self._fail("close")
-        self._spend()
 
     def pread(self, fd: int, count: int, offset: int) -> bytes:
         """pread(2)."""
         self._fail("pread")
-        self._spend()
         return self._inode(fd).cached[offset : offset + count]
 
     def pwrite(self, fd: int, content: bytes, offset: int) -> int:
         """pwrite(2)."""
         self._fail("pwrite")
         inode = self._inode(fd)
+        if self.room_bytes is not None:
+            growth = max(0, offset + len(content) - len(inode.cached))
+            if growth and not self.room_bytes:
+                raise OSError(errno.ENOSPC, "as the test asked")
+            content = content[: len(content) - max(0, growth - self.room_bytes)]
+            self.room_bytes -= min(growth, self.room_bytes)
         inode.pending.append((offset, content))
         inode.cached = _written(inode.cached, offset, content)
         self._spend()
@@ -154,7 +167,6 @@ class SimulatedDisk(SystemCalls):
     def flock(self, fd: int) -> None:
         """flock(2)."""
         self._fail("flock")
-        self._spend()
         if any(self._descriptors[held] == self._descriptors[fd] for held in self._locks):
             raise BlockingIOError(errno.EWOULDBLOCK, "locked")
         self._locks.add(fd)
@@ -162,13 +174,11 @@ class SimulatedDisk(SystemCalls):
     def file_size(self, fd: int) -> int:
         """fstat(2)."""
         self._fail("file_size")
-        self._spend()
         return len(self._inode(fd).cached)
 
     def owner(self, path: str) -> tuple[int, int]:
         """stat(2)."""
         self._fail("owner")
-        self._spend()
         if path not in self._inodes:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return self.owner_of_all
@@ -176,7 +186,6 @@ class SimulatedDisk(SystemCalls):
     def fchown(self, fd: int, user: int, group: int) -> None:
         """fchown(2)."""
         self._fail("fchown")
-        self._spend()
         self.chowned.append((self._descriptors[fd], user, group))
 
     def mkdir(self, path: str, mode: int) -> None:
@@ -185,7 +194,7 @@ class SimulatedDisk(SystemCalls):
         there, possible = path in self._inodes, os.path.dirname(path) in self._inodes
         if possible and not there:
             self._inodes[path] = Inode(None)
-        self._spend()
+            self._spend()
         if there:
             raise FileExistsError(errno.EEXIST, "exists", path)
         if not possible:
@@ -205,7 +214,8 @@ class SimulatedDisk(SystemCalls):
             raise OSError(self.failing[1], "as the test asked")
 
     def _spend(self) -> None:
-        if self.calls == self.cut_at:
+        self.changes += 1
+        if self.changes == self.cut_at:
             raise PowerCut(f"cut={self.cut_at}")
 
 

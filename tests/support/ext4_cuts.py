@@ -10,16 +10,16 @@ from __future__ import annotations
 import functools
 import os
 import random
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import DpsError
-from dps_hal.files import FileSlots, FileStore, StateFolder, SystemCalls
+from dps_hal.files import FileStore, SystemCalls
 from dps_hal.slots import decode_slot, encode_slot
 from support.blocklog import (
     BLOCK_BYTES,
@@ -32,7 +32,9 @@ from support.blocklog import (
     refuse_unless_able,
     syncfs,
 )
+from support.disk_cuts import OnFiles, Writer
 from support.faulty_writers import SingleSlot
+from support.work_folder import work_folder
 
 SEED = 4  # of the random subsets; a state's name has it
 SUBSETS = 6  # random ones of each set of more than three unflushed writes
@@ -145,31 +147,12 @@ class NoDirectoryFsync(OneFile):
         self._calls.rename(self._path + ".new", self._path)
 
 
-class OneSlot(SingleSlot):
-    """The product's own files with all their syncs, but one slot only."""
-
-    def __init__(self, folder: str, calls: SystemCalls) -> None:
-        self._folder = StateFolder(folder, calls)
-        super().__init__({IDENTITY: FileSlots(self._folder, IDENTITY)})
-
-    def commit(self, record: str, payload: bytes) -> None:
-        """Makes the folder, then one slot for ever."""
-        self._folder.make()
-        super().commit(record, payload)
-
-    def erase(self, record: str) -> None:
-        """As the product."""
-        if self._folder.exists():
-            super().erase(record)
-
-
-Writer = Callable[[str, SystemCalls], Any]
 WRITERS: dict[str, Writer] = {
     "": FileStore,
     "naive": Naive,
     "in-place": InPlace,
     "no-directory-fsync": NoDirectoryFsync,
-    "single-slot": OneSlot,
+    "single-slot": partial(OnFiles, SingleSlot),
 }
 
 
@@ -243,9 +226,10 @@ def recorded(writer: Writer, calls: SystemCalls, folder: Path) -> tuple[bytes, l
         backing = os.open(file, os.O_RDWR | os.O_CLOEXEC)
         try:
             with mounted_ext4(backing, _folder(folder / "live")) as place:
-                os.sync()
-                start = bytes(disk.content)
-                disk.log.clear()
+                root = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+                syncfs(root)
+                os.close(root)
+                start = disk.begin()
                 for step, payload in enumerate(LIFE, 1):
                     store = writer(str(place / "state"), calls)
                     if payload is None:
@@ -253,7 +237,7 @@ def recorded(writer: Writer, calls: SystemCalls, folder: Path) -> tuple[bytes, l
                     else:
                         store.commit(IDENTITY, payload)
                     disk.finished(step)
-                log = list(disk.log)
+                log = disk.log()
         finally:
             os.close(backing)
     return start, log
@@ -298,8 +282,7 @@ def sweep(writer: str = "", only: str = "", at_first: bool = False) -> tuple[int
     prepare()
     states = 0
     lost = []
-    with tempfile.TemporaryDirectory(prefix="powercut-") as text:
-        folder = Path(text)
+    with work_folder() as folder:
         place = _folder(folder / "boot")
         for syncing, calls in (("True", SyncingCalls()), ("False", QuietCalls())):
             start, log = recorded(WRITERS[writer], calls, folder)
@@ -322,12 +305,12 @@ def prepare() -> None:
     try:
         own_mounts()
         with (
-            tempfile.TemporaryDirectory(prefix="powercut-") as folder,
-            RecordedDisk(new_ext4()).mounted_at(Path(folder, "disk")) as disk,
+            work_folder() as folder,
+            RecordedDisk(new_ext4()).mounted_at(folder / "disk") as disk,
         ):
             backing = os.open(disk, os.O_RDWR | os.O_CLOEXEC)
             try:
-                with mounted_ext4(backing, _folder(Path(folder, "live"))):
+                with mounted_ext4(backing, _folder(folder / "live")):
                     pass
             finally:
                 os.close(backing)

@@ -111,6 +111,27 @@ class ErasesBothWithOneSync(SlotStore):
             device.sync()
 
 
+class TrustsTheCache(SlotStore):
+    """Believes that what it can read is durable, whoever wrote it: syncs nothing before the other copy goes."""
+
+    def commit(self, record: str, payload: bytes) -> None:
+        """The right slot, one sync at the end."""
+        device = self._devices[record]
+        target, generation = _next(device)
+        device.erase(target)
+        device.program(target, encode_slot(generation, payload))
+        device.sync()
+
+
+class LeavesWhatFailed(TrustsTheCache):
+    """Reports a sync that failed, and leaves the copy that it failed for."""
+
+    def commit(self, record: str, payload: bytes) -> None:
+        """As it should be, but for what follows a failure."""
+        self._devices[record].sync()
+        TrustsTheCache.commit(self, record, payload)
+
+
 FAULTY: "dict[str, type[SlotStore]]" = {
     "naive": Naive,
     "in-place": InPlace,
@@ -120,6 +141,11 @@ FAULTY: "dict[str, type[SlotStore]]" = {
     "header-only": TakesTheHeaderForTheWhole,
     "reset-newest-first": ErasesTheNewestFirst,
     "reset-with-one-sync": ErasesBothWithOneSync,
+}
+# Safe from cuts alone: what they do wrong shows after a process was killed, or after a sync that failed.
+FAULTY_IN_THE_CACHE: "dict[str, type[SlotStore]]" = {
+    "trusts-the-cache": TrustsTheCache,
+    "leaves-what-failed": LeavesWhatFailed,
 }
 
 

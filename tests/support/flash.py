@@ -2,7 +2,8 @@
 
 The model is the worst of flash and of a disk's cache: what was erased or programmed since the last sync may be there
 or not, each operation on its own, and the last one that is there may be torn after any byte. Programming flips bits
-one way only, so a slot that was not erased becomes the mixture. Runs on both runtimes.
+one way only, so a slot that was not erased becomes the mixture. A sync that fails takes what waited for it for written,
+as Linux does: it can be read, and no later sync makes it durable. Runs on both runtimes.
 """
 
 from dps_hal.errors import DpsError, RetryLater
@@ -56,6 +57,7 @@ class FlashSlots:
         self.erase_value = erase_value
         blank = bytes([erase_value]) * slot_bytes
         self._durable = list(content or (blank, blank))
+        self._cached = list(self._durable)  # what a reader sees
         self._pending: list[tuple[int, bytes | None]] = []  # slot, content; no content: an erase
         self.supply = supply or Supply()
         self.counts = {"read": 0, "erase": 0, "program": 0, "sync": 0}
@@ -66,14 +68,14 @@ class FlashSlots:
     def read(self, slot: int) -> bytes:
         """What a reader sees: the cache."""
         self.counts["read"] += 1
-        return self._cached(slot)
+        return self._cached[slot]
 
-    def _cached(self, slot: int) -> bytes:
-        content = self._durable[slot]
-        for pending_slot, program in self._pending:
-            if pending_slot == slot:
-                content = self._changed(content, program, self.slot_bytes)
-        return content
+    def after_a_kill(self, supply: Supply) -> "FlashSlots":
+        """The same flash and cache for the next process; this one stays as it is."""
+        flash = FlashSlots(self.slot_bytes, self.erase_value, self.durable(), supply)
+        flash._cached = list(self._cached)
+        flash._pending = list(self._pending)
+        return flash
 
     def erase(self, slot: int) -> None:
         """See `SlotDevice.erase`."""
@@ -90,9 +92,14 @@ class FlashSlots:
 
     def sync(self) -> None:
         """See `SlotDevice.sync`."""
-        self._fail_or_count("sync")
+        try:
+            self._fail_or_count("sync")
+        except RetryLater:
+            self._pending = []
+            raise
         self.supply.spend()
-        self._durable = [self._cached(0), self._cached(1)]
+        for slot, program in self._pending:
+            self._durable[slot] = self._changed(self._durable[slot], program, self.slot_bytes)
         self._pending = []
 
     def durable(self) -> "Slots":
@@ -125,6 +132,7 @@ class FlashSlots:
     def _do(self, operation: str, slot: int, content: "bytes | None") -> None:
         self._fail_or_count(operation)
         self._pending.append((slot, content))
+        self._cached[slot] = self._changed(self._cached[slot], content, self.slot_bytes)
         self.supply.spend()
 
     def _fail_or_count(self, operation: str) -> None:

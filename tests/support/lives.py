@@ -2,10 +2,12 @@
 
 A life runs in the virtual world of `support.world`. The power goes at its n-th event: an erase, program or sync of
 either record, or an answer of the service that the device does not hear any more. Then every state that may be left of
-the flash is booted without an operator, and must end with a hub token that the service accepts. Runs on both runtimes.
+the flash is booted without an operator, and must end with a hub token that the service accepts. In a second plan the
+recovery is cut as well, in a third the process alone is killed at an event, and its successor, on the same cache, cut.
+Runs on both runtimes.
 
-Each state has a name, `sweep=lives depth=1 tears=all life=other-hub cut=5 late=False left=17`; `only` looks at that one
-alone.
+Each state has a name, `sweep=lives plan=cut tears=all life=other-hub cut=5 late=False left=17`; `only` looks at that
+one alone.
 """
 
 from dps_agent.assignment import decode, hub_token
@@ -18,7 +20,7 @@ from dps_hal.errors import DpsError, IdentityStale
 from dps_hal.platform import hmac_sha256, sha256
 from dps_hal.slots import SlotStore
 from dps_hal.tpm_keys import unwrap
-from support.faulty_writers import FAULTY
+from support.faulty_writers import FAULTY, FAULTY_IN_THE_CACHE
 from support.flash import FlashSlots, PowerCut, Supply
 from support.world import HUB, FakeDps, World, settings
 
@@ -94,6 +96,13 @@ class FlashWorld(World):
         world.dps = world.service = self.service.copy(world.tpm)
         world.uptime_s = self.uptime_s
         world.evicts = self.evicts
+        return world
+
+    def killed(self, cut_at: int = 0) -> "FlashWorld":
+        """The same world for the next process: what was written and not synced is still in the cache."""
+        world = self.rebooted(self.durable(), cut_at)
+        world.flash = {record: self.flash[record].after_a_kill(world.supply) for record in RECORDS}
+        world.slot_store = self.new_store(world.flash)
         return world
 
     def durable(self) -> "dict[str, Slots]":
@@ -210,42 +219,58 @@ def cleared_tpm(world: FlashWorld) -> None:
     world.lived()
 
 
-def failing(operation: str, times: "int | None") -> "Step":
-    """Another hub, but the flash fails; for good (None), or `times` times, which Commit is repeated for."""
+def failing(operation: str, times: "int | None", after: int = 0) -> "Step":
+    """Another hub, but the flash fails; for good (None), or `times` times, which Commit is repeated for.
+
+    `after` operations of that kind still work.
+    """
 
     def step(world: FlashWorld) -> None:
         world.dps.hub = SECOND_HUB
         flash = world.flash[IDENTITY]
-        flash.failing, flash.failing_times = operation, times
+        flash.failing, flash.failing_times, flash.failing_after = operation, times, after
         world.lived(force=True, once=True)
 
     return step
 
 
-class Life:
-    """One row of LIVES."""
+NEW, OLD, NONE = "new", "old", "none"
 
-    def __init__(self, name: str, before: "Step", step: "Step", forgets: bool = False) -> None:
+
+class Life:
+    """One row of LIVES; `ends` is the identity that is stored once the step is over: NEW, OLD or NONE."""
+
+    def __init__(self, name: str, before: "Step", step: "Step", ends: str = NEW, forgets: bool = False) -> None:
         self.name = name
         self.before = before
         self.step = step
-        self.forgets = forgets  # the step may end without an identity, or with one that is of no use
+        self.ends = ends
+        self.forgets = forgets  # the step gives the old identity up, or finds it of no use
 
 
-LIVES = (
+WHOLE_LIVES = (
     Life("first", nothing, register),
     Life("other-hub", twice, to_another_hub),
     Life("new-key", twice, register_again),
     Life("same-key", twice, same_key),
-    Life("reset", twice, reset, True),
-    Life("reset-and-register", twice, reset_and_register, True),
-    Life("cleared-tpm", twice, cleared_tpm, True),
-    Life("commit-fails-twice", twice, failing("program", 2)),
-    Life("commit-fails-at-erase", twice, failing("erase", None)),
-    Life("commit-fails-at-program", twice, failing("program", None)),
-    Life("commit-fails-at-sync", twice, failing("sync", None)),
-    Life("commit-writes-nothing", twice, failing("silent", None)),
+    Life("reset", twice, reset, NONE, True),
+    Life("reset-and-register", twice, reset_and_register, NEW, True),
+    Life("cleared-tpm", twice, cleared_tpm, NEW, True),
 )
+FAILING_LIVES = (
+    Life("first-commit-fails-once-at-sync", nothing, failing("sync", 1)),
+    Life("commit-fails-once-before-it-writes", twice, failing("sync", 1)),
+    Life("commit-fails-once-at-sync", twice, failing("sync", 1, 1)),
+    Life("commit-fails-twice", twice, failing("program", 2)),
+    Life("commit-fails-at-erase", twice, failing("erase", None), OLD),
+    Life("commit-fails-at-program", twice, failing("program", None), OLD),
+    Life("commit-fails-at-sync", twice, failing("sync", None), OLD),
+    Life("commit-fails-at-its-last-sync", twice, failing("sync", None, 1), OLD),
+    Life("commit-writes-nothing", twice, failing("silent", None), OLD),
+)
+LIVES = WHOLE_LIVES + FAILING_LIVES
+# One of each kind for KILL_THEN_CUT: the others write the same.
+KILLED_LIVES = (LIVES[0], LIVES[1], LIVES[5], LIVES[9])
 
 
 def new_store(flash: "dict[str, FlashSlots]") -> SlotStore:
@@ -254,23 +279,31 @@ def new_store(flash: "dict[str, FlashSlots]") -> SlotStore:
 
 
 WRITERS: "dict[str, NewStore]" = {"": new_store, "evict-first": new_store}
-for _name in FAULTY:
-    WRITERS[_name] = FAULTY[_name]
+WRITERS.update(FAULTY)
+WRITERS.update(FAULTY_IN_THE_CACHE)
+
+CUT, CUT_TWICE, KILL_THEN_CUT = "cut", "cut-twice", "kill-then-cut"
+PLANS = (
+    (CUT, "all", WHOLE_LIVES),
+    (CUT, "32", FAILING_LIVES),
+    (KILL_THEN_CUT, "few", KILLED_LIVES),
+    (CUT_TWICE, "few", WHOLE_LIVES + LIVES[9:10]),
+)
 
 
 class Sweep:
     """Cuts lives at every event; `states` were looked at, `lost` names those that were wrong, and why.
 
-    `depth` 2 cuts the recovery from each cut as well. `only` is the name of one state. `at_first` ends with the first
-    lost one.
+    `plan` is CUT, CUT_TWICE (the recovery from each cut is cut as well) or KILL_THEN_CUT. `only` is the name of one
+    state. `at_first` ends with the first lost one.
     """
 
-    def __init__(self, writer: str = "", depth: int = 1, tears: str = "all", only: str = "", at_first: bool = False):
+    def __init__(self, writer: str = "", plan: str = CUT, tears: str = "all", only: str = "", at_first: bool = False):
         self.states = 0
         self.lost: list[str] = []
         self._pairs: dict[bytes, tuple[str, bytes]] = {}
         self._writer = writer
-        self._depth = depth
+        self._plan = plan
         self._tears = tears
         self._only = only
         self._at_first = at_first
@@ -279,40 +312,66 @@ class Sweep:
         """Sweeps `lives`."""
         for life in lives:
             world = FlashWorld(WRITERS[self._writer])
-            name = f"sweep=lives depth={self._depth} tears={self._tears} life={life.name}"
+            name = f"sweep=lives plan={self._plan} tears={self._tears} life={life.name}"
             try:
                 life.before(world)
                 world.evicts = self._writer == "evict-first"
-                self._cut(world.rebooted(world.durable()), life, self._depth, name)
+                start = world.rebooted(world.durable())
+                if self._plan == KILL_THEN_CUT:
+                    self._kill(start, life, name)
+                else:
+                    self._cut(start, life, 2 if self._plan == CUT_TWICE else 1, name)
             except DpsError as error:
                 self.lost.append(f"{name}: {error.code} before any cut: {error}")
             if self._at_first and self.lost:
                 break
         return self
 
-    def _cut(self, start: FlashWorld, life: Life, depth: int, name: str) -> None:
-        """Cuts the step of `life` at each of its events; `depth` cuts more follow each other."""
+    def _kill(self, start: FlashWorld, life: Life, name: str) -> None:
+        """Kills the process of `life` at each of its events, and cuts the next one, which finds the cache."""
         held = start.slot_store.load(IDENTITY)
+        kill = 0
+        ended = False
+        while not ended and not (self._at_first and self.lost):
+            kill += 1
+            world = start.killed(kill)
+            ended = lived_through(world, life.step)
+            before = [None if held is None else held.payload] + world.offered
+            after = Life(life.name, nothing, register_again, NEW, life.forgets)
+            self._cut(world.killed(), after, 1, f"{name} kill={kill}", before)
+
+    def _cut(
+        self, start: FlashWorld, life: Life, depth: int, name: str, before: "list[bytes | None] | None" = None
+    ) -> None:
+        """Cuts the step of `life` at each of its events; `depth` cuts more follow each other.
+
+        `before` are the payloads that may be stored when the step begins; None: the one that is.
+        """
+        held = start.slot_store.load(IDENTITY)
+        durable = self._store_of(start.durable()).load(IDENTITY)
+        is_durable = held is not None and durable is not None and durable.payload == held.payload
         seen: dict[bytes, bool] = {}
-        contents = start.durable()
         cut = 0
         ended = False
         while not ended:
             cut += 1
-            world = start.rebooted(contents, cut)
-            try:
-                life.step(world)
-                ended = True  # the last state: it is over and the power goes
-            except PowerCut:
-                pass
-            allowed = [None if held is None else held.payload] + world.offered
+            world = start.killed(cut)
+            ended = lived_through(world, life.step)  # the last state: it is over and the power goes
+            allowed = (before or [None if held is None else held.payload]) + world.offered
             if life.forgets:
                 allowed.append(None)
+            if ended:
+                if life.ends == NONE:
+                    allowed = [None]
+                elif life.ends == NEW and world.offered:
+                    allowed = [world.offered[-1]]
+                else:
+                    allowed = [None if held is None else held.payload]
             left = world.aftermaths(TEARS[self._tears])
             for number in range(len(left)):
                 looks = sha256(
                     b"".join([part for record in RECORDS for part in left[number][record]])
-                    + bytes([world.dps.registrations, len(world.dps.requests)])
+                    + bytes([world.dps.registrations, len(world.dps.requests), ended])
                 )
                 if looks in seen:
                     continue
@@ -322,14 +381,14 @@ class Sweep:
                     continue
                 if not self._only or self._only == where:
                     self.states += 1
-                    fault = self._fault(world, left[number], life, held, allowed, ended)
+                    fault = self._fault(world, left[number], life, held if is_durable else None, allowed, ended)
                     if fault:
                         self.lost.append(f"{where}: {fault}")
                         if self._at_first:
                             return
                         continue
                 if depth > 1:
-                    again = Life(life.name, nothing, register, life.forgets)
+                    again = Life(life.name, nothing, register, NEW, life.forgets)
                     self._cut(world.rebooted(left[number]), again, depth - 1, where)
                     if self._at_first and self.lost:
                         return
@@ -350,13 +409,12 @@ class Sweep:
             stored = world.slot_store.load(IDENTITY)
             payload = None if stored is None else stored.payload
             if payload not in allowed:
-                return f"the record is neither the old one nor a new one: {_shown(payload)}"
-            if ended and life.step is reset and payload is not None:
-                return "the reset was over, but there is an identity"
+                expected = " or ".join([_shown(one) for one in allowed])
+                return f"{_shown(payload)} where {expected} was expected"
             if payload is not None and self._pair(payload) not in world.service.issued:
                 return f"a hub with the key of another one: {_shown(payload)}"
-            may_serve = held is not None and not life.forgets
-            if may_serve:
+            may_serve = ended and life.ends == NEW
+            if not ended and held is not None and not life.forgets:
                 may_serve = self._pair(held.payload) == world.service.accepted
             end = world.recover()
         except IdentityStale as error:
@@ -369,7 +427,7 @@ class Sweep:
             return "the hub refuses its token"
         more = world.dps.registrations - registrations
         if more > (0 if may_serve else 1):
-            return f"it took {more} registrations more" + (", though the old identity was good" if may_serve else "")
+            return f"it took {more} registrations more" + (", though the stored identity was good" if may_serve else "")
         durable = self._store_of(world.durable()).load(IDENTITY)
         if durable is None or durable.payload != (world.offered[-1] if world.offered else payload):
             return "what it ended with was not durable"
@@ -394,21 +452,23 @@ def _shown(payload: "bytes | None") -> str:
     return f"hub {hub[:40]!r}"
 
 
-def sweep(writer: str = "", only: str = "", at_first: bool = False) -> "tuple[int, list[str]]":
-    """One cut torn after any byte, then two cuts torn at few; number of states, and the lost ones.
+def lived_through(world: FlashWorld, step: "Step") -> bool:
+    """Does `step`; whether it came to its end before the power or the process did."""
+    try:
+        step(world)
+    except PowerCut:
+        return False
+    return True
 
-    `at_first` ends with the first lost one and tears at few bytes only.
-    """
-    if only:
-        plans = [(1, "all"), (1, "few"), (2, "few")]
-        plans = [plan for plan in plans if only.startswith("sweep=lives depth={} tears={} ".format(*plan))]
-    else:
-        plans = [(1, "few" if at_first else "all"), (2, "few")]
+
+def sweep(writer: str = "", only: str = "", at_first: bool = False) -> "tuple[int, list[str]]":
+    """What PLANS names; number of states, and the lost ones. `at_first`: the first of those, torn at few bytes."""
     states = 0
     lost: list[str] = []
-    for depth, tears in plans:
-        if not (at_first and lost):
-            one = Sweep(writer, depth, tears, only, at_first).run()
+    for plan, all_tears, lives in PLANS + (((CUT, "few", LIVES),) if only else ()):
+        tears = "few" if at_first and not only else all_tears
+        if not (at_first and lost) and (not only or only.startswith(f"sweep=lives plan={plan} tears={tears} ")):
+            one = Sweep(writer, plan, tears, only, at_first).run(lives)
             states += one.states
             lost += one.lost
     return states, lost

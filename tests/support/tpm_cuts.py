@@ -1,18 +1,21 @@
 """Cuts the power of TPM and agent together, between every two effects of a life, with a real swtpm behind it.
 
-The agent's generator runs on `EsysTpm`, a `FileStore` in a folder and the emulator's `DpsService`. After the
-n-th effect that leaves a trace swtpm is killed (SIGKILL, no TPM2_Shutdown) and the agent is dropped where it stands,
-the answer lost. Both boot again, without an operator, and must end with a hub token that the service
-accepts. What a cut inside a commit leaves is the matter of the other sweeps.
+The agent is a process of its own: the generator on `EsysTpm` and a `FileStore`. The service, the emulator's
+`DpsService`, is in this process. After the n-th effect that leaves a trace the agent waits, and both it and swtpm are
+killed (SIGKILL, no TPM2_Shutdown), the answer lost. Of its folder that is left which was synced. In one of the lives
+each write and sync of a file counts as well; after a write all is left, as where another program syncs. Both boot
+again, without an operator, and must end with a hub token that the service accepts.
 """
 
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,30 +27,92 @@ from dps_emulator.service import DpsService, Request, Settings
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import DpsError
 from dps_hal.esys import EsysTpm
-from dps_hal.files import FileStore
+from dps_hal.files import FileStore, SystemCalls
 from support.blocklog import Unavailable
-from support.flash import PowerCut, Supply
+from support.disk_cuts import ForgetsTheFolder, OnFiles, Writer
+from support.faulty_writers import InPlace, Naive, SingleSlot
 from support.swtpm import LOCKOUT_COUNTER, Swtpm
+from support.work_folder import work_folder
 from support.world import DEVICE, NOW_S, World, settings
 
 if TYPE_CHECKING:
     from dps_agent.assignment import Assignment
 
 FIRST_HUB, SECOND_HUB = "emulator.azure-devices.net", "second.azure-devices.net"
-WRITERS = ("", "evict-first")
+EVICTS = "evict-first"  # a faulty agent: gives the old identity up at the challenge
+WRITERS: dict[str, Writer] = {
+    "": FileStore,
+    EVICTS: FileStore,
+    "naive": partial(OnFiles, Naive),
+    "in-place": partial(OnFiles, InPlace),
+    "single-slot": partial(OnFiles, SingleSlot),
+    "no-directory-fsync": ForgetsTheFolder,
+}
+SHOWS_IN = {"naive": "first", "no-directory-fsync": "first", "in-place": "same-key", "single-slot": "same-key"}
+PATIENCE_S = 60.0  # for the agent's next word
+
+
+class DurableCalls(SystemCalls):
+    """The real system calls; what is synced of the folder is copied to `durable`, all that a power cut leaves."""
+
+    def __init__(self, durable: Path, changed: Callable[[bool], None]) -> None:
+        self._durable = durable
+        self._changed = changed
+        self._paths: dict[int, Path] = {}
+        self._synced: dict[str, bytes] = {}
+
+    def open(self, path: str, flags: int, mode: int = 0) -> int:
+        """open(2)."""
+        fd = super().open(path, flags, mode)
+        self._paths[fd] = Path(path)
+        return fd
+
+    def pwrite(self, fd: int, content: bytes, offset: int) -> int:
+        """pwrite(2)."""
+        taken = super().pwrite(fd, content, offset)
+        self._changed(True)
+        return taken
+
+    def fsync(self, fd: int) -> None:
+        """fsync(2), and the copy."""
+        super().fsync(fd)
+        path = self._paths[fd]
+        if path.is_file():
+            self._synced[path.name] = path.read_bytes()
+            if (self._durable / path.name).exists():
+                (self._durable / path.name).write_bytes(self._synced[path.name])
+        elif path.name == STATE:
+            for name in os.listdir(path):
+                if name in self._synced or not (self._durable / name).exists():
+                    (self._durable / name).write_bytes(self._synced.get(name, b""))
+        else:
+            self._durable.mkdir(exist_ok=True)
+        self._changed(False)
+
+
+STATE, DURABLE, TPM = "state", "durable", "tpm"  # of the work folder: the agent's, what a cut leaves of it, swtpm's
 
 
 class Bench(World):
-    """One device with a real TPM, and the service; everything it keeps is in `folder`, `swtpm` and `service`."""
+    """The agent's process: one device with a real TPM; what is elsewhere it asks for over `link`."""
 
-    def __init__(self, folder: Path, swtpm: Swtpm, service: DpsService, cut_at: int = 0, writer: str = "") -> None:
+    def __init__(self, folder: Path, tcti: str, link: Connection, uptime_s: float, writer: str, inside: bool) -> None:
         super().__init__()
-        self.service = service
-        self.real_tpm = EsysTpm(swtpm.tcti)
-        self.files = FileStore(str(folder))
-        self.supply = Supply(cut_at)
-        self.tokens = 0  # registrations that the service took
-        self._evicts = writer == "evict-first"
+        self.uptime_s = uptime_s
+        self.real_tpm = EsysTpm(tcti)
+        self._link = link
+        calls = DurableCalls(folder / DURABLE, self.event if inside else lambda _: None)
+        self.files = WRITERS[writer](str(folder / STATE), calls)
+        self._evicts = writer == EVICTS
+
+    def event(self, all_is_left: bool = False) -> None:
+        """Something was done that leaves a trace; the process may end here."""
+        self.ask("event", self.uptime_s, all_is_left)
+
+    def ask(self, what: str, *words: Any) -> Any:
+        """Says or asks something, and waits for the answer."""
+        self._link.send((what, words))
+        return self._link.recv()
 
     def answer(self, effect: Any) -> Any:
         """See `World.answer`; what leaves a trace in TPM, store or service is an event of the supply."""
@@ -57,7 +122,7 @@ class Bench(World):
         if real is None:
             return super().answer(effect)
         answer = real()
-        self.supply.spend()
+        self.event()
         return answer
 
     def _real(self, effect: Any) -> Callable[[], Any] | None:
@@ -81,9 +146,7 @@ class Bench(World):
         headers = {"content-type": "application/json"}
         if http.authorization is not None:
             headers["authorization"] = http.authorization.header()
-        response = self.service.answer(Request(http.method, path, query, headers, http.body), self._now_s())
-        if http.method == "PUT" and response.status in (200, 202):
-            self.tokens += 1
+        response = self.ask("http", Request(http.method, path, query, headers, http.body), self._now_s())
         if response.status == 401 and self._evicts:
             self.files.erase(IDENTITY)
         return Reply(response.status, {name.lower(): value for name, value in response.headers}, response.body, NOW_S)
@@ -102,7 +165,8 @@ class Bench(World):
         if assignment is None:
             return "there is no assignment"
         token = self.run(hub_token(assignment, 3600))
-        return self.service.hub_token_refusal(token.header(), self._now_s())
+        refusal: str | None = self.ask("refusal", token.header(), self._now_s())
+        return refusal
 
     def recover(self) -> Lifecycle:
         """What a device does that has power again; a hub that refuses its token makes it register again."""
@@ -112,36 +176,125 @@ class Bench(World):
         return life
 
 
+class Agent:
+    """The agent seen from outside, over the processes that it is; `fault` is what the last one said is wrong, or ""."""
+
+    def __init__(self, folder: Path, swtpm: Swtpm, service: DpsService) -> None:
+        self._folder = folder
+        self._swtpm = swtpm
+        self._service = service
+        self.uptime_s = 100.0
+        self.tokens = 0  # registrations that the service took
+        self.fault = ""
+        self.ended = False
+        self.all_is_left = False  # of the folder, not only what was synced
+
+    def live(self, step: Step, cut_at: int = 0, writer: str = "", inside: bool = False) -> None:
+        """One process does `step`; at its `cut_at`-th event it and the TPM are killed."""
+        fork = multiprocessing.get_context("fork")
+        ours, theirs = fork.Pipe()
+        words = (self._folder, self._swtpm.tcti, theirs, self.uptime_s, writer, inside)
+        process = fork.Process(target=_be_the_agent, args=(ours, step, words), daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            self._serve(ours, cut_at)
+        finally:
+            process.kill()  # SIGKILL; where it has ended by itself nothing happens
+            process.join()
+            process.close()
+            ours.close()
+
+    def _serve(self, link: Connection, cut_at: int) -> None:
+        events = 0
+        while True:
+            if not link.poll(PATIENCE_S):
+                raise RuntimeError(f"the agent said nothing for {PATIENCE_S:g} s")
+            try:
+                what, words = link.recv()
+            except EOFError:
+                raise RuntimeError("the agent's process ended without a word") from None
+            answer: Any = None
+            match what:
+                case "event":
+                    events += 1
+                    self.uptime_s, self.all_is_left = words
+                    if events == cut_at:
+                        return
+                case "http":
+                    answer = self._service.answer(*words)
+                    if words[0].method == "PUT" and answer.status in (200, 202):
+                        self.tokens += 1
+                case "refusal":
+                    answer = self._service.hub_token_refusal(*words)
+                case "ended":
+                    self.ended = True
+                    (self.fault,) = words
+                    return
+            link.send(answer)
+
+
+def _be_the_agent(parents: Connection, step: Step, words: tuple[Any, ...]) -> None:
+    """The process: does `step`, says what came of it, and ends; also where nobody listens any more."""
+    parents.close()
+    bench = Bench(*words)
+    try:
+        try:
+            fault = step(bench)
+        except DpsError as error:
+            fault = f"{error.code}: {error}"
+        bench.real_tpm.release()
+        bench.ask("ended", fault)
+    except (EOFError, OSError):
+        pass  # the one that asks has ended, or heard enough
+
+
+Step = Callable[[Bench], str]
+
+
 class Life(NamedTuple):
     """What is cut: a life of a device that was registered before (`held`) or not, under a service of these settings."""
 
     name: str
     held: bool
     settings: Settings
+    step: Step
     move_to: str = ""
-    step: Callable[[Bench], object] = Bench.recover
+    keeps: bool = False  # the old hub and key stay good
+    inside: bool = False  # cut at each change of a file as well
 
 
-def _force(bench: Bench) -> None:
+def _boot(bench: Bench) -> str:
+    """Boots, and says what is wrong then, or ""."""
+    end = bench.recover()
+    if end.state != PROVISIONED:
+        return f"it waits for somebody: {end.state}, {end.reason}"
+    refusal = bench.refusal(end.assignment)
+    return f"the hub refuses its token: {refusal}" if refusal else ""
+
+
+def _force(bench: Bench) -> str:
     bench.lived(force=True)
+    return ""
 
 
-def _reset(bench: Bench) -> None:
+def _reset(bench: Bench) -> str:
     """`dps-agent reset`, then a new life; a cut between the two records as well."""
     for record in (IDENTITY, PROGRESS):
         bench.files.erase(record)
-        bench.supply.spend()
+        bench.event()
     bench.lived()
+    return ""
 
 
 _HUBS = {"hubs": (FIRST_HUB, SECOND_HUB), "retry_after_s": 0}
 LIVES = (
-    Life("first", False, Settings(**_HUBS)),  # type: ignore[arg-type]
-    Life("other-hub", True, Settings(**_HUBS), SECOND_HUB, _force),  # type: ignore[arg-type]
-    Life("new-key", True, Settings(**_HUBS, hub_key="rotate"), "", _force),  # type: ignore[arg-type]
-    Life("same-key", True, Settings(**_HUBS), "", _force),  # type: ignore[arg-type]
-    Life("lockout-key", True, Settings(**_HUBS, hub_key="rotate", no_da=False), "", _force),  # type: ignore[arg-type]
-    Life("reset", True, Settings(**_HUBS), "", _reset),  # type: ignore[arg-type]
+    Life("first", False, Settings(**_HUBS), _boot),  # type: ignore[arg-type]
+    Life("other-hub", True, Settings(**_HUBS), _force, SECOND_HUB),  # type: ignore[arg-type]
+    Life("new-key", True, Settings(**_HUBS, hub_key="rotate"), _force),  # type: ignore[arg-type]
+    Life("same-key", True, Settings(**_HUBS), _force, keeps=True, inside=True),  # type: ignore[arg-type]
+    Life("lockout-key", True, Settings(**_HUBS, hub_key="rotate", no_da=False), _force),  # type: ignore[arg-type]
+    Life("reset", True, Settings(**_HUBS), _reset),  # type: ignore[arg-type]
 )
 
 
@@ -151,15 +304,16 @@ def sweep(writer: str = "", only: str = "", at_first: bool = False) -> tuple[int
         raise Unavailable("this needs swtpm (package swtpm)")
     states = 0
     lost: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="powercut-") as text:
-        folder = Path(text)
-        with Swtpm(folder / "blank") as swtpm:  # its EK and SRK are made once for all
+    with work_folder() as folder:
+        with Swtpm(folder / "blank" / TPM, ends_with_thread=True) as swtpm:  # its EK and SRK are made once for all
             tpm = EsysTpm(swtpm.tcti)
-            tpm.endorsement_key()
+            endorsement_key = tpm.endorsement_key()
             tpm.storage_root_key()
             tpm.release()
-        for life in LIVES:
-            found_states, found = _sweep_life(life, folder, writer, only, at_first)
+        for life in sorted(LIVES, key=lambda life: life.name != SHOWS_IN.get(writer)):  # there it is caught soonest
+            if only and not only.startswith(f"sweep=tpm life={life.name} "):
+                continue
+            found_states, found = _sweep_life(life, folder, endorsement_key, writer, only, at_first)
             states += found_states
             lost += found
             if at_first and lost:
@@ -167,20 +321,16 @@ def sweep(writer: str = "", only: str = "", at_first: bool = False) -> tuple[int
     return states, lost
 
 
-def _sweep_life(life: Life, folder: Path, writer: str, only: str, at_first: bool) -> tuple[int, list[str]]:
-    state, tpm_state = folder / "state", folder / "tpm"
-    kept, kept_tpm = folder / "kept", folder / "kept-tpm"
+def _sweep_life(
+    life: Life, folder: Path, endorsement_key: bytes, writer: str, only: str, at_first: bool
+) -> tuple[int, list[str]]:
+    before, now = folder / "before", folder / "now"
     service = DpsService(life.settings, {}, {}, os.urandom)
-    shutil.rmtree(kept, ignore_errors=True)
-    shutil.rmtree(kept_tpm, ignore_errors=True)
-    shutil.copytree(folder / "blank", kept_tpm)
-    with Swtpm(kept_tpm) as swtpm:
-        bench = Bench(kept, swtpm, service)
-        ek = bench.real_tpm.endorsement_key()
-        service.enroll(Enrollment(DEVICE, ek, hubs=(FIRST_HUB,)))
-        if life.held:
-            bench.lived()
-        bench.real_tpm.release()
+    service.enroll(Enrollment(DEVICE, endorsement_key, hubs=(FIRST_HUB,)))
+    _copy(folder / "blank", before)
+    if life.held:
+        with Swtpm(before / TPM, ends_with_thread=True) as swtpm:
+            Agent(before, swtpm, service).live(_boot)
     if life.move_to:
         service.move(DEVICE, life.move_to)
     states = 0
@@ -189,25 +339,20 @@ def _sweep_life(life: Life, folder: Path, writer: str, only: str, at_first: bool
     over = False
     while not over:
         cut += 1
-        for old, new in ((kept, state), (kept_tpm, tpm_state)):
-            shutil.rmtree(new, ignore_errors=True)
-            if old.exists():
-                shutil.copytree(old, new)
-        with Swtpm(tpm_state) as swtpm:
-            one = Bench(state, swtpm, copy.deepcopy(service), cut, writer)
-            try:
-                life.step(one)
-                over = True
-            except PowerCut:
-                pass
+        _copy(before, now)
+        with Swtpm(now / TPM, ends_with_thread=True) as swtpm:
+            agent = Agent(now, swtpm, copy.deepcopy(service))
+            agent.live(life.step, cut, writer, life.inside)
             swtpm.kill()
-            one.real_tpm.release()
+            over = agent.ended
             name = f"sweep=tpm life={life.name} cut={cut}"
             if only and name != only:
                 continue
             states += 1
+            if not agent.all_is_left or over:
+                _copy(now / DURABLE, now / STATE)
             swtpm.restart()
-            fault = _fault(one, swtpm, state, life, over)
+            fault = agent.fault or _fault(agent, swtpm, life, writer)
         if fault:
             lost.append(f"{name}: {fault}")
             if at_first:
@@ -215,25 +360,24 @@ def _sweep_life(life: Life, folder: Path, writer: str, only: str, at_first: bool
     return states, lost
 
 
-def _fault(cut_off: Bench, swtpm: Swtpm, folder: Path, life: Life, over: bool) -> str:
+def _copy(old: Path, new: Path) -> None:
+    """Makes `new` what `old` is."""
+    shutil.rmtree(new, ignore_errors=True)
+    if old.exists():
+        shutil.copytree(old, new)
+
+
+def _fault(agent: Agent, swtpm: Swtpm, life: Life, writer: str) -> str:
     """What is wrong after the boot, or ""."""
-    bench = Bench(folder, swtpm, cut_off.service)
-    bench.uptime_s = cut_off.uptime_s
-    try:
-        end = bench.recover()
-        if end.state != PROVISIONED:
-            return f"it waits for somebody: {end.state}, {end.reason}"
-        refusal = bench.refusal(end.assignment)
-        if refusal:
-            return f"the hub refuses its token: {refusal}"
-    except DpsError as error:
-        return f"{error.code} after the reboot: {error}"
-    finally:
-        bench.real_tpm.release()
     # The old identity is good until the service has taken another registration; then one more may be needed.
-    spare = 0 if over or (life.held and life.step is not _reset and not cut_off.tokens) else 1
-    if bench.tokens > spare:
-        return f"it took {bench.tokens} registrations more where {spare} would do"
+    old_is_good = life.held and life.step is not _reset and (life.keeps or not agent.tokens)
+    spare = 0 if agent.ended or old_is_good else 1
+    agent.tokens = 0
+    agent.live(_boot, writer="" if writer == EVICTS else writer)
+    if agent.fault:
+        return f"after the reboot {agent.fault}"
+    if agent.tokens > spare:
+        return f"it took {agent.tokens} registrations more where {spare} would do"
     if swtpm.leftovers():
         return f"the TPM still holds {swtpm.leftovers()}"
     if swtpm.property(LOCKOUT_COUNTER) > 1:
