@@ -79,7 +79,7 @@ def test_files_of_the_server_are_private_and_its_log_has_no_secret(tmp_path: Pat
     with EmulatorProcess("--enroll-any", "--retry-after", "none", "--log-file", str(log_file)) as emulator:
         _, hub_key = provision(emulator)
         private = [path for path in emulator.state_dir.rglob("*") if path.is_file()]
-        assert len(private) == 3 and all(path.stat().st_mode & 0o077 == 0 for path in private)
+        assert len(private) == 4 and all(path.stat().st_mode & 0o077 == 0 for path in private)
         assert "warning: --enroll-any" in emulator.stderr and f"enrolled '{RID}' at first sight" in emulator.stderr
         assert log_file.read_text().splitlines() == [line.text() for line in emulator.log]
         for text in (emulator.stderr, log_file.read_text()):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
+import select
 import socket
 import ssl
+import struct
 import threading
 import warnings
 from typing import TYPE_CHECKING
@@ -101,6 +104,29 @@ class Peer:
         request = head + b"\r\n\r\n" + rest[:length]
         self._server.requests.append(request)
         return request
+
+    def receive(self) -> bytes:
+        """What comes next; ConnectionError where the client has gone."""
+        self._receive()
+        received, self._received = self._received, b""
+        return received
+
+    def pump(self, target: socket.socket) -> None:
+        """Carries bytes between the client and `target` until one of them ends."""
+        target.sendall(self._received)
+        ends = {self._connection: target, target: self._connection}
+        while True:
+            readable, _, _ = select.select(list(ends), [], [], _PATIENCE_S)
+            for end in readable:
+                piece = end.recv(65536)
+                if not piece:
+                    return
+                ends[end].sendall(piece)
+
+    def reset(self) -> None:
+        """Ends the connection with RST, as a broken middlebox does."""
+        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._connection.close()
 
     def send(self, answer: bytes) -> None:
         self._connection.sendall(answer)
@@ -233,5 +259,29 @@ def answering(*answers: bytes) -> Callable[[Peer], None]:
         for number in range(1_000):
             peer.request()
             peer.send(answers[min(number, len(answers) - 1)])
+
+    return behave
+
+
+def proxying(credentials: str = "") -> Callable[[Peer], None]:
+    """The behaviour of an HTTP proxy that takes CONNECT; `credentials` are "user:password", empty: none are wanted."""
+
+    def behave(peer: Peer) -> None:
+        head = peer.request().decode()
+        method, target, _ = head.split("\r\n")[0].split(" ")
+        assert method == "CONNECT"
+        wanted = "Proxy-Authorization: Basic " + base64.b64encode(credentials.encode()).decode()
+        if credentials and wanted not in head.split("\r\n"):
+            peer.send(answer(b"no", "407 Proxy Authentication Required", 'Proxy-Authenticate: Basic realm="x"\r\n'))
+            return
+        host, _, port = target.rpartition(":")
+        try:
+            onward = socket.create_connection((host.strip("[]"), int(port)), _PATIENCE_S)
+        except OSError:
+            peer.send(answer(b"", "502 Bad Gateway"))
+            return
+        with onward:
+            peer.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            peer.pump(onward)
 
     return behave

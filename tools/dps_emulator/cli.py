@@ -1,13 +1,15 @@
 """The command `dps-emulator`."""
 
 import argparse
+import base64
 import contextlib
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 1 failed or refused, 2 usage."""
     arguments = _parser().parse_args(argv)
     try:
+        from dps_emulator.control import ControlError
         from dps_emulator.state import StateError
     except ModuleNotFoundError as error:
         return _complain(f"needs '{error.name}', which is not installed: it comes with the extra 'emulator'", USAGE)
@@ -38,13 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"needs '{error.name}', which is not installed: it comes with the extra 'emulator'", USAGE)
     except _UsageError as error:
         return _complain(str(error), USAGE)
-    except (StateError, OSError) as error:
+    except (StateError, ControlError, OSError) as error:
         return _complain(str(error), FAILED)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dps-emulator", description="A Device Provisioning Service for TPM devices, on your desk."
+        prog="dps-emulator",
+        description="A Device Provisioning Service for TPM devices, and the IoT hubs behind it, on your desk.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands)
@@ -67,16 +71,70 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--state-dir", type=Path, required=True, metavar="DIR")
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     command.set_defaults(run=_verify_token)
+    _add_hub_commands(commands)
     return parser
+
+
+def _add_hub_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The commands that go to the running server through its state folder."""
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str, device: bool = True) -> Any:
+        command = commands.add_parser(name, help=text)
+        if device:
+            command.add_argument("device_id", metavar="DEVICE-ID")
+            command.add_argument("--hub", default="", metavar="NAME", help="needed if the device is at several hubs")
+        command.add_argument("--state-dir", type=Path, required=True, metavar="DIR", help="of the running 'serve'")
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+        command.set_defaults(run=run)
+        return command.add_argument
+
+    option = add("send-c2d", _send_c2d, "send a message to a device")
+    option("text", metavar="TEXT", help="the payload; - is stdin")
+    option("--property", action="append", type=_property, default=[], metavar="NAME=VALUE", help="repeatable")
+    option("--life", type=_number(1, 172_800, float), default=3600.0, metavar="S", help="default 3600")
+
+    option = add("invoke", _invoke, "call a direct method and print the answer")
+    option("method", metavar="METHOD")
+    option("payload", nargs="?", type=_json, metavar="JSON", help="none: the request has no payload")
+    option("--timeout", type=_number(1, 300, float), default=30.0, metavar="S", help="default 30")
+
+    option = add("twin", _twin, "print a device's twin, after changing it where asked")
+    option("--desired", type=_json, metavar="JSON", help="merge this object into the desired properties")
+
+    option = add("messages", _messages, "list what has arrived from devices", device=False)
+    option("device_id", nargs="?", metavar="DEVICE-ID")
+
+    option = add("device-add", _device_add, "register a device with a symmetric key; prints its connection string")
+    option("--key-file", metavar="FILE", help="a key in base64, - is stdin; default: a new one")
+    for verb, text in {
+        "enable": "let a device connect again",
+        "disable": "end a device's connection and refuse it",
+        "withdraw": "end a device's connection and refuse it until DPS assigns it anew",
+        "rotate-key": "give a device another key, which DPS hands out from now on",
+        "disconnect": "end a device's connection",
+    }.items():
+        add(f"device-{verb}", partial(_device, verb), text)
+    add("devices", _devices, "list the devices that the hubs know", device=False)
+
+    option = add("break", _break, "make things go wrong; replaces what was broken before", device=False)
+    option("what", choices=("nothing", "drop", "delay", "refuse", "silence", "throttle", "script"))
+    option("--operation", metavar="NAME", help="accept, connect, subscribe, telemetry, twin-get, …; default any")
+    option("--device", metavar="DEVICE-ID", help="only this one's")
+    option("--after", action="store_true", help="drop, silence: when the hub has acted, its answer unsent")
+    option("--times", type=_number(1, 10**9), metavar="N", help="only so often")
+    option("--seconds", type=_number(0, 86_400, float), default=5.0, metavar="S", help="delay: default 5")
+    option("--code", type=_number(1, 5), default=5, metavar="N", help="refuse: CONNACK's code, default 5")
+    option("--file", metavar="FILE", help="script: a fault script as for 'serve --faults'; - is stdin")
 
 
 def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser("serve", help="serve until SIGTERM or SIGINT")
     add = command.add_argument
     add("--port", type=_number(0, 65535), default=0, metavar="N", help="0, the default: a free one; stdout says which")
+    add("--hub-port", type=_number(0, 65535), default=0, metavar="N", help="of the hubs, MQTT and WebSocket; default 0")
     add("--listen", default="127.0.0.1", metavar="ADDRESS", help="default %(default)s")
     add("--id-scope", default=ID_SCOPE, metavar="SCOPE", help="default %(default)s")
-    add("--state-dir", type=Path, metavar="DIR", help="keep enrolments, assignments, hub keys and the CA here")
+    add("--state-dir", type=Path, metavar="DIR", help="keep all that survives here, and take commands")
     add("--ca-file", type=Path, metavar="FILE", help="write the CA's certificate here (default: STATE-DIR/ca-cert.pem)")
     add("--hub", action="append", type=_hub, metavar="NAME", help=f"a linked hub, repeatable; default {HUB}")
     add(
@@ -106,6 +164,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    from dps_emulator.hub import HubLine
     from dps_emulator.server import EmulatorServer, LogLine
     from dps_emulator.state import certificate_authority, make_private_folder
 
@@ -137,7 +196,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     with _log_file(arguments.log_file) as log_file:
 
-        def log(line: LogLine) -> None:
+        def log(line: LogLine | HubLine) -> None:
             for file in (sys.stderr, log_file):
                 if file:
                     print(line.text(), file=file, flush=True)
@@ -145,12 +204,23 @@ def _serve(arguments: argparse.Namespace) -> int:
         def notice(text: str) -> None:
             print(f"dps-emulator: warning: {text}", file=sys.stderr, flush=True)
 
-        listen, port = arguments.listen, arguments.port
-        server = EmulatorServer(service, authority, listen=listen, port=port, faults=faults, log=log, notice=notice)
+        listen = arguments.listen
+        server = EmulatorServer(
+            service,
+            authority,
+            listen=listen,
+            port=arguments.port,
+            hub_port=arguments.hub_port,
+            state_dir=state_dir,
+            faults=faults,
+            log=log,
+            hub_log=log,
+            notice=notice,
+        )
         if arguments.enroll_any:
             notice("--enroll-any gives every TPM that asks a hub: use it on your own network only")
         host = f"[{listen}]" if ":" in listen else listen
-        print(f"listening on https://{host}:{server.port}", flush=True)
+        print(f"listening on https://{host}:{server.port}\nhubs on mqtts://{host}:{server.hub_port}", flush=True)
         if stopping:
             server.stop()
         server.run()
@@ -191,7 +261,8 @@ def _enroll_import(arguments: argparse.Namespace) -> int:
         replaced += key in folder
         folder[key] = enrollment
     ids = [enrollment.registration_id for enrollment in enrollments]
-    text = f"{len(ids)} enrolments imported, {replaced} of them replaced an earlier one"
+    plural = "" if len(ids) == 1 else "s"
+    text = f"{len(ids)} enrolment{plural} imported, {replaced} of them replaced an earlier one"
     return _say(arguments, {"code": "ok", "imported": ids, "replaced": replaced}, text)
 
 
@@ -211,11 +282,116 @@ def _move(arguments: argparse.Namespace) -> int:
 
 
 def _verify_token(arguments: argparse.Namespace) -> int:
-    refusal = _service_of(arguments.state_dir).hub_token_refusal(_read_text(arguments.file).strip(), time.time())
+    from dps_emulator.state import stored_device
+
+    service, text = _service_of(arguments.state_dir), _read_text(arguments.file).strip()
+    refusal = service.hub_token_refusal(text, time.time(), partial(stored_device, arguments.state_dir))
     if refusal:
         _say(arguments, {"code": "refused", "error": {"message": refusal}}, f"refused: {refusal}")
         return FAILED
     return _say(arguments, {"code": "ok"}, "the hub would accept this token")
+
+
+def _ask(arguments: argparse.Namespace, command: str, deadline_s: float = 10.0, **request: Any) -> dict[str, Any]:
+    """The running server's answer to a command."""
+    from dps_emulator.control import call
+
+    if not arguments.state_dir.is_dir():
+        raise _UsageError(f"no state folder at {arguments.state_dir}")
+    device = {"device": arguments.device_id, "hub": arguments.hub} if "hub" in arguments else {}
+    return call(arguments.state_dir, {"command": command, **device, **request}, deadline_s)
+
+
+def _send_c2d(arguments: argparse.Namespace) -> int:
+    text = _read_text("-") if arguments.text == "-" else arguments.text
+    payload = base64.b64encode(text.encode(errors="surrogateescape")).decode()
+    sent = _ask(arguments, "send-c2d", payload=payload, properties=dict(arguments.property), lifeS=arguments.life)
+    return _say(arguments, {"code": "ok", **sent}, f"message {sent['messageId']} is on its way")
+
+
+def _invoke(arguments: argparse.Namespace) -> int:
+    payload = {} if arguments.payload is None else {"payload": arguments.payload[0]}
+    deadline_s = arguments.timeout + 5
+    said = _ask(arguments, "invoke", deadline_s, method=arguments.method, timeoutS=arguments.timeout, **payload)
+    return _say(arguments, {"code": "ok", **said}, f"{said['status']} {json.dumps(said['payload'])}")
+
+
+def _twin(arguments: argparse.Namespace) -> int:
+    twin = _ask(arguments, "twin", **({} if arguments.desired is None else {"desired": arguments.desired[0]}))
+    return _say(arguments, {"code": "ok", **twin}, json.dumps(twin["properties"], indent=2))
+
+
+def _messages(arguments: argparse.Namespace) -> int:
+    messages = _ask(arguments, "messages", device=arguments.device_id)["messages"]
+    lines = [
+        f"{message['time']} {message['deviceId']} {json.dumps(message['properties'])}"
+        f" {message.get('payload', '') or message.get('payloadBase64', '')}"
+        for message in messages
+    ]
+    return _say(arguments, {"code": "ok", "messages": messages}, "\n".join(lines) or "nothing has arrived")
+
+
+def _device_add(arguments: argparse.Namespace) -> int:
+    key = _read_text(arguments.key_file).strip() if arguments.key_file else None
+    added = _ask(arguments, "add", key=key)
+    return _say(arguments, {"code": "ok", **added}, added["connectionString"])
+
+
+def _device(verb: str, arguments: argparse.Namespace) -> int:
+    done = _ask(arguments, verb)
+    text = done.get("connectionString") or f"{verb}: {arguments.device_id} at {done['hub']}"
+    return _say(arguments, {"code": "ok", **done}, text)
+
+
+def _devices(arguments: argparse.Namespace) -> int:
+    devices = _ask(arguments, "devices")["devices"]
+    lines = []
+    for device in devices:
+        state = "connected" if device["connected"] else "not connected"
+        state += "" if device["enabled"] else ", disabled"
+        state += "" if device["hasKey"] else ", withdrawn"
+        lines.append(f"{device['hub']} {device['deviceId']}: {state}, {device['waiting']} messages waiting")
+    return _say(arguments, {"code": "ok", "devices": devices}, "\n".join(lines) or "the hubs know no device")
+
+
+def _break(arguments: argparse.Namespace) -> int:
+    script = _breakage(arguments)
+    entries = _ask(arguments, "faults", script=script)["entries"]
+    return _say(arguments, {"code": "ok", "entries": entries}, f"{entries} fault entries in force")
+
+
+def _breakage(arguments: argparse.Namespace) -> Any:
+    """The fault script for what the command line asks for."""
+    if arguments.what == "nothing":
+        return []
+    if arguments.what == "script":
+        if arguments.file is None:
+            raise _UsageError("break script: --file is missing")
+        try:
+            return json.loads(_read_text(arguments.file))
+        except (ValueError, RecursionError) as error:
+            raise _UsageError(f"{arguments.file}: not valid JSON: {error}") from None
+    when = "after" if arguments.after else "before"
+    fault: dict[str, Any] = {"method": "MQTT"}
+    fault |= {"operation": arguments.operation} if arguments.operation else {}
+    fault |= {"device": arguments.device} if arguments.device else {}
+    fault |= {"times": arguments.times} if arguments.times else {}
+    match arguments.what:
+        case "drop":
+            return [{**fault, "drop": when}]
+        case "delay":
+            return [{**fault, "delayS": arguments.seconds}]
+        case "silence":
+            return [{**fault, "silent": when}]
+        case "refuse":
+            return [{**fault, "operation": "connect", "connack": arguments.code}]
+    # How a hub throttles: connections are refused for now, twin requests get 429, telemetry loses its connection.
+    return [
+        {**fault, "operation": "connect", "connack": 3},
+        {**fault, "operation": "twin-get", "status": 429},
+        {**fault, "operation": "twin-patch", "status": 429},
+        {**fault, "operation": "telemetry", "drop": "before"},
+    ]
 
 
 def _service_of(state_dir: Path) -> "DpsService":
@@ -297,6 +473,21 @@ def _number(low: float, high: float, kind: type = int) -> Any:
 
 def _retry_after(text: str) -> int | None:
     return None if text == "none" else int(_number(0, 86_400)(text))
+
+
+def _property(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form NAME=VALUE")
+    return name, value
+
+
+def _json(text: str) -> list[Any]:
+    """The value in a list of one: None stands for an option that was not given."""
+    try:
+        return [json.loads(text)]
+    except (ValueError, RecursionError):
+        raise argparse.ArgumentTypeError(f"'{text}' is not valid JSON") from None
 
 
 def _lookup(text: str) -> tuple[str | int, int]:

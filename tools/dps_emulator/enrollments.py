@@ -79,6 +79,11 @@ def is_registration_id(text: str) -> bool:
     return _REGISTRATION_ID.fullmatch(text) is not None
 
 
+def is_device_id(text: str) -> bool:
+    """Whether `text` is within the characters and the length that a hub allows for a device id."""
+    return _DEVICE_ID.fullmatch(text) is not None
+
+
 def is_hub_name(text: str) -> bool:
     """Whether `text` is a DNS name without port or scheme."""
     return _HUB.fullmatch(text) is not None
@@ -107,7 +112,7 @@ def enrollment_from_json(record: object) -> Enrollment:
         raise EnrollmentError(f"{registration_id}: the endorsement key can't be enrolled: {error}") from None
 
     device_id = _text(rest.pop("deviceId", "") or "", "deviceId")
-    if device_id and not _DEVICE_ID.fullmatch(device_id):
+    if device_id and not is_device_id(device_id):
         raise wrong("deviceId", "1 to 128 of the characters a hub allows")
     hubs = rest.pop("iotHubs", None) or []
     hub = rest.pop("iotHubHostName", None)

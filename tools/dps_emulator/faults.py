@@ -2,7 +2,7 @@
 
 A script is a JSON list of objects. Which requests: `request` (the n-th, from 1; absent: every one), counted over all
 requests or over those of the same `method` ("PUT") and `operation` ("register", "operation", "lookup") where given.
-What goes wrong, in any combination:
+`times`: no more than so often. What goes wrong, in any combination:
 
 - `status`, `body` (text, or JSON of any shape): answered instead of asking the service;
 - `headers`: names and values that replace the answer's, null takes one away;
@@ -11,7 +11,17 @@ What goes wrong, in any combination:
 - `cutAfterBytes`: the connection ends after so many bytes of the body, the promised rest unsent; -1: before the
   answer begins; `reset`: true ends it by TCP RST instead of FIN.
 
-The first entry that fits a request is taken.
+An entry is about a hub where `method` is "MQTT" or `operation` is one of these: `accept` (a TCP connection, before
+TLS), `connect`, `subscribe`, `unsubscribe`, `telemetry`, `twin-get`, `twin-patch`, `method-answer`, `puback`, `ping`,
+`disconnect`. `device`: only this device's packets (an `accept` has no device yet). There, in any combination:
+
+- `delayS`: seconds before the hub acts, and before it reads the connection's next packet;
+- `connack`: 1 to 5, the answer to a `connect`; 3 is how a hub throttles connections;
+- `status`: the answer to a `twin-get` or `twin-patch`; 429 is how a hub throttles them;
+- `drop`: the connection ends, "before" the hub acts on the packet or "after", its answer unsent; `reset` as above;
+- `silent`: from then on the hub reads and says nothing, the packet counting ("after") or not ("before").
+
+The first entry that fits a request or packet is taken.
 """
 
 import json
@@ -20,6 +30,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dps_emulator.service import RefusalError, Response, json_response, refusal_response, standard_headers
+
+MQTT = "MQTT"
+DPS_OPERATIONS = ("register", "operation", "lookup")
+HUB_OPERATIONS = (
+    "accept",
+    "connect",
+    "subscribe",
+    "unsubscribe",
+    "telemetry",
+    "twin-get",
+    "twin-patch",
+    "method-answer",
+    "puback",
+    "ping",
+    "disconnect",
+)
 
 
 class FaultScriptError(ValueError):
@@ -41,6 +67,16 @@ class Fault:
     chunked: bool = False
     cut_after_bytes: int | None = None
     reset: bool = False
+    times: int | None = None
+    device: str | None = None
+    connack: int | None = None
+    drop: str | None = None  # before or after
+    silent: str | None = None  # before or after
+
+    @property
+    def is_hubs(self) -> bool:
+        """Whether this is about a hub's connections, not about requests to DPS."""
+        return self.method == MQTT or self.operation in HUB_OPERATIONS
 
     @property
     def replaces_answer(self) -> bool:
@@ -73,14 +109,19 @@ class FaultScript:
     def __init__(self, faults: Sequence[Fault] = ()) -> None:
         self.faults = list(faults)
         self._counted = [0] * len(self.faults)
+        self._taken = [0] * len(self.faults)
 
-    def take(self, method: str, operation: str) -> tuple[int, Fault] | None:
-        """Counts one request; its fault and that entry's number from 1, or None."""
+    def take(self, method: str, operation: str, device: str = "") -> tuple[int, Fault] | None:
+        """Counts one request, or one packet with MQTT as its method; its fault and that entry's number, or None."""
         taken = None
         for at, fault in enumerate(self.faults):
+            if fault.is_hubs != (method == MQTT) or fault.device not in (None, device):
+                continue
             if fault.method in (None, method) and fault.operation in (None, operation):
                 self._counted[at] += 1
-                if taken is None and fault.request in (None, self._counted[at]):
+                left = fault.times is None or self._taken[at] < fault.times
+                if taken is None and left and fault.request in (None, self._counted[at]):
+                    self._taken[at] += 1
                     taken = at + 1, fault
         return taken
 
@@ -88,7 +129,7 @@ class FaultScript:
 _FIELDS: dict[str, tuple[str, type | tuple[type, ...], str]] = {
     "request": ("request", int, "a number from 1"),
     "method": ("method", str, "text"),
-    "operation": ("operation", str, "register, operation or lookup"),
+    "operation": ("operation", str, f"one of {', '.join((*DPS_OPERATIONS, *HUB_OPERATIONS))}"),
     "status": ("status", int, "an HTTP status from 200 to 599"),
     "body": ("body", object, "anything"),
     "headers": ("headers", dict, "an object of text or null"),
@@ -97,13 +138,22 @@ _FIELDS: dict[str, tuple[str, type | tuple[type, ...], str]] = {
     "chunked": ("chunked", bool, "true or false"),
     "cutAfterBytes": ("cut_after_bytes", int, "a number from -1"),
     "reset": ("reset", bool, "true or false"),
+    "times": ("times", int, "a number from 1"),
+    "device": ("device", str, "text"),
+    "connack": ("connack", int, "a number from 1 to 5"),
+    "drop": ("drop", str, "before or after"),
+    "silent": ("silent", str, "before or after"),
 }
+_ONLY_DPS = ("body", "headers", "drip", "chunked", "cutAfterBytes")
+_ONLY_HUBS = ("device", "connack", "drop", "silent")
 _RANGES: dict[str, tuple[float, float]] = {
     "request": (1, 10**9),
     "status": (200, 599),
     "delayS": (0, 86_400),
     "drip": (0.01, 10**9),
     "cutAfterBytes": (-1, 10**9),
+    "times": (1, 10**9),
+    "connack": (1, 5),
 }
 
 
@@ -113,6 +163,11 @@ def read_fault_script(text: str) -> FaultScript:
         entries = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FaultScriptError(f"not valid JSON: {error}") from None
+    return fault_script(entries)
+
+
+def fault_script(entries: object) -> FaultScript:
+    """A script from the JSON value that it is; raises FaultScriptError."""
     if not isinstance(entries, list):
         raise FaultScriptError("a fault script is a JSON list of objects")
     return FaultScript([_fault(number, entry) for number, entry in enumerate(entries, 1)])
@@ -130,12 +185,25 @@ def _fault(number: int, entry: object) -> Fault:
         fits = isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
         fits = fits and (name not in _RANGES or low <= value <= high)
         if name == "operation":
-            fits = value in ("register", "operation", "lookup")
+            fits = value in (*DPS_OPERATIONS, *HUB_OPERATIONS)
+        if name in ("drop", "silent"):
+            fits = value in ("before", "after")
         if name == "headers" and isinstance(value, dict):
             fits = all(item is None or isinstance(item, str) for item in value.values())
         if not fits:
             raise FaultScriptError(f"entry {number}: '{name}' is not {expected}")
         values[attribute] = value
-    if "reset" in entry and "cutAfterBytes" not in entry:
-        raise FaultScriptError(f"entry {number}: 'reset' needs 'cutAfterBytes'")
-    return Fault(**values)
+    if "reset" in entry and "cutAfterBytes" not in entry and "drop" not in entry:
+        raise FaultScriptError(f"entry {number}: 'reset' needs 'cutAfterBytes', or 'drop' at a hub")
+    fault = Fault(**values)
+    misplaced = [name for name in (_ONLY_DPS if fault.is_hubs else _ONLY_HUBS) if name in entry]
+    if misplaced:
+        where = "a request to DPS" if fault.is_hubs else "a hub's packet: name its 'operation'"
+        raise FaultScriptError(f"entry {number}: '{misplaced[0]}' is only for {where}")
+    if fault.is_hubs and fault.operation in DPS_OPERATIONS:
+        raise FaultScriptError(f"entry {number}: '{fault.operation}' is no operation at a hub")
+    if fault.connack is not None and fault.operation != "connect":
+        raise FaultScriptError(f"entry {number}: 'connack' is only for 'connect'")
+    if fault.is_hubs and fault.status is not None and fault.operation not in ("twin-get", "twin-patch"):
+        raise FaultScriptError(f"entry {number}: 'status' at a hub is only for 'twin-get' and 'twin-patch'")
+    return fault

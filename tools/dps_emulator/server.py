@@ -1,14 +1,17 @@
-"""The service on the wire: HTTPS on one port, faults made real, one log line for each request."""
+"""The service on the wire: HTTPS on one port, faults made real, one log line for each request; the hubs beside it."""
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
-import struct
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 import trustme
@@ -18,7 +21,11 @@ from starlette.requests import Request as WireRequest
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from dps_emulator.control import Control, control_socket
 from dps_emulator.faults import Fault, FaultScript
+from dps_emulator.hub import HubContext, HubLine, Hubs
+from dps_emulator.hub_devices import HubDevice, MessageFile, MessagesInMemory
+from dps_emulator.hub_server import ABORT, HubServer
 from dps_emulator.registrations import utc_text
 from dps_emulator.service import (
     INTERNAL_ERROR,
@@ -31,12 +38,11 @@ from dps_emulator.service import (
     standard_headers,
     target_of,
 )
-from dps_emulator.state import StateError
+from dps_emulator.state import StateError, hub_folder
 
 DPS_HOST = "global.azure-devices-provisioning.net"
 # The C client never reconnects within a registration: the connection must outlive its longest Retry-After, 300 s.
 KEEP_ALIVE_S = 330
-_ABORT = struct.pack("ii", 1, 0)  # struct linger: on, 0 s: close() sends RST
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class _Protocol(H11Protocol):
 
 
 class EmulatorServer:
-    """One listening port; made, `run` until `stop`."""
+    """A listening port for DPS and one for the hubs; made, `run` until `stop`."""
 
     def __init__(
         self,
@@ -102,26 +108,38 @@ class EmulatorServer:
         *,
         listen: str = "127.0.0.1",
         port: int = 0,
+        hub_port: int = 0,
+        state_dir: Path | None = None,
         faults: FaultScript | None = None,
         log: Callable[[LogLine], None] = lambda line: None,
+        hub_log: Callable[[HubLine], None] = lambda line: None,
         notice: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Binds the port at once (0: a free one); raises OSError. `clock` returns Unix seconds."""
+        """Binds the ports at once (0: a free one); raises OSError. `clock` returns Unix seconds.
+
+        With a `state_dir` the hubs keep there what they know, and take commands at a socket in it.
+        """
         self.service = service
         self.faults = faults or FaultScript()
         self._log = log
         self._notice = notice
         self._clock = clock
-        family = socket.AF_INET6 if ":" in listen else socket.AF_INET
-        self._socket = socket.create_server((listen, port), family=family, backlog=256)
-        # Accepted connections inherit it; asyncio sets it only where the socket names its protocol. 40 ms a request.
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.ExitStack() as failed:  # a port in use leaves no socket behind
+            self._socket = failed.enter_context(_listening(listen, port))
+            self._hub_socket = failed.enter_context(_listening(listen, hub_port))
+            self._control_socket = None if state_dir is None else failed.enter_context(control_socket(state_dir))
+            failed.pop_all()
         self.port: int = self._socket.getsockname()[1]
-        names = dict.fromkeys(("localhost", "127.0.0.1", "::1", DPS_HOST, *service.settings.hubs))
-        if listen not in ("0.0.0.0", "::"):
-            names[listen] = None
-        self._tls = server_tls(authority, list(names))
+        self.hub_port: int = self._hub_socket.getsockname()[1]
+        own_names = ["localhost", "127.0.0.1", "::1", *([] if listen in ("0.0.0.0", "::") else [listen])]
+        self._tls = server_tls(authority, [*own_names, DPS_HOST, *service.settings.hubs])
+        self.hubs = _hubs(service, state_dir, hub_log)
+        hub_tls = server_tls(authority, [*own_names, *service.settings.hubs])
+        self._hub_server = HubServer(self.hubs, hub_tls, self._hub_socket, lambda: self.faults, clock, notice)
+        self._control = Control(self._hub_server, self.set_faults)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._serving = threading.Event()
         config = uvicorn.Config(
             self,
             interface="asgi3",
@@ -143,9 +161,31 @@ class EmulatorServer:
     def run(self) -> None:
         """Serves until `stop`, which may come from a signal handler or another thread."""
         try:
-            self._server.run(sockets=[self._socket])
+            asyncio.run(self._run())
         finally:
-            self._socket.close()
+            for listening in (self._socket, self._hub_socket, self._control_socket):
+                if listening:
+                    listening.close()
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        async with contextlib.AsyncExitStack() as started:
+            started.push_async_callback(self._hub_server.close)
+            await self._hub_server.start()
+            if self._control_socket is not None:
+                started.callback((await self._control.serve(self._control_socket)).close)
+            self._serving.set()
+            await self._server.serve(sockets=[self._socket])
+
+    def command(self, request: dict[str, Any], deadline_s: float) -> dict[str, Any]:
+        """Does what `Control` does with `request`, from another thread than the one that runs this."""
+        if not self._serving.wait(deadline_s) or self._loop is None:
+            raise TimeoutError(f"the emulator did not start within {deadline_s} s")
+        return asyncio.run_coroutine_threadsafe(self._control.answer(request), self._loop).result(deadline_s)
+
+    def set_faults(self, script: FaultScript) -> None:
+        """Puts another fault script into force."""
+        self.faults = script
 
     def stop(self) -> None:
         """Ends `run` within two seconds, requests under way included."""
@@ -196,6 +236,26 @@ class EmulatorServer:
             refusal = refusal_response(RefusalError(INTERNAL_ERROR, "The emulator's state failed."), request_id, now)
             headers = (*refusal.headers, *standard_headers(request_id, now))
             return replace(refusal, headers=headers, request_id=request_id, notice=str(error))
+
+
+def _listening(listen: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in listen else socket.AF_INET
+    listening = socket.create_server((listen, port), family=family, backlog=256)
+    # Accepted connections inherit it; asyncio sets it only where the socket names its protocol. 40 ms a request.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
+
+
+def _hubs(service: DpsService, state_dir: Path | None, log: Callable[[HubLine], None]) -> Hubs:
+    """The service's hubs, which remember in memory or in the state folder."""
+    skew_s = service.settings.clock_skew_s
+    if state_dir is None:
+        in_memory: dict[str, dict[str, HubDevice]] = {}
+        context = HubContext(MessagesInMemory(), os.urandom, skew_s, log)
+        return Hubs(service, lambda name: in_memory.setdefault(name, {}), context)
+    folder = state_dir
+    context = HubContext(MessageFile(folder / "messages.jsonl"), os.urandom, skew_s, log)
+    return Hubs(service, lambda name: hub_folder(folder, name), context)
 
 
 def server_tls(authority: trustme.CA, names: Sequence[str]) -> ssl.SSLContext:
@@ -250,7 +310,7 @@ async def _end(transport: asyncio.Transport, receive: Receive, *, reset: bool) -
             break
         await asyncio.sleep(0.01)
     if reset:
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
     transport.abort()
     await _disconnected(receive)
 

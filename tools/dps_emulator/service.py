@@ -9,15 +9,16 @@ import base64
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote
 
 from dps_emulator.enrollments import REGISTRATION_ID_GRAMMAR, Enrollment, is_registration_id, registration_key
+from dps_emulator.hub_devices import HubDevice
 from dps_emulator.registrations import Assignment, Failure, Operation, Registration, utc_text
-from dps_emulator.tokens import Token, TokenError, parse_token
+from dps_emulator.tokens import TokenError, device_token_refusal, expiry_refusal, parse_token
 from dps_emulator.tpm_keys import (
     ActivationSecrets,
     RandomBytes,
@@ -150,10 +151,15 @@ class DpsService:
         registrations: MutableMapping[str, Registration],
         random_bytes: RandomBytes,
     ) -> None:
-        """Both mappings are keyed by `registration_key`; `random_bytes(n)` returns n random bytes."""
+        """Both mappings are keyed by `registration_key`; `random_bytes(n)` returns n random bytes.
+
+        The attribute `assigned` is called after each assignment with the one before (or None), the new one and the
+        time: there the hubs learn of it.
+        """
         self.settings = settings
         self.enrollments = enrollments
         self.registrations = registrations
+        self.assigned: Callable[[Assignment | None, Assignment, float], None] = lambda previous, assignment, now: None
         self._random_bytes = random_bytes
         self._challenges: dict[str, _Challenge] = {}
         self._stale: dict[str, tuple[int, Registration | None]] = {}  # lookups left, what they answer with
@@ -185,40 +191,49 @@ class DpsService:
 
     def hub_key(self, hub: str, device_id: str) -> bytes | None:
         """The key that device has at that hub now, or None; both names without case, as tokens are compared."""
-        for registration in self.registrations.values():
-            found = registration.assignment
-            if found and (found.hub.lower(), found.device_id.lower()) == (hub.lower(), device_id.lower()):
-                return found.key
-        return None
+        registration = self._assigned_to(hub, device_id)
+        return registration.assignment.key if registration and registration.assignment else None
 
-    def hub_token_refusal(self, text: str, now: float) -> str | None:
-        """Why a hub would refuse this token at `now`, or None where it accepts it."""
+    def replace_hub_key(self, hub: str, device_id: str, key: bytes) -> None:
+        """Makes `key` the device's key at that hub; raises KeyError where it is not assigned there."""
+        registration = self._assigned_to(hub, device_id)
+        if registration is None or registration.assignment is None:
+            raise KeyError(device_id)
+        changed = replace(registration, assignment=replace(registration.assignment, key=key))
+        self.registrations[registration_key(registration.registration_id)] = changed
+
+    def hub_token_refusal(
+        self,
+        text: str,
+        now: float,
+        device_at: Callable[[str, str], HubDevice | None] = lambda hub, device_id: None,
+    ) -> str | None:
+        """Why a hub would refuse this token at `now`, or None where it accepts it.
+
+        `device_at(hub, device_id)` is what that hub knows of the device; both names are as the token has them.
+        """
         try:
             token = parse_token(text)
         except TokenError as error:
             return f"the token {error}"
-        hub, devices, device_id, *_ = [*unquote(token.resource).split("/"), "", "", ""]
-        key = self.hub_key(hub, device_id)
-        if devices.lower() != "devices" or not token.names(f"{hub}/devices/{device_id}"):
-            return "its sr is not {hub}/devices/{deviceId}"
-        if key is None:
-            return f"no device '{device_id}' is assigned to '{hub}'"
-        if not token.signed_by(key):
-            return f"its signature is not by the key of '{device_id}' at '{hub}'"
-        return self.expiry_refusal(token, now)
-
-    def expiry_refusal(self, token: Token, now: float) -> str | None:
-        """Says that the token has expired, or None."""
-        if token.expires_at_s <= now - self.settings.clock_skew_s:
-            return f"it expired at {utc_text(token.expires_at_s)}"
-        return None
+        hub, _, device_id, *_ = [*unquote(token.resource).split("/"), "", "", ""]
+        key, device = self.hub_key(hub, device_id), device_at(hub, device_id)
+        if device:
+            key = None if device.withdrawn else device.own_key or key
+        refusal = device_token_refusal(token, hub, device_id, key, now, self.settings.clock_skew_s)
+        if refusal is None and device and not device.enabled:
+            return f"the device '{device_id}' is disabled"
+        return refusal
 
     def settled(self, registration_id: str, now: float) -> Registration | None:
         """The device's registration, with an operation finished whose time has come."""
         key = registration_key(registration_id)
         registration = self.registrations.get(key)
         if registration and not registration.operation.finished and registration.operation.ready_at_s <= now:
+            previous = registration.assignment
             registration = self.registrations[key] = self._finish(registration)
+            if registration.assignment and registration.assignment is not previous:
+                self.assigned(previous, registration.assignment, now)
         return registration
 
     def accept(self, registration_id: str, payload: dict[str, Any] | None, failure: Failure | None, now: float) -> str:
@@ -257,6 +272,13 @@ class DpsService:
         return base64.b64encode(
             activation_blob(ek, srk, key, secrets, uri.encode(), no_da=self.settings.no_da)
         ).decode()
+
+    def _assigned_to(self, hub: str, device_id: str) -> Registration | None:
+        for registration in self.registrations.values():
+            found = registration.assignment
+            if found and (found.hub.lower(), found.device_id.lower()) == (hub.lower(), device_id.lower()):
+                return registration
+        return None
 
     def _challenge(self, registration_id: str, needed: _ChallengeNeeded, now: float) -> Response:
         key = self._random_bytes(self.settings.key_bytes)
@@ -463,7 +485,7 @@ class _Exchange:
             raise RefusalError(UNAUTHORIZED, "The token's sr is for another resource.")
         if not token.signed_by(challenge.key):
             raise RefusalError(UNAUTHORIZED, "The token is not signed by the key of the newest challenge.")
-        expired = self.service.expiry_refusal(token, self.now)
+        expired = expiry_refusal(token, self.now, self.settings.clock_skew_s)
         if expired:
             raise RefusalError(UNAUTHORIZED, f"The token is refused: {expired}.")
         if enrollment and challenge.ek.marshalled != enrollment.endorsement_key:

@@ -1,8 +1,8 @@
-"""What survives a restart: a folder with one JSON file for each enrolment and registration, and the CA's key.
+"""What survives a restart: a folder with a JSON file for each enrolment, registration and device, and the CA's key.
 
 The folder is 0700 and every file 0600, because registrations hold hub keys. A file is replaced by rename, so that a
 reader never sees half of one; each access reads the file again, so that `enroll-import` and `move` reach a server
-that is running.
+that is running. Only the server writes what the hubs know (`hubs`, `messages.jsonl`).
 """
 
 import json
@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import trustme
 
-from dps_emulator.enrollments import Enrollment, enrollment_from_json
+from dps_emulator.enrollments import Enrollment, enrollment_from_json, is_device_id, is_hub_name
+from dps_emulator.hub_devices import HubDevice
 from dps_emulator.registrations import Registration
 
 Record = TypeVar("Record")
@@ -25,7 +26,7 @@ class StateError(Exception):
 
 
 class RecordFolder(MutableMapping[str, Record]):
-    """A mapping whose values are JSON files; keys are lower-case registration ids."""
+    """A mapping whose values are JSON files; keys are lower-case registration ids or device ids."""
 
     def __init__(
         self, folder: Path, to_json: Callable[[Record], dict[str, Any]], from_json: Callable[[Any], Record]
@@ -73,6 +74,19 @@ def enrollment_folder(state_dir: Path) -> RecordFolder[Enrollment]:
 def registration_folder(state_dir: Path) -> RecordFolder[Registration]:
     """The registrations kept in `state_dir`, with the hub keys."""
     return RecordFolder(state_dir / "registrations", Registration.to_json, Registration.from_json)
+
+
+def hub_folder(state_dir: Path, hub: str) -> RecordFolder[HubDevice]:
+    """The devices of one hub kept in `state_dir`; keys are lower-case device ids."""
+    make_private_folder(state_dir / "hubs")
+    return RecordFolder(state_dir / "hubs" / hub.lower(), HubDevice.to_json, HubDevice.from_json)
+
+
+def stored_device(state_dir: Path, hub: str, device_id: str) -> HubDevice | None:
+    """What `hub` has written down of a device; None for names that it can't have."""
+    if not (is_hub_name(hub) and is_device_id(device_id) and (state_dir / "hubs" / hub.lower()).is_dir()):
+        return None
+    return hub_folder(state_dir, hub).get(device_id.lower())
 
 
 def certificate_authority(state_dir: Path | None) -> trustme.CA:

@@ -9,6 +9,8 @@ import hmac
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
+from dps_emulator.registrations import utc_text
+
 SCHEME = "SharedAccessSignature "
 
 
@@ -38,6 +40,28 @@ class Token:
     def names(self, resource: str) -> bool:
         """Whether the token is for `resource` (not encoded), compared without case."""
         return unquote(self.resource).casefold() == resource.casefold()
+
+
+def expiry_refusal(token: Token, now: float, skew_s: int) -> str | None:
+    """Says that the token had expired `skew_s` before `now` (Unix seconds), or None."""
+    if token.expires_at_s <= now - skew_s:
+        return f"it expired at {utc_text(token.expires_at_s)}"
+    return None
+
+
+def device_token_refusal(
+    token: Token, hub: str, device_id: str, key: bytes | None, now: float, skew_s: int
+) -> str | None:
+    """Why `hub` refuses this token from `device_id`, whose key there is `key` (None: there is no such device)."""
+    if not token.names(f"{hub}/devices/{device_id}"):
+        return "its sr is not {hub}/devices/{deviceId}"
+    if key is None:
+        return f"no device '{device_id}' is assigned to '{hub}'"
+    if not token.signed_by(key):
+        return f"its signature is not by the key of '{device_id}' at '{hub}'"
+    if expired := expiry_refusal(token, now, skew_s):
+        return expired
+    return "its skn names a shared access policy: a device's own key has none" if token.key_name else None
 
 
 def parse_token(text: str) -> Token:

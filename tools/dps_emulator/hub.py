@@ -1,0 +1,703 @@
+"""The hubs themselves: packets and the time go in, packets come out; no socket, file, clock or thread.
+
+An IoT hub is no broker: a device publishes to the hub, the hub to a device, nothing goes from one device to another,
+and who may connect is decided before anything else. Sources: "Use MQTT to establish communication with an IoT hub";
+"Control access to IoT Hub with shared access signatures"; "IoT Hub error codes". Where nothing is published about the
+real service, the choice made here is marked as ours.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+from urllib.parse import parse_qs, quote, unquote
+
+from dps_emulator import mqtt, topics
+from dps_emulator.enrollments import is_device_id
+from dps_emulator.hub_devices import CloudMessage, HubDevice, MessageLog, Telemetry
+from dps_emulator.registrations import Assignment, utc_text
+from dps_emulator.service import DpsService
+from dps_emulator.tokens import Token, TokenError, device_token_refusal, parse_token
+from dps_emulator.tpm_keys import RandomBytes
+from dps_emulator.twin import PatchError, Twin, parse_patch
+
+MAX_TELEMETRY_BYTES = 256 * 1024
+MAX_CLOUD_MESSAGE_BYTES = 64 * 1024
+MAX_METHOD_BYTES = 128 * 1024
+MAX_QUEUE = 50  # messages waiting for one device
+MAX_DELIVERIES = 10  # of one message, then it is given up
+MAX_KEEP_ALIVE_S = 1177  # the hub caps 1.5 times the client's value at 29.45 min
+MESSAGE_LIFE_S = 3600
+
+# Hub error codes; HTTP status = code // 1000.
+ARGUMENT_INVALID = 400004
+KICKED = 400027
+QUEUE_FULL = 403004
+DEVICE_NOT_FOUND = 404001
+NOT_ONLINE = 404103
+CLOSED_REMOTELY = 404104
+DEVICE_EXISTS = 409001
+TOO_LARGE = 413001
+THROTTLED = 429001
+METHOD_TIMEOUT = 504101
+_CODES = {400: ARGUMENT_INVALID, 413: TOO_LARGE, 429: THROTTLED}
+
+_READABLE = "/:=,;$#'"  # in the log, besides what a URL leaves as it is
+_USER_NAME = re.compile(r"(?P<hub>[^/?]+)/(?P<client_id>[^/?]+)/\?(?P<query>.+)")
+
+
+class HubError(Exception):
+    """A request to the hub that fails; `code` is one of the hub's error codes."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Wire(Protocol):
+    """A connection's way back to the device."""
+
+    def send(self, packet: bytes) -> None:
+        """Sends bytes, unless the connection has ended."""
+
+    def drop(self) -> None:
+        """Ends the connection after what was sent; MQTT 3.1.1 has no word of goodbye for a server."""
+
+
+@dataclass(frozen=True)
+class HubLine:
+    """One thing that happened, as the log shows it; never a token, key or payload."""
+
+    time: str
+    hub: str
+    device_id: str
+    event: str  # connected, refused, closed, telemetry, …
+    code: int = 0  # CONNACK, QoS or error code, as the event has it
+    detail: str = ""
+
+    def text(self) -> str:
+        """The line: the time, then name=value, `-` for what is not there, percent-encoded."""
+        return (
+            f"{self.time} hub={quote(self.hub, safe='') or '-'} device={quote(self.device_id, safe='') or '-'}"
+            f" event={self.event} code={self.code} detail={quote(self.detail, safe=_READABLE) or '-'}"
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> "HubLine | None":
+        """The inverse of `text`; None for any other line."""
+        when, *pairs = text.split() or [""]
+        values = {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
+        if list(values) != ["hub", "device", "event", "code", "detail"]:
+            return None
+        hub, device_id, event, code, detail = ("" if value == "-" else unquote(value) for value in values.values())
+        return cls(when, hub, device_id, event, int(code), detail)
+
+
+@dataclass(frozen=True)
+class MethodAnswer:
+    """What a device said to a direct method."""
+
+    status: int
+    payload: Any
+
+
+MethodAnswered = Callable[[MethodAnswer | HubError], None]
+
+
+@dataclass(frozen=True)
+class HubContext:
+    """What all hubs of an emulator share."""
+
+    messages: MessageLog
+    random_bytes: RandomBytes
+    clock_skew_s: int
+    note: Callable[[HubLine], None]
+
+
+class Hub:
+    """One hub: its devices, and those that are connected."""
+
+    def __init__(
+        self,
+        name: str,
+        devices: MutableMapping[str, HubDevice],
+        issued_key: Callable[[str], bytes | None],
+        context: HubContext,
+    ) -> None:
+        """`devices` is keyed by lower-case device id; `issued_key(device_id)` is what DPS issued, or None."""
+        self.name = name
+        self.context = context
+        self.links: dict[str, Link] = {}
+        self._stored = devices
+        self._devices: dict[str, HubDevice] = {}  # those in use: this hub alone writes them
+        self._issued_key = issued_key
+
+    def device(self, device_id: str) -> HubDevice:
+        """The device; raises HubError where this hub has none of that name."""
+        device = self._record(device_id)
+        if device is None or self.key_of(device) is None:
+            raise HubError(DEVICE_NOT_FOUND, f"{self.name} has no device '{device_id}'")
+        return device
+
+    def key_of(self, device: HubDevice) -> bytes | None:
+        """The key that this device's tokens are signed with, or None where it has none any more."""
+        if device.withdrawn:
+            return None
+        return device.own_key if device.own_key is not None else self._issued_key(device.device_id)
+
+    def add(self, device_id: str, key: bytes) -> None:
+        """Registers a device with a symmetric key, as a service would without DPS; raises HubError if it is there."""
+        known = self._record(device_id)
+        if known and self.key_of(known) is not None:
+            raise HubError(DEVICE_EXISTS, f"{self.name} already has a device '{known.device_id}'")
+        self._adopt(HubDevice(device_id, key))
+
+    def save(self, device: HubDevice) -> None:
+        """Writes the device down."""
+        self._stored[device.device_id.lower()] = device
+
+    def remove(self, device_id: str, now: float) -> HubDevice | None:
+        """Forgets a device and ends its connection; what was known of it, or None."""
+        device = self._record(device_id)
+        self.disconnect(device_id, "the device was removed from the hub", now)
+        self._devices.pop(device_id.lower(), None)
+        if device_id.lower() in self._stored:
+            del self._stored[device_id.lower()]
+        return device
+
+    def receive(self, device_id: str, twin: Twin) -> None:
+        """Takes over a device that DPS moved here, with the twin that it arrives with."""
+        self._adopt(HubDevice(device_id, twin=twin))
+
+    def admit(self, device_id: str) -> None:
+        """Takes a device that DPS has assigned here; of one that was withdrawn nothing of before is left."""
+        device = self._record(device_id)
+        if device is None or device.withdrawn:
+            device = HubDevice(device_id, enabled=device is None or device.enabled)
+        device.own_key = None  # DPS's key counts from now on
+        self._adopt(device)
+
+    def withdraw(self, device_id: str, now: float) -> None:
+        """Refuses the device until DPS assigns it anew, and ends its connection."""
+        device = self.device(device_id)
+        if device.own_key is not None:
+            self.remove(device_id, now)
+            return
+        device.withdrawn = True
+        self.save(device)
+        self.disconnect(device_id, "the device was withdrawn", now)
+
+    def enable(self, device_id: str, enabled: bool, now: float) -> None:
+        """Lets the device in again, or refuses it and ends its connection."""
+        device = self.device(device_id)
+        device.enabled = enabled
+        self.save(device)
+        if not enabled:
+            self.disconnect(device_id, "the device was disabled", now)
+
+    def disconnect(self, device_id: str, reason: str, now: float) -> bool:
+        """Ends the device's connection; whether it had one."""
+        link = self.links.get(device_id.lower())
+        if link:
+            link.drop(reason, now)
+        return link is not None
+
+    def send(self, device_id: str, payload: bytes, properties: Mapping[str, str], now: float, life_s: float) -> str:
+        """Queues a message for the device and delivers it when it can; its message id. Raises HubError."""
+        device = self.device(device_id)
+        if len(payload) > MAX_CLOUD_MESSAGE_BYTES:
+            raise HubError(TOO_LARGE, f"{len(payload)} bytes; a message to a device has at most 64 KiB")
+        self.expire(device, now)
+        if len(device.queue) >= MAX_QUEUE:
+            raise HubError(QUEUE_FULL, f"{MAX_QUEUE} messages are waiting for '{device_id}' already")
+        message_id = properties.get("$.mid") or self.context.random_bytes(16).hex()
+        named = {**properties, "$.mid": message_id, "$.to": f"/devices/{device.device_id}/messages/devicebound"}
+        device.queue.append(CloudMessage(message_id, payload, named, now + life_s))
+        self.save(device)
+        link = self.links.get(device_id.lower())
+        if link:
+            link.deliver(now)
+        return message_id
+
+    def invoke(self, device_id: str, name: str, payload: bytes, answered: MethodAnswered) -> Callable[[], None]:
+        """Calls a method; `answered` is called once. Returns what gives it up; raises HubError."""
+        self.device(device_id)
+        if len(payload) > MAX_METHOD_BYTES:
+            raise HubError(TOO_LARGE, f"{len(payload)} bytes; a method takes at most 128 KiB")
+        link = self.links.get(device_id.lower())
+        if link is None or topics.METHOD_REQUESTS not in link.subscriptions:
+            state = "is not connected" if link is None else "has not subscribed to methods"
+            raise HubError(NOT_ONLINE, f"'{device_id}' {state}")
+        return link.invoke(name, payload, answered)
+
+    def set_desired(self, device_id: str, changes: dict[str, Any]) -> int:
+        """Patches the desired properties and tells the device; the new version. Raises HubError, PatchError."""
+        device = self.device(device_id)
+        version = device.twin.patch("desired", changes)
+        self.save(device)
+        link = self.links.get(device_id.lower())
+        if link:
+            content = json.dumps({**changes, "$version": version}, separators=(",", ":")).encode()
+            topic = f"$iothub/twin/PATCH/properties/desired/?$version={version}"
+            link.publish(topics.DESIRED_CHANGES, topic, content)
+        return version
+
+    def connect(self, wire: Wire, connect: mqtt.Connect, token: Token, server_name: str, now: float) -> "Link":
+        """Admits a device that the caller has checked; ends its other connection."""
+        device = self.device(connect.client_id)
+        other = self.links.get(connect.client_id.lower())
+        if other:
+            other.drop("another connection of the same device", now, KICKED)
+        detail = f"sni={server_name or '-'} keep-alive={connect.keep_alive_s} clean={int(connect.clean_session)}"
+        self.note("connected", device.device_id, now, detail=detail)
+        session_present = not connect.clean_session and device.subscriptions is not None
+        if not session_present:
+            device.subscriptions = None if connect.clean_session else {}
+            for message in device.queue:
+                message.packet_id = 0
+        self.expire(device, now, given_up=lambda message: message.deliveries >= MAX_DELIVERIES)
+        self.save(device)
+        link = self.links[connect.client_id.lower()] = Link(self, device, wire, connect, token, now)
+        wire.send(mqtt.connack(mqtt.ACCEPTED, session_present=session_present))
+        link.redeliver(now)
+        link.deliver(now)
+        return link
+
+    def tick(self, now: float) -> None:
+        """Ends the connections whose token has expired."""
+        for link in list(self.links.values()):
+            if link.expires_at_s <= now:
+                link.drop("the token has expired", now)
+
+    def note(self, event: str, device_id: str, now: float, code: int = 0, detail: str = "") -> None:
+        """A line for the log."""
+        self.context.note(HubLine(utc_text(now), self.name, device_id, event, code, detail))
+
+    def known_devices(self) -> Iterator[HubDevice]:
+        """The devices that this hub has a record of."""
+        for key in list(self._stored):
+            device = self._record(key)
+            if device:
+                yield device
+
+    def _adopt(self, device: HubDevice) -> None:
+        self._devices[device.device_id.lower()] = device
+        self.save(device)
+
+    def _record(self, device_id: str) -> HubDevice | None:
+        """The device's record; made for one that DPS has assigned and that nothing is known of yet."""
+        key = device_id.lower()
+        if key not in self._devices:
+            stored = self._stored.get(key)
+            if stored is None:
+                if self._issued_key(device_id) is None:
+                    return None
+                stored = HubDevice(device_id)
+            self._devices[key] = stored
+        return self._devices[key]
+
+    def expire(
+        self, device: HubDevice, now: float, given_up: Callable[[CloudMessage], bool] = lambda message: False
+    ) -> None:
+        """Takes out of the queue what is too old, and what is to be given up."""
+        for message in list(device.queue):
+            if message.expires_at_s <= now or given_up(message):
+                device.queue.remove(message)
+                self.note("dead-lettered", device.device_id, now, detail=message.message_id)
+
+
+class Link:
+    """One device's connection, from its CONNACK to its end."""
+
+    def __init__(
+        self, hub: Hub, device: HubDevice, wire: Wire, connect: mqtt.Connect, token: Token, now: float
+    ) -> None:
+        self.hub = hub
+        self.device = device
+        self.is_open = True
+        skew_s = hub.context.clock_skew_s
+        # A token that was let in although its time was over lives as long as the tolerance.
+        self.expires_at_s = token.expires_at_s if token.expires_at_s > now else token.expires_at_s + skew_s
+        self.subscriptions = dict(device.subscriptions or {})
+        self._persistent = not connect.clean_session
+        self._wire = wire
+        self._will = connect.will
+        self._methods: dict[str, MethodAnswered] = {}
+        self._calls = 0
+        self._in_flight: set[int] = set()  # packet ids of everything but messages from the queue
+        self._last_packet_id = 0
+
+    def received(self, packet: mqtt.Packet, now: float) -> None:
+        """Acts on one packet."""
+        match packet:
+            case mqtt.Publish():
+                self._published(packet, now)
+            case mqtt.PubAck():
+                self._acknowledged(packet.packet_id, now)
+            case mqtt.Subscribe():
+                self._subscribed(packet, now)
+            case mqtt.Unsubscribe():
+                for topic_filter in packet.filters:
+                    self.subscriptions.pop(topic_filter, None)
+                self._keep_subscriptions()
+                self._wire.send(mqtt.unsuback(packet.packet_id))
+            case mqtt.PingRequest():
+                self._wire.send(mqtt.ping_response())
+            case mqtt.Disconnect():
+                self._will = None
+                self.drop("the device said goodbye", now)
+            case mqtt.Connect():
+                self.drop("a second CONNECT", now)
+
+    def drop(self, reason: str, now: float, code: int = 0) -> None:
+        """Ends the connection from the hub's side; idempotent."""
+        if self.is_open:
+            self.ended(reason, now, code)
+            self._wire.drop()
+
+    def ended(self, reason: str, now: float, code: int = 0) -> None:
+        """The connection is over: delivers the will, gives up the methods under way; idempotent."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        if self.hub.links.get(self.device.device_id.lower()) is self:
+            del self.hub.links[self.device.device_id.lower()]
+        self.hub.note("closed", self.device.device_id, now, code, reason)
+        if self._will:
+            purpose = topics.purpose_of(self._will.topic, self.device.device_id)
+            self._keep(self._will, {**(purpose.properties or {}), "iothub-MessageType": "Will"}, now)
+        methods, self._methods = self._methods, {}
+        for answered in methods.values():
+            answered(HubError(CLOSED_REMOTELY, "the connection ended before the device answered"))
+
+    def publish(self, topic_filter: str, topic: str, content: bytes) -> None:
+        """Sends to the device if it has subscribed, at the QoS granted."""
+        qos = self.subscriptions.get(topic_filter)
+        if qos is None:
+            return
+        packet_id = self._next_packet_id() if qos else 0
+        if packet_id:
+            self._in_flight.add(packet_id)
+        self._send(mqtt.Publish(topic, content, qos, packet_id=packet_id))
+
+    def redeliver(self, now: float) -> None:
+        """Sends again what an earlier connection of this session left unacknowledged."""
+        for message in self.device.queue:
+            if message.packet_id:
+                message.deliveries += 1
+                self._send(replace(self._delivery(message), dup=True))
+                self.hub.note("delivered", self.device.device_id, now, 1, f"{message.message_id} dup")
+        self.hub.save(self.device)
+
+    def deliver(self, now: float) -> None:
+        """Sends what is waiting in the queue, once on each connection."""
+        qos = self.subscriptions.get(topics.cloud_to_device(self.device.device_id))
+        if qos is None:
+            return
+        self.hub.expire(self.device, now)
+        waiting = [message for message in self.device.queue if not message.packet_id]
+        for message in waiting:
+            message.deliveries += 1
+            if qos:
+                message.packet_id = self._next_packet_id()
+            else:
+                self.device.queue.remove(message)
+            self._send(self._delivery(message))
+            self.hub.note("delivered", self.device.device_id, now, qos, message.message_id)
+        if waiting:
+            self.hub.save(self.device)
+
+    def invoke(self, name: str, payload: bytes, answered: MethodAnswered) -> Callable[[], None]:
+        """Sends a method request; see Hub.invoke."""
+        self._calls += 1
+        request_id = f"{self._calls:x}"
+        self._methods[request_id] = answered
+        topic = f"$iothub/methods/POST/{quote(name, safe='')}/?$rid={request_id}"
+        self.publish(topics.METHOD_REQUESTS, topic, payload)
+
+        def give_up() -> None:
+            self._methods.pop(request_id, None)
+
+        return give_up
+
+    def refuse_twin(self, packet: mqtt.Publish, status: int) -> None:
+        """Answers a twin request with an error."""
+        purpose = topics.purpose_of(packet.topic, self.device.device_id)
+        self._answer_twin(status, purpose.request_id, error=_error(status, "a fault script says so"))
+        self._take(packet)
+
+    def _published(self, packet: mqtt.Publish, now: float) -> None:
+        purpose = topics.purpose_of(packet.topic, self.device.device_id)
+        if packet.qos == 2:
+            self.drop("a PUBLISH of QoS 2", now)
+            return
+        match purpose.operation:
+            case "telemetry":
+                if len(packet.payload) + len(packet.topic) > MAX_TELEMETRY_BYTES:
+                    self.drop(f"telemetry of {len(packet.payload)} bytes", now, TOO_LARGE)
+                    return
+                retained = {"mqtt-retain": "true"} if packet.retain else {}
+                self._keep(packet, {**(purpose.properties or {}), **retained}, now)
+            case "twin-get":
+                content = json.dumps(self.device.twin.document(), separators=(",", ":")).encode()
+                self._answer_twin(200, purpose.request_id, content)
+                self.hub.note("twin-get", self.device.device_id, now, 200)
+            case "twin-patch":
+                self._patch_reported(packet.payload, purpose.request_id, now)
+            case "method-answer":
+                if len(packet.payload) > MAX_METHOD_BYTES:
+                    self.drop(f"a method's answer of {len(packet.payload)} bytes", now, TOO_LARGE)
+                    return
+                self._method_answered(purpose, packet.payload, now)
+            case _:
+                self.drop("a PUBLISH to a topic that the hub does not have", now, ARGUMENT_INVALID)
+                return
+        self._take(packet)
+
+    def _take(self, packet: mqtt.Publish) -> None:
+        if packet.qos:
+            self._wire.send(mqtt.puback(packet.packet_id))
+
+    def _keep(self, packet: mqtt.Publish, properties: Mapping[str, str | None], now: float) -> None:
+        where = utc_text(now), self.hub.name, self.device.device_id
+        self.hub.context.messages.append(Telemetry(*where, packet.payload, properties, packet.qos, packet.dup))
+        self.hub.note("telemetry", self.device.device_id, now, packet.qos, "dup" if packet.dup else "")
+
+    def _patch_reported(self, content: bytes, request_id: str, now: float) -> None:
+        try:
+            version = self.device.twin.patch("reported", parse_patch(content))
+        except PatchError as error:
+            self._answer_twin(error.status, request_id, error=_error(error.status, str(error)))
+            self.hub.note("twin-patch", self.device.device_id, now, error.status, str(error))
+            return
+        self.hub.save(self.device)
+        self._answer_twin(204, f"{request_id}&$version={version}")
+        self.hub.note("twin-patch", self.device.device_id, now, 204)
+
+    def _answer_twin(self, status: int, request_id: str, content: bytes = b"", error: bytes = b"") -> None:
+        self.publish(topics.TWIN_ANSWERS, f"$iothub/twin/res/{status}/?$rid={request_id}", error or content)
+
+    def _method_answered(self, purpose: topics.Purpose, content: bytes, now: float) -> None:
+        self.hub.note("method-answer", self.device.device_id, now, purpose.status, purpose.request_id)
+        answered = self._methods.pop(purpose.request_id, None)
+        if answered is None:
+            return  # too late, or not asked
+        try:
+            answered(MethodAnswer(purpose.status, json.loads(content.decode()) if content else None))
+        except (ValueError, RecursionError):
+            answered(HubError(ARGUMENT_INVALID, "the device's answer is not valid JSON"))
+
+    def _acknowledged(self, packet_id: int, now: float) -> None:
+        self._in_flight.discard(packet_id)
+        for message in self.device.queue:
+            if message.packet_id == packet_id:
+                self.device.queue.remove(message)
+                self.hub.save(self.device)
+                self.hub.note("completed", self.device.device_id, now, detail=message.message_id)
+                return
+
+    def _subscribed(self, packet: mqtt.Subscribe, now: float) -> None:
+        allowed, granted = topics.device_filters(self.device.device_id), []
+        for topic_filter, qos in packet.filters:
+            # Whether the hub refuses an unlisted topic or ends the connection is not published; refusing is ours.
+            granted.append(min(qos, 1) if topic_filter in allowed else mqtt.REFUSED_SUBSCRIPTION)
+            if topic_filter in allowed:
+                self.subscriptions[topic_filter] = min(qos, 1)
+            self.hub.note("subscribed", self.device.device_id, now, granted[-1], topic_filter)
+        self._keep_subscriptions()
+        self._wire.send(mqtt.suback(packet.packet_id, granted))
+        self.deliver(now)
+
+    def _keep_subscriptions(self) -> None:
+        if self._persistent and self.device.subscriptions != self.subscriptions:
+            self.device.subscriptions = dict(self.subscriptions)
+            self.hub.save(self.device)
+
+    def _delivery(self, message: CloudMessage) -> mqtt.Publish:
+        topic = f"devices/{self.device.device_id}/messages/devicebound/{topics.format_properties(message.properties)}"
+        return mqtt.Publish(topic, message.payload, min(message.packet_id, 1), packet_id=message.packet_id)
+
+    def _next_packet_id(self) -> int:
+        taken = self._in_flight | {message.packet_id for message in self.device.queue}
+        self._last_packet_id = self._last_packet_id % 0xFFFF + 1
+        while self._last_packet_id in taken:
+            self._last_packet_id = self._last_packet_id % 0xFFFF + 1
+        return self._last_packet_id
+
+    def _send(self, message: mqtt.Publish) -> None:
+        self._wire.send(mqtt.publish(message))
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a device is not let in."""
+
+    code: int  # CONNACK
+    reason: str
+    hub: str = ""
+    device_id: str = ""
+
+
+@dataclass
+class Hubs:
+    """All hubs that are linked to one service."""
+
+    service: DpsService
+    folders: Callable[[str], MutableMapping[str, HubDevice]] = field(repr=False)  # by the hub's name
+    context: HubContext
+
+    def __post_init__(self) -> None:
+        self._hubs: dict[str, Hub] = {}
+        for name in self.service.settings.hubs:
+            self._hubs[name.lower()] = Hub(name, self.folders(name), self._issued_key(name), self.context)
+        self.service.assigned = self._assigned
+
+    def connect(self, wire: Wire, connect: mqtt.Connect, server_name: str, now: float) -> Link | None:
+        """Answers CONNECT: the link, or None after a refusal. `server_name` is TLS's SNI, empty if there was none."""
+        admitted = self._admission(connect, server_name, now)
+        if isinstance(admitted, Refusal):
+            self.refuse(wire, admitted, now)
+            return None
+        hub, token = admitted
+        return hub.connect(wire, connect, token, server_name, now)
+
+    def refuse(self, wire: Wire, refusal: Refusal, now: float) -> None:
+        """Sends CONNACK with the refusal's code and ends the connection."""
+        when = utc_text(now)
+        self.context.note(HubLine(when, refusal.hub, refusal.device_id, "refused", refusal.code, refusal.reason))
+        wire.send(mqtt.connack(refusal.code))
+        wire.drop()
+
+    def note(self, event: str, device_id: str, now: float, code: int = 0, detail: str = "") -> None:
+        """A line for the log about a connection that no hub has admitted yet, or about a fault."""
+        self.context.note(HubLine(utc_text(now), "", device_id, event, code, detail))
+
+    def tick(self, now: float) -> None:
+        """Does what time has made due."""
+        for hub in self._hubs.values():
+            hub.tick(now)
+
+    def find(self, device_id: str, hub_name: str = "") -> Hub:
+        """The hub that has the device, or the one named; raises HubError."""
+        if hub_name:
+            if hub_name.lower() not in self._hubs:
+                raise HubError(DEVICE_NOT_FOUND, f"no hub '{hub_name}' here: {', '.join(self.service.settings.hubs)}")
+            return self._hubs[hub_name.lower()]
+        found = []
+        for hub in self._hubs.values():
+            try:
+                hub.device(device_id)
+            except HubError:
+                continue
+            found.append(hub)
+        if not found:
+            raise HubError(DEVICE_NOT_FOUND, f"no hub has a device '{device_id}'")
+        if len(found) > 1:
+            names = ", ".join(hub.name for hub in found)
+            raise HubError(ARGUMENT_INVALID, f"'{device_id}' is at more than one hub, name one: {names}")
+        return found[0]
+
+    def rotate_key(self, device_id: str, hub_name: str, key: bytes) -> None:
+        """Gives the device another key at its hub, which DPS hands out from now on; raises HubError."""
+        hub = self.find(device_id, hub_name)
+        device = hub.device(device_id)
+        if device.own_key is not None:
+            device.own_key = key
+            hub.save(device)
+        else:
+            self.service.replace_hub_key(hub.name, device_id, key)
+
+    def all(self) -> list[Hub]:
+        """The hubs in the order in which the service lists them."""
+        return list(self._hubs.values())
+
+    def _admission(self, connect: mqtt.Connect, server_name: str, now: float) -> tuple[Hub, Token] | Refusal:
+        """Who this is, or why it is not let in. Codes 1, 2 and 4 are ours; for bad credentials the hub says 5."""
+        if connect.level != mqtt.LEVEL:
+            return Refusal(mqtt.BAD_LEVEL, f"protocol level {connect.level}: MQTT 3.1.1 is level 4")
+        if not is_device_id(connect.client_id):
+            return Refusal(mqtt.BAD_CLIENT_ID, "the client id is no device id")
+        named = _USER_NAME.fullmatch(connect.user_name or "")
+        if named is None or not parse_qs(named["query"]).get("api-version"):
+            form = "{hub}/{deviceId}/?api-version=…"
+            return Refusal(mqtt.BAD_USER_NAME, f"the user name is not of the form {form}", device_id=connect.client_id)
+
+        def refused(reason: str) -> Refusal:
+            return Refusal(mqtt.NOT_AUTHORIZED, reason, named["hub"], connect.client_id)
+
+        if named["client_id"] != connect.client_id:
+            return refused("the client id is not the user name's")
+        hub = self._hubs.get(named["hub"].lower())
+        if hub is None:
+            return refused("the user name's hub is not one of this emulator's")
+        if server_name and server_name.lower() != hub.name.lower():
+            return refused(f"the TLS handshake named {server_name}")
+        if connect.will and topics.purpose_of(connect.will.topic, connect.client_id).operation != "telemetry":
+            return refused("the will's topic is not the device's telemetry topic")
+        try:
+            device = hub.device(connect.client_id)
+        except HubError as error:
+            return refused(str(error))
+        try:
+            token = parse_token((connect.password or b"").decode())
+        except UnicodeDecodeError:
+            return refused("the password is not text")
+        except TokenError as error:
+            return refused(f"the token {error}")
+        skew_s = self.context.clock_skew_s
+        refusal = device_token_refusal(token, hub.name, connect.client_id, hub.key_of(device), now, skew_s)
+        if refusal:
+            return refused(refusal)
+        if not device.enabled:
+            return refused("the device is disabled")
+        return hub, token
+
+    def _issued_key(self, hub_name: str) -> Callable[[str], bytes | None]:
+        return lambda device_id: self.service.hub_key(hub_name, device_id)
+
+    def _assigned(self, previous: Assignment | None, assignment: Assignment, now: float) -> None:
+        """DPS has assigned a device: it leaves its previous hub, with or without its twin."""
+        new = self._hubs.get(assignment.hub.lower())
+        stays = previous and (previous.hub.lower(), previous.device_id) == (
+            assignment.hub.lower(),
+            assignment.device_id,
+        )
+        if previous is None or stays:
+            if new:
+                new.admit(assignment.device_id)
+            return
+        old = self._hubs.get(previous.hub.lower())
+        left = old.remove(previous.device_id, now) if old else None
+        if new:
+            migrates = left is not None and assignment.substatus == "deviceDataMigrated"
+            new.receive(assignment.device_id, left.twin if migrates and left else Twin())
+
+
+def operation_of(packet: mqtt.Packet, device_id: str) -> str:
+    """What a fault script calls this packet."""
+    match packet:
+        case mqtt.Publish():
+            return topics.purpose_of(packet.topic, device_id).operation
+        case mqtt.Connect():
+            return "connect"
+        case mqtt.PubAck():
+            return "puback"
+        case mqtt.Subscribe():
+            return "subscribe"
+        case mqtt.Unsubscribe():
+            return "unsubscribe"
+        case mqtt.PingRequest():
+            return "ping"
+    return "disconnect"
+
+
+def silence_limit_s(connect: mqtt.Connect) -> float:
+    """How long the hub waits for the client's next packet: 1.5 times its keep-alive, which is capped."""
+    asked = connect.keep_alive_s or MAX_KEEP_ALIVE_S  # MQTT: 0 asks for no limit, the hub has one all the same
+    return 1.5 * min(asked, MAX_KEEP_ALIVE_S)
+
+
+def _error(status: int, message: str) -> bytes:
+    content = {"errorCode": _CODES.get(status, status * 1000 + 1), "message": message}
+    return json.dumps(content, separators=(",", ":")).encode()

@@ -1,0 +1,164 @@
+"""What a hub remembers of a device, and what arrived from devices, and how both are written down."""
+
+import base64
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from dps_emulator.twin import Twin
+
+MESSAGES_KEPT = 10_000
+
+
+@dataclass
+class CloudMessage:
+    """One message for a device, from `send` until the device has acknowledged it."""
+
+    message_id: str
+    payload: bytes = field(repr=False)
+    properties: Mapping[str, str]
+    expires_at_s: float
+    packet_id: int = 0  # of the delivery under way; 0: none
+    deliveries: int = 0
+
+
+@dataclass
+class HubDevice:
+    """One device at one hub; its key is the one that DPS issued unless it has its own."""
+
+    device_id: str
+    own_key: bytes | None = field(default=None, repr=False)
+    enabled: bool = True
+    withdrawn: bool = False  # refused until DPS assigns it anew
+    twin: Twin = field(default_factory=Twin)
+    subscriptions: dict[str, int] | None = None  # of the persistent session, with QoS; None: there is no such session
+    queue: list[CloudMessage] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a file; may hold a key."""
+        return {
+            "deviceId": self.device_id,
+            "ownKey": None if self.own_key is None else base64.b64encode(self.own_key).decode(),
+            "enabled": self.enabled,
+            "withdrawn": self.withdrawn,
+            "twin": asdict(self.twin),
+            "subscriptions": self.subscriptions,
+            "queue": [
+                {**vars(message), "payload": base64.b64encode(message.payload).decode()} for message in self.queue
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "HubDevice":
+        """The inverse of `to_json`; raises KeyError, TypeError or ValueError on anything else."""
+        queue = [
+            CloudMessage(**{**message, "payload": base64.b64decode(message["payload"], validate=True)})
+            for message in record["queue"]
+        ]
+        own_key = record["ownKey"]
+        return cls(
+            record["deviceId"],
+            None if own_key is None else base64.b64decode(own_key, validate=True),
+            record["enabled"],
+            record["withdrawn"],
+            Twin(**record["twin"]),
+            record["subscriptions"],
+            queue,
+        )
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """One message that arrived from a device."""
+
+    time: str
+    hub: str
+    device_id: str
+    payload: bytes = field(repr=False)
+    properties: Mapping[str, str | None]  # `$.` in front: a system property
+    qos: int
+    dup: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """As `messages` prints it: the payload as text where it is UTF-8, otherwise in base64."""
+        record: dict[str, Any] = {
+            "time": self.time,
+            "hub": self.hub,
+            "deviceId": self.device_id,
+            "properties": dict(self.properties),
+            "qos": self.qos,
+            "dup": self.dup,
+        }
+        try:
+            record["payload"] = self.payload.decode()
+        except UnicodeDecodeError:
+            record["payloadBase64"] = base64.b64encode(self.payload).decode()
+        return record
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "Telemetry":
+        """The inverse of `to_json`; raises KeyError, TypeError or ValueError on anything else."""
+        encoded = record.get("payloadBase64")
+        payload = record["payload"].encode() if encoded is None else base64.b64decode(encoded, validate=True)
+        where = record["time"], record["hub"], record["deviceId"]
+        return cls(*where, payload, record["properties"], record["qos"], record["dup"])
+
+
+class MessageLog(Protocol):
+    """Where telemetry goes."""
+
+    def append(self, message: Telemetry) -> None:
+        """Keeps one more; when this returns the hub may acknowledge it."""
+
+    def all(self) -> list[Telemetry]:
+        """The last MESSAGES_KEPT, oldest first."""
+        ...
+
+
+class MessagesInMemory:
+    """Telemetry that ends with the process."""
+
+    def __init__(self) -> None:
+        self._messages: list[Telemetry] = []
+
+    def append(self, message: Telemetry) -> None:
+        """See MessageLog."""
+        self._messages.append(message)
+        del self._messages[:-MESSAGES_KEPT]
+
+    def all(self) -> list[Telemetry]:
+        """See MessageLog."""
+        return list(self._messages)
+
+
+class MessageFile:
+    """Telemetry in a file of mode 0600, one JSON object a line; a line that a crash cut off is passed over."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, message: Telemetry) -> None:
+        """See MessageLog; raises OSError."""
+        handle = os.open(self._path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600)
+        with os.fdopen(handle, "ab+") as file:
+            line = json.dumps(message.to_json()).encode() + b"\n"
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                line = b"\n" + line
+            file.write(line)
+
+    def all(self) -> list[Telemetry]:
+        """See MessageLog; raises OSError."""
+        try:
+            lines = self._path.read_bytes().splitlines()[-MESSAGES_KEPT:]
+        except FileNotFoundError:
+            return []
+        messages = []
+        for line in lines:
+            try:
+                messages.append(Telemetry.from_json(json.loads(line)))
+            except (ValueError, KeyError, TypeError):
+                continue
+        return messages
