@@ -17,6 +17,8 @@ STEP_FIRST_S = 1  # bounds of our own delays inside one registration
 STEP_LIMIT_S = 60
 WAITING_FIRST_S = 30  # bounds of our own delays between two registrations
 WAITING_LIMIT_S = 3600
+HUB_FIRST_S = 10  # bounds of our own delays between two connections to the hub
+HUB_LIMIT_S = 300
 HALTED_S = 3600  # a refused device asks again hourly
 
 
@@ -40,10 +42,16 @@ def after_request_s(seconds: int) -> "Generator[Effect, Any, float]":
 def exponential_s(failures: int, first_s: float, limit_s: float) -> "Generator[Effect, Any, float]":
     """The delay after the n-th failure in a row (n >= 1): between half and all of first * 2**(n-1), at most limit."""
     random: float = yield Random()
+    shortest_s = exponential_floor_s(failures, first_s, limit_s)
+    return shortest_s + random * shortest_s
+
+
+def exponential_floor_s(failures: int, first_s: float, limit_s: float) -> float:
+    """The shortest delay that `exponential_s` chooses after the n-th failure in a row."""
     ceiling = first_s
     for _ in range(min(failures, 40) - 1):
         ceiling = min(ceiling * 2, limit_s)
-    return ceiling / 2 + random * ceiling / 2
+    return ceiling / 2
 
 
 def around_s(seconds: int) -> "Generator[Effect, Any, float]":

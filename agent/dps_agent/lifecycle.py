@@ -6,12 +6,25 @@ Rule 3: every wait has an end and a reason, and the reason is what `status` show
 """
 
 from dps_agent.assignment import load_held
-from dps_agent.backoff import HALTED_S, WAITING_FIRST_S, WAITING_LIMIT_S, after_request_s, around_s, exponential_s
-from dps_agent.effects import Commit, LoadRecord, Random, ReadEndorsementKey, Sleep, UtcNow
+from dps_agent.backoff import (
+    HALTED_S,
+    HUB_FIRST_S,
+    HUB_LIMIT_S,
+    WAITING_FIRST_S,
+    WAITING_LIMIT_S,
+    after_request_s,
+    around_s,
+    exponential_floor_s,
+    exponential_s,
+)
+from dps_agent.effects import Commit, Disconnect, LoadRecord, Random, ReadEndorsementKey, Sleep, Uptime, UtcNow
 from dps_agent.registration import register
+from dps_agent.session import LOST, NOT_FOUND, REFUSED, RENEW, Session
+from dps_agent.session import REGISTER as REGISTER_AGAIN
 from dps_agent.settings import AUTO
+from dps_agent.utc import LONGEST_STEP_S
 from dps_hal.contracts import IDENTITY, PROGRESS
-from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
+from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.platform import from_json, to_json
 from dps_hal.tpm_keys import registration_id_from_ek
 
@@ -44,16 +57,23 @@ BOOT = "boot"  # look at the record
 PROVISIONING = "provisioning"  # register, then commit
 WAITING = "waiting"  # something will be better later
 HALTED = "halted"  # somebody must change something; asks again hourly
-PROVISIONED = "provisioned"  # the record holds
+PROVISIONED = "provisioned"  # the record holds; where a hub is wanted: until the moment to connect
+CONNECTING = "connecting"  # a token, a connection, the subscriptions
+CONNECTED = "connected"  # until the connection ends
 
 # Events.
 HOLDS = "the record holds"
-REGISTER = "there is no identity that holds"
-FAILED_BEFORE = "the last life ended in failed attempts"
+REGISTER = "a registration is due"
+FAILED_BEFORE = "registrations failed before"
 COMMITTED = "the new identity is stored"
 RETRY = "it may work later"
 ASK = "an operator is needed"
 WAITED = "the wait is over"
+KEPT = "the registration failed, the identity still serves"
+ACCEPTED = "the hub accepted the device"
+PARTED = "the connection ended, or there was none"
+RENEWED = "the next token is ready"
+STALE = "the identity no longer holds"
 
 TRANSITIONS = {
     (BOOT, HOLDS): PROVISIONED,
@@ -64,21 +84,42 @@ TRANSITIONS = {
     (PROVISIONING, COMMITTED): PROVISIONED,
     (PROVISIONING, RETRY): WAITING,
     (PROVISIONING, ASK): HALTED,
+    (PROVISIONING, KEPT): PROVISIONED,
     (WAITING, WAITED): BOOT,
     (HALTED, WAITED): BOOT,
+    (PROVISIONED, WAITED): CONNECTING,
+    (PROVISIONED, REGISTER): PROVISIONING,
+    (CONNECTING, ACCEPTED): CONNECTED,
+    (CONNECTING, PARTED): PROVISIONED,
+    (CONNECTING, REGISTER): PROVISIONING,
+    (CONNECTING, FAILED_BEFORE): WAITING,
+    (CONNECTING, STALE): BOOT,
+    (CONNECTING, ASK): HALTED,
+    (CONNECTED, RENEWED): CONNECTING,
+    (CONNECTED, PARTED): PROVISIONED,
+    (CONNECTED, REGISTER): PROVISIONING,
+    (CONNECTED, STALE): BOOT,
+    (CONNECTED, ASK): HALTED,
 }
 
 COMMIT_TRIES = 3  # in a row, before the new identity waits in memory for better days
+REFUSALS_LIMIT = 2  # of fresh tokens in a row, before the device registers again
+HUB_GONE_S = 1800  # without a hub of this name, before the device registers again
+STEADY_S = 120  # a connection that lasted so long ends the count of failed ones
+START_SPREAD_S = 5  # the first connection of a life, where first_contact_spread_s says no more
 KEYLESS_LIMIT = 3  # assignments without a key in a row before an operator is asked
 MESSAGE_LIMIT = 400  # characters of an error's text that `progress` keeps
+_PARTED_CODES = {LOST: "hub.lost", NOT_FOUND: "hub.not_found", REFUSED: "hub.refused"}
 INTERRUPTED = RetryLater("agent.interrupted", "a registration began and did not end")
 
 
 class Lifecycle:
     """One device's life. Run `live` and read the attributes; nothing else changes them."""
 
-    def __init__(self, settings: "Settings") -> None:
+    def __init__(self, settings: "Settings", about: "dict[str, str] | None" = None) -> None:
+        """`about` is what a connected device reports of itself to its twin."""
         self.settings = settings
+        self.about = about or {}
         self.state = BOOT
         self.reason = "starting"  # why it is in this state, in words
         self.assignment: Assignment | None = None  # the identity that holds
@@ -93,28 +134,65 @@ class Lifecycle:
         self._begun = False  # an attempt was counted and has not ended
         self._counted = False  # this life has counted one
         self._keyless = 0
+        self.asked_to_register = False  # set it to register although the record holds; then end the current wait
+        self.connections = 0  # that the hub accepted in this life
+        self._connects = False  # the life goes on at the hub
+        self._session: Session | None = None  # of `assignment`
+        self._connect_delay_s = 0.0
+        self._failures = 0  # connections in a row that did not last
+        self._refusals = 0  # of fresh tokens in a row
+        self._refused = False  # the hub does not take this identity any more
+        self._gone_since_s: float | None = None  # when the hub's name was first not found
+        self._not_before_s = 0.0  # DPS is not asked before this uptime, unless somebody asks us to
+        self._asked = False  # somebody does; else the device itself found that it must register
+        self._serial = 0  # what `Session.serial` has come to
+        self.registration_error: DpsError | None = None  # of the last registration, while the older identity serves
 
-    def live(self, once: bool, force: bool) -> "Generator[Effect, Any, None]":
-        """Lives until PROVISIONED; with `once` also ends in WAITING or HALTED instead of waiting there.
+    def live(self, once: bool, force: bool, connect: bool = False) -> "Generator[Effect, Any, None]":
+        """Lives until PROVISIONED, with `connect` for ever; with `once` ends in WAITING or HALTED as well.
 
         `force` registers even if the record holds. Raises Broken only.
         """
+        self._connects = connect
+        self.asked_to_register = force
         yield from self._load_progress()
         wait_first = self.attempts > 0 and not once
-        registering = force
         while True:
             if self.state == BOOT:
-                event = yield from self._boot(registering, wait_first)
+                event = yield from self._boot(wait_first)
                 wait_first = False
             elif self.state == PROVISIONING:
                 event = yield from self._provision(once)
+            elif self.state == PROVISIONED:
+                event = yield from self._wait_to_connect()
+            elif self.state == CONNECTING:
+                event = yield from self._connect()
+            elif self.state == CONNECTED:
+                event = yield from self._stay()
             else:
                 event = yield from self._wait()
             self.state = TRANSITIONS[(self.state, event)]
-            if self.state == PROVISIONED or (once and self.state in (WAITING, HALTED)):
+            if self.state in (BOOT, WAITING, HALTED):
+                yield from self._abandon_session()
+            if (self.state == PROVISIONED and not connect) or (once and self.state in (WAITING, HALTED)):
                 return
 
-    def _boot(self, registering: bool, wait_first: bool) -> "Generator[Effect, Any, str]":
+    def summary(self) -> "dict[str, Any]":
+        """Where the device stands, as its hub may ask by direct method."""
+        held = self.assignment
+        return {
+            "state": self.state,
+            "reason": self.reason,
+            "assignedHub": held.assigned_hub if held else "",
+            "deviceId": held.device_id if held else "",
+            "substatus": held.substatus if held else "",
+            "failedAttempts": self.attempts,
+            "connections": self.connections,
+            "code": self.error.code if self.error else "",
+            "registrationCode": self.registration_error.code if self.registration_error else "",
+        }
+
+    def _boot(self, wait_first: bool) -> "Generator[Effect, Any, str]":
         try:
             stored: StoredRecord | None = yield LoadRecord(IDENTITY)
             self.rolled_back = stored is not None and stored.rolled_back
@@ -122,22 +200,32 @@ class Lifecycle:
         except DpsError as error:
             event = yield from self._failed(error)
             return event
-        if self.assignment and not registering and not self._uncommitted:
+        wanted = self.asked_to_register or self._refused or self._uncommitted
+        if self.assignment and not wanted:
             self.reason = f"assigned to {self.assignment.assigned_hub}"
-            yield from self._succeeded()
+            yield from self._held()
+            if self._failures:
+                self._connect_delay_s = yield from exponential_s(self._failures, HUB_FIRST_S, HUB_LIMIT_S)
+            else:
+                random: float = yield Random()
+                self._connect_delay_s = random * max(self.settings.first_contact_spread_s, START_SPREAD_S)
             return HOLDS
         if self.assignment:
-            self.reason = "asked to register again"
+            self.reason = "the hub refused the device" if self._refused else "asked to register again"
         if wait_first:
-            delay_s: float = yield from exponential_s(self.attempts, WAITING_FIRST_S, WAITING_LIMIT_S)
-            left_s: int = yield from self._left_of_last_delay()
-            self.retry_after_s = max(int(delay_s) + 1, left_s)
+            yield from self._back_off()
             self.reason = f"{self.attempts} registrations failed before this start"
             return FAILED_BEFORE
         return REGISTER
 
+    def _back_off(self) -> "Generator[Effect, Any, None]":
+        """Chooses the delay before DPS is asked again: longer with each attempt, never less than DPS asked for."""
+        delay_s: float = yield from exponential_s(max(self.attempts, 1), WAITING_FIRST_S, WAITING_LIMIT_S)
+        now_s: float = yield Uptime()
+        self.retry_after_s = max(int(delay_s) + 1, int(self._not_before_s - now_s + 0.999))
+
     def _left_of_last_delay(self) -> "Generator[Effect, Any, int]":
-        """Seconds that the delay chosen before the restart has still to run; 0 after a refusal.
+        """Seconds that the delay in `progress` has still to run; 0 after a refusal.
 
         Who restarts a refused device has probably changed something, and the back-off holds all the same.
         """
@@ -149,14 +237,18 @@ class Lifecycle:
         return max(last.next_try_delay_s - gone_s, 0)
 
     def _provision(self, once: bool) -> "Generator[Effect, Any, str]":
+        asked = self._asked or self.asked_to_register
+        self._asked = False
+        if not once:
+            self.asked_to_register = False
+        self.retry_after_s = None
         try:
             if self._uncommitted is None:
                 yield from self._begin_attempt()
-                if not once and self.attempts == 1 and not self.assignment and self.settings.first_contact_spread_s:
+                spread_s = self.settings.first_contact_spread_s
+                if spread_s and self.attempts == 1 and not once and not asked:
                     random: float = yield Random()
-                    yield Sleep(
-                        random * self.settings.first_contact_spread_s, "spreading the first contacts of a fleet"
-                    )
+                    yield Sleep(random * spread_s, "spreading the first contacts of a fleet")
                 registration_id = self.settings.registration_id
                 if registration_id == AUTO:
                     endorsement_key: bytes = yield ReadEndorsementKey()
@@ -167,13 +259,24 @@ class Lifecycle:
             if error.code == "store.too_large":
                 self._uncommitted = None  # it will never fit; a later registration may bring a smaller one
             event = yield from self._failed(error)
+            if self._connects and self.assignment and not self._refused and not self._uncommitted:
+                self.registration_error = error
+                self.retry_after_s = None
+                self._connect_delay_s = yield from exponential_s(1, HUB_FIRST_S, HUB_LIMIT_S)
+                return KEPT
             return event
+        yield from self._abandon_session()
         self.former = self.assignment
         self.assignment = self._uncommitted[0]
         self._uncommitted = None
         self.committed = True
         self.reason = f"assigned to {self.assignment.assigned_hub}"
-        yield from self._succeeded()
+        self.registration_error = None
+        self._refused = False
+        self._refusals = self._failures = 0
+        self._gone_since_s = None
+        self._connect_delay_s = 0.0
+        yield from self._held()
         return COMMITTED
 
     def _commit(self, record: bytes) -> "Generator[Effect, Any, None]":
@@ -195,6 +298,120 @@ class Lifecycle:
         yield Sleep(self.retry_after_s or 0, self.reason)
         return WAITED
 
+    # The hub.
+
+    def _wait_to_connect(self) -> "Generator[Effect, Any, str]":
+        if self._connect_delay_s:
+            yield Sleep(self._connect_delay_s, self.reason)
+        return REGISTER if self.asked_to_register else WAITED
+
+    def _connect(self) -> "Generator[Effect, Any, str]":
+        held = self.assignment
+        if held is None:
+            raise Broken("agent.bug", "there is no identity to connect with")
+        if self._session is None:
+            about = dict(self.about)
+            about["assignedAt"] = held.last_updated_utc
+            about["substatus"] = held.substatus
+            self._session = Session(self.settings, held, about, self.summary, self._serial)
+        session = self._session
+        try:
+            end = yield from session.open()
+        except DpsError as error:
+            event = yield from self._hub_failed(error)
+            return event
+        if not end:
+            self.connections += 1
+            self.reason = f"connected to {held.assigned_hub}"
+            self.error = None
+            self._refusals = 0
+            self._gone_since_s = None
+            self.retry_after_s = None
+            yield from self._succeeded()
+            return ACCEPTED
+        event = yield from self._parted(end, session.reason)
+        return event
+
+    def _stay(self) -> "Generator[Effect, Any, str]":
+        session = self._session
+        if session is None:
+            raise Broken("agent.bug", "there is no connection to stay on")
+        began_s: float = yield Uptime()
+        failed: DpsError | None = None
+        end = ""
+        try:
+            end = yield from session.stay()
+        except DpsError as error:
+            failed = error
+        ended_s: float = yield Uptime()
+        if ended_s - began_s >= STEADY_S:
+            self._failures = 0
+        if failed:
+            event = yield from self._hub_failed(failed)
+        else:
+            event = yield from self._parted(end, session.reason)
+        return event
+
+    def _parted(self, end: str, reason: str) -> "Generator[Effect, Any, str]":
+        """What follows the end of a connection."""
+        yield Disconnect()
+        self.reason = reason
+        if end == RENEW:
+            return RENEWED
+        if end == REGISTER_AGAIN:
+            self._asked = True
+            return REGISTER
+        self.error = RetryLater(_PARTED_CODES[end], reason)
+        now_s: float = yield Uptime()
+        if self._session and self._session.accepted:
+            self._refusals = 0
+        if end == REFUSED:
+            self._refusals += 1
+            if self._refusals >= REFUSALS_LIMIT:
+                self._refused = True
+                if not self.attempts and now_s >= self._not_before_s:
+                    return REGISTER
+                yield from self._back_off()
+                return FAILED_BEFORE
+        if end != NOT_FOUND:
+            self._gone_since_s = None
+        elif self._gone_since_s is None:
+            self._gone_since_s = now_s
+        elif now_s - self._gone_since_s >= HUB_GONE_S and now_s >= self._not_before_s:
+            self._gone_since_s = None
+            return REGISTER
+        self._failures += 1
+        self._connect_delay_s = yield from exponential_s(self._failures, HUB_FIRST_S, HUB_LIMIT_S)
+        return PARTED
+
+    def _hub_failed(self, error: DpsError) -> "Generator[Effect, Any, str]":
+        """What follows when TPM or clock give no token, or the hub does not speak with us; raises our own bugs."""
+        if not isinstance(error, (RetryLater, AskOperator, IdentityStale)):
+            raise error
+        yield Disconnect()
+        self.error = error
+        self.reason = error.message
+        self._failures += 1
+        if isinstance(error, IdentityStale):
+            return STALE
+        if isinstance(error, AskOperator):
+            delay_s: float = yield from around_s(HALTED_S)
+            self.retry_after_s = int(delay_s) + 1
+            return ASK
+        if error.retry_after_s:
+            self._connect_delay_s = yield from after_request_s(error.retry_after_s)
+        else:
+            self._connect_delay_s = yield from exponential_s(self._failures, HUB_FIRST_S, HUB_LIMIT_S)
+        return PARTED
+
+    def _abandon_session(self) -> "Generator[Effect, Any, None]":
+        if self._session is not None:
+            yield from self._session.abandon()
+            self._serial = self._session.serial
+            self._session = None
+
+    # What becomes of an attempt.
+
     def _failed(self, error: DpsError) -> "Generator[Effect, Any, str]":
         """Counts a failed attempt and chooses when to try again; raises what is our own bug."""
         if not isinstance(error, (RetryLater, AskOperator, IdentityStale)):
@@ -215,8 +432,15 @@ class Lifecycle:
         else:
             delay_s = yield from exponential_s(self.attempts, WAITING_FIRST_S, WAITING_LIMIT_S)
         self.retry_after_s = int(delay_s) + 1
+        now_s: float = yield Uptime()
+        self._not_before_s = now_s + self.retry_after_s
         before = self._progress
-        if self._doubled() or before is None or before.halted != halted or before.code != error.code:
+        wanted = self._doubled() or before is None or before.halted != halted or before.code != error.code
+        if error.retry_after_s and before and not wanted:
+            left_s: int = yield from self._left_of_last_delay()
+            after_restart_s = exponential_floor_s(before.attempts, WAITING_FIRST_S, WAITING_LIMIT_S)
+            wanted = error.retry_after_s > max(left_s, after_restart_s)
+        if wanted:
             yield from self._store_progress(error, halted)
         return ASK if halted else RETRY
 
@@ -237,12 +461,17 @@ class Lifecycle:
     def _doubled(self) -> bool:
         return self.attempts & (self.attempts - 1) == 0
 
-    def _succeeded(self) -> "Generator[Effect, Any, None]":
+    def _held(self) -> "Generator[Effect, Any, None]":
+        """The attempt succeeded; where a hub is wanted it counts until the hub has accepted the device."""
         self.error = None
-        self.attempts = 0
         self.retry_after_s = None
         self._begun = False
         self._keyless = 0
+        if not self._connects:
+            yield from self._succeeded()
+
+    def _succeeded(self) -> "Generator[Effect, Any, None]":
+        self.attempts = 0
         if self._progress and self._progress.attempts:
             yield from self._store_progress(None, False)
 
@@ -254,11 +483,16 @@ class Lifecycle:
         self._progress = decode_progress(stored.payload) if stored else None
         if self._progress:
             self.attempts = self._progress.attempts
+            left_s: int = yield from self._left_of_last_delay()
+            now_s: float = yield Uptime()
+            self._not_before_s = now_s + left_s
 
     def _store_progress(self, error: "DpsError | None", halted: bool) -> "Generator[Effect, Any, DpsError | None]":
         """Stores why and how often it failed; returns the store's error if that could not be done."""
         now: Utc = yield UtcNow()
-        believed_s = now.now_s if now.believable else self._progress.last_believed_s if self._progress else 0
+        believed_s = self._progress.last_believed_s if self._progress else 0
+        if now.believable:
+            believed_s = min(now.now_s, believed_s + LONGEST_STEP_S) if believed_s else now.now_s
         code, message = (error.code, error.message) if error else ("", "")
         progress = Progress(self.attempts, self.retry_after_s or 0, believed_s, halted, code, message[:MESSAGE_LIMIT])
         try:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DPS_KEY_NAME = "registration"  # the only key name of device registrations
 DPS_TOKEN_LIFE_S = 3600
+_HEX = "0123456789ABCDEFabcdef"
 _UNRESERVED = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~"  # RFC 3986, 2.3
 
 
@@ -48,6 +49,25 @@ def percent_encode(text: str) -> str:
     for byte in text.encode():
         out += chr(byte) if byte in _UNRESERVED else f"%{byte:02X}"
     return out
+
+
+def percent_decode(text: str) -> str:
+    """The reverse of `percent_encode`; what is no %XX, or no UTF-8 in all, stays as it is."""
+    if "%" not in text:
+        return text
+    out = bytearray()
+    parts = text.split("%")
+    out += parts[0].encode()
+    for part in parts[1:]:
+        if len(part) >= 2 and part[0] in _HEX and part[1] in _HEX:
+            out.append(int(part[:2], 16))
+            out += part[2:].encode()
+        else:
+            out += ("%" + part).encode()
+    try:
+        return bytes(out).decode()
+    except ValueError:
+        return text
 
 
 def dps_resource(id_scope: str, registration_id: str) -> str:

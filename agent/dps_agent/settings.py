@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         registration_budget_s: int
         first_contact_spread_s: int  # the first contact is spread at random over so many seconds
         hub_suffixes: "tuple[str, ...]"
+        keep_alive_s: int  # of the connection to the hub
+        token_life_s: int  # of a token for the hub; renewed at 80 % of it
 else:
     from collections import namedtuple
 
@@ -31,10 +33,15 @@ else:
             "registration_budget_s",
             "first_contact_spread_s",
             "hub_suffixes",
+            "keep_alive_s",
+            "token_life_s",
         ),
     )
 
 AUTO = "auto"
+KEEP_ALIVE_S = 240  # balancers in front of hubs drop what is silent for four minutes
+KEEP_ALIVE_LIMIT_S = 1177  # a hub drops after 1.5 times that, and after 1767 s at the latest; IoT Hub MQTT guide
+TOKEN_LIFE_S = 3600
 POLL_LOOKUP = "lookup"
 POLL_OPERATION = "operation"
 REGISTRATION_ID_LIMIT = 128  # characters; Runtime Registration API, 2021-10-01

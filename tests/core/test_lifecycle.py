@@ -4,6 +4,8 @@ from dps_agent.assignment import decode
 from dps_agent.effects import Http, Sleep
 from dps_agent.lifecycle import (
     BOOT,
+    CONNECTED,
+    CONNECTING,
     HALTED,
     PROVISIONED,
     PROVISIONING,
@@ -46,10 +48,10 @@ def stored_progress(world: World) -> Progress:
     return progress
 
 
-def test_every_state_but_the_last_can_be_left_and_every_target_exists() -> None:
-    sources = {source for source, _ in TRANSITIONS}
-    assert sources == {BOOT, PROVISIONING, WAITING, HALTED}
-    assert set(TRANSITIONS.values()) == {BOOT, PROVISIONING, WAITING, HALTED, PROVISIONED}
+def test_every_state_can_be_reached_and_left() -> None:
+    states = {BOOT, PROVISIONING, WAITING, HALTED, PROVISIONED, CONNECTING, CONNECTED}
+    assert {source for source, _ in TRANSITIONS} == states
+    assert set(TRANSITIONS.values()) == states
 
 
 def test_a_first_life_commits_the_identity_exactly_once() -> None:
@@ -200,7 +202,7 @@ def test_assigned_without_a_key_is_retried_three_times_before_the_operator_is_as
 
 def test_progress_is_written_when_the_attempts_double_and_cleared_by_success() -> None:
     world = World()
-    world.dps.script = [error_reply(503, 0, "x", "9999")] * 9
+    world.refuse["ReadEndorsementKey"] = [RetryLater("tpm.absent", "no TPM")] * 9
     lived(world, once=False)
     wanted = [PROGRESS] * 2 * 4 + [IDENTITY, PROGRESS]
     assert world.commits == wanted, "before and after attempts 1, 2, 4 and 8, then success"
@@ -247,6 +249,28 @@ def test_a_delay_that_dps_asked_for_survives_a_restart() -> None:
         assert shortest_s <= first_sleep(world).delay_s <= longest_s, (asked_s, stored_at_s)
     world.store[PROGRESS] = encode_progress(Progress(1, 5000, now_s, True, "dps.not_found", "x"))
     assert first_sleep(world).delay_s < 32, "an operator who restarts a refused device has changed something"
+
+
+def test_a_delay_that_no_restart_would_keep_is_stored_at_once() -> None:
+    world = World()
+    asked = [RetryLater("tpm.locked_out", "the TPM is locked out", delay_s) for delay_s in (60, 60, 7200, 60, 7200)]
+    world.refuse["ReadEndorsementKey"] = list(asked)
+    stored: list[tuple[int, int]] = []
+    answer = world.answer
+
+    def watch(effect: "Any") -> "Any":
+        if isinstance(effect, Sleep):
+            stored.append(stored_progress(world)[:2])
+        return answer(effect)
+
+    world.answer = watch  # type: ignore[method-assign]
+    lived(world, once=False)
+    assert [attempts for attempts, _ in stored[:5]] == [1, 2, 3, 4, 5]
+    assert [delay_s > 7200 for _, delay_s in stored[:5]] == [False, False, True, False, True], stored
+    world = World()
+    world.refuse["ReadEndorsementKey"] = [RetryLater("tpm.locked_out", "the TPM is locked out", 60)] * 60
+    lived(world, once=False)
+    assert len(world.commits) < 20, "delays that the back-off covers anyway are not worth a write"
 
 
 def test_an_assignment_too_large_to_store_is_asked_for_anew() -> None:

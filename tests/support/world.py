@@ -1,42 +1,57 @@
-"""A world in virtual time for the logic: a TPM, a store, a clock and a DPS that answer effects, on both runtimes.
+"""A world in virtual time for the logic: TPM, store, clock, DPS and hubs that answer effects, on both runtimes.
 
 `World.run` drives one generator as a runner does. A day of back-off takes no time; a generator that asks for more than
-`EFFECT_LIMIT` effects counts as one that never ends.
+`effect_limit` effects of one class counts as one that never ends. `World.at` lets something happen at its time.
 """
 
+import gc
 import struct
 
 from dps_agent.effects import (
+    Acknowledge,
+    Acknowledged,
     Commit,
+    Connect,
+    Disconnect,
+    ForgetOlder,
+    Gone,
     Http,
     ImportKey,
     LoadRecord,
+    NextEvent,
     NoReply,
+    Publish,
     Random,
     ReadEndorsementKey,
     ReadStorageRootKey,
     Reply,
     Sign,
     Sleep,
+    Subscribe,
+    Tell,
     Uptime,
     UtcNow,
 )
 from dps_agent.messages import to_base64
 from dps_agent.sas import percent_encode
-from dps_agent.settings import POLL_LOOKUP, Settings
+from dps_agent.settings import KEEP_ALIVE_S, POLL_LOOKUP, TOKEN_LIFE_S, Settings
 from dps_hal.activation import Activation, join_activation, parse_activation
 from dps_hal.contracts import StoredRecord, Utc
 from dps_hal.errors import DpsError, IdentityStale
-from dps_hal.platform import from_json, hmac_sha256, sha256, to_json
+from dps_hal.platform import MICROPYTHON, from_json, hmac_sha256, sha256, to_json
 from dps_hal.tpm_keys import ID_KEY_ATTRIBUTES, ek_public, object_name, sized, srk_public, unwrap, wrap
+from support.fake_hub import CONNECT_LIMIT_S, FOREVER_S, FakeHub, FakeProgram
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from typing import Any
 
-    from dps_agent.effects import Effect
+    from dps_agent.effects import ConnAck, Effect, Event
     from dps_agent.sas import SasToken
+
+if MICROPYTHON:  # or what a long life keeps lies scattered over the heap, and no large list fits any more
+    gc.threshold(262144)  # type: ignore[attr-defined]
 
 EFFECT_LIMIT = 20000
 NOW_S = 1800000000  # 2027-01-15
@@ -64,6 +79,8 @@ def settings(
         budget_s,
         spread_s,
         (".azure-devices.net", ".azure-devices.cn"),
+        KEEP_ALIVE_S,
+        TOKEN_LIFE_S,
     )
 
 
@@ -135,6 +152,7 @@ class FakeDps:
         self.current: dict[str, Any] | None = None  # the assignment of a finished registration
         self.previous: dict[str, Any] | None = None
         self.remaining = 0
+        self.hubs: dict[str, FakeHub] = {}  # that get and lose the device
 
     def answer(self, http: Http) -> "Reply | NoReply":
         self.requests.append(http)
@@ -154,6 +172,8 @@ class FakeDps:
             self.remaining = self.polls_until_assigned
             self.previous, self.current = self.current, None
             self.hub_key = self._new_key(b"hub")
+            for name in self.hubs:
+                self.hubs[name].keys = {DEVICE: self.hub_key} if name == self.hub else {}
             return reply(202, {"operationId": "4.abc", "status": "assigning"}, self.retry_after)
         if not self._accepts(http.authorization):
             return error_reply(401, 401002, "Unauthorized")
@@ -248,21 +268,61 @@ class World:
         self.commits: list[str] = []
         self.refuse: dict[str, list[DpsError | None]] = {}
         self.rolled_back = False
+        self.effect_limit = EFFECT_LIMIT
+        self.utc_error_s = 0  # how much later than the truth the device's clock is
+        self.hubs = {HUB: FakeHub(HUB)}
+        self.dps.hubs = self.hubs
+        self.program = FakeProgram()
+        self.forgotten: list[tuple[float, str]] = []  # when ForgetOlder was asked for which record
+        self.posted: list[Event] = []  # of programs
+        self.in_flight: dict[int, Publish] = {}  # packet id -> QoS 1, of `client_of`
+        self.client_of = ("", "")  # hub and device id
+        self.packet_id = 0
+        self.connected: FakeHub | None = None  # as far as the device knows
+        self.acknowledged: list[Event] = []  # PUBACKs that an earlier connection brought
+        self.hurry = False  # ends the current Sleep
+        self.over = False  # ends `run`
+        self._plans: list[tuple[float, Callable[[], None]]] = []
+
+    @property
+    def hub(self) -> "FakeHub":
+        """The hub of `HUB`."""
+        return self.hubs[HUB]
+
+    def at(self, uptime_s: float, happens: "Callable[[], Any]") -> None:
+        """Calls `happens` at that time, as soon as the device waits."""
+        self._plans.append((uptime_s, happens))
+
+    def end_at(self, uptime_s: float) -> None:
+        """Ends `run` at that time, like a program that is killed."""
+
+        def end() -> None:
+            self.over = True
+
+        self.at(uptime_s, end)
+
+    def post(self, *events: "Event") -> None:
+        """What a program asks for."""
+        self.posted += events
 
     def run(self, generator: "Generator[Effect, Any, Any]") -> "Any":
-        """Runs the generator to its end and returns its value; it is always closed."""
+        """Runs the generator to its end and returns its value; None where the run ended first. It is always closed."""
+        self.over = False
         try:
             effect = generator.send(None)
             while True:
                 name = type(effect).__name__
                 self.effects[name] = self.effects.get(name, 0) + 1
-                assert self.effects[name] < EFFECT_LIMIT, f"the exchange does not end: {self.effects}"
+                assert self.effects[name] < self.effect_limit, f"the exchange does not end: {self.effects}"
                 try:
                     answer = self.answer(effect)
                 except DpsError as error:
                     effect = generator.throw(error)
-                else:
-                    effect = generator.send(answer)
+                    continue
+                if self.over:
+                    self._stop()
+                    return None
+                effect = generator.send(answer)
         except StopIteration as stop:
             return stop.value
         finally:
@@ -275,12 +335,15 @@ class World:
             if refusal is not None:
                 raise refusal
         if isinstance(effect, Http):
-            self.uptime_s += LATENCY_S
+            self._pass_to(self.uptime_s + LATENCY_S)
             return self.dps.answer(effect)
         if isinstance(effect, Sleep):
             assert effect.delay_s >= 0 and effect.reason, effect
             self.sleeps.append((effect.delay_s, effect.reason))
-            self.uptime_s += effect.delay_s
+            self.hurry = False
+            end_s = self.uptime_s + effect.delay_s
+            while not (self.hurry or self.over) and self._pass_to(end_s):
+                pass
             return None
         if isinstance(effect, Commit):
             self.store[effect.record] = effect.payload
@@ -300,13 +363,125 @@ class World:
         if isinstance(effect, Uptime):
             return self.uptime_s
         if isinstance(effect, UtcNow):
-            return Utc(NOW_S + int(self.uptime_s), self.believable, "the test")
-        assert isinstance(effect, Random), f"an unknown effect: {effect}"
-        return self.random
+            return Utc(self.utc_s() + self.utc_error_s, self.believable, "the test")
+        if isinstance(effect, Random):
+            return self.random
+        if isinstance(effect, ForgetOlder):
+            self.forgotten.append((self.uptime_s, effect.record))
+            return None
+        if isinstance(effect, Tell):
+            return self.program.tell(effect.message)
+        return self._answer_about_hub(effect)
+
+    def utc_s(self) -> int:
+        """The true time."""
+        return NOW_S + int(self.uptime_s)
+
+    def _pass_to(self, uptime_s: float) -> bool:
+        """Lets time pass until the next plan, which happens, or to `uptime_s`; False in the latter case."""
+        plan = min(self._plans, key=_at_s) if self._plans else None
+        if plan is None or plan[0] > uptime_s:
+            self.uptime_s = max(self.uptime_s, uptime_s)
+            return False
+        self._plans.remove(plan)
+        self.uptime_s = max(self.uptime_s, plan[0])
+        plan[1]()
+        return True
+
+    def _stop(self) -> None:
+        """What becomes of the connection when the program is killed."""
+        if self.connected:
+            self.connected.disconnect()
+        self.connected = None
+        self.in_flight, self.posted, self.acknowledged = {}, [], []
+        self.client_of = ("", "")
+
+    def _answer_about_hub(self, effect: "Any") -> "Any":
+        hub = self.connected
+        if isinstance(effect, NextEvent):
+            return self._next_event(effect.until_uptime_s)
+        if isinstance(effect, Connect):
+            return self._connect(effect)
+        if isinstance(effect, Disconnect):
+            self._leave()
+            return None
+        if isinstance(effect, Acknowledge):
+            if hub and hub.serves(self.uptime_s):
+                hub.acknowledge(effect.packet_id)
+            return None
+        assert isinstance(effect, (Publish, Subscribe)), f"an unknown effect: {effect}"
+        if hub is None:
+            return None
+        self.packet_id = self.packet_id % 65535 + 1
+        while self.packet_id in self.in_flight:
+            self.packet_id = self.packet_id % 65535 + 1
+        if isinstance(effect, Subscribe):
+            hub.subscribe(effect, self.packet_id, self.uptime_s)
+            return self.packet_id
+        if effect.qos:
+            self.in_flight[self.packet_id] = effect
+        hub.publish(effect, self.packet_id if effect.qos else 0, self.uptime_s)
+        return self.packet_id if effect.qos else 0
+
+    def _leave(self) -> None:
+        if self.connected:
+            while True:
+                event = self.connected.take_event(self.uptime_s)
+                if event is None:
+                    break
+                if isinstance(event, Acknowledged) and event.packet_id in self.in_flight:
+                    del self.in_flight[event.packet_id]
+                    self.acknowledged.append(event)
+            self.connected.disconnect()
+        self.connected = None
+
+    def _connect(self, effect: Connect) -> "ConnAck | NoReply":
+        self._leave()
+        if self.client_of != (effect.hub, effect.device_id):
+            self.client_of = (effect.hub, effect.device_id)
+            self.in_flight = {}
+        hub = self.hubs.get(effect.hub)
+        if hub is None:
+            return NoReply("dns: no such name", False)
+        self._pass_to(self.uptime_s + LATENCY_S)
+        answer = hub.connect(effect, self.uptime_s, self.utc_s())
+        if isinstance(answer, NoReply):
+            if answer.reason.startswith("timeout"):
+                self._pass_to(self.uptime_s + CONNECT_LIMIT_S)
+        elif answer.return_code == 0:
+            self.connected = hub
+            for packet_id in sorted(self.in_flight):
+                hub.publish(self.in_flight[packet_id], packet_id, self.uptime_s)
+        return answer
+
+    def _next_event(self, until_s: float) -> "Event | None":
+        while not self.over:
+            if self.acknowledged:
+                return self.acknowledged.pop(0)
+            event = self.connected.take_event(self.uptime_s) if self.connected else None
+            if isinstance(event, Acknowledged):
+                if event.packet_id not in self.in_flight:
+                    continue  # for what was sent twice
+                del self.in_flight[event.packet_id]
+            if isinstance(event, Gone):
+                self._leave()
+            if event is not None:
+                return event
+            if self.posted:
+                return self.posted.pop(0)
+            if self.uptime_s >= until_s:
+                return None
+            next_s = self.connected.next_event_at_s() if self.connected else FOREVER_S
+            self._pass_to(min(next_s, until_s))
+        return None
 
     def slept(self, words: str) -> "list[float]":
         """The delays whose reason contains `words`."""
         return [delay for delay, reason in self.sleeps if words in reason]
+
+
+def _at_s(plan: "tuple[float, Any]") -> float:
+    return plan[0]
 
 
 def calls(world: World) -> "list[str]":

@@ -1,0 +1,642 @@
+"""One device on its hub: what it says, what it answers, what it keeps over a reconnect."""
+
+from dps_agent.assignment import decode
+from dps_agent.effects import (
+    AnswerMethod,
+    Arrived,
+    CloudMessage,
+    Connect,
+    Disconnect,
+    Gone,
+    MakeToken,
+    MessageDone,
+    MethodCall,
+    NextEvent,
+    SendTelemetry,
+    Sign,
+    Subscribe,
+)
+from dps_agent.lifecycle import CONNECTED, PROVISIONED, Lifecycle
+from dps_agent.session import (
+    CALL_LIMIT,
+    IN_FLIGHT_LIMIT,
+    MESSAGE_LIMIT,
+    METHOD_LIMIT_S,
+    TELEMETRY_LIMIT,
+    TWIN_AGAIN_S,
+    TWIN_LIMIT_S,
+    Session,
+    decode_properties,
+    encode_properties,
+)
+from dps_agent.settings import KEEP_ALIVE_S, TOKEN_LIFE_S
+from dps_hal.contracts import IDENTITY
+from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
+from dps_hal.platform import from_json
+from support.world import DEVICE, HUB, NOW_S, World, settings
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from dps_agent.effects import Message
+
+ABOUT = {"version": "1.0", "runtime": "test"}
+DEVICEBOUND = f"devices/{DEVICE}/messages/devicebound/"
+
+
+def provisioned() -> World:
+    """A device that was registered in an earlier life."""
+    world = World()
+    world.run(Lifecycle(settings()).live(True, False))
+    world.dps.requests.clear()
+    world.sleeps.clear()
+    world.commits.clear()
+    return world
+
+
+def live(world: World, seconds: float) -> Lifecycle:
+    """A life that ends after so many seconds, like a program that is killed."""
+    life = Lifecycle(settings(), ABOUT)
+    world.end_at(world.uptime_s + seconds)
+    world.run(life.live(False, False, True))
+    return life
+
+
+def log_effects(world: World) -> "list[Any]":
+    """The effects from now on, in a list that grows."""
+    log: list[Any] = []
+    answer = world.answer
+
+    def logged(effect: "Any") -> "Any":
+        log.append(effect)
+        return answer(effect)
+
+    world.answer = logged  # type: ignore[method-assign]
+    return log
+
+
+def telemetry(number: int) -> SendTelemetry:
+    return SendTelemetry(number, {"n": str(number)}, b"%d" % number)
+
+
+def test_a_connection_says_what_a_hub_expects() -> None:
+    world = provisioned()
+    log = log_effects(world)
+    assert live(world, 20).state == CONNECTED
+    connect = next(effect for effect in log if isinstance(effect, Connect))
+    assert (connect.hub, connect.device_id, connect.keep_alive_s) == (HUB, DEVICE, KEEP_ALIVE_S)
+    assert connect.user_name == f"{HUB}/{DEVICE}/?api-version=2021-04-12"
+    life_s = connect.token.expires_at_s - NOW_S - world.uptime_s
+    assert TOKEN_LIFE_S - 30 < life_s <= TOKEN_LIFE_S
+    filters = next(effect for effect in log if isinstance(effect, Subscribe)).filters
+    assert len(filters) <= 5 and filters[0] == (DEVICEBOUND + "#", 1)
+    assert world.hub.connections[0][1] == 0 and world.dps.requests == []
+
+
+def test_a_connected_device_reports_itself_and_hears_what_is_desired() -> None:
+    world = provisioned()
+    world.hub.desired = {"$version": 7, "rate": 5}
+    live(world, 20)
+    reported = world.hub.reported["dpsAgent"]
+    assert reported["version"] == "1.0" and reported["substatus"] == "initialAssignment"
+    assert reported["assignedAt"].startswith("2027-01-15") and world.program.desired() == [(7, True)]
+    patches = world.hub.reported["$version"]
+    live(world, 20)
+    assert world.hub.reported["$version"] == patches, "what the hub knows is not reported again"
+
+
+def test_the_token_is_renewed_at_80_percent_of_its_life_or_a_little_earlier() -> None:
+    for random, share in ((0.0, 0.80), (0.5, 0.775), (0.999, 0.75)):
+        world = provisioned()
+        world.random = random
+        live(world, TOKEN_LIFE_S)
+        first, second = [at_s for at_s, _ in world.hub.connections]
+        assert abs((second - first) / TOKEN_LIFE_S - share) < 0.003, f"random={random}: {second - first}"
+
+
+def test_the_next_token_is_made_before_the_connection_is_given_up() -> None:
+    world = provisioned()
+    log = log_effects(world)
+    live(world, TOKEN_LIFE_S)
+    kinds = [type(effect) for effect in log if isinstance(effect, (Sign, Disconnect, Connect))]
+    assert kinds == [Sign, Sign, Connect, Sign, Disconnect, Connect], kinds  # the first for the seal
+
+
+def test_hours_of_renewals_lose_no_telemetry_and_asks_nobody_else() -> None:
+    world = provisioned()
+    sent: list[int] = []
+
+    def send() -> None:
+        sent.append(len(sent))
+        world.post(telemetry(sent[-1]))
+        world.at(world.uptime_s + 55, send)
+
+    world.at(world.uptime_s + 10, send)
+    world.program.keeps = False
+    life = live(world, 8 * 3600 + 60)
+    assert life.state == CONNECTED and 10 <= life.connections <= 11
+    assert len(sent) > 500 and len(world.program.done) == len(sent) and all(world.program.done.values())
+    assert len({payload for _, payload in world.hub.received}) == len(sent)
+    assert world.dps.requests == [] and world.commits == []
+
+
+def test_telemetry_that_waits_for_its_puback_is_sent_again_after_a_reconnect() -> None:
+    for ending in ("renewal", "drop", "lost"):
+        world = provisioned()
+        start_s = world.uptime_s
+        hub = world.hub
+        hub.mute_pubacks = True
+        world.at(start_s + 10, lambda: world.post(telemetry(1), telemetry(2)))
+        world.at(start_s + 15, lambda: setattr(hub, "mute_pubacks", False))
+        if ending == "drop":
+            world.at(start_s + 20, lambda: hub.drop(world.uptime_s))
+        if ending == "lost":
+            world.at(start_s + 9, lambda: setattr(hub, "lose", 1))
+        live(world, TOKEN_LIFE_S)
+        assert world.program.done == {1: True, 2: True}, ending
+        assert {payload for _, payload in hub.received} == {b"1", b"2"}, ending
+
+
+def test_telemetry_that_cannot_be_sent_is_refused_at_once() -> None:
+    world = provisioned()
+    world.at(world.uptime_s + 10, lambda: setattr(world.hub, "mute_pubacks", True))
+    too_many = [telemetry(number) for number in range(IN_FLIGHT_LIMIT + 1)]
+    too_large = SendTelemetry(90, {}, bytes(TELEMETRY_LIMIT))
+    too_long = SendTelemetry(91, {"a": "x" * 65535}, b"")
+    world.at(world.uptime_s + 11, lambda: world.post(too_large, too_long))
+    world.at(world.uptime_s + 12, lambda: world.post(*too_many))
+    life = live(world, 20)
+    assert world.program.done == {90: False, 91: False, IN_FLIGHT_LIMIT: False} and life.connections == 1
+
+
+def test_telemetry_for_a_lost_identity_is_not_accepted() -> None:
+    world = provisioned()
+    world.hub.mute_pubacks = True
+    start_s = world.uptime_s
+    world.at(start_s + 10, lambda: world.post(telemetry(1)))
+    world.at(start_s + 20, lambda: world.hub.call(world.uptime_s, "reprovision", "1"))
+    live(world, 60)
+    assert world.program.done == {1: False}
+
+
+def test_telemetry_between_two_connections_waits_for_the_next() -> None:
+    world = provisioned()
+    start_s = world.uptime_s
+    world.at(start_s + 10, lambda: world.hub.drop(world.uptime_s))
+    world.at(start_s + 11, lambda: world.post(telemetry(1)))
+    live(world, 60)
+    assert world.program.done == {1: True}
+
+
+def test_properties_survive_their_way_through_a_topic() -> None:
+    for properties in ({}, {"a": "1"}, {"$.ct": "application/json", "line 4": "a&b=c%\u00e9/+#"}, {"empty": ""}):
+        assert decode_properties(encode_properties(properties)) == properties
+    assert decode_properties("%24.mid=1&key&%zz=%") == {"$.mid": "1", "key": "", "%zz": "%"}
+    world = provisioned()
+    world.at(
+        world.uptime_s + 10, lambda: world.post(SendTelemetry(1, {"$.ct": "application/json", "a": "b/#+"}, b"{}"))
+    )
+    live(world, 20)
+    assert world.hub.received == [("%24.ct=application%2Fjson&a=b%2F%23%2B", b"{}")]
+
+
+# Cloud-to-device messages.
+
+
+def test_a_message_is_acknowledged_once_a_program_is_done_with_it() -> None:
+    world = provisioned()
+    hub, start_s = world.hub, world.uptime_s
+    world.at(start_s + 10, lambda: hub.send_c2d(world.uptime_s, {"$.mid": "m1"}, b"hello"))
+    world.at(start_s + 30, lambda: world.post(MessageDone(world.program.messages()[0].message_id)))
+    queued: list[int] = []
+    world.at(start_s + 29, lambda: queued.append(len(hub.queued)))
+    live(world, 40)
+    message = world.program.messages()[0]
+    assert (message.properties, message.payload) == ({"$.mid": "m1"}, b"hello")
+    assert queued == [1] and hub.queued == [] and hub.stale_acknowledgements == 0
+
+
+def test_a_message_that_nobody_is_done_with_comes_again_and_a_late_done_acknowledges_nothing() -> None:
+    world = provisioned()
+    hub, start_s = world.hub, world.uptime_s
+    world.at(start_s + 10, lambda: hub.send_c2d(world.uptime_s, {}, b"first"))
+    world.at(start_s + 11, lambda: hub.send_c2d(world.uptime_s, {}, b"second"))
+    world.at(start_s + 20, lambda: hub.drop(world.uptime_s))
+    # The hub numbers anew: the packet id of the first message may now be that of the second.
+    world.at(start_s + 21, hub.queued.reverse)
+    world.at(start_s + 40, lambda: world.post(MessageDone(world.program.messages()[0].message_id)))
+    live(world, 50)
+    told = world.program.messages()
+    assert [message.payload for message in told] == [b"first", b"second", b"second", b"first"]
+    assert len({message.message_id for message in told}) == 4
+    assert len(hub.queued) == 2 and hub.stale_acknowledgements == 0
+
+
+def test_no_more_messages_are_held_than_a_hub_queues() -> None:
+    world = provisioned()
+    hub = world.hub
+
+    def send() -> None:
+        for number in range(MESSAGE_LIMIT + 5):
+            hub.send_c2d(world.uptime_s, {}, b"%d" % number)
+
+    world.at(world.uptime_s + 10, send)
+    live(world, 30)
+    assert len(world.program.messages()) == MESSAGE_LIMIT and len(hub.queued) == MESSAGE_LIMIT + 5
+
+
+def test_a_repeated_packet_id_is_the_same_message_and_one_without_is_not_kept() -> None:
+    world = provisioned()
+    start_s = world.uptime_s
+    for _ in range(2):
+        world.at(start_s + 10, lambda: world.hub.send(world.uptime_s, DEVICEBOUND, b"same", 9))
+    for _ in range(MESSAGE_LIMIT + 5):
+        world.at(start_s + 11, lambda: world.hub.send(world.uptime_s, DEVICEBOUND, b"qos 0", 0))
+    live(world, 20)
+    payloads = [message.payload for message in world.program.messages()]
+    assert payloads.count(b"same") == 1 and payloads.count(b"qos 0") == MESSAGE_LIMIT + 5
+
+
+def test_numbers_of_messages_and_calls_are_unique_over_identities() -> None:
+    world = provisioned()
+    start_s = world.uptime_s
+    world.at(start_s + 10, lambda: world.hub.send_c2d(world.uptime_s, {}, b"old"))
+    world.at(start_s + 11, lambda: world.hub.call(world.uptime_s, "mine", "1"))
+    world.at(start_s + 20, lambda: world.hub.call(world.uptime_s, "reprovision", "2"))
+    world.at(start_s + 60, lambda: world.hub.call(world.uptime_s, "mine", "3"))
+    live(world, 70)
+    numbers = [message.message_id for message in world.program.messages()]
+    numbers += [call.call_id for call in world.program.calls()]
+    assert len(numbers) == 4 == len(set(numbers)), numbers
+
+
+# Methods.
+
+
+def test_the_methods_of_the_agent_answer_themselves() -> None:
+    world = provisioned()
+    start_s = world.uptime_s
+    world.at(start_s + 10, lambda: world.hub.call(world.uptime_s, "ping", "a1", b""))
+    world.at(start_s + 11, lambda: world.hub.call(world.uptime_s, "status", "a2"))
+    live(world, 20)
+    assert [(status, rid) for status, rid, _ in world.hub.answers] == [("200", "a1"), ("200", "a2")]
+    status = from_json(world.hub.answers[1][2])
+    assert status["state"] == CONNECTED and status["assignedHub"] == HUB and status["deviceId"] == DEVICE
+    assert status["connections"] == 1 and status["failedAttempts"] == 0 and status["code"] == ""
+    assert world.program.calls() == []
+
+
+def test_other_methods_are_answered_by_programs() -> None:
+    world = provisioned()
+
+    def answer(message: "Message") -> None:
+        if isinstance(message, MethodCall):
+            world.post(AnswerMethod(message.call_id, 207, b'{"name":"%s"}' % message.name.encode()))
+
+    world.program.on_message = answer
+    world.at(world.uptime_s + 10, lambda: world.hub.call(world.uptime_s, "open-valve", "r-1", b"[4]"))
+    live(world, 20)
+    assert world.hub.answers == [("207", "r-1", b'{"name":"open-valve"}')]
+    assert world.program.calls()[0].payload == b"[4]"
+
+
+def test_a_method_that_no_program_takes_is_not_found() -> None:
+    world = provisioned()
+    world.program.takes = False
+    world.at(world.uptime_s + 10, lambda: world.hub.call(world.uptime_s, "open-valve", "1"))
+    live(world, 40)
+    assert world.hub.answer_to("1") == ["404"]
+
+
+def test_a_program_that_does_not_answer_is_answered_for_once() -> None:
+    world = provisioned()
+    start_s = world.uptime_s
+    world.at(start_s + 10, lambda: world.hub.call(world.uptime_s, "slow", "1"))
+    at_24: list[int] = []
+    world.at(start_s + 9 + METHOD_LIMIT_S, lambda: at_24.append(len(world.hub.answers)))
+    world.at(
+        start_s + 15 + METHOD_LIMIT_S, lambda: world.post(AnswerMethod(world.program.calls()[0].call_id, 200, b""))
+    )
+    live(world, 60)
+    assert at_24 == [0] and world.hub.answer_to("1") == ["504"]
+
+
+def test_too_many_calls_at_once_are_refused_and_no_call_goes_unanswered() -> None:
+    world = provisioned()
+    for number in range(CALL_LIMIT + 1):
+        world.at(world.uptime_s + 10, lambda number=number: world.hub.call(world.uptime_s, "slow", str(number)))  # type: ignore[misc]
+    live(world, 60)
+    statuses = sorted([status for status, _, _ in world.hub.answers])
+    assert statuses == ["429"] + ["504"] * CALL_LIMIT, statuses
+
+
+def test_a_payload_too_large_for_the_device_is_refused() -> None:
+    world = provisioned()
+    world.at(world.uptime_s + 10, lambda: world.hub.call(world.uptime_s, "open-valve", "1", None))
+    live(world, 20)
+    assert world.hub.answer_to("1") == ["413"] and world.program.calls() == []
+
+
+def test_a_call_that_waits_is_answered_before_the_renewal() -> None:
+    world = provisioned()
+    start_s = world.uptime_s
+
+    def call_again() -> None:
+        world.hub.call(world.uptime_s, "slow", "late")
+
+    world.at(start_s + 0.775 * TOKEN_LIFE_S, call_again)  # random is 0.5; the connection begins 2.5 s later
+    live(world, TOKEN_LIFE_S)
+    assert world.hub.answer_to("late") == ["504"] and len(world.hub.connections) == 2
+
+
+# The twin.
+
+
+def test_a_patch_that_follows_is_told_as_it_is_and_a_gap_asks_for_the_whole() -> None:
+    world = provisioned()
+    hub, start_s = world.hub, world.uptime_s
+    world.at(start_s + 20, lambda: hub.change_desired(world.uptime_s, "a", 1))
+    world.at(start_s + 21, lambda: hub.change_desired(world.uptime_s, "b", 2, False))
+    world.at(start_s + 22, lambda: hub.change_desired(world.uptime_s, "c", 3))
+    live(world, 40)
+    assert world.program.desired() == [(1, True), (2, False), (4, True)] and hub.twin_gets == 2
+    whole = from_json(world.program.told[-1].payload)  # type: ignore[union-attr, arg-type]
+    assert whole == {"$version": 4, "a": 1, "b": 2, "c": 3}
+
+
+def test_a_change_while_the_device_was_away_is_heard_after_the_reconnect() -> None:
+    world = provisioned()
+    hub, start_s = world.hub, world.uptime_s
+    world.at(start_s + 20, lambda: hub.drop(world.uptime_s))
+    world.at(start_s + 21, lambda: hub.change_desired(world.uptime_s, "a", 1))
+    live(world, 60)
+    assert world.program.desired() == [(1, True), (2, True)]
+
+
+def test_an_unchanged_twin_is_told_once() -> None:
+    world = provisioned()
+    world.at(world.uptime_s + 20, lambda: world.hub.drop(world.uptime_s))
+    live(world, 60)
+    assert world.program.desired() == [(1, True)] and world.hub.twin_gets == 2
+
+
+def test_a_twin_older_than_a_patch_is_not_believed() -> None:
+    world = provisioned()
+    hub, start_s = world.hub, world.uptime_s
+    stale = b'{"desired":{"$version":1},"reported":{"$version":1}}'
+    world.at(start_s + 20, lambda: hub.change_desired(world.uptime_s, "a", 1, False))
+    world.at(start_s + 21, lambda: setattr(hub, "broken_twin", stale))
+    world.at(start_s + 22, lambda: hub.change_desired(world.uptime_s, "b", 2))
+    world.at(start_s + 30, lambda: setattr(hub, "broken_twin", None))
+    live(world, 40 + TWIN_AGAIN_S)
+    assert world.program.desired() == [(1, True), (3, True)]
+
+
+def test_a_hub_that_cannot_answer_for_the_twin_is_asked_again_later() -> None:
+    for statuses, longest_s in (([429, 500, 200, 500], 4), ([0, 0, 0], 3), ([400], 1)):
+        world = provisioned()
+        world.hub.twin_statuses = list(statuses)
+        gets: list[float] = []
+        publish = world.hub.publish
+
+        def noted(effect: "Any", packet_id: int, now_s: float, publish: "Any" = publish) -> None:
+            gets.append(now_s)
+            publish(effect, packet_id, now_s)
+
+        world.hub.publish = noted  # type: ignore[method-assign]
+        live(world, longest_s * TWIN_AGAIN_S + 60)
+        assert "dpsAgent" in world.hub.reported and world.program.desired() == [(1, True)], statuses
+        pauses = [gets[place] - gets[place - 1] for place in range(1, len(gets))]
+        expected_s = {429: TWIN_AGAIN_S, 0: TWIN_LIMIT_S, 400: TWIN_AGAIN_S}[statuses[0]]
+        assert abs(pauses[0] - expected_s) < 2 and max(pauses) < TWIN_AGAIN_S + 2, pauses
+        assert len(pauses) < 3 or pauses[1] > TWIN_AGAIN_S - 2 or statuses[0], "asked every minute for ever"
+
+
+def test_a_twin_too_large_for_the_device_is_not_asked_for_again_and_again() -> None:
+    world = provisioned()
+    gets: list[int] = []
+    answer_twin = world.hub._answer_twin
+
+    def too_large(topic: str, status: int, payload: bytes, now_s: float) -> int:
+        if topic.startswith("$iothub/twin/GET/"):
+            gets.append(1)
+            rid = topic.partition("?$rid=")[2]
+            world.hub.send(now_s, f"$iothub/twin/res/200/?$rid={rid}", None)
+            return 200
+        return answer_twin(topic, status, payload, now_s)
+
+    world.hub._answer_twin = too_large  # type: ignore[method-assign]
+    live(world, 0.7 * TOKEN_LIFE_S)
+    assert len(gets) == 1 and "dpsAgent" in world.hub.reported and world.program.desired() == []
+
+
+def test_nothing_that_a_hub_says_can_confuse_the_device() -> None:
+    world = provisioned()
+    start_s = world.uptime_s
+    topics = (
+        "",
+        "$",
+        "devices/",
+        "devices/other/messages/devicebound/",
+        DEVICEBOUND + "&&=&%&a=%ff",
+        "$iothub/methods/POST/",
+        "$iothub/methods/POST/ping",
+        "$iothub/methods/POST/ping/?$rid=",
+        "$iothub/methods/POST/ping/?$rid=+",
+        "$iothub/methods/POST/x/?$rid=#&y",
+        "$iothub/methods/POST//?rid=1",
+        "$iothub/twin/res/",
+        "$iothub/twin/res/200/?$rid=",
+        "$iothub/twin/res/x/?$rid=1",
+        "$iothub/twin/PATCH/properties/desired/",
+        "$iothub/twin/PATCH/properties/desired/?$version=x",
+        "$iothub/twin/PATCH/properties/desired/?$version=-5",
+        "$iothub/twin/PATCH/properties/desired/?$version=99999999999999999999",
+    )
+    for number, topic in enumerate(topics):
+        for payload in (b"", b"\xff", b"{}", None):
+            message = (topic, payload)
+            world.at(
+                start_s + 10 + number,
+                lambda message=message: world.hub.send(world.uptime_s, message[0], message[1], 77),  # type: ignore[misc]
+            )
+    world.at(start_s + 100, lambda: world.hub.call(world.uptime_s, "ping", "1"))
+    life = live(world, 120)
+    assert life.state == CONNECTED and life.connections == 1 and world.hub.answer_to("1") == ["200"]
+
+
+def test_no_twin_can_confuse_the_device() -> None:
+    for twin in (
+        b"",
+        b"\xff",
+        b"[]",
+        b"7",
+        b"null",
+        b"{}",
+        b'{"desired":1,"reported":2}',
+        b'{"desired":[],"reported":[]}',
+        b'{"desired":{},"reported":{}}',
+        b'{"desired":{"$version":"7"},"reported":{}}',
+        b'{"desired":{"$version":null},"reported":{}}',
+        b'{"desired":{"$version":{}},"reported":{}}',
+        b'{"desired":{"$version":1.5},"reported":{}}',
+        b'{"desired":{"$version":7},"reported":null}',
+        b'{"desired":{"$version":7,"a":1e999},"reported":{}}',
+        b"[" * 100,
+    ):
+        world = provisioned()
+        world.hub.broken_twin = twin
+        world.at(world.uptime_s + 20, lambda: world.hub.change_desired(world.uptime_s, "a", 1))
+        life = live(world, 60)
+        assert life.state == CONNECTED and life.connections == 1, twin
+        assert [whole for _, whole in world.program.desired()] == [], twin
+
+
+# Tokens for programs.
+
+
+def test_a_program_gets_a_token_or_the_reason_why_not() -> None:
+    world = provisioned()
+    start_s = world.uptime_s
+
+    def refuse() -> None:
+        refusals = [RetryLater("tpm.locked_out", "the TPM is locked out"), AskOperator("tpm.denied", "denied")]
+        world.refuse["Sign"] = list(refusals)
+        world.post(MakeToken(2, 900), MakeToken(3, 900), MakeToken(4, 900))
+
+    world.at(start_s + 10, lambda: world.post(MakeToken(1, 900)))
+    world.at(start_s + 20, refuse)
+    life = live(world, 30)
+    made = world.program.tokens
+    first = made[1].token
+    assert first is not None and made[1].reason == "" and HUB in first.resource
+    assert 880 < first.expires_at_s - NOW_S - start_s <= 915
+    assert [made[number].token for number in (2, 3)] == [None, None] and "locked out" in made[2].reason
+    assert made[4].token is not None and life.connections == 1 and life.state == CONNECTED
+
+
+def test_a_program_hears_why_there_is_no_token_before_the_identity_is_given_up() -> None:
+    world = provisioned()
+
+    def ask() -> None:
+        world.tpm.clear()
+        world.post(MakeToken(1, 900))
+
+    world.at(world.uptime_s + 10, ask)
+    life = live(world, 60)
+    assert world.program.tokens[1].token is None and world.program.tokens[1].reason
+    assert life.state == CONNECTED and life.committed, "a cleared TPM registers again"
+
+
+# The older identity.
+
+
+def test_the_older_identity_is_forgotten_once_the_new_one_was_accepted() -> None:
+    world = provisioned()
+    world.hub.script = [3]
+    start_s = world.uptime_s
+    live(world, 3 * TOKEN_LIFE_S)
+    assert [record for _, record in world.forgotten] == [IDENTITY]
+    accepted_s = world.hub.connections[1][0]
+    assert world.forgotten[0][0] > accepted_s > start_s + 5
+
+
+def test_an_older_identity_that_cannot_be_forgotten_stops_nothing() -> None:
+    for refusal in (RetryLater("store.io", "failed"), AskOperator("store.read_only", "read-only")):
+        world = provisioned()
+        world.refuse["ForgetOlder"] = [refusal]
+        life = live(world, 60)
+        assert life.state == CONNECTED and life.connections == 1 and world.effects["ForgetOlder"] == 1
+
+
+# What ends a connection is told by `Session` alone; what follows is the lifecycle's part.
+
+
+def session(world: World) -> Session:
+    assignment = decode(world.store[IDENTITY])[0]
+    return Session(settings(), assignment, ABOUT, dict, 0)
+
+
+def test_a_hub_that_grants_nothing_is_left_in_time() -> None:
+    world = provisioned()
+    world.hub.mute = True
+    opened = session(world)
+    started_s = world.uptime_s
+    assert world.run(opened.open()) == "lost" and "subscriptions" in opened.reason
+    assert world.uptime_s - started_s < 35 and opened.accepted
+
+
+def test_a_flood_of_messages_does_not_prolong_the_wait_for_the_subscriptions() -> None:
+    world = provisioned()
+    world.hub.mute = True
+    opened = session(world)
+    started_s = world.uptime_s
+    answer = world.answer
+
+    def flood(effect: "Any") -> "Any":
+        if isinstance(effect, NextEvent):
+            world.uptime_s += 1
+            return Arrived("noise", b"", 0)
+        return answer(effect)
+
+    world.answer = flood  # type: ignore[method-assign]
+    assert world.run(opened.open()) == "lost" and world.uptime_s - started_s < 35
+
+
+def test_every_ending_says_why() -> None:
+    for reason, end in (("closed: by peer", "lost"), ("timeout", "lost"), ("dns: no such name", "not found")):
+        world = provisioned()
+        opened = session(world)
+        assert world.run(opened.open()) == ""
+        gone = (world.uptime_s, Gone(reason))
+        world.hub.events.append(gone)
+        assert world.run(opened.stay()) == end
+        assert HUB in opened.reason and reason in opened.reason
+
+
+def test_what_the_tpm_says_while_connecting_comes_through() -> None:
+    for error in (RetryLater("tpm.busy", "busy"), AskOperator("tpm.denied", "no"), IdentityStale("tpm.key_stale", "x")):
+        world = provisioned()
+        world.refuse["Sign"] = [error]
+        try:
+            world.run(session(world).open())
+        except DpsError as raised:
+            assert raised is error
+        else:
+            raise AssertionError(f"{error.code} was swallowed")
+        assert world.hub.connections == []
+
+
+def test_what_the_device_keeps_is_bounded() -> None:
+    world = provisioned()
+    world.hub.mute_pubacks = True
+    opened = session(world)
+    assert world.run(opened.open()) == ""
+
+    def everything() -> None:
+        for number in range(200):
+            world.post(telemetry(number))
+            world.hub.call(world.uptime_s, "slow", str(number))
+            world.hub.send(world.uptime_s, DEVICEBOUND, b"x", 1 + number)
+
+    world.at(world.uptime_s + 1, everything)
+    world.end_at(world.uptime_s + 5)
+    world.run(opened.stay())
+    for name, limit in (("_in_flight", IN_FLIGHT_LIMIT), ("_calls", CALL_LIMIT), ("_unacknowledged", MESSAGE_LIMIT)):
+        assert len(getattr(opened, name)) == limit, name
+
+
+def test_a_message_too_large_for_the_device_is_told_without_its_payload() -> None:
+    world = provisioned()
+    world.at(world.uptime_s + 10, lambda: world.hub.send(world.uptime_s, DEVICEBOUND + "a=b", None, 5))
+    live(world, 20)
+    message = world.program.messages()[0]
+    assert isinstance(message, CloudMessage) and message.payload is None and message.properties == {"a": "b"}
+
+
+def test_a_registered_device_that_does_not_connect_stays_as_it_was() -> None:
+    world = World()
+    life = Lifecycle(settings())
+    world.run(life.live(False, False))
+    assert life.state == PROVISIONED and world.hub.connections == []
