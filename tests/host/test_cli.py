@@ -376,6 +376,8 @@ def test_a_damaged_record_is_exit_3(desk: Desk, capsys: pytest.CaptureFixture[st
 def test_every_state_of_the_lifecycle_has_its_exit_status() -> None:
     assert {state: EXIT_GROUPS.index(word) for state, word in status._CODES.items()} == {
         "provisioned": 0,
+        "connecting": 0,
+        "connected": 0,
         "waiting": 3,
         "halted": 4,
     }

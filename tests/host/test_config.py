@@ -1,6 +1,5 @@
 """The settings: every key from every source, their order, and problems that name what to correct."""
 
-import dataclasses
 import os
 import re
 import tomllib
@@ -24,6 +23,7 @@ GOLDEN: dict[str, tuple[Any, str, Any]] = {
     "connect_to": ("", '"127.0.0.1:8443"', "127.0.0.1:8443"),
     "ca_file": ("", '"/etc/ca.pem"', "/etc/ca.pem"),
     "state_dir": ("", '"/var/lib/other"', "/var/lib/other"),
+    "runtime_dir": ("", '"/run/other"', "/run/other"),
     "poll": ("lookup", '"operation"', "operation"),
     "payload": ({}, '{line = 3, tags = ["a"]}', {"line": 3, "tags": ["a"]}),
     "retry.registration_budget_s": (900, "60", 60),
@@ -42,12 +42,16 @@ GOLDEN: dict[str, tuple[Any, str, Any]] = {
     "hub.connect_to": ("", '"[::1]:8883"', "[::1]:8883"),
     "hub.ca_file": ("", '"/etc/hub.pem"', "/etc/hub.pem"),
     "hub.transport": ("auto", '"websocket"', "websocket"),
+    "hub.keep_alive_s": (240, "60", 60),
+    "hub.token_life_s": (3600, "7200", 7200),
     "hub.hub_suffixes": (
         (".azure-devices.net", ".azure-devices.cn", ".azure-devices.us"),
         '[".example.test", "hub.test"]',
         (".example.test", "hub.test"),
     ),
     "network.proxy": ("env", '"http://proxy:3128"', "http://proxy:3128"),
+    "api.socket": ("", '"/run/other.sock"', "/run/other.sock"),
+    "api.allow_token": (False, "true", True),
 }
 NO_FILE = Path("/nonexistent/dps-agent/config.toml")
 ENVIRON = {"STATE_DIRECTORY": "/run/state", "DPS_AGENT_ID_SCOPE": "0ne00000000"}
@@ -224,6 +228,8 @@ BAD = [
     ("tpm.i_know_keys_are_in_files", "1"),
     ("hub.port", "65536"),
     ("hub.transport", '"amqp"'),
+    ("hub.keep_alive_s", "1178"),
+    ("hub.token_life_s", "299"),
     ("hub.hub_suffixes", "[]"),
     ("hub.hub_suffixes", '["a b"]'),
     ("hub.hub_suffixes", '"x"'),
@@ -306,7 +312,10 @@ def test_a_named_file_that_is_absent_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tcti", ["mssim:port=2321", "tabrmd", "swtpm:port=0", "swtpm:path=/run/swtpm", "device:"])
 def test_the_wire_backend_wants_a_device_node_or_a_swtpm(tcti: str, tmp_path: Path) -> None:
     (problem,) = problems_of(f'[tpm]\nbackend = "wire"\ntcti = "{tcti}"', tmp_path)
-    assert problem.startswith("tpm.tcti: expected device:/dev/tpmrm0 or swtpm:host=HOST,port=PORT") and tcti in problem
+    assert (
+        problem.startswith("tpm.tcti: expected device:/dev/tpmrm0, swtpm:host=HOST,port=PORT or spi:")
+        and tcti in problem
+    )
 
 
 @pytest.mark.parametrize("tcti", ["", 'tcti = "swtpm:port=2321"'])
@@ -349,13 +358,13 @@ def test_the_logic_gets_its_settings(tmp_path: Path) -> None:
     loaded = read('id_scope = "s"\nregistration_id = "r"\npayload = {a = 1}', tmp_path)
     suffixes = (".azure-devices.net", ".azure-devices.cn", ".azure-devices.us")
     endpoint = "https://global.azure-devices-provisioning.net"
-    assert loaded.settings() == Settings("0ne00000000", "r", endpoint, "lookup", {"a": 1}, 900, 0, suffixes)
+    assert loaded.settings() == Settings("0ne00000000", "r", endpoint, "lookup", {"a": 1}, 900, 0, suffixes, 240, 3600)
     assert read("", tmp_path).settings().payload is None
 
 
 def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        read("", tmp_path).poll = "operation"  # type: ignore[misc]
+    with pytest.raises(AttributeError, match="cannot be changed"):
+        read("", tmp_path).poll = "operation"
 
 
 def test_a_password_file_loses_one_line_end(tmp_path: Path) -> None:
@@ -426,7 +435,8 @@ def test_the_template_has_every_key_with_its_default_and_variable() -> None:
 
 def test_the_template_as_it_is_changes_nothing() -> None:
     loaded = load(TEMPLATE, environ=ENVIRON)
-    assert all(loaded.value(key) == config.default_of(key) for key in KEYS if key not in ("id_scope", "state_dir"))
+    settled = ("id_scope", "state_dir", "runtime_dir")
+    assert all(loaded.value(key) == config.default_of(key) for key in KEYS if key not in settled)
     assert os.path.isabs(loaded.state_dir)
 
 
@@ -440,3 +450,29 @@ def test_a_folder_of_the_system_that_cannot_be_looked_into_is_a_clear_error(
     with pytest.raises(ConfigurationError) as caught:
         load(environ={}, system_file=tmp_path / "config.toml")
     assert caught.value.code == "config.unreadable" and "Permission denied" in caught.value.message
+
+
+def test_the_runtime_folder_is_systemds_and_the_socket_lies_in_it() -> None:
+    loaded = load(environ={**ENVIRON, "RUNTIME_DIRECTORY": "/run/here:/run/there"}, system_file=NO_FILE)
+    assert (loaded.runtime_dir, loaded.origins["runtime_dir"]) == ("/run/here", "$RUNTIME_DIRECTORY")
+    assert loaded.socket == "/run/here/api.sock"
+
+
+def test_a_user_without_systemd_has_the_runtime_folder_of_the_session_else_the_state_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(config, "SYSTEM_RUNTIME_DIR", "/nonexistent/dps-agent")
+    found = [
+        load(environ={**ENVIRON, **more}, system_file=NO_FILE).runtime_dir
+        for more in ({"XDG_RUNTIME_DIR": "/run/user/9"}, {}, {"DPS_AGENT_STATE_DIR": "/dev/mtd3"})
+    ]
+    assert found == ["/run/user/9/dps-agent", "/run/state", ""]
+
+
+def test_the_socket_can_be_elsewhere_or_nowhere(tmp_path: Path) -> None:
+    assert read('[api]\nsocket = "/run/x.sock"\n', tmp_path).socket == "/run/x.sock"
+    assert read('[api]\nsocket = "none"\n', tmp_path).socket == ""
+    long = "/run/" + "x" * 100
+    assert read(f'runtime_dir = "{long}"\n', tmp_path).socket == ""
+    assert problems_of(f'[api]\nsocket = "{long}"\n', tmp_path)[0].startswith("api.socket: expected a path")
+    assert problems_of('[api]\nsocket = "x.sock"\n', tmp_path)[0].startswith("api.socket: expected a path")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
+import queue
+import random
 import signal
 import subprocess
 import sys
@@ -14,27 +17,45 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from dps_agent.effects import (
+    Acknowledge,
     Commit,
+    ConnAck,
+    Connect,
+    Disconnect,
+    ForgetOlder,
     Http,
     ImportKey,
     LoadRecord,
+    MessageDone,
+    NextEvent,
     NoReply,
+    Publish,
     Random,
     ReadEndorsementKey,
     ReadStorageRootKey,
+    RegisterAgain,
     Reply,
     Sign,
     Sleep,
+    Subscribe,
+    TelemetryDone,
+    Tell,
     Uptime,
     UtcNow,
 )
 from dps_agent.host import clock, runner
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.https import DpsConnection
+from dps_agent.host.mqtt import HubConnection
 from dps_agent.host.runner import Runner, bug
+from dps_agent.sas import SasToken
 from dps_hal.contracts import StoredRecord, Utc
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
-from support.servers import ENDPOINT_NAME, Peer, Server
+from dps_hal.self_challenge import make_activation
+from support.backends import open_wire
+from support.broker import HubPeer
+from support.servers import ENDPOINT_NAME, Certificates, Peer, Server
+from support.swtpm import Swtpm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -79,6 +100,9 @@ class Hardware:
 
     def commit(self, record: str, payload: bytes) -> None:
         return self._call("commit", None, record, payload)
+
+    def forget_older(self, record: str) -> None:
+        return self._call("forget_older", None, record)
 
     def erase(self, record: str) -> None:
         raise AssertionError("no effect erases")
@@ -228,6 +252,7 @@ def test_the_system_s_time_is_believed_from_this_release_to_2100(monkeypatch, no
         (Sign(b"", b""), "sign"),
         (LoadRecord("identity"), "load"),
         (Commit("identity", b""), "commit"),
+        (ForgetOlder("identity"), "forget_older"),
     ],
 )
 def test_a_failure_of_tpm_or_store_is_thrown_in_as_it_is(effect: Any, call: str) -> None:
@@ -370,7 +395,8 @@ def test_before_long_sleeps_tpm_and_connection_are_released(
     with pytest.raises(RetryLater):
         waiting.run(asking(ReadEndorsementKey(), Sleep(delay_s, "DPS asked us to wait")))
     assert ("release" in before, "close" in before) == (released, closed)
-    assert hardware.calls[-2:] == ["release", "close"]
+    assert hardware.calls.count("release") == 1, "what is released is not released again"
+    assert hardware.calls[-1] == "close"
 
 
 def test_a_release_that_raises_is_broken_and_the_connection_is_closed_all_the_same() -> None:
@@ -461,6 +487,7 @@ def test_the_observer_sees_each_effect_with_its_outcome_and_duration() -> None:
         (Sign(b"", b""), "sign", "TPM_DEADLINE_S", "tpm.timeout"),
         (LoadRecord("identity"), "load", "STORE_DEADLINE_S", "store.io"),
         (Commit("identity", b""), "commit", "STORE_DEADLINE_S", "store.io"),
+        (ForgetOlder("identity"), "forget_older", "STORE_DEADLINE_S", "store.io"),
     ],
 )
 def test_what_hangs_ends_the_exchange_at_its_own_deadline(
@@ -651,6 +678,251 @@ def test_after_stop_no_effect_is_done_any_more() -> None:
     assert "commit" not in hardware.calls
 
 
+# haste
+
+
+def test_haste_ends_a_sleep_and_no_more_than_one() -> None:
+    one = runner_on(Hardware())
+    timer = threading.Timer(0.2, one.hasten)
+    timer.start()
+    began_s = time.monotonic()
+    one.run(asking(Sleep(3600, "an hour"), Sleep(0.3, "a moment")))
+    timer.join()
+    assert 0.45 < time.monotonic() - began_s < SOON_S
+
+
+def test_haste_that_comes_just_before_a_sleep_is_not_lost() -> None:
+    one = runner_on(Hardware(), on_wait=lambda _reason, _until_s: one.hasten())
+    began_s = time.monotonic()
+    one.run(asking(Sleep(3600, "an hour")))
+    one = runner_on(Hardware(request=lambda *_arguments: one.hasten() or WHOLE))
+    one.run(asking(GET, Sleep(3600, "an hour")))
+    assert time.monotonic() - began_s < SOON_S
+
+
+def test_haste_hurries_nothing_but_sleeps() -> None:
+    def slow(*_arguments: object) -> bytes:
+        one.hasten()
+        time.sleep(0.2)
+        return b"ek"
+
+    one = runner_on(Hardware(endorsement_key=slow))
+    assert one.run(asking(ReadEndorsementKey())) == [b"ek"]
+
+
+def test_haste_from_a_signal_handler_ends_a_sleep() -> None:
+    one = runner_on(Hardware())
+    before = signal.signal(signal.SIGUSR1, lambda _number, _frame: one.hasten())
+    timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        began_s = time.monotonic()
+        one.run(asking(Sleep(3600, "an hour")))
+        assert time.monotonic() - began_s < SOON_S
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+# the hub
+
+CONNECT = Connect("hub.example", "press-07", "", SasToken("", 0, b""), 60)
+FILTERS = (("t/#", 1),)
+
+
+class Hub:
+    """A hub connection that writes down each call in the list of `hardware`, and does what `does` says for it."""
+
+    def __init__(self, hardware: Hardware, **does: Callable[..., Any]) -> None:
+        self._hardware = hardware
+        hardware._does |= {f"hub.{name}": call for name, call in does.items()}
+        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def connect(self, effect: Connect) -> Any:
+        return self._hardware._call("hub.connect", ConnAck(0, False), effect)
+
+    def subscribe(self, filters: Any) -> Any:
+        return self._hardware._call("hub.subscribe", 1, filters)
+
+    def publish(self, topic: str, payload: bytes, qos: int) -> Any:
+        return self._hardware._call("hub.publish", 2, topic, payload, qos)
+
+    def acknowledge(self, packet_id: int) -> Any:
+        return self._hardware._call("hub.acknowledge", None, packet_id)
+
+    def disconnect(self) -> Any:
+        return self._hardware._call("hub.disconnect", None)
+
+    def close(self) -> Any:
+        return self._hardware._call("hub.close", None)
+
+    def next_event(self, until_s: float) -> Any:
+        self._hardware._call("hub.next_event", None, until_s)
+        try:
+            return self.events.get(timeout=max(until_s - time.monotonic(), 0))
+        except queue.Empty:
+            return None
+
+    def post(self, event: Any) -> bool:
+        self.events.put(event)
+        return True
+
+    def abort(self) -> None:
+        self._hardware.calls.append("hub.abort")
+        self.events.put(None)
+
+
+def soon_s() -> float:
+    return time.monotonic() + SOON_S
+
+
+def test_each_effect_of_the_hub_is_answered_on_the_worker_thread_by_what_it_names() -> None:
+    hardware = Hardware()
+    hub = Hub(hardware)
+    hub.events.put(RegisterAgain())
+    told: list[Any] = []
+    one = runner_on(hardware, hub=hub, tell=lambda message: told.append(message) or True)
+    answers = one.run(
+        asking(
+            CONNECT,
+            Subscribe(FILTERS),
+            Publish("t", b"", 1),
+            NextEvent(soon_s()),
+            NextEvent(time.monotonic() + 0.05),
+            Acknowledge(7),
+            Tell(TelemetryDone(3, True)),
+            ForgetOlder("identity"),
+            Disconnect(),
+        )
+    )
+    assert answers == [ConnAck(0, False), 1, 2, RegisterAgain(), None, None, True, None, None]
+    assert told == [TelemetryDone(3, True)]
+    assert hardware.calls[-4:] == ["hub.disconnect", "hub.close", "release", "close"]
+    assert hardware.threads == {"dps-worker", "MainThread"}, "only the ends are on the main thread"
+
+
+def test_without_takers_nobody_is_told() -> None:
+    assert runner_on(Hardware()).run(asking(Tell(TelemetryDone(3, True)))) == [False]
+
+
+@pytest.mark.parametrize("effect", [CONNECT, Subscribe(FILTERS), NextEvent(0.0), Disconnect()])
+def test_a_runner_without_a_hub_says_so(effect: Any) -> None:
+    with pytest.raises(Broken, match="hub"):
+        runner_on(Hardware()).run(asking(effect))
+    assert not runner_on(Hardware()).post(RegisterAgain())
+
+
+@pytest.mark.parametrize(
+    ("effect", "call"),
+    [
+        (CONNECT, "connect"),
+        (Subscribe(FILTERS), "subscribe"),
+        (NextEvent(0.0), "next_event"),
+        (Disconnect(), "disconnect"),
+    ],
+)
+def test_an_exception_of_the_hub_never_reaches_the_logic(effect: Any, call: str) -> None:
+    reached = []
+
+    def logic() -> Generator[Any, Any, None]:
+        try:
+            yield effect
+        except DpsError as error:
+            reached.append(error)
+
+    hardware = Hardware()
+    with pytest.raises(Broken, match="KeyError") as caught:
+        runner_on(hardware, hub=Hub(hardware, **{call: blunder})).run(logic())
+    assert SECRET not in str(caught.value)
+    assert reached == []
+
+
+def test_a_posted_event_ends_a_wait() -> None:
+    hardware = Hardware()
+    one = runner_on(hardware, hub=Hub(hardware))
+    timer = threading.Timer(0.2, lambda: one.post(MessageDone(1)))
+    timer.start()
+    assert one.run(asking(NextEvent(time.monotonic() + 3600))) == [MessageDone(1)]
+    timer.join()
+
+
+@pytest.mark.parametrize(
+    ("within_s", "released", "closed"), [(1.5, False, False), (2.5, True, False), (60, True, False), (61, True, True)]
+)
+def test_before_a_long_wait_for_an_event_tpm_and_connection_are_released(
+    within_s: float, released: bool, closed: bool
+) -> None:
+    hardware = Hardware()
+    hub = Hub(hardware)
+    hub.events.put(RegisterAgain())
+    runner_on(hardware, hub=hub).run(asking(ReadEndorsementKey(), NextEvent(time.monotonic() + within_s)))
+    before = hardware.calls[: hardware.calls.index("hub.next_event")]
+    assert ("release" in before, "close" in before) == (released, closed)
+
+
+def test_the_end_of_a_wait_is_counted_by_the_runner_s_clock() -> None:
+    class Late(SystemClock):
+        def uptime_s(self) -> float:
+            return time.monotonic() + 1e6
+
+    hardware = Hardware()
+    began_s = time.monotonic()
+    assert runner_on(hardware, hub=Hub(hardware), clock=Late()).run(asking(NextEvent(began_s + 1e6 + 0.3))) == [None]
+    assert 0.2 < time.monotonic() - began_s < SOON_S
+
+
+def test_the_watchdog_is_fed_during_a_wait_for_an_event(monkeypatch) -> None:
+    monkeypatch.setattr(runner, "_FEED_EVERY_S", 0.05)
+    fed: list[None] = []
+    hardware = Hardware()
+    one = runner_on(hardware, hub=Hub(hardware), watchdog=lambda: fed.append(None))
+    one.run(asking(NextEvent(time.monotonic() + 0.5)))
+    assert 4 <= len(fed) <= 11
+
+
+def test_a_connect_over_its_deadline_is_aborted_and_answered_as_a_timeout(monkeypatch) -> None:
+    monkeypatch.setattr(runner, "CONNECT_DEADLINE_S", 0.2)
+    hardware = Hardware()
+    hub = Hub(hardware, connect=lambda _effect: hub.events.get(timeout=60) or NoReply("closed: given up", True))
+    assert runner_on(hardware, hub=hub).run(asking(CONNECT)) == [NoReply("timeout: no whole answer within 0.2 s", True)]
+    assert "hub.abort" in hardware.calls
+
+
+def test_a_hub_that_survives_its_abort_ends_the_exchange(monkeypatch, hang) -> None:
+    monkeypatch.setattr(runner, "EVENT_GRACE_S", 0.2)
+    hardware = Hardware()
+    one = runner_on(hardware, hub=Hub(hardware, next_event=hang))
+    with pytest.raises(RetryLater) as caught:
+        one.run(asking(NextEvent(time.monotonic())))
+    assert (caught.value.code, one.stuck) == ("network.timeout", True)
+    assert "hub.close" not in hardware.calls, "the worker may still be in it"
+
+
+@pytest.mark.parametrize("effect", [NextEvent(math.inf), CONNECT], ids=["event", "connect"])
+def test_stop_ends_what_waits_for_the_hub_at_once_and_leaves_the_hub(effect: Any) -> None:
+    if effect is not CONNECT:
+        effect = NextEvent(time.monotonic() + 3600)
+    hardware = Hardware()
+    hub = Hub(hardware, connect=lambda _effect: hub.events.get(timeout=60) or NoReply("closed: given up", True))
+    one = runner_on(hardware, hub=hub)
+    timer = stopping_soon(one)
+    began_s = time.monotonic()
+    with pytest.raises(RetryLater) as caught:
+        one.run(asking(effect, Uptime()))
+    timer.join()
+    assert time.monotonic() - began_s < 1.0
+    assert (caught.value.code, one.stuck) == ("agent.interrupted", False)
+    assert hardware.calls[-2:] == ["hub.close", "close"]
+
+
+def test_the_observer_sees_what_is_done_at_the_hub_but_no_waits() -> None:
+    seen: list[Any] = []
+    hardware = Hardware()
+    one = runner_on(hardware, hub=Hub(hardware), observe=lambda effect, answer, _seconds: seen.append((effect, answer)))
+    one.run(asking(CONNECT, NextEvent(time.monotonic()), Disconnect()))
+    assert seen == [(CONNECT, ConnAck(0, False)), (Disconnect(), None)]
+
+
 # signals, in a process of their own
 
 PROGRAM = """
@@ -658,10 +930,12 @@ import sys, time
 from dps_agent.effects import *
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.https import DpsConnection
+from dps_agent.host.mqtt import HubConnection
 from dps_agent.host.runner import Runner
+from dps_agent.sas import SasToken
 from dps_hal.errors import DpsError
 
-what, address = sys.argv[1:]
+what, address, ca_file = sys.argv[1:]
 
 class Tpm:
     def endorsement_key(self): return b"ek"
@@ -683,6 +957,15 @@ def exchange():
         print("ready", flush=True)
         yield Http("GET", "/", b"", None)
         yield Sleep(60, "a while")
+    if what == "hub":
+        print((yield Connect("dps.example", "d", "", SasToken("", 0, b""), 60)).return_code, flush=True)
+        print("ready", flush=True)
+        yield NextEvent(time.monotonic() + 3600)
+        yield Uptime()
+    if what == "connect":
+        print("ready", flush=True)
+        yield Connect("dps.example", "d", "", SasToken("", 0, b""), 60)
+        yield Uptime()
     if what == "observer":
         yield ReadEndorsementKey()
     if what == "tpm":
@@ -694,7 +977,8 @@ def exchange():
             pass
 
 runner = Runner(tpm=Tpm(), store=None, connection=DpsConnection("https://dps.example", address), clock=SystemClock(),
-                on_wait=on_wait, observe=observe if what == "observer" else None)
+                on_wait=on_wait, observe=observe if what == "observer" else None,
+                hub=HubConnection(connect_to=address, ca_file=ca_file))
 runner.install_signals(exit_status=77)
 try:
     runner.run(exchange())
@@ -709,8 +993,9 @@ except DpsError as error:
     ("what", "status", "says"),
     [
         ("sleep", 5, "agent.interrupted\n"),
-        ("http", 5, "released\nagent.interrupted\n"),
+        ("http", 5, "agent.interrupted\n"),
         ("tpm", 5, "agent.interrupted\n"),
+        ("connect", 5, "agent.interrupted\n"),
         ("observer", 77, ""),
         ("logic", 77, ""),
     ],
@@ -721,7 +1006,7 @@ def test_a_signal_ends_the_process_within_two_seconds(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with Server(Peer.wait_until_gone, None) as silent:
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, what, silent.address],
+            [sys.executable, "-c", PROGRAM, what, silent.address, ""],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -740,6 +1025,98 @@ def test_a_signal_ends_the_process_within_two_seconds(
             process.wait()
     assert (process.returncode, out, err) == (status, says, "")
     assert took_s < 2.0
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["listens", "is deaf"])
+def test_a_signal_ends_a_connection_to_a_silent_hub_within_two_seconds(tmp_path, reads: bool) -> None:
+    said: list[bytes] = []
+
+    def behave(peer: Peer) -> None:
+        hub = HubPeer(peer)
+        hub.accept()
+        if reads:
+            said.append(type(hub.packet()).__name__)
+            return
+        silent.ending.wait(20)
+
+    certificates = Certificates(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with Server(behave, certificates.good()) as silent:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, "hub", silent.address, certificates.ca_file],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            assert [process.stdout.readline(), process.stdout.readline()] == ["0\n", "ready\n"]
+            time.sleep(0.2)
+            signalled_s = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            out, _ = process.communicate(timeout=20)
+            took_s = time.monotonic() - signalled_s
+        finally:
+            process.kill()
+            process.wait()
+    assert (process.returncode, out) == (5, "agent.interrupted\n")
+    assert took_s < 1.5, "ended by itself, not by the clock"
+    assert said == (["Disconnect"] if reads else [])
+
+
+def test_hundreds_of_reconnects_with_a_token_each_leave_nothing_in_tpm_and_process(tmp_path) -> None:
+    """The TPM signs for each connection, and the hub drops most of them somewhere."""
+    seed = random.randrange(1 << 32)
+    chance = random.Random(seed)
+    certificates = Certificates(tmp_path)
+
+    def behave(peer: Peer) -> None:
+        fault = chance.randrange(5)
+        if fault == 0:
+            peer.receive()
+            peer.reset()
+            return
+        hub = HubPeer(peer)
+        hub.accept(5 if fault == 1 else 0)
+        if fault == 2:
+            hub.packet()
+            peer.cut()
+            return
+        hub.obey()
+
+    def exchange(wrapped_key: bytes) -> Generator[Any, Any, int]:
+        accepted = 0
+        for number in range(200):
+            signature: bytes = yield Sign(wrapped_key, str(number).encode())
+            connect = CONNECT._replace(hub=ENDPOINT_NAME, token=SasToken("r", number, signature))
+            answer: ConnAck | NoReply = yield connect
+            if isinstance(answer, ConnAck) and answer.return_code == 0:
+                accepted += 1
+                _: int | None = yield Subscribe(FILTERS)
+                _ = yield Publish("t", b"", 1)
+                _event: Any = yield NextEvent(
+                    time.monotonic() + chance.choice((0.005, 2.1 if number % 40 == 0 else 0.01))
+                )
+            if number % 7 == 0:
+                yield Disconnect()
+            if number % 20 == 0:
+                before.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+        return accepted
+
+    before: list[tuple[int, int]] = []
+    with Swtpm(tmp_path / "tpm") as chip, Server(behave, certificates.good()) as server:
+        tpm = open_wire(chip.tcti)
+        activation = make_activation(tpm.endorsement_key(), tpm.storage_root_key(), bytes(32), random=os.urandom)
+        wrapped_key = tpm.import_key(activation)
+        tpm.release()
+        hub = HubConnection(connect_to=server.address, ca_file=certificates.ca_file)
+        connection = DpsConnection(f"https://{ENDPOINT_NAME}", server.address)
+        one = Runner(tpm=tpm, store=Hardware(), connection=connection, clock=SystemClock(), hub=hub)
+        assert one.run(exchange(wrapped_key)) > 50, f"{seed=}"
+        assert chip.leftovers() == [], f"{seed=}"
+    most = max(count for count, _ in before[:3]) + 6  # the server's threads end a little later than our connections
+    assert all(count <= most for count, _ in before), f"{seed=}: {before}"
+    assert all(threads <= before[1][1] + 6 for _, threads in before), f"{seed=}: {before}"
 
 
 def test_a_silent_server_is_given_up_at_the_deadline_with_the_real_connection(monkeypatch) -> None:

@@ -10,9 +10,8 @@ a settings file (then the system's own files are not read), or None for the syst
 the `DPS_AGENT_*` environment counts as well. Both raise the four classes of `dps_hal.errors`.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dps_agent.host.config import Configuration, load
 from dps_hal.errors import AskOperator
@@ -23,8 +22,7 @@ TOKEN_LIFE_S = 3600
 TOKEN_LIFE_LIMIT_S = 365 * 86400
 
 
-@dataclass(frozen=True)
-class Provisioned:
+class Provisioned(NamedTuple):
     """The hub of this device, and how it was come by."""
 
     assigned_hub: str

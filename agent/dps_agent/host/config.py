@@ -8,12 +8,20 @@ import os
 import stat
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from dps_agent.settings import AUTO, POLL_LOOKUP, POLL_OPERATION, Settings, check_registration_id
+from dps_agent.settings import (
+    AUTO,
+    KEEP_ALIVE_LIMIT_S,
+    KEEP_ALIVE_S,
+    POLL_LOOKUP,
+    POLL_OPERATION,
+    TOKEN_LIFE_S,
+    Settings,
+    check_registration_id,
+)
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
 from dps_hal.errors import AskOperator
 from dps_hal.tcti import parse_tcti
@@ -21,6 +29,9 @@ from dps_hal.tpm_keys import EK_TEMPLATES
 
 SYSTEM_FILE = Path("/etc/dps-agent/config.toml")
 SYSTEM_STATE_DIR = "/var/lib/dps-agent"
+SYSTEM_RUNTIME_DIR = "/run/dps-agent"
+SOCKET_NAME = "api.sock"
+SOCKET_PATH_LIMIT = 100  # bytes; sun_path of unix(7) has 108, and the socket is made under a longer name first
 ENVIRONMENT_PREFIX = "DPS_AGENT_"
 AZURE_ENDPOINT_SUFFIXES = (
     ".azure-devices-provisioning.net",
@@ -40,9 +51,38 @@ class ConfigurationError(AskOperator):
         self.problems = tuple(problems)
 
 
+class Setting(NamedTuple):
+    """One setting: its default, what is expected in words, and the test of that."""
+
+    default: Any
+    expected: str
+    accepts: Callable[[Any], bool]
+
+
+class _Settings:
+    """Values that cannot be changed; a class attribute that is a `Setting` says what may be the value of that name.
+
+    No dataclass: what that module imports would be a thirtieth of the service's memory.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name}: settings cannot be changed")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        shown = [f"{name}={value!r}" for name, value in vars(self).items() if name != "origins"]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
 def _setting(default: Any, expected: str, accepts: Callable[[Any], bool]) -> Any:
-    """A field of the dataclasses below: its default, what is expected in words, and the test of that."""
-    return field(default=default, metadata={"expected": expected, "accepts": accepts})
+    return Setting(default, expected, accepts)
 
 
 def _text(default: str, expected: str, accepts: Callable[[str], bool] = lambda _: True) -> Any:
@@ -105,10 +145,14 @@ def _is_proxy(text: str) -> bool:
     return text in ("env", "none") or (text.startswith("http://") and bool(urlsplit(text).hostname))
 
 
+def _is_socket(text: str) -> bool:
+    return text in ("", "none") or (text.startswith("/") and len(os.fsencode(text)) <= SOCKET_PATH_LIMIT)
+
+
 def _is_ours_alone(tcti: str) -> bool:
     """Whether a TCTI can reach a TPM that no other program uses: a simulator's socket, or a bus without a driver."""
     kind = tcti.partition(":")[0]
-    return kind in ("swtpm", "mssim", "libtpms") or kind.startswith(("spi-", "i2c-"))
+    return kind in ("swtpm", "mssim", "libtpms", "spi") or kind.startswith(("spi-", "i2c-"))
 
 
 def _is_suffix_list(value: Any) -> bool:
@@ -132,16 +176,14 @@ _ADDRESS = '"host:port", or empty'
 _SECONDS = "of seconds"
 
 
-@dataclass(frozen=True)
-class RetrySettings:
+class RetrySettings(_Settings):
     """[retry]: times in seconds."""
 
     registration_budget_s: int = _whole(900, 1, 86400, _SECONDS)
     first_contact_spread_s: int = _whole(0, 0, 86400, _SECONDS)
 
 
-@dataclass(frozen=True)
-class TpmSettings:
+class TpmSettings(_Settings):
     """[tpm]: which TPM, and what is where in it."""
 
     backend: str = _word("esys", "wire", "simulator")
@@ -156,14 +198,15 @@ class TpmSettings:
     i_know_keys_are_in_files: bool = _switch()
 
 
-@dataclass(frozen=True)
-class HubSettings:
+class HubSettings(_Settings):
     """[hub]: how the assigned hub is reached, and which hubs are acceptable."""
 
     port: int = _whole(8883, 1, 65535, "(a port)")
     connect_to: str = _text("", _ADDRESS, lambda text: not text or _is_address(text))
     ca_file: str = _text("", "the path of a file, or empty")
     transport: str = _word("auto", "mqtt", "websocket")
+    keep_alive_s: int = _whole(KEEP_ALIVE_S, 30, KEEP_ALIVE_LIMIT_S, _SECONDS)
+    token_life_s: int = _whole(TOKEN_LIFE_S, 300, 86400, _SECONDS)
     hub_suffixes: tuple[str, ...] = _setting(
         (".azure-devices.net", ".azure-devices.cn", ".azure-devices.us"),
         "a list of 1 to 32 domain suffixes",
@@ -171,18 +214,24 @@ class HubSettings:
     )
 
 
-@dataclass(frozen=True)
-class NetworkSettings:
+class NetworkSettings(_Settings):
     """[network]: what lies between the device and the service."""
 
     proxy: str = _text("env", '"env", "none" or "http://host:port"', _is_proxy)
 
 
-@dataclass(frozen=True)
-class Configuration:
+class ApiSettings(_Settings):
+    """[api]: the socket for other programs on this device."""
+
+    socket: str = _text("", 'a path of at most 100 bytes that begins with /, "none", or empty', _is_socket)
+    allow_token: bool = _switch()
+
+
+class Configuration(_Settings):
     """Every setting with its value; `origins` names for each dotted key where that value came from.
 
-    `state_dir` is never empty here: the rule for the empty setting has been applied.
+    `state_dir` is never empty here: the rule for the empty setting has been applied. `runtime_dir` is empty only where
+    there is no folder for what a restart may lose.
     """
 
     id_scope: str = _text("", "an ID scope such as 0ne00000000 (letters, digits, - and _)", _is_id_scope)
@@ -199,16 +248,16 @@ class Configuration:
     connect_to: str = _text("", _ADDRESS, lambda text: not text or _is_address(text))
     ca_file: str = _text("", "the path of a file, or empty")
     state_dir: str = _text("", "the path of a folder, of a flash partition such as /dev/mtd3, or empty")
+    runtime_dir: str = _text("", "the path of a folder, or empty")
     poll: str = _word(POLL_LOOKUP, POLL_OPERATION)
-    payload: dict[str, Any] = field(
-        default_factory=dict, metadata={"expected": "a table that JSON can hold (no dates)", "accepts": _is_json_table}
-    )
-    retry: RetrySettings = field(default_factory=RetrySettings)
-    tpm: TpmSettings = field(default_factory=TpmSettings)
-    hub: HubSettings = field(default_factory=HubSettings)
-    network: NetworkSettings = field(default_factory=NetworkSettings)
-    files: tuple[str, ...] = ()
-    origins: Mapping[str, str] = field(default_factory=dict, repr=False)
+    payload: dict[str, Any] = _setting({}, "a table that JSON can hold (no dates)", _is_json_table)
+    retry: RetrySettings
+    tpm: TpmSettings
+    hub: HubSettings
+    network: NetworkSettings
+    api: ApiSettings
+    files: tuple[str, ...]
+    origins: Mapping[str, str]
 
     def settings(self) -> Settings:
         """The part that the logic knows; AskOperator `config.missing` where there is no id_scope."""
@@ -223,7 +272,17 @@ class Configuration:
             registration_budget_s=self.retry.registration_budget_s,
             first_contact_spread_s=self.retry.first_contact_spread_s,
             hub_suffixes=self.hub.hub_suffixes,
+            keep_alive_s=self.hub.keep_alive_s,
+            token_life_s=self.hub.token_life_s,
         )
+
+    @property
+    def socket(self) -> str:
+        """The path of the socket for other programs, "" for none."""
+        if self.api.socket:
+            return "" if self.api.socket == "none" else self.api.socket
+        path = os.path.join(self.runtime_dir, SOCKET_NAME)
+        return path if self.runtime_dir and len(os.fsencode(path)) <= SOCKET_PATH_LIMIT else ""
 
     def value(self, key: str) -> Any:
         """The value of one dotted key of `KEYS`."""
@@ -236,10 +295,13 @@ _TABLES: dict[str, Any] = {
     "tpm": TpmSettings,
     "hub": HubSettings,
     "network": NetworkSettings,
+    "api": ApiSettings,
 }
-KEYS: dict[str, "Field[Any]"] = {
-    **{own.name: own for own in fields(Configuration) if "expected" in own.metadata},
-    **{f"{table}.{own.name}": own for table, kind in _TABLES.items() for own in fields(kind)},
+KEYS: dict[str, Setting] = {
+    ".".join(filter(None, (table, name))): own
+    for table, kind in {"": Configuration, **_TABLES}.items()
+    for name, own in vars(kind).items()
+    if isinstance(own, Setting)
 }
 _ID_SCOPE_MISSING = (
     "id_scope: expected the ID scope of your Device Provisioning Service; it is set nowhere"
@@ -249,8 +311,7 @@ _ID_SCOPE_MISSING = (
 
 def default_of(key: str) -> Any:
     """The built-in default of one dotted key of `KEYS`."""
-    own = KEYS[key]
-    return own.default if own.default is not MISSING else {}
+    return KEYS[key].default
 
 
 def environment_name(key: str) -> str:
@@ -275,10 +336,10 @@ class _Collector:
 
     def take(self, key: str, value: Any, origin: str) -> None:
         """Checks one value and keeps it; a later source replaces an earlier one."""
-        metadata = KEYS[key].metadata
-        if not metadata["accepts"](value):
+        setting = KEYS[key]
+        if not setting.accepts(value):
             shown = without_password(value) if key == "network.proxy" else value
-            self.problem(f"{key}: expected {metadata['expected']}; came {_shortened(shown)} ({origin})")
+            self.problem(f"{key}: expected {setting.expected}; came {_shortened(shown)} ({origin})")
             return
         self.values[key] = tuple(value) if isinstance(value, list) else value
         self.origins[key] = origin
@@ -354,12 +415,15 @@ def load(
             collector.take_text(key, text, f"--set {key}")
     _check_together(collector)
     _settle_state_dir(collector, environ)
+    _settle_runtime_dir(collector, environ)
     if need_id_scope and not collector.values["id_scope"] and not collector.may_have_held("id_scope"):
         collector.problem(_ID_SCOPE_MISSING, "config.missing")
     if collector.problems:
         raise ConfigurationError(collector.problems[0][0], [text for _, text in collector.problems])
     tables = {
-        table: kind(**{own.name: collector.values[f"{table}.{own.name}"] for own in fields(kind)})
+        table: kind(
+            **{key.partition(".")[2]: value for key, value in collector.values.items() if key.startswith(table + ".")}
+        )
         for table, kind in _TABLES.items()
     }
     top = {key: value for key, value in collector.values.items() if "." not in key}
@@ -407,7 +471,14 @@ def _check_together(collector: _Collector) -> None:
             parse_tcti(tcti)
         except AskOperator as error:
             collector.problem(f"tpm.{error.message} ({origins['tpm.tcti']})")
-    if values["tpm.backend"] == "simulator" and tcti.split(":")[0] in ("device", "swtpm", "mssim", "tabrmd", "cmd"):
+    if values["tpm.backend"] == "simulator" and tcti.split(":")[0] in (
+        "device",
+        "swtpm",
+        "mssim",
+        "spi",
+        "tabrmd",
+        "cmd",
+    ):
         collector.problem(
             f"tpm.tcti: the simulator expects the folder that holds its keys; came {_shortened(tcti)}"
             f" ({origins['tpm.tcti']})"
@@ -443,6 +514,24 @@ def _settle_state_dir(collector: _Collector, environ: Mapping[str, str]) -> None
         collector.problem(f"state_dir: expected a folder; {SYSTEM_STATE_DIR} is not writable and $HOME is not set")
         return
     collector.values["state_dir"], collector.origins["state_dir"] = found, origin
+
+
+def _settle_runtime_dir(collector: _Collector, environ: Mapping[str, str]) -> None:
+    """The rule for an empty runtime_dir: systemd's folder, else /run, else the user's, else the state folder."""
+    if collector.values["runtime_dir"]:
+        return
+    state_dir = collector.values["state_dir"]
+    if environ.get("RUNTIME_DIRECTORY"):
+        found, origin = environ["RUNTIME_DIRECTORY"].split(":")[0], "$RUNTIME_DIRECTORY"
+    elif os.path.isdir(SYSTEM_RUNTIME_DIR) or os.access(os.path.dirname(SYSTEM_RUNTIME_DIR), os.W_OK):
+        found, origin = SYSTEM_RUNTIME_DIR, "default"
+    elif environ.get("XDG_RUNTIME_DIR"):
+        found, origin = os.path.join(environ["XDG_RUNTIME_DIR"], "dps-agent"), "$XDG_RUNTIME_DIR"
+    elif not state_dir.startswith("/dev/"):
+        found, origin = state_dir, "state_dir"
+    else:
+        found, origin = "", "default"
+    collector.values["runtime_dir"], collector.origins["runtime_dir"] = found, origin
 
 
 def check_keys_in_hardware(configuration: Configuration) -> None:
@@ -497,6 +586,13 @@ def hierarchy_password(key: str, path: str, environ: "Mapping[str, str] | None" 
         size = "none" if not password else "more"
         raise ConfigurationError("config.invalid", [f"{key}: expected 1 to {AUTH_LIMIT} bytes in {path}; came {size}"])
     return password
+
+
+def backend_shown(configuration: Configuration) -> str:
+    """The TPM in words; the simulator is always named as what it is."""
+    tpm = configuration.tpm
+    note = ", keys lie in plain files" if tpm.backend == "simulator" else ""
+    return f"{tpm.backend} ({tpm.tcti}{note})"
 
 
 def without_password(value: Any) -> Any:

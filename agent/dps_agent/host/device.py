@@ -25,9 +25,15 @@ if TYPE_CHECKING:
 
     from dps_agent.assignment import Assignment
     from dps_agent.effects import Effect
+    from dps_agent.host.https import DpsConnection
+    from dps_agent.host.mqtt import HubConnection
     from dps_agent.sas import SasToken
     from dps_hal.contracts import StoredRecord, TpmService
     from dps_hal.files import LockedStore
+
+TRANSIENT_SRK = (
+    "the TPM has no room to keep the storage root key: it makes the same one anew at each start, which takes seconds"
+)
 
 
 def open_tpm(configuration: Configuration) -> TpmService:
@@ -48,7 +54,8 @@ def open_tpm(configuration: Configuration) -> TpmService:
         "srk_handle": tpm.srk_handle,
         "owner_auth": hierarchy_password("tpm.owner_auth_file", tpm.owner_auth_file),
         "endorsement_auth": hierarchy_password("tpm.endorsement_auth_file", tpm.endorsement_auth_file),
-        "exclusive": tpm.exclusive,
+        # A spidev is locked while it is open, and nobody keeps anything in the TPM when it is not.
+        "exclusive": tpm.exclusive or (tpm.backend == "wire" and tpm.tcti.startswith("spi:")),
     }
     if tpm.backend == "wire":
         from dps_hal.wire import WireTpm
@@ -58,6 +65,33 @@ def open_tpm(configuration: Configuration) -> TpmService:
     from dps_hal.esys import EsysTpm
 
     return EsysTpm(tpm.tcti, **settings)
+
+
+def dps_connection(configuration: Configuration) -> DpsConnection:
+    """The connection to the endpoint, not yet opened."""
+    from dps_agent.host.https import DpsConnection
+
+    return DpsConnection(
+        configuration.endpoint,
+        configuration.connect_to,
+        configuration.ca_file,
+        user_agent=f"dps-agent/{__version__}",
+        proxy=configuration.network.proxy,
+    )
+
+
+def hub_connection(configuration: Configuration) -> HubConnection:
+    """The connection to whichever hub is assigned, not yet opened."""
+    from dps_agent.host.mqtt import HubConnection
+
+    hub = configuration.hub
+    return HubConnection(
+        port=hub.port,
+        connect_to=hub.connect_to,
+        ca_file=hub.ca_file,
+        transport=hub.transport,
+        proxy=configuration.network.proxy,
+    )
 
 
 def provision_once(
@@ -72,8 +106,6 @@ def provision_once(
 
     `steps` is told of each step. `with_signals` ends it cleanly at SIGTERM and SIGINT; for the main thread only.
     """
-    from dps_agent.host.https import DpsConnection
-
     started_s = time.monotonic()
     settings = configuration.settings()
     if timeout_s is not None:
@@ -90,12 +122,7 @@ def provision_once(
     runner = Runner(
         tpm=tpm,
         store=store,
-        connection=DpsConnection(
-            configuration.endpoint,
-            configuration.connect_to,
-            configuration.ca_file,
-            user_agent=f"dps-agent/{__version__}",
-        ),
+        connection=dps_connection(configuration),
         clock=clock,
         observe=steps.observe if steps is not None else None,
         on_wait=on_wait,
@@ -103,7 +130,7 @@ def provision_once(
     if with_signals:
         runner.install_signals()
     life = Lifecycle(settings)
-    with _held(store), _stopped_after(runner, timeout_s, unless=lambda: life.committed):
+    with kept_to_ourselves(store), _stopped_after(runner, timeout_s, unless=lambda: life.committed):
         runner.run(life.live(once=True, force=force))
     assignment = life.assignment
     if assignment is None or not (life.committed or life.state == PROVISIONED):
@@ -114,6 +141,8 @@ def provision_once(
     warnings = []
     if life.rolled_back:
         warnings.append("a newer copy of the stored assignment was damaged, an older one serves")
+    if tpm.srk_found_at == 0:
+        warnings.append(TRANSIENT_SRK)
     handle = configuration.tpm.persist_at
     if handle:
         try:
@@ -136,7 +165,7 @@ def provision_once(
 
 
 @contextlib.contextmanager
-def _held(store: LockedStore) -> Iterator[None]:
+def kept_to_ourselves(store: LockedStore) -> Iterator[None]:
     """Keeps other processes from registering meanwhile; without a lock where this one may not write anyway."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(AskOperator):  # an assignment that holds needs no writing; else the commit says it
@@ -212,6 +241,26 @@ def _stopped_after(runner: Runner, timeout_s: float | None, unless: Callable[[],
         raise
     finally:
         timer.cancel()
+
+
+def remote_status(configuration: Configuration) -> dict[str, Any]:
+    """What DPS has on record for this device, beside the stored assignment; see `dps_agent.host.remote`.
+
+    RetryLater `store.locked` while a registration, or the service, runs.
+    """
+    from dps_agent.assignment import decode
+    from dps_agent.host.remote import look_up, look_up_document
+
+    settings = configuration.settings()
+    store = open_store(configuration.state_dir)
+    runner = Runner(
+        tpm=open_tpm(configuration), store=store, connection=dps_connection(configuration), clock=SystemClock()
+    )
+    runner.install_signals()
+    with kept_to_ourselves(store):
+        stored = store.load(IDENTITY)
+        held = decode(stored.payload)[0] if stored is not None else None
+        return look_up_document(runner.run(look_up(settings)), held)
 
 
 class _NoConnection:

@@ -7,37 +7,21 @@ connection ended, and `_body` checks what it parsed. Sources: RFC 9110, RFC 9112
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import email.utils
 import http.client
-import queue
-import socket
 import ssl
-import threading
 import time
 import urllib.parse
 
-from dps_agent.effects import (
-    NO_REPLY_CLOSED,
-    NO_REPLY_CONNECT,
-    NO_REPLY_DNS,
-    NO_REPLY_PROTOCOL,
-    NO_REPLY_TIMEOUT,
-    NO_REPLY_TLS,
-    NO_REPLY_TOO_LARGE,
-    NoReply,
-    Reply,
-)
+from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_PROTOCOL, NO_REPLY_TOO_LARGE, NoReply, Reply
+from dps_agent.host.dial import Dialler, Failed, seconds_until
+from dps_agent.host.proxy import NONE, ProxyRule
 from dps_hal.errors import AskOperator
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, TypeAlias
-
     from dps_agent.sas import SasToken
-
-    _Lookup: TypeAlias = "list[tuple[Any, ...]] | OSError | None"  # getaddrinfo's answer, its error, None: abort()
 
 HEAD_LIMIT = 16 * 1024  # bytes of status lines and headers of one answer
 BODY_LIMIT = 64 * 1024  # bytes
@@ -65,7 +49,8 @@ class DpsConnection:
 
     `endpoint` is "https://name[:port]". `connect_to`, "host:port", is dialled instead; the name that is sent and that
     the certificate must carry stays the endpoint's. `ca_file` holds the only roots to trust, in PEM; empty: the
-    system's. `timeout_s` bounds one request in all, connecting and any repetition included.
+    system's. `timeout_s` bounds one request in all, connecting and any repetition included. `proxy` is the setting
+    `network.proxy`.
 
     One thread calls `request` and `close`; any thread may call `abort`. AskOperator `config.invalid` where one of
     the settings makes no sense.
@@ -78,6 +63,7 @@ class DpsConnection:
         ca_file: str = "",
         timeout_s: float = 60.0,
         user_agent: str = "dps-agent",
+        proxy: str = NONE,
     ) -> None:
         scheme, _, authority = endpoint.partition("://")
         self._authority = authority.removesuffix("/")
@@ -88,22 +74,16 @@ class DpsConnection:
         if connect_to:
             self._dial_host, dial_port = host_and_port(connect_to, "connect_to")
             self._dial_port = dial_port or self._dial_port
-        self._ca_file = ca_file
-        if ca_file:
-            self._verifying_context()  # a wrong file is the operator's to correct: say so at once
+        self._dialler = Dialler(ProxyRule(proxy), ca_file)
         self._timeout_s = timeout_s
         self._user_agent = user_agent
         self._stream: _Stream | None = None  # set while a connection can take a request
-        self._lock = threading.Lock()  # over the three below, which `abort` reaches from another thread
-        self._socket: socket.socket | None = None
-        self._looking_up: queue.SimpleQueue[_Lookup] | None = None
-        self._aborted = False
 
     def request(self, method: str, path: str, body: bytes, authorization: SasToken | None) -> Reply | NoReply:
         """One request and its whole answer; ValueError for a path that is not percent-encoded."""
         deadline_s = time.monotonic() + self._timeout_s
         message = self._message(method, path, body, authorization)
-        self._aborted = False
+        self._dialler.begin()
         sent = False
         while True:
             if self._stream is not None and not self._stream.is_idle():
@@ -114,7 +94,7 @@ class DpsConnection:
                 sent = True
                 stream.send(message, deadline_s)
                 reply, keep = _answer(stream, method)
-            except (OSError, http.client.HTTPException, _Failed) as error:
+            except (OSError, http.client.HTTPException, Failed) as error:
                 failed = self._failed(error)
                 unanswered = self._stream is not None and not self._stream.answered
                 self.close()
@@ -129,26 +109,12 @@ class DpsConnection:
 
     def abort(self) -> None:
         """Makes a blocked `request` return at once, `closed`; for another thread, and nothing where none is blocked."""
-        with self._lock:
-            self._aborted = True
-            if self._looking_up is not None:
-                self._looking_up.put(None)
-            if self._socket is not None:
-                with contextlib.suppress(OSError):  # not connected (any more)
-                    # The socket below TLS: SSLSocket.shutdown would drop the TLS state that the blocked thread uses.
-                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        self._dialler.abort()
 
     def close(self) -> None:
         """Ends the connection, if there is one; the next request opens another."""
         self._stream = None
-        with self._lock:
-            closing, self._socket = self._socket, None
-            if isinstance(closing, ssl.SSLSocket):
-                with contextlib.suppress(OSError, ValueError):  # not shaken hands, or broken
-                    closing.settimeout(0)
-                    closing.unwrap()  # sends close_notify and, without time, does not wait for the server's
-            if closing is not None:
-                closing.close()
+        self._dialler.close()
 
     def _message(self, method: str, path: str, body: bytes, authorization: SasToken | None) -> bytes:
         lines = [
@@ -165,112 +131,18 @@ class DpsConnection:
             raise ValueError("a request's path and headers must be percent-encoded")
         return "\r\n".join([*lines, "", ""]).encode("ascii") + body
 
-    def _verifying_context(self) -> ssl.SSLContext:
-        try:
-            context = ssl.create_default_context(cafile=self._ca_file or None)
-        except OSError as error:  # ssl.SSLError is one: the file holds no certificate
-            reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
-            raise AskOperator(
-                "config.invalid", f"ca_file: expected PEM certificates in '{self._ca_file}': {reason}"
-            ) from None
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # set by Python 3.11.2: a body cut off would look whole
-        return context
-
     def _connect(self, deadline_s: float) -> _Stream:
-        try:
-            context = self._verifying_context()  # for each connection: a service outlives the system's roots
-        except AskOperator as error:
-            raise _Failed(NO_REPLY_TLS, error.message) from None
-        raw = self._dial(self._addresses(deadline_s), deadline_s)
-        with self._lock:
-            self._refuse_if_aborted()
-            self._socket = tls = context.wrap_socket(
-                raw, server_hostname=self._host, do_handshake_on_connect=False, suppress_ragged_eofs=False
-            )
-        tls.settimeout(_left_s(deadline_s))
-        tls.do_handshake()
-        self._stream = _Stream(tls)
+        self._stream = _Stream(self._dialler.dial(self._host, self._dial_host, self._dial_port, deadline_s))
         return self._stream
 
-    def _addresses(self, deadline_s: float) -> list[tuple[Any, ...]]:
-        """What the resolver says; asked on a thread of its own, because getaddrinfo can be neither timed nor ended."""
-        found: queue.SimpleQueue[_Lookup] = queue.SimpleQueue()
-        with self._lock:
-            self._refuse_if_aborted()
-            self._looking_up = found
-        threading.Thread(
-            target=_look_up, args=(self._dial_host, self._dial_port, found), name="dps-resolver", daemon=True
-        ).start()
-        try:
-            addresses = found.get(timeout=_left_s(deadline_s))
-        except queue.Empty:
-            raise _Failed(NO_REPLY_DNS, f"'{self._dial_host}': the resolver gave no answer in time") from None
-        finally:
-            with self._lock:
-                self._looking_up = None
-        if addresses is None:
-            raise _Failed(NO_REPLY_CLOSED, "given up")
-        if isinstance(addresses, OSError):
-            raise _Failed(NO_REPLY_DNS, f"'{self._dial_host}': {addresses.strerror}")
-        return addresses
-
-    def _dial(self, addresses: list[tuple[Any, ...]], deadline_s: float) -> socket.socket:
-        """A TCP connection to the first address that takes it; each has its share of the time that is left."""
-        failure = ""
-        for tried, (family, kind, protocol, _, address) in enumerate(addresses):
-            raw = socket.socket(family, kind, protocol)
-            with self._lock:
-                self._socket = raw
-                self._refuse_if_aborted()
-            try:
-                raw.settimeout(_left_s(deadline_s) / (len(addresses) - tried))
-                raw.connect(address)
-                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            except OSError as error:
-                self.close()
-                failure = f"{address[0]} port {address[1]}: {error.strerror or error}"
-            else:
-                return raw
-        self._refuse_if_aborted()
-        raise _Failed(NO_REPLY_CONNECT, failure)
-
-    def _refuse_if_aborted(self) -> None:
-        if self._aborted:
-            raise _Failed(NO_REPLY_CLOSED, "given up")
-
-    def _failed(self, error: Exception) -> _Failed:
-        if isinstance(error, _Failed):
-            return error
-        if self._aborted:
-            return _Failed(NO_REPLY_CLOSED, "given up")
-        if isinstance(error, TimeoutError):
-            return _Failed(NO_REPLY_TIMEOUT, f"no whole answer within {self._timeout_s:g} s")
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return _Failed(NO_REPLY_TLS, error.verify_message)
-        if isinstance(error, ssl.SSLError) and not _is_ragged_end(error):
-            return _Failed(NO_REPLY_TLS, (error.reason or "failed").lower().replace("_", " "))
-        if isinstance(error, OSError):
-            at = "in the TLS handshake" if self._stream is None else "before the answer was whole"
-            return _Failed(NO_REPLY_CLOSED, f"the connection ended {at}")
+    def _failed(self, error: Exception) -> Failed:
+        if not isinstance(error, http.client.HTTPException):
+            return self._dialler.explain(error, "before the answer was whole")
         if self._stream is not None and self._stream.ended:
-            return _Failed(NO_REPLY_CLOSED, "the connection ended before the answer was whole")
+            return Failed(NO_REPLY_CLOSED, "the connection ended before the answer was whole")
         if type(error) is http.client.HTTPException or isinstance(error, http.client.LineTooLong):  # its own bounds
-            return _Failed(NO_REPLY_TOO_LARGE, "too many headers, or too long a line")
-        return _Failed(NO_REPLY_PROTOCOL, "the answer is not HTTP")
-
-
-class _Failed(Exception):
-    """Why no whole answer came: `reason` is a NO_REPLY_* word, the message the rest."""
-
-    def __init__(self, reason: str, text: str) -> None:
-        super().__init__(text)
-        self.reason = reason
-
-
-def _is_ragged_end(error: ssl.SSLError) -> bool:
-    """Whether the connection ended without close_notify; Python 3.11.2 has no class for it on OpenSSL 3."""
-    return isinstance(error, ssl.SSLEOFError) or error.reason == "UNEXPECTED_EOF_WHILE_READING"
+            return Failed(NO_REPLY_TOO_LARGE, "too many headers, or too long a line")
+        return Failed(NO_REPLY_PROTOCOL, "the answer is not HTTP")
 
 
 class _Stream:
@@ -290,7 +162,7 @@ class _Stream:
     def send(self, message: bytes, deadline_s: float) -> None:
         self.answered = False
         self._deadline_s = deadline_s
-        self._tls.settimeout(_left_s(deadline_s))
+        self._tls.settimeout(seconds_until(deadline_s))
         self._tls.sendall(message)
         self._head_left = HEAD_LIMIT
 
@@ -329,12 +201,12 @@ class _Stream:
         if self._head_left is not None:
             self._head_left -= len(line)
             if self._head_left < 0:
-                raise _Failed(NO_REPLY_TOO_LARGE, f"more than {HEAD_LIMIT} bytes of headers")
+                raise Failed(NO_REPLY_TOO_LARGE, f"more than {HEAD_LIMIT} bytes of headers")
         return line
 
     def read(self, size: int) -> bytes:
         if size < 0:  # http.client takes the size of a chunk with any sign
-            raise _Failed(NO_REPLY_PROTOCOL, "a chunk of a negative size")
+            raise Failed(NO_REPLY_PROTOCOL, "a chunk of a negative size")
         while len(self._received) < size and self._receive():
             pass
         return self._take(size)
@@ -346,27 +218,12 @@ class _Stream:
 
     def _receive(self) -> bool:
         """Waits for more; False where the server ended the connection properly. A ragged end raises SSLEOFError."""
-        self._tls.settimeout(_left_s(self._deadline_s))
+        self._tls.settimeout(seconds_until(self._deadline_s))
         received = self._tls.recv(_RECEIVE_SIZE)
         self._received += received
         self.answered = self.answered or bool(received)
         self.ended = not received
         return bool(received)
-
-
-def _left_s(deadline_s: float) -> float:
-    """Seconds until `deadline_s`; TimeoutError where there are none."""
-    left_s = deadline_s - time.monotonic()
-    if left_s <= 0:
-        raise TimeoutError
-    return left_s
-
-
-def _look_up(host: str, port: int, found: queue.SimpleQueue[_Lookup]) -> None:
-    try:
-        found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-    except OSError as error:
-        found.put(error)
 
 
 def _answer(stream: _Stream, method: str) -> tuple[Reply, bool]:
@@ -375,7 +232,7 @@ def _answer(stream: _Stream, method: str) -> tuple[Reply, bool]:
         response = http.client.HTTPResponse(stream, method=method)  # type: ignore[arg-type]
         response.begin()
         if stream.ended:
-            raise _Failed(NO_REPLY_CLOSED, "the connection ended in the middle of the headers")
+            raise Failed(NO_REPLY_CLOSED, "the connection ended in the middle of the headers")
         if response.status >= 200:  # http.client passes over 100 by itself, but not over the other interim answers
             break
     stream.head_is_over()
@@ -394,19 +251,19 @@ def _body(response: http.client.HTTPResponse, stream: _Stream) -> bytes:
     lengths = set(response.headers.get_all("content-length", []))
     codings = response.headers.get_all("transfer-encoding", [])
     if response.headers.defects:
-        raise _Failed(NO_REPLY_PROTOCOL, "a header is malformed")
+        raise Failed(NO_REPLY_PROTOCOL, "a header is malformed")
     if codings and (not response.chunked or len(codings) > 1 or lengths):
-        raise _Failed(NO_REPLY_PROTOCOL, "a Transfer-Encoding other than chunked alone")
+        raise Failed(NO_REPLY_PROTOCOL, "a Transfer-Encoding other than chunked alone")
     if lengths and (len(lengths) > 1 or not all(_is_number(length) for length in lengths) or response.length is None):
-        raise _Failed(NO_REPLY_PROTOCOL, "a Content-Length that is not one number")
+        raise Failed(NO_REPLY_PROTOCOL, "a Content-Length that is not one number")
     if response.length is not None and response.length > BODY_LIMIT:
-        raise _Failed(NO_REPLY_TOO_LARGE, f"a body of {response.length} bytes, more than {BODY_LIMIT}")
+        raise Failed(NO_REPLY_TOO_LARGE, f"a body of {response.length} bytes, more than {BODY_LIMIT}")
     framed = response.chunked or response.length is not None
     body = response.read(BODY_LIMIT + 1)
     if len(body) > BODY_LIMIT:
-        raise _Failed(NO_REPLY_TOO_LARGE, f"a body of more than {BODY_LIMIT} bytes")
+        raise Failed(NO_REPLY_TOO_LARGE, f"a body of more than {BODY_LIMIT} bytes")
     if framed and stream.ended:
-        raise _Failed(NO_REPLY_CLOSED, "the connection ended in the middle of the body")
+        raise Failed(NO_REPLY_CLOSED, "the connection ended in the middle of the body")
     return body
 
 

@@ -1,7 +1,8 @@
 """One line for each step of an exchange, with its duration; never a body, a token or a key."""
 
 import contextlib
-from typing import Any, TextIO
+import time
+from typing import Any, Protocol
 
 from dps_agent.effects import Commit, Http, ImportKey, LoadRecord, NoReply, ReadEndorsementKey, ReadStorageRootKey, Sign
 from dps_agent.messages import ASSIGNED, REQUEST_ID_HEADER
@@ -12,10 +13,17 @@ from dps_hal.platform import from_json
 _WIDTH = 44  # columns before the duration
 
 
+class Lines(Protocol):
+    """What takes the lines: a text file, or `dps_agent.host.journal.Journal`."""
+
+    def write(self, text: str, /) -> object: ...
+    def flush(self) -> object: ...
+
+
 class StepLines:
     """Writes what a runner observes to `stream`; with `verbose` also requests, sizes and small steps."""
 
-    def __init__(self, stream: TextIO, verbose: bool) -> None:
+    def __init__(self, stream: Lines, verbose: bool) -> None:
         self._stream = stream
         self._verbose = verbose
         self._key = "challenge"  # which key the next ImportKey carries
@@ -86,6 +94,11 @@ class StepLines:
 def printable(text: str) -> str:
     """`text` with what could steer a terminal made visible; line ends stay."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def utc_text(utc_s: float) -> str:
+    """Unix seconds as RFC 3339 text in UTC, "" for 0."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(utc_s)) if utc_s else ""
 
 
 def _duration(seconds: float) -> str:

@@ -1,6 +1,6 @@
 """Does what the logic asks for, on Linux.
 
-One worker thread does what may block (HTTP, TPM, storage); the main thread waits for it with that effect's own
+One worker thread does what may block (HTTP, TPM, storage, hub); the main thread waits for it with that effect's own
 deadline, feeds the watchdog until then and no longer, and hears of signals meanwhile. A worker that overruns its
 deadline can be neither ended nor trusted: what it holds (a TPM's driver, a disk) would block a second one as well. So
 the exchange ends, `run` raises, and the process is to exit; whatever starts it next starts clean.
@@ -15,24 +15,36 @@ import queue
 import signal
 import threading
 import time
+from functools import partial
 from random import SystemRandom
 
 from dps_agent.effects import (
     NO_REPLY_TIMEOUT,
+    NO_REPLY_TLS,
+    Acknowledge,
     Commit,
+    ConnAck,
+    Connect,
+    Disconnect,
+    ForgetOlder,
     Http,
     ImportKey,
     LoadRecord,
+    NextEvent,
     NoReply,
+    Publish,
     Random,
     ReadEndorsementKey,
     ReadStorageRootKey,
     Reply,
     Sign,
     Sleep,
+    Subscribe,
+    Tell,
     Uptime,
     UtcNow,
 )
+from dps_agent.host.clock import SystemClock
 from dps_hal.errors import EXIT_GROUPS, Broken, DpsError, RetryLater
 
 TYPE_CHECKING = False
@@ -40,7 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from typing import Any, NamedTuple, Protocol, TypeVar
 
-    from dps_agent.effects import Effect
+    from dps_agent.effects import Effect, Event, Message
     from dps_agent.sas import SasToken
     from dps_hal.contracts import Clock, Store, Tpm
 
@@ -50,6 +62,19 @@ if TYPE_CHECKING:
         """What the runner needs of `dps_agent.host.https.DpsConnection`."""
 
         def request(self, method: str, path: str, body: bytes, authorization: SasToken | None) -> Reply | NoReply: ...
+        def abort(self) -> None: ...
+        def close(self) -> None: ...
+
+    class Hub(Protocol):
+        """What the runner needs of `dps_agent.host.mqtt.HubConnection`."""
+
+        def connect(self, effect: Connect) -> ConnAck | NoReply: ...
+        def subscribe(self, filters: tuple[tuple[str, int], ...]) -> int | None: ...
+        def publish(self, topic: str, payload: bytes, qos: int) -> int | None: ...
+        def acknowledge(self, packet_id: int) -> None: ...
+        def next_event(self, until_s: float) -> Event | None: ...
+        def post(self, event: Event) -> bool: ...
+        def disconnect(self) -> None: ...
         def abort(self) -> None: ...
         def close(self) -> None: ...
 
@@ -73,12 +98,17 @@ HTTP_DEADLINE_S = 60.0  # one request in all
 TPM_KEY_DEADLINE_S = 180.0  # a TPM may have to create the EK or SRK first: RSA-2048 takes minutes on slow ones
 TPM_DEADLINE_S = 30.0
 STORE_DEADLINE_S = 30.0
+CONNECT_DEADLINE_S = 65.0  # HubConnection itself ends after 60 s
+HUB_DEADLINE_S = 10.0  # for what waits for nobody
+EVENT_GRACE_S = 10.0  # after the end of a wait for an event
 ABORT_GRACE_S = 1.0  # an aborted request returns at once; this is for a loaded machine
 STOP_GRACE_S = 1.0  # a TPM command or a commit under way may end within this after `stop`
 EXIT_GRACE_S = 1.5  # after a signal the process is gone by then, whatever blocks
 RELEASE_FOR_SLEEPS_OVER_S = 2.0
 CLOSE_FOR_SLEEPS_OVER_S = 60.0
-_WHO = {"tpm.timeout": "the TPM", "store.io": "the storage"}
+_WHO = {"tpm.timeout": "the TPM", "store.io": "the storage", "network.timeout": "the connection to the hub"}
+_NOT_AUTHORIZED = (4, 5)  # MQTT 3.1.1, table 3.1
+_CLOCK_NOT_SET = NoReply(f"{NO_REPLY_TLS}: the clock is not set, so no certificate can be judged", False)
 _FEED_EVERY_S = 1.0
 _WORKER_NAME = "dps-worker"
 _LONGEST_STEP_S = 60.0
@@ -86,11 +116,12 @@ _random = SystemRandom().random
 
 
 class Runner:
-    """Runs exchanges, one after the other, on one TPM, store, connection and clock.
+    """Runs exchanges, one after the other, on one TPM, store, connection and clock, and on one hub if there is one.
 
-    `observe(effect, answer or error, seconds)` is called after each effect of HTTP, TPM and store, for progress lines;
-    what it gets holds signatures and keys, so it must not print that. `on_wait(reason, until_uptime_s)` is called
-    before each Sleep, `watchdog()` about once a second while everything is within its deadline.
+    `observe(effect, answer or error, seconds)` is called after each effect of HTTP, TPM, store and hub but NextEvent,
+    for progress lines; what it gets holds signatures and keys, so it must not print that.
+    `on_wait(reason, until_uptime_s)` is called before each Sleep, `watchdog()` about once a second while everything is
+    within its deadline, `tell(message)` for each Tell, to return soon whether anybody takes it.
 
     `stuck` is True once an effect did not end: the worker hangs in it, the process is to exit, with os._exit if the
     interpreter's own end could hang as well.
@@ -107,6 +138,8 @@ class Runner:
         observe: Callable[[Effect, object, float], None] | None = None,
         on_wait: Callable[[str, float], None] | None = None,
         watchdog: Callable[[], None] | None = None,
+        hub: Hub | None = None,
+        tell: Callable[[Message], bool] | None = None,
     ) -> None:
         self.stuck = False
         self._tpm = tpm
@@ -117,6 +150,10 @@ class Runner:
         self._observe = observe
         self._on_wait = on_wait
         self._watchdog = watchdog
+        self._hub = hub
+        self._tell = tell
+        self._hasty = False  # the current Sleep, or the next one, ends at once
+        self._in_use = False  # TPM or store were used since the last release
         self._fed_at_s = -math.inf
         self._stopped_at_s = math.inf
         self._worker: threading.Thread | None = None
@@ -154,10 +191,22 @@ class Runner:
     def stop(self) -> None:
         """Ends the exchange at its next effect, and any later one; from a signal handler or another thread.
 
-        A Sleep or a request ends at once; a TPM command or a commit may go on for STOP_GRACE_S.
+        A Sleep, a request or a wait for an event ends at once; a TPM command or a commit may go on for STOP_GRACE_S.
         """
         self._stopped_at_s = min(self._stopped_at_s, time.monotonic())
         self._outcomes.put(None)  # a SimpleQueue, and no lock: the signal may have come while the main thread held it
+
+    def hasten(self) -> None:
+        """Ends the current Sleep early, where there is none the next one; from a signal handler or another thread."""
+        self._hasty = True
+        self._outcomes.put(None)
+
+    def post(self, event: Event) -> bool:
+        """Hands an event to the hub's session; from a signal handler or another thread.
+
+        False, and it is dropped, where there is no hub or too many events wait.
+        """
+        return self._hub is not None and self._hub.post(event)
 
     def install_signals(self, exit_status: int = EXIT_GROUPS.index("retry")) -> None:
         """From now on SIGTERM and SIGINT are `stop`; for the main thread of a program.
@@ -202,8 +251,19 @@ class Runner:
                 return _attempt(self._random)
             case Sleep(delay_s, reason):
                 return self._sleep(delay_s, reason)
+            case Tell(message):
+                return _required(lambda: self._tell is not None and self._tell(message))
+            case NextEvent(until_uptime_s):
+                return self._next_event(until_uptime_s)
         started_s = time.monotonic()
-        outcome = self._request(effect) if isinstance(effect, Http) else self._on_worker(*self._call(effect))
+        match effect:
+            case Http():
+                outcome = self._request(effect)
+            case Connect() | Subscribe() | Publish() | Acknowledge() | Disconnect():
+                outcome = self._at_hub(effect)
+            case _:
+                self._in_use = True
+                outcome = self._on_worker(*self._call(effect))
         if self._observe is not None:
             self._observe(effect, outcome.error or outcome.answer, time.monotonic() - started_s)
         return outcome
@@ -226,6 +286,8 @@ class Runner:
                 return lambda: store.commit(record, payload), STORE_DEADLINE_S, "store.io"
             case LoadRecord(record):
                 return lambda: store.load(record), STORE_DEADLINE_S, "store.io"
+            case ForgetOlder(record):
+                return lambda: store.forget_older(record), STORE_DEADLINE_S, "store.io"
         raise Broken("agent.bug", f"the logic yielded a {type(effect).__name__}, which is no effect")
 
     def _on_worker(self, call: Callable[[], Any], deadline_s: float, overrun_code: str) -> _Outcome:
@@ -238,38 +300,106 @@ class Runner:
         return outcome
 
     def _request(self, http: Http) -> _Outcome:
-        self._hand_over(lambda: self._connection.request(*http))
-        outcome = self._wait(HTTP_DEADLINE_S, 0.0)
+        if not self._clock.utc().believable:
+            return _Outcome(_CLOCK_NOT_SET, None)
+        outcome = self._ended_within(
+            lambda: self._connection.request(*http), HTTP_DEADLINE_S, self._connection.abort, "the request"
+        )
+        answer = outcome.answer
+        if isinstance(answer, Reply) and answer.date_s is not None and isinstance(self._clock, SystemClock):
+            self._clock.heard(answer.date_s)
+        return outcome
+
+    def _ended_within(
+        self, call: Callable[[], Any], deadline_s: float, abort: Callable[[], None], what: str
+    ) -> _Outcome:
+        """The outcome of a call that `abort` makes end; a NoReply that comes of that says `timeout`."""
+        self._hand_over(call)
+        outcome = self._wait(deadline_s, 0.0)
         if outcome is None:
             for _ in range(10):  # the worker may be about to begin: then the first one finds nothing to end
-                self._connection.abort()
+                abort()
                 outcome = self._wait(ABORT_GRACE_S / 10)
                 if outcome is not None:
                     break
             else:
                 self.stuck = True
                 self._refuse_if_stopped()
-                raise RetryLater("network.timeout", f"the request did not end within {HTTP_DEADLINE_S:g} s")
+                raise RetryLater("network.timeout", f"{what} did not end within {deadline_s:g} s")
             if isinstance(outcome.answer, NoReply) and not self._is_stopped():
-                text = f"{NO_REPLY_TIMEOUT}: no whole answer within {HTTP_DEADLINE_S:g} s"
-                return _Outcome(NoReply(text, outcome.answer.request_sent), None)
-        if outcome.error is not None:  # an Http is answered by a value, so this is not for the logic
+                text = f"{NO_REPLY_TIMEOUT}: no whole answer within {deadline_s:g} s"
+                outcome = _Outcome(NoReply(text, outcome.answer.request_sent), None)
+        if outcome.error is not None:  # HTTP and hub are answered by values, so this is not for the logic
             raise outcome.error
         return outcome
 
-    def _sleep(self, delay_s: float, reason: str) -> _Outcome:
-        if delay_s > RELEASE_FOR_SLEEPS_OVER_S:
+    def _at_hub(self, effect: Connect | Subscribe | Publish | Acknowledge | Disconnect) -> _Outcome:
+        hub = self._hub_or_bug()
+        if isinstance(effect, Connect):
+            return self._connect(hub, effect)
+        call: Callable[[], Any]
+        match effect:
+            case Subscribe(filters):
+                call = partial(hub.subscribe, filters)
+            case Publish(topic, payload, qos):
+                call = partial(hub.publish, topic, payload, qos)
+            case Acknowledge(packet_id):
+                call = partial(hub.acknowledge, packet_id)
+            case _:
+                call = hub.disconnect
+        outcome = self._on_worker(call, HUB_DEADLINE_S, "network.timeout")
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome
+
+    def _connect(self, hub: Hub, effect: Connect) -> _Outcome:
+        if not self._clock.utc().believable:
+            return _Outcome(_CLOCK_NOT_SET, None)
+        outcome = self._ended_within(lambda: hub.connect(effect), CONNECT_DEADLINE_S, hub.abort, "the connection")
+        answer = outcome.answer
+        if isinstance(answer, ConnAck) and answer.return_code in _NOT_AUTHORIZED:
+            self._doubt_clock()
+        return outcome
+
+    def _doubt_clock(self) -> None:
+        """Asks DPS what time it is, where nobody vouches for ours: the hub may have refused a token of another day."""
+        clock = self._clock
+        if isinstance(clock, SystemClock) and not clock.is_confirmed() and not self._is_stopped():
+            self._request(Http("GET", "/", b"", None))
+
+    def _hub_or_bug(self) -> Hub:
+        if self._hub is None:
+            raise Broken("agent.bug", "the logic asked for a hub of a runner that has none")
+        return self._hub
+
+    def _next_event(self, until_uptime_s: float) -> _Outcome:
+        hub = self._hub_or_bug()
+        self._hasty = False
+        within_s = max(until_uptime_s - self._clock.uptime_s(), 0.0)
+        self._prepare_to_wait(within_s)
+        until_s = time.monotonic() + within_s
+        return self._ended_within(
+            lambda: hub.next_event(until_s), within_s + EVENT_GRACE_S, hub.abort, "the wait for an event"
+        )
+
+    def _prepare_to_wait(self, within_s: float) -> None:
+        if within_s > RELEASE_FOR_SLEEPS_OVER_S:
             self._release()
-        if delay_s > CLOSE_FOR_SLEEPS_OVER_S:
+        if within_s > CLOSE_FOR_SLEEPS_OVER_S:
             _required(self._connection.close)
+
+    def _sleep(self, delay_s: float, reason: str) -> _Outcome:
+        self._prepare_to_wait(delay_s)
         if self._on_wait is not None:
             self._on_wait(reason, self._clock.uptime_s() + delay_s)
-        self._wait(delay_s, 0.0)
+        self._wait(delay_s, 0.0, hastens=True)
+        self._hasty = False
         self._refuse_if_stopped()
         return _Outcome(None, None)
 
     def _release(self) -> None:
-        if self._worker is not None:  # without one the TPM was not used
+        if self._in_use:
+            self._in_use = False
             outcome = self._on_worker(self._tpm.release, TPM_DEADLINE_S, "tpm.timeout")
             if outcome.error is not None:
                 raise outcome.error
@@ -283,13 +413,18 @@ class Runner:
         self._busy = True
         self._calls.put(call)
 
-    def _wait(self, within_s: float, after_stop_s: float = math.inf) -> _Outcome | None:
-        """The worker's outcome; None once `within_s` is over, or `after_stop_s` after `stop` (if earlier: from now)."""
+    def _wait(self, within_s: float, after_stop_s: float = math.inf, hastens: bool = False) -> _Outcome | None:
+        """The worker's outcome; None once `within_s` is over, or `after_stop_s` after `stop` (if earlier: from now).
+
+        With `hastens` also None once somebody asks for haste.
+        """
         began_s = time.monotonic()
         until_s = began_s + within_s
         step_s = _LONGEST_STEP_S if self._watchdog is None else _FEED_EVERY_S
         while (left_s := min(until_s, max(began_s, self._stopped_at_s) + after_stop_s) - time.monotonic()) > 0:
             self._feed()
+            if hastens and self._hasty:
+                break
             with contextlib.suppress(queue.Empty):
                 outcome = self._outcomes.get(timeout=min(left_s, step_s))
                 if outcome is not None:
@@ -316,13 +451,20 @@ class Runner:
             steps.callback(self._end_worker)
             steps.callback(self._close_unless_stuck)
             steps.callback(self._release_unless_stuck)
+            steps.callback(self._leave_hub_unless_stuck)
             steps.callback(self._settle)
             steps.callback(_required, exchange.close)
 
     def _settle(self) -> None:
         if self._busy and not self.stuck:  # `run` was left in the middle of a wait: Ctrl-C, or a callback that failed
             self._connection.abort()
+            if self._hub is not None:
+                self._hub.abort()
             self.stuck = self._wait(STOP_GRACE_S) is None
+
+    def _leave_hub_unless_stuck(self) -> None:
+        if self._hub is not None and not self.stuck:
+            _required(self._hub.close)
 
     def _release_unless_stuck(self) -> None:
         if not self.stuck:
@@ -372,10 +514,11 @@ def _attempt(call: Callable[[], Any]) -> _Outcome:
         return _Outcome(None, bug(error))
 
 
-def _required(call: Callable[[], Any]) -> None:
+def _required(call: Callable[[], Any]) -> _Outcome:
     outcome = _attempt(call)
     if outcome.error is not None:
         raise outcome.error
+    return outcome
 
 
 def _advance(exchange: Generator[Effect, Any, Any], outcome: _Outcome) -> Effect:

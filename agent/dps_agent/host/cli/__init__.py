@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn, TextIO
 
-from dps_agent.host.cli import check, config, enroll, provision, reset, status, token, version
+from dps_agent.host.cli import check, config, enroll, provision, reset, run, status, token, version
 from dps_agent.host.cli.verb import Outcome, UsageError, error_document, exit_word
 from dps_agent.host.config import SYSTEM_FILE
 from dps_agent.host.progress import printable
@@ -21,14 +21,24 @@ from dps_hal.errors import EXIT_GROUPS, DpsError, RetryLater
 from dps_hal.platform import to_json
 
 SCHEMA = "dps-agent/1"
-VERBS = (provision.VERB, status.VERB, enroll.VERB, check.VERB, token.VERB, reset.VERB, config.VERB, version.VERB)
+VERBS = (
+    provision.VERB,
+    run.VERB,
+    status.VERB,
+    enroll.VERB,
+    check.VERB,
+    token.VERB,
+    reset.VERB,
+    config.VERB,
+    version.VERB,
+)
 _EXIT_STATUSES = """\
 exit status:
   0 ok, 1 failed, 2 usage, 3 retry later, 4 refused by the service, 5 TPM, 6 settings
 
 most used:
   dps-agent enroll       what to enter in the Device Provisioning Service
-  dps-agent provision    get the hub
+  dps-agent run          get the hub, connect to it, stay connected
   dps-agent status       where the device stands
 """
 

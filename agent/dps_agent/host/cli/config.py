@@ -65,10 +65,10 @@ def _safe(key: str, value: Any) -> Any:
 
 
 def _check_connection(configuration: Configuration) -> None:
-    """AskOperator `config.invalid` unless a connection can be made of endpoint, connect_to and ca_file."""
-    from dps_agent.host.https import DpsConnection
+    """AskOperator `config.invalid` unless a connection can be made of endpoint, connect_to, ca_file and proxy."""
+    from dps_agent.host.device import dps_connection
 
-    DpsConnection(configuration.endpoint, configuration.connect_to, configuration.ca_file)
+    dps_connection(configuration)
 
 
 def as_toml(value: Any) -> str:

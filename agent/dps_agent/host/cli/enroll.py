@@ -3,8 +3,8 @@
 import argparse
 import shlex
 
-from dps_agent.host.cli.verb import Outcome, UsageError, Verb, backend_shown, configuration_of, table
-from dps_agent.host.config import Configuration
+from dps_agent.host.cli.verb import Outcome, UsageError, Verb, configuration_of, table
+from dps_agent.host.config import Configuration, backend_shown
 from dps_agent.settings import AUTO
 
 FORMATS = ("text", "csv", "json", "az")

@@ -1,11 +1,13 @@
 """`dps-agent provision`: registers once and shows each step."""
 
 import argparse
-import dataclasses
 import sys
+import time
 from typing import Any
 
-from dps_agent.host.cli.verb import Outcome, Verb, backend_shown, configuration_of, seconds_up_to, table
+from dps_agent.host.cli.running import ask_service
+from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, seconds_up_to, table
+from dps_agent.host.config import Configuration, backend_shown
 from dps_agent.host.progress import StepLines, printable
 
 
@@ -24,6 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Outcome:
     """Registers unless the stored assignment holds; progress goes to stderr, the assignment to stdout."""
     configuration = configuration_of(arguments)
+    started_s = time.monotonic()
+    timeout_s = arguments.timeout or configuration.retry.registration_budget_s + 60
+    force = "true" if arguments.force else "false"
+    answer = ask_service(configuration, f"/command/provision?force={force}", timeout_s)
+    if answer is not None:
+        own = {
+            "backend": configuration.tpm.backend,
+            "durationS": round(time.monotonic() - started_s, 3),
+            "warnings": [],
+        }
+        return _outcome(configuration, {**answer, **own})
     from dps_agent.host.device import provision_once
 
     provisioned = provision_once(
@@ -35,18 +48,22 @@ def run(arguments: argparse.Namespace) -> Outcome:
     )
     for warning in provisioned.warnings:
         print(f"dps-agent: {printable(warning)}", file=sys.stderr)
-    document: dict[str, Any] = {_camel(name): value for name, value in dataclasses.asdict(provisioned).items()}
+    document: dict[str, Any] = {_camel(name): value for name, value in provisioned._asdict().items()}
+    return _outcome(configuration, document)
+
+
+def _outcome(configuration: Configuration, document: dict[str, Any]) -> Outcome:
     title = "already provisioned, nothing was done (--force registers again)"
     lines = [
-        title if provisioned.already_provisioned else "provisioned",
+        title if document["alreadyProvisioned"] else "provisioned",
         *table(
             [
-                ("  hub", provisioned.assigned_hub),
-                ("  device", provisioned.device_id),
-                ("  registration id", provisioned.registration_id),
-                ("  substatus", provisioned.substatus),
+                ("  hub", document["assignedHub"]),
+                ("  device", document["deviceId"]),
+                ("  registration id", document["registrationId"]),
+                ("  substatus", document["substatus"]),
                 ("  TPM", backend_shown(configuration)),
-                ("  took", f"{provisioned.duration_s:.2f} s"),
+                ("  took", f"{document['durationS']:.2f} s"),
             ]
         ),
     ]

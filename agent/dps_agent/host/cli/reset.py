@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from dps_agent.host.cli.running import ask_service
 from dps_agent.host.cli.verb import Outcome, UsageError, Verb, configuration_of
 from dps_hal.contracts import IDENTITY, PROGRESS, Store
 from dps_hal.errors import AskOperator, DpsError, IdentityStale
@@ -22,10 +23,12 @@ def run(arguments: argparse.Namespace) -> Outcome:
     found = {record: text for record in (IDENTITY, PROGRESS) if (text := _description(store, record))}
     if found and not arguments.yes:
         _ask(found, configuration.state_dir, arguments.json)
-    for record in (IDENTITY, PROGRESS):  # also where nothing is found: a half-erased record ends here
-        store.erase(record)
     lines = [f"erased {text}" for text in found.values()] or ["nothing was stored"]
     document = {"erased": list(found), "stateDir": configuration.state_dir, "backend": configuration.tpm.backend}
+    if ask_service(configuration, "/command/reset", 60) is not None:
+        return Outcome([*lines, "the service that runs registers the device again"], document)
+    for record in (IDENTITY, PROGRESS):  # also where nothing is found: a half-erased record ends here
+        store.erase(record)
     return Outcome([*lines, f"state folder: {configuration.state_dir}"], document)
 
 

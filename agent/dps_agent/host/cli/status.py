@@ -1,25 +1,105 @@
-"""`dps-agent status`: where the device stands, why, and what comes next; offline, from the stored records alone."""
+"""`dps-agent status`: where the device stands, why, and what comes next.
+
+Offline and without the TPM: from what the running service says of itself, else from the stored records alone.
+"""
 
 import argparse
+import time
 from typing import Any
 
-from dps_agent.host.cli.verb import Outcome, Verb, backend_shown, configuration_of, no_arguments, table, time_shown
-from dps_agent.host.config import Configuration
+from dps_agent.host.cli.running import ask_service
+from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, table
+from dps_agent.host.config import Configuration, backend_shown
 from dps_hal.codes import REMEDIES
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import DpsError, IdentityStale
 
 _OF_THE_DEVICE = ("tpm", "store", "record")  # areas of errors that put the stored identity itself in question
-_CODES = {"provisioned": "ok", "waiting": "retry", "halted": "refused"}  # anything else is "not yet": retry
+_CODES = {  # anything else is "not yet": retry
+    "provisioned": "ok",
+    "connecting": "ok",
+    "connected": "ok",
+    "waiting": "retry",
+    "halted": "refused",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Whether to ask DPS."""
+    parser.add_argument(
+        "--remote",
+        action="store_true",
+        help="also ask DPS what it has on record; needs TPM and network, and costs a registration from the quota",
+    )
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
-    """Reads the records; needs no TPM, no network and no permission to write."""
+    """Needs no permission to write, and neither TPM nor network without --remote."""
+    from dps_agent.host.statefile import read_live
+
+    configuration = configuration_of(arguments, need_id_scope=arguments.remote)
+    live = read_live(configuration)
+    outcome = _of_records(configuration) if live is None else _of_service(configuration, live)
+    if not arguments.remote:
+        return outcome
+    found = ask_service(configuration, "/command/status", 90)
+    if found is None:
+        from dps_agent.host.device import remote_status
+
+        found = remote_status(configuration)
+    said = found["remote"]
+    rows = [
+        ("DPS says", f"{said['status'] or 'nothing'} {said['substatus']}".rstrip()),
+        ("hub", said["assignedHub"]),
+        ("device", said["deviceId"]),
+        ("last updated", said["lastUpdatedUtc"]),
+        ("error", f"{said['errorMessage']} [{said['errorCode']}]" if said["errorCode"] else ""),
+        *(("differs", text) for text in found["differences"]),
+    ]
+    return Outcome([*outcome.lines, "", *table(rows)], {**outcome.document, **found}, outcome.code)
+
+
+def _of_service(configuration: Configuration, live: dict[str, Any]) -> Outcome:
+    """What the service that runs has said of itself."""
+    now_s = time.monotonic()
+    waits_until_s = live["untilUptimeS"]
+    left_s = max(round(waits_until_s - now_s), 0) if waits_until_s is not None else None
+    error = live["lastError"]
+    code = _CODES.get(live["state"], "retry")
+    document: dict[str, Any] = {
+        **{name: value for name, value in live.items() if name not in ("schema", "startTicks")},
+        "running": True,
+        "forS": max(round(now_s - live["sinceUptimeS"]), 0),
+        "waitsForS": left_s,
+    }
+    if code != "ok" and error is not None:
+        document["error"] = {**error, "retryAfterS": left_s}
+    rows = [
+        ("state", f"{live['state']} for {document['forS']} s, since {live['since']}"),
+        ("why", live["reason"]),
+        ("until", f"{live['until']} (in {left_s} s)" if left_s is not None else ""),
+        ("hub", live["assignedHub"]),
+        ("device", live["deviceId"]),
+        ("registration id", live["registrationId"]),
+        ("connections", str(live["connections"])),
+        ("TPM", backend_shown(configuration)),
+        ("state folder", configuration.state_dir),
+        ("socket", live["socket"]),
+        ("service", f"process {live['pid']}, dps-agent {live['version']}"),
+        ("failed attempts", str(live["failedAttempts"] or "")),
+        ("last error", f"{error['message']} [{error['code']}]" if error else ""),
+        ("next", error["remedy"] if error else ""),
+    ]
+    return Outcome(table(rows), document, code)
+
+
+def _of_records(configuration: Configuration) -> Outcome:
+    """What the stored records say; no service runs."""
     from dps_agent.assignment import Assignment, decode, difference
+    from dps_agent.host.statefile import assignment_document
     from dps_agent.lifecycle import HALTED, PROVISIONED, WAITING, Progress, decode_progress
     from dps_hal.files import open_store
 
-    configuration = configuration_of(arguments, need_id_scope=False)
     store = open_store(configuration.state_dir)
     stored = store.load(IDENTITY)
     progress = _progress(store, PROGRESS, decode_progress)
@@ -40,12 +120,13 @@ def run(arguments: argparse.Namespace) -> Outcome:
         state, code, reason = PROVISIONED, "", f"assigned to {assignment.assigned_hub}"
     remedy = REMEDIES.get(code, "")
     document: dict[str, Any] = {
+        "running": False,
         "state": state,
         "reason": reason,
         "next": remedy,
         "backend": configuration.tpm.backend,
         "stateDir": configuration.state_dir,
-        "assignment": _assignment_document(assignment) if assignment is not None else None,
+        "assignment": assignment_document(assignment) if assignment is not None else None,
         "recordGeneration": stored.generation if stored is not None else None,
         "rolledBack": stored is not None and stored.rolled_back,
         "failedAttempts": failed.attempts if failed is not None else 0,
@@ -85,22 +166,6 @@ def _lines(configuration: Configuration, document: dict[str, Any]) -> list[str]:
     )
 
 
-def _assignment_document(assignment: Any) -> dict[str, Any]:
-    """What may be shown of an assignment: all but the wrapped key."""
-    return {
-        "assignedHub": assignment.assigned_hub,
-        "deviceId": assignment.device_id,
-        "registrationId": assignment.registration_id,
-        "idScope": assignment.id_scope,
-        "endpoint": assignment.endpoint,
-        "substatus": assignment.substatus,
-        "assignedAt": time_shown(assignment.assigned_at_s),
-        "lastUpdatedUtc": assignment.last_updated_utc,
-        "payload": assignment.payload,
-        "payloadOmitted": assignment.payload_omitted,
-    }
-
-
 def _last_error(failed: Any) -> dict[str, Any]:
     return {"code": failed.code, "message": failed.message, "remedy": REMEDIES.get(failed.code, "")}
 
@@ -114,4 +179,4 @@ def _progress(store: Any, record: str, decode_progress: Any) -> Any:
     return decode_progress(stored.payload) if stored is not None else None
 
 
-VERB = Verb("status", "show where this device stands, from its records alone", no_arguments, run)
+VERB = Verb("status", "show where this device stands, without TPM and network", add_arguments, run)

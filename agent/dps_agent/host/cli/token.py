@@ -3,7 +3,9 @@
 import argparse
 
 from dps_agent.host import TOKEN_LIFE_LIMIT_S, TOKEN_LIFE_S
-from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, seconds_up_to, time_shown
+from dps_agent.host.cli.running import ask_service
+from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, seconds_up_to
+from dps_agent.host.progress import utc_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Outcome:
     """Checks that the stored assignment holds, then has the TPM sign."""
     configuration = configuration_of(arguments)
+    answer = ask_service(configuration, f"/command/token?life={arguments.life}", 60)
+    if answer is not None:
+        return Outcome([answer["token"]], answer)
     from dps_agent.host.device import hub_token_once
 
     assignment, token = hub_token_once(configuration, arguments.life)
@@ -28,7 +33,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
         [text],
         {
             "token": text,
-            "expiresAt": time_shown(token.expires_at_s),
+            "expiresAt": utc_text(token.expires_at_s),
             "assignedHub": assignment.assigned_hub,
             "deviceId": assignment.device_id,
         },

@@ -2,16 +2,14 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dps_agent.host.config import Configuration, ConfigurationError, load
 from dps_hal.codes import REMEDIES
 from dps_hal.errors import AskOperator, DpsError, exit_group
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The result of one verb: `lines` for people, `document` for `--json`; `code` is a word of EXIT_GROUPS."""
 
     lines: Sequence[str]
@@ -19,8 +17,7 @@ class Outcome:
     code: str = "ok"
 
 
-@dataclass(frozen=True)
-class Verb:
+class Verb(NamedTuple):
     """One verb: what `--help` says, its own arguments, and what it does."""
 
     name: str
@@ -83,17 +80,3 @@ def table(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Rows of a name and a value as aligned lines; a row without value is left out."""
     width = max(len(name) for name, _ in rows) + 2
     return [f"{name:<{width}}{value}" for name, value in rows if value]
-
-
-def backend_shown(configuration: Configuration) -> str:
-    """The TPM in words; the simulator is always named as what it is."""
-    tpm = configuration.tpm
-    note = ", keys lie in plain files" if tpm.backend == "simulator" else ""
-    return f"{tpm.backend} ({tpm.tcti}{note})"
-
-
-def time_shown(utc_s: int) -> str:
-    """Unix seconds as RFC 3339 text in UTC, "" for 0."""
-    from datetime import UTC, datetime
-
-    return datetime.fromtimestamp(utc_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if utc_s else ""

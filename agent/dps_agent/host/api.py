@@ -1,0 +1,734 @@
+"""HTTP/1.1 on a Unix socket for other programs on this device.
+
+One thread serves all of them and waits for none: every size, count and time has a bound, and a program that is too slow
+loses its connection. Nothing is queued here: telemetry is accepted once the hub has it, and a cloud-to-device message
+stays the hub's until a program says that it is done with it.
+
+    GET  /status                   where the device stands
+    GET  /assignment               hub and device id
+    POST /telemetry?name=value     the body goes to the hub as it is; 200 once the hub has acknowledged it
+    GET  /events                   what the hub sends, one JSON document a line, for as long as the connection stands
+    POST /events/{id}/done         the message need not be delivered again
+    POST /methods/{id}?status=200  the answer to a direct method, JSON
+    POST /token?life=900           a token for this device's hub; only with [api] allow_token
+    POST /command/...              provision, reset, token, status: for root and the service's own user
+"""
+
+from __future__ import annotations
+
+import binascii
+import contextlib
+import errno
+import os
+import selectors
+import socket
+import stat
+import struct
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dps_agent.effects import AnswerMethod, CloudMessage, Desired, MessageDone, MethodCall, SendTelemetry, TelemetryDone
+from dps_agent.host.journal import INFO, NOTICE, WARNING, Journal
+from dps_agent.host.runner import bug
+from dps_agent.host.statefile import make_runtime_folder
+from dps_agent.sas import percent_decode
+from dps_agent.session import METHOD_LIMIT_S
+from dps_hal.platform import from_json, to_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dps_agent.effects import Event, Message
+
+CLIENT_GROUP = "dps-agent-clients"
+GROUP_FILE = "/etc/group"
+CLIENT_LIMIT = 16  # connections
+BACKLOG = 128  # connections that wait to be looked at
+STREAM_LIMIT = 8  # of them with GET /events
+HEAD_LIMIT = 8192  # bytes of request line and headers
+BODY_LIMIT = 256 * 1024  # bytes; IoT Hub quotas: a device-to-cloud message
+ANSWER_LIMIT = 128 * 1024  # bytes; IoT Hub developer guide: the payload of a direct method
+LINES_LIMIT = 128  # events that a reader may be behind
+REQUEST_LIMIT_S = 10.0  # from a request's first byte to its last
+IDLE_LIMIT_S = 60.0  # between two requests
+SEND_LIMIT_S = 10.0  # without any byte taken
+TELEMETRY_LIMIT_S = 30.0
+COMMAND_LIMIT_S = 60.0
+REGISTRATION_LIMIT_S = 1200.0  # a registration's largest budget that makes sense, and what its steps may overrun
+HEARTBEAT_S = 60.0  # an empty line, so that both sides notice when the other is gone
+TOKEN_LIFE_LIMIT_S = 900
+TOKENS_A_MINUTE = 6
+RETRY_AFTER_S = 5  # where nothing better is known
+
+_REASONS = {
+    200: "OK",
+    400: "Bad Request",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    409: "Conflict",
+    411: "Length Required",
+    413: "Content Too Large",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+}
+_COMMANDS = ("provision", "reset", "token", "status")
+
+
+class Refused(Exception):
+    """A request that is answered at once with an error."""
+
+    def __init__(self, status: int, code: str, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.document = error_document(code, message, retry_after_s)
+
+
+def error_document(
+    code: str, message: str, retry_after_s: int | None = None, request_id: str = "", remedy: str = ""
+) -> dict[str, Any]:
+    """The body of an answer that is an error; the same fields as the command line's."""
+    error = {"code": code, "message": message, "remedy": remedy, "retryAfterS": retry_after_s, "requestId": request_id}
+    return {"error": error}
+
+
+class Command(NamedTuple):
+    """What a program asks of the service itself; answered through `LocalApi.answer` with its `request_id`."""
+
+    request_id: int
+    name: str  # provision, reset, token, status
+    force: bool = False
+    life_s: int = 0
+
+
+class Snapshot(NamedTuple):
+    """What the service said last of itself."""
+
+    status: dict[str, Any]
+    assignment: dict[str, Any] | None
+    connected: bool
+    retry_after_s: int = RETRY_AFTER_S
+
+
+class _Client:
+    """One connection."""
+
+    def __init__(self, connection: socket.socket, peer: tuple[int, int, int], now_s: float) -> None:
+        self.socket = connection
+        self.peer = peer  # process, user and group number
+        self.received = bytearray()
+        self.lines: deque[bytes] = deque()  # to send; the same objects for all readers of events
+        self.sent = 0  # bytes of the first of them
+        self.deadline_s = now_s + IDLE_LIMIT_S
+        self.pending: int | None = None  # the request that waits for an answer
+        self.streams = False
+        self.ends = False  # once all is sent
+        self.continued = False  # "100 Continue" was said
+
+
+class LocalApi:
+    """The socket at `path`; OSError where it cannot be made.
+
+    The service calls `show`, `tell`, `answer` and `forget` from its own thread.
+    `post` takes an event for the hub's session, or returns False, and `command` takes a `Command`; both are called from
+    the socket's thread and return at once.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        allow_token: bool,
+        post: Callable[[Event], bool],
+        command: Callable[[Command], None],
+        journal: Journal,
+    ) -> None:
+        self.path = path
+        self._allow_token = allow_token
+        self._post = post
+        self._command = command
+        self._journal = journal
+        self._snapshot = Snapshot({}, None, False)
+        self._clients: dict[int, _Client] = {}  # by descriptor
+        self._streams = 0
+        self._inbox: deque[Callable[[], None]] = deque()  # work from other threads
+        self._serial = 0
+        self._epoch = 0  # connections to the hub: ids of an earlier one mean nothing any more
+        self._held: dict[int, bytes] = {}  # cloud-to-device messages, as they are sent
+        self._calls: dict[int, tuple[bytes, float]] = {}  # method calls as they are sent, with their ends
+        self._desired: tuple[int, dict[str, Any]] | None = None
+        self._pending: dict[int, _Client] = {}
+        self._tokens: deque[float] = deque()  # when the last ones were asked for
+        self._listener = listen(path, journal)
+        self._selector = selectors.DefaultSelector()
+        self._alarm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._alarm, selectors.EVENT_READ)
+        self._ended = False
+        self._thread = threading.Thread(target=self._serve, name="dps-api", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends it; idempotent."""
+        if self._ended:
+            return
+        self._ended = True
+        self._wake()
+        self._thread.join(1.0)
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+    # For the service's own thread.
+
+    def show(self, snapshot: Snapshot) -> None:
+        """What GET /status and GET /assignment answer from now on."""
+        self._snapshot = snapshot
+
+    def tell(self, message: Message) -> bool:
+        """Hands a message of the hub's session to whom it may concern; False where no program would see it."""
+        if isinstance(message, MethodCall) and not self._streams:
+            return False
+        self._later(lambda: self._take(message))
+        return True
+
+    def answer(self, request_id: int, status: int, document: dict[str, Any]) -> None:
+        """The answer to a `Command`."""
+        self._later(lambda: self._finish(request_id, status, document))
+
+    def forget(self) -> None:
+        """The connection to the hub has ended: what was held of it will be delivered again."""
+        self._later(self._forget)
+
+    def _later(self, call: Callable[[], None]) -> None:
+        self._inbox.append(call)
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._alarm, 1)
+
+    # The thread.
+
+    def _serve(self) -> None:
+        while not self._ended:
+            for key, events in self._selector.select(self._patience_s()):
+                if key.fileobj is self._listener:
+                    self._accept(self._listener)
+                elif key.fileobj == self._alarm:
+                    os.eventfd_read(self._alarm)
+                elif (client := self._clients.get(key.fd)) is not None:
+                    self._guarded(client, self._move, client, events)
+            while self._inbox:
+                self._guarded(None, self._inbox.popleft())
+            self._guarded(None, self._expire, time.monotonic())
+        for client in list(self._clients.values()):
+            self._drop(client)
+        self._selector.close()
+        self._listener.close()
+        os.close(self._alarm)
+
+    def _guarded(self, client: _Client | None, work: Callable[..., None], *arguments: object) -> None:
+        """Does `work`; an error in it costs that client its connection and nobody else anything."""
+        try:
+            work(*arguments)
+        except OSError:
+            if client is not None:
+                self._drop(client)
+        except Exception as error:
+            self._journal.event("warning", bug(error).message, WARNING, code="agent.bug")
+            if client is not None:
+                self._drop(client)
+
+    def _patience_s(self) -> float | None:
+        ends = [client.deadline_s for client in self._clients.values()]
+        ends += [until_s for _, until_s in self._calls.values()]
+        return max(min(ends) - time.monotonic(), 0.0) + 0.01 if ends else None
+
+    def _expire(self, now_s: float) -> None:
+        for call_id in [call_id for call_id, (_, until_s) in self._calls.items() if until_s <= now_s]:
+            del self._calls[call_id]
+        for client in [client for client in self._clients.values() if client.deadline_s <= now_s]:
+            if client.pending is not None:
+                outcome = error_document("agent.out_of_time", "no answer yet: whether it will be done is not known")
+                self._finish(client.pending, 504, outcome)
+            elif client.lines or not (client.streams or client.received):
+                self._drop(client)
+            elif client.streams:
+                client.deadline_s = now_s + HEARTBEAT_S
+                self._line(client, _chunk(b"\n"))
+            else:
+                self._reply(client, 408, error_document("agent.usage", "the request did not come to its end in time"))
+                client.ends = True
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            connection, _ = listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.1)  # no descriptor is left, and the next select would say the same at once
+            return
+        now_s = time.monotonic()
+        if len(self._clients) >= CLIENT_LIMIT:
+            self._drop_idle()
+        if len(self._clients) >= CLIENT_LIMIT:
+            text = _head(503, 0, RETRY_AFTER_S, "Connection: close\r\n")
+            with contextlib.suppress(OSError), connection:
+                connection.setblocking(False)
+                connection.send(text)
+            return
+        connection.setblocking(False)
+        packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        process, user, group = struct.unpack("3i", packed)
+        client = _Client(connection, (process, user, group), now_s)
+        self._clients[connection.fileno()] = client
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _drop_idle(self) -> None:
+        """Makes room: who waits longest between two requests goes."""
+        idle = [c for c in self._clients.values() if c.pending is None and not (c.streams or c.lines or c.received)]
+        if idle:
+            self._drop(min(idle, key=lambda client: client.deadline_s))
+
+    def _drop(self, client: _Client) -> None:
+        if self._clients.pop(client.socket.fileno(), None) is None:
+            return
+        self._selector.unregister(client.socket)
+        client.socket.close()
+        if client.streams:
+            self._streams -= 1
+        if client.pending is not None:
+            self._pending.pop(client.pending, None)
+
+    def _move(self, client: _Client, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self._send(client)
+        if events & selectors.EVENT_READ and client.socket.fileno() >= 0:
+            content = client.socket.recv(65536)
+            if not content:
+                self._drop(client)
+                return
+            if client.streams:
+                return  # a reader has nothing more to say
+            if not client.received and client.pending is None:
+                client.deadline_s = time.monotonic() + REQUEST_LIMIT_S
+            client.received += content
+            if len(client.received) > HEAD_LIMIT + BODY_LIMIT:
+                self._drop(client)  # it sends on without waiting for an answer
+                return
+        self._advance(client)
+
+    # Requests.
+
+    def _advance(self, client: _Client) -> None:
+        """Answers what was received, one request after the other, each once the answer before has gone."""
+        try:
+            while not (client.pending or client.ends or client.streams or client.lines) and self._parse(client):
+                pass
+        except Refused as refused:
+            self._reply(client, refused.status, refused.document)
+            self._advance(client)
+
+    def _parse(self, client: _Client) -> bool:
+        """Takes the first request out of what was received; False where it is not whole yet."""
+        head_end = client.received.find(b"\r\n\r\n", 0, HEAD_LIMIT)
+        if head_end < 0:
+            if len(client.received) >= HEAD_LIMIT:
+                client.ends = True
+                raise Refused(431, "agent.usage", f"expected at most {HEAD_LIMIT} bytes of headers")
+            return False
+        try:
+            method, target, headers = _parse_head(bytes(client.received[:head_end]))
+            length = _content_length(headers)
+        except Refused:
+            client.ends = True
+            raise
+        whole = head_end + 4 + length
+        if len(client.received) < whole:
+            if headers.get("expect", "").lower() == "100-continue" and not client.continued:
+                client.continued = True
+                self._line(client, b"HTTP/1.1 100 Continue\r\n\r\n")
+            return False
+        body = bytes(client.received[head_end + 4 : whole])
+        del client.received[:whole]
+        client.continued = False
+        client.ends = headers.get("connection", "").lower() == "close"
+        self._route(client, method, target, body)
+        return True
+
+    def _route(self, client: _Client, method: str, target: str, body: bytes) -> None:
+        path, _, query = target.partition("?")
+        parameters = _query(query)
+        words = path.split("/")[1:]
+        self._journal.detail(f"{_described(client)}: {method} {path}, {len(body)} bytes")
+        match words:
+            case ["status" | "assignment" | "events"] if method != "GET":
+                raise Refused(405, "agent.usage", f"/{words[0]} is asked for with GET")
+            case ["status"]:
+                self._reply(client, 200, {**self._snapshot.status, "connected": self._snapshot.connected})
+            case ["assignment"]:
+                if self._snapshot.assignment is None:
+                    raise Refused(404, "record.absent", "this device has no hub yet")
+                self._reply(client, 200, self._snapshot.assignment)
+            case ["events"]:
+                self._stream(client)
+            case ["telemetry" | "token" | "events" | "methods" | "command", *_] if method != "POST":
+                raise Refused(405, "agent.usage", f"/{words[0]} is asked for with POST")
+            case ["telemetry"]:
+                self._telemetry(client, parameters, body)
+            case ["events", event_id, "done"]:
+                message_id = self._current(event_id)
+                if self._held.pop(message_id, None) is None:
+                    raise Refused(404, "agent.unknown_event", f"no message {event_id[:40]!r} is held now")
+                self._post(MessageDone(message_id))
+                self._reply(client, 200, {"done": event_id})
+            case ["methods", event_id]:
+                self._answer_method(client, event_id, parameters, body)
+            case ["token"]:
+                if not self._allow_token:
+                    raise Refused(403, "agent.denied", "tokens are not given here; [api] allow_token is false")
+                life_s = _number(parameters, "life", TOKEN_LIFE_LIMIT_S, TOKEN_LIFE_LIMIT_S)
+                self._ask(client, "token", False, life_s, limited=True)
+            case ["command", name] if name in _COMMANDS:
+                if client.peer[1] not in (0, os.geteuid()):
+                    raise Refused(403, "agent.denied", f"/{'/'.join(words)} is for root and the service's own user")
+                life_s = _number(parameters, "life", TOKEN_LIFE_LIMIT_S, 365 * 86400)
+                self._ask(client, name, parameters.get("force") == "true", life_s, limited=False)
+            case _:
+                raise Refused(404, "agent.usage", f"there is nothing at {path[:80]!r}")
+
+    def _telemetry(self, client: _Client, properties: dict[str, str], body: bytes) -> None:
+        snapshot = self._snapshot
+        if not snapshot.connected:
+            raise Refused(503, "agent.not_connected", "the device is not connected to its hub", snapshot.retry_after_s)
+        if "" in properties:
+            raise Refused(400, "agent.usage", "expected properties as name=value pairs in the query")
+        request_id = self._await(client, TELEMETRY_LIMIT_S)
+        if not self._post(SendTelemetry(request_id, properties, body)):
+            text = "too much waits to be sent"
+            self._finish(request_id, 503, error_document("agent.busy", text, RETRY_AFTER_S))
+
+    def _answer_method(self, client: _Client, event_id: str, parameters: dict[str, str], body: bytes) -> None:
+        status = _number(parameters, "status", 200, 999)
+        if len(body) > ANSWER_LIMIT:
+            raise Refused(413, "agent.usage", f"expected an answer of at most {ANSWER_LIMIT} bytes")
+        if body and _json(body) is _NO_JSON:
+            raise Refused(400, "agent.usage", "expected the method's answer as JSON")
+        call_id = self._current(event_id)
+        if self._calls.pop(call_id, None) is None:
+            raise Refused(404, "agent.unknown_event", f"no call {event_id[:40]!r} waits for an answer now")
+        self._post(AnswerMethod(call_id, status, body))
+        self._reply(client, 200, {"answered": event_id})
+
+    def _ask(self, client: _Client, name: str, force: bool, life_s: int, limited: bool) -> None:
+        if name == "token" and limited:
+            now_s = time.monotonic()
+            while self._tokens and self._tokens[0] <= now_s - 60:
+                self._tokens.popleft()
+            if len(self._tokens) >= TOKENS_A_MINUTE:
+                wait_s = int(self._tokens[0] + 61 - now_s)
+                raise Refused(429, "agent.busy", f"expected at most {TOKENS_A_MINUTE} tokens a minute", wait_s)
+            self._tokens.append(now_s)
+        self._journal.event("local", f"{_described(client)} asks for: {name}", NOTICE)
+        limit_s = REGISTRATION_LIMIT_S if name == "provision" else COMMAND_LIMIT_S
+        self._command(Command(self._await(client, limit_s), name, force, life_s))
+
+    def _await(self, client: _Client, limit_s: float) -> int:
+        """The id under which `client` is answered later."""
+        self._serial += 1
+        client.pending = self._serial
+        client.deadline_s = time.monotonic() + limit_s
+        self._pending[self._serial] = client
+        return self._serial
+
+    def _finish(self, request_id: int, status: int, document: dict[str, Any]) -> None:
+        client = self._pending.pop(request_id, None)
+        if client is not None:
+            client.pending = None
+            self._guarded(client, self._reply, client, status, document)
+            self._guarded(client, self._advance, client)
+
+    def _current(self, event_id: str) -> int:
+        """The number in an event's id, 0 where it is of an earlier connection to the hub, or none."""
+        epoch, _, number = event_id.partition("-")
+        ours = epoch == str(self._epoch) and number.isascii() and number.isdecimal() and len(number) < 10
+        return int(number) if ours else 0
+
+    # What the hub sends.
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case TelemetryDone(request_id, accepted):
+                if accepted:
+                    self._finish(request_id, 200, {"accepted": True})
+                else:
+                    text = "the hub does not have it, and will not get it"
+                    self._finish(request_id, 503, error_document("agent.not_connected", text, RETRY_AFTER_S))
+            case CloudMessage(message_id, properties, payload):
+                document: dict[str, Any] = {"event": "message", "id": f"{self._epoch}-{message_id}"}
+                self._held[message_id] = _chunk_of({**document, "properties": properties, **_payload(payload)})
+                self._broadcast(self._held[message_id])
+            case MethodCall(call_id, name, payload):
+                document = {"event": "method", "id": f"{self._epoch}-{call_id}", "name": name}
+                chunk = _chunk_of({**document, **_payload(payload)})
+                self._calls[call_id] = (chunk, time.monotonic() + METHOD_LIMIT_S)
+                self._broadcast(chunk)
+            case Desired(version, payload, whole):
+                self._desire(version, payload, whole)
+
+    def _desire(self, version: int, payload: bytes, whole: bool) -> None:
+        changes = _json(payload)
+        if not isinstance(changes, dict):
+            return  # the session has parsed a whole one; a patch that is no object changes nothing
+        known = {} if whole or self._desired is None else self._desired[1]
+        self._desired = (version, _merged(known, changes))
+        self._broadcast(_chunk_of({"event": "desired", "version": version, "whole": whole, "properties": changes}))
+
+    def _stream(self, client: _Client) -> None:
+        if self._streams >= STREAM_LIMIT:
+            raise Refused(503, "agent.busy", f"{STREAM_LIMIT} programs read the events already", RETRY_AFTER_S)
+        self._journal.event("local", f"{_described(client)} reads the events", INFO)
+        self._streams += 1
+        client.streams = True
+        client.received.clear()
+        client.deadline_s = time.monotonic() + HEARTBEAT_S
+        head = "HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+        client.lines.append(head.encode())
+        if self._desired is not None:
+            version, properties = self._desired
+            document = {"event": "desired", "version": version, "whole": True, "properties": properties}
+            client.lines.append(_chunk_of(document))
+        client.lines.extend(self._held.values())
+        client.lines.extend(chunk for chunk, _ in self._calls.values())
+        self._send(client)
+
+    def _broadcast(self, chunk: bytes) -> None:
+        for client in [client for client in self._clients.values() if client.streams]:
+            if len(client.lines) >= LINES_LIMIT:
+                self._drop(client)  # too slow; whoever connects again gets what is held
+            else:
+                self._guarded(client, self._line, client, chunk)
+
+    def _forget(self) -> None:
+        self._epoch += 1
+        self._held.clear()
+        self._calls.clear()
+
+    # Answers.
+
+    def _reply(self, client: _Client, status: int, document: dict[str, Any]) -> None:
+        body = to_json(document).encode() + b"\n"
+        retry_after_s = document["error"]["retryAfterS"] if "error" in document else None
+        client.ends = client.ends or status in (408, 413, 431)
+        ending = "Connection: close\r\n" if client.ends else ""
+        if client.pending is None and not client.streams:
+            client.deadline_s = time.monotonic() + IDLE_LIMIT_S
+        if status >= 400:
+            self._journal.detail(f"{_described(client)}: answered {status}")
+        self._line(client, _head(status, len(body), retry_after_s, ending) + body)
+
+    def _line(self, client: _Client, content: bytes) -> None:
+        client.lines.append(content)
+        self._send(client)
+
+    def _send(self, client: _Client) -> None:
+        """Sends what the client takes now; the rest follows when it is ready, or the connection ends."""
+        if client.socket.fileno() < 0:
+            return  # dropped meanwhile
+        progress = False
+        while client.lines:
+            try:
+                taken = client.socket.send(memoryview(client.lines[0])[client.sent :])
+            except BlockingIOError:
+                break
+            except OSError:
+                self._drop(client)
+                return
+            progress = True
+            client.sent += taken
+            if client.sent == len(client.lines[0]):
+                client.lines.popleft()
+                client.sent = 0
+        now_s = time.monotonic()
+        if client.lines:
+            if progress or client.deadline_s > now_s + SEND_LIMIT_S:
+                client.deadline_s = now_s + SEND_LIMIT_S
+            self._selector.modify(client.socket, selectors.EVENT_READ | selectors.EVENT_WRITE)
+            return
+        self._selector.modify(client.socket, selectors.EVENT_READ)
+        if client.streams:
+            client.deadline_s = now_s + HEARTBEAT_S
+        elif client.ends and client.pending is None:
+            self._drop(client)
+
+
+def listen(path: str, journal: Journal) -> socket.socket:
+    """A listening socket at `path`, open to its owner and, where it exists, to the group of the clients.
+
+    It gets its mode and group before it gets its name. OSError; EADDRINUSE where somebody listens there already.
+    """
+    make_runtime_folder(os.path.dirname(path))
+    _check_free(path)
+    made = f"{path}.new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(made)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        listener.setblocking(False)
+        listener.bind(made)
+        os.chmod(made, 0o600)
+        try:
+            group = client_group()
+            if group is None:
+                journal.detail(f"there is no group {CLIENT_GROUP}: the socket is the service's own user's")
+            else:
+                if os.stat(made).st_gid != group:  # as a rule it is the process's own: chown is no call for a service
+                    os.chown(made, -1, group)
+                os.chmod(made, 0o660)
+        except OSError as error:
+            text = f"the socket stays the service's own user's: its group cannot be {CLIENT_GROUP}: {error.strerror}"
+            journal.event("warning", text, NOTICE)
+        listener.listen(BACKLOG)
+        os.rename(made, path)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def client_group() -> int | None:
+    """The number of the group of the clients, None where there is none.
+
+    It is the machine's own, so its file is read: the system's own function loads half a megabyte of name services.
+    """
+    with contextlib.suppress(OSError), open(GROUP_FILE) as groups:
+        for line in groups:
+            name, _, rest = line.partition(":")
+            number = rest.split(":")[1] if rest.count(":") >= 2 else ""
+            if name == CLIENT_GROUP and number.isascii() and number.isdecimal():
+                return int(number)
+    return None
+
+
+def _check_free(path: str) -> None:
+    """OSError unless `path` is free, or a socket that nobody listens at."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise OSError(errno.EEXIST, "there is something else than a socket", path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return
+    raise OSError(errno.EADDRINUSE, "another dps-agent listens there", path)
+
+
+# Bytes and text.
+
+_NO_JSON = object()
+
+
+def _json(content: bytes) -> Any:
+    try:
+        return from_json(content)
+    except ValueError:
+        return _NO_JSON
+
+
+def _merged(known: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`known` with a JSON merge patch (RFC 7396) applied."""
+    merged = dict(known)
+    for name, value in changes.items():
+        if value is None:
+            merged.pop(name, None)
+        elif isinstance(value, dict):
+            inner = merged.get(name)
+            merged[name] = _merged(inner if isinstance(inner, dict) else {}, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _payload(content: bytes | None) -> dict[str, Any]:
+    """A payload as JSON holds it best: as JSON, else as text, else in base64; None is one that was too large."""
+    if content is None:
+        return {"tooLarge": True}
+    value = _json(content) if content else None
+    if value is not _NO_JSON:
+        return {"payload": value}
+    try:
+        return {"payloadText": content.decode()}
+    except ValueError:
+        return {"payloadBase64": binascii.b2a_base64(content, newline=False).decode()}
+
+
+def _chunk_of(document: dict[str, Any]) -> bytes:
+    return _chunk(to_json(document).encode() + b"\n")
+
+
+def _chunk(line: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(line), line)
+
+
+def _head(status: int, length: int, retry_after_s: int | None, more: str = "") -> bytes:
+    retry = f"Retry-After: {retry_after_s}\r\n" if retry_after_s is not None else ""
+    kind = "Content-Type: application/json\r\n"
+    return f"HTTP/1.1 {status} {_REASONS[status]}\r\n{kind}Content-Length: {length}\r\n{retry}{more}\r\n".encode()
+
+
+def _parse_head(head: bytes) -> tuple[str, str, dict[str, str]]:
+    """Method, target and headers (names in lower case) of a request; Refused where it is none."""
+    lines = head.decode("latin-1").split("\r\n")
+    words = lines[0].split(" ")
+    if len(words) != 3 or words[2] not in ("HTTP/1.1", "HTTP/1.0") or not words[1].startswith("/"):
+        raise Refused(400, "agent.usage", "expected a request of HTTP/1.1")
+    headers: dict[str, str] = {}
+    for line in lines[1:]:
+        name, colon, value = line.partition(":")
+        if not colon or not name or name != name.strip() or name.lower() in headers:
+            raise Refused(400, "agent.usage", f"expected each header once, as 'name: value'; came {line[:60]!r}")
+        headers[name.lower()] = value.strip()
+    if words[2] == "HTTP/1.0":
+        headers["connection"] = "close"
+    return words[0], words[1], headers
+
+
+def _content_length(headers: dict[str, str]) -> int:
+    if "transfer-encoding" in headers:
+        raise Refused(501, "agent.usage", "expected a body with Content-Length")
+    text = headers.get("content-length", "0")
+    if not (text.isascii() and text.isdecimal()):
+        raise Refused(400, "agent.usage", f"Content-Length: expected a number; came {text[:20]!r}")
+    if len(text) > 9 or int(text) > BODY_LIMIT:
+        raise Refused(413, "agent.usage", f"expected a body of at most {BODY_LIMIT} bytes")
+    return int(text)
+
+
+def _query(text: str) -> dict[str, str]:
+    parameters: dict[str, str] = {}
+    for pair in text.split("&") if text else ():
+        name, _, value = pair.partition("=")
+        parameters[percent_decode(name)] = percent_decode(value)
+    return parameters
+
+
+def _number(parameters: dict[str, str], name: str, default: int, highest: int) -> int:
+    text = parameters.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 0 < int(text) <= highest):
+        raise Refused(400, "agent.usage", f"{name}: expected a whole number from 1 to {highest}; came {text[:20]!r}")
+    return int(text)
+
+
+def _described(client: _Client) -> str:
+    process, user, _ = client.peer
+    return f"process {process} of user {user}"

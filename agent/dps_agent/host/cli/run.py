@@ -1,0 +1,17 @@
+"""`dps-agent run`: the service, in the foreground."""
+
+import argparse
+
+from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, no_arguments
+
+
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Registers where that is needed, connects to the hub and stays connected; ends at SIGTERM or SIGINT."""
+    from dps_agent.host.journal import Journal
+    from dps_agent.host.service import Service
+
+    Service(lambda: configuration_of(arguments), Journal(verbose=arguments.verbose)).run()
+    return Outcome([], {})
+
+
+VERB = Verb("run", "be the service: get the hub, connect to it, stay connected", no_arguments, run)

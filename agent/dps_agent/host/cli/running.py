@@ -1,0 +1,63 @@
+"""Asks the service that runs with the same state folder to do what only one process may do."""
+
+import errno
+import os
+import socket
+from typing import Any
+
+from dps_agent.host.config import Configuration
+from dps_hal.errors import AskOperator, RetryLater
+
+ANSWER_LIMIT = 1 << 20  # bytes
+
+
+def ask_service(configuration: Configuration, path: str, timeout_s: float) -> dict[str, Any] | None:
+    """POSTs to the socket of the service that runs and returns its answer; None where none runs, or has no socket.
+
+    Raises what the service answered as an error; AskOperator `agent.denied` for who may not use the socket.
+    """
+    from dps_agent.host.statefile import read_live
+
+    live = read_live(configuration)
+    if live is None or not live["socket"]:
+        return None
+    try:
+        answer = _post(live["socket"], path, timeout_s)
+    except TimeoutError:
+        raise RetryLater("agent.out_of_time", f"the service did not answer within {timeout_s:g} s") from None
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            text = f"the service runs, and its socket {live['socket']} is not open to user {os.geteuid()}"
+            raise AskOperator("agent.denied", text) from None
+        if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
+            return None  # it has just ended
+        raise RetryLater("agent.not_running", f"{live['socket']}: {error.strerror}") from None
+    return _checked(answer)
+
+
+def _post(path: str, target: str, timeout_s: float) -> bytes:
+    """The whole answer to one request."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
+        connection.settimeout(timeout_s)
+        connection.connect(path)
+        connection.sendall(f"POST {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        answer = b""
+        while len(answer) <= ANSWER_LIMIT and (part := connection.recv(65536)):
+            answer += part
+    return answer
+
+
+def _checked(answer: bytes) -> dict[str, Any]:
+    from dps_hal.platform import from_json
+
+    head, _, body = answer.partition(b"\r\n\r\n")
+    try:
+        status = int(head.split(b" ")[1])
+        document: dict[str, Any] = from_json(body)
+        if status == 200:
+            return document
+        error = document["error"]
+        kind = AskOperator if status in (400, 403, 404, 409) else RetryLater
+        raise kind(error["code"], error["message"], error["retryAfterS"], error["requestId"])
+    except (IndexError, KeyError, ValueError, TypeError):
+        raise RetryLater("agent.not_running", "the service ended before it answered") from None

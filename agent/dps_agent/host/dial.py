@@ -1,0 +1,231 @@
+"""TLS to a named peer, verified, with every wait bounded and to be ended by another thread.
+
+One thread calls `begin`, `dial`, `let_go` and `close` of a Dialler; any thread may call `abort`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import socket
+import ssl
+import threading
+import time
+
+from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_CONNECT, NO_REPLY_DNS, NO_REPLY_TIMEOUT, NO_REPLY_TLS
+from dps_hal.errors import AskOperator
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeAlias
+
+    from dps_agent.host.proxy import ProxyRule
+
+    _Lookup: TypeAlias = "list[tuple[Any, ...]] | OSError | None"  # getaddrinfo's answer, its error, None: abort()
+
+
+class Failed(Exception):
+    """Why a peer was not reached, or did not answer: `reason` is a NO_REPLY_* word, the message the rest."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class Dialler:
+    """Opens one TLS connection after the other, and can give up the one that is opened last.
+
+    `ca_file` holds the only roots to trust, in PEM; empty: the system's. `setting` is what the operator calls it:
+    AskOperator `config.invalid` where it makes no sense.
+    """
+
+    def __init__(self, proxies: ProxyRule, ca_file: str, setting: str = "ca_file") -> None:
+        self._proxies = proxies
+        self._ca_file = ca_file
+        self._setting = setting
+        if ca_file:
+            self._verifying_context()  # a wrong file is the operator's to correct: say so at once
+        self._lock = threading.Lock()  # over the three below, which `abort` reaches from another thread
+        self._socket: socket.socket | None = None
+        self._looking_up: queue.SimpleQueue[_Lookup] | None = None
+        self.aborted = False  # since `begin`
+
+    def begin(self) -> None:
+        """From now on an `abort` counts; one that came before is forgotten."""
+        self.aborted = False
+
+    def dial(
+        self, name: str, host: str, port: int, deadline_s: float, reach_by_s: float | None = None
+    ) -> ssl.SSLSocket:
+        """A TLS connection to `host`, through its proxy if it has one, whose certificate is for `name`.
+
+        Both times are of the monotonic clock, `reach_by_s` for what comes before TLS. Raises Failed: `connect` where
+        no TCP connection stood, `tls` where the peer was not verified.
+        """
+        try:
+            context = self._verifying_context()  # for each connection: a service outlives the system's roots
+        except AskOperator as error:
+            raise Failed(NO_REPLY_TLS, error.message) from None
+        reach_by_s = deadline_s if reach_by_s is None else min(reach_by_s, deadline_s)
+        try:
+            raw = self._reach(host, port, reach_by_s)
+            with self._lock:
+                self._refuse_if_aborted()
+                self._socket = tls = context.wrap_socket(
+                    raw, server_hostname=name, do_handshake_on_connect=False, suppress_ragged_eofs=False
+                )
+            tls.settimeout(seconds_until(deadline_s))
+            tls.do_handshake()
+        except (OSError, Failed) as error:
+            failed = self.explain(error, "in the TLS handshake")
+            self.close()
+            raise failed from None
+        return tls
+
+    def explain(self, error: Exception, where: str) -> Failed:
+        """An error of the connection that was dialled last as Failed; `where` completes "the connection ended …"."""
+        if self.aborted:
+            return Failed(NO_REPLY_CLOSED, "given up")
+        if isinstance(error, Failed):
+            return error
+        if isinstance(error, TimeoutError):
+            return Failed(NO_REPLY_TIMEOUT, f"nothing came in time {where}")
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return Failed(NO_REPLY_TLS, error.verify_message)
+        if isinstance(error, ssl.SSLError) and not _is_ragged_end(error):
+            return Failed(NO_REPLY_TLS, (error.reason or "failed").lower().replace("_", " "))
+        return Failed(NO_REPLY_CLOSED, f"the connection ended {where}")
+
+    def abort(self) -> None:
+        """Ends what the other thread waits for on the connection that was dialled last, or is being dialled."""
+        with self._lock:
+            self.aborted = True
+            if self._looking_up is not None:
+                self._looking_up.put(None)
+            if self._socket is not None:
+                with contextlib.suppress(OSError):  # not connected (any more)
+                    # The socket below TLS: SSLSocket.shutdown would drop the TLS state that the blocked thread uses.
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def let_go(self) -> None:
+        """The connection is its user's alone now: `abort` and `close` leave it alone."""
+        with self._lock:
+            self._socket = None
+
+    def close(self) -> None:
+        """Ends the connection that was dialled last, if there is one."""
+        with self._lock:
+            closing, self._socket = self._socket, None
+            if isinstance(closing, ssl.SSLSocket):
+                say_goodbye(closing)
+            if closing is not None:
+                closing.close()
+
+    def _verifying_context(self) -> ssl.SSLContext:
+        try:
+            context = ssl.create_default_context(cafile=self._ca_file or None)
+        except OSError as error:  # ssl.SSLError is one: the file holds no certificate
+            reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+            raise AskOperator(
+                "config.invalid", f"{self._setting}: expected PEM certificates in '{self._ca_file}': {reason}"
+            ) from None
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION  # else a send could have to wait for something to read
+        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # set by Python 3.11.2: a body cut off would look whole
+        return context
+
+    def _reach(self, host: str, port: int, deadline_s: float) -> socket.socket:
+        """A TCP connection that leads to `host`."""
+        proxy = self._proxies.proxy_for(host, port)
+        if proxy is None:
+            return self._connect(self._addresses(host, port, deadline_s), deadline_s)
+        try:
+            raw = self._connect(self._addresses(proxy.host, proxy.port, deadline_s), deadline_s)
+            proxy.open_tunnel(raw, host, port, deadline_s)
+        except TimeoutError:
+            raise Failed(NO_REPLY_CONNECT, f"the proxy {proxy} did not answer in time") from None
+        except OSError:
+            raise Failed(NO_REPLY_CONNECT, f"the proxy {proxy} ended the connection") from None
+        except Failed as failed:
+            if failed.reason != NO_REPLY_DNS:
+                raise
+            raise Failed(NO_REPLY_CONNECT, f"the proxy {failed}") from None  # nothing is known of the peer's name
+        return raw
+
+    def _addresses(self, host: str, port: int, deadline_s: float) -> list[tuple[Any, ...]]:
+        """What the resolver says; asked on a thread of its own, because getaddrinfo can be neither timed nor ended."""
+        found: queue.SimpleQueue[_Lookup] = queue.SimpleQueue()
+        with self._lock:
+            self._refuse_if_aborted()
+            self._looking_up = found
+        threading.Thread(target=_look_up, args=(host, port, found), name="dps-resolver", daemon=True).start()
+        try:
+            addresses = found.get(timeout=seconds_until(deadline_s))
+        except queue.Empty:
+            raise Failed(NO_REPLY_DNS, f"'{host}': the resolver gave no answer in time") from None
+        finally:
+            with self._lock:
+                self._looking_up = None
+        if addresses is None:
+            raise Failed(NO_REPLY_CLOSED, "given up")
+        if isinstance(addresses, OSError):
+            raise Failed(NO_REPLY_DNS, f"'{host}': {addresses.strerror}")
+        return addresses
+
+    def _connect(self, addresses: list[tuple[Any, ...]], deadline_s: float) -> socket.socket:
+        """A TCP connection to the first address that takes it; each has its share of the time that is left."""
+        failure = ""
+        for tried, (family, kind, protocol, _, address) in enumerate(addresses):
+            raw = socket.socket(family, kind, protocol)
+            with self._lock:
+                self._socket = raw
+                self._refuse_if_aborted()
+            try:
+                raw.settimeout(seconds_until(deadline_s) / (len(addresses) - tried))
+                raw.connect(address)
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except OSError as error:
+                self.close()
+                failure = f"{address[0]} port {address[1]}: {error.strerror or error}"
+            else:
+                return raw
+        self._refuse_if_aborted()
+        raise Failed(NO_REPLY_CONNECT, failure)
+
+    def _refuse_if_aborted(self) -> None:
+        if self.aborted:
+            raise Failed(NO_REPLY_CLOSED, "given up")
+
+
+def say_goodbye(tls: ssl.SSLSocket) -> None:
+    """Sends close_notify where that takes no time, and waits for no answer."""
+    with contextlib.suppress(OSError, ValueError):  # not shaken hands, or broken
+        tls.settimeout(0)
+        tls.unwrap()
+
+
+def seconds_until(deadline_s: float) -> float:
+    """Seconds until `deadline_s` of the monotonic clock; TimeoutError where there are none."""
+    left_s = deadline_s - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError
+    return left_s
+
+
+def address_text(host: str, port: int) -> str:
+    """ "host:port", an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _is_ragged_end(error: ssl.SSLError) -> bool:
+    """Whether the connection ended without close_notify; Python 3.11.2 has no class for it on OpenSSL 3."""
+    return isinstance(error, ssl.SSLEOFError) or error.reason == "UNEXPECTED_EOF_WHILE_READING"
+
+
+def _look_up(host: str, port: int, found: queue.SimpleQueue[_Lookup]) -> None:
+    try:
+        found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    except OSError as error:
+        found.put(error)
+    except UnicodeError:  # a name that DNS cannot have
+        found.put(OSError(0, "no host name"))

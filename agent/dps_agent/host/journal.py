@@ -1,0 +1,143 @@
+"""The service's lines: structured fields to systemd's journal where that listens, else plain text on stderr.
+
+One line for each event that somebody cares about; the rest only with `verbose`. Every event and every error code has a
+MESSAGE_ID, under which `agent/service/dps-agent.catalog` has the remedy for `journalctl -x`.
+"""
+
+import contextlib
+import hashlib
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from typing import TextIO
+
+from dps_agent.host.progress import printable
+from dps_hal.codes import REMEDIES
+
+JOURNAL_SOCKET = "/run/systemd/journal/socket"
+ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7  # syslog(3)
+
+# Every event that is not named by an error code: what the catalogue says about it.
+EVENTS = {
+    "started": ("The service has started", "Nothing to do. 'dps-agent status' shows where the device stands."),
+    "provisioning": ("The device registers", "Nothing to do. It asks the Device Provisioning Service for its hub."),
+    "assigned": ("The device has its hub", "Nothing to do. The assignment is stored and survives a power cut."),
+    "connected": ("The device is connected to its hub", "Nothing to do."),
+    "disconnected": (
+        "The connection to the hub ended",
+        "Nothing to do unless it lasts: the device connects again by itself. 'dps-agent check' looks for the cause.",
+    ),
+    "waiting": ("The device waits", "Nothing to do: it tries again by itself at the time that the line names."),
+    "halted": (
+        "Somebody must change something",
+        "The line says what. The device asks again about once an hour; 'systemctl reload dps-agent' makes it ask now.",
+    ),
+    "warning": ("Something was not done", "The line says what. The device goes on without it."),
+    "reloaded": ("The settings were read again", "Nothing to do."),
+    "refused": ("New settings were refused", "Correct what the line names, then reload. The old settings go on."),
+    "reset": ("The assignment was erased", "Nothing to do. The device registers again."),
+    "local": ("A program on this device asked for something", "Nothing to do if you know the program."),
+    "stopped": ("The service has ended", "Nothing to do."),
+}
+
+
+def message_id(name: str) -> str:
+    """The MESSAGE_ID of an event or an error code: 32 hex digits, the same for ever."""
+    return hashlib.sha256(f"dps-agent {name}".encode()).hexdigest()[:32]
+
+
+def catalog() -> str:
+    """The text of `agent/service/dps-agent.catalog`."""
+    entries = [(name, *text) for name, text in EVENTS.items()]
+    entries += [(code, code, remedy[0].upper() + remedy[1:] + ".") for code, remedy in REMEDIES.items()]
+    parts = ["# What 'journalctl -x' adds to the lines of dps-agent. Generated: python3 -m dps_agent.host.journal\n"]
+    for name, subject, text in entries:
+        parts.append(
+            f"-- {message_id(name)}\nSubject: {subject}\nDefined-By: dps-agent\nDocumentation: man:dps-agent(8)\n\n"
+            f"{text}\n"
+        )
+    return "\n".join(parts)
+
+
+class Journal:
+    """Where the lines go; safe to use from any thread, never blocks for long, never fails."""
+
+    def __init__(
+        self, stream: TextIO | None = None, verbose: bool = False, environ: Mapping[str, str] | None = None
+    ) -> None:
+        self.verbose = verbose
+        self._stream = sys.stderr if stream is None else stream
+        self._socket: socket.socket | None = None
+        if _is_the_journal(self._stream, os.environ if environ is None else environ):
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            self._socket.setblocking(False)
+
+    def event(
+        self,
+        event: str,
+        message: str,
+        level: int = INFO,
+        *,
+        state: str = "",
+        code: str = "",
+        hub: str = "",
+        retry_s: int | None = None,
+        request_id: str = "",
+    ) -> None:
+        """One line; `event` is one of EVENTS, `code` an error code."""
+        fields = {
+            "DPS_EVENT": event,
+            "DPS_STATE": state,
+            "DPS_CODE": code,
+            "DPS_HUB": hub,
+            "DPS_RETRY_S": "" if retry_s is None else str(retry_s),
+            "DPS_REQUEST_ID": request_id,
+            "MESSAGE_ID": message_id(code if code in REMEDIES else event),
+        }
+        tail = "".join(f" [{part}]" for part in (code, f"request id {request_id}" if request_id else "") if part)
+        self._write(message if self._socket else f"{message}{tail}", level, fields)
+
+    def detail(self, message: str) -> None:
+        """One line of what only `verbose` shows."""
+        if self.verbose:
+            self._write(message, DEBUG, {})
+
+    def write(self, text: str) -> int:
+        """For what wants a stream, such as `StepLines`: each line is a detail."""
+        for line in text.splitlines():
+            self.detail(line)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def close(self) -> None:
+        """Ends it; idempotent."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _write(self, message: str, level: int, fields: Mapping[str, str]) -> None:
+        line = printable(message).replace("\n", " | ")
+        with contextlib.suppress(OSError, ValueError):  # who reads it is busy or gone: a line is worth no wait
+            if self._socket is None:
+                self._stream.write(f"{line}\n")
+                self._stream.flush()
+                return
+            shown = {"MESSAGE": line, "PRIORITY": str(level), "SYSLOG_IDENTIFIER": "dps-agent", **fields}
+            text = "".join(f"{name}={printable(value)}\n" for name, value in shown.items() if value)
+            self._socket.sendto(text.encode(errors="replace"), JOURNAL_SOCKET)
+
+
+def _is_the_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    """Whether `stream` is what systemd connected to its journal: $JOURNAL_STREAM, systemd.exec(5)."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
+    return environ.get("JOURNAL_STREAM", "") == f"{status.st_dev}:{status.st_ino}"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(catalog())

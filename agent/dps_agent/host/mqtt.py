@@ -1,0 +1,585 @@
+"""MQTT 3.1.1 to an IoT hub on paho-mqtt 2, with every wait and every size bounded.
+
+paho makes and reads the packets and keeps what is in flight. It gets its bytes from `_Wire` and neither dials nor
+waits nor reconnects: its own reconnect would send an expired token again, its dialling can be neither timed nor ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import select
+import socket
+import ssl
+import struct
+import time
+from collections import deque
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+
+from dps_agent.effects import (
+    NO_REPLY_CLOSED,
+    NO_REPLY_CONNECT,
+    NO_REPLY_PROTOCOL,
+    NO_REPLY_TIMEOUT,
+    NO_REPLY_TOO_LARGE,
+    Acknowledged,
+    Arrived,
+    ConnAck,
+    Gone,
+    Granted,
+    NoReply,
+)
+from dps_agent.host import websocket
+from dps_agent.host.dial import Dialler, Failed, say_goodbye
+from dps_agent.host.https import host_and_port
+from dps_agent.host.proxy import NONE, ProxyRule
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from paho.mqtt.reasoncodes import ReasonCode
+
+    from dps_agent.effects import Connect, Event
+
+AUTO = "auto"
+MQTT = "mqtt"
+WEBSOCKET = "websocket"
+
+CONNECT_LIMIT_S = 60.0  # from the name's lookup to CONNACK
+REACH_LIMIT_S = 20.0  # for TCP, where there is another port to try
+PACKET_LIMIT = 256 * 1024 + 65536 + 8  # bytes after the first five: the largest message of a hub, the longest topic
+TOPIC_LIMIT = 65535  # bytes; MQTT 3.1.1, 1.5.3
+EVENTS_LIMIT = 64  # of the hub, not yet asked for; then it is not read any more
+POSTS_LIMIT = 1024  # events of programs, not yet asked for
+SILENCE = 1.5  # times the keep-alive without a byte from the hub: MQTT 3.1.1, 3.1.2.10, seen from the other side
+PING_AFTER = 0.75  # times the keep-alive
+FLUSH_LIMIT_S = 0.4  # for what is to be sent before a polite end
+LONGEST_WAIT_S = 3600.0  # in one go; poll(2) counts milliseconds in 31 bits
+LINGER_S = 0.2  # for the hub to end the connection after our DISCONNECT
+_CONNACK, _PUBLISH, _PUBACK, _SUBACK, _PINGRESP = 2, 3, 4, 9, 13  # packet types, MQTT 3.1.1, table 2.1
+_RECEIVE_SIZE = 16 * 1024  # bytes; the largest TLS record
+_ID_TRIES = 64  # packet ids to try for one that no message in flight has
+
+
+class HubConnection:
+    """One connection to one hub after the other, and the events of hub and programs.
+
+    `connect_to`, "host:port", is dialled instead of the hub's `port`; the name that is sent and that the certificate
+    must carry stays the hub's. `ca_file` holds the only roots to trust, in PEM; empty: the system's. `transport` is
+    "mqtt", "websocket" (port 443), or "auto": mqtt, and WebSocket where the hub's port is not reached; what worked is
+    tried first the next time. `proxy` is the setting `network.proxy`. AskOperator `config.invalid` for what makes no
+    sense.
+
+    One thread calls the methods; any thread, and any signal handler, may call `post` and `abort`.
+    """
+
+    def __init__(
+        self,
+        *,
+        port: int = 8883,
+        connect_to: str = "",
+        ca_file: str = "",
+        transport: str = AUTO,
+        proxy: str = NONE,
+        websocket_port: int = websocket.PORT,
+    ) -> None:
+        self._ports = {MQTT: port, WEBSOCKET: websocket_port}
+        self._connect_to = host_and_port(connect_to, "hub.connect_to") if connect_to else None
+        transports = [MQTT, WEBSOCKET] if transport == AUTO else [transport]
+        self._transports = transports[:1] if connect_to else transports  # in the order in which they are tried
+        self._dialler = Dialler(ProxyRule(proxy), ca_file, "hub.ca_file")
+        self._identity = ("", "")  # hub and device id
+        self._client: _Client | None = None  # keeps what the identity has in flight
+        self._in_flight: set[int] = set()  # packet ids, QoS 1
+        self._wire: _Wire | None = None
+        self._connected = False  # the hub has accepted us, and nobody was told that it ended
+        self._keep_alive_s = 0.0
+        self._pinged_at_s = 0.0
+        self._events: deque[Event] = deque()
+        self._posted: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._bell: tuple[socket.socket, socket.socket] | None = None  # written to by `post`, heard while waiting
+        self._aborted = False
+
+    def connect(self, effect: Connect) -> ConnAck | NoReply:
+        """Connects as one device, after any earlier connection has ended; within CONNECT_LIMIT_S."""
+        deadline_s = time.monotonic() + CONNECT_LIMIT_S
+        self._dialler.begin()
+        self._aborted = False
+        self.disconnect()
+        client = self._client_of(effect)
+        sent = False
+        try:
+            wire = self._wire = self._reach(effect.hub, deadline_s)
+            sent = True
+            client.wire = wire
+            client.username_pw_set(effect.user_name, effect.token.header())
+            try:
+                client.connect(effect.hub, keepalive=effect.keep_alive_s)  # the packet is made in here
+            finally:
+                client.username_pw_set(None)
+            self._keep_alive_s = float(effect.keep_alive_s)
+            while wire.connack is None and not wire.closed:
+                if self._aborted:
+                    raise Failed(NO_REPLY_CLOSED, "given up")
+                if time.monotonic() >= deadline_s:
+                    raise Failed(NO_REPLY_TIMEOUT, "the hub did not answer to CONNECT in time")
+                self._serve(deadline_s)
+        except Failed as failed:
+            self._end()
+            return NoReply(f"{failed.reason}: {failed}", sent)
+        if wire.connack is None:
+            self._end()
+            return NoReply(wire.reason(), sent)
+        if wire.connack.return_code:
+            self._end()
+            return wire.connack
+        self._pinged_at_s = time.monotonic()
+        self._connected = True
+        self._look_for_the_end()
+        return wire.connack
+
+    def subscribe(self, filters: tuple[tuple[str, int], ...]) -> int | None:
+        """One SUBSCRIBE; its packet id, None without a connection."""
+        if not self._connected or self._client is None:
+            return None
+        result, packet_id = self._client.subscribe(list(filters))
+        self._look_for_the_end()
+        return packet_id if result == paho.MQTT_ERR_SUCCESS else None
+
+    def publish(self, topic: str, payload: bytes, qos: int) -> int | None:
+        """One PUBLISH with QoS 0 or 1; its packet id, 0 for QoS 0.
+
+        None without a connection and for a topic longer than MQTT has room for. A message with QoS 1 that was taken
+        is sent until it is acknowledged, on as many connections as that takes.
+        """
+        if not self._connected or self._client is None or len(topic.encode()) > TOPIC_LIMIT:
+            return None
+        for _ in range(_ID_TRIES):
+            sent = self._client.publish(topic, payload, qos)
+            if sent.rc == paho.MQTT_ERR_QUEUE_SIZE:  # a message in flight has this packet id
+                continue
+            self._look_for_the_end()
+            if qos == 0:
+                return 0
+            self._in_flight.add(sent.mid)
+            return sent.mid
+        return None
+
+    def acknowledge(self, packet_id: int) -> None:
+        """The PUBACK for an Arrived message of this connection."""
+        if self._connected and self._client is not None:
+            self._client.ack(packet_id, 1)
+            self._look_for_the_end()
+
+    def next_event(self, until_s: float) -> Event | None:
+        """The next event of hub or programs; None at `until_s` of the monotonic clock, or earlier after `abort`."""
+        self._aborted = False
+        look_until_s = 0.0  # the first look takes no time: programs that post without end must not starve the hub
+        while True:
+            self._serve(look_until_s)
+            if self._events:
+                return self._events.popleft()
+            with contextlib.suppress(queue.Empty):
+                return self._posted.get_nowait()
+            if self._aborted or time.monotonic() >= until_s:
+                return None
+            look_until_s = until_s
+
+    def post(self, event: Event) -> bool:
+        """Queues an event of a program; False, and it is dropped, where too many wait already."""
+        if self._posted.qsize() >= POSTS_LIMIT:
+            return False
+        self._posted.put(event)
+        self._ring()
+        return True
+
+    def abort(self) -> None:
+        """Makes a blocked `connect` or `next_event` return at once; nothing where none is blocked."""
+        self._aborted = True
+        self._dialler.abort()
+        self._ring()
+
+    def disconnect(self) -> None:
+        """Ends the connection, politely where that takes less than a second."""
+        wire, client = self._wire, self._client
+        if self._connected and wire is not None and client is not None and not wire.closed:
+            wire.polite = True
+            client.disconnect()  # behind what was not sent yet; paho closes the wire once it is sent
+            until_s = time.monotonic() + FLUSH_LIMIT_S
+            while not wire.closed and (left_s := until_s - time.monotonic()) > 0:
+                _wait_until_ready(wire.fileno(), select.POLLOUT, left_s)
+                client.loop_write()
+        self._end()
+
+    def close(self) -> None:
+        """`disconnect`, and gives back what is open; the next call opens it again."""
+        self.disconnect()
+        bell, self._bell = self._bell, None
+        if bell is not None:
+            for end in bell:
+                end.close()
+
+    # Connecting.
+
+    def _client_of(self, effect: Connect) -> _Client:
+        """The paho client of this identity; another identity has nothing in flight, and no events."""
+        identity = (effect.hub, effect.device_id)
+        if self._client is None or identity != self._identity:
+            self._identity = identity
+            self._in_flight.clear()
+            self._events.clear()
+            client = self._client = _Client(effect.device_id)
+            client.on_message = self._on_message
+            client.on_subscribe = self._on_subscribe
+        self._events = deque(event for event in self._events if isinstance(event, Acknowledged))
+        return self._client
+
+    def _reach(self, hub: str, deadline_s: float) -> _Wire:
+        """A wire to the hub on the first transport that reaches it."""
+        for transport in self._transports[:-1]:
+            try:
+                return self._open(transport, hub, deadline_s, time.monotonic() + REACH_LIMIT_S)
+            except Failed as failed:
+                if failed.reason != NO_REPLY_CONNECT:
+                    raise
+        last = self._transports[-1]
+        wire = self._open(last, hub, deadline_s, deadline_s)
+        self._transports.remove(last)
+        self._transports.insert(0, last)  # it works here
+        return wire
+
+    def _open(self, transport: str, hub: str, deadline_s: float, reach_by_s: float) -> _Wire:
+        host, port = self._connect_to or (hub, None)
+        tls = self._dialler.dial(hub, host, port or self._ports[transport], deadline_s, reach_by_s)
+        try:
+            if transport == MQTT:
+                wire = _Wire(tls, None, b"")
+            else:
+                wire = _Wire(tls, websocket.Frames(), websocket.upgrade(tls, hub, deadline_s))
+        except (OSError, Failed) as error:
+            failed = self._dialler.explain(error, "in the WebSocket's handshake")
+            self._dialler.close()
+            raise failed from None
+        self._dialler.let_go()
+        return wire
+
+    def _end(self) -> None:
+        """Ends the connection; nobody is told."""
+        self._connected = False
+        if self._wire is not None:
+            self._take_acknowledgements(self._wire)
+            self._wire.close()
+            self._wire = None
+
+    # The loop.
+
+    def _serve(self, until_s: float) -> None:
+        """Reads and writes what can be, pings and notices silence; waits for something to happen at most once."""
+        wire = self._wire if self._wire is not None and not self._wire.closed else None
+        poll = select.poll()
+        poll.register(self._bell_to_hear(), select.POLLIN)
+        reads = len(self._events) < EVENTS_LIMIT
+        if wire is not None:
+            until_s = 0.0 if reads and wire.has_unread() else min(until_s, self._due_s(wire))
+            poll.register(wire.fileno(), self._interest(wire, reads))
+        if not self._posted.empty() or self._aborted:
+            until_s = 0.0
+        within_s = min(max(until_s - time.monotonic(), 0.0), LONGEST_WAIT_S)
+        ready = dict(poll.poll(math.ceil(within_s * 1000)))
+        self._silence_bell()
+        if wire is not None:
+            self._exchange(wire, reads, ready.get(wire.fileno(), 0))
+        self._look_for_the_end()
+
+    def _interest(self, wire: _Wire, reads: bool) -> int:
+        assert self._client is not None
+        writes = self._client.want_write() or wire.wants_write()
+        return (select.POLLIN if reads else 0) | (select.POLLOUT if writes else 0)
+
+    def _exchange(self, wire: _Wire, reads: bool, ready: int) -> None:
+        client = self._client
+        assert client is not None
+        try:
+            if reads and (ready or wire.has_unread()) and client.loop_read() == paho.MQTT_ERR_PROTOCOL:
+                wire.fail(Failed(NO_REPLY_PROTOCOL, "the hub sent a malformed packet"))
+            if not wire.closed and ready & select.POLLOUT:
+                wire.flush()
+                client.loop_write()
+        except (ValueError, struct.error, LookupError, TypeError) as error:  # what paho makes of malformed packets
+            wire.fail(Failed(NO_REPLY_PROTOCOL, f"the hub sent a malformed packet ({type(error).__name__})"))
+            wire.close()
+        except OSError as error:
+            wire.fail(self._dialler.explain(error, "between two packets"))
+            wire.close()
+        self._take_acknowledgements(wire)
+        if not wire.closed and self._connected:
+            self._keep_alive(wire, client)
+
+    def _due_s(self, wire: _Wire) -> float:
+        """When there is something to do even if nothing happens."""
+        if not self._connected:
+            return math.inf
+        return min(self._ping_due_s(wire), wire.received_at_s + SILENCE * self._keep_alive_s)
+
+    def _ping_due_s(self, wire: _Wire) -> float:
+        """Both sides are to hear of the other within a keep-alive; balancers on the way want it a little earlier."""
+        heard_s = min(wire.received_at_s, wire.sent_at_s)
+        return max(heard_s, self._pinged_at_s) + PING_AFTER * self._keep_alive_s
+
+    def _keep_alive(self, wire: _Wire, client: _Client) -> None:
+        now_s = time.monotonic()
+        if now_s >= wire.received_at_s + SILENCE * self._keep_alive_s:
+            silent_s = now_s - wire.received_at_s
+            wire.fail(Failed(NO_REPLY_TIMEOUT, f"nothing came from the hub for {silent_s:.0f} s"))
+            wire.close()
+        elif now_s >= self._ping_due_s(wire):
+            self._pinged_at_s = now_s
+            client.ping()
+
+    def _look_for_the_end(self) -> None:
+        """Tells of a connection that has ended."""
+        if self._connected and self._wire is not None and self._wire.closed:
+            reason = self._wire.reason()
+            self._end()
+            self._events.append(Gone(reason))
+
+    def _take_acknowledgements(self, wire: _Wire) -> None:
+        while wire.acknowledged:
+            packet_id = wire.acknowledged.pop(0)
+            if packet_id in self._in_flight:
+                self._in_flight.remove(packet_id)
+                self._events.append(Acknowledged(packet_id))
+
+    def _on_message(self, _client: paho.Client, _none: object, message: paho.MQTTMessage) -> None:
+        self._events.append(Arrived(message.topic, bytes(message.payload), message.mid if message.qos else 0))
+
+    def _on_subscribe(
+        self, _client: paho.Client, _none: object, packet_id: int, granted: list[ReasonCode], _properties: object
+    ) -> None:
+        self._events.append(Granted(packet_id, tuple(code.value for code in granted)))
+
+    # The bell.
+
+    def _bell_to_hear(self) -> int:
+        if self._bell is None:
+            hears, rings = socket.socketpair()
+            hears.setblocking(False)
+            rings.setblocking(False)
+            self._bell = (hears, rings)
+        return self._bell[0].fileno()
+
+    def _ring(self) -> None:
+        bell = self._bell
+        if bell is not None:  # else nobody waits
+            with contextlib.suppress(OSError):  # it rings already, or was closed just now
+                bell[1].send(b"\0")
+
+    def _silence_bell(self) -> None:
+        if self._bell is not None:
+            with contextlib.suppress(BlockingIOError):
+                while self._bell[0].recv(4096):
+                    pass
+
+
+class _Client(paho.Client):
+    """paho on a wire that it did not dial; all that is relied on beyond paho's documentation is in here."""
+
+    def __init__(self, device_id: str) -> None:
+        super().__init__(
+            CallbackAPIVersion.VERSION2,
+            client_id=device_id,
+            clean_session=False,
+            protocol=paho.MQTTv311,
+            reconnect_on_failure=False,
+            manual_ack=True,
+        )
+        self.max_inflight_messages_set(0)  # no limit of paho's own
+        self.wire: _Wire | None = None
+
+    def _create_socket(self) -> Any:
+        assert self.wire is not None
+        return self.wire
+
+    def ping(self) -> None:
+        """One PINGREQ."""
+        self._send_pingreq()
+
+
+class _Wire:
+    """A TLS connection, or a WebSocket in one, as the socket that paho reads and writes.
+
+    It never waits but in a polite `close`. It looks at each packet's head on the way: so it knows the return code of
+    CONNACK, which paho does not tell for all of them, the PUBACKs, which paho does not tell from sent QoS 0 messages,
+    and that no packet is larger than it may be, before there is memory for it.
+    """
+
+    def __init__(self, tls: ssl.SSLSocket, frames: websocket.Frames | None, received: bytes) -> None:
+        self.connack: ConnAck | None = None
+        self.acknowledged: list[int] = []  # packet ids, in the order of their PUBACKs
+        self.closed = False
+        self.polite = False  # what was sent is to arrive before the end
+        self.received_at_s = self.sent_at_s = time.monotonic()
+        self._tls = tls
+        self._frames = frames
+        self._failure: Failed | None = None
+        self._received = bytearray(frames.unpack(received) if frames is not None else received)
+        self._unsent = bytearray()
+        self._wants_write = False
+        self._head = bytearray()  # of the packet that is being read
+        self._left = 0  # bytes of that packet which are still to be read, once its head is whole
+        self._body: bytearray | None = None  # of a packet that is looked into
+
+    def reason(self) -> str:
+        """Why it ended, as in NoReply."""
+        failed = self._failure or Failed(NO_REPLY_CLOSED, "the hub ended the connection")
+        return f"{failed.reason}: {failed}"
+
+    def fail(self, failed: Failed) -> None:
+        """Notes why it is about to end; the first reason counts."""
+        self._failure = self._failure or failed
+
+    def has_unread(self) -> bool:
+        """Whether there is something to read that `fileno` does not show."""
+        return bool(self._received) or self._tls.pending() > 0
+
+    def wants_write(self) -> bool:
+        """Whether there is something to write that paho does not know of."""
+        return bool(self._unsent) or self._wants_write
+
+    def flush(self) -> None:
+        """Sends what can be sent now."""
+        self._wants_write = False
+        while self._unsent:
+            try:
+                sent = self._tls.send(self._unsent)
+            except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                return
+            del self._unsent[:sent]
+            self.sent_at_s = time.monotonic()
+
+    # What paho calls.
+
+    def recv(self, size: int) -> bytes:
+        try:
+            while not self._received:
+                if not self._fill():
+                    return b""
+            # A head is read byte by byte, and no piece is of two packets.
+            piece = bytes(self._received[: min(size, self._left) if self._left else 1])
+            del self._received[: len(piece)]
+            self._look_at(piece)
+        except Failed as failed:
+            self.fail(failed)
+            raise ConnectionError from None
+        return piece
+
+    def send(self, content: bytes | bytearray) -> int:
+        if self._unsent:
+            self.flush()
+            if self._unsent:
+                raise BlockingIOError
+        self._unsent += content if self._frames is None else websocket.packed(bytes(content))
+        self.flush()
+        return len(content)
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        if self.polite:
+            with contextlib.suppress(OSError):
+                self._part()
+        self._tls.close()
+
+    def fileno(self) -> int:
+        return self._tls.fileno()
+
+    def setblocking(self, _blocking: bool) -> None:
+        self._tls.setblocking(False)
+
+    # Reading.
+
+    def _fill(self) -> bool:
+        """Takes what has arrived; False at the end, BlockingIOError where nothing has."""
+        try:
+            received = self._tls.recv(_RECEIVE_SIZE)
+        except ssl.SSLWantReadError:
+            raise BlockingIOError from None
+        except ssl.SSLWantWriteError:
+            self._wants_write = True
+            raise BlockingIOError from None
+        except OSError:
+            raise Failed(NO_REPLY_CLOSED, "the connection broke") from None
+        self.received_at_s = time.monotonic()
+        if self._frames is None:
+            self._received += received
+        else:
+            self._received += self._frames.unpack(received)
+            self._unsent += self._frames.to_answer
+            self._frames.to_answer.clear()
+        return bool(received)
+
+    def _look_at(self, piece: bytes) -> None:
+        """Follows the packets; Failed for one that no hub sends to us."""
+        if self._left:
+            self._left -= len(piece)
+            if self._body is not None:
+                self._body += piece
+        else:
+            self._head += piece
+            kind = self._head[0] >> 4
+            if (kind == _CONNACK) != (self.connack is None) or not _is_expected(self._head[0]):
+                raise Failed(NO_REPLY_PROTOCOL, f"a packet of type {kind} where none is expected")
+            if len(self._head) == 1 or self._head[-1] & 0x80:
+                if len(self._head) > 4:
+                    raise Failed(NO_REPLY_PROTOCOL, "a packet's length of more than four bytes")
+                return
+            self._left = sum((digit & 0x7F) << 7 * place for place, digit in enumerate(self._head[1:]))
+            if self._left > PACKET_LIMIT:
+                raise Failed(NO_REPLY_TOO_LARGE, f"a packet of {self._left} bytes, more than {PACKET_LIMIT}")
+            self._body = bytearray() if kind in (_CONNACK, _PUBACK) else None
+            if self._body is not None and self._left != 2:
+                raise Failed(NO_REPLY_PROTOCOL, f"a packet of type {kind} with {self._left} bytes")
+        if not self._left:
+            self._take_packet()
+
+    def _take_packet(self) -> None:
+        kind, body = self._head[0] >> 4, self._body
+        self._head.clear()
+        self._body = None
+        if body is not None and kind == _CONNACK:
+            self.connack = ConnAck(body[1], bool(body[0] & 1))
+        elif body is not None:
+            self.acknowledged.append(int.from_bytes(body))
+
+    # The end.
+
+    def _part(self) -> None:
+        """Lets what was sent arrive: to close a socket with something unread in it resets the connection."""
+        until_s = time.monotonic() + LINGER_S
+        while self._unsent and (left_s := until_s - time.monotonic()) > 0:
+            _wait_until_ready(self.fileno(), select.POLLOUT, left_s)
+            self.flush()
+        say_goodbye(self._tls)
+        socket.socket.shutdown(self._tls, socket.SHUT_WR)
+        while (left_s := until_s - time.monotonic()) > 0 and _wait_until_ready(self.fileno(), select.POLLIN, left_s):
+            if not socket.socket.recv(self._tls, _RECEIVE_SIZE):
+                return
+
+
+def _is_expected(first_byte: int) -> bool:
+    """Whether a hub sends packets that begin so to a client that publishes and subscribes with QoS 0 and 1."""
+    kind, flags = first_byte >> 4, first_byte & 0x0F
+    if kind == _PUBLISH:
+        return flags & 0x06 in (0x00, 0x02)
+    return kind in (_CONNACK, _PUBACK, _SUBACK, _PINGRESP) and flags == 0
+
+
+def _wait_until_ready(fileno: int, what: int, within_s: float) -> bool:
+    poll = select.poll()
+    poll.register(fileno, what)
+    return bool(poll.poll(math.ceil(within_s * 1000)))

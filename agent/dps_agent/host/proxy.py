@@ -1,0 +1,137 @@
+"""Which HTTP proxy leads to a peer, and the way through it.
+
+Sources: RFC 9110, 9.3.6 (CONNECT) and 11.7 (proxy authentication). `https_proxy` and `no_proxy` have no standard; read
+here is what curl, Go and Python have in common: the lower-case name counts first, a name in `no_proxy` also means what
+lies below it, and peers on this machine are never reached through the environment's proxy.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import urllib.parse
+
+from dps_agent.effects import NO_REPLY_CONNECT, NO_REPLY_PROTOCOL, NO_REPLY_PROXY
+from dps_agent.host.dial import Failed, address_text, seconds_until
+from dps_hal.errors import AskOperator
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Mapping
+
+ENVIRONMENT = "env"
+NONE = "none"
+HEAD_LIMIT = 16 * 1024  # bytes of a proxy's answer
+_DEFAULT_PORT = 80
+_CREDENTIALS_WANTED = 407
+
+
+class Proxy:
+    """One HTTP proxy, from "http://[user:password@]host[:port]"; `source` names where that stands.
+
+    AskOperator `config.invalid` for anything else. Neither repr nor error has user or password.
+    """
+
+    def __init__(self, url: str, source: str) -> None:
+        wanted = AskOperator("config.invalid", f'{source}: expected "http://[user:password@]host:port"')
+        try:
+            parts = urllib.parse.urlsplit(url)
+            self.host, self.port = parts.hostname or "", parts.port or _DEFAULT_PORT
+            self.host.encode("idna")
+            valid = parts.scheme == "http" and bool(self.host) and url.isascii() and url.isprintable()
+        except ValueError:  # a port that is no number, brackets that do not pair, a label that is too long
+            raise wanted from None
+        if not valid:
+            raise wanted
+        self._authorization = ""
+        if parts.username is not None:
+            credentials = [urllib.parse.unquote(part or "") for part in (parts.username, parts.password)]
+            self._authorization = "Basic " + base64.b64encode(":".join(credentials).encode()).decode()
+
+    def __repr__(self) -> str:
+        return address_text(self.host, self.port)
+
+    def open_tunnel(self, connection: socket.socket, host: str, port: int, deadline_s: float) -> None:
+        """Makes `connection`, which leads to the proxy, one that leads to `host`; raises Failed and OSError."""
+        target, here = address_text(host, port), f"the proxy {self}"
+        lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
+        if self._authorization:
+            lines.append(f"Proxy-Authorization: {self._authorization}")
+        connection.settimeout(seconds_until(deadline_s))
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):  # nothing follows it: in TLS the client speaks first
+            if len(head) > HEAD_LIMIT:
+                raise Failed(NO_REPLY_PROTOCOL, f"{here} answered with more than {HEAD_LIMIT} bytes")
+            connection.settimeout(seconds_until(deadline_s))
+            received = connection.recv(4096)
+            if not received:
+                raise ConnectionError
+            head += received
+            if b"\n" in head and not 200 <= _status(head) < 300:  # a body may follow, which nobody needs
+                break
+        status = _status(head)
+        if status == _CREDENTIALS_WANTED:
+            wants = "refuses the user and password" if self._authorization else "wants a user and a password"
+            raise Failed(NO_REPLY_PROXY, f"{here} {wants} (407)")
+        if status == 0:
+            raise Failed(NO_REPLY_PROTOCOL, f"{here} does not speak HTTP")
+        if not 200 <= status < 300:
+            raise Failed(NO_REPLY_CONNECT, f"{here} answered {status} to CONNECT {target}")
+
+
+class ProxyRule:
+    """The setting `network.proxy`: "env", "none", or one proxy for everything. Raises as Proxy does."""
+
+    def __init__(self, setting: str, environ: Mapping[str, str] | None = None) -> None:
+        environ = os.environ if environ is None else environ
+        self._proxy: Proxy | None = None
+        self._exceptions: list[str] | None = None  # None: there are none, not even this machine
+        if setting == ENVIRONMENT:
+            name = next((name for name in ("https_proxy", "HTTPS_PROXY") if environ.get(name)), "")
+            if name:
+                url = environ[name]
+                self._proxy = Proxy(url if "://" in url else f"http://{url}", f"environment {name}")
+            listed = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+            self._exceptions = [entry for entry in listed.lower().replace(",", " ").split() if entry]
+        elif setting != NONE:
+            self._proxy = Proxy(setting, "network.proxy")
+
+    def proxy_for(self, host: str, port: int) -> Proxy | None:
+        """The proxy that leads to `host`, None for the direct way."""
+        if self._proxy is None or self._exceptions is None:
+            return self._proxy
+        host = host.lower().rstrip(".")
+        if host in ("localhost", "::1") or host.startswith("127."):
+            return None
+        return None if any(_is_meant(host, port, entry) for entry in self._exceptions) else self._proxy
+
+
+def _is_meant(host: str, port: int, entry: str) -> bool:
+    """Whether an entry of `no_proxy` speaks of this peer: a name, an address or a network, each perhaps with a port."""
+    if entry == "*":
+        return True
+    name, colon, entry_port = entry.rpartition(":")
+    if colon and entry_port.isdecimal() and (":" not in name or name.endswith("]")):
+        if int(entry_port) != port:
+            return False
+        entry = name
+    entry = entry.strip("[]")
+    if "/" in entry:
+        import ipaddress  # networks are rare, and so are peers that are addresses
+
+        try:
+            return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+        except ValueError:
+            return False
+    domain = entry.removeprefix("*").strip(".")
+    return bool(domain) and (host == domain or host.endswith("." + domain))
+
+
+def _status(head: bytes) -> int:
+    """The status code in the first line of an answer, 0 where that is none."""
+    words = head.partition(b"\n")[0].split()
+    if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
+        return 0
+    return int(words[1][:4])

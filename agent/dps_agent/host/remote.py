@@ -1,0 +1,85 @@
+"""What DPS has on record for this device, without registering it: one challenge, one registration status lookup.
+
+The challenge is answered by the TPM only to sign the lookup; the key in it, and any key in the answer, is forgotten. It
+counts as a registration in the quota of the service. Source: Azure DPS Runtime Registration API, 2021-10-01.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dps_agent.assignment import check_clock
+from dps_agent.effects import Http, ImportKey, NoReply, ReadEndorsementKey, ReadStorageRootKey, UtcNow
+from dps_agent.messages import DeviceRegistrationResult, TpmChallenge, decode, device_registration
+from dps_agent.registration import API_VERSION, _activation, _no_reply, _read_register, _refusal
+from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_encode, signed_token
+from dps_agent.settings import AUTO
+from dps_hal.tpm_keys import registration_id_from_ek
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from typing import Any
+
+    from dps_agent.assignment import Assignment
+    from dps_agent.effects import Effect, Reply
+    from dps_agent.settings import Settings
+    from dps_hal.contracts import Utc
+
+
+def look_up(settings: Settings) -> Generator[Effect, Any, DeviceRegistrationResult]:
+    """Asks once and returns what DPS says, without its key; every step is tried once, for somebody is waiting.
+
+    Raises RetryLater, AskOperator and IdentityStale as a registration does. Nothing is stored.
+    """
+    endorsement_key: bytes = yield ReadEndorsementKey()
+    storage_root_key: bytes = yield ReadStorageRootKey()
+    registration_id = settings.registration_id
+    if registration_id == AUTO:
+        registration_id = registration_id_from_ek(endorsement_key)
+    path = f"/{percent_encode(settings.id_scope)}/registrations/{percent_encode(registration_id)}"
+    query = f"?api-version={API_VERSION}"
+    body = device_registration(registration_id, endorsement_key, storage_root_key, settings.payload)
+    challenge: Reply | NoReply = yield Http("PUT", f"{path}/register{query}", body, None)
+    if isinstance(challenge, NoReply):
+        raise _no_reply(challenge)
+    answer = _read_register(challenge)
+    if not isinstance(answer, TpmChallenge) or not answer.authentication_key:
+        raise _refusal(challenge)
+    key: bytes = yield ImportKey(_activation(answer.authentication_key, "the challenge"))
+    now: Utc = yield UtcNow()
+    check_clock(now)
+    resource = dps_resource(settings.id_scope, registration_id)
+    token = yield from signed_token(resource, now.now_s + DPS_TOKEN_LIFE_S, key, DPS_KEY_NAME)
+    reply: Reply | NoReply = yield Http("POST", path + query, body, token)
+    if isinstance(reply, NoReply):
+        raise _no_reply(reply)
+    if reply.status not in (200, 202):
+        raise _refusal(reply)
+    return decode(DeviceRegistrationResult, reply.body)._replace(tpm=None)
+
+
+def look_up_document(found: DeviceRegistrationResult, held: Assignment | None) -> dict[str, Any]:
+    """What DPS said, and how that differs from the stored assignment."""
+    said = {
+        "status": found.status or "",
+        "substatus": found.substatus or "",
+        "assignedHub": found.assigned_hub or "",
+        "deviceId": found.device_id or "",
+        "registrationId": found.registration_id or "",
+        "lastUpdatedUtc": found.last_updated_date_time_utc or "",
+        "etag": found.etag or "",
+        "errorCode": found.error_code,
+        "errorMessage": found.error_message or "",
+    }
+    stored = {
+        "status": held.status if held else "",
+        "assignedHub": held.assigned_hub if held else "",
+        "deviceId": held.device_id if held else "",
+        "lastUpdatedUtc": held.last_updated_utc if held else "",
+    }
+    differences = [
+        f"{name}: DPS says {said[name] or 'nothing'}, stored is {ours or 'nothing'}"
+        for name, ours in stored.items()
+        if ours != said[name]
+    ]
+    return {"remote": said, "differences": differences}

@@ -1,0 +1,487 @@
+"""`dps-agent run`: the device's life in the foreground, for ever, under systemd or by hand.
+
+The life itself is `dps_agent.lifecycle`. Here is what a service adds: one generator, `Service._watched`, stands between
+the life and the runner. It sees every effect and every change of state, tells systemd, the journal and the state file,
+and does what others ask for (signals, the socket) between two effects, where the life could be cut anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dps_agent import __version__
+from dps_agent.assignment import hub_token
+from dps_agent.effects import (
+    Connect,
+    Disconnect,
+    MessageDone,
+    NextEvent,
+    ReadEndorsementKey,
+    RegisterAgain,
+    Sleep,
+)
+from dps_agent.host.api import Command, LocalApi, Snapshot, error_document
+from dps_agent.host.clock import SystemClock
+from dps_agent.host.config import backend_shown
+from dps_agent.host.device import dps_connection, hub_connection, kept_to_ourselves, open_tpm
+from dps_agent.host.journal import ERROR, INFO, NOTICE, WARNING, Journal
+from dps_agent.host.notify import Notifier
+from dps_agent.host.progress import StepLines, utc_text
+from dps_agent.host.remote import look_up, look_up_document
+from dps_agent.host.runner import Runner, _TpmCall
+from dps_agent.host.statefile import StateFile, assignment_document
+from dps_agent.lifecycle import BOOT, CONNECTED, CONNECTING, HALTED, PROVISIONED, PROVISIONING, WAITING, Lifecycle
+from dps_hal.codes import REMEDIES
+from dps_hal.contracts import IDENTITY, PROGRESS
+from dps_hal.errors import AskOperator, DpsError, RetryLater
+from dps_hal.files import open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from dps_agent.effects import Effect, Event, Message
+    from dps_agent.host.config import Configuration
+    from dps_agent.settings import Settings
+    from dps_hal.contracts import TpmService
+
+_WAITS = (WAITING, HALTED, PROVISIONED)
+_ASSIGNED = (PROVISIONED, CONNECTING, CONNECTED)
+_WAKE = MessageDone(0)  # an event that says nothing: no message has this id
+
+
+class _Equipment(NamedTuple):
+    """What one set of settings leads to."""
+
+    configuration: Configuration
+    settings: Settings
+    tpm: TpmService
+    runner: Runner
+
+
+class Service:
+    """One run of the service; `read_settings` is called again at SIGHUP."""
+
+    def __init__(self, read_settings: Callable[[], Configuration], journal: Journal) -> None:
+        self._read_settings = read_settings
+        configuration = read_settings()
+        self._journal = journal
+        self._notifier = Notifier()
+        self._clock = SystemClock()
+        self._store = open_store(configuration.state_dir)
+        self._state_file = StateFile(configuration.runtime_dir)
+        self._equipment = self._equip(configuration)
+        self._next_equipment: _Equipment | None = None  # of new settings, once the life of now has ended
+        self._life = Lifecycle(self._equipment.settings)
+        self._api: LocalApi | None = None
+        self._commands: deque[Command] = deque()  # of the socket, to be done between two effects
+        self._registering: list[Command] = []  # to be answered when the registration has ended
+        self._reload_asked = False
+        self._stopping = False
+        self._hasty = False  # the next wait before another try is skipped
+
+    def run(self) -> None:
+        """Lives until SIGTERM or SIGINT; raises what makes going on impossible."""
+        self._install_signals()
+        with contextlib.ExitStack() as owned:
+            owned.callback(self._notifier.close)
+            owned.enter_context(kept_to_ourselves(self._store))
+            owned.callback(self._state_file.remove)
+            self._api = self._open_api()
+            if self._api is not None:
+                owned.callback(self._api.close)
+            configuration = self._equipment.configuration
+            what = f"ID scope {configuration.id_scope}, TPM {backend_shown(configuration)}"
+            self._journal.event("started", f"dps-agent {__version__} starts: {what}")
+            self._notifier.ready()
+            while not self._stopping:
+                self._live_once()
+            self._notifier.stopping()
+            self._journal.event("stopped", "dps-agent ends", state=self._life.state)
+
+    # Its parts.
+
+    def _equip(self, configuration: Configuration) -> _Equipment:
+        """TPM, connections and runner for these settings, none of them touched yet; raises what is wrong with them."""
+        tpm = open_tpm(configuration)
+        runner = Runner(
+            tpm=tpm,
+            store=self._store,
+            connection=dps_connection(configuration),
+            clock=self._clock,
+            observe=StepLines(self._journal, True).observe if self._journal.verbose else None,
+            watchdog=self._each_second,
+            hub=hub_connection(configuration),
+            tell=self._tell,
+        )
+        return _Equipment(configuration, configuration.settings(), tpm, runner)
+
+    def _begin_life(self) -> None:
+        if self._next_equipment is not None:
+            self._equipment, self._next_equipment = self._next_equipment, None
+        about = {
+            "agentVersion": __version__,
+            "runtime": f"CPython {sys.version.split()[0]}",
+            "backend": self._equipment.configuration.tpm.backend,
+        }
+        self._life = Lifecycle(self._equipment.settings, about)
+        self._state = BOOT
+        self._since_s = time.monotonic()
+        self._maker_known = False
+        self._announced_key = b""  # the wrapped key that was announced and made persistent
+        self._shown: tuple[Any, ...] = ()
+
+    def _open_api(self) -> LocalApi | None:
+        configuration = self._equipment.configuration
+        path = configuration.socket
+        if not path:
+            return None
+        try:
+            return LocalApi(
+                path,
+                allow_token=configuration.api.allow_token,
+                post=self._post,
+                command=self._take_command,
+                journal=self._journal,
+            )
+        except OSError as error:
+            text = f"there is no socket for other programs: {path}: {error.strerror}"
+            self._journal.event("warning", text, WARNING)
+            return None
+
+    def _install_signals(self) -> None:
+        self._equipment.runner.install_signals(exit_status=0)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            installed = signal.getsignal(number)
+
+            def on_end(number: int, frame: Any, installed: Any = installed) -> None:
+                self._stopping = True
+                self._notifier.stopping()
+                installed(number, frame)
+                self._equipment.runner.stop()  # it may be another one than the first
+
+            signal.signal(number, on_end)
+        signal.signal(signal.SIGHUP, self._on_reload)
+
+    def _on_reload(self, _number: int, _frame: object) -> None:
+        self._reload_asked = True
+        self._wake()
+
+    # For other threads and signal handlers.
+
+    def _post(self, event: Event) -> bool:
+        return self._equipment.runner.post(event)
+
+    def _take_command(self, command: Command) -> None:
+        self._commands.append(command)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Ends what the runner waits for, so that `_watched` gets its turn."""
+        self._equipment.runner.post(_WAKE)
+        self._equipment.runner.hasten()
+
+    def _each_second(self) -> None:
+        """The runner's watchdog: everything is within its deadline."""
+        self._notifier.alive()
+        self._state_file.write_if_due()
+
+    def _tell(self, message: Message) -> bool:
+        return self._api is not None and self._api.tell(message)
+
+    # One life.
+
+    def _live_once(self) -> None:
+        """Lives until it ends by itself: settings that changed, a reset, a signal."""
+        self._begin_life()
+        try:
+            self._equipment.runner.run(self._watched(self._life.live(once=False, force=False, connect=True)))
+        except RetryLater as error:
+            if error.code != "agent.interrupted" or not self._stopping:
+                raise
+        finally:
+            if self._api is not None:
+                self._api.forget()
+
+    def _watched(self, life: Generator[Effect, Any, None]) -> Generator[Effect, Any, None]:
+        """`life`, watched: ends where it ends, or between two of its effects."""
+        answer: Any = None
+        error: DpsError | None = None
+        with contextlib.closing(life):
+            while True:
+                try:
+                    effect = life.send(answer) if error is None else life.throw(error)
+                except StopIteration:
+                    return
+                yield from self._look(effect)
+                if self._reload_asked or self._commands:
+                    over = yield from self._obey()
+                    if over:
+                        return
+                answer, error = None, None
+                try:
+                    if isinstance(effect, Sleep):
+                        over = yield from self._sleep(effect)
+                        if over:
+                            return
+                    elif isinstance(effect, NextEvent):
+                        over, answer = yield from self._next_event(effect)
+                        if over:
+                            return
+                    else:
+                        answer = yield effect
+                except DpsError as failure:
+                    error = failure
+                if error is None and isinstance(effect, ReadEndorsementKey):
+                    yield from self._ask_maker()
+                elif isinstance(effect, (Connect, Disconnect)) and self._api is not None:
+                    self._api.forget()
+
+    def _sleep(self, sleep: Sleep) -> Generator[Effect, Any, bool]:
+        """A wait that commands interrupt and that haste ends; whether the life is over."""
+        until_s = time.monotonic() + sleep.delay_s
+        self._show(sleep.reason, until_s)
+        while True:
+            if self._hasty and self._life.state in _WAITS:
+                self._hasty = False
+                return False
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                return False
+            yield Sleep(left_s, sleep.reason)
+            if self._reload_asked or self._commands:
+                over = yield from self._obey()
+                if over:
+                    return True
+                self._show(sleep.reason, until_s)
+
+    def _next_event(self, wanted: NextEvent) -> Generator[Effect, Any, tuple[bool, Event | None]]:
+        """The hub's next event; whether the life is over."""
+        while True:
+            if self._life.asked_to_register:
+                return False, RegisterAgain()
+            event: Event | None = yield wanted
+            if event is not _WAKE:
+                return False, event
+            over = yield from self._obey()
+            if over:
+                return True, None
+
+    def _ask_maker(self) -> Generator[Any, Any, None]:
+        """Who made the TPM, for the twin; once, when it is known to work."""
+        if not self._maker_known:
+            self._maker_known = True
+            with contextlib.suppress(DpsError):
+                condition = yield _TpmCall(self._equipment.tpm.condition)
+                self._life.about["tpmMaker"] = condition.maker
+
+    # What was asked for.
+
+    def _obey(self) -> Generator[Effect, Any, bool]:
+        """Does what signals and commands ask for; whether the life is over."""
+        over = False
+        if self._reload_asked:
+            self._reload_asked = False
+            over = self._reload()
+        while self._commands and not over:
+            command = self._commands.popleft()
+            try:
+                over = yield from self._do(command)
+            except DpsError as error:
+                self._answer(command, 503 if isinstance(error, RetryLater) else 409, _error_of(error))
+        if over:
+            yield Disconnect()
+        return over
+
+    def _reload(self) -> bool:
+        """Reads the settings again; whether a new life is to begin with them."""
+        self._notifier.reloading()
+        before = self._equipment.configuration
+        changed = False
+        try:
+            found = self._read_settings()
+            for name in ("state_dir", "runtime_dir", "api"):
+                if getattr(found, name) != getattr(before, name):
+                    raise AskOperator("config.invalid", f"{name} changes with a restart only")
+            changed = _values(found) != _values(before)
+            if changed:
+                self._next_equipment = self._equip(found)
+        except DpsError as error:
+            changed = False
+            text = f"the new settings are refused, the old ones go on: {error.message}"
+            self._journal.event("refused", text, ERROR, state=self._life.state, code=error.code)
+        else:
+            text = "the settings were read again" + ("" if changed else ": no change")
+            self._journal.event("reloaded", text, state=self._life.state)
+        self._hasty = changed or self._life.state in _WAITS
+        if not self._stopping:
+            self._notifier.ready()
+        return changed
+
+    def _do(self, command: Command) -> Generator[Effect, Any, bool]:
+        """One command of the socket; whether the life is over."""
+        life = self._life
+        if command.name == "reset":
+            if self._life.state == PROVISIONING:
+                raise RetryLater("agent.busy", "a registration is under way")
+            for record in (IDENTITY, PROGRESS):
+                self._store.erase(record)
+            self._journal.event("reset", "the assignment was erased; the device registers again", NOTICE)
+            self._answer(command, 200, {"erased": [IDENTITY, PROGRESS]})
+            return True
+        if command.name == "token":
+            held = life.assignment
+            if held is None:
+                raise AskOperator("record.absent", "this device has no hub yet")
+            token = yield from hub_token(held, command.life_s)
+            document = {"token": token.header(), "expiresAt": utc_text(token.expires_at_s)}
+            self._answer(command, 200, {**document, "assignedHub": held.assigned_hub, "deviceId": held.device_id})
+        elif command.name == "status":
+            if life.state == PROVISIONING:
+                raise RetryLater("agent.busy", "a registration is under way")
+            found = yield from look_up(self._equipment.settings)
+            self._answer(command, 200, look_up_document(found, life.assignment))
+        elif life.assignment is not None and life.state in _ASSIGNED and not command.force:
+            self._answer(command, 200, self._provisioned(already=True))
+        else:
+            self._registering.append(command)
+            if life.state != PROVISIONING:
+                life.asked_to_register = life.asked_to_register or command.force
+                self._hasty = life.state in _WAITS
+        return False
+
+    def _answer(self, command: Command, status: int, document: dict[str, Any]) -> None:
+        if self._api is not None:
+            self._api.answer(command.request_id, status, document)
+
+    def _provisioned(self, already: bool) -> dict[str, Any]:
+        held = self._life.assignment
+        assert held is not None
+        return {**assignment_document(held), "alreadyProvisioned": already}
+
+    def _end_registration(self, status: int, document: dict[str, Any]) -> None:
+        for command in self._registering:
+            self._answer(command, status, document)
+        self._registering.clear()
+
+    # What others see.
+
+    def _look(self, effect: Effect) -> Generator[Any, Any, None]:
+        """Notices what the last step of the life has changed."""
+        life, former = self._life, self._state
+        held = life.assignment
+        if held is not None and held.wrapped_key != self._announced_key:
+            self._announced_key = held.wrapped_key
+            if life.committed:
+                text = f"this device is {held.device_id} at {held.assigned_hub} ({held.substatus or held.status})"
+                self._journal.event("assigned", text, NOTICE, state=life.state, hub=held.assigned_hub)
+                self._end_registration(200, self._provisioned(already=False))
+            yield from self._persist()
+        if life.state != former:
+            self._state = life.state
+            self._since_s = time.monotonic()
+            self._hasty = self._hasty and life.state in (BOOT, *_WAITS)
+        shown = (life.state, life.reason, life.connections, life.attempts, life.error, held)
+        if shown != self._shown:
+            self._shown = shown
+            if not isinstance(effect, Sleep):
+                self._show(life.reason, None)
+        if life.state != former:
+            self._announce(former, math.ceil(effect.delay_s) if isinstance(effect, Sleep) else None)
+
+    def _persist(self) -> Generator[Any, Any, None]:
+        """Makes the hub key persistent for other programs, where the settings want that."""
+        life, handle = self._life, self._equipment.configuration.tpm.persist_at
+        held, former = life.assignment, life.former
+        if handle and held is not None:
+            before = former.wrapped_key if former else b""
+            try:
+                yield _TpmCall(lambda: self._equipment.tpm.persist(held.wrapped_key, handle, before))
+            except DpsError as error:
+                text = f"the hub key is not at persist_at {handle:#x}: {error.message}"
+                self._journal.event("warning", text, WARNING, state=life.state, code=error.code)
+
+    def _announce(self, former: str, wait_s: int | None) -> None:
+        """One line for a change of state that somebody cares about; `wait_s` is the wait that begins with it."""
+        life = self._life
+        state, error = life.state, life.error
+        code = error.code if error else ""
+        request_id = error.request_id if error else ""
+        hub = life.assignment.assigned_hub if life.assignment else ""
+        if state == PROVISIONING:
+            self._journal.event("provisioning", f"registers with DPS: {life.reason}", state=state, hub=hub)
+        elif state == CONNECTED:
+            level = NOTICE if life.connections == 1 else INFO
+            self._journal.event("connected", f"connected to {hub}", level, state=state, hub=hub)
+        elif state in (WAITING, HALTED):
+            event, level = ("halted", ERROR) if state == HALTED else ("waiting", WARNING)
+            text = f"{life.reason}; tries again in {wait_s} s"
+            if state == HALTED:
+                text = f"{life.reason}; {REMEDIES.get(code, '')}; asks again in {wait_s} s"
+            self._journal.event(
+                event, text, level, state=state, code=code, hub=hub, retry_s=wait_s, request_id=request_id
+            )
+            if self._registering and error is not None:
+                self._end_registration(503 if state == WAITING else 409, _error_of(error, wait_s))
+        elif state == PROVISIONED and error is not None and former != BOOT:
+            text = f"{life.reason}; {hub} stays the hub" if former == PROVISIONING else life.reason
+            text += f"; connects again in {wait_s} s" if wait_s is not None else ""
+            self._journal.event(
+                "disconnected", text, WARNING, state=state, code=code, hub=hub, retry_s=wait_s, request_id=request_id
+            )
+            if former == PROVISIONING:
+                self._end_registration(503 if isinstance(error, RetryLater) else 409, _error_of(error))
+        elif state == PROVISIONED and former == BOOT:
+            self._end_registration(200, self._provisioned(already=True))
+
+    def _show(self, reason: str, until_s: float | None) -> None:
+        """Tells systemd, the state file and the socket where the device stands, and until when it waits."""
+        life, configuration = self._life, self._equipment.configuration
+        now_s, utc_s = time.monotonic(), time.time()
+        waits = until_s is not None and until_s - now_s >= 1
+        until = utc_text(utc_s + until_s - now_s) if until_s is not None and waits else ""
+        self._notifier.status(f"{life.state}: {reason}" + (f", until {until}" if until else ""))
+        error, held = life.error, life.assignment
+        document: dict[str, Any] = {
+            "stateDir": os.path.abspath(configuration.state_dir),
+            "socket": configuration.socket if self._api is not None else "",
+            "version": __version__,
+            "backend": configuration.tpm.backend,
+            "state": life.state,
+            "reason": reason,
+            "since": utc_text(utc_s - (now_s - self._since_s)),
+            "sinceUptimeS": round(self._since_s, 3),
+            "until": until,
+            "untilUptimeS": round(until_s, 3) if until_s is not None and waits else None,
+            "assignedHub": held.assigned_hub if held else "",
+            "deviceId": held.device_id if held else "",
+            "registrationId": held.registration_id if held else "",
+            "substatus": held.substatus if held else "",
+            "connections": life.connections,
+            "failedAttempts": life.attempts,
+            "lastError": _error_of(error)["error"] if error else None,
+        }
+        failed_before = self._state_file.failure
+        self._state_file.show(document)
+        if self._state_file.failure and not failed_before:
+            self._journal.event("warning", self._state_file.failure, WARNING)
+        if self._api is not None:
+            retry_after_s = max(int(until_s - now_s) + 1, 1) if until_s is not None and waits else 5
+            assignment = assignment_document(held) if held else None
+            self._api.show(Snapshot(document, assignment, life.state == CONNECTED, min(retry_after_s, 3600)))
+
+
+def _error_of(error: DpsError, retry_after_s: int | None = None) -> dict[str, Any]:
+    wait_s = error.retry_after_s if retry_after_s is None else retry_after_s
+    return error_document(error.code, error.message, wait_s, error.request_id, REMEDIES.get(error.code, ""))
+
+
+def _values(configuration: Configuration) -> dict[str, Any]:
+    """The settings without where they came from."""
+    return {name: value for name, value in vars(configuration).items() if name not in ("origins", "files")}

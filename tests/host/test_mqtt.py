@@ -1,0 +1,1043 @@
+"""The hub connection against hubs that behave and hubs that do not; real sockets and TLS, all on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dps_agent.effects import (
+    Acknowledged,
+    Arrived,
+    ConnAck,
+    Connect,
+    Gone,
+    Granted,
+    MessageDone,
+    NoReply,
+    RegisterAgain,
+)
+from dps_agent.host import mqtt as host_mqtt
+from dps_agent.host.mqtt import PACKET_LIMIT, HubConnection
+from dps_agent.host.websocket import Frames, packed
+from dps_agent.sas import SasToken
+from dps_emulator import mqtt
+from dps_hal.errors import AskOperator
+from support.broker import HubPeer, accepting
+from support.emulator import HUB as EMULATED_HUB
+from support.emulator import EmulatorInThread
+from support.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, proxying
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable, Iterator
+
+    from dps_agent.effects import Event
+
+HUB = ENDPOINT_NAME  # the name in the test's certificates
+DEVICE = "press-07"
+TOPIC = f"devices/{DEVICE}/messages/events/"
+SOON_S = 5.0  # a wait that should not happen at all is shorter than this on any machine
+TOKEN = SasToken(f"{HUB}%2Fdevices%2F{DEVICE}", 1_800_000_000, b"\x5a" * 32)
+
+
+def connecting(device_id: str = DEVICE, keep_alive_s: int = 240, hub: str = HUB) -> Connect:
+    return Connect(hub, device_id, f"{hub}/{device_id}/?api-version=2021-04-12", TOKEN, keep_alive_s)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture
+def serve(certificates: Certificates) -> Iterator[Callable[..., tuple[Server, HubConnection]]]:
+    """Starts a hub, by default with a good certificate, and a connection to it."""
+    good = certificates.good()
+    with contextlib.ExitStack() as stack:
+
+        def start(
+            behave: Callable[[Peer], None], context: ssl.SSLContext | None = good, **options: object
+        ) -> tuple[Server, HubConnection]:
+            server = stack.enter_context(Server(behave, context))
+            given = {"connect_to": server.address, "ca_file": certificates.ca_file, **options}
+            hub = HubConnection(**given)  # type: ignore[arg-type]
+            stack.callback(hub.close)
+            return server, hub
+
+        yield start
+
+
+def soon(hub: HubConnection, within_s: float = SOON_S) -> Event | None:
+    return hub.next_event(time.monotonic() + within_s)
+
+
+def send_and_wait(hub: HubPeer, content: bytes) -> None:
+    hub.send(content)
+    hub.peer.wait_until_gone()
+
+
+def assert_no_reply(outcome: ConnAck | NoReply, reason: str) -> NoReply:
+    assert isinstance(outcome, NoReply), outcome
+    assert outcome.reason.split(": ")[0] == reason, outcome
+    assert len(outcome.reason) > len(reason) + 2, "the reason says what happened"
+    return outcome
+
+
+def assert_gone(event: Event | None, reason: str) -> str:
+    assert isinstance(event, Gone), event
+    assert event.reason.split(": ")[0] == reason, event
+    return event.reason
+
+
+# what a connection looks like
+
+
+def test_a_connect_is_what_a_hub_expects(serve) -> None:
+    seen: list[mqtt.Connect] = []
+    asked: list[str | None] = []
+
+    def behave(peer: Peer) -> None:
+        hub = HubPeer(peer)
+        seen.append(hub.accept(session_present=True))
+        hub.obey()
+
+    server, hub = serve(behave)
+    assert server._context is not None
+    server._context.sni_callback = lambda _socket, name, _context: asked.append(name)
+    assert hub.connect(connecting(keep_alive_s=77)) == ConnAck(0, True)
+    [connect] = seen
+    assert (connect.level, connect.clean_session, connect.keep_alive_s) == (4, False, 77)
+    assert (connect.client_id, connect.user_name) == (DEVICE, f"{HUB}/{DEVICE}/?api-version=2021-04-12")
+    assert connect.password == TOKEN.header().encode()
+    assert (connect.will, asked) == (None, [HUB]), "SNI is the hub even where another address is dialled"
+
+
+def test_the_token_is_kept_nowhere_after_connect(serve) -> None:
+    _, hub = serve(accepting())
+    assert hub.connect(connecting()) == ConnAck(0, False)
+    signature = TOKEN.header().partition("sig=")[2][:20]
+    assert signature not in repr(vars(hub)) + repr(vars(hub._client)) + repr(vars(hub._wire))
+    assert hub._client is not None and hub._client.password is None
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, 4, 5, 6])
+def test_every_refusal_arrives_with_its_code(serve, code: int) -> None:
+    server, hub = serve(accepting(HubPeer.packet, code))
+    assert hub.connect(connecting()) == ConnAck(code, False)
+    assert hub.publish(TOPIC, b"", 1) is None
+    assert soon(hub, 0.05) is None, "a refusal is no lost connection"
+    assert server.connections == 1, "nothing is tried again behind our back"
+
+
+def test_subscriptions_are_granted_each_by_itself(serve) -> None:
+    def behave(hub: HubPeer) -> None:
+        packet = hub.packet()
+        assert packet.filters == (("a/#", 1), ("b/#", 0))
+        hub.send(mqtt.suback(packet.packet_id, [1, 0x80]))
+        hub.obey()
+
+    _, hub = serve(accepting(behave))
+    hub.connect(connecting())
+    packet_id = hub.subscribe((("a/#", 1), ("b/#", 0)))
+    assert soon(hub) == Granted(packet_id, (1, 0x80))
+
+
+def test_what_is_published_is_acknowledged_only_with_qos_1(serve) -> None:
+    _, hub = serve(accepting())
+    hub.connect(connecting())
+    assert hub.publish(TOPIC, b"zero", 0) == 0
+    packet_id = hub.publish(TOPIC, b"one", 1)
+    assert packet_id
+    assert soon(hub) == Acknowledged(packet_id)
+    assert soon(hub, 0.05) is None
+
+
+def test_without_a_connection_nothing_is_sent(serve) -> None:
+    _, hub = serve(accepting())
+    hub.acknowledge(7)
+    assert (hub.subscribe((("a", 0),)), hub.publish(TOPIC, b"", 0), hub.publish(TOPIC, b"", 1)) == (None, None, None)
+    assert soon(hub, 0.01) is None
+    hub.disconnect()
+
+
+def test_a_topic_that_mqtt_has_no_room_for_is_not_taken(serve) -> None:
+    _, hub = serve(accepting())
+    hub.connect(connecting())
+    assert hub.publish("x" * 65536, b"", 1) is None
+    assert hub.publish("x" * 65535, b"", 1)
+
+
+def test_a_message_of_256_kib_arrives_and_leaves(serve) -> None:
+    payload = os.urandom(256 * 1024)
+    received: list[bytes] = []
+
+    def behave(hub: HubPeer) -> None:
+        packet = hub.packet()
+        received.append(packet.payload)
+        hub.send(mqtt.puback(packet.packet_id))
+        hub.send(mqtt.publish(mqtt.Publish("t", payload)))
+        hub.obey()
+
+    _, hub = serve(accepting(behave))
+    hub.connect(connecting())
+    packet_id = hub.publish(TOPIC, payload, 1)
+    assert soon(hub) == Acknowledged(packet_id)
+    assert soon(hub) == Arrived("t", payload, 0)
+    assert received == [payload]
+
+
+def test_only_what_we_acknowledge_is_acknowledged(serve) -> None:
+    acknowledged: list[object] = []
+
+    def behave(hub: HubPeer) -> None:
+        for packet_id in (11, 12):
+            hub.send(mqtt.publish(mqtt.Publish("t", b"m", 1, packet_id=packet_id)))
+        hub.send(mqtt.publish(mqtt.Publish("t", b"q0")))
+        acknowledged.append(hub.packet())
+        hub.obey()
+
+    _, hub = serve(accepting(behave))
+    hub.connect(connecting())
+    assert [soon(hub), soon(hub), soon(hub)] == [Arrived("t", b"m", 11), Arrived("t", b"m", 12), Arrived("t", b"q0", 0)]
+    hub.acknowledge(12)
+    hub.disconnect()
+    assert acknowledged == [mqtt.PubAck(12)]
+
+
+# whom we talk to
+
+
+@pytest.mark.parametrize("transport", ["mqtt", "websocket"])
+@pytest.mark.parametrize(
+    ("server_is", "says"),
+    [
+        ("of_another_name", "Hostname mismatch"),
+        ("of_another_authority", "unable to get local issuer certificate"),
+        ("expired", "certificate has expired"),
+        ("self_signed", "self-signed certificate"),
+        ("of_tls_1_1", "protocol version"),
+    ],
+)
+def test_a_hub_that_is_not_verified_gets_no_token(
+    serve, certificates: Certificates, server_is: str, says: str, transport: str
+) -> None:
+    received: list[bytes] = []
+    _, hub = serve(
+        lambda peer: received.append(peer.receive()), getattr(certificates, server_is)(), transport=transport
+    )
+    outcome = assert_no_reply(hub.connect(connecting()), "tls")
+    assert says in outcome.reason
+    assert not outcome.request_sent
+    assert received == []
+
+
+def test_a_ca_file_without_certificates_is_the_operator_s(tmp_path) -> None:
+    with pytest.raises(AskOperator, match=r"hub\.ca_file: expected PEM certificates"):
+        HubConnection(ca_file=str(tmp_path / "absent.pem"))
+
+
+@pytest.mark.parametrize("then", ["cut", "reset", "say_goodbye"])
+def test_an_end_before_connack_is_a_closed_connection(serve, then: str) -> None:
+    def behave(peer: Peer) -> None:
+        HubPeer(peer).packet()
+        getattr(peer, then)()
+
+    _, hub = serve(behave)
+    assert_no_reply(hub.connect(connecting()), "closed")
+
+
+def test_a_port_where_nobody_listens_is_a_connect_failure(certificates: Certificates) -> None:
+    with socket.create_server((LOOPBACK, 0)) as taken:
+        port = taken.getsockname()[1]
+    hub = HubConnection(connect_to=f"{LOOPBACK}:{port}", ca_file=certificates.ca_file)
+    assert_no_reply(hub.connect(connecting()), "connect")
+
+
+def test_a_name_that_does_not_resolve_is_a_dns_failure(monkeypatch) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    assert_no_reply(HubConnection().connect(connecting()), "dns")
+
+
+# hubs that say nothing
+
+
+@pytest.mark.parametrize("context", ["good", None], ids=["after TLS", "before TLS"])
+def test_a_hub_that_accepts_and_says_nothing_ends_at_the_deadline(
+    serve, certificates: Certificates, monkeypatch, context: str | None
+) -> None:
+    monkeypatch.setattr(host_mqtt, "CONNECT_LIMIT_S", 0.5)
+    _, hub = serve(Peer.wait_until_gone, certificates.good() if context else None)
+    began_s = time.monotonic()
+    assert_no_reply(hub.connect(connecting()), "timeout")
+    assert 0.4 < time.monotonic() - began_s < SOON_S
+
+
+def test_the_deadline_is_the_designed_one() -> None:
+    assert host_mqtt.CONNECT_LIMIT_S == 60
+
+
+def test_silence_of_one_and_a_half_keep_alives_ends_the_connection(serve) -> None:
+    pings: list[float] = []
+
+    def behave(hub: HubPeer) -> None:
+        while True:
+            assert isinstance(hub.packet(), mqtt.PingRequest)
+            pings.append(time.monotonic())
+
+    _, hub = serve(accepting(behave))
+    hub.connect(connecting(keep_alive_s=1))
+    began_s = time.monotonic()
+    assert "nothing came from the hub for" in assert_gone(soon(hub), "timeout")
+    assert 1.4 < time.monotonic() - began_s < 1.9
+    assert pings and pings[0] - began_s < 1.0, "asked in time whether it still lives"
+
+
+def test_what_we_send_ourselves_does_not_hide_the_hub_s_silence(serve) -> None:
+    def behave(hub: HubPeer) -> None:
+        while True:
+            hub.packet()
+
+    _, hub = serve(accepting(behave))
+    hub.connect(connecting(keep_alive_s=1))
+    began_s = time.monotonic()
+    event = None
+    while event is None and time.monotonic() - began_s < SOON_S:
+        hub.publish(TOPIC, b"zero", 0)
+        event = soon(hub, 0.1)
+    assert_gone(event, "timeout")
+    assert 1.4 < time.monotonic() - began_s < 2.2
+
+
+def test_a_hub_that_answers_pings_is_kept(serve) -> None:
+    gaps: list[float] = []
+
+    def behave(hub: HubPeer) -> None:
+        last_s = time.monotonic()
+        while isinstance(hub.packet(), mqtt.PingRequest):
+            gaps.append(time.monotonic() - last_s)
+            last_s = time.monotonic()
+            hub.send(mqtt.ping_response())
+
+    _, hub = serve(accepting(behave))
+    hub.connect(connecting(keep_alive_s=1))
+    assert soon(hub, 3.2) is None
+    assert len(gaps) == 4 and all(0.6 < gap < 1.0 for gap in gaps), gaps
+
+
+def test_a_hub_whose_window_is_full_does_not_block_us(serve) -> None:
+    over = threading.Event()
+    _, hub = serve(accepting(lambda _hub: over.wait(20) and None))
+    try:
+        hub.connect(connecting())
+        began_s = time.monotonic()
+        for _ in range(40):
+            assert hub.publish(TOPIC, bytes(256 * 1024), 1)
+        assert soon(hub, 0.05) is None
+        hub.close()
+        assert time.monotonic() - began_s < SOON_S
+    finally:
+        over.set()
+
+
+# ends that nobody asked for
+
+
+@pytest.mark.parametrize("then", ["cut", "reset", "say_goodbye"])
+def test_a_connection_that_the_hub_ends_is_gone_once(serve, then: str) -> None:
+    def behave(hub: HubPeer) -> None:
+        hub.packet()
+        getattr(hub.peer, then)()
+
+    _, hub = serve(accepting(behave))
+    hub.connect(connecting())
+    hub.publish(TOPIC, b"", 0)
+    assert_gone(soon(hub), "closed")
+    assert soon(hub, 0.05) is None
+    assert hub.publish(TOPIC, b"", 1) is None
+
+
+def test_what_came_before_the_end_is_told_before_it(serve) -> None:
+    def behave(hub: HubPeer) -> None:
+        hub.send(mqtt.publish(mqtt.Publish("t", b"last words")))
+
+    _, hub = serve(accepting(behave))
+    hub.connect(connecting())
+    assert soon(hub) == Arrived("t", b"last words", 0)
+    assert_gone(soon(hub), "closed")
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"\x20\x03\x00\x00\x00",  # CONNACK of three bytes
+        b"\x30\x03\x00\x01t",  # PUBLISH before CONNACK
+        bytes(100),
+    ],
+)
+def test_what_is_no_connack_is_a_protocol_failure(serve, garbage: bytes) -> None:
+    def behave(peer: Peer) -> None:
+        HubPeer(peer).packet()
+        peer.send(garbage)
+        peer.wait_until_gone()
+
+    _, hub = serve(behave)
+    assert_no_reply(hub.connect(connecting()), "protocol")
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x20\x02\x00\x00",  # a second CONNACK
+        b"\x34\x05\x00\x01t\x00\x01",  # PUBLISH with QoS 2
+        b"\x10\x00",  # CONNECT
+        b"\xd0\xff\xff\xff\xff\x01",  # a length of five bytes
+        b"\x40\x03\x00\x01\x00",  # PUBACK of three bytes
+        b"\x30\x02\x00\x09",  # a topic longer than its packet
+        b"\x30\x03\x00\x01\xff",  # a topic that is not UTF-8
+        b"\x90\x01\x00",  # SUBACK without a packet id
+    ],
+)
+def test_a_packet_that_no_hub_sends_ends_the_connection(serve, garbage: bytes) -> None:
+    _, hub = serve(accepting(lambda hub: send_and_wait(hub, garbage)))
+    hub.connect(connecting())
+    assert_gone(soon(hub), "protocol")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.binary(max_size=40) | st.sampled_from([b"\x30", b"\x90\x03", b"\x40\x02", b"\xd0\x00"]), max_size=6))
+def test_no_bytes_of_a_hub_raise(pieces: list[bytes]) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        hub = HubConnection(transport="mqtt")
+        client = hub._client_of(connecting())
+        hub._wire = client.wire = wire = host_mqtt._Wire(_AsTls(ours), None, b"")  # type: ignore[arg-type]
+        client.connect(HUB, keepalive=60)
+        hub._connected, hub._keep_alive_s = True, 60.0
+        theirs.sendall(mqtt.connack(0))
+        for piece in pieces:
+            theirs.sendall(piece)
+        theirs.shutdown(socket.SHUT_WR)
+        events = []
+        while not events or not isinstance(events[-1], Gone):
+            event = soon(hub)
+            assert event is not None, pieces
+            events.append(event)
+        assert wire.closed
+        hub.close()
+
+
+class _AsTls:
+    """A plain socket where TLS is expected."""
+
+    def __init__(self, plain: socket.socket) -> None:
+        self._plain = plain
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._plain, name)
+
+    def pending(self) -> int:
+        return 0
+
+    def recv(self, size: int) -> bytes:
+        try:
+            return self._plain.recv(size)
+        except BlockingIOError:
+            raise host_mqtt.ssl.SSLWantReadError from None
+
+
+def test_an_announced_flood_ends_the_connection_before_there_is_memory_for_it(serve) -> None:
+    flood = b"\x30\xff\xff\xff\x7f" + b"\x00\x01t" + bytes(1000)
+    _, hub = serve(accepting(lambda hub: send_and_wait(hub, flood)))
+    hub.connect(connecting())
+    assert str(PACKET_LIMIT) in assert_gone(soon(hub), "too_large")
+
+
+def test_a_flood_of_small_messages_waits_in_the_hub_until_we_ask(serve) -> None:
+    over = threading.Event()
+    message = mqtt.publish(mqtt.Publish("t", bytes(1000)))
+
+    def behave(hub: HubPeer) -> None:
+        hub.packet()
+        for _ in range(5000):
+            hub.send(message)
+        over.wait(20)
+
+    _, hub = serve(accepting(behave))
+    try:
+        hub.connect(connecting())
+        for _ in range(30):  # paho reads as many packets in one go
+            hub.publish(TOPIC, b"", 1)
+        time.sleep(0.2)
+        for _ in range(50):
+            hub.post(RegisterAgain())
+        for _ in range(5050):
+            assert soon(hub) is not None
+            assert len(hub._events) <= host_mqtt.EVENTS_LIMIT + 32
+    finally:
+        over.set()
+
+
+# what is in flight
+
+
+def test_what_was_not_acknowledged_is_sent_again_with_dup_and_its_packet_id(serve) -> None:
+    first: list[mqtt.Publish] = []
+    again: list[mqtt.Publish] = []
+    connections = iter(range(10))
+
+    def behave(hub: HubPeer) -> None:
+        if next(connections) == 0:
+            first.extend([hub.packet(), hub.packet()])
+            hub.peer.cut()
+            return
+        for _ in range(2):
+            again.append(hub.packet())
+            hub.send(mqtt.puback(again[-1].packet_id))
+        hub.obey()
+
+    _, hub = serve(accepting(behave))
+    hub.connect(connecting())
+    ids = [hub.publish(TOPIC, b"a", 1), hub.publish(TOPIC, b"b", 1)]
+    assert_gone(soon(hub), "closed")
+    assert hub.connect(connecting()) == ConnAck(0, False)
+    assert [soon(hub), soon(hub)] == [Acknowledged(ids[0]), Acknowledged(ids[1])]
+    assert [(p.packet_id, p.payload, p.dup) for p in first] == [(ids[0], b"a", False), (ids[1], b"b", False)]
+    assert [(p.packet_id, p.payload, p.dup) for p in again] == [(ids[0], b"a", True), (ids[1], b"b", True)]
+
+
+def test_an_acknowledgement_that_nobody_asked_for_yet_outlives_its_connection(serve) -> None:
+    _, hub = serve(accepting())
+    hub.connect(connecting())
+    packet_id = hub.publish(TOPIC, b"a", 1)
+    deadline_s = time.monotonic() + SOON_S
+    while not hub._events and time.monotonic() < deadline_s:
+        hub._serve(time.monotonic() + 0.1)
+    hub.post(RegisterAgain())
+    assert hub.connect(connecting()) == ConnAck(0, False)
+    assert [soon(hub), soon(hub), soon(hub, 0.05)] == [Acknowledged(packet_id), RegisterAgain(), None]
+
+
+def test_another_identity_has_nothing_in_flight(serve) -> None:
+    second: list[Any] = []
+    connections = iter(range(10))
+
+    def behave(hub: HubPeer) -> None:
+        if next(connections) == 0:
+            hub.packet()
+            hub.peer.cut()
+            return
+        second.append(hub.packet())
+        hub.send(mqtt.suback(second[-1].packet_id, [0]))
+        hub.obey()
+
+    _, hub = serve(accepting(behave))
+    hub.connect(connecting())
+    hub.publish(TOPIC, b"a", 1)
+    assert_gone(soon(hub), "closed")
+    assert hub.connect(connecting("press-08")) == ConnAck(0, False)
+    hub.subscribe((("t", 0),))
+    assert isinstance(soon(hub), Granted)
+    assert [type(packet) for packet in second] == [mqtt.Subscribe]
+
+
+def test_a_packet_id_in_flight_is_not_given_twice(serve) -> None:
+    _, hub = serve(accepting(lambda hub: hub.peer.wait_until_gone()))
+    hub.connect(connecting())
+    held = hub.publish(TOPIC, b"held", 1)
+    assert hub._client is not None
+    hub._client._last_mid = held - 1  # as after 65535 messages
+    assert hub.publish(TOPIC, b"other", 1) != held
+
+
+# ends that we ask for
+
+
+def test_a_disconnect_is_polite_and_takes_what_was_said_before_with_it(serve) -> None:
+    said: list[object] = []
+
+    def behave(hub: HubPeer) -> None:
+        while not isinstance(said[-1] if said else None, mqtt.Disconnect):
+            hub.send(mqtt.publish(mqtt.Publish("t", b"unread")))
+            said.append(hub.packet())
+
+    _, hub = serve(accepting(behave))
+    hub.connect(connecting())
+    hub.publish(TOPIC, b"last", 0)
+    began_s = time.monotonic()
+    hub.disconnect()
+    assert time.monotonic() - began_s < 1.0
+    deadline_s = time.monotonic() + SOON_S
+    while len(said) < 2 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert [type(packet) for packet in said] == [mqtt.Publish, mqtt.Disconnect]
+    assert soon(hub, 0.02) is None, "an end that we asked for is no news"
+
+
+def test_a_silent_peer_costs_a_disconnect_less_than_a_second(serve) -> None:
+    over = threading.Event()
+    _, hub = serve(accepting(lambda _hub: over.wait(20) and None))
+    try:
+        hub.connect(connecting())
+        for _ in range(20):
+            hub.publish(TOPIC, bytes(200_000), 1)
+        began_s = time.monotonic()
+        hub.close()
+        assert time.monotonic() - began_s < 1.0
+    finally:
+        over.set()
+
+
+def test_a_second_connect_ends_the_first_connection(serve) -> None:
+    ends: list[object] = []
+
+    def behave(hub: HubPeer) -> None:
+        ends.append(hub.packet())
+
+    server, hub = serve(accepting(behave))
+    hub.connect(connecting())
+    hub.connect(connecting())
+    assert server.connections == 2
+    hub.disconnect()
+    deadline_s = time.monotonic() + SOON_S
+    while len(ends) < 2 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert ends == [mqtt.Disconnect(), mqtt.Disconnect()]
+
+
+# other threads
+
+
+def test_a_post_is_heard_within_50_ms(serve) -> None:
+    _, hub = serve(accepting())
+    hub.connect(connecting())
+    soon(hub, 0.01)
+    took_s = []
+    for number in range(10):
+        posted_at_s: list[float] = []
+
+        def post(number: int = number, at_s: list[float] = posted_at_s) -> None:
+            time.sleep(0.05)
+            at_s.append(time.monotonic())
+            hub.post(MessageDone(number))
+
+        thread = threading.Thread(target=post)
+        thread.start()
+        assert soon(hub) == MessageDone(number)
+        took_s.append(time.monotonic() - posted_at_s[0])
+        thread.join()
+    assert sorted(took_s)[5] < 0.05, took_s
+
+
+def test_events_of_programs_come_without_any_connection_and_in_order() -> None:
+    hub = HubConnection()
+    for number in range(3):
+        assert hub.post(MessageDone(number))
+    assert [soon(hub, 0.01) for _ in range(4)] == [MessageDone(0), MessageDone(1), MessageDone(2), None]
+    hub.close()
+
+
+def test_too_many_events_of_programs_are_refused() -> None:
+    hub = HubConnection()
+    taken = sum(hub.post(MessageDone(number)) for number in range(host_mqtt.POSTS_LIMIT + 10))
+    assert taken == host_mqtt.POSTS_LIMIT
+
+
+def test_programs_that_post_without_end_do_not_starve_the_hub(serve) -> None:
+    _, hub = serve(accepting())
+    hub.connect(connecting())
+    packet_id = hub.publish(TOPIC, b"", 1)
+    until_s = time.monotonic() + SOON_S
+    event = None
+    while event != Acknowledged(packet_id):
+        assert time.monotonic() < until_s
+        hub.post(MessageDone(1))
+        hub.post(MessageDone(2))
+        event = soon(hub)
+
+
+def aborted(hub: HubConnection, call: Callable[[], object], after_s: float = 0.3) -> object:
+    """What `call` returns when another thread aborts it; it must return within half a second of that."""
+    at_s = []
+
+    def abort() -> None:
+        time.sleep(after_s)
+        at_s.append(time.monotonic())
+        hub.abort()
+
+    thread = threading.Thread(target=abort)
+    thread.start()
+    outcome = call()
+    ended_s = time.monotonic()
+    thread.join()
+    assert ended_s - at_s[0] < 0.5, "abort() did not end it"
+    return outcome
+
+
+@pytest.mark.parametrize("transport", ["mqtt", "websocket"])
+@pytest.mark.parametrize("context", ["good", None], ids=["after TLS", "before TLS"])
+def test_abort_ends_a_connect(serve, certificates: Certificates, context: str | None, transport: str) -> None:
+    _, hub = serve(Peer.wait_until_gone, certificates.good() if context else None, transport=transport)
+    outcome = aborted(hub, lambda: hub.connect(connecting()))
+    assert isinstance(outcome, NoReply)
+    assert outcome.reason == "closed: given up"
+
+
+def test_abort_ends_a_name_lookup(monkeypatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_arguments, **_options: [over.wait(SOON_S)][1:])
+    hub = HubConnection()
+    try:
+        assert aborted(hub, lambda: hub.connect(connecting())) == NoReply("closed: given up", False)
+    finally:
+        over.set()
+
+
+def test_abort_ends_a_wait_and_leaves_the_connection(serve) -> None:
+    _, hub = serve(accepting())
+    hub.connect(connecting())
+    assert aborted(hub, lambda: soon(hub)) is None
+    packet_id = hub.publish(TOPIC, b"", 1)
+    assert soon(hub) == Acknowledged(packet_id)
+
+
+# WebSocket and proxies, with the emulator's hub behind them
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[EmulatorInThread]:
+    with EmulatorInThread() as running:
+        yield running
+
+
+class PlainToken(SasToken):
+    """A token that the emulator's side has made."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("", 0, b"")
+        self._text = text
+
+    def header(self) -> str:
+        return self._text
+
+
+@pytest.fixture
+def enter(emulator: EmulatorInThread) -> Iterator[Callable[..., tuple[HubConnection, Connect]]]:
+    """A device at the emulator's hub: its connection, not yet opened, and its Connect."""
+    numbers = iter(range(100))
+    with contextlib.ExitStack() as stack:
+
+        def start(**options: object) -> tuple[HubConnection, Connect]:
+            device = emulator.add_device(f"device-{os.urandom(4).hex()}-{next(numbers)}")
+            given = {"connect_to": emulator.hub_connect_to, "ca_file": str(emulator.ca_file), **options}
+            hub = HubConnection(**given)  # type: ignore[arg-type]
+            stack.callback(hub.close)
+            token = PlainToken(device.token())
+            return hub, Connect(EMULATED_HUB, device.device_id, device.user_name, token, 240)
+
+        yield start
+        emulator.fault()
+
+
+def send_one(hub: HubConnection, connect: Connect, payload: bytes = b"21.5") -> None:
+    packet_id = hub.publish(f"devices/{connect.device_id}/messages/events/", payload, 1)
+    assert packet_id
+    assert soon(hub) == Acknowledged(packet_id)
+
+
+@pytest.mark.parametrize("transport", ["mqtt", "websocket"])
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 65535, 65536, 200_000])
+def test_telemetry_of_any_size_arrives_on_both_transports(enter, emulator, transport: str, size: int) -> None:
+    hub, connect = enter(transport=transport)
+    assert hub.connect(connect) == ConnAck(0, False)
+    send_one(hub, connect, b"x" * size)
+    assert [message["payload"] for message in emulator.telemetry(connect.device_id)] == ["x" * size]
+
+
+@pytest.mark.parametrize("transport", ["mqtt", "websocket"])
+def test_a_message_that_was_not_acknowledged_is_delivered_again(enter, emulator, transport: str) -> None:
+    hub, connect = enter(transport=transport)
+    filters = ((f"devices/{connect.device_id}/messages/devicebound/#", 1),)
+    hub.connect(connect)
+    hub.subscribe(filters)
+    assert isinstance(soon(hub), Granted)
+    emulator.send_c2d(connect.device_id, b"open the valve")
+    first = soon(hub)
+    assert isinstance(first, Arrived) and first.payload == b"open the valve"
+    assert hub.connect(connect) == ConnAck(0, True)
+    hub.subscribe(filters)
+    events = [soon(hub), soon(hub)]
+    [again] = [event for event in events if isinstance(event, Arrived)]
+    assert again.payload == b"open the valve"
+    hub.acknowledge(again.packet_id)
+    hub.connect(connect)
+    assert soon(hub, 0.2) is None, "what was acknowledged does not come again"
+
+
+def test_a_second_device_with_our_name_kicks_us(enter, emulator: EmulatorInThread) -> None:
+    hub, connect = enter()
+    hub.connect(connect)
+    with contextlib.closing(HubConnection(connect_to=emulator.hub_connect_to, ca_file=str(emulator.ca_file))) as other:
+        assert other.connect(connect) == ConnAck(0, True)
+        assert_gone(soon(hub), "closed")
+        assert soon(other, 0.05) is None
+
+
+def test_a_lost_puback_costs_one_dup_and_no_message(enter, emulator: EmulatorInThread) -> None:
+    hub, connect = enter()
+    hub.connect(connect)
+    emulator.fault({"operation": "telemetry", "drop": "after", "times": 1, "device": connect.device_id})
+    packet_id = hub.publish(f"devices/{connect.device_id}/messages/events/", b"21.5", 1)
+    assert_gone(soon(hub), "closed")
+    assert hub.connect(connect) == ConnAck(0, True)
+    assert soon(hub) == Acknowledged(packet_id)
+    assert [(m["payload"], m["dup"]) for m in emulator.telemetry(connect.device_id)] == [
+        ("21.5", False),
+        ("21.5", True),
+    ]
+
+
+def test_a_websocket_that_is_not_found_is_a_hub_that_is_not_there(serve) -> None:
+    requests: list[bytes] = []
+
+    def behave(peer: Peer) -> None:
+        requests.append(peer.request())
+        peer.send(answer(b"", "404 Not Found"))
+
+    _, hub = serve(behave, transport="websocket")
+    assert_no_reply(hub.connect(connecting()), "not_found")
+    lines = requests[0].decode().split("\r\n")
+    assert lines[0] == "GET /$iothub/websocket HTTP/1.1"
+    assert {f"Host: {HUB}", "Sec-WebSocket-Protocol: mqtt", "Upgrade: websocket"} <= set(lines)
+
+
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        (answer(b"", "503 Service Unavailable"), "protocol"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "protocol"),
+        (answer(b"", "101 Switching Protocols", "Upgrade: websocket\r\nConnection: Upgrade\r\n"), "protocol"),
+        (b"HTTP/1.1 101 x\r\nX: " + b"x" * 20_000, "too_large"),
+        (b"HTTP/1.1 101", "closed"),
+    ],
+)
+def test_an_upgrade_that_is_none_is_refused(serve, says: bytes, reason: str) -> None:
+    def behave(peer: Peer) -> None:
+        peer.request()
+        peer.send(says)
+        if reason == "too_large":
+            peer.wait_until_gone()
+
+    _, hub = serve(behave, transport="websocket")
+    assert_no_reply(hub.connect(connecting()), reason)
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(1, 50), max_size=20), st.binary(max_size=125))
+def test_frames_come_apart_wherever_they_are_cut(content: bytes, cuts: list[int], ping: bytes) -> None:
+    half = len(content) // 2
+    sent = _server_frame(0x02, content[:half]) + _server_frame(0x89, ping) + _server_frame(0x80, content[half:])
+    frames, found = Frames(), b""
+    for cut in cuts:
+        found += frames.unpack(sent[:cut])
+        sent = sent[cut:]
+    assert found + frames.unpack(sent) == content
+    pong = bytes(frames.to_answer)
+    mask = pong[2:6]
+    assert (pong[0], pong[1]) == (0x8A, 0x80 | len(ping))
+    assert bytes(byte ^ mask[at % 4] for at, byte in enumerate(pong[6:])) == ping
+
+
+def _server_frame(first_byte: int, payload: bytes) -> bytes:
+    size = len(payload)
+    return bytes([first_byte, size]) + payload if size < 126 else bytes([first_byte, 126, *size.to_bytes(2)]) + payload
+
+
+@pytest.mark.parametrize("size", [0, 125, 126, 65535, 65536])
+def test_a_frame_is_masked_and_says_its_size(size: int) -> None:
+    content = os.urandom(size)
+    frame = packed(content)
+    extended = {126: 2, 127: 8}.get(frame[1] & 0x7F, 0)
+    assert frame[0] == 0x82 and frame[1] & 0x80
+    assert (int.from_bytes(frame[2 : 2 + extended]) if extended else frame[1] & 0x7F) == size
+    mask = frame[2 + extended : 6 + extended]
+    assert bytes(byte ^ mask[at % 4] for at, byte in enumerate(frame[6 + extended :])) == content
+    assert packed(content)[2 + extended : 6 + extended] != mask
+
+
+def at_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name is this machine."""
+
+    def resolve(_host: str, port: int, **_options: object) -> list[object]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (LOOPBACK, port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+
+def test_auto_takes_the_websocket_where_the_port_is_closed_and_remembers(enter, emulator, monkeypatch) -> None:
+    at_loopback(monkeypatch)
+    with socket.create_server((LOOPBACK, 0)) as taken:
+        closed_port = taken.getsockname()[1]
+    hub, connect = enter(connect_to="", port=closed_port, websocket_port=emulator.hub_port)
+    dialled: list[int] = []
+    dial = hub._dialler.dial
+
+    def noting(name: str, host: str, port: int, *times_s: float) -> ssl.SSLSocket:
+        dialled.append(port)
+        return dial(name, host, port, *times_s)
+
+    monkeypatch.setattr(hub._dialler, "dial", noting)
+    assert hub.connect(connect) == ConnAck(0, False)
+    send_one(hub, connect)
+    assert hub.connect(connect) == ConnAck(0, True)
+    assert dialled == [closed_port, emulator.hub_port, emulator.hub_port]
+
+
+def test_auto_does_not_change_the_transport_for_a_certificate(serve, certificates, monkeypatch) -> None:
+    at_loopback(monkeypatch)
+    other, _ = serve(accepting())
+    wrong, _ = serve(accepting(), certificates.of_another_name())
+    hub = HubConnection(port=wrong.port, websocket_port=other.port, ca_file=certificates.ca_file)
+    assert_no_reply(hub.connect(connecting()), "tls")
+    assert other.connections == 0
+
+
+@pytest.mark.parametrize("transport", ["mqtt", "websocket"])
+@pytest.mark.parametrize("credentials", ["", "user:p%40ss/word"])
+def test_both_transports_go_through_a_proxy(enter, emulator, transport: str, credentials: str) -> None:
+    plain = credentials.replace("%40", "@")
+    with Server(proxying(plain), None) as proxy:
+        url = f"http://{credentials.replace('/', '%2F')}@{proxy.address}" if credentials else f"http://{proxy.address}"
+        hub, connect = enter(transport=transport, proxy=url)
+        assert hub.connect(connect) == ConnAck(0, False)
+        send_one(hub, connect)
+        assert proxy.requests[0].startswith(f"CONNECT {emulator.hub_connect_to} HTTP/1.1\r\n".encode())
+        hub.close()
+
+
+@pytest.mark.parametrize("user", ["", "user:wrong@"])
+def test_a_proxy_that_wants_other_credentials_has_a_reason_of_its_own(enter, user: str) -> None:
+    with Server(proxying("user:secret"), None) as proxy:
+        hub, connect = enter(proxy=f"http://{user}{proxy.address}")
+        outcome = assert_no_reply(hub.connect(connect), "proxy")
+    assert "407" in outcome.reason and "wrong" not in outcome.reason
+
+
+def test_a_proxy_that_does_not_let_the_hub_s_port_through_makes_auto_take_the_websocket(
+    enter, emulator: EmulatorInThread
+) -> None:
+    def behave(peer: Peer) -> None:
+        head = peer.request().decode()
+        if f":{emulator.hub_port} " not in head:
+            peer.send(answer(b"", "403 Forbidden"))
+            return
+        peer.send(b"HTTP/1.1 200 OK\r\n\r\n")
+        with socket.create_connection((LOOPBACK, emulator.hub_port)) as onward:
+            peer.pump(onward)
+
+    with Server(behave, None) as proxy:
+        hub, connect = enter(connect_to="", websocket_port=emulator.hub_port, proxy=f"http://{proxy.address}")
+        assert hub.connect(connect) == ConnAck(0, False)
+        send_one(hub, connect)
+        hub.close()
+
+
+# many connections
+
+
+def held() -> tuple[int, int]:
+    """Open descriptors and threads of this process."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+def test_200_reconnects_under_faults_leave_nothing_behind_and_lose_nothing(certificates: Certificates) -> None:
+    seed = random.randrange(1 << 32)
+    chance = random.Random(seed)
+    arrived: set[bytes] = set()
+
+    def behave(peer: Peer) -> None:
+        fault = chance.choice(["none", "none", "mid-connect", "connack", "mid-publish", "reset", "delay", "no puback"])
+        if fault == "mid-connect":
+            peer.receive()
+            peer.cut()
+            return
+        hub = HubPeer(peer)
+        hub.accept(3 if fault == "connack" else 0)
+        while True:
+            if fault == "mid-publish":
+                peer.receive()
+                peer.cut()
+                return
+            packet = hub.packet()
+            if fault == "delay":
+                time.sleep(0.01)
+            if isinstance(packet, mqtt.Publish):
+                arrived.add(packet.payload)
+                if fault == "reset":
+                    peer.reset()
+                    return
+                if fault != "no puback":
+                    hub.send(mqtt.puback(packet.packet_id))
+                elif chance.random() < 0.2:
+                    peer.cut()
+                    return
+
+    with Server(behave, certificates.good()) as server:
+        hub = HubConnection(connect_to=server.address, ca_file=certificates.ca_file)
+        hub.connect(connecting())
+        hub.close()
+        before: tuple[int, int] | None = None
+        sent: dict[int, bytes] = {}
+        acknowledged: set[bytes] = set()
+        number = connections = 0
+        while connections < 200 or sent:
+            connections += 1
+            assert connections < 1000, f"{seed=}: {len(sent)} messages are never acknowledged"
+            outcome = hub.connect(connecting())
+            if not isinstance(outcome, ConnAck) or outcome.return_code:
+                continue
+            if connections < 200:
+                for _ in range(chance.randrange(3)):
+                    number += 1
+                    packet_id = hub.publish(TOPIC, str(number).encode(), 1)
+                    if packet_id:
+                        assert packet_id not in sent, f"{seed=}"
+                        sent[packet_id] = str(number).encode()
+            for _ in range(8):
+                event = soon(hub, 0.02)
+                if isinstance(event, Acknowledged):
+                    acknowledged.add(sent.pop(event.packet_id))
+                else:  # silence, or the end
+                    break
+            if chance.random() < 0.3:
+                hub.disconnect()
+            if connections >= 20 and before is None:
+                hub.close()
+                before = _settled(held(), f"{seed=}")
+        hub.close()
+        assert acknowledged <= arrived, f"{seed=}"
+        assert before is not None
+        _settled(before, f"{seed=}")
+
+
+def _settled(most: tuple[int, int], reproduce: str) -> tuple[int, int]:
+    """What is open once the server's threads have seen the ends of their connections; no more than `most`."""
+    until_s = time.monotonic() + SOON_S
+    while (now := held()) and (now[0] > most[0] or now[1] > most[1]) and time.monotonic() < until_s:
+        time.sleep(0.05)
+    assert now[0] <= most[0] and now[1] <= most[1], f"descriptors, threads: {most} -> {now}; {reproduce}"
+    return now

@@ -1,0 +1,507 @@
+"""`dps-agent run` against the emulator, as a program: connected, asked, disturbed, ended."""
+
+import base64
+import contextlib
+import json
+import os
+import signal
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dps_emulator.enrollments import Enrollment
+from dps_emulator.faults import Fault
+from dps_emulator.service import Settings
+from dps_hal.contracts import IDENTITY
+from dps_hal.files import FileStore
+from dps_hal.simulator import SimulatedTpm
+from support.emulator import HUB, EmulatorInThread
+from support.running_agent import RunningAgent
+from support.swtpm import Swtpm
+from support.tpm_states import copy_state
+from support.tpm_tap import TpmTap
+
+DEVICE = "press-07"
+
+
+@pytest.fixture
+def emulator() -> Iterator[EmulatorInThread]:
+    with EmulatorInThread(Settings(enroll_any=True, retry_after_s=0)) as found:
+        yield found
+
+
+@pytest.fixture
+def agent(tmp_path: Path, emulator: EmulatorInThread) -> Iterator[RunningAgent]:
+    """A device with a simulated TPM; not started."""
+    folder = copy_state("press-07", tmp_path / "tpm")
+    with RunningAgent(tmp_path, emulator, f'backend = "simulator"\ntcti = "{folder}"') as found:
+        yield found
+
+
+def waiting_at_the_hub(emulator: EmulatorInThread) -> int:
+    """Messages that the hub keeps for the device."""
+    (device,) = emulator.hub_command("devices")["devices"]
+    return int(device["waiting"])
+
+
+def answer_methods(agent: RunningAgent, names: list[str], ready: threading.Event) -> None:
+    """A program that answers so many method calls."""
+    with agent.client.events() as events:
+        ready.set()
+        for name in names:
+            call = events.next("method")
+            assert call["name"] == name
+            answer = json.dumps({"asked": call["payload"]}).encode()
+            assert agent.client.ask("POST", f"/methods/{call['id']}?status=207", answer)[0] == 200
+
+
+# --- what it does
+
+
+def test_it_registers_connects_and_takes_telemetry_to_the_hub(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    agent.start()
+    found = agent.await_connected()
+    assert (found["state"], found["assignedHub"], found["deviceId"]) == ("connected", HUB, DEVICE)
+    assert agent.client.ask("GET", "/assignment")[1]["assignedHub"] == HUB
+    assert agent.client.ask("POST", "/telemetry?line=3&%24.ct=application%2Fjson", b'{"t": 21.5}')[0] == 200
+    (message,) = emulator.telemetry(DEVICE)
+    assert (message["payload"], message["qos"]) == ('{"t": 21.5}', 1)
+    assert message["properties"]["line"] == "3"
+    assert agent.end() == (0, pytest.approx(0, abs=2))
+    lines = agent.written.splitlines()
+    assert [line.split()[0] for line in lines] == ["dps-agent", "registers", "this", "connected", "dps-agent"], lines
+    assert os.listdir(agent.runtime_dir) == []
+
+
+def test_a_second_start_asks_the_hub_and_not_dps(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    agent.start()
+    agent.await_connected()
+    agent.end()
+    asked = len(emulator.log)
+    agent.start()
+    agent.await_connected()
+    assert len(emulator.log) == asked
+
+
+def test_a_method_is_answered_by_a_program_and_404_without_one(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    agent.start()
+    agent.await_connected()
+    assert emulator.invoke(DEVICE, "reboot", {"in": 5})[0] == 404
+    assert emulator.invoke(DEVICE, "ping") == (200, {})
+    ready = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        program = pool.submit(answer_methods, agent, ["reboot", "open"], ready)
+        assert ready.wait(10)
+        assert emulator.invoke(DEVICE, "reboot", {"in": 5}) == (207, {"asked": {"in": 5}})
+        assert emulator.invoke(DEVICE, "open") == (207, {"asked": None})
+        program.result(10)
+
+
+def test_a_message_stays_the_hubs_until_a_program_is_done_with_it(
+    agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    agent.start()
+    agent.await_connected()
+    emulator.send_c2d(DEVICE, b"open", {"valve": "7"})
+    with agent.client.events() as events:
+        message = events.next("message")
+        assert (message["payloadText"], message["properties"]["valve"]) == ("open", "7")
+        assert waiting_at_the_hub(emulator) == 1
+    emulator.disconnect(DEVICE)
+    agent.await_connected(2)
+    with agent.client.events() as events:
+        again = events.next("message")
+        assert again["payloadText"] == "open" and again["id"] != message["id"]
+        assert agent.client.ask("POST", f"/events/{message['id']}/done")[0] == 404
+        assert agent.client.ask("POST", f"/events/{again['id']}/done")[0] == 200
+    emulator.await_hub_log("completed")
+    assert waiting_at_the_hub(emulator) == 0
+
+
+def test_a_desired_change_reaches_the_programs_and_the_twin_says_who_this_is(
+    agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    agent.start()
+    agent.await_connected()
+    with agent.client.events() as events:
+        whole = events.next("desired")
+        assert whole["whole"]
+        version = emulator.set_desired(DEVICE, {"interval": 5})
+        change = events.next("desired")
+    assert (change["version"], change["whole"], change["properties"]["interval"]) == (version, False, 5)
+    with agent.client.events() as events:
+        assert events.next("desired")["properties"]["interval"] == 5
+    emulator.await_hub_log("twin-patch")
+    about = emulator.twin(DEVICE)["reported"]["dpsAgent"]
+    assert {"agentVersion", "runtime", "backend", "tpmMaker", "assignedAt", "substatus"} <= set(about)
+
+
+# --- when the hub or the network is away
+
+
+def test_a_lost_connection_is_503_until_the_next_one_and_nothing_accepted_is_lost(
+    agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    agent.start()
+    agent.await_connected()
+    assert agent.client.ask("POST", "/telemetry", b"1")[0] == 200
+    emulator.fault({"operation": "accept", "drop": "before"})
+    emulator.disconnect(DEVICE)
+    agent.await_status(lambda found: not found["connected"], "without a connection")
+    status, document = agent.client.ask("POST", "/telemetry", b"2")
+    assert (status, document["error"]["code"]) == (503, "agent.not_connected")
+    assert int(agent.client.headers["retry-after"]) >= 1
+    emulator.fault()
+    agent.await_connected(2)
+    assert agent.client.ask("POST", "/telemetry", b"3")[0] == 200
+    assert [message["payload"] for message in emulator.telemetry(DEVICE)] == ["1", "3"]
+
+
+def test_telemetry_under_way_when_the_connection_breaks_is_sent_again(
+    agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    agent.start()
+    agent.await_connected()
+    emulator.fault({"operation": "telemetry", "drop": "before", "request": 1})
+    assert agent.client.ask("POST", "/telemetry", b"1")[0] == 200
+    assert [message["payload"] for message in emulator.telemetry(DEVICE)] == ["1"]
+
+
+def test_a_device_that_its_hub_refuses_registers_again(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    agent.start()
+    agent.await_connected()
+    emulator.withdraw(DEVICE)
+    agent.await_text("[hub.refused]")
+    agent.send(signal.SIGHUP)  # ends the wait before the next try
+    agent.await_text("this device is", 2)
+    agent.await_connected(2)
+    assert agent.client.ask("POST", "/telemetry", b"1")[0] == 200
+
+
+# --- commands of the same device
+
+
+def test_provision_token_and_status_go_through_the_service(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    agent.start()
+    agent.await_connected()
+    asked = len(emulator.log)
+    assert agent.command("provision")["alreadyProvisioned"] is True
+    assert len(emulator.log) == asked
+    again = agent.command("provision", "--force")
+    assert (again["alreadyProvisioned"], again["assignedHub"]) == (False, HUB)
+    assert len(emulator.log) > asked
+    agent.await_connected(2)
+    token = agent.command("token", "--life", "60")["token"]
+    assert emulator.service.hub_token_refusal(token, time.time()) is None
+    time.sleep(1.1)  # the state file is written once a second at most
+    live = agent.command("status")
+    assert (live["running"], live["state"], live["connections"]) == (True, "connected", 2)
+    assert agent.process is not None and live["pid"] == agent.process.pid
+
+
+def test_a_registration_that_fails_is_told_to_who_asked_and_the_old_hub_stays(
+    agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    agent.start()
+    agent.await_connected()
+    key = SimulatedTpm(str(agent.folder / "tpm")).endorsement_key()
+    emulator.service.enroll(Enrollment(DEVICE, key, enabled=False))
+    error = agent.command("provision", "--force", exit_status=4)["error"]
+    assert error["code"].startswith("dps.") and error["remedy"]
+    agent.await_connected(2)
+    assert agent.client.ask("POST", "/telemetry", b"1")[0] == 200
+
+
+def test_reset_through_the_service_erases_and_registers_again(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    agent.start()
+    agent.await_connected()
+    before = FileStore(str(agent.state_dir)).load(IDENTITY)
+    assert agent.command("reset", "--yes")["erased"][0] == "identity"
+    agent.await_text("this device is", 2)
+    agent.await_connected()
+    assert FileStore(str(agent.state_dir)).load(IDENTITY) != before
+    assert agent.client.ask("POST", "/telemetry", b"1")[0] == 200
+
+
+def test_status_remote_costs_one_challenge_and_one_lookup_and_changes_nothing(
+    agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    agent.start()
+    agent.await_connected()
+    before = FileStore(str(agent.state_dir)).load(IDENTITY)
+    for running in (True, False):
+        if not running:
+            agent.end()
+        emulator.log.clear()
+        said = agent.command("status", "--remote")
+        assert (said["remote"]["status"], said["remote"]["assignedHub"], said["differences"]) == ("assigned", HUB, [])
+        assert [(line.operation, line.status) for line in emulator.log] == [("register", 401), ("lookup", 200)]
+    assert FileStore(str(agent.state_dir)).load(IDENTITY) == before
+    agent.command("provision", "--force", "--set", "runtime_dir=/nonexistent")
+    stored = FileStore(str(agent.state_dir)).load(IDENTITY)
+    assert stored is not None
+
+
+def test_status_remote_reports_differences_and_what_dps_refuses(
+    agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    agent.command("provision")
+    before = FileStore(str(agent.state_dir)).load(IDENTITY)
+    key = SimulatedTpm(str(agent.folder / "tpm")).endorsement_key()
+    emulator.service.enroll(Enrollment(DEVICE, key, device_id="press-09"))
+    FileStore(str(agent.state_dir.with_name("other"))).commit(IDENTITY, before.payload if before else b"")
+    agent.command("provision", "--force")
+    other = ["--set", f"state_dir={agent.state_dir.with_name('other')}"]
+    said = agent.command("status", "--remote", *other)
+    assert said["assignment"]["deviceId"] == DEVICE
+    assert f"deviceId: DPS says press-09, stored is {DEVICE}" in said["differences"]
+    emulator.service.enroll(Enrollment(DEVICE, key, enabled=False))
+    assert agent.command("status", "--remote", *other, exit_status=4)["error"]["code"].startswith("dps.")
+    left = FileStore(str(agent.state_dir.with_name("other"))).load(IDENTITY)
+    assert left is not None and before is not None and left.payload == before.payload
+
+
+def test_one_process_at_a_time_has_the_state_folder(agent: RunningAgent) -> None:
+    agent.start("--set", "api.socket=none")
+    agent.await_text("connected to")
+    assert agent.command("provision", "--force", exit_status=3)["error"]["code"] == "store.locked"
+    assert agent.command("status", "--remote", exit_status=3)["error"]["code"] == "store.locked"
+    assert agent.command("reset", "--yes", exit_status=3)["error"]["code"] == "store.locked"
+    assert agent.command("run", exit_status=3)["error"]["code"] == "store.locked"
+    agent.end()
+    assert agent.command("provision", "--force")["alreadyProvisioned"] is False
+
+
+def test_the_status_of_a_service_that_was_killed_is_that_of_its_records(agent: RunningAgent) -> None:
+    agent.start()
+    agent.await_connected()
+    time.sleep(1.1)
+    assert agent.command("status")["running"] is True
+    agent.end(signal.SIGKILL)
+    assert (agent.runtime_dir / "state.json").exists()
+    left = agent.command("status")
+    assert (left["running"], left["state"]) == (False, "provisioned")
+    agent.start()
+    agent.await_connected()
+
+
+def test_tokens_over_the_socket_are_for_this_hub_and_short(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    agent.settings.write_text(agent.text + "[api]\nallow_token = true\n")
+    agent.start()
+    agent.await_connected()
+    status, document = agent.client.ask("POST", "/token?life=900")
+    assert status == 200 and document["token"].startswith(f"SharedAccessSignature sr={HUB}%2Fdevices%2F{DEVICE}&")
+    assert emulator.service.hub_token_refusal(document["token"], time.time()) is None
+    assert emulator.service.hub_token_refusal(document["token"], time.time() + 1500) is not None
+    assert agent.client.ask("POST", "/token?life=901")[0] == 400
+
+
+# --- signals
+
+
+def enroll_disabled(agent: RunningAgent, emulator: EmulatorInThread) -> bytes:
+    key = SimulatedTpm(str(agent.folder / "tpm")).endorsement_key()
+    emulator.service.enroll(Enrollment(DEVICE, key, enabled=False))
+    return key
+
+
+@pytest.mark.parametrize("state", ["connected", "connecting", "provisioning", "waiting", "halted", "provisioned"])
+def test_sigterm_ends_it_within_two_seconds_in_every_state(
+    state: str, agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    if state == "provisioning":
+        emulator.script(Fault(operation="register", delay_s=60))
+    elif state == "halted":
+        enroll_disabled(agent, emulator)
+    elif state == "waiting":
+        agent.settings.write_text(agent.text.replace(emulator.url, "https://127.0.0.1:1") + "[retry]\n")
+        agent.settings.write_text(agent.settings.read_text() + "registration_budget_s = 1\n")
+    elif state == "connecting":
+        emulator.fault({"operation": "connect", "silent": "before"})
+    elif state == "provisioned":
+        emulator.fault({"operation": "accept", "drop": "before"})
+    agent.start()
+    agent.await_state(state)
+    time.sleep(0.2)
+    status, took_s = agent.end()
+    assert (status, took_s < 2) == (0, True), f"{took_s:.2f} s\n{agent.written}"
+    assert "Traceback" not in agent.written
+
+
+def test_sigterm_ends_it_while_the_hub_says_nothing_in_the_tls_handshake(agent: RunningAgent, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        agent.settings.write_text(
+            agent.text.replace(agent.emulator.hub_connect_to, f"127.0.0.1:{silent.getsockname()[1]}")
+        )
+        agent.start()
+        silent.settimeout(20)
+        connection, _ = silent.accept()
+        with connection:
+            time.sleep(0.3)
+            status, took_s = agent.end()
+    assert (status, took_s < 2) == (0, True), f"{took_s:.2f} s\n{agent.written}"
+
+
+def test_sighup_makes_a_halted_device_ask_at_once(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    key = enroll_disabled(agent, emulator)
+    agent.start()
+    found = agent.await_state("halted")
+    assert found["until"] and found["lastError"]["remedy"]
+    assert agent.command("status", exit_status=4)["error"]["code"] == found["lastError"]["code"]
+    emulator.service.enroll(Enrollment(DEVICE, key, device_id=DEVICE))
+    agent.send(signal.SIGHUP)
+    agent.await_connected()
+
+
+def test_sighup_with_wrong_settings_is_refused_and_the_old_ones_go_on(
+    agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    agent.start()
+    agent.await_connected()
+    for broken, word in (
+        (agent.text.replace("id_scope", "id_scoop"), "id_scoop"),
+        ("]", "expected TOML"),
+        (agent.text.replace("/run", "/walk"), "runtime_dir changes with a restart only"),
+    ):
+        agent.settings.write_text(broken)
+        before = agent.written.count("are refused")
+        agent.send(signal.SIGHUP)
+        agent.await_text("are refused", before + 1)
+        assert word in agent.written.splitlines()[-1]
+    assert agent.client.ask("POST", "/telemetry", b"1")[0] == 200
+    assert agent.status()["connections"] == 1
+
+
+def test_sighup_with_other_settings_goes_on_with_them(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    agent.start()
+    agent.await_connected()
+    asked = len(emulator.log)
+    agent.settings.write_text(agent.text + "[retry]\nregistration_budget_s = 800\n")
+    agent.send(signal.SIGHUP)
+    agent.await_text("connected to", 2)
+    assert len(emulator.log) == asked
+    agent.settings.write_text(agent.text.replace(f'"{DEVICE}"', '"press-08"'))
+    agent.send(signal.SIGHUP)
+    agent.await_status(lambda found: found["connected"] and found["deviceId"] == "press-08", "press-08")
+    status, took_s = agent.end()
+    assert (status, took_s < 2) == (0, True)
+
+
+# --- systemd
+
+
+def listen(systemd: socket.socket, heard: list[str], ended: threading.Event) -> None:
+    """Notes the first line of each message."""
+    while not ended.is_set():
+        with contextlib.suppress(TimeoutError):
+            heard.append(systemd.recv(4096).decode().split("\n")[0])
+
+
+def test_systemd_hears_ready_status_watchdog_and_stopping(agent: RunningAgent, tmp_path: Path) -> None:
+    heard: list[str] = []
+    ended = threading.Event()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(0.2)
+        listener = threading.Thread(target=listen, args=(systemd, heard, ended))
+        listener.start()
+        agent.start(environ={"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000"})
+        agent.await_connected()
+        time.sleep(2.5)
+        agent.send(signal.SIGHUP)
+        agent.await_text("were read again")
+        agent.end()
+        ended.set()
+        listener.join()
+    assert heard[0] == "READY=1" and heard[-1] == "STOPPING=1"
+    assert heard.count("WATCHDOG=1") >= 3
+    assert f"STATUS=connected: connected to {HUB}" in heard
+    assert heard.index("RELOADING=1") < len(heard) - 1 - heard[::-1].index("READY=1")
+
+
+# --- what it leaves and shows
+
+
+def test_modes_and_no_secret_in_anything_it_writes(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    agent.start("-v")
+    agent.await_connected()
+    agent.client.ask("POST", "/telemetry", b"1")
+    agent.command("provision", "--force")
+    agent.await_connected(2)
+    shown = json.dumps([agent.status(), agent.client.ask("GET", "/assignment"), agent.command("status")])
+    time.sleep(1.1)
+    shown += (agent.runtime_dir / "state.json").read_text() + agent.written
+    modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in agent.runtime_dir.iterdir()}
+    assert modes == {"api.sock": 0o600, "state.json": 0o644}
+    assert stat.S_IMODE(agent.state_dir.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in agent.state_dir.iterdir()} == {0o600}
+    agent.end()
+    stored = FileStore(str(agent.state_dir)).load(IDENTITY)
+    key = emulator.service.hub_key(HUB, DEVICE)
+    assert stored is not None and key is not None
+    shown += agent.written
+    wrapped = base64.b64decode(json.loads(stored.payload[:-32])["wrappedKey"])
+    for secret in (key, wrapped, stored.payload[-32:]):
+        for form in (base64.b64encode(secret).decode(), secret.hex(), secret.hex().upper(), repr(secret)):
+            assert form not in shown
+    assert "sig=" not in shown and "authenticationKey" not in shown
+    assert "register → 401 challenge" in shown, "the verbose lines are missing, so this looked at too little"
+
+
+@pytest.mark.parametrize("backend", ["wire", "esys"])
+def test_it_lives_on_a_tpm_and_leaves_nothing_in_it(backend: str, tmp_path: Path, emulator: EmulatorInThread) -> None:
+    with Swtpm(tmp_path / "swtpm") as machine:
+        tpm = f'backend = "{backend}"\ntcti = "{machine.tcti}"\npersist_at = 0x81000100'
+        with RunningAgent(tmp_path, emulator, tpm) as agent:
+            agent.start()
+            agent.await_connected()
+            assert agent.client.ask("POST", "/telemetry", b"1")[0] == 200
+            agent.command("provision", "--force")
+            agent.await_connected(2)
+            token = agent.command("token", "--life", "60")["token"]
+            assert emulator.service.hub_token_refusal(token, time.time()) is None
+            assert agent.end()[0] == 0
+            assert "warning" not in agent.written and "persist_at" not in agent.written
+            assert machine.leftovers() == []
+
+
+def test_sigterm_ends_it_while_the_tpm_hangs(tmp_path: Path, emulator: EmulatorInThread) -> None:
+    with (
+        Swtpm(tmp_path / "swtpm") as machine,
+        TpmTap(machine.port) as tap,
+        RunningAgent(tmp_path, emulator, f'backend = "wire"\ntcti = "{tap.tcti}"') as agent,
+    ):
+        tap.delay(4, times=9)
+        agent.start()
+        agent.await_state("provisioning")
+        time.sleep(0.5)
+        status, took_s = agent.end()
+    assert (status, took_s < 2) == (0, True), f"{took_s:.2f} s\n{agent.written}"
+
+
+def test_leaks_nothing_over_many_reconnects(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    agent.start()
+    agent.await_connected()
+
+    def held() -> tuple[int, int]:
+        assert agent.process is not None
+        process: Any = Path(f"/proc/{agent.process.pid}")
+        return len(list((process / "fd").iterdir())), len(list((process / "task").iterdir()))
+
+    for count in range(2, 5):
+        agent.command("provision", "--force")
+        agent.await_connected(count)
+    before = held()
+    for count in range(5, 9):
+        agent.command("provision", "--force")
+        agent.await_connected(count)
+    time.sleep(0.2)
+    after = held()
+    assert after[0] <= before[0] + 1 and after[1] <= before[1]
