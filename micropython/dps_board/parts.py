@@ -1,0 +1,126 @@
+"""The parts of a board, made from its settings: TPM, store, clock, watchdog, LED, network.
+
+`machine` and `network` are loaded by the parts that need them, so a board without Wi-Fi or LED does without.
+"""
+
+import asyncio
+import os
+import time
+
+from dps_agent.lifecycle import PROVISIONED
+from dps_board.clock import BoardClock
+from dps_hal.littlefs import LittleFsStore
+from dps_hal.wire import WireTpm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from dps_board.config import BoardConfiguration
+    from dps_hal.wire.commands import Transport
+
+SPI_HZ = 10_000_000  # PTP: every TPM takes 10 MHz
+I2C_HZ = 400_000
+_SINCE_2000_S = 946_684_800  # the epoch of some ports
+_JOIN_AGAIN_S = 15
+_NOT_LIT = 0
+_LIT = 1
+_GOOD_STATES = (PROVISIONED, "connected")
+
+
+def make_tpm(config: "BoardConfiguration", while_waiting: "Callable[[], None] | None" = None) -> WireTpm:
+    """The TPM that `tpm.tcti` names, used by nobody else."""
+    values = config.values
+    return WireTpm(
+        _transport(values),
+        ek_template=values["tpm.ek_template"],
+        ek_handle=values["tpm.ek_handle"],
+        srk_handle=values["tpm.srk_handle"],
+        while_waiting=while_waiting,
+        exclusive=True,
+    )
+
+
+def _transport(values: "dict[str, Any]") -> "Transport":
+    tcti = values["tpm.tcti"]
+    if tcti.startswith("swtpm:"):
+        from dps_hal.wire.tcp import SwtpmTransport
+
+        named = dict([part.split("=") for part in tcti[len("swtpm:") :].split(",") if "=" in part])
+        return SwtpmTransport(named.get("host", "127.0.0.1"), int(named.get("port", "2321")))
+    import machine  # pyright: ignore[reportMissingImports]
+
+    from dps_hal.wire.tis import TisTransport
+
+    hz = values["board.bus_hz"]
+    if tcti == "i2c":
+        from dps_hal.wire.i2c import I2cBus
+
+        return TisTransport(I2cBus(machine.I2C(values["board.bus"], freq=hz or I2C_HZ)))
+    from dps_hal.wire.spi import SpiBus
+
+    spi = machine.SPI(values["board.bus"], baudrate=hz or SPI_HZ)
+    return TisTransport(SpiBus(spi, machine.Pin(values["board.select_pin"], machine.Pin.OUT, value=1)))
+
+
+def make_store(config: "BoardConfiguration") -> LittleFsStore:
+    """The store in the folder `state_dir`, which must lie on littlefs."""
+    return LittleFsStore(config.values["state_dir"], os)
+
+
+def make_clock(config: "BoardConfiguration", while_waiting: "Callable[[], None] | None" = None) -> BoardClock:
+    """The clock, with the RTC that mbedTLS reads."""
+    values = config.values
+    return BoardClock(
+        values["board.built_at_s"], config.roots_end_s, set_rtc, values["board.ntp_server"], while_waiting
+    )
+
+
+def set_rtc(now_s: int) -> None:
+    """Sets the board's clock to `now_s`, seconds since 1970."""
+    import machine  # pyright: ignore[reportMissingImports]
+
+    epoch_s = _SINCE_2000_S if time.gmtime(0)[0] == 2000 else 0
+    year, month, day, hour, minute, second, weekday = time.gmtime(now_s - epoch_s)[:7]
+    machine.RTC().datetime((year, month, day, weekday, hour, minute, second, 0))
+
+
+def make_watchdog(config: "BoardConfiguration") -> "Callable[[], None] | None":
+    """The function that feeds the hardware's watchdog, which runs from now on; None where none is wanted."""
+    limit_s = config.values["board.watchdog_s"]
+    if not limit_s:
+        return None
+    import machine  # pyright: ignore[reportMissingImports]
+
+    feed: Callable[[], None] = machine.WDT(timeout=limit_s * 1000).feed
+    return feed
+
+
+def make_led(config: "BoardConfiguration") -> "Callable[[str], None] | None":
+    """Shows a state: lit while the identity serves; None where there is no LED."""
+    number = config.values["board.led_pin"]
+    if number < 0:
+        return None
+    import machine  # pyright: ignore[reportMissingImports]
+
+    pin = machine.Pin(number, machine.Pin.OUT, value=_NOT_LIT)
+    return lambda state: pin.value(_LIT if state in _GOOD_STATES else _NOT_LIT)
+
+
+async def keep_joined(config: "BoardConfiguration") -> None:
+    """Joins the Wi-Fi and joins it again whenever it is lost; returns at once where none is named."""
+    ssid = config.values["board.wifi_ssid"]
+    if not ssid:
+        return
+    import network  # pyright: ignore[reportMissingImports]
+
+    station = network.WLAN(network.STA_IF)
+    station.active(True)
+    while True:
+        if not station.isconnected():
+            try:
+                station.connect(ssid, config.values["board.wifi_password"])
+            except OSError:
+                pass  # the radio is still at it; the next round tries again
+        await asyncio.sleep(_JOIN_AGAIN_S)

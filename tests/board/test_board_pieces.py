@@ -1,0 +1,143 @@
+"""Pieces of a board that need no board: settings, NTP answers, the clock. Plain functions, for both interpreters."""
+
+import asyncio
+import struct
+
+from dps_board.clock import BoardClock
+from dps_board.config import read_values
+from dps_board.https import split_address
+from dps_board.ntp import read_answer
+from dps_hal.errors import AskOperator
+from dps_hal.platform import to_json
+
+BUILT = 1_793_491_200  # 2026-11-01
+DAY = 86400
+MARK = b"abcdefgh"
+
+
+def problem(**settings) -> str:  # type: ignore[no-untyped-def]
+    """What is said about these settings, "" where they are good."""
+    document = {"id_scope": "0ne00000000"}
+    document.update(settings)
+    try:
+        read_values(to_json(document).encode(), "config.json")
+    except AskOperator as error:
+        assert error.code in ("config.invalid", "config.missing"), error.code
+        return error.message
+    return ""
+
+
+def test_few_settings_are_enough_and_the_rest_has_defaults() -> None:
+    values = read_values(b'{"id_scope": "0ne1", "hub": {"port": 443}}', "config.json")
+    assert values["id_scope"] == "0ne1" and values["hub.port"] == 443
+    assert values["registration_id"] == "auto" and values["tpm.ek_handle"] == 0x81010001
+    assert values["hub.hub_suffixes"][0] == ".azure-devices.net"
+
+
+def test_good_settings_are_taken() -> None:
+    for settings in (
+        {"endpoint": "https://dps.example:8443"},
+        {"endpoint": "https://[::1]"},
+        {"connect_to": "127.0.0.1:443"},
+        {"payload": {"model": {"a": [1]}}},
+        {"poll": "operation"},
+        {"tpm": {"tcti": "i2c", "ek_template": "azure-c-sdk", "srk_handle": 0x81000002}},
+        {"tpm": {"tcti": "swtpm:host=127.0.0.1,port=2321"}},
+        {"hub": {"hub_suffixes": ["hub.example"]}},
+        {"board": {"wifi_ssid": "plant", "wifi_password": "x" * 63, "led_pin": 25, "ntp_server": ""}},
+    ):
+        assert problem(**settings) == "", settings
+
+
+def test_bad_settings_are_refused_by_name() -> None:
+    for name, settings in (
+        ("id_scope", {"id_scope": ""}),
+        ("id_scope", {"id_scope": 7}),
+        ("registration_id", {"registration_id": "-a"}),
+        ("endpoint", {"endpoint": "http://dps.example"}),
+        ("endpoint", {"endpoint": "https://dps.example/path"}),
+        ("endpoint", {"endpoint": "https://dps.example:"}),
+        ("endpoint", {"endpoint": "https://a b"}),
+        ("connect_to", {"connect_to": "127.0.0.1"}),
+        ("connect_to", {"connect_to": "127.0.0.1:70000"}),
+        ("poll", {"poll": "push"}),
+        ("payload", {"payload": [1]}),
+        ("retry.registration_budget_s", {"retry": {"registration_budget_s": 0}}),
+        ("retry.registration_budget_s", {"retry": {"registration_budget_s": True}}),
+        ("tpm.backend", {"tpm": {"backend": "esys"}}),
+        ("tpm.tcti", {"tpm": {"tcti": "device:/dev/tpmrm0"}}),
+        ("tpm.ek_handle", {"tpm": {"ek_handle": 0x80000001}}),
+        ("hub.hub_suffixes", {"hub": {"hub_suffixes": []}}),
+        ("hub.hub_suffixes", {"hub": {"hub_suffixes": [1]}}),
+        ("board.led_pin", {"board": {"led_pin": "LED"}}),
+        ("board.colour", {"board": {"colour": "red"}}),
+        ("idscope", {"idscope": "x"}),
+        ("tpm", {"tpm": 1}),
+    ):
+        assert name in problem(**settings).split(":")[0], (settings, problem(**settings))
+
+
+def test_the_password_of_the_network_is_not_shown() -> None:
+    said = problem(board={"wifi_password": 12345678})
+    assert "board.wifi_password" in said and "12345678" not in said
+
+
+def test_a_missing_id_scope_and_broken_json_are_said_as_such() -> None:
+    for content, code in ((b"{}", "config.missing"), (b"[]", "config.unreadable"), (b'{"a"', "config.unreadable")):
+        try:
+            read_values(content, "config.json")
+            raise AssertionError(content)
+        except AskOperator as error:
+            assert error.code in (code, "config.missing"), (content, error.code)  # 1.25 reads a cut-off {"a" as {}
+
+
+def test_addresses_are_split() -> None:
+    assert split_address("dps.example", 443) == ("dps.example", 443)
+    assert split_address("dps.example:8443", 443) == ("dps.example", 8443)
+    assert split_address("[::1]", 443) == ("::1", 443)
+    assert split_address("[::1]:8443", 443) == ("::1", 8443)
+
+
+def ntp_answer(now_s: int, first: int = 0x24, stratum: int = 2, mark: bytes = MARK) -> bytes:
+    seconds = (now_s + 2_208_988_800) & 0xFFFFFFFF
+    return bytes([first, stratum]) + bytes(22) + mark + struct.pack(">IIII", seconds, 0, seconds, 0)
+
+
+def test_an_ntp_answer_is_read_in_this_era_and_the_next() -> None:
+    for now_s in (BUILT, 2_085_978_495, 2_085_978_496, 4_000_000_000):
+        assert read_answer(ntp_answer(now_s), MARK) == now_s
+
+
+def test_an_ntp_answer_that_is_none_is_not_taken() -> None:
+    for answer in (
+        b"",
+        ntp_answer(BUILT)[:-1],
+        ntp_answer(BUILT, mark=b"abcdefgi"),
+        ntp_answer(BUILT, first=0x23),
+        ntp_answer(BUILT, first=0xE4),
+        ntp_answer(BUILT, stratum=0),
+        ntp_answer(BUILT, stratum=16),
+    ):
+        assert read_answer(answer, MARK) is None, answer
+
+
+def test_the_rtc_is_set_before_each_handshake_to_the_time_to_verify_under() -> None:
+    rtc: list[int] = []
+    clock = BoardClock(BUILT, BUILT + 9000 * DAY, rtc.append)
+    clock.restart(BUILT + DAY)
+    asyncio.run(clock.before_handshake())
+    assert abs(rtc[-1] - BUILT - DAY) < 5 and not clock.utc().believable
+    assert not clock.verified(BUILT + 50 * DAY), "a Date far from ours"
+    asyncio.run(clock.before_handshake())
+    assert abs(rtc[-1] - BUILT - 50 * DAY) < 5
+    assert clock.verified(BUILT + 50 * DAY) and clock.utc().believable
+    assert not clock.refused()
+
+
+def test_uptime_never_goes_back() -> None:
+    clock = BoardClock(BUILT, BUILT + DAY, lambda now_s: None)
+    before = clock.uptime_s()
+    for _ in range(100):
+        now = clock.uptime_s()
+        assert now >= before
+        before = now

@@ -1,0 +1,238 @@
+"""One life of a board: boot, TPM, network and flash as the arguments say, until it is provisioned or has failed.
+
+`main` takes the paths of the settings and of the flash, and words. The flash is a file of littlefs blocks, made where
+there is none. Words: `blocks` keeps the records on the raw blocks instead; `rtc=FILE` is where to write the time when
+the agent sets the clock; `seconds=N` ends the life after N s; `heap` samples the heap in use. Prints one JSON line.
+"""
+
+import gc
+import json
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+BLOCK_BYTES = 4096
+BLOCKS = 16
+BLINK_MS = 20
+
+
+class FileFlash:
+    """A flash whose content is a file; a block device with the extended interface."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            self._file = open(path, "r+b")  # noqa: SIM115
+        except OSError:
+            with open(path, "wb") as new:
+                for _ in range(BLOCKS):
+                    new.write(b"\xff" * BLOCK_BYTES)
+            self._file = open(path, "r+b")  # noqa: SIM115
+
+    def readblocks(self, block: int, buffer: bytearray, offset: int = 0) -> None:
+        """See vfs.AbstractBlockDev."""
+        self._file.seek(block * BLOCK_BYTES + offset)
+        self._file.readinto(buffer)
+
+    def writeblocks(self, block: int, buffer: bytearray, offset: int = 0) -> None:
+        """See vfs.AbstractBlockDev."""
+        self._file.seek(block * BLOCK_BYTES + offset)
+        self._file.write(buffer)
+
+    def ioctl(self, operation: int, argument: int) -> int:
+        """See vfs.AbstractBlockDev."""
+        if operation == 3:
+            self._file.flush()
+        if operation == 4:
+            return BLOCKS
+        if operation == 5:
+            return BLOCK_BYTES
+        if operation == 6:
+            self._file.seek(argument * BLOCK_BYTES)
+            self._file.write(b"\xff" * BLOCK_BYTES)
+        return 0
+
+
+class Heap:
+    """The most that was in use in each phase, garbage of at most a KiB included."""
+
+    def __init__(self, sampling: bool) -> None:
+        self._sampling = sampling
+        self.peaks: dict[str, int] = {}
+        self.phase = "import"
+
+    def sample(self) -> None:
+        """Notes what is in use now."""
+        if self._sampling:
+            gc.collect()
+            used = gc.mem_alloc()  # type: ignore[attr-defined]
+            self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), used)
+
+
+def mount(flash: FileFlash) -> None:
+    """The littlefs on `flash` as /flash."""
+    import vfs  # type: ignore[import-not-found]
+
+    try:
+        vfs.mount(vfs.VfsLfs2(flash, progsize=256, readsize=256), "/flash")
+    except OSError:
+        vfs.VfsLfs2.mkfs(flash, progsize=256, readsize=256)
+        vfs.mount(vfs.VfsLfs2(flash, progsize=256, readsize=256), "/flash")
+
+
+def main(config_file: str, flash_file: str, *words: str) -> None:
+    """Runs one life."""
+    options = dict([(word + "=").split("=")[:2] for word in words])
+    heap = Heap("heap" in options)
+    import asyncio
+
+    from dps_agent.assignment import hub_token
+    from dps_board.clock import BoardClock
+    from dps_board.config import load
+    from dps_board.parts import make_store, make_tpm
+    from dps_board.runner import Agent
+    from dps_hal.errors import DpsError
+
+    heap.sample()
+    heap.phase = "boot"
+
+    def set_rtc(now_s: int) -> None:
+        if "rtc" in options:
+            moment = time.gmtime(now_s)
+            with open(options["rtc"], "w") as file:
+                file.write("@{:04d}-{:02d}-{:02d} {:02d}:{:02d}:{:02d}".format(*moment[:6]))
+
+    feeds = [0, time.ticks_ms(), 0]  # type: ignore[attr-defined]  # count, last, longest gap in ms
+
+    def feed() -> None:
+        now = time.ticks_ms()  # type: ignore[attr-defined]
+        feeds[2] = max(feeds[2], time.ticks_diff(now, feeds[1]))  # type: ignore[attr-defined]
+        feeds[0] += 1
+        feeds[1] = now
+        heap.sample()
+
+    flash = FileFlash(flash_file)
+    config = load(config_file)
+    if "blocks" in options:
+        from dps_hal.block import block_store
+
+        store: Any = block_store(flash)
+    else:
+        mount(flash)
+        store = make_store(config)
+    tpm = make_tpm(config, feed)
+    send = tpm._connection._transport.send
+
+    sent: list[int] = []  # TPM command codes
+    sent_at_commit: list[int] = []
+
+    def sampled_send(command: bytes, limit_s: float, while_waiting: "Any") -> bytes:
+        heap.sample()
+        sent.append(int.from_bytes(command[6:10], "big"))
+        answer = send(command, limit_s, while_waiting)
+        heap.sample()
+        return answer
+
+    tpm._connection._transport.send = sampled_send  # type: ignore[method-assign]
+    values = config.values
+    clock = BoardClock(values["board.built_at_s"], config.roots_end_s, set_rtc, values["board.ntp_server"], feed)
+    did: list[str] = []  # since the last blink
+    states: list[str] = []
+    handshakes = [0]
+
+    def observe(effect: "Any", answer: object) -> None:
+        name = type(effect).__name__
+        if agent.connection.handshakes != handshakes[0]:
+            handshakes[0] = agent.connection.handshakes
+            name += " with TLS handshake"
+        if name == "Commit" and effect.record == "identity":
+            sent_at_commit.extend(sent)
+        did.append(name)
+        heap.sample()
+
+    agent = Agent(config, tpm, store, clock, on_state=states.append, watchdog=feed, observe=observe)
+    if heap._sampling:
+        for kind in list(agent.answers):
+            agent.answers[kind] = named(agent.answers[kind], kind.__name__, heap)
+    heap.sample()
+
+    async def blink(gaps: "list[tuple[int, str]]") -> None:
+        while True:
+            before = time.ticks_ms()  # type: ignore[attr-defined]
+            del did[:]
+            seen = agent.connection.handshakes
+            await asyncio.sleep_ms(BLINK_MS)  # type: ignore[attr-defined]
+            gap = time.ticks_diff(time.ticks_ms(), before)  # type: ignore[attr-defined]
+            if gap > gaps[0][0]:
+                what = ", ".join(did)
+                if agent.connection.handshakes != seen and "handshake" not in what:
+                    what = "TLS handshake " + what
+                gaps[0] = (gap, what or "HTTP or TLS under way")
+
+    gaps = [(0, "")]
+
+    async def live() -> None:
+        blinking = asyncio.create_task(blink(gaps))
+        try:
+            if "seconds" in options:
+                await asyncio.wait_for(agent.run(), float(options["seconds"]))
+            else:
+                await agent.run()
+        except asyncio.TimeoutError:  # noqa: UP041 -- on a board it is not the built-in one, which there is none of
+            pass
+        blinking.cancel()
+
+    def token_message() -> bytes:
+        """What the hub key signs now: the device answers for its hub with it."""
+        exchange = hub_token(agent.assignment, 3600)  # type: ignore[arg-type]
+        answer: Any = None
+        while True:
+            try:
+                effect = exchange.send(answer)
+            except StopIteration as end:
+                return end.value.header().encode()  # type: ignore[no-any-return]
+            answer = agent.answers[type(effect)](effect)
+
+    document: dict[str, Any] = {}
+    try:
+        asyncio.run(live())
+    except DpsError as error:
+        document["error"] = error.code + ": " + error.message
+    held = agent.assignment
+    now = clock.utc()
+    document.update(
+        {
+            "state": agent.state,
+            "reason": agent.reason,
+            "code": agent.error.code if agent.error else "",
+            "states": states,
+            "hub": held.assigned_hub if held else "",
+            "device": held.device_id if held else "",
+            "handshakes": agent.connection.handshakes,
+            "gapMs": gaps[0][0],
+            "gapBy": gaps[0][1],
+            "feeds": feeds[0],
+            "longestFeedMs": feeds[2],
+            "peaks": heap.peaks,
+            "tpmCommands": sent_at_commit,
+            "now": list(now),
+            "floor": clock.time.floor_s,
+        }
+    )
+    if held and now.believable:
+        document["token"] = token_message().decode()
+        tpm.release()
+    print(json.dumps(document))
+
+
+def named(answer: "Any", name: str, heap: Heap) -> "Any":
+    """`answer`, with the heap's phase named after the effect."""
+
+    def call(effect: "Any") -> "Any":
+        if name not in ("Uptime", "UtcNow", "Random", "Sleep"):
+            heap.phase = name + (" " + effect.method if name == "Http" else "")
+        heap.sample()
+        return answer(effect)
+
+    return call
