@@ -206,12 +206,6 @@ if TYPE_CHECKING:
 
         message_id: int
 
-    class MakeToken(NamedTuple):
-        """Answered by TokenMade."""
-
-        request_id: int
-        life_s: int
-
     class RegisterAgain(NamedTuple):
         """Leave the hub and register, with the old identity until the new one is stored."""
 
@@ -244,17 +238,10 @@ if TYPE_CHECKING:
         payload: bytes
         whole: bool
 
-    class TokenMade(NamedTuple):
-        """A token for the assigned hub, None if none could be made now, with the reason."""
-
-        request_id: int
-        token: SasToken | None
-        reason: str
-
     Event: TypeAlias = (
-        Granted | Acknowledged | Arrived | Gone | SendTelemetry | AnswerMethod | MessageDone | MakeToken | RegisterAgain
+        Granted | Acknowledged | Arrived | Gone | SendTelemetry | AnswerMethod | MessageDone | RegisterAgain
     )
-    Message: TypeAlias = TelemetryDone | CloudMessage | MethodCall | Desired | TokenMade
+    Message: TypeAlias = TelemetryDone | CloudMessage | MethodCall | Desired
 
     Effect: TypeAlias = (
         Http
@@ -310,13 +297,11 @@ else:
     SendTelemetry = namedtuple("SendTelemetry", ("request_id", "properties", "payload"))
     AnswerMethod = namedtuple("AnswerMethod", ("call_id", "status", "payload"))
     MessageDone = namedtuple("MessageDone", ("message_id",))
-    MakeToken = namedtuple("MakeToken", ("request_id", "life_s"))
     RegisterAgain = namedtuple("RegisterAgain", ())
     TelemetryDone = namedtuple("TelemetryDone", ("request_id", "accepted"))
     CloudMessage = namedtuple("CloudMessage", ("message_id", "properties", "payload"))
     MethodCall = namedtuple("MethodCall", ("call_id", "name", "payload"))
     Desired = namedtuple("Desired", ("version", "payload", "whole"))
-    TokenMade = namedtuple("TokenMade", ("request_id", "token", "reason"))
 
 NO_REPLY_DNS = "dns"  # the name did not resolve
 NO_REPLY_CONNECT = "connect"  # refused, unreachable, timed out before a connection stood

@@ -21,7 +21,6 @@ from dps_agent.effects import (
     ForgetOlder,
     Gone,
     Granted,
-    MakeToken,
     MessageDone,
     MethodCall,
     NextEvent,
@@ -33,12 +32,11 @@ from dps_agent.effects import (
     Subscribe,
     TelemetryDone,
     Tell,
-    TokenMade,
     Uptime,
 )
 from dps_agent.sas import percent_decode, percent_encode
 from dps_hal.contracts import IDENTITY
-from dps_hal.errors import AskOperator, IdentityStale, RetryLater
+from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.platform import from_json, to_json
 
 TYPE_CHECKING = False
@@ -50,7 +48,6 @@ if TYPE_CHECKING:
     from dps_agent.effects import ConnAck, Effect, Event
     from dps_agent.sas import SasToken
     from dps_agent.settings import Settings
-    from dps_hal.errors import DpsError
 
 # How a connection ends.
 LOST = "lost"  # the network, or the hub for now
@@ -269,8 +266,6 @@ class Session:
             packet_id = self._unacknowledged.pop(event.message_id, None)
             if packet_id is not None:
                 yield Acknowledge(packet_id)
-        elif isinstance(event, MakeToken):
-            yield from self._token_for(event)
         return ""
 
     def _take_message(self, message: Arrived) -> "Generator[Effect, Any, str]":
@@ -349,17 +344,6 @@ class Session:
         topic = f"devices/{self._assignment.device_id}/messages/events/{properties}"
         fits = len(topic) <= TOPIC_LIMIT and len(topic) + len(telemetry.payload) <= TELEMETRY_LIMIT
         return topic if fits else ""
-
-    def _token_for(self, wanted: MakeToken) -> "Generator[Effect, Any, None]":
-        token: SasToken | None = None
-        failed: DpsError | None = None
-        try:
-            token = yield from hub_token(self._assignment, wanted.life_s)
-        except (RetryLater, AskOperator, IdentityStale) as error:
-            failed = error
-        _taken: bool = yield Tell(TokenMade(wanted.request_id, token, failed.message if failed else ""))
-        if isinstance(failed, IdentityStale):
-            raise failed
 
     # The twin.
 

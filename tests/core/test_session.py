@@ -8,7 +8,6 @@ from dps_agent.effects import (
     Connect,
     Disconnect,
     Gone,
-    MakeToken,
     MessageDone,
     MethodCall,
     NextEvent,
@@ -491,42 +490,6 @@ def test_no_twin_can_confuse_the_device() -> None:
         life = live(world, 60)
         assert life.state == CONNECTED and life.connections == 1, twin
         assert [whole for _, whole in world.program.desired()] == [], twin
-
-
-# Tokens for programs.
-
-
-def test_a_program_gets_a_token_or_the_reason_why_not() -> None:
-    world = provisioned()
-    start_s = world.uptime_s
-
-    def refuse() -> None:
-        refusals = [RetryLater("tpm.locked_out", "the TPM is locked out"), AskOperator("tpm.denied", "denied")]
-        world.refuse["Sign"] = list(refusals)
-        world.post(MakeToken(2, 900), MakeToken(3, 900), MakeToken(4, 900))
-
-    world.at(start_s + 10, lambda: world.post(MakeToken(1, 900)))
-    world.at(start_s + 20, refuse)
-    life = live(world, 30)
-    made = world.program.tokens
-    first = made[1].token
-    assert first is not None and made[1].reason == "" and HUB in first.resource
-    assert 880 < first.expires_at_s - NOW_S - start_s <= 915
-    assert [made[number].token for number in (2, 3)] == [None, None] and "locked out" in made[2].reason
-    assert made[4].token is not None and life.connections == 1 and life.state == CONNECTED
-
-
-def test_a_program_hears_why_there_is_no_token_before_the_identity_is_given_up() -> None:
-    world = provisioned()
-
-    def ask() -> None:
-        world.tpm.clear()
-        world.post(MakeToken(1, 900))
-
-    world.at(world.uptime_s + 10, ask)
-    life = live(world, 60)
-    assert world.program.tokens[1].token is None and world.program.tokens[1].reason
-    assert life.state == CONNECTED and life.committed, "a cleared TPM registers again"
 
 
 # The older identity.

@@ -19,7 +19,6 @@ from dps_agent.effects import (
     ForgetOlder,
     Gone,
     Granted,
-    MakeToken,
     MessageDone,
     MethodCall,
     NextEvent,
@@ -32,7 +31,6 @@ from dps_agent.effects import (
     Subscribe,
     TelemetryDone,
     Tell,
-    TokenMade,
     Uptime,
     UtcNow,
 )
@@ -119,7 +117,6 @@ event = st.one_of(
     common,
     st.builds(AnswerMethod, st.integers(0, 12), st.integers(-5, 999), st.binary(max_size=4)),
     st.builds(MessageDone, st.integers(0, 12)),
-    st.builds(MakeToken, st.just(0), st.integers(1, 900)),
     st.builds(Granted, st.integers(0, 3), st.lists(st.sampled_from((0, 1, 0x80)), max_size=4).map(tuple)),
     st.sampled_from((Gone("closed"), Gone(""), Gone("dns: x"), Gone("timeout"), RegisterAgain())),
 )
@@ -244,7 +241,7 @@ class Surroundings:
         return packet_id
 
     def told(self, message: Any) -> bool:
-        if isinstance(message, (TelemetryDone, TokenMade)):
+        if isinstance(message, TelemetryDone):
             assert message.request_id in self.sent and message.request_id not in self.answered, message
             self.answered.append(message.request_id)
         if isinstance(message, (CloudMessage, MethodCall)):
@@ -260,7 +257,7 @@ class Surroundings:
             wait_s = self.waits_s.pop(0) if self.waits_s else 30.0
             self.uptime_s = max(self.uptime_s, until_s) if wait_s < 0 else self.uptime_s + wait_s
             return None if self.uptime_s >= until_s else Acknowledged(60000)
-        if isinstance(event, (SendTelemetry, MakeToken)):
+        if isinstance(event, SendTelemetry):
             self.request_id += 1
             self.sent.add(self.request_id)
             event = event._replace(request_id=self.request_id)

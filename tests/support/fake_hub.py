@@ -17,7 +17,6 @@ from dps_agent.effects import (
     MethodCall,
     NoReply,
     TelemetryDone,
-    TokenMade,
 )
 from dps_agent.sas import percent_decode
 from dps_agent.session import encode_properties
@@ -260,7 +259,6 @@ class FakeProgram:
         self.takes = True
         self.told: list[Message] = []
         self.done: dict[int, bool] = {}  # request id -> accepted
-        self.tokens: dict[int, TokenMade] = {}
         self.on_message: Callable[[Message], None] | None = None
         self.keeps = True  # what it was told; a long life is too long for that
 
@@ -271,9 +269,6 @@ class FakeProgram:
         if isinstance(message, TelemetryDone):
             assert message.request_id not in self.done, f"answered twice: {message}"
             self.done[message.request_id] = message.accepted
-        if isinstance(message, TokenMade):
-            assert message.request_id not in self.tokens, f"answered twice: {message}"
-            self.tokens[message.request_id] = message
         if self.on_message and self.takes:
             self.on_message(message)
         return self.takes

@@ -404,8 +404,8 @@ class ChipOnI2c:
         """As `machine.I2C.readfrom_into`: what the register has that was named last."""
         self._acknowledge(address)
         content = self._read(self._register, len(into))
-        for at in range(len(into)):
-            into[at] = self.disturb(content[at], False)
+        for at in range(len(into)):  # a disturbed register number may name a shorter register
+            into[at] = self.disturb(content[at] if at < len(content) else 0xFF, False)
 
     def _acknowledge(self, address: int) -> None:
         self.transfers += 1
