@@ -51,6 +51,7 @@ class Agent:
         )
         self.client = LocalClient(self.api.path, 10)
         self.connect()
+        self.api.start()
 
     def connect(self, connected: bool = True, retry_after_s: int = 7) -> None:
         self.api.show(Snapshot(STATUS, ASSIGNMENT, connected, retry_after_s))

@@ -89,7 +89,7 @@ class RunningAgent:
             status, document = self.client.ask("GET", "/status")
         except OSError:
             return {}
-        assert status == 200
+        assert status == 200 and document["state"], "an answer without a state"
         found: dict[str, Any] = document
         return found
 

@@ -173,6 +173,9 @@ class LocalApi:
         self._selector.register(self._alarm, selectors.EVENT_READ)
         self._ended = False
         self._thread = threading.Thread(target=self._serve, name="dps-api", daemon=True)
+
+    def start(self) -> None:
+        """Answers from now on; what has come to the socket before waits in it. `show` first."""
         self._thread.start()
 
     def close(self) -> None:

@@ -93,15 +93,20 @@ class Service:
             owned.callback(self._notifier.close)
             owned.enter_context(kept_to_ourselves(self._store))
             owned.callback(self._state_file.remove)
+            self._begin_life()
             self._api = self._open_api()
-            if self._api is not None:
-                owned.callback(self._api.close)
             configuration = self._equipment.configuration
             what = f"ID scope {configuration.id_scope}, TPM {backend_shown(configuration)}"
             self._journal.event("started", f"dps-agent {__version__} starts: {what}")
             self._notifier.ready()
+            self._show(self._life.reason, None)
+            if self._api is not None:
+                self._api.start()
+                owned.callback(self._api.close)
             while not self._stopping:
                 self._live_once()
+                if not self._stopping:
+                    self._begin_life()
             self._notifier.stopping()
             self._journal.event("stopped", "dps-agent ends", state=self._life.state)
 
@@ -199,7 +204,6 @@ class Service:
 
     def _live_once(self) -> None:
         """Lives until it ends by itself: settings that changed, a reset, a signal."""
-        self._begin_life()
         try:
             self._equipment.runner.run(self._watched(self._life.live(once=False, force=False, connect=True)))
         except RetryLater as error:
