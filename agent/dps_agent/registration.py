@@ -75,18 +75,21 @@ STILL_UNASSIGNED_POLLS = 5  # lookups that say "unassigned" before the operation
 TEXT_LIMIT = 200  # characters of any text of the service that are shown, sent back or stored
 
 
-def register(settings: "Settings", registration_id: str) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
+def register(
+    settings: "Settings", registration_id: str, beside: "dict[str, Any] | None" = None
+) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
     """Registers the device and returns its assignment and the payload to commit as record `identity`.
 
-    Raises RetryLater, AskOperator; never leaves the device worse than before.
+    The record also holds what is `beside`, by JSON name. Raises RetryLater, AskOperator; never leaves the device worse
+    than before.
     """
     now_s: float = yield Uptime()
     deadline_s = now_s + settings.registration_budget_s
     try:
-        outcome = yield from _attempt(settings, registration_id, deadline_s)
+        outcome = yield from _attempt(settings, registration_id, deadline_s, beside)
     except IdentityStale:
         try:
-            outcome = yield from _attempt(settings, registration_id, deadline_s)
+            outcome = yield from _attempt(settings, registration_id, deadline_s, beside)
         except IdentityStale as again:
             if again.code == "dps.operation_unknown":
                 raise RetryLater(again.code, again.message, None, again.request_id)
@@ -95,7 +98,7 @@ def register(settings: "Settings", registration_id: str) -> "Generator[Effect, A
 
 
 def _attempt(
-    settings: "Settings", registration_id: str, deadline_s: float
+    settings: "Settings", registration_id: str, deadline_s: float, beside: "dict[str, Any] | None"
 ) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
     endorsement_key: bytes = yield ReadEndorsementKey()
     storage_root_key: bytes = yield ReadStorageRootKey()
@@ -104,23 +107,23 @@ def _attempt(
     body = device_registration(registration_id, endorsement_key, storage_root_key, settings.payload)
 
     register_path = f"{path}/register{query}"
-    reply, answer = yield from _step(Http("PUT", register_path, body, None), deadline_s, _read_register)
+    reply, answer = yield from _step(Http("PUT", register_path, body, None), deadline_s, read_register)
     token: SasToken | None = None
     if isinstance(answer, TpmChallenge):
         if not answer.authentication_key:
-            raise _refusal(reply)
-        challenge_key: bytes = yield ImportKey(_activation(answer.authentication_key, "the challenge"))
+            raise refusal_of(reply)
+        challenge_key: bytes = yield ImportKey(activation_of(answer.authentication_key, "the challenge"))
         now: Utc = yield UtcNow()
         check_clock(now)
         resource = dps_resource(settings.id_scope, registration_id)
         token = yield from signed_token(resource, now.now_s + DPS_TOKEN_LIFE_S, challenge_key, DPS_KEY_NAME)
-        reply, answer = yield from _step(Http("PUT", register_path, body, token), deadline_s, _read_register)
+        reply, answer = yield from _step(Http("PUT", register_path, body, token), deadline_s, read_register)
         if isinstance(answer, TpmChallenge):
             raise _token_refused(reply, now)
 
     state = yield from _poll(settings, path, query, body, token, reply, answer, deadline_s)
     _check_answer(state, registration_id, settings)
-    wrapped_key: bytes = yield ImportKey(_activation(state.tpm and state.tpm.authentication_key, "the hub key"))
+    wrapped_key: bytes = yield ImportKey(activation_of(state.tpm and state.tpm.authentication_key, "the hub key"))
     _check_hub_key(wrapped_key)
     assigned_at: Utc = yield UtcNow()
     payload, payload_omitted = payload_to_store(state.payload)
@@ -142,7 +145,7 @@ def _attempt(
         payload=payload,
         payload_omitted=payload_omitted,
     )
-    record: bytes = yield from sealed(assignment)
+    record: bytes = yield from sealed(assignment, beside)
     return assignment, record
 
 
@@ -210,7 +213,7 @@ def _step(
     while True:
         reply: Reply | NoReply = yield http
         if isinstance(reply, NoReply):
-            error = _no_reply(reply)
+            error = no_reply_error(reply)
         else:
             try:
                 return reply, read(reply)
@@ -256,7 +259,8 @@ def _sleep_within(delay_s: float, deadline_s: float, error: RetryLater) -> "Gene
 # Readers: what an answer means for the step that it answers.
 
 
-def _read_register(reply: "Reply") -> "RegistrationOperationStatus | TpmChallenge":
+def read_register(reply: "Reply") -> "RegistrationOperationStatus | TpmChallenge":
+    """What an answer to `register` says; raises the error of anything else."""
     if reply.status == 401:
         try:
             return decode(TpmChallenge, reply.body)
@@ -276,14 +280,14 @@ def _read_operation(reply: "Reply") -> RegistrationOperationStatus:
     if reply.status == 401:
         raise _token_refused(reply, None)
     if reply.status == 404:
-        refused = _refusal(reply)
+        refused = refusal_of(reply)
         raise IdentityStale("dps.operation_unknown", refused.message, None, refused.request_id)
     return _read_status(reply)
 
 
 def _read_status(reply: "Reply") -> RegistrationOperationStatus:
     if reply.status not in (200, 202):
-        raise _refusal(reply)
+        raise refusal_of(reply)
     return decode(RegistrationOperationStatus, reply.body)
 
 
@@ -291,7 +295,7 @@ def _read_lookup(reply: "Reply") -> "DeviceRegistrationResult | None":
     if reply.status in LOOKUP_REFUSALS:
         return None
     if reply.status not in (200, 202):
-        raise _refusal(reply)
+        raise refusal_of(reply)
     return decode(DeviceRegistrationResult, reply.body)
 
 
@@ -327,7 +331,8 @@ def _check_hub_key(wrapped_key: bytes) -> None:
     check_id_key_public(public)
 
 
-def _activation(text: "str | None", what: str) -> bytes:
+def activation_of(text: "str | None", what: str) -> bytes:
+    """The bytes of an `authenticationKey`; RetryLater `dps.blob_malformed` where it is no base64."""
     try:
         return from_base64(text or "")
     except ValueError as error:
@@ -345,13 +350,14 @@ EK_MISMATCH = 400004
 ALLOCATION_FAILURES = (400207, 400208, 400209)  # webhook failed, no hub linked, not authorised on the hub
 
 
-def _no_reply(reply: NoReply) -> RetryLater:
+def no_reply_error(reply: NoReply) -> RetryLater:
+    """The error for an exchange without an answer."""
     word = reply.reason.split(":")[0]
     code = "network.unreachable" if word == NO_REPLY_CONNECT else "network." + word
     return RetryLater(code, f"no answer from DPS ({_printable(reply.reason)})")
 
 
-def _refusal(reply: "Reply") -> "DpsError":
+def refusal_of(reply: "Reply") -> "DpsError":
     """The error for an answer that is not what the API promises for success."""
     try:
         details = decode(ProvisioningServiceErrorDetails, reply.body)
@@ -413,7 +419,7 @@ def _classed(status: int, error_code: "int | None", text: str, request_id: str, 
 
 
 def _token_refused(reply: "Reply", now: "Utc | None") -> IdentityStale:
-    refused = _refusal(reply)
+    refused = refusal_of(reply)
     text = f"DPS did not accept the token that the TPM signed: {refused.message}"
     if now and reply.date_s is not None and abs(reply.date_s - now.now_s) > CLOCK_SKEW_S:
         text += f"; the device's clock differs from DPS's by {now.now_s - reply.date_s} s"

@@ -14,28 +14,30 @@ REMEDIES: dict[str, str] = {
     "tpm.timeout": "the TPM did not answer in time; power-cycle the device if this repeats",
     "tpm.memory": "the TPM has no free object or session slot; use /dev/tpmrm0, or flush what other programs left",
     "tpm.failure_mode": "the TPM reports a failure of its own; power-cycle the device, replace the TPM if it repeats",
+    "tpm.disabled": "enable the TPM, its storage (owner) and its endorsement hierarchy in the machine's firmware setup",
     "tpm.failed": "power-cycle the device; if it repeats, report the return code in the message to the TPM's maker",
-    "tpm.hierarchy_auth": "the owner or endorsement hierarchy has a password: set owner_auth_file or"
-    " endorsement_auth_file in [tpm]",
+    "tpm.hierarchy_auth": "let owner_auth_file and endorsement_auth_file in [tpm] name files with the passwords that the"
+    " TPM has now; empty the setting where its hierarchy has none",
     "tpm.ek_unsuitable": "the object at ek_handle is no RSA-2048 endorsement key of the TCG template: set another"
     " ek_handle, or have the TPM's owner free it",
-    "tpm.srk_unsuitable": "the object at srk_handle is no RSA-2048 storage key of the TCG template: set another"
-    " srk_handle, or have the TPM's owner free it",
+    "tpm.srk_unsuitable": "the object at srk_handle is no RSA-2048 storage key of the TCG template, or has a"
+    " password: set another srk_handle, or have the TPM's owner free it",
     "tpm.ek_changed": "this is another TPM than the one the record was made for: enrol the new endorsement key and"
     " run 'dps-agent reset'",
     "tpm.blob_refused": "the service's answer was not made for this TPM: compare the enrolled endorsement key with"
     " 'dps-agent enroll'",
     "tpm.key_refused": "the TPM does not take the key that the service sent; the message has its return code",
     "tpm.key_stale": "the TPM was cleared or the record came from another device; the agent registers again by itself",
-    "tpm.handle_taken": "persist_at holds something that is no HMAC key: set another handle, or have the TPM's owner"
-    " free it",
+    "tpm.handle_taken": "another program's key is at persist_at, and is never replaced: set another handle, or have the"
+    " TPM's owner free it",
     "tpm.nv_full": "the TPM has no room for another persistent object: free one with its owner's tools",
     "tpm.certificate_locked": "none is needed to register; have the TPM's owner read NV index 0x01C00002",
     "tpm.nv_unavailable": "the TPM cannot write its memory now; the agent tries again by itself; power-cycle the device"
     " if this repeats",
     "tpm.not_started": "power-cycle the device; if it repeats, enable the TPM in the machine's firmware settings",
     "tpm.upgrading": "finish the upgrade of the TPM's firmware with its maker's tool, then power-cycle the device",
-    "tpm.unsupported": "this TPM lacks a command that a registration needs: upgrade its firmware, or replace it",
+    "tpm.unsupported": "a registration needs a TPM 2.0 with all its commands: switch this one to 2.0 in the machine's"
+    " firmware setup, upgrade its firmware, or replace it",
     "tpm.not_available": "install the agent with its extra 'tpm' or 'simulator', as the README says",
     "tpm.simulator_refused": "a simulated TPM keeps its keys in plain files; use real hardware, or set"
     " i_know_keys_are_in_files = true in [tpm]",
@@ -101,6 +103,8 @@ REMEDIES: dict[str, str] = {
     "agent.busy": "try again in a moment",
     "agent.denied": "run it as root or as the service's own user; programs that send telemetry need the group"
     " dps-agent-clients",
+    "agent.duplicate": "nothing was written; remove the other line first if that device is to be enrolled anew",
+    "agent.file": "name a file that can be read and written, of the form that the message says",
     "agent.interrupted": "run the command again",
     "agent.not_connected": "try again later; 'dps-agent status' says why there is no connection to the hub",
     "agent.not_running": "look at the service with 'systemctl status dps-agent', then run the command again",

@@ -31,6 +31,8 @@ from support.tpm_states import copy_state
 CHECKOUT = Path(__file__).parents[2]
 IDS = [
     "settings",
+    "state-folder",
+    "clock",
     "tpm-node",
     "tpm-access",
     "tpm-auth",
@@ -41,14 +43,20 @@ IDS = [
     "tpm-slots",
     "tpm-lockout",
     "tpm-noda",
+    "record",
+    "record-seal",
 ]
+ONLINE_IDS = ["proxy", "dns", "dps-tls", "dps-answers", "clock-dps", "hub-mqtt", "hub-websocket"]
+TPM_IDS = [name for name in IDS if name.startswith("tpm-")]
+# What is said where no assignment is stored.
+NOTHING_STORED = dict.fromkeys(("tpm-noda", "record", "record-seal"), "skipped")
 DA_KEY = USER_WITH_AUTH | SIGN
 # TPM2B_PUBLIC: systemd's storage key, ECC on P-256.
 ECC_STORAGE = bytes.fromhex("001a 0023 000b 00030472 0000 0006 0080 0043 0010 0003 0010 0000 0000")
 
 
 class Desk:
-    """A device and its settings; `check` runs in this process."""
+    """A device and its settings; `check --offline` runs in this process."""
 
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.state_dir = str(folder / "state")
@@ -62,7 +70,7 @@ class Desk:
         )
 
     def text(self, *words: str) -> tuple[int, str]:
-        status = main(["--config", str(self.settings), "check", *words])
+        status = main(["--config", str(self.settings), "check", "--offline", *words])
         captured = self._capsys.readouterr()
         assert captured.err == ""
         return status, captured.out
@@ -119,40 +127,41 @@ def results(found: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def test_the_ids_are_fixed_and_every_check_says_in_a_sentence_what_it_makes_sure_of() -> None:
-    assert [check.id for check in checks.CHECKS] == IDS
+    ids = [check.id for check in checks.CHECKS]
+    assert ids == IDS + ONLINE_IDS
     for check in checks.CHECKS:
         assert check.description.endswith("."), check
-        assert set(check.needs) <= set(IDS[: IDS.index(check.id)]), check  # what it needs comes before it
+        assert set(check.needs) <= set(ids[: ids.index(check.id)]), check  # what it needs comes before it
+        assert check.online == (check.id in ONLINE_IDS)
 
 
 def test_a_new_tpm_passes_and_nothing_is_left_in_it(backend: str, desk: Desk, machine: Swtpm) -> None:
     desk.configure(backend, machine.tcti)
-    status, found, document = desk.check("--offline")
+    status, found, document = desk.check()
     assert (status, document["code"], list(found)) == (0, "ok", IDS)
-    assert results(found) == {"tpm-noda": "skipped"}
+    assert results(found) == NOTHING_STORED
     assert "error" not in document
     assert "no assignment is stored" in found["tpm-noda"]["detail"]
     assert machine.leftovers() == []
     status, text = desk.text()
-    assert (status, [line.split()[:2] for line in text.splitlines()]) == (
-        0,
-        [["skipped" if name == "tpm-noda" else "ok", name] for name in IDS],
-    )
+    first, empty, *lines = text.splitlines()
+    assert (status, first, empty) == (0, "ok: nothing is in the way", "")
+    assert [line.split()[:2] for line in lines] == [[NOTHING_STORED.get(name, "ok"), name] for name in IDS]
 
 
 def test_a_simulated_tpm_passes_with_a_warning(simulated: Desk) -> None:
     status, found, _ = simulated.check()
-    assert (status, results(found)) == (0, {"tpm-node": "warning", "tpm-noda": "skipped"})
+    assert (status, results(found)) == (0, {"tpm-node": "warning", **NOTHING_STORED})
     assert "plain files" in found["tpm-node"]["detail"]
 
 
-def test_check_loads_no_network(simulated: Desk) -> None:
+def test_check_offline_loads_no_network(simulated: Desk) -> None:
     code = (
         "import sys\nfrom dps_agent.host.cli import main\nstatus = main(sys.argv[1:])\n"
         "print([name for name in ('ssl', 'http.client', 'paho') if name in sys.modules])\nsys.exit(status)"
     )
     paths = os.pathsep.join([str(CHECKOUT / "agent"), str(CHECKOUT / "hal")])
-    words = [sys.executable, "-c", code, "--config", str(simulated.settings), "check"]
+    words = [sys.executable, "-c", code, "--config", str(simulated.settings), "check", "--offline"]
     ended = subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines()[-1] == "[]"
 
@@ -163,7 +172,7 @@ def test_check_loads_no_network(simulated: Desk) -> None:
 def test_only_runs_what_is_named_and_what_that_needs(simulated: Desk) -> None:
     _, found, _ = simulated.check("--only", "tpm-lockout", "--only", "settings")
     assert list(found) == ["settings", "tpm-node", "tpm-access", "tpm-lockout"]
-    _, found, _ = simulated.check("--only", "tpm-self-challenge")
+    _, found, _ = simulated.check("--only", "tpm-self-challenge,tpm-ek")
     assert list(found) == ["settings", "tpm-node", "tpm-access", "tpm-ek", "tpm-srk", "tpm-self-challenge"]
 
 
@@ -182,7 +191,7 @@ def test_settings_that_cannot_be_used_are_exit_6_and_all_else_is_skipped(desk: D
     desk.configure("esys", "device:/dev/tpmrm0", "exclusive = true", "ek_handle = 1")
     status, found, document = desk.check()
     assert (status, document["code"], document["error"]["code"]) == (6, "config", "config.invalid")
-    assert results(found) == {"settings": "failed", **dict.fromkeys(IDS[1:], "skipped")}
+    assert results(found) == {"settings": "failed", **dict.fromkeys(set(IDS[1:]) - {"clock"}, "skipped")}
     assert "tpm.exclusive: " in found["settings"]["detail"]
     assert "tpm.ek_handle: " in found["settings"]["detail"]
 
@@ -193,7 +202,7 @@ def test_a_password_file_that_others_can_read_is_exit_6(desk: Desk, tmp_path: Pa
     password.chmod(0o644)
     desk.configure("wire", "swtpm:port=1", f'owner_auth_file = "{password}"')
     status, text = desk.text()
-    assert (status, text.split()[:2]) == (6, ["failed", "settings"])
+    assert (status, text.split()[:2]) == (6, ["failed:", "settings:"])
     assert "chmod 600" in text
     assert "hunter2" not in text
 
@@ -210,10 +219,12 @@ def test_a_missing_node_is_exit_5_with_a_remedy_and_what_follows_is_skipped(back
     status, found, document = desk.check()
     assert (status, document["error"]["code"]) == (5, "tpm.absent")
     assert document["error"]["remedy"] == found["tpm-node"]["remedy"] != ""
-    assert results(found) == {"tpm-node": "failed", **dict.fromkeys(IDS[2:], "skipped")}
+    assert results(found) == {**dict.fromkeys(TPM_IDS, "skipped"), "tpm-node": "failed", **NOTHING_STORED}
     assert found["tpm-ek"]["detail"] == "not possible without tpm-access"
     status, text = desk.text()
-    assert (status, text.splitlines()[2].split()[-1]) == (5, "[tpm.absent]")
+    first, second, *_ = text.splitlines()
+    assert (status, second.split()[-1]) == (5, "[tpm.absent]")
+    assert first.startswith("failed: tpm-node: no TPM at /nonexistent/tpmrm0: ")
 
 
 @pytest.mark.parametrize(("path", "failing"), [("{folder}", "tpm-node"), ("/dev/null", "tpm-access")])
@@ -264,7 +275,7 @@ def test_an_endorsement_password_that_the_settings_lack_is_exit_5(
     assert (status, document["error"]["code"]) == (5, "tpm.hierarchy_auth")
     assert (found["tpm-auth"]["result"], found["tpm-lockout"]["result"]) == ("failed", "ok")
     password = tmp_path / "password"
-    for written, expected in ((b"hunter2", {"tpm-noda": "skipped"}), (b"other", None)):
+    for written, expected in ((b"hunter2", NOTHING_STORED), (b"other", None)):
         password.write_bytes(written)
         password.chmod(0o600)
         desk.configure(backend, machine.tcti, f'endorsement_auth_file = "{password}"')
@@ -305,7 +316,7 @@ def test_an_owner_password_that_the_settings_lack_matters_only_until_the_keys_ex
     assert desk.check()[0] == 0
     machine.set_hierarchy_auth(swtpm.OWNER, b"hunter2")
     status, found, _ = desk.check()
-    assert (status, results(found)) == (0, {"tpm-auth": "warning", "tpm-noda": "skipped"})
+    assert (status, results(found)) == (0, {"tpm-auth": "warning", **NOTHING_STORED})
 
 
 def test_an_owner_password_is_tried_also_where_the_keys_exist(
@@ -339,7 +350,7 @@ def test_a_storage_root_key_without_room_is_a_warning(backend: str, desk: Desk, 
     machine.fill_nv(ECC_STORAGE)
     desk.configure(backend, machine.tcti)
     status, found, _ = desk.check()
-    assert (status, results(found)) == (0, {"tpm-srk": "warning", "tpm-noda": "skipped"})
+    assert (status, results(found)) == (0, {"tpm-srk": "warning", **NOTHING_STORED})
     assert "no room" in found["tpm-srk"]["detail"]
     assert found["tpm-srk"]["remedy"]
     assert machine.leftovers() == []
@@ -364,8 +375,8 @@ def test_another_object_at_the_handle_of_the_endorsement_key_stops_only_what_nee
     desk.configure(backend, machine.tcti)
     status, found, _ = desk.check()
     assert (status, found["tpm-ek"]["code"]) == (5, "tpm.ek_unsuitable")
-    skipped = dict.fromkeys(("tpm-srk", "tpm-certificate", "tpm-self-challenge", "tpm-noda"), "skipped")
-    assert results(found) == {"tpm-ek": "failed", **skipped}
+    skipped = dict.fromkeys(("tpm-srk", "tpm-certificate", "tpm-self-challenge"), "skipped")
+    assert results(found) == {"tpm-ek": "failed", **skipped, **NOTHING_STORED}
 
 
 def test_a_tpm_that_signs_with_another_key_fails_its_challenge(
@@ -436,7 +447,7 @@ def test_a_key_without_noda_before_a_lockout_is_exit_5_with_the_tpms_own_recover
     desk.configure(backend, machine.tcti)
     status, found, document = desk.check()
     assert (status, document["error"]["code"], document["error"]["retryAfterS"]) == (5, "tpm.locked_out", 1000)
-    assert results(found) == {"tpm-lockout": "warning", "tpm-noda": "failed"}
+    assert results(found) == {"tpm-lockout": "warning", "tpm-noda": "failed", "record-seal": "skipped"}
     assert found["tpm-lockout"]["detail"].startswith("2 of 3 failures counted, one is forgotten every 1000 s")
 
 
@@ -472,7 +483,7 @@ def test_ctrl_c_is_exit_3(simulated: Desk, monkeypatch: pytest.MonkeyPatch, caps
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner.Runner, "ask_tpm", interrupted)
-    assert main(["--config", str(simulated.settings), "check", "--json"]) == 3
+    assert main(["--config", str(simulated.settings), "check", "--offline", "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "agent.interrupted"
 
 

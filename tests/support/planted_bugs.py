@@ -49,7 +49,7 @@ def no_budget() -> None:
 
 def swap_the_blobs() -> None:
     """The key of the challenge is stored as the hub's."""
-    decode = registration._activation
+    decode = registration.activation_of
     challenges: list[bytes] = []
 
     def swapped(text: str | None, what: str) -> bytes:
@@ -58,7 +58,7 @@ def swap_the_blobs() -> None:
             challenges.append(blob)
         return challenges[-1]
 
-    registration._activation = swapped
+    registration.activation_of = swapped
 
 
 BUGS: dict[str, Callable[[], None]] = {

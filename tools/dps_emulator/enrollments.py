@@ -149,6 +149,8 @@ def enrollment_from_json(record: object) -> Enrollment:
 def read_enrollments(text: str) -> list[Enrollment]:
     """The enrolments of a file: JSON (one record or a list) or CSV with a header; raises EnrollmentError.
 
+    A registration id may stand in it twice, but not with two endorsement keys.
+
     CSV columns are `registrationId,endorsementKey` in any order, with `deviceId`, `iotHubHostName` and
     `provisioningStatus` where given; other columns and repeated headers (files put together) are passed over.
     """
@@ -157,8 +159,15 @@ def read_enrollments(text: str) -> list[Enrollment]:
             content = json.loads(text.lstrip("\ufeff"))
         except (ValueError, RecursionError) as error:
             raise EnrollmentError(f"not valid JSON: {error}") from None
-        return [enrollment_from_json(record) for record in (content if isinstance(content, list) else [content])]
-    return [_enrollment_from_row(line, row) for line, row in _rows(text.lstrip("\ufeff").splitlines())]
+        found = [enrollment_from_json(record) for record in (content if isinstance(content, list) else [content])]
+    else:
+        found = [_enrollment_from_row(line, row) for line, row in _rows(text.lstrip("\ufeff").splitlines())]
+    keys: dict[str, bytes] = {}
+    for enrollment in found:
+        first = keys.setdefault(registration_key(enrollment.registration_id), enrollment.endorsement_key)
+        if first != enrollment.endorsement_key:
+            raise EnrollmentError(f"{enrollment.registration_id}: stands there twice, with two endorsement keys")
+    return found
 
 
 def _rows(lines: Iterable[str]) -> Iterable[tuple[int, dict[str, str]]]:

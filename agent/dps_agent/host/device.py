@@ -193,7 +193,7 @@ def certificate_of(tpm: TpmService) -> bytes | None:
 
 def offline_runner(configuration: Configuration, tpm: TpmService) -> Runner:
     """A runner on this device's TPM and store, without any network."""
-    return Runner(tpm=tpm, store=open_store(configuration.state_dir), connection=_NoConnection(), clock=SystemClock())
+    return Runner(tpm=tpm, store=open_store(configuration.state_dir), connection=NoConnection(), clock=SystemClock())
 
 
 def hub_token_once(configuration: Configuration, life_s: int) -> tuple[Assignment, SasToken]:
@@ -263,7 +263,7 @@ def remote_status(configuration: Configuration) -> dict[str, Any]:
         return look_up_document(runner.run(look_up(settings)), held)
 
 
-class _NoConnection:
+class NoConnection:
     """For an exchange that asks for no HTTP: TLS is not even imported."""
 
     def request(self, method: str, path: str, body: bytes, authorization: SasToken | None) -> Any:

@@ -68,7 +68,7 @@ class Dialler:
             raise Failed(NO_REPLY_TLS, error.message) from None
         reach_by_s = deadline_s if reach_by_s is None else min(reach_by_s, deadline_s)
         try:
-            raw = self._reach(host, port, reach_by_s)
+            raw = self.reach(host, port, reach_by_s)
             with self._lock:
                 self._refuse_if_aborted()
                 self._socket = tls = context.wrap_socket(
@@ -134,13 +134,13 @@ class Dialler:
         context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # set by Python 3.11.2: a body cut off would look whole
         return context
 
-    def _reach(self, host: str, port: int, deadline_s: float) -> socket.socket:
+    def reach(self, host: str, port: int, deadline_s: float) -> socket.socket:
         """A TCP connection that leads to `host`."""
         proxy = self._proxies.proxy_for(host, port)
         if proxy is None:
-            return self._connect(self._addresses(host, port, deadline_s), deadline_s)
+            return self._connect(self.addresses(host, port, deadline_s), deadline_s)
         try:
-            raw = self._connect(self._addresses(proxy.host, proxy.port, deadline_s), deadline_s)
+            raw = self._connect(self.addresses(proxy.host, proxy.port, deadline_s), deadline_s)
             proxy.open_tunnel(raw, host, port, deadline_s)
         except TimeoutError:
             raise Failed(NO_REPLY_CONNECT, f"the proxy {proxy} did not answer in time") from None
@@ -152,7 +152,7 @@ class Dialler:
             raise Failed(NO_REPLY_CONNECT, f"the proxy {failed}") from None  # nothing is known of the peer's name
         return raw
 
-    def _addresses(self, host: str, port: int, deadline_s: float) -> list[tuple[Any, ...]]:
+    def addresses(self, host: str, port: int, deadline_s: float) -> list[tuple[Any, ...]]:
         """What the resolver says; asked on a thread of its own, because getaddrinfo can be neither timed nor ended."""
         found: queue.SimpleQueue[_Lookup] = queue.SimpleQueue()
         with self._lock:

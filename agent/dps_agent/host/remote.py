@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dps_agent.assignment import check_clock
 from dps_agent.effects import Http, ImportKey, NoReply, ReadEndorsementKey, ReadStorageRootKey, UtcNow
 from dps_agent.messages import DeviceRegistrationResult, TpmChallenge, decode, device_registration
-from dps_agent.registration import API_VERSION, _activation, _no_reply, _read_register, _refusal
+from dps_agent.registration import API_VERSION, activation_of, no_reply_error, read_register, refusal_of
 from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_encode, signed_token
 from dps_agent.settings import AUTO
 from dps_hal.tpm_keys import registration_id_from_ek
@@ -41,20 +41,20 @@ def look_up(settings: Settings) -> Generator[Effect, Any, DeviceRegistrationResu
     body = device_registration(registration_id, endorsement_key, storage_root_key, settings.payload)
     challenge: Reply | NoReply = yield Http("PUT", f"{path}/register{query}", body, None)
     if isinstance(challenge, NoReply):
-        raise _no_reply(challenge)
-    answer = _read_register(challenge)
+        raise no_reply_error(challenge)
+    answer = read_register(challenge)
     if not isinstance(answer, TpmChallenge) or not answer.authentication_key:
-        raise _refusal(challenge)
-    key: bytes = yield ImportKey(_activation(answer.authentication_key, "the challenge"))
+        raise refusal_of(challenge)
+    key: bytes = yield ImportKey(activation_of(answer.authentication_key, "the challenge"))
     now: Utc = yield UtcNow()
     check_clock(now)
     resource = dps_resource(settings.id_scope, registration_id)
     token = yield from signed_token(resource, now.now_s + DPS_TOKEN_LIFE_S, key, DPS_KEY_NAME)
     reply: Reply | NoReply = yield Http("POST", path + query, body, token)
     if isinstance(reply, NoReply):
-        raise _no_reply(reply)
+        raise no_reply_error(reply)
     if reply.status not in (200, 202):
-        raise _refusal(reply)
+        raise refusal_of(reply)
     return decode(DeviceRegistrationResult, reply.body)._replace(tpm=None)
 
 

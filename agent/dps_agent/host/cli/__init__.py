@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn, TextIO
 
-from dps_agent.host.cli import check, config, enroll, provision, reset, run, status, token, version
+from dps_agent.host.cli import check, config, diag, enroll, provision, reset, run, status, token, version
 from dps_agent.host.cli.verb import Outcome, UsageError, error_document, exit_word
 from dps_agent.host.config import SYSTEM_FILE
 from dps_agent.host.progress import printable
@@ -30,6 +30,7 @@ VERBS = (
     token.VERB,
     reset.VERB,
     config.VERB,
+    diag.VERB,
     version.VERB,
 )
 _EXIT_STATUSES = """\

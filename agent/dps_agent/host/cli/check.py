@@ -1,30 +1,47 @@
-"""`dps-agent check`: whether this device can do what a registration takes, without asking any service."""
+"""`dps-agent check`: whether this device can register and connect, with the cause in the first line where it cannot."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dps_agent.host.cli.verb import Outcome, UsageError, Verb, configuration_of, error_document, exit_word
+
+if TYPE_CHECKING:
+    from dps_agent.host.checks import Check, Device, Finding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which checks to run."""
     parser.add_argument(
-        "--only", metavar="ID", action="append", default=[], help="run this check and what it needs; may be repeated"
+        "--only",
+        metavar="ID[,ID]",
+        action="append",
+        default=[],
+        help="run these checks and what they need; may be repeated",
     )
-    parser.add_argument(
-        "--offline", action="store_true", help="leave the network alone; every check of this version does"
-    )
+    parser.add_argument("--offline", action="store_true", help="leave the network alone")
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Runs the checks; the first that failed decides the exit status."""
+    return examine(arguments)[1]
+
+
+def examine(arguments: argparse.Namespace) -> "tuple[Device, Outcome]":
+    """Runs the checks; the device as they saw it, and the outcome."""
     from dps_agent.host.checks import CHECKS, Device, run_checks
 
-    ids = [check.id for check in CHECKS]
-    for name in arguments.only:
-        if name not in ids:
-            raise UsageError(f"--only: expected one of {', '.join(ids)}; came {name!r}")
-    found = run_checks(Device(lambda: configuration_of(arguments, need_id_scope=False)), arguments.only)
+    online = {check.id: check.online for check in CHECKS}
+    only = [name.strip() for names in arguments.only for name in names.split(",")]
+    for name in only:
+        if name not in online:
+            raise UsageError(f"--only: expected some of {', '.join(online)}; came {name!r}")
+        if online[name] and arguments.offline:
+            raise UsageError(f"--only {name} and --offline exclude each other: {name} uses the network")
+    device = Device(lambda: configuration_of(arguments, need_id_scope=False))
+    return device, _outcome(run_checks(device, only, arguments.offline))
+
+
+def _outcome(found: "list[tuple[Check, Finding]]") -> Outcome:
     width = max(len(check.id) for check, _ in found) + 2
     lines: list[str] = []
     checks: list[dict[str, Any]] = []
@@ -44,11 +61,15 @@ def run(arguments: argparse.Namespace) -> Outcome:
             }
         )
     document: dict[str, Any] = {"checks": checks}
-    failed = next((finding for _, finding in found if finding.error is not None), None)
-    if failed is None or failed.error is None:
-        return Outcome(lines, document)
-    document["error"] = {**error_document(failed.error), "remedy": failed.remedy}
-    return Outcome(lines, document, exit_word(failed.error))
+    for check, finding in found:
+        if finding.error is not None:
+            document["error"] = {**error_document(finding.error), "remedy": finding.remedy}
+            head = [f"failed: {check.id}: {finding.detail}", f"  {finding.remedy}  [{finding.error.code}]"]
+            return Outcome([*head, "", *lines], document, exit_word(finding.error))
+    warnings = [f"{check.id}: {finding.detail}" for check, finding in found if finding.result == "warning"]
+    count = "a warning" if len(warnings) == 1 else f"{len(warnings)} warnings, the first"
+    head = [f"ok, with {count}: {warnings[0]}" if warnings else "ok: nothing is in the way"]
+    return Outcome([*head, "", *lines], document)
 
 
-VERB = Verb("check", "check settings and TPM: whether this device can register", add_arguments, run)
+VERB = Verb("check", "look for what keeps this device from registering and connecting", add_arguments, run)

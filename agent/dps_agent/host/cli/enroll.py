@@ -1,14 +1,13 @@
 """`dps-agent enroll`: what the Device Provisioning Service must know of this TPM, in the form it is wanted."""
 
 import argparse
-import shlex
+from typing import Any
 
 from dps_agent.host.cli.verb import Outcome, UsageError, Verb, configuration_of, table
-from dps_agent.host.config import Configuration, backend_shown
+from dps_agent.host.config import backend_shown
 from dps_agent.settings import AUTO
 
 FORMATS = ("text", "csv", "json", "az")
-CSV_HEADER = "registrationId,endorsementKey,backend"
 
 CERTIFICATE_SAYS = {  # by the words of dps_hal.ek_certificate
     "match": "match: it names this endorsement key, which is therefore of the template tcg-l1",
@@ -19,52 +18,69 @@ CERTIFICATE_SAYS = {  # by the words of dps_hal.ek_certificate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The form of the output."""
+    """The form of the output, and where it goes."""
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default=None,
         help="text (default), a CSV line with its header, the JSON of the service's API, or an Azure CLI command",
     )
+    parser.add_argument(
+        "--append",
+        metavar="FILE",
+        default=None,
+        help="add this device to a file of many: csv, json or az, by --format or by the end of the file's name",
+    )
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
-    """Reads the endorsement key and says how to enrol it."""
+    """Reads the endorsement key and says how to enrol it, or adds it to a file."""
     from dps_agent.host.device import endorsement
+    from dps_agent.host.enrolment import CSV_HEADER, Enrolment, append
     from dps_agent.messages import to_base64
     from dps_hal import ek_certificate
     from dps_hal.platform import sha256, to_json
     from dps_hal.tpm_keys import registration_id_from_ek
 
-    if arguments.json and arguments.format not in (None, "json"):
-        raise UsageError(f"--json and --format {arguments.format} exclude each other")
+    form = arguments.format
+    if arguments.append is not None:
+        form = _file_format(arguments.append, form)
+    elif arguments.json and form not in (None, "json"):
+        raise UsageError(f"--json and --format {form} exclude each other")
     configuration = configuration_of(arguments, need_id_scope=False)
     endorsement_key, certificate = endorsement(configuration)
     verdict = ek_certificate.compare(certificate, endorsement_key)
-    encoded = to_base64(endorsement_key)
     derived = registration_id_from_ek(endorsement_key)
     fingerprint = sha256(endorsement_key).hex()
-    registration_id = derived if configuration.registration_id == AUTO else configuration.registration_id
-    document = {
-        "registrationId": registration_id,
-        "endorsementKey": encoded,
+    enrolment = Enrolment(
+        derived if configuration.registration_id == AUTO else configuration.registration_id,
+        to_base64(endorsement_key),
+        configuration.tpm.backend,
+        sha256(certificate).hex() if certificate else "",
+    )
+    document: dict[str, Any] = {
+        "registrationId": enrolment.registration_id,
+        "endorsementKey": enrolment.endorsement_key,
         "derivedIds": {"base32": derived, "hex": fingerprint},
         "ekCertificate": verdict,
+        "ekCertificateSha256": enrolment.certificate_sha256,
         "ekTemplate": "tcg-l1" if verdict == ek_certificate.MATCH else None,
         "backend": configuration.tpm.backend,
     }
-    if arguments.format == "csv":
-        fields = (registration_id, encoded, configuration.tpm.backend)
-        return Outcome([CSV_HEADER, ",".join(fields)], document)
-    if arguments.format == "json":
-        # the body of the service API's "create or update individual enrollment"
-        attestation = {"type": "tpm", "tpm": {"endorsementKey": encoded}}
-        return Outcome([to_json({"registrationId": registration_id, "attestation": attestation})], document)
-    if arguments.format == "az":
-        return Outcome(_az(configuration, registration_id, encoded), document)
+    if arguments.append is not None:
+        count = append(arguments.append, form, enrolment)
+        text = f"{enrolment.registration_id} was added to {arguments.append}, which has {count}"
+        text += " device now" if count == 1 else " devices now"
+        return Outcome([text], {**document, "file": arguments.append, "devices": count})
+    if form == "csv":
+        return Outcome([CSV_HEADER, enrolment.csv_row()], document)
+    if form == "json":
+        return Outcome([to_json(enrolment.body())], document)
+    if form == "az":
+        return Outcome(enrolment.az_lines(), document)
     rows = [
-        ("registration id", registration_id),
-        ("endorsement key", encoded),
+        ("registration id", enrolment.registration_id),
+        ("endorsement key", enrolment.endorsement_key),
         ("derived ids", f"{derived} (base32 of SHA-256, as Microsoft's tools)"),
         ("", f"{fingerprint} (hex of SHA-256, as the IoT Edge script)"),
         ("EK certificate", CERTIFICATE_SAYS[verdict]),
@@ -73,15 +89,13 @@ def run(arguments: argparse.Namespace) -> Outcome:
     return Outcome(table(rows), document)
 
 
-def _az(configuration: Configuration, registration_id: str, encoded: str) -> list[str]:
-    """One command of the Azure CLI's extension azure-iot; names of group and service come from the shell."""
-    command = (
-        'az iot dps enrollment create --resource-group "$RESOURCE_GROUP" --dps-name "$DPS_NAME"'
-        f" --enrollment-id {shlex.quote(registration_id)} --attestation-type tpm"
-        f" --endorsement-key {shlex.quote(encoded)}"
-    )
-    note = ["# simulator: this TPM's keys lie in plain files"] if configuration.tpm.backend == "simulator" else []
-    return [*note, command]
+def _file_format(path: str, form: str | None) -> str:
+    """How the file is written; UsageError where nothing says so."""
+    if form is None:
+        form = path.rpartition(".")[2]
+    if form not in FORMATS[1:]:
+        raise UsageError("--append: expected --format csv, json or az, or a file whose name ends in .csv or .json")
+    return form
 
 
 VERB = Verb("enroll", "show what to enter in the Device Provisioning Service", add_arguments, run)

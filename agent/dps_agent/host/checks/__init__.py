@@ -1,0 +1,103 @@
+"""What `dps-agent check` looks at, one small check after the other.
+
+A check never stops the ones behind it, but for those that need what it did not find. Nothing is left behind but what
+a registration leaves too: endorsement key and storage root key are created where they are missing. All of it works
+while the service runs: nothing takes its lock, and the TPM is released behind each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from dps_agent.host.checks import local, tpm
+from dps_agent.host.checks.device import FAILED, SKIPPED, Check, Device, Finding, failed
+from dps_hal.errors import DpsError
+
+__all__ = ["CHECKS", "Check", "Device", "Finding", "run_checks"]
+
+
+def run_checks(device: Device, only: Collection[str] = (), offline: bool = False) -> list[tuple[Check, Finding]]:
+    """Runs all checks, or those of `only` and what they need, in their order; `offline` leaves the network alone."""
+    wanted = set(only) or {check.id for check in CHECKS}
+    for check in reversed(CHECKS):  # what a check needs comes before it
+        if check.id in wanted:
+            wanted.update(check.needs)
+    findings: dict[str, Finding] = {}
+    for check in CHECKS:
+        if check.id in wanted and not (offline and check.online):
+            findings[check.id] = _run(check, device, findings)
+    return [(check, findings[check.id]) for check in CHECKS if check.id in findings]
+
+
+def _run(check: Check, device: Device, findings: dict[str, Finding]) -> Finding:
+    missing = [need for need in check.needs if findings[need].result in (FAILED, SKIPPED)]
+    if missing:
+        return Finding(SKIPPED, f"not possible without {missing[0]}")
+    if device.hangs:
+        return Finding(SKIPPED, "not possible: an earlier check still hangs")
+    try:
+        return check.run(device)
+    except DpsError as error:
+        return failed(error)
+
+
+def _online(name: str) -> Callable[[Device], Finding]:
+    """A check of the module `network`, which is imported when it runs."""
+
+    def run(device: Device) -> Finding:
+        from dps_agent.host.checks import network
+
+        run: Callable[[Device], Finding] = getattr(network, name)
+        return run(device)
+
+    return run
+
+
+CHECKS: Sequence[Check] = (
+    Check("settings", "The settings and the files that they name can be used.", (), local.used_settings),
+    Check("state-folder", "The state folder takes a file and syncs it.", ("settings",), local.state_folder),
+    Check("clock", "The device's clock can be believed.", (), local.clock),
+    Check("tpm-node", "The TPM that the settings name exists.", ("settings",), tpm.node),
+    Check("tpm-access", "This user may use the TPM, and it answers.", ("tpm-node",), tpm.access),
+    Check("tpm-auth", "The hierarchies that have a password have one in the settings.", ("tpm-access",), tpm.auth),
+    Check("tpm-ek", "The endorsement key is one of the TCG template.", ("tpm-access",), tpm.ek),
+    Check("tpm-srk", "The storage root key is one of the TCG template.", ("tpm-ek",), tpm.srk),
+    Check("tpm-certificate", "The certificate in the TPM names the endorsement key.", ("tpm-ek",), tpm.certificate),
+    Check(
+        "tpm-self-challenge",
+        "The TPM answers a challenge as the service makes it.",
+        ("tpm-ek", "tpm-srk"),
+        tpm.self_challenge,
+    ),
+    Check("tpm-slots", "The TPM has room for what a registration loads.", ("tpm-access",), tpm.slots),
+    Check("tpm-lockout", "The TPM is not about to lock out.", ("tpm-access",), tpm.lockout),
+    Check("tpm-noda", "The stored hub key cannot lock the TPM out.", ("tpm-node",), tpm.noda),
+    Check("record", "An assignment is stored, and it fits the settings.", ("settings",), local.record),
+    Check(
+        "record-seal",
+        "The stored assignment belongs to this TPM and was not altered.",
+        ("record", "tpm-noda", "tpm-ek", "tpm-srk"),
+        local.record_seal,
+    ),
+    Check(
+        "proxy", "The proxy on the way to DPS, if there is one, lets us through.", ("settings",), _online("proxy"), True
+    ),
+    Check("dns", "The name of DPS is looked up.", ("settings", "proxy"), _online("dns"), True),
+    Check("dps-tls", "DPS proves itself by a certificate that is trusted.", ("clock", "dns"), _online("dps_tls"), True),
+    Check(
+        "dps-answers",
+        "DPS knows this device: its ID scope, its enrolment, its endorsement key.",
+        ("dps-tls", "tpm-ek", "tpm-srk"),
+        _online("dps_answers"),
+        True,
+    ),
+    Check("clock-dps", "The device's clock agrees with DPS's.", ("dps-answers",), _online("clock_dps"), True),
+    Check("hub-mqtt", "The assigned hub is reached by MQTT.", ("settings", "clock"), _online("hub_mqtt"), True),
+    Check(
+        "hub-websocket",
+        "The assigned hub is reached by MQTT over WebSocket.",
+        ("settings", "clock"),
+        _online("hub_websocket"),
+        True,
+    ),
+)

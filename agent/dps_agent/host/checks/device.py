@@ -1,0 +1,173 @@
+"""What a check is, what comes of it, and the device that it looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dps_agent.assignment import decode
+from dps_agent.effects import Commit, LoadRecord
+from dps_agent.host.clock import SystemClock
+from dps_agent.host.config import Configuration, ConfigurationError
+from dps_agent.host.device import NoConnection, offline_runner, open_tpm
+from dps_agent.host.runner import Runner
+from dps_agent.host.statefile import read_live
+from dps_agent.settings import AUTO
+from dps_hal.codes import REMEDIES
+from dps_hal.contracts import IDENTITY
+from dps_hal.tpm_keys import registration_id_from_ek
+
+if TYPE_CHECKING:
+    from dps_agent.assignment import Assignment
+    from dps_agent.effects import Effect
+    from dps_agent.host.checks.network import Network
+    from dps_hal.contracts import StoredRecord, TpmCondition, TpmService
+    from dps_hal.errors import DpsError
+
+    Answer = TypeVar("Answer")
+
+OK = "ok"
+WARNING = "warning"
+FAILED = "failed"
+SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one check: OK, WARNING, FAILED or SKIPPED, what was seen, what to do; `error` where it failed."""
+
+    result: str
+    detail: str
+    remedy: str = ""
+    error: DpsError | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: its stable id, what it makes sure of as a sentence, the checks without which it has no sense."""
+
+    id: str
+    description: str
+    needs: tuple[str, ...]
+    run: Callable[[Device], Finding]
+    online: bool = False  # it uses the network
+
+
+class Device:
+    """This device as the checks see it: each part is looked at when it is first asked for, and once."""
+
+    def __init__(self, load_settings: Callable[[], Configuration]) -> None:
+        self._load_settings = load_settings
+        self._runner: Runner | None = None
+        self._disk_hangs = False
+
+    @cached_property
+    def configuration(self) -> Configuration:
+        """The settings, an ID scope not being needed."""
+        return self._load_settings()
+
+    @cached_property
+    def tpm(self) -> TpmService:
+        """The TPM that they name, not touched yet."""
+        return open_tpm(self.configuration)
+
+    @cached_property
+    def condition(self) -> TpmCondition:
+        """Its condition at the first answer."""
+        return self.ask(lambda tpm: tpm.condition())
+
+    @cached_property
+    def endorsement_key(self) -> bytes:
+        """The EK's TPM2B_PUBLIC; created where it is missing."""
+        return self.ask(lambda tpm: tpm.endorsement_key())
+
+    @cached_property
+    def storage_root_key(self) -> bytes:
+        """The SRK's TPM2B_PUBLIC; created where it is missing."""
+        return self.ask(lambda tpm: tpm.storage_root_key())
+
+    @cached_property
+    def registration_id(self) -> str:
+        """The one of the settings, else the EK's own."""
+        named = self.configuration.registration_id
+        return registration_id_from_ek(self.endorsement_key) if named == AUTO else named
+
+    @cached_property
+    def stored(self) -> StoredRecord | None:
+        """The record with the assignment."""
+
+        def load() -> Generator[Effect, Any, StoredRecord | None]:
+            stored: StoredRecord | None = yield LoadRecord(IDENTITY)
+            return stored
+
+        return self.run(load())
+
+    @cached_property
+    def assignment(self) -> Assignment | None:
+        """The stored assignment, whether it holds or not; IdentityStale `record.damaged` where it is none."""
+        return None if self.stored is None else decode(self.stored.payload)[0]
+
+    @cached_property
+    def live(self) -> dict[str, Any] | None:
+        """What the service that runs with the same state folder says of itself; None where none runs."""
+        return read_live(self.configuration)
+
+    @cached_property
+    def network(self) -> Network:
+        """The ways to DPS and to the hub."""
+        from dps_agent.host.checks.network import Network
+
+        return Network(self.configuration)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether an earlier call did not end: nothing more can be asked then."""
+        return self._disk_hangs or (self._runner is not None and self._runner.stuck)
+
+    def ask(self, call: Callable[[TpmService], Answer]) -> Answer:
+        """One call of the TPM, with the runner's deadlines; the TPM is released behind it."""
+        tpm = self.tpm
+        return self._running().ask_tpm(lambda: call(tpm))
+
+    def run(self, exchange: Generator[Effect, Any, Answer]) -> Answer:
+        """An exchange with TPM and store, without any network."""
+        return self._running().run(exchange)
+
+    def write(self, call: Callable[[], None]) -> None:
+        """A call that writes to the disk, with the runner's deadline for that."""
+        other: Any = _Other(call)
+        runner = Runner(tpm=other, store=other, connection=NoConnection(), clock=SystemClock())
+
+        def exchange() -> Generator[Effect, Any, None]:
+            yield Commit("", b"")
+
+        try:
+            runner.run(exchange())
+        finally:
+            self._disk_hangs = runner.stuck
+
+    def _running(self) -> Runner:
+        if self._runner is None:
+            self._runner = offline_runner(self.configuration, self.tpm)
+        return self._runner
+
+
+class _Other:
+    """A store that does something else instead of a commit, and no TPM."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def commit(self, _record: str, _payload: bytes) -> None:
+        self._call()
+
+    def release(self) -> None:
+        """Nothing is open."""
+
+
+def failed(error: DpsError, remedy: str = "") -> Finding:
+    """The finding for an error; `remedy` where the one of its code does not fit."""
+    detail = "; ".join(error.problems) if isinstance(error, ConfigurationError) else error.message
+    return Finding(FAILED, detail, remedy or REMEDIES.get(error.code, ""), error)

@@ -1,0 +1,150 @@
+"""The checks of settings, state folder, clock and stored assignment; neither TPM nor network but for the seal."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from dps_agent.assignment import difference, load_held
+from dps_agent.host.checks.device import OK, SKIPPED, WARNING, Finding
+from dps_agent.host.clock import SystemClock, is_synchronised
+from dps_agent.host.config import check_files
+from dps_agent.host.progress import utc_text
+from dps_hal.codes import REMEDIES
+from dps_hal.contracts import IDENTITY, PROGRESS
+from dps_hal.errors import IdentityStale, RetryLater
+from dps_hal.files import FileSlots, StateFolder, SystemCalls, open_store
+
+if TYPE_CHECKING:
+    from dps_agent.host.checks.device import Device
+
+SCRATCH_NAME = ".dps-agent-check"
+NOTHING_STORED = "no assignment is stored"
+_SCRATCH = b"dps-agent check\n" * 256  # as much as one slot
+
+
+def used_settings(device: Device) -> Finding:
+    configuration = device.configuration
+    check_files(configuration)
+    detail = ", ".join(configuration.files) or "no file, defaults only"
+    if not configuration.id_scope:
+        return Finding(WARNING, f"{detail}; id_scope is not set", "set id_scope before 'dps-agent provision'")
+    return Finding(OK, detail)
+
+
+def state_folder(device: Device) -> Finding:
+    path = device.configuration.state_dir
+    if path.startswith("/dev/"):
+        open_store(path).load(IDENTITY)
+        return Finding(OK, f"{path} can be read; flash is not written for a test")
+    folder = StateFolder(path, SystemCalls())
+    place = folder.path
+    while not os.path.isdir(place):
+        place = os.path.dirname(place)
+    try:
+        device.write(lambda: _write_scratch(folder, place))
+    except RetryLater as error:
+        if error.code == "store.full" and _has_room(folder):
+            detail = f"{error.message}; the records have their room already and can still be written"
+            return Finding(WARNING, detail, REMEDIES[error.code])
+        raise
+    if place != folder.path:
+        return Finding(
+            OK, f"{folder.path} is made by the first registration; {place} takes it: a file was synced there"
+        )
+    return Finding(OK, f"{place} takes what is written, and syncs it")
+
+
+def _write_scratch(folder: StateFolder, place: str) -> None:
+    """Writes a file of a slot's size in `place`, syncs it and its name, reads it back, and removes it."""
+    path = os.path.join(place, SCRATCH_NAME)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with folder.reporting("write", path):
+        with suppress(FileNotFoundError):
+            os.unlink(path)  # of a check that was killed
+        try:
+            with open(os.open(path, flags, 0o600), "r+b", buffering=0) as file:
+                written = 0
+                while written < len(_SCRATCH):
+                    written += file.write(_SCRATCH[written:]) or 0
+                os.fsync(file.fileno())
+                file.seek(0)
+                if file.read(len(_SCRATCH)) != _SCRATCH:
+                    raise RetryLater("store.io", f"{path} was written and read back differently")
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        names = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(names)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # EINVAL: this file system has no fsync for folders
+                raise
+        finally:
+            os.close(names)
+
+
+def _has_room(folder: StateFolder) -> bool:
+    """Whether every record's files have their whole size, so that no write needs a new block."""
+    sizes = [
+        os.path.getsize(path)
+        for record in (IDENTITY, PROGRESS)
+        for slot in (0, 1)
+        if os.path.isfile(path := os.path.join(folder.path, f"{record}.{slot}"))
+    ]
+    return len(sizes) == 4 and min(sizes) >= FileSlots.slot_bytes
+
+
+def clock(_device: Device) -> Finding:
+    now = SystemClock().utc()
+    shown = utc_text(now.now_s) or "1970-01-01T00:00:00Z"
+    if not now.believable:
+        raise RetryLater("clock.not_set", f"the device's clock says {shown}, which cannot be: it was never set")
+    if is_synchronised():
+        return Finding(OK, f"{shown}, believed because NTP keeps it")
+    return Finding(OK, f"{shown}, believed until a verified server says otherwise; nothing such as NTP keeps it")
+
+
+def record(device: Device) -> Finding:
+    stored = device.stored
+    if stored is None:
+        return Finding(SKIPPED, NOTHING_STORED)
+    try:
+        assignment = device.assignment
+    except IdentityStale as error:
+        return Finding(WARNING, error.message, REMEDIES[error.code])
+    assert assignment is not None
+    age_s = time.time() - assignment.assigned_at_s
+    detail = f"generation {stored.generation}, assigned to {assignment.assigned_hub} {_age(age_s)} ago"
+    if stored.rolled_back:
+        return Finding(
+            WARNING,
+            f"{detail}; a newer copy was damaged, an older one serves",
+            "nothing, if power was cut while it was written; else check the disk or flash",
+        )
+    configuration = device.configuration
+    if configuration.id_scope and (reason := difference(assignment, configuration.settings())):
+        return Finding(WARNING, f"{detail}; {reason}", REMEDIES["record.stale"])
+    return Finding(OK, detail)
+
+
+def record_seal(device: Device) -> Finding:
+    if not device.configuration.id_scope:
+        return Finding(SKIPPED, "id_scope is not set")
+    settings = device.configuration.settings()
+    if device.assignment is not None and difference(device.assignment, settings):
+        return Finding(SKIPPED, "it is for other settings")
+    assignment, reason = device.run(load_held(settings, device.stored))
+    if assignment is None:
+        return Finding(WARNING, reason, REMEDIES["record.stale"])
+    return Finding(OK, "settings, endorsement key, storage root key and seal fit, and its key signs")
+
+
+def _age(age_s: float) -> str:
+    for unit, unit_s in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if age_s >= 2 * unit_s:
+            return f"{age_s / unit_s:.0f} {unit}"
+    return f"{max(age_s, 0):.0f} s"

@@ -1,0 +1,342 @@
+"""The checks of what lies between the device, DPS and the hub; every wait is bounded, and nothing is registered.
+
+Imported only by a check that uses the network: it brings TLS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from dps_agent import __version__
+from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_CONNECT, NO_REPLY_TLS, NoReply, Reply
+from dps_agent.host import websocket
+from dps_agent.host.checks.device import OK, SKIPPED, WARNING, Finding, failed
+from dps_agent.host.checks.local import NOTHING_STORED
+from dps_agent.host.clock import is_synchronised
+from dps_agent.host.dial import Dialler, Failed, address_text
+from dps_agent.host.https import DpsConnection, host_and_port
+from dps_agent.host.progress import utc_text
+from dps_agent.host.proxy import ProxyRule
+from dps_agent.lifecycle import PROVISIONING
+from dps_agent.messages import TpmChallenge, device_registration
+from dps_agent.registration import API_VERSION, LOOKUP_REFUSALS, no_reply_error, read_register, refusal_of
+from dps_agent.sas import percent_encode
+from dps_agent.utc import AGREEMENT_S
+from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
+
+if TYPE_CHECKING:
+    from dps_agent.host.checks.device import Device
+    from dps_agent.host.config import Configuration
+
+DIAL_LIMIT_S = 10.0  # name, TCP, proxy and TLS of one peer
+ANSWER_LIMIT_S = 20.0  # one request to DPS in all
+MQTT, WEBSOCKET = "mqtt", "websocket"
+_NAMES = {MQTT: "MQTT", WEBSOCKET: "WebSocket"}
+_CLOCK_SAYS = ("certificate has expired", "certificate is not yet valid")  # OpenSSL's words for both
+
+
+class Peer(NamedTuple):
+    """Whom TLS is spoken with: the certificate's name, where it is dialled, the roots and their setting."""
+
+    name: str
+    host: str
+    port: int
+    ca_file: str
+    setting: str
+
+
+class Network:
+    """The ways to DPS and to the hub, each gone once."""
+
+    def __init__(self, configuration: Configuration) -> None:
+        self._configuration = configuration
+        self.proxies = ProxyRule(configuration.network.proxy)
+        self._hub_ways: dict[str, Failed | None] = {}
+        self.reply: Reply | None = None  # DPS's
+
+    @property
+    def dps(self) -> Peer:
+        """DPS's endpoint."""
+        parts = urlsplit(self._configuration.endpoint)
+        name, port = parts.hostname or "", parts.port or 443
+        host = name
+        if self._configuration.connect_to:
+            host, dial_port = host_and_port(self._configuration.connect_to, "connect_to")
+            port = dial_port or port
+        return Peer(name, host, port, self._configuration.ca_file, "ca_file")
+
+    def hub(self, name: str, transport: str) -> Peer:
+        """The hub of that name, for one transport."""
+        hub = self._configuration.hub
+        host, port = name, hub.port if transport == MQTT else websocket.PORT
+        if hub.connect_to:
+            host, dial_port = host_and_port(hub.connect_to, "hub.connect_to")
+            port = dial_port or port
+        return Peer(name, host, port, hub.ca_file, "hub.ca_file")
+
+    def transports(self) -> list[str]:
+        """Those that the agent tries, in its order."""
+        hub = self._configuration.hub
+        transports = [MQTT, WEBSOCKET] if hub.transport == "auto" else [hub.transport]
+        return transports[:1] if hub.connect_to else transports
+
+    def hub_way(self, name: str, transport: str) -> Failed | None:
+        """Why the hub is not reached on that transport, None where it is."""
+        if transport not in self._hub_ways:
+            self._hub_ways[transport] = None
+            try:
+                _reach_hub(self, self.hub(name, transport), transport)
+            except Failed as failure:
+                self._hub_ways[transport] = failure
+        return self._hub_ways[transport]
+
+
+def proxy(device: Device) -> Finding:
+    network = device.network
+    target = network.dps
+    found = network.proxies.proxy_for(target.host, target.port)
+    setting = device.configuration.network.proxy
+    if found is None:
+        return Finding(
+            OK, f"none on the way to {address_text(target.host, target.port)} (network.proxy is {setting!r})"
+        )
+    dialler = Dialler(network.proxies, "")
+    dialler.begin()
+    try:
+        dialler.reach(target.host, target.port, time.monotonic() + DIAL_LIMIT_S).close()
+    except (Failed, OSError) as error:
+        failure = dialler.explain(error, "at the proxy")
+        shown = "network.proxy" if setting != "env" else "https_proxy in the environment"
+        remedy = (
+            "" if failure.reason != NO_REPLY_CONNECT else f"correct {shown}, or the proxy; no_proxy names exceptions"
+        )
+        return failed(_error(failure, f"no way through the proxy that {shown} names"), remedy)
+    return Finding(OK, f"{found} leads to {address_text(target.host, target.port)}")
+
+
+def dns(device: Device) -> Finding:
+    network = device.network
+    target = network.dps
+    way = network.proxies.proxy_for(target.host, target.port)
+    if way is not None:
+        return Finding(OK, f"the proxy {way} looks up {target.host}")
+    dialler = Dialler(network.proxies, "")
+    dialler.begin()
+    try:
+        found = dialler.addresses(target.host, target.port, time.monotonic() + DIAL_LIMIT_S)
+    except Failed as failure:
+        raise _error(failure, "the name of DPS was not looked up") from None
+    addresses = sorted({str(entry[4][0]) for entry in found})
+    return Finding(OK, f"{target.host} is {', '.join(addresses[:4])}{' …' if len(addresses) > 4 else ''}")
+
+
+def dps_tls(device: Device) -> Finding:
+    network = device.network
+    target = network.dps
+    try:
+        with _dialled(network, target) as tls:
+            return Finding(OK, f"{tls.version()} with {_chain_shown(tls, target)}")
+    except Failed as failure:
+        what = f"no TLS connection to DPS at {address_text(target.host, target.port)}"
+        raise _error(failure, what, _why_unverified(network, target, failure)) from None
+
+
+def dps_answers(device: Device) -> Finding:
+    """Asks for the registration's status without a token: a read that DPS answers with a challenge for this TPM.
+
+    Where that says nothing of the enrolment, the first step of a registration is asked for without a token, which
+    registers nothing. A service that registers just then may have to begin once more, which it does by itself.
+    """
+    configuration = device.configuration
+    if not configuration.id_scope:
+        return Finding(SKIPPED, "id_scope is not set")
+    if device.live is not None and device.live["state"] == PROVISIONING:
+        return Finding(SKIPPED, "the service registers just now, and DPS takes one challenge at a time")
+    registration_id = device.registration_id
+    path = f"/{percent_encode(configuration.id_scope)}/registrations/{percent_encode(registration_id)}"
+    query = f"?api-version={API_VERSION}"
+    body = device_registration(registration_id, device.endorsement_key, device.storage_root_key, None)
+    connection = DpsConnection(
+        configuration.endpoint,
+        configuration.connect_to,
+        configuration.ca_file,
+        ANSWER_LIMIT_S,
+        f"dps-agent/{__version__}",
+        configuration.network.proxy,
+    )
+    try:
+        reply = connection.request("POST", path + query, body, None)
+        if isinstance(reply, Reply) and reply.status in LOOKUP_REFUSALS and not _is_challenge(reply):
+            reply = connection.request("PUT", f"{path}/register{query}", body, None)
+    finally:
+        connection.close()
+    if isinstance(reply, NoReply):
+        raise no_reply_error(reply)
+    device.network.reply = reply
+    asked = f"registration id {registration_id!r} in ID scope {configuration.id_scope!r}"
+    if _is_challenge(reply):
+        return Finding(OK, f"DPS knows {asked} with this TPM's endorsement key, and challenges it")
+    if reply.status == 200:
+        return Finding(OK, f"DPS answers, and asks for no proof of {asked}")
+    error = refusal_of(reply)
+    if error.code == "dps.not_found":
+        text = f"DPS has no enrolment of {asked}, or there is no such ID scope ({error.message})"
+        raise AskOperator(error.code, text, None, error.request_id)
+    if error.code == "dps.ek_mismatch":
+        text = f"the enrolment of {asked} holds another endorsement key than this TPM's ({error.message})"
+        raise AskOperator(error.code, text, None, error.request_id)
+    raise error
+
+
+def clock_dps(device: Device) -> Finding:
+    reply = device.network.reply
+    if reply is None or reply.date_s is None:
+        return Finding(SKIPPED, "DPS named no time")
+    ahead_s = int(time.time()) - reply.date_s
+    if abs(ahead_s) <= AGREEMENT_S:
+        return Finding(OK, f"the device's clock and DPS's differ by {abs(ahead_s)} s")
+    direction = "ahead of" if ahead_s > 0 else "behind"
+    text = f"the device's clock is wrong: it is {abs(ahead_s)} s {direction} DPS's, which says {utc_text(reply.date_s)}"
+    if is_synchronised():  # then the agent believes it, and signs tokens that the service refuses
+        raise RetryLater("clock.not_set", text)
+    return Finding(WARNING, f"{text}; the agent goes by DPS's", "set the device's clock, or let NTP set it")
+
+
+def hub_mqtt(device: Device) -> Finding:
+    return _hub(device, MQTT)
+
+
+def hub_websocket(device: Device) -> Finding:
+    return _hub(device, WEBSOCKET)
+
+
+def _hub(device: Device, transport: str) -> Finding:
+    try:
+        assignment = device.assignment
+    except DpsError as unreadable:
+        return Finding(SKIPPED, f"the stored assignment cannot be read: {unreadable.message}")
+    if assignment is None:
+        return Finding(SKIPPED, f"{NOTHING_STORED}: there is no hub yet")
+    network, hub = device.network, device.configuration.hub
+    used = network.transports()
+    if transport not in used:
+        why = f"hub.transport is {hub.transport!r}"
+        if hub.connect_to:
+            why += f", and hub.connect_to names one port, which is for {_NAMES[used[0]]}"
+        return Finding(SKIPPED, why)
+    name = assignment.assigned_hub
+    peer = network.hub(name, transport)
+    shown = f"{name} on port {peer.port}" if peer.host == name else f"{name} at {address_text(peer.host, peer.port)}"
+    failure = network.hub_way(name, transport)
+    if failure is None:
+        return Finding(OK, f"{shown} speaks {'TLS' if transport == MQTT else 'WebSocket'}")
+    error = _error(
+        failure, f"the hub is not reached: {shown} for {_NAMES[transport]}", _why_unverified(network, peer, failure)
+    )
+    reached = failure.reason != NO_REPLY_CONNECT
+    remedy = "" if reached else f"check the network and the firewall (outgoing TCP {peer.port})"
+    other = next((other for other in used if other != transport), None)
+    if other is not None and network.hub_way(name, other) is None:
+        if transport == WEBSOCKET:
+            return Finding(OK, f"{error.message}; it is not needed, for {_NAMES[other]} gets through")
+        if not reached:  # only then the agent tries the other way
+            return Finding(WARNING, f"{error.message}; the agent uses {_NAMES[other]} instead", remedy)
+    return failed(error, remedy)
+
+
+def _reach_hub(network: Network, peer: Peer, transport: str) -> None:
+    with _dialled(network, peer) as tls:
+        if transport == WEBSOCKET:
+            try:
+                websocket.upgrade(tls, peer.name, time.monotonic() + DIAL_LIMIT_S)
+            except OSError:
+                raise Failed(NO_REPLY_CLOSED, "the connection ended in the WebSocket's handshake") from None
+
+
+@contextlib.contextmanager
+def _dialled(network: Network, peer: Peer) -> Any:
+    """A verified TLS connection for the length of a block; Failed."""
+    dialler = Dialler(network.proxies, peer.ca_file, peer.setting)
+    dialler.begin()
+    try:
+        yield dialler.dial(peer.name, peer.host, peer.port, time.monotonic() + DIAL_LIMIT_S)
+    finally:
+        dialler.close()
+
+
+def _chain_shown(tls: ssl.SSLSocket, peer: Peer) -> str:
+    """Whom the certificate is for, who issued it, and the root at the end."""
+    chain = _chain(tls, "get_verified_chain")
+    if not chain:
+        return f"{peer.name}; this Python does not tell the chain"
+    *issuers, root = [_name(certificate["subject"]) for certificate in chain[1:]] or [_name(chain[0]["subject"])]
+    by = f" issued by {', '.join(issuers)};" if issuers else ""
+    roots = f"in {peer.ca_file}" if peer.ca_file else "of the system"
+    return f"{peer.name}, certificate until {chain[0]['notAfter']};{by} root {root} ({roots})"
+
+
+def _why_unverified(network: Network, peer: Peer, failure: Failed) -> str:
+    """What helps to understand a failed verification: the clock's time, or the issuer and the roots."""
+    if failure.reason != NO_REPLY_TLS:
+        return ""
+    if any(words in str(failure) for words in _CLOCK_SAYS):
+        keeper = "NTP keeps" if is_synchronised() else "nothing such as NTP keeps"
+        return f" by the device's clock, which says {utc_text(time.time())} and which {keeper}"
+    roots = f"those in {peer.setting} '{peer.ca_file}'" if peer.ca_file else "the system's"
+    return f"{_issuer_shown(network, peer)}; the roots are {roots}"
+
+
+def _issuer_shown(network: Network, peer: Peer) -> str:
+    """Whose certificate the peer shows and who issued it, unverified; "" where that cannot be told."""
+    dialler = Dialler(network.proxies, "")
+    dialler.begin()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # to see what is shown; nothing is sent
+    try:
+        with dialler.reach(peer.host, peer.port, time.monotonic() + DIAL_LIMIT_S) as raw:
+            raw.settimeout(DIAL_LIMIT_S)
+            with context.wrap_socket(raw, server_hostname=peer.name) as tls:
+                shown = _chain(tls, "get_unverified_chain")
+    except (OSError, Failed):
+        return ""
+    if not shown:
+        return ""
+    return f"; it shows a certificate of {_name(shown[0]['subject'])} issued by {_name(shown[0]['issuer'])}"
+
+
+def _chain(tls: ssl.SSLSocket, method: str) -> list[dict[str, Any]]:
+    """The peer's certificates, leaf first, as SSLSocket.getpeercert has them; empty where this Python cannot tell.
+
+    SSLSocket has these methods from Python 3.13 on, and only with DER; the object below it has them since 3.10.
+    """
+    get = getattr(getattr(tls, "_sslobj", None), method, None)
+    return [certificate.get_info() for certificate in get() or []] if get is not None else []
+
+
+def _name(subject: tuple[tuple[tuple[str, str], ...], ...]) -> str:
+    """The name in a distinguished name that says most."""
+    fields = {name: value for part in subject for name, value in part}
+    for name in ("commonName", "organizationalUnitName", "organizationName"):
+        if name in fields:
+            return f"'{fields[name]}'"
+    return "nobody"
+
+
+def _is_challenge(reply: Reply) -> bool:
+    if reply.status != 401:
+        return False
+    try:
+        answer = read_register(reply)
+    except (RetryLater, AskOperator, IdentityStale):
+        return False
+    return isinstance(answer, TpmChallenge) and bool(answer.authentication_key)
+
+
+def _error(failure: Failed, what: str, more: str = "") -> RetryLater:
+    code = "unreachable" if failure.reason == NO_REPLY_CONNECT else failure.reason
+    return RetryLater(f"network.{code}", f"{what}: {failure}{more}")
