@@ -544,8 +544,8 @@ def test_a_hub_that_accepts_tcp_and_says_nothing(emulator: EmulatorInThread) -> 
             tls(emulator).wrap_socket(plain, server_hostname=HUBS[0])
     emulator.fault({"operation": "accept", "drop": "before", "reset": True})
     with (
-        socket.create_connection(("127.0.0.1", emulator.hub_port), 5) as plain,
         pytest.raises(ConnectionResetError),
+        socket.create_connection(("127.0.0.1", emulator.hub_port), 5) as plain,
     ):
         plain.recv(1)
 
