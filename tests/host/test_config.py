@@ -346,6 +346,10 @@ def test_the_state_folder_is_systemds_then_the_systems_then_the_users(
     monkeypatch.setattr(config, "SYSTEM_STATE_DIR", str(tmp_path / "dps-agent"))
     assert state_dir({"STATE_DIRECTORY": "/run/a:/run/b", **user}) == "/run/a"
     assert state_dir(user) == str(tmp_path / "dps-agent")
+    (tmp_path / "link").symlink_to(tmp_path / "private" / "dps-agent")  # as systemd's, for who may not follow it
+    monkeypatch.setattr(config, "SYSTEM_STATE_DIR", str(tmp_path / "link"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert state_dir(user) == str(tmp_path / "link")
     monkeypatch.setattr(config, "SYSTEM_STATE_DIR", str(tmp_path / "absent" / "dps-agent"))
     assert state_dir(user) == "/home/u/state/dps-agent"
     assert state_dir({"HOME": "/home/u"}) == "/home/u/.local/state/dps-agent"

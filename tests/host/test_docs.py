@@ -1,10 +1,59 @@
-"""The documents say what the code does."""
+"""The documents say what the code does: its tables, names and options are those of the documents."""
 
+import ast
+import re
+import shlex
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-from dps_agent.lifecycle import BOOT, PROVISIONED, TRANSITIONS
+import pytest
 
-DESIGN = Path(__file__).parents[2] / "agent" / "DESIGN.md"
+from dps_agent.host.cli import VERBS
+from dps_agent.host.cli import _parser as agent_parser
+from dps_agent.host.cli.config import as_toml
+from dps_agent.host.config import KEYS, default_of, environment_name, load
+from dps_agent.host.journal import EVENTS, Journal
+from dps_agent.lifecycle import BOOT, PROVISIONED, TRANSITIONS
+from dps_board.config import read_values
+from dps_emulator.cli import _parser as emulator_parser
+from dps_emulator.faults import _FIELDS, DPS_OPERATIONS, HUB_OPERATIONS
+from dps_hal.codes import REMEDIES
+from dps_hal.errors import EXIT_GROUPS
+from support.documents import (
+    AREAS,
+    CHECKOUT,
+    CODES,
+    DOCUMENTS,
+    OPERATORS,
+    Block,
+    blocks_of,
+    commands_of,
+    name_of,
+    prose_of,
+    table_of_checks,
+    table_under,
+    tables_of_codes,
+)
+
+DESIGN = CHECKOUT / "agent" / "DESIGN.md"
+README = CHECKOUT / "README.md"
+EMULATOR = CHECKOUT / "docs" / "emulator.md"
+SOURCES = sorted([*(CHECKOUT / "agent").rglob("*.py"), *(CHECKOUT / "hal").rglob("*.py")])
+FILES = ("api.sock", "config.json", "config.toml")
+BOARD_KEYS = ("board.wifi_password_file", *read_values(b'{"id_scope": "x"}', "config.json"))
+HANDLES = ("tpm.ek_handle", "tpm.srk_handle")
+
+
+def code(text: str) -> str:
+    """A cell's text without the backquotes round it."""
+    return text.removeprefix("`").removesuffix("`")
+
+
+def column(document: Path, title: str, index: int = 0) -> list[str]:
+    """One column of the table behind a heading, without backquotes."""
+    return [code(row[index]) for row in table_under(document, title)]
 
 
 def diagram() -> str:
@@ -17,3 +66,368 @@ def diagram() -> str:
 def test_the_diagram_in_the_design_is_the_table() -> None:
     wanted = f"```mermaid\n{diagram()}\n```"
     assert wanted in DESIGN.read_text(), f"put this into {DESIGN.name}:\n{wanted}"
+
+
+# States and codes.
+
+
+REWRITE = "run: PYTHONPATH=agent:hal:tests python -m support.documents"
+
+
+def code_rows() -> dict[str, list[str]]:
+    """The rows of all tables of codes, by code."""
+    return {code(row[0]): row for title in AREAS.values() for row in table_under(CODES, title)}
+
+
+def test_every_error_code_is_documented_with_its_remedy_and_no_other() -> None:
+    assert set(code_rows()) == set(REMEDIES), REWRITE
+    is_as_made = CODES.read_text().endswith("\n" + tables_of_codes())
+    assert is_as_made, REWRITE
+
+
+@cache
+def texts_of_the_source() -> str:
+    """Every literal text in the product, with … where an expression stands in it."""
+    found: list[str] = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def pieces(line: str) -> list[str]:
+    """The fixed words of a documented line."""
+    return [piece for part in re.split(r"(?<=refused )\w+|…|: |[(){};,]|'|\d+", line) if len(piece := part.strip()) > 2]
+
+
+SYSTEM_SAYS = {"No space left on device", "Read-only file system"}
+
+
+def test_the_words_of_every_documented_line_stand_in_the_source() -> None:
+    lines = {name: code(row[1]) for name, row in code_rows().items()}
+    lines |= {row[0]: code(row[2]) for row in table_under(CODES, "States")}
+    for name, line in lines.items():
+        for piece in pieces(line):
+            known = piece in SYSTEM_SAYS or piece in texts_of_the_source()
+            assert known, f"{CODES.name}, {name}: the source has no text with {piece!r}"
+
+
+def test_words_that_are_not_in_the_source_would_be_noticed() -> None:
+    assert pieces("… was never said (closed: …)") == ["was never said", "closed"]
+    assert "was never said" not in texts_of_the_source()
+
+
+def test_every_state_is_documented_and_no_other() -> None:
+    states = {source for source, _ in TRANSITIONS} | set(TRANSITIONS.values())
+    assert set(column(CODES, "States")) == states
+
+
+# Operators.
+
+
+def test_the_table_of_settings_has_every_setting_with_its_default() -> None:
+    rows = {code(row[0]): code(row[1]) for row in table_under(OPERATORS, "Settings")}
+    for key in KEYS:
+        default = default_of(key)
+        shown = f"{default:#x}" if key in HANDLES else as_toml(list(default) if isinstance(default, tuple) else default)
+        assert rows.get(key) == shown, f"put into {OPERATORS.name}: | `{key}` | `{shown}` | what it means |"
+    assert list(rows) == list(KEYS)
+
+
+def test_the_table_of_checks_is_the_list_of_checks() -> None:
+    is_as_made = f"\n{table_of_checks()}\n" in OPERATORS.read_text()
+    assert is_as_made, REWRITE
+
+
+def test_the_table_of_events_is_that_of_the_journal() -> None:
+    text = OPERATORS.read_text()
+    for event, (subject, _) in EVENTS.items():
+        assert f"| `{event}` | {subject} |" in text
+    events = text.partition("| event | means |")[2].partition("\n\n")[0]
+    assert events.count("\n| `") == len(EVENTS)
+
+
+def test_the_table_of_journal_fields_has_every_field_that_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: dict[str, str] = {}
+    monkeypatch.setattr(Journal, "_write", lambda self, text, level, fields: written.update(fields))
+    Journal(environ={}).event("halted", "text", code="tpm.denied")
+    fields = [field for field in column(OPERATORS, "The journal") if field.isupper()]
+    assert sorted(fields) == sorted(written)
+
+
+def test_the_table_of_exit_statuses_is_complete() -> None:
+    rows = table_under(OPERATORS, "Exit status and JSON")
+    assert [code(row[1]) for row in rows] == list(EXIT_GROUPS)
+    assert [row[0] for row in rows] == [str(number) for number in range(len(EXIT_GROUPS))]
+
+
+def test_every_verb_is_in_the_table_of_commands_and_no_other() -> None:
+    named = {
+        name.split()[0]
+        for row in table_under(OPERATORS, "From the TPM to the hub")
+        for name in re.findall("`(.+?)`", row[0])
+    }
+    assert named == {verb.name for verb in VERBS}
+
+
+# The emulator.
+
+
+def test_every_command_of_the_emulator_is_in_its_table_and_no_other() -> None:
+    rows = table_under(EMULATOR, "Commands for a running emulator")
+    named = {name.split()[0] for row in rows for name in re.findall("`(.+?)`", row[0])}
+    assert named == set(subparsers(emulator_parser()))
+
+
+def test_every_option_of_the_emulator_is_documented() -> None:
+    own = subparsers(emulator_parser())
+    options = {row[0].strip("`").split()[0] for row in table_under(EMULATOR, "Options of `serve`")}
+    assert options == flags(own["serve"]) - {"--help"}
+    text = EMULATOR.read_text()
+    for name, parser in own.items():
+        for flag in flags(parser) - {"--help", "--json", "--state-dir"}:
+            assert f"{flag} " in text or f"{flag}`" in text, f"{EMULATOR.name}: {name} {flag} is missing"
+
+
+def test_every_kind_of_breakage_and_every_field_of_a_fault_is_documented() -> None:
+    breakage = subparsers(emulator_parser())["break"]
+    choices = next(action.choices for action in breakage._actions if action.dest == "what")
+    assert column(EMULATOR, "Breaking things") == list(choices or ())
+    rows = [row for head in ("Which requests:", "What goes wrong, in any combination:") for row in rows_behind(head)]
+    assert {name for row in rows for name in re.findall("`(.+?)`", row[0])} == set(_FIELDS)
+    assert {*DPS_OPERATIONS, *HUB_OPERATIONS} <= set(re.findall("`(.+?)`", rows[2][1]))
+
+
+def rows_behind(line: str) -> list[list[str]]:
+    """The table behind a line of the emulator's page."""
+    behind = EMULATOR.read_text().partition(f"\n{line}\n")[2].lstrip("\n")
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in behind.partition("\n\n")[0].splitlines()]
+    return rows[2:]
+
+
+# Names in all documents.
+
+
+def subparsers(parser: ArgumentParser) -> dict[str, ArgumentParser]:
+    """The parsers of a program's verbs."""
+    found = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+    assert isinstance(found, dict)
+    return found
+
+
+def flags(parser: ArgumentParser) -> set[str]:
+    """The long options of one parser."""
+    return {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+
+
+@cache
+def programs() -> dict[str, ArgumentParser]:
+    """Ours, whose command lines can be read."""
+    return {"dps-agent": agent_parser(), "dps-emulator": emulator_parser()}
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """Each call of one of our programs in a line of shell, as words."""
+    for inner in re.findall(r"\$\(([^()]*)\)", text):
+        yield from command_lines(inner)
+    lexer = shlex.shlex(re.sub(r"\$\([^()]*\)", "$inner", text), posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    words: list[str] = []
+    for word in [*lexer, ";"]:
+        if not re.fullmatch(r"[();<>|&]+", word):
+            words += [word] if words or not (word == "sudo" or re.fullmatch(r"\w+=.*", word)) else []
+            continue
+        if words and words[0] in programs():
+            yield words
+        words = ["to"] if set(word) & set("<>") else []  # a file's name follows
+
+
+def documents_with_their_blocks() -> list[Block]:
+    return [found for document in DOCUMENTS for found in blocks_of(document) if found.language in ("sh", "yaml")]
+
+
+@pytest.mark.parametrize("block", documents_with_their_blocks(), ids=lambda block: block.place)
+def test_every_command_line_of_ours_is_one_that_the_program_takes(block: Block) -> None:
+    for line in commands_of(block):
+        for program, *words in command_lines(line):
+            try:
+                programs()[program].parse_args(words)
+            except SystemExit as refused:
+                raise AssertionError(f"{block.place}: {program} refuses {words}") from refused
+
+
+# What a document tells to do to the machine and no trial of the package or of the virtual machine does.
+ON_A_MACHINE_OF_ONES_OWN = ("python3 -m venv", "pip install", "export PATH", "usermod -aG", "apt-get update")
+TRIALS = ("dps_package", "vm")
+
+
+def verb_of(command: str) -> str:
+    """The program and its first word of a command that changes the machine: `systemctl enable`."""
+    words = [word for word in command.split() if word != "sudo"]
+    return " ".join(words[:2]) if words[0] != "journalctl" else words[0]
+
+
+def test_every_command_that_changes_the_machine_is_also_part_of_a_trial() -> None:
+    programs = [path for name in TRIALS for path in (CHECKOUT / "tools" / name).rglob("*.py")]
+    tried = "\n".join(path.read_text() for path in programs).replace("{APT}", "apt-get")
+    blocks = [found for document in DOCUMENTS for found in blocks_of(document) if found.detail == "root"]
+    assert blocks
+    for block in blocks:
+        for command in commands_of(block):
+            verb = verb_of(command)
+            known = command.startswith(("dps-agent", "sudo dps-agent", "tools/")) or any(
+                part in command for part in ON_A_MACHINE_OF_ONES_OWN
+            )
+            assert known or verb in tried, f"{block.place}: nothing tries '{verb}'"
+
+
+def test_every_option_of_a_tool_is_one_that_it_takes() -> None:
+    for block in documents_with_their_blocks():
+        for command in commands_of(block):
+            if command.startswith("tools/"):
+                unknown = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", command)) - tools_flags()
+                assert not unknown, f"{block.place}: {unknown}"
+
+
+def test_a_command_line_that_the_program_does_not_take_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "x=$(dps-agent --config a.toml status --json | jq .x) && sudo dps-emulator move a b --state-dir c >d"
+    assert list(command_lines(line)) == [
+        ["dps-agent", "--config", "a.toml", "status", "--json"],
+        ["dps-emulator", "move", "a", "b", "--state-dir", "c"],
+    ]
+    with pytest.raises(SystemExit):
+        programs()["dps-emulator"].parse_args(["move", "a", "b", "--state-dir", "c", "--no-such-option"])
+    assert "unrecognized" in capsys.readouterr().err
+
+
+def spans(document: Path) -> list[str]:
+    """The text between backquotes in the prose of a document."""
+    return [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", prose_of(document))]
+
+
+def faults_of(span: str) -> Iterator[str]:
+    """What in a span of code is a name of ours that does not exist."""
+    words = span.split()
+    known: set[str] = set()
+    if words[0] in programs():
+        own = subparsers(programs()[words[0]])
+        verb = next((word for word in words[1:] if not word.startswith("-")), "")
+        if verb and verb not in own and verb.islower():
+            yield f"{words[0]} has no verb {verb!r}"
+        known = flags(programs()[words[0]]) | (flags(own[verb]) if verb in own else set())
+    elif words[0].startswith("--"):
+        known = {flag for parser in programs().values() for own in subparsers(parser).values() for flag in flags(own)}
+        known |= {flag for flag in tools_flags() if flag in span}
+    elif words[0].startswith("tools/"):
+        known = tools_flags()
+    if known:
+        yield from (f"no option {word}" for word in re.findall(r"(?<!\S)--[a-z][a-z-]*", span) if word not in known)
+    variables = {environment_name(key) for key in KEYS}
+    yield from (f"no variable {name}" for name in re.findall(r"DPS_AGENT_\w+", span) if name not in variables)
+    is_dotted = re.fullmatch(r"(tpm|store|record|dps|network|hub|clock|config|agent|retry|api)\.[a-z_]+", span)
+    if is_dotted and not (span in KEYS or span in REMEDIES or span in FILES):
+        yield f"neither a setting nor a code: {span}"
+    match = re.fullmatch(r"([a-z_]+) = .+", span)
+    if match and match[1] not in {key.rpartition(".")[2] for key in [*KEYS, *BOARD_KEYS]}:
+        yield f"no setting {match[1]}"
+
+
+@cache
+def tools_flags() -> set[str]:
+    """Every option that a program in tools takes, by its text."""
+    texts = [
+        path.read_text() for path in (CHECKOUT / "tools").rglob("*") if path.is_file() and path.suffix in ("", ".py")
+    ]
+    return set(re.findall(r"--[a-z][a-z-]+", "\n".join(texts)))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_every_option_setting_variable_and_code_that_is_named_exists(document: Path) -> None:
+    found = [f"`{span}`: {fault}" for span in spans(document) for fault in faults_of(span)]
+    assert not found, f"{document.name}: {found}"
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        "dps-agent connect",
+        "dps-agent check --online",
+        "--no-such-option",
+        "DPS_AGENT_SCOPE",
+        "tpm.back_end",
+        "id_scop = 1",
+        "dps-emulator serve --ports 1",
+    ],
+)
+def test_a_name_that_does_not_exist_is_noticed(span: str) -> None:
+    assert list(faults_of(span))
+
+
+def settings_files() -> list[Block]:
+    found = [block for document in DOCUMENTS for block in blocks_of(document) if block.language == "toml"]
+    return [block for block in found if "[board]" not in block.text]
+
+
+@pytest.mark.parametrize("block", settings_files(), ids=lambda block: block.place)
+def test_every_settings_file_that_is_shown_is_accepted(block: Block, tmp_path: Path) -> None:
+    path = tmp_path / "shown.toml"
+    path.write_text(block.text)
+    load(path, environ={"HOME": str(tmp_path)}, need_id_scope=False)
+
+
+def test_the_heaps_in_the_page_for_firmware_are_those_that_the_tests_allow() -> None:
+    text = " ".join((CHECKOUT / "docs" / "firmware.md").read_text().split())
+    for name, words in {"life": "register a device in", "hub": "run its session at the hub in"}.items():
+        source = (CHECKOUT / "tests" / "board" / f"test_{name}_on_micropython.py").read_text()
+        heap = re.search(r"^HEAP_KB = (\d+)", source, re.M)
+        assert heap, name
+        assert re.search(rf"{words} {heap[1]} KiB", text), f"firmware.md: expected '{words} {heap[1]} KiB'"
+
+
+# Links.
+
+
+def anchor(heading: str) -> str:
+    """What a link to a heading ends with, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, DESIGN, CHECKOUT / "hal" / "SPEC.md"], ids=name_of)
+def test_every_link_leads_to_a_file_and_a_heading_that_exist(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(document)):
+        if target.startswith("https://"):
+            continue
+        name, _, fragment = target.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        assert path.exists(), f"{document.name}: {target} leads nowhere"
+        if fragment:
+            headings = re.findall(r"^#+ (.+)$", prose_of(path), re.M)
+            assert fragment in map(anchor, headings), f"{document.name}: {target}: no such heading"
+
+
+# The README.
+
+
+def test_the_first_screen_says_what_it_is_and_has_the_two_commands() -> None:
+    first = README.read_text().splitlines()[:30]
+    text = "\n".join(first)
+    assert first[0] == "# dps-agent"
+    assert "tools/demo " in text
+    assert "tools/test " in text
+    assert "no cloud account, no TPM, no root" in text
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README.read_text().splitlines()) <= 200
+
+
+def test_the_readme_leads_to_every_document_and_names_folders_and_tools_that_exist() -> None:
+    text = README.read_text()
+    for path in (CHECKOUT / "docs").glob("*.md"):
+        assert f"(docs/{path.name})" in text, f"{README.name}: no link to docs/{path.name}"
+    for row in table_under(README, "The repository"):
+        for name in re.findall("`(.+?)`", row[0]):
+            assert (CHECKOUT / name).exists() or (CHECKOUT / "tests" / name).exists(), f"{README.name}: no {name}"

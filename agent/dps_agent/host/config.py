@@ -496,15 +496,16 @@ def _check_together(collector: _Collector) -> None:
 
 
 def _settle_state_dir(collector: _Collector, environ: Mapping[str, str]) -> None:
-    """The rule for an empty state_dir: systemd's folder, else the system's if writable, else the user's."""
+    """The rule for an empty state_dir: systemd's folder, else the system's if there or writable, else the user's."""
     if collector.values["state_dir"]:
         return
-    system_dir = SYSTEM_STATE_DIR if os.path.isdir(SYSTEM_STATE_DIR) else os.path.dirname(SYSTEM_STATE_DIR)
     home = environ.get("HOME", "")
     if environ.get("STATE_DIRECTORY"):
         # systemd separates several folders with colons; ours is the unit's first
         found, origin = environ["STATE_DIRECTORY"].split(":")[0], "$STATE_DIRECTORY"
-    elif os.access(system_dir, os.W_OK):
+    elif os.path.lexists(SYSTEM_STATE_DIR):  # the service's, a link that only root can follow: no second identity
+        found, origin = SYSTEM_STATE_DIR, "default, present"
+    elif os.access(os.path.dirname(SYSTEM_STATE_DIR), os.W_OK):
         found, origin = SYSTEM_STATE_DIR, "default, writable"
     elif environ.get("XDG_STATE_HOME"):
         found, origin = os.path.join(environ["XDG_STATE_HOME"], "dps-agent"), "$XDG_STATE_HOME"
