@@ -54,8 +54,8 @@ def require_packages(packages: Sequence[str]) -> None:
     with_settings = [*become_root, "env", "DEBIAN_FRONTEND=noninteractive", f"PATH={SYSTEM_PATH}"]
     print(f"$ {shlex.join([*become_root, *command])}", flush=True)
     # A stale or half reachable list of packages matters only if the installation then fails.
-    _output_of([*with_settings, "apt-get", "update", "-q"], APT_DEADLINE_S)
-    status, output = _output_of([*with_settings, *command], APT_DEADLINE_S)
+    output_of([*with_settings, "apt-get", "update", "-q"], APT_DEADLINE_S)
+    status, output = output_of([*with_settings, *command], APT_DEADLINE_S)
     if status != 0:
         raise NotReady(f"{output.rstrip()}\napt-get could not install: {' '.join(missing)}")
 
@@ -71,7 +71,7 @@ def environment(name: str, extras: str) -> Path:
         importlib.invalidate_caches()
         if importlib.util.find_spec("ensurepip") is None:
             raise NotReady(f"{sys.executable} has no ensurepip, so it can't make a virtual environment")
-    folder = _cache_folder() / name
+    folder = cache_folder() / name
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.with_suffix(".lock"), "w")  # noqa: SIM115 (entered below)
@@ -96,15 +96,16 @@ def environment(name: str, extras: str) -> Path:
 
 
 def _is_installed(package: str) -> bool:
-    status, output = _output_of(["dpkg-query", "-W", "-f", "${db:Status-Status}", package], 60)
+    status, output = output_of(["dpkg-query", "-W", "-f", "${db:Status-Status}", package], 60)
     return status == 0 and output == "installed"
 
 
 def _sudo_asks_nothing() -> bool:
-    return shutil.which("sudo") is not None and _output_of(["sudo", "-n", "true"], 60)[0] == 0
+    return shutil.which("sudo") is not None and output_of(["sudo", "-n", "true"], 60)[0] == 0
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where downloads and environments stay: `.cache` of the checkout, else the user's cache folder."""
     beside = CHECKOUT / ".cache"
     if os.access(beside if beside.exists() else CHECKOUT, os.W_OK):
         return beside
@@ -113,12 +114,13 @@ def _cache_folder() -> Path:
 
 
 def _require_success(command: list[str]) -> None:
-    status, output = _output_of(command, PIP_DEADLINE_S)
+    status, output = output_of(command, PIP_DEADLINE_S)
     if status != 0:
         raise NotReady(f"{output.rstrip()}\nthis failed with status {status}: {shlex.join(command)}")
 
 
-def _output_of(command: list[str], deadline_s: int) -> tuple[int, str]:
+def output_of(command: list[str], deadline_s: int) -> tuple[int, str]:
+    """Exit status and output of a program; NotReady if it does not end in time."""
     try:
         done = subprocess.run(
             command,

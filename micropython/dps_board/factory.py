@@ -6,9 +6,10 @@
 """
 
 import binascii
+import os
 
 from dps_agent.settings import AUTO
-from dps_hal.platform import sha256
+from dps_hal.platform import declare_random_source, sha256
 from dps_hal.tpm_keys import registration_id_from_ek
 
 TYPE_CHECKING = False
@@ -34,6 +35,7 @@ def print_enrolment(path: str = "config.json") -> None:
     from dps_board.config import load
     from dps_board.parts import make_tpm
 
+    declare_random_source(os.urandom)  # as app.py does: where there is no EK yet, it is made in a salted session
     config = load(path)
     tpm = make_tpm(config)
     try:

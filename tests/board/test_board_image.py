@@ -4,25 +4,32 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 
+from dps_deploy.copying import CopyError, copy
+from dps_deploy.flash_image import littlefs_image
+from dps_deploy.modules import for_a_board, packaged
 from dps_emulator.enrollments import read_enrollments
+from dps_emulator.service import Settings
 from dps_hal.platform import sha256
-from support.board import CHECKOUT, Image, board_files, der, for_a_board
+from support.board import CHECKOUT, Image, board_files, der
+from support.documents import blocks_of
+from support.emulator import EmulatorInThread
+from support.ntp import NtpServer
+from support.serial_board import SerialBoard, boot
 from support.swtpm import Swtpm
 
 MICROPYTHON = str(Path(sys.executable).with_name("micropython"))
 PROGRAMS = {"app.py", "boot.py", "main.py"}  # the firmware engineer's own; not part of the packages
-SIZE_LIMITS = {"dps_agent": 40, "dps_hal": 42, "dps_board": 22}  # KiB of .mpy
+SIZE_LIMITS = {"dps_agent": 40, "dps_hal": 42, "dps_board": 27}  # KiB of .mpy
 EK_CERTIFICATE_INDEX = 0x01C00002
-
-
-def packaged() -> set[tuple[str, str]]:
-    return {(root, path) for root, path in board_files() if path not in PROGRAMS}
 
 
 def test_the_compiled_files_stay_small(image: Image) -> None:
@@ -36,26 +43,25 @@ def test_the_compiled_files_stay_small(image: Image) -> None:
 
 
 def test_manifest_and_package_name_exactly_what_a_board_loads() -> None:
-    frozen: set[tuple[str, str]] = set()
+    wanted = {(module.file, module.path) for module in packaged()}
     folder = CHECKOUT / "micropython"
+    frozen: set[tuple[Path, str]] = set()
 
     def package(name: str, files: tuple[str, ...], base_path: str, opt: int) -> None:
         assert opt == 3
-        root = str((folder / base_path).resolve().relative_to(CHECKOUT))
-        frozen.update((root, f"{name}/{file}") for file in files)
+        frozen.update(((folder / base_path / name / file).resolve(), f"{name}/{file}") for file in files)
 
     exec((folder / "manifest.py").read_text(), {"package": package, "include": lambda path: None})
-    assert frozen == packaged()
-    installed = set()
-    for target, source in json.loads((folder / "package.json").read_text())["urls"]:
-        root = str((folder / source).resolve().relative_to(CHECKOUT)).removesuffix(f"/{target}")
-        installed.add((root, target))
-    assert installed == packaged()
+    assert frozen == wanted
+    urls = json.loads((folder / "package.json").read_text())["urls"]
+    assert {((folder / source).resolve(), target) for target, source in urls} == wanted
+    assert [tuple(row) for row in urls] == sorted(tuple(row) for row in urls)
 
 
 def test_nothing_happens_when_a_boards_file_is_loaded(image: Image, tmp_path: Path) -> None:
     """No file, socket, pin or task at import: the modules that could make one are not even there."""
-    modules = [path.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for _, path in board_files()]
+    paths = [module.path for module in board_files()]
+    modules = [path.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in paths]
     program = (
         "import sys, builtins\n"
         "def refuse(*_): raise Exception('at import')\n"
@@ -78,8 +84,8 @@ def test_what_only_a_type_checker_reads_is_left_out_line_for_line() -> None:
     source = '"""A."""\n\nTYPE_CHECKING = False\nif TYPE_CHECKING:\n    from typing import Any\nelse:\n    B = 1\n'
     kept = for_a_board(source)
     assert kept == '"""A."""\n\n\nif False:\n    from typing import Any\nelse:\n    B = 1\n'
-    for root, path in board_files():
-        assert "TYPE_CHECKING" not in for_a_board((CHECKOUT / root / path).read_text()), path
+    for module in board_files():
+        assert "TYPE_CHECKING" not in for_a_board(module.file.read_text()), module.path
 
 
 def test_the_pieces_work_under_micropython() -> None:
@@ -115,3 +121,189 @@ def test_the_factorys_line_can_be_imported(image: Image, with_certificate: Swtpm
     digest = sha256(b"\x30\x03\x02\x01\x01").hex()
     assert done.stdout.splitlines()[1].split(",")[2:] == ["wire", digest]
     assert with_certificate.leftovers() == []
+
+
+IMAGE_BYTES = 256 * 1024
+CONNECTED = "connected to emulator.azure-devices.net"
+
+
+class Bench:
+    """A TPM on SPI, a service, and what deploys to the board between them."""
+
+    def __init__(self, folder: Path, stack: ExitStack, **settings: Any) -> None:
+        self.folder = folder
+        self.flash = folder / "flash.img"
+        self.settings = folder / "board.toml"
+        self.swtpm = stack.enter_context(Swtpm(folder / "tpm"))
+        self.ntp = stack.enter_context(NtpServer())
+        service = EmulatorInThread(Settings(retry_after_s=0, **settings), state_dir=folder / "cloud")
+        self.emulator = stack.enter_context(service)
+        self.write_settings()
+
+    def write_settings(self, more: str = "") -> None:
+        self.settings.write_text(
+            f'id_scope = "0ne00000000"\nconnect_to = "{self.emulator.connect_to}"\n'
+            f'ca_file = "{self.emulator.ca_file}"\n[hub]\nconnect_to = "{self.emulator.hub_connect_to}"\n'
+            f'[board]\nntp_server = "{self.ntp.address}"\n{more}'
+        )
+
+    def deploy(self, *words: str) -> str:
+        """What tools/deploy prints."""
+        built_at_s = int(time.time()) - 30 * 86400
+        done = subprocess.run(
+            [sys.executable, "tools/deploy", str(self.settings), *words],
+            env={**os.environ, "SOURCE_DATE_EPOCH": str(built_at_s)},
+            cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def serial_board(self, cut_after: int = -1) -> SerialBoard:
+        return SerialBoard(self.flash, self.swtpm.port, cut_after)
+
+    def boot(self, until: str = "") -> str:
+        return boot(self.flash, self.swtpm.port, until)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bench]:
+    with ExitStack() as stack:
+        yield Bench(tmp_path, stack, **getattr(request, "param", {"enroll_any": True}))
+
+
+def test_a_board_boots_from_the_image_and_gets_its_hub_by_a_tpm_on_spi(bench: Bench) -> None:
+    bench.deploy("--image", str(bench.flash), "--image-size", str(IMAGE_BYTES))
+    said = bench.boot(until=CONNECTED)
+    assert "provisioning: no assignment is stored" in said, said
+    asked = len(bench.emulator.log)
+    assert asked > 0
+    said = bench.boot(until=CONNECTED)
+    assert "provisioning" not in said, said
+    assert len(bench.emulator.log) == asked, "a record in the image holds over a reboot"
+
+
+MOUNT = """
+import os, sys, vfs
+from support import board_life
+board_life.BLOCKS = os.stat(sys.argv[1])[6] // board_life.BLOCK_BYTES
+flash = board_life.FileFlash(sys.argv[1])
+for written in (b"", b"new" * 400):
+    vfs.mount(vfs.VfsLfs2(flash, progsize=int(sys.argv[2]), readsize=int(sys.argv[2])), "/flash")
+    with open("/flash/lib/old", "rb") as file:
+        assert file.read() == bytes(range(256)) * 9
+    if written:
+        with open("/flash/new", "rb") as file:
+            assert file.read() == written
+    with open("/flash/new", "wb") as file:
+        file.write(b"new" * 400)
+    vfs.umount("/flash")
+print("reads and writes")
+"""
+
+
+@pytest.mark.parametrize("programmed_at_once", [32, 128, 256])
+def test_a_firmware_mounts_and_writes_the_image_whatever_it_programs_at_once(
+    tmp_path: Path, programmed_at_once: int
+) -> None:
+    (tmp_path / "mount.py").write_text(MOUNT)
+    (tmp_path / "flash.img").write_bytes(littlefs_image({"lib/old": bytes(range(256)) * 9}, IMAGE_BYTES))
+    done = subprocess.run(
+        [MICROPYTHON, str(tmp_path / "mount.py"), str(tmp_path / "flash.img"), str(programmed_at_once)],
+        env={**os.environ, "MICROPYPATH": "tests:.frozen"},
+        cwd=CHECKOUT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stdout == "reads and writes\n", done.stdout + done.stderr
+
+
+def test_a_copy_over_the_console_runs_and_a_second_one_finds_nothing_to_do(bench: Bench) -> None:
+    bench.flash.write_bytes(littlefs_image({"app.py": b"raise SystemExit('a source hides the module')"}, IMAGE_BYTES))
+    with bench.serial_board() as board:
+        said = bench.deploy("--port", board.device)
+        assert "copied lib/dps_board/runner.mpy" in said and said.endswith("Reset the board to start it.\n"), said
+        assert bench.deploy("--port", board.device).endswith("nothing to copy: all is there\n")
+        bench.write_settings("led_pin = -1\n")
+        said = bench.deploy("--port", board.device)
+        copied = [line.removeprefix("copied ") for line in said.splitlines() if line.startswith("copied ")]
+        assert copied == ["config.json", "main.py"], "what is there already is left alone"
+    bench.boot(until=CONNECTED)
+
+
+def test_the_program_of_the_readme_runs_in_the_examples_place(bench: Bench) -> None:
+    blocks = blocks_of(CHECKOUT / "micropython" / "README.md")
+    program = next(found.text for found in blocks if found.language == "python")
+    (bench.folder / "own.py").write_text(program)
+    words = ("--app", str(bench.folder / "own.py"), "--image", str(bench.flash), "--image-size", str(IMAGE_BYTES))
+    assert " app.mpy\n" in bench.deploy(*words)
+    bench.boot(until="sent")
+    assert [message["payload"] for message in bench.emulator.await_telemetry(1)] == ['{"celsius": 21.5}']
+
+
+def test_mip_installs_what_a_board_loads(bench: Bench) -> None:
+    bench.flash.write_bytes(littlefs_image({"boot.py": b""}, 2 * IMAGE_BYTES))
+    with bench.serial_board() as board:
+        words = ["connect", board.device, "resume", "mip", "install", "--target", "/lib", "micropython/package.json"]
+        done = subprocess.run(
+            [sys.executable, "-m", "mpremote", *words],
+            cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        said = bench.deploy("--frozen", "--port", board.device)
+    assert said.count("copied ") == 5, said
+    bench.boot(until=CONNECTED)
+
+
+def test_a_password_goes_over_the_console_only(bench: Bench) -> None:
+    secret = bench.folder / "wifi"
+    secret.write_text("open-sesame")
+    secret.chmod(0o600)
+    bench.write_settings(f'wifi_password_file = "{secret}"\n')
+    assert "open-sesame" not in bench.deploy("--image", str(bench.flash), "--image-size", str(IMAGE_BYTES))
+    assert b"open-sesame" not in bench.flash.read_bytes()
+    with bench.serial_board() as board:
+        said = bench.deploy("--port", board.device)
+    assert "copied config.json\n" in said and "open-sesame" not in said
+    assert b"open-sesame" in bench.flash.read_bytes()
+
+
+def test_a_copy_that_breaks_off_anywhere_leaves_a_board_that_names_what_is_missing(bench: Bench) -> None:
+    files = {"main.py": b"print('all is there')\n", "boot.py": b"#" * 700, "lib/a/b.mpy": bytes(range(256)) * 3}
+    files["app.mpy"] = files["config.json"] = bytes(700)
+    before = {**dict.fromkeys(files, b"# of the version before\n"), "main.py": b"print('the version before')\n"}
+    empty = littlefs_image(before, IMAGE_BYTES)
+    bench.flash.write_bytes(empty)
+    with bench.serial_board() as board:
+        assert copy(files, board.device, lambda path: None) == len(files)
+        whole = board.received
+    assert bench.boot() == "all is there\n"
+    seen = set()
+    for cut in range(whole // 40, whole, whole // 20):
+        bench.flash.write_bytes(empty)
+        with bench.serial_board(cut) as board, pytest.raises(CopyError, match="could not"):
+            copy(files, board.device, lambda path: None)
+        said = bench.boot()
+        guarded = said.startswith("The agent is not complete on this board. Run tools/deploy again.\n")
+        assert guarded or said in ("the version before\n", "all is there\n"), f"cut={cut}: {said}"
+        seen.add(said.count("\n") - 1 if guarded else said)
+        with bench.serial_board() as board:
+            copy(files, board.device, lambda path: None)
+        assert bench.boot() == "all is there\n", f"cut={cut}"
+    assert seen >= {"the version before\n", 0, 1, 2, 3, 4}, "cuts fell before, between and behind all files"
+
+
+@pytest.mark.parametrize("bench", [{"enroll_any": False}], indirect=True)
+def test_the_factorys_line_from_the_console_is_what_lets_a_board_in(bench: Bench) -> None:
+    bench.write_settings()
+    bench.deploy("--image", str(bench.flash), "--image-size", str(IMAGE_BYTES))
+    with bench.serial_board() as board:
+        code = "import dps_board.factory as f; f.print_enrolment()"
+        printed = subprocess.run(
+            [sys.executable, "-m", "mpremote", "connect", board.device, "resume", "exec", code],
+            capture_output=True, text=True, timeout=60, check=True,
+        ).stdout  # fmt: skip
+    imported = subprocess.run(
+        [sys.executable, "-m", "dps_emulator.cli", "enroll-import", "-", "--state-dir", str(bench.folder / "cloud")],
+        env={**os.environ, "PYTHONPATH": "tools"},
+        cwd=CHECKOUT, input=printed, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert imported.returncode == 0, printed + imported.stderr
+    bench.boot(until=CONNECTED)

@@ -18,7 +18,18 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 AGENT = CHECKOUT / "agent" / "dps_agent"
 HAL = CHECKOUT / "hal" / "dps_hal"
 EMULATOR = CHECKOUT / "tools" / "dps_emulator"
-HOST_ONLY = {"aes.py", "codes.py", "device.py", "esys.py", "files.py", "mtd.py", "simulator.py", "spidev.py", "tcti.py"}
+HOST_ONLY = {
+    "aes.py",
+    "codes.py",
+    "device.py",
+    "esys.py",
+    "files.py",
+    "ioctl.py",
+    "mtd.py",
+    "simulator.py",
+    "spidev.py",
+    "tcti.py",
+}
 
 SHARED_AGENT = sorted(AGENT.glob("*.py"))
 SHARED_HAL = sorted(path for path in [*HAL.glob("*.py"), *HAL.glob("wire/*.py")] if path.name not in HOST_ONLY)

