@@ -1,0 +1,238 @@
+"""What `tools/package` builds has what it must have, and nothing else. Its life is `tools/package --test`."""
+
+import gzip
+import hashlib
+import itertools
+import re
+import stat
+import subprocess
+import tarfile
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+from dps_agent.host.cli import VERBS
+from dps_agent.host.config import KEYS, environment_name
+from dps_hal.codes import REMEDIES
+from dps_hal.errors import EXIT_GROUPS
+from dps_package.distributions import BuildFailed, check_content, debian_version
+from support.built_packages import CHECKOUT, build, unpacked
+
+SERVICE = CHECKOUT / "agent/service"
+EPOCH_S = "1700000000"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Everything that is built, by wheel, sdist, full, light."""
+    files = build(tmp_path_factory.mktemp("dist"), SOURCE_DATE_EPOCH=EPOCH_S)
+    kinds = {"-any.whl": "wheel", ".tar.gz": "sdist", "_all.deb": "light"}
+    return {next((kind for end, kind in kinds.items() if path.name.endswith(end)), "full"): path for path in files}
+
+
+@pytest.fixture(scope="module")
+def full(built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpacked(built["full"], tmp_path_factory.mktemp("full") / "root")
+
+
+@pytest.fixture(scope="module")
+def light(built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpacked(built["light"], tmp_path_factory.mktemp("light") / "root")
+
+
+def control(root: Path) -> dict[str, str]:
+    return dict(HeaderParser().parsestr((root / "DEBIAN/control").read_text()))
+
+
+def names(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+def test_the_wheel_has_agent_hal_and_emulator_and_no_tests(built: dict[str, Path]) -> None:
+    with zipfile.ZipFile(built["wheel"]) as wheel:
+        found = set(wheel.namelist())
+        (entry_points,) = (wheel.read(name).decode() for name in found if name.endswith("entry_points.txt"))
+        (metadata,) = (wheel.read(name).decode() for name in found if name.endswith(".dist-info/METADATA"))
+    tops = {name.partition("/")[0] for name in found if ".dist-info" not in name}
+    assert tops == {"dps_agent", "dps_hal", "dps_emulator"}
+    assert {"dps_agent/py.typed", "dps_hal/py.typed", "dps_agent/host/cli/__init__.py"} <= found
+    assert any(name.endswith("/LICENSE") for name in found)
+    assert {line.partition(" ")[0] for line in entry_points.splitlines() if "=" in line} == {
+        "dps-agent",
+        "dps-emulator",
+    }
+    needs = HeaderParser().parsestr(metadata).get_all("Requires-Dist") or []
+    assert {re.split(r"[<>=!]", need)[0] for need in needs if "extra ==" not in need} == {"paho-mqtt", "ujson"}
+
+
+def test_a_wheel_with_tests_in_it_is_refused(tmp_path: Path, built: dict[str, Path]) -> None:
+    spoiled = tmp_path / built["wheel"].name
+    spoiled.write_bytes(built["wheel"].read_bytes())
+    check_content(spoiled)
+    with zipfile.ZipFile(spoiled, "a") as wheel:
+        wheel.writestr("tests/test_something.py", "")
+    with pytest.raises(BuildFailed, match=r"too much.*tests/test_something"):
+        check_content(spoiled)
+
+
+def test_the_sdist_has_what_a_wheel_is_built_from_and_no_caches(built: dict[str, Path]) -> None:
+    with tarfile.open(built["sdist"]) as sdist:
+        found = {member.name.partition("/")[2] for member in sdist if member.isfile()}
+    assert {"pyproject.toml", "LICENSE", "README.md", "agent/service/dps-agent.service", "tools/package"} <= found
+    assert not [name for name in found if "__pycache__" in name or name.startswith((".cache", ".git/", "dist/"))]
+
+
+@pytest.mark.parametrize("variant", ["full", "light"])
+def test_a_debian_package_has_everything_an_operator_meets(variant: str, request: pytest.FixtureRequest) -> None:
+    root: Path = request.getfixturevalue(variant)
+    package = control(root)["Package"]
+    wanted = {
+        "etc/dps-agent/config.toml": SERVICE / "config.toml",
+        "usr/lib/systemd/system/dps-agent.service": SERVICE / "dps-agent.service",
+        "usr/lib/systemd/catalog/dps-agent.catalog": SERVICE / "dps-agent.catalog",
+        "usr/lib/sysusers.d/dps-agent.conf": SERVICE / "dps-agent.sysusers",
+    }
+    for name, source in wanted.items():
+        assert (root / name).read_bytes() == source.read_bytes(), name
+    documents = {f"usr/share/doc/{package}/{name}" for name in ("copyright", "changelog.gz", "changelog.Debian.gz")}
+    assert documents | {"usr/bin/dps-agent", "usr/share/man/man8/dps-agent.8.gz"} <= names(root)
+    tops = {path.name for path in (root / "usr/lib/dps-agent").iterdir()}
+    assert {"dps_agent", "dps_hal", "paho"} <= tops and "dps_emulator" not in tops
+    assert not [name for name in names(root) if name.endswith((".pyc", ".whl")) or "/tests/" in name]
+
+
+@pytest.mark.parametrize("variant", ["full", "light"])
+def test_every_file_is_readable_by_all_and_writable_by_root_alone(variant: str, built: dict[str, Path]) -> None:
+    listing = subprocess.run(["dpkg-deb", "-c", built[variant]], capture_output=True, text=True, check=True, timeout=60)
+    for line in listing.stdout.splitlines():
+        mode, owner = line.split()[:2]
+        assert owner == "root/root" and mode in ("drwxr-xr-x", "-rw-r--r--", "-rwxr-xr-x"), line
+        assert ("x" in mode) == (mode[0] == "d" or line.endswith("/usr/bin/dps-agent")), line
+
+
+def test_the_full_package_names_the_python_and_the_libraries_that_it_was_built_with(full: Path) -> None:
+    fields = control(full)
+    needs = [need.strip() for need in fields["Depends"].split(",")]
+    packages = {re.split(r"[ (:]", need)[0] for need in needs}
+    version = subprocess.run(
+        [
+            "/usr/bin/python3",
+            "-c",
+            "import sys; print('%d.%d %d.%d' % (*sys.version_info[:2], 3, sys.version_info[1] + 1))",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout.split()
+    assert {f"python3 (>= {version[0]}~)", f"python3 (<< {version[1]}~)"} <= set(needs)
+    assert {"libc6", "tpm-udev", "systemd", "ca-certificates"} <= packages
+    for library in ("libtss2-esys", "libtss2-tctildr", "libtss2-tcti-device"):
+        assert any(package.startswith(library) for package in packages), (library, packages)
+    assert fields["Architecture"] != "all" and "dps-agent-light" in fields["Conflicts"]
+    assert {"tpm2_pytss", "cryptography", "paho", "cffi"} <= {
+        path.name for path in (full / "usr/lib/dps-agent").iterdir()
+    }
+
+
+def test_the_light_package_is_pure_python_without_tpm2_tss(light: Path) -> None:
+    fields = control(light)
+    assert fields["Architecture"] == "all" and fields["Conflicts"] == "dps-agent"
+    assert "tss" not in fields["Depends"] and "cryptography" not in fields["Depends"]
+    assert not [name for name in names(light) if ".so" in name]
+    assert {path.name for path in (light / "usr/lib/dps-agent").iterdir() if "dist-info" not in path.name} == {
+        *("dps_agent", "dps_hal", "paho"),
+    }
+    assert 'backend = "wire"' in (light / "etc/dps-agent/config.d/00-light.toml").read_text()
+
+
+@pytest.mark.parametrize("variant", ["full", "light"])
+def test_settings_are_conffiles_and_all_else_has_its_sum(variant: str, request: pytest.FixtureRequest) -> None:
+    root: Path = request.getfixturevalue(variant)
+    conffiles = {name.strip("/\n") for name in (root / "DEBIAN/conffiles").read_text().splitlines()}
+    sums = dict(reversed(line.split("  ")) for line in (root / "DEBIAN/md5sums").read_text().splitlines())
+    assert conffiles == {name for name in names(root) if name.startswith("etc/")}
+    assert set(sums) | conffiles == {name for name in names(root) if not name.startswith("DEBIAN/")}
+    for name, wanted in sums.items():
+        assert hashlib.md5((root / name).read_bytes(), usedforsecurity=False).hexdigest() == wanted, name
+
+
+@pytest.mark.parametrize("script", ["postinst", "prerm", "postrm"])
+def test_a_maintainer_script_is_one_that_a_posix_shell_reads(script: str, full: Path, light: Path) -> None:
+    for root in (full, light):
+        path = root / "DEBIAN" / script
+        assert path.stat().st_mode & stat.S_IXUSR
+        assert "@" not in path.read_text().replace("$@", ""), "a place that nothing was put into"
+        subprocess.run(["sh", "-n", path], check=True, timeout=60)
+
+
+def test_the_program_uses_its_own_packages_whatever_else_is_installed(full: Path, tmp_path: Path) -> None:
+    rogue = tmp_path / "rogue"
+    rogue.mkdir()
+    for name in ("ujson", "dps_agent", "argparse"):
+        (rogue / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    launcher = (full / "usr/bin/dps-agent").read_text()
+    assert launcher.startswith("#!/usr/bin/python3 -IS\n")
+    program = rogue / "dps-agent"
+    program.write_text(launcher.replace('"/usr/lib/dps-agent"', f'"{full}/usr/lib/dps-agent"'))
+    program.chmod(0o755)
+    done = subprocess.run(
+        [program, "version"],
+        cwd=rogue,
+        env={"PYTHONPATH": str(rogue), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0 and "not installed" not in done.stdout, done.stdout + done.stderr
+
+
+def test_every_package_that_comes_along_has_its_licence_in_the_copyright_file(full: Path) -> None:
+    text = (full / "usr/share/doc/dps-agent/copyright").read_text()
+    for information in (full / "usr/lib/dps-agent").glob("*.dist-info"):
+        name = HeaderParser().parsestr((information / "METADATA").read_text())["Name"]
+        module = {"paho-mqtt": "paho", "tpm2-pytss": "tpm2_pytss", "dps-agent": "*"}.get(name, name)
+        assert re.search(rf"^Files:.*{re.escape(module)}", text, re.M), name
+
+
+def test_the_manual_has_every_verb_option_setting_exit_status_and_code(light: Path) -> None:
+    roff = gzip.decompress((light / "usr/share/man/man8/dps-agent.8.gz").read_bytes()).decode()
+    text = roff.replace("\\-", "-").replace("\\fB", "").replace("\\fR", "").replace("\\&", "")
+    lines = text.splitlines()
+    assert {f".SS {verb.name}" for verb in VERBS} <= set(lines)
+    assert {f".B {key}" for key in KEYS} <= set(lines)
+    assert {environment_name(key) for key in KEYS} <= set(lines)
+    assert {f".B {code}" for code in REMEDIES} <= set(lines)
+    assert {f".B {status}" for status in range(len(EXIT_GROUPS))} <= set(lines)
+    for option in ("--config", "--set", "--json", "--force", "--timeout", "--format", "--offline", "--only", "--yes"):
+        assert re.search(rf"^{option}\b|, {option}\b", text, re.M), option
+    assert "%(" not in text, "a default that was not filled in"
+    macros = {line.split()[0] for line in roff.splitlines() if line.startswith((".", "'"))}
+    assert macros <= {".TH", ".SH", ".SS", ".TP", ".PP", ".B", ".BR", ".I", ".RS", ".RE", ".nf", ".fi", ".br"}, macros
+
+
+def test_the_same_commit_gives_the_same_bytes(built: dict[str, Path], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    again = build(tmp_path / "out", "--deb", "--light", SOURCE_DATE_EPOCH=EPOCH_S, DPS_PACKAGE_CACHE=str(cache))
+    for path in again:
+        first = next(other for other in built.values() if other.name == path.name)
+        assert first.read_bytes() == path.read_bytes(), path.name
+
+
+def test_versions_sort_in_debian_as_they_do_in_python() -> None:
+    ordered = ["0.2.0.dev1", "0.2.0a1", "0.2.0rc1", "0.2.0", "0.2.1.dev3", "0.2.1", "0.10.0"]
+    for older, newer in itertools.pairwise(debian_version(version, "1") for version in ordered):
+        done = subprocess.run(["dpkg", "--compare-versions", older, "lt", newer], check=False, timeout=60)
+        assert done.returncode == 0, f"{older} should be older than {newer}"
+
+
+@pytest.mark.parametrize("words", [("--nonsense",), ("--revision",)])
+def test_a_wrong_command_line_is_refused(words: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [CHECKOUT / "tools/package", "--light", *words], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 2 and "usage" in done.stderr, done.stderr

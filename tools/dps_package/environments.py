@@ -1,0 +1,97 @@
+"""Wheel and sdist, installed into fresh environments as users do it, up to a device that has its hub."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from dps_package.distributions import run
+from dps_package.lifecycle import ID_SCOPE, claim, import_enrolment, title
+from support.emulator import EmulatorProcess
+from support.swtpm import Swtpm
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+INSTALL_DEADLINE_S = 600
+
+
+class Installation:
+    """A new environment with one distribution; `requirement` is what pip is given."""
+
+    def __init__(self, folder: Path, requirement: str) -> None:
+        self._folder = folder
+        self._environ = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("DPS_AGENT_", "PYTHON", "VIRTUAL_ENV")) and not name.lower().endswith("_proxy")
+        }
+        self._environ["PATH"] = f"{folder}/venv/bin:/usr/bin:/bin"
+        run([sys.executable, "-m", "venv", str(folder / "venv")])
+        print(f"$ pip install '{requirement}'", flush=True)
+        self._pip("install", "--quiet", requirement)
+
+    def packages(self) -> set[str]:
+        """The names of what is installed, pip and setuptools apart."""
+        lines = self._pip("list", "--format=freeze").splitlines()
+        return {line.partition("==")[0].lower() for line in lines} - {"pip", "setuptools"}
+
+    def run(self, command: str) -> str:
+        """Runs one of the installed programs and shows its output; BuildFailed where it fails."""
+        print(f"$ {command}", flush=True)
+        output = run(shlex.split(command), self._environ, self._folder)
+        for line in output.splitlines():
+            print(f"  {line[:160]}", flush=True)
+        return output
+
+    def provision(self, emulator: EmulatorProcess, tpm: str) -> None:
+        """Settings, enrolment, registration, against an emulator; `tpm` is the table [tpm]."""
+        (self._folder / "config.toml").write_text(
+            f'id_scope = "{ID_SCOPE}"\nendpoint = "{emulator.url}"\nca_file = "{emulator.ca_file}"\n'
+            f'state_dir = "{self._folder}/device"\n[tpm]\n{tpm}'
+        )
+        import_enrolment(self.run("dps-agent --config config.toml enroll --format csv"), emulator.state_dir)
+        self.run("dps-agent --config config.toml provision")
+        claim("provisioned", "assigned" in self.run("dps-agent --config config.toml status"))
+
+    def _pip(self, *words: str) -> str:
+        pip = [str(self._folder / "venv/bin/python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+        done = subprocess.run(
+            [*pip, *words],
+            env=self._environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            timeout=INSTALL_DEADLINE_S,
+        )
+        return done.stdout
+
+
+def try_distributions(folder: Path, wheel: Path, sdist: Path) -> None:
+    """Every way to install from Python's index: alone, with the extra `tpm`, with those for a desk without TPM."""
+    with EmulatorProcess("--id-scope", ID_SCOPE, "--retry-after", "1") as emulator:
+        title("wheel alone: pure Python, TPM back end wire")
+        alone = Installation(_made(folder / "alone"), str(wheel))
+        claim("it brings paho-mqtt and ujson only", alone.packages() == {"dps-agent", "paho-mqtt", "ujson"})
+        alone.run("dps-agent version")
+        with Swtpm(folder / "tpm-wire") as tpm:
+            alone.provision(emulator, f'backend = "wire"\ntcti = "{tpm.tcti}"\n')
+
+        title("sdist with the extra tpm: tpm2-tss")
+        real = Installation(_made(folder / "tpm"), f"{sdist}[tpm]")
+        with Swtpm(folder / "tpm-esys") as tpm:
+            real.provision(emulator, f'tcti = "{tpm.tcti}"\n')
+
+        title("wheel with the extras simulator and emulator: a desk without any TPM")
+        desk = Installation(_made(folder / "desk"), f"{wheel}[simulator,emulator]")
+        desk.run("dps-emulator --help")
+        desk.provision(emulator, 'backend = "simulator"\ntcti = "keys"\n')
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder

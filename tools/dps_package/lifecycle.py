@@ -1,0 +1,227 @@
+"""The life of the Debian packages on a system with systemd: each claim is a step, the output is the transcript."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from dps_package.container import CommandFailed, Container
+from support.emulator import EmulatorProcess
+from support.swtpm import Swtpm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+ID_SCOPE = "0ne00FAC708"
+CONNECT_DEADLINE_S = 60
+STATE = "/var/lib/private/dps-agent"
+RECORD = f"{STATE}/identity.0 {STATE}/identity.1"
+APT = "apt-get -q -y -o Dpkg::Use-Pty=0"
+UNIT_STATE = "systemctl show dps-agent -p ActiveState,UnitFileState,Result | sort | paste -sd' '"
+
+
+class Machine:
+    """A container with a TPM and the emulator on this machine beside it."""
+
+    def __init__(self, container: Container, emulator: EmulatorProcess, tpm: Swtpm) -> None:
+        self.container = container
+        self.emulator = emulator
+        self._settings = (
+            f'endpoint = "{emulator.url}"\nca_file = "/etc/dps-agent/test-ca.pem"\n'
+            f'[tpm]\ntcti = "{tpm.tcti}"\n'
+            f'[hub]\nconnect_to = "{emulator.hub_connect_to}"\nca_file = "/etc/dps-agent/test-ca.pem"\n'
+        )
+        self.run = container.run
+
+    def install(self, package: Path) -> str:
+        """apt-get install of a file, as users do it."""
+        shutil.copy(package, self.container.root / "var/tmp" / package.name)
+        return self.run(f"{APT} install /var/tmp/{package.name}")
+
+    def configure(self) -> None:
+        """What an operator does: the ID scope; and where this emulator and this TPM are."""
+        folder = self.container.root / "etc/dps-agent"
+        (folder / "config.d").mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.emulator.ca_file, folder / "test-ca.pem")
+        (folder / "config.d/50-test.toml").write_text(self._settings)
+        self.run(f"""echo 'id_scope = "{ID_SCOPE}"' > /etc/dps-agent/config.d/10-scope.toml""")
+
+    def enrol(self) -> None:
+        """Takes the device's line to the emulator, as a factory does."""
+        import_enrolment(self.run("dps-agent enroll --format csv"), self.emulator.state_dir)
+
+    def status(self) -> dict[str, Any]:
+        """`dps-agent status --json`."""
+        document: dict[str, Any] = json.loads(self.run("dps-agent status --json || true", shown=False))
+        return document
+
+    def await_connected(self) -> None:
+        """Waits until the service is at its hub, and shows what its operator sees."""
+        until_s = time.monotonic() + CONNECT_DEADLINE_S
+        while (found := self.status()).get("state") != "connected":
+            if time.monotonic() > until_s:
+                self.run("journalctl -u dps-agent --no-pager -n 40")
+                raise CommandFailed(f"not connected after {CONNECT_DEADLINE_S} s: {found}")
+            time.sleep(0.2)
+        self.run("systemctl show dps-agent -p StatusText --value; dps-agent status")
+
+    def registrations(self) -> int:
+        """How many registrations the emulator's DPS has accepted."""
+        return sum(line.operation == "register" and line.status == 202 for line in self.emulator.log)
+
+
+def import_enrolment(lines: str, state_dir: Path) -> None:
+    """Enrols the devices of a CSV file with the emulator that keeps its state there."""
+    words = [sys.executable, "-m", "dps_emulator.cli", "enroll-import", "-", "--state-dir", str(state_dir)]
+    done = subprocess.run(words, input=lines, text=True, capture_output=True, check=False, timeout=60)
+    if done.returncode != 0:
+        raise CommandFailed(f"enroll-import: {done.stderr}")
+
+
+def claim(text: str, holds: bool, found: object = "") -> None:
+    """Prints a claim that holds; CommandFailed where it does not."""
+    if not holds:
+        raise CommandFailed(f"not so: {text}" + (f"; found: {found}" if found != "" else ""))
+    print(f"  ✓ {text}", flush=True)
+
+
+@contextlib.contextmanager
+def machine(archive: Path, folder: Path) -> Iterator[Machine]:
+    """A booted system, an emulator and a TPM, for as long as the block lasts."""
+    with (
+        EmulatorProcess("--id-scope", ID_SCOPE, "--retry-after", "1") as emulator,
+        Swtpm(folder) as tpm,
+        Container(archive) as container,
+    ):
+        yield Machine(container, emulator, tpm)
+
+
+def live_full(device: Machine, package: Path, newer: Path) -> None:
+    """The life of dps-agent: install, configure, run, register by hand, upgrade, remove, install again, purge."""
+    title("install: nothing starts before there is an ID scope")
+    device.run("systemctl is-system-running")
+    device.install(package)
+    state = device.run(UNIT_STATE)
+    quiet = "ActiveState=inactive Result=success UnitFileState=disabled"
+    claim("the service is neither enabled nor started, and has not failed", state.strip() == quiet, state)
+    device.run("getent group dps-agent-clients tss")
+    device.run("dps-agent version; dps-agent config validate", status=6)
+    manual = device.run("man -P cat dps-agent | sed -n 1,14p")
+    claim("man dps-agent shows its page", "DPS-AGENT(8)" in manual)
+    found = device.run("systemctl start dps-agent; systemctl show dps-agent -p ExecMainStatus,ActiveState")
+    claim("started all the same, it fails at once, as unconfigured", "ExecMainStatus=6" in found, found)
+    device.run("systemctl reset-failed dps-agent")
+
+    title("configure, enrol, start")
+    device.configure()
+    device.enrol()
+    device.run("systemctl enable --now dps-agent")
+    device.await_connected()
+    claim("one registration", device.registrations() == 1, device.registrations())
+    nobody = "setpriv --reuid=nobody --regid=nogroup --clear-groups env HOME=/nonexistent"
+    found = device.run(f"{nobody} dps-agent status | head -n 1")
+    claim("a user without any rights sees the same", "connected" in found, found)
+    explained = device.run("journalctl -xu dps-agent --no-pager | grep -A 7 'connected to'")
+    claim("the journal explains the line (journalctl -x)", "Defined-By: dps-agent" in explained)
+    fields = device.run("journalctl DPS_EVENT=connected -o verbose --no-pager | grep -E ' (DPS_|MESSAGE_ID)'")
+    claim("its fields can be searched", "DPS_HUB=emulator.azure-devices.net" in fields)
+    device.run(f"stat -c '%U:%G %a %n' {STATE} /run/dps-agent/* /etc/dps-agent /etc/dps-agent/config.toml")
+    owners = device.run(f"stat -c '%u %a %n' {STATE} {STATE}/*")
+
+    title("stop; register by hand as root; start")
+    device.run("systemctl stop dps-agent && dps-agent provision --force && systemctl start dps-agent")
+    device.await_connected()
+    claim("two registrations", device.registrations() == 2, device.registrations())
+    found = device.run(f"stat -c '%u %a %n' {STATE} {STATE}/*")
+    claim("owners and modes are as before", found == owners, found)
+    record = device.run(f"sha256sum {RECORD}")
+
+    title("upgrade of a service that somebody disabled: it stays so")
+    device.run("systemctl disable --now dps-agent")
+    device.run(f"dpkg -i /var/tmp/{package.name}")
+    state = device.run(UNIT_STATE)
+    claim("inactive and disabled", state.strip() == quiet, state)
+    device.run("systemctl enable --now dps-agent")
+    device.await_connected()
+
+    title("upgrade: settings and record are kept, the service runs anew")
+    before = device.run("systemctl show dps-agent -p MainPID --value", shown=False)
+    device.run("echo '# mine' >> /etc/dps-agent/config.toml")
+    device.install(newer)
+    device.await_connected()
+    device.run("tail -n 1 /etc/dps-agent/config.toml | grep -x '# mine'")
+    claim("another process", device.run("systemctl show dps-agent -p MainPID --value", shown=False) != before)
+    claim("the same record", device.run(f"sha256sum {RECORD}", shown=False) == record)
+    claim("DPS was not asked", device.registrations() == 2)
+
+    title("reload; reboot")
+    before = device.run("systemctl show dps-agent -p MainPID --value", shown=False)
+    device.run("systemctl reload dps-agent && sleep 1 && journalctl -u dps-agent --no-pager -o cat -n 3")
+    claim("the same process", device.run("systemctl show dps-agent -p MainPID --value", shown=False) == before)
+    device.container.power_off()
+    device.container.boot()
+    device.await_connected()
+    claim("after a boot it connects by itself, and DPS was not asked", device.registrations() == 2)
+
+    title("remove: settings and record are kept")
+    device.run(f"{APT} remove dps-agent")
+    failed = device.run("systemctl list-units --failed --no-legend")
+    claim("no unit has failed", not failed.strip(), failed)
+    device.run("test ! -e /usr/bin/dps-agent && test ! -e /usr/lib/dps-agent")
+    claim("the same record", device.run(f"sha256sum {RECORD}", shown=False) == record)
+    device.install(newer)
+    device.await_connected()
+    claim("installed again it connects by itself, and DPS was not asked", device.registrations() == 2)
+
+    title("purge: what was deleted is said, nothing else is left")
+    said = device.run(f"{APT} purge dps-agent")
+    claim("it names the record", f"deleted: {STATE}/identity.0" in said)
+    device.run("rm -r /etc/dps-agent")  # the test's own files
+    left = device.run("find /etc /run /usr /var/lib -xdev -name '*dps-agent*'")
+    claim("no file is left", not left.strip(), left)
+
+    title("settings that were there before the package, as on a prepared image")
+    device.configure()
+    device.install(newer)
+    device.await_connected()
+    claim("it was enabled and started, and registered", device.registrations() == 3, device.registrations())
+
+
+def live_light(device: Machine, package: Path, full: Path) -> None:
+    """The life of dps-agent-light, settings first; then dps-agent takes over from it."""
+    title("dps-agent-light: install, configure, enrol")
+    device.install(package)
+    device.configure()
+    found = device.run("dps-agent config show | grep backend; dps-agent version")
+    claim("the TPM back end is wire", 'backend = "wire"' in found)
+    claim("there is neither tpm2-pytss nor cryptography", found.count("not installed") == 2)
+    device.enrol()
+
+    title("root registers before the service ever ran")
+    device.run("dps-agent provision")
+    device.run("systemctl enable --now dps-agent")
+    device.await_connected()
+    claim("one registration", device.registrations() == 1, device.registrations())
+    record = device.run(f"sha256sum {RECORD}")
+
+    title("dps-agent takes over settings and record")
+    device.install(full)
+    device.run(f"{APT} purge dps-agent-light")
+    kept = device.run(f"sha256sum {RECORD}", shown=False)
+    claim("purging the other package has not deleted the record", kept == record)
+    device.run("systemctl restart dps-agent")
+    device.await_connected()
+    found = device.run("dps-agent config show | grep backend")
+    claim("tpm2-tss uses the key that wire made", 'backend = "esys"' in found)
+    claim("DPS was not asked", device.registrations() == 1)
+
+
+def title(text: str) -> None:
+    """Prints the heading of some steps."""
+    print(f"\n== {text}", flush=True)
