@@ -6,11 +6,10 @@ Whoever can write the storage but cannot use the TPM can neither forge a record 
 """
 
 from dps_agent.effects import ReadEndorsementKey, ReadStorageRootKey, Sign, UtcNow
-from dps_agent.messages import from_base64, to_base64
 from dps_agent.sas import hub_resource, signed_token
 from dps_agent.settings import AUTO
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
-from dps_hal.platform import from_json, same_bytes, to_json
+from dps_hal.platform import from_base64, from_json, same_bytes, to_base64, to_json
 from dps_hal.tpm_keys import object_name, registration_id_from_ek
 
 TYPE_CHECKING = False
@@ -125,9 +124,10 @@ def _is_alphanumeric(character: str) -> bool:
     return "a" <= character <= "z" or "A" <= character <= "Z" or "0" <= character <= "9"
 
 
-def encode(assignment: Assignment) -> bytes:
-    """The JSON text of an assignment, without its seal."""
+def encode(assignment: Assignment, beside: "dict[str, Any] | None" = None) -> bytes:
+    """The JSON text of an assignment and of what its runtime notes `beside` it, without its seal."""
     value: dict[str, Any] = {"payloadOmitted": assignment.payload_omitted, "assignedAtS": assignment.assigned_at_s}
+    value.update(beside or {})
     for name, field in _TEXT_FIELDS:
         value[name] = getattr(assignment, field)
     for name, field in _BYTES_FIELDS:
@@ -177,9 +177,9 @@ def seal_message(text: bytes) -> bytes:
     return _SEALED_TEXT + text
 
 
-def sealed(assignment: Assignment) -> "Generator[Effect, Any, bytes]":
+def sealed(assignment: Assignment, beside: "dict[str, Any] | None" = None) -> "Generator[Effect, Any, bytes]":
     """The payload to store: JSON and seal. The signature also shows that the key loads and signs."""
-    text = encode(assignment)
+    text = encode(assignment, beside)
     seal: bytes = yield Sign(assignment.wrapped_key, seal_message(text))
     return text + seal
 

@@ -28,6 +28,7 @@ from dps_agent.effects import (
     NoReply,
     ReadEndorsementKey,
     ReadStorageRootKey,
+    Reply,
     Sleep,
     Uptime,
     UtcNow,
@@ -45,11 +46,11 @@ from dps_agent.messages import (
     TpmChallenge,
     decode,
     device_registration,
-    from_base64,
 )
 from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_encode, signed_token
 from dps_agent.settings import POLL_LOOKUP
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
+from dps_hal.platform import from_base64
 from dps_hal.tpm_keys import check_id_key_public, object_name, unwrap
 
 TYPE_CHECKING = False
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from typing import Any, TypeVar
 
-    from dps_agent.effects import Effect, Reply
+    from dps_agent.effects import Effect
     from dps_agent.sas import SasToken
     from dps_agent.settings import Settings
     from dps_hal.contracts import Utc
@@ -112,7 +113,9 @@ def _attempt(
     if isinstance(answer, TpmChallenge):
         if not answer.authentication_key:
             raise refusal_of(reply)
-        challenge_key: bytes = yield ImportKey(activation_of(answer.authentication_key, "the challenge"))
+        activation = activation_of(answer.authentication_key, "the challenge")
+        del reply, answer  # of 2 KiB, which a board needs for the next ones
+        challenge_key: bytes = yield ImportKey(activation)
         now: Utc = yield UtcNow()
         check_clock(now)
         resource = dps_resource(settings.id_scope, registration_id)
@@ -122,6 +125,7 @@ def _attempt(
             raise _token_refused(reply, now)
 
     state = yield from _poll(settings, path, query, body, token, reply, answer, deadline_s)
+    del body, reply, answer  # a board needs their memory for the rest
     _check_answer(state, registration_id, settings)
     wrapped_key: bytes = yield ImportKey(activation_of(state.tpm and state.tpm.authentication_key, "the hub key"))
     _check_hub_key(wrapped_key)
@@ -145,6 +149,7 @@ def _attempt(
         payload=payload,
         payload_omitted=payload_omitted,
     )
+    del state
     record: bytes = yield from sealed(assignment, beside)
     return assignment, record
 
@@ -155,7 +160,7 @@ def _poll(
     query: str,
     body: bytes,
     token: "SasToken | None",
-    reply: "Reply",
+    reply: Reply,
     answer: RegistrationOperationStatus,
     deadline_s: float,
 ) -> "Generator[Effect, Any, DeviceRegistrationResult]":
@@ -189,6 +194,7 @@ def _poll(
                 if result.status != UNASSIGNED or polls % STILL_UNASSIGNED_POLLS:
                     continue
             requests = 2
+            del result  # its memory is for the next one
         reply, answer = yield from _step(operation, deadline_s, _read_operation)
         ended = _is_final(answer)
     state = answer.registration_state
@@ -216,7 +222,9 @@ def _step(
             error = no_reply_error(reply)
         else:
             try:
-                return reply, read(reply)
+                answer = read(reply)
+                body = reply.body if reply.status >= 400 else b""  # of a good one all is in `answer`
+                return Reply(reply.status, reply.headers, body, reply.date_s), answer
             except RetryLater as refused:
                 error = refused
         failures += 1
@@ -231,7 +239,7 @@ def _step(
         yield from _sleep_within(delay_s, deadline_s, error)
 
 
-def _wait_to_poll(reply: "Reply", polls: int, requests: int, deadline_s: float) -> "Generator[Effect, Any, None]":
+def _wait_to_poll(reply: Reply, polls: int, requests: int, deadline_s: float) -> "Generator[Effect, Any, None]":
     """Waits as long as `reply` asks for, by default longer the longer it takes.
 
     `polls` were made so far, the last one of `requests` requests. From the second poll on never faster than DPS lets
@@ -259,7 +267,7 @@ def _sleep_within(delay_s: float, deadline_s: float, error: RetryLater) -> "Gene
 # Readers: what an answer means for the step that it answers.
 
 
-def read_register(reply: "Reply") -> "RegistrationOperationStatus | TpmChallenge":
+def read_register(reply: Reply) -> "RegistrationOperationStatus | TpmChallenge":
     """What an answer to `register` says; raises the error of anything else."""
     if reply.status == 401:
         try:
@@ -276,7 +284,7 @@ def read_register(reply: "Reply") -> "RegistrationOperationStatus | TpmChallenge
     return answer
 
 
-def _read_operation(reply: "Reply") -> RegistrationOperationStatus:
+def _read_operation(reply: Reply) -> RegistrationOperationStatus:
     if reply.status == 401:
         raise _token_refused(reply, None)
     if reply.status == 404:
@@ -285,13 +293,13 @@ def _read_operation(reply: "Reply") -> RegistrationOperationStatus:
     return _read_status(reply)
 
 
-def _read_status(reply: "Reply") -> RegistrationOperationStatus:
+def _read_status(reply: Reply) -> RegistrationOperationStatus:
     if reply.status not in (200, 202):
         raise refusal_of(reply)
     return decode(RegistrationOperationStatus, reply.body)
 
 
-def _read_lookup(reply: "Reply") -> "DeviceRegistrationResult | None":
+def _read_lookup(reply: Reply) -> "DeviceRegistrationResult | None":
     if reply.status in LOOKUP_REFUSALS:
         return None
     if reply.status not in (200, 202):
@@ -357,7 +365,7 @@ def no_reply_error(reply: NoReply) -> RetryLater:
     return RetryLater(code, f"no answer from DPS ({_printable(reply.reason)})")
 
 
-def refusal_of(reply: "Reply") -> "DpsError":
+def refusal_of(reply: Reply) -> "DpsError":
     """The error for an answer that is not what the API promises for success."""
     try:
         details = decode(ProvisioningServiceErrorDetails, reply.body)
@@ -378,7 +386,7 @@ def refusal_of(reply: "Reply") -> "DpsError":
     )
 
 
-def _failure(status: str, state: "DeviceRegistrationResult | None", reply: "Reply") -> "DpsError":
+def _failure(status: str, state: "DeviceRegistrationResult | None", reply: Reply) -> "DpsError":
     """The error for a registration that ended as failed or disabled."""
     request_id = _printable(reply.headers.get(REQUEST_ID_HEADER))
     if status == DISABLED:
@@ -418,7 +426,7 @@ def _classed(status: int, error_code: "int | None", text: str, request_id: str, 
     return AskOperator(code, text, None, request_id)
 
 
-def _token_refused(reply: "Reply", now: "Utc | None") -> IdentityStale:
+def _token_refused(reply: Reply, now: "Utc | None") -> IdentityStale:
     refused = refusal_of(reply)
     text = f"DPS did not accept the token that the TPM signed: {refused.message}"
     if now and reply.date_s is not None and abs(reply.date_s - now.now_s) > CLOCK_SKEW_S:

@@ -16,8 +16,8 @@ REMEDIES: dict[str, str] = {
     "tpm.failure_mode": "the TPM reports a failure of its own; power-cycle the device, replace the TPM if it repeats",
     "tpm.disabled": "enable the TPM, its storage (owner) and its endorsement hierarchy in the machine's firmware setup",
     "tpm.failed": "power-cycle the device; if it repeats, report the return code in the message to the TPM's maker",
-    "tpm.hierarchy_auth": "let owner_auth_file and endorsement_auth_file in [tpm] name files with the passwords that the"
-    " TPM has now; empty the setting where its hierarchy has none",
+    "tpm.hierarchy_auth": "let owner_auth_file and endorsement_auth_file in [tpm] name files with the passwords that"
+    " the TPM has now; empty the setting where its hierarchy has none",
     "tpm.ek_unsuitable": "the object at ek_handle is no RSA-2048 endorsement key of the TCG template: set another"
     " ek_handle, or have the TPM's owner free it",
     "tpm.srk_unsuitable": "the object at srk_handle is no RSA-2048 storage key of the TCG template, or has a"
@@ -28,8 +28,8 @@ REMEDIES: dict[str, str] = {
     " 'dps-agent enroll'",
     "tpm.key_refused": "the TPM does not take the key that the service sent; the message has its return code",
     "tpm.key_stale": "the TPM was cleared or the record came from another device; the agent registers again by itself",
-    "tpm.handle_taken": "another program's key is at persist_at, and is never replaced: set another handle, or have the"
-    " TPM's owner free it",
+    "tpm.handle_taken": "what is at persist_at is not known as an earlier key of this agent's, and stays: set another"
+    " handle, or have the TPM's owner free it",
     "tpm.nv_full": "the TPM has no room for another persistent object: free one with its owner's tools",
     "tpm.certificate_locked": "none is needed to register; have the TPM's owner read NV index 0x01C00002",
     "tpm.nv_unavailable": "the TPM cannot write its memory now; the agent tries again by itself; power-cycle the device"

@@ -33,10 +33,137 @@ if TYPE_CHECKING:
         now_s: int
         believable: bool
         source: str
+
+    class Tpm(Protocol):
+        """A TPM 2.0 that keeps no state for us but its EK and SRK.
+
+        A wrapped key is `TPM2B_PUBLIC || TPM2B_PRIVATE` (210 bytes for a 32-byte HMAC key): encrypted to this TPM's
+        SRK and safe at rest.
+        """
+
+        def endorsement_key(self) -> bytes:
+            """The EK's marshalled TPM2B_PUBLIC, its two size bytes included (316 bytes); created once if absent."""
+            ...
+
+        def storage_root_key(self) -> bytes:
+            """The SRK's marshalled TPM2B_PUBLIC, its two size bytes included (284 bytes); created once if absent."""
+            ...
+
+        def import_key(self, activation: bytes) -> bytes:
+            """Decrypts DPS's activation blob (raw bytes, not base64) and returns the key in it as a wrapped key.
+
+            RetryLater `dps.blob_malformed`: the blob is not of the documented layout. AskOperator `dps.key_unsuitable`:
+            the key in it is not an HMAC-SHA256 signing key that can be imported. IdentityStale `tpm.blob_refused`: made
+            for another EK or SRK, or altered. AskOperator `tpm.key_refused`: the TPM does not take the key.
+            """
+            ...
+
+        def sign(self, wrapped_key: bytes, message: bytes) -> bytes:
+            """HMAC-SHA256 of `message` (at most 4096 bytes) by the wrapped key, 32 bytes.
+
+            IdentityStale `tpm.key_stale`: the key was wrapped by another SRK, or altered.
+            """
+            ...
+
+        def release(self) -> None:
+            """Ends session and connection; idempotent, never raises; the next call opens them again."""
+            ...
+
+    class TpmService(Tpm, Protocol):
+        """What `check`, `enroll` and diagnostics need beyond the logic.
+
+        `srk_found_at` is the persistent handle of the SRK as it was last used, 0 where the TPM has no room for it and
+        makes it anew at each start, None before its first use and where nothing has a handle. `creates_key` is True
+        while a call creates a key, for which it has more time than other calls. `unneeded_passwords` names the settings
+        with a password whose hierarchy turned out to have none.
+        """
+
+        srk_found_at: "int | None"
+        creates_key: bool
+
+        @property
+        def unneeded_passwords(self) -> "tuple[str, ...]":
+            """Settings such as `owner_auth_file`."""
+            ...
+
+        def endorsement_certificate(self) -> "bytes | None":
+            """The manufacturer's EK certificate in DER from NV index 0x01C00002, or None where there is none.
+
+            AskOperator `tpm.certificate_locked`: reading it takes a password, or could count as a failed guess.
+            """
+            ...
+
+        def template_of_endorsement_key(self) -> str:
+            """Which of `EK_TEMPLATES` the EK was made from; empty: from neither. Makes keys, which takes seconds."""
+            ...
+
+        def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
+            """Makes the wrapped key a persistent object at `handle` for other programs.
+
+            What is there is replaced only if `former` is its name (34 bytes); else AskOperator `tpm.handle_taken`.
+            """
+            ...
+
+        def name_at(self, handle: int) -> bytes:
+            """The name of the persistent object at `handle`, 34 bytes for this agent's keys; empty: none is there."""
+            ...
+
+        def withdraw(self, handle: int, names: "tuple[bytes, ...]") -> None:
+            """Removes the persistent object at `handle` if one of `names` is its name; else it does nothing."""
+            ...
+
+        def try_passwords(self) -> None:
+            """Uses the hierarchies' passwords that are set once, for nothing else; a wrong one is no step to a lockout.
+
+            AskOperator `tpm.hierarchy_auth` names the one that is wrong.
+            """
+            ...
+
+        def condition(self) -> TpmCondition:
+            """Maker, firmware, lockout state, free slots, and which hierarchies have a password."""
+            ...
+
+    class Store(Protocol):
+        """Named records that a power cut can't lose: after any cut a record is the old one or the new one."""
+
+        def load(self, record: str) -> "StoredRecord | None":
+            """The newest valid payload of `record`, or None where there never was one or it was erased.
+
+            AskOperator `store.unknown_version`: written by a newer agent; nothing is touched. RetryLater `store.io`.
+            """
+            ...
+
+        def commit(self, record: str, payload: bytes) -> None:
+            """Makes `payload` (at most `max_payload` bytes) the record's content, durable on return.
+
+            Raises RetryLater `store.full`, `store.io` or AskOperator `store.read_only`, `store.denied`,
+            `store.too_large`; then the old content is still there.
+            """
+            ...
+
+        def erase(self, record: str) -> None:
+            """Makes the record empty; after a cut at any point it is the current one or none, never an earlier one."""
+            ...
+
+        def forget_older(self, record: str) -> None:
+            """Leaves nothing in the storage that the record was before; what it is now stays. Raises as `commit`."""
+            ...
+
+    class Clock(Protocol):
+        """Time as the hardware has it."""
+
+        def uptime_s(self) -> float:
+            """Monotonic seconds since any fixed point."""
+            ...
+
+        def utc(self) -> Utc:
+            """Wall-clock time and whether to believe it."""
+            ...
+
+    WhileWaiting = Callable[[], None]  # called at least once a second while something blocks
 else:
     from collections import namedtuple
 
-    Protocol = object
     TpmCondition = namedtuple(
         "TpmCondition",
         (
@@ -52,123 +179,10 @@ else:
     )
     StoredRecord = namedtuple("StoredRecord", ("payload", "generation", "rolled_back"))
     Utc = namedtuple("Utc", ("now_s", "believable", "source"))
+    Tpm = TpmService = Store = Clock = object  # only a type checker compares with them
 
 IDENTITY: "Final" = "identity"  # record: hub, device, wrapped key, seal
 PROGRESS: "Final" = "progress"  # record: attempts and delays; expendable
 
 EK_HANDLE: "Final" = 0x81010001  # TCG TPM v2.0 Provisioning Guidance, table 2
 SRK_HANDLE: "Final" = 0x81000001  # TCG TPM v2.0 Provisioning Guidance, table 2
-
-
-class Tpm(Protocol):
-    """A TPM 2.0 that keeps no state for us but its EK and SRK.
-
-    A wrapped key is `TPM2B_PUBLIC || TPM2B_PRIVATE` (210 bytes for a 32-byte HMAC key): encrypted to this TPM's
-    SRK and safe at rest.
-    """
-
-    def endorsement_key(self) -> bytes:
-        """The EK's marshalled TPM2B_PUBLIC, its two size bytes included (316 bytes); created once if absent."""
-        ...
-
-    def storage_root_key(self) -> bytes:
-        """The SRK's marshalled TPM2B_PUBLIC, its two size bytes included (284 bytes); created once if absent."""
-        ...
-
-    def import_key(self, activation: bytes) -> bytes:
-        """Decrypts DPS's activation blob (raw bytes, not base64) and returns the key in it as a wrapped key.
-
-        RetryLater `dps.blob_malformed`: the blob is not of the documented layout. AskOperator `dps.key_unsuitable`:
-        the key in it is not an HMAC-SHA256 signing key that can be imported. IdentityStale `tpm.blob_refused`: made
-        for another EK or SRK, or altered. AskOperator `tpm.key_refused`: the TPM does not take the key.
-        """
-        ...
-
-    def sign(self, wrapped_key: bytes, message: bytes) -> bytes:
-        """HMAC-SHA256 of `message` (at most 4096 bytes) by the wrapped key, 32 bytes.
-
-        IdentityStale `tpm.key_stale`: the key was wrapped by another SRK, or altered.
-        """
-        ...
-
-    def release(self) -> None:
-        """Ends session and connection; idempotent, never raises; the next call opens them again."""
-        ...
-
-
-class TpmService(Tpm, Protocol):
-    """What `check`, `enroll` and diagnostics need beyond the logic.
-
-    `srk_found_at` is the persistent handle of the SRK as it was last used, 0 where the TPM has no room for it and
-    makes it anew at each start, None before its first use and where nothing has a handle.
-    """
-
-    srk_found_at: "int | None"
-
-    def endorsement_certificate(self) -> "bytes | None":
-        """The manufacturer's EK certificate in DER from NV index 0x01C00002, or None where there is none.
-
-        AskOperator `tpm.certificate_locked`: reading it takes a password, or could count as a failed guess.
-        """
-        ...
-
-    def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
-        """Makes the wrapped key a persistent object at `handle` for other programs.
-
-        What is there is replaced only if it is the wrapped key `former`; else AskOperator `tpm.handle_taken`.
-        """
-        ...
-
-    def try_passwords(self) -> None:
-        """Uses the hierarchies' passwords that are set once, for nothing else; a wrong one counts towards no lockout.
-
-        AskOperator `tpm.hierarchy_auth` names the one that is wrong.
-        """
-        ...
-
-    def condition(self) -> TpmCondition:
-        """Maker, firmware, lockout state, free slots, and which hierarchies have a password."""
-        ...
-
-
-class Store(Protocol):
-    """Named records that a power cut can't lose: after any cut a record is the old one or the new one."""
-
-    def load(self, record: str) -> "StoredRecord | None":
-        """The newest valid payload of `record`, or None where there never was one or it was erased.
-
-        AskOperator `store.unknown_version`: written by a newer agent; nothing is touched. RetryLater `store.io`.
-        """
-        ...
-
-    def commit(self, record: str, payload: bytes) -> None:
-        """Makes `payload` (at most `max_payload` bytes) the record's content, durable on return.
-
-        Raises RetryLater `store.full`, `store.io` or AskOperator `store.read_only`, `store.denied`,
-        `store.too_large`; then the old content is still there.
-        """
-        ...
-
-    def erase(self, record: str) -> None:
-        """Makes the record empty; after a cut at any point it is the current one or none, never an earlier one."""
-        ...
-
-    def forget_older(self, record: str) -> None:
-        """Leaves nothing in the storage that the record was before; what it is now stays. Raises as `commit` does."""
-        ...
-
-
-class Clock(Protocol):
-    """Time as the hardware has it."""
-
-    def uptime_s(self) -> float:
-        """Monotonic seconds since any fixed point."""
-        ...
-
-    def utc(self) -> Utc:
-        """Wall-clock time and whether to believe it."""
-        ...
-
-
-if TYPE_CHECKING:
-    WhileWaiting = Callable[[], None]  # called at least once a second while something blocks

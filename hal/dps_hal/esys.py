@@ -21,10 +21,12 @@ from dps_hal.tpm_errors import (
     LAYER_MARSHALLING,
     LAYER_SYS,
     RC_ALTERED,
+    RC_BAD_TAG,
     RC_INITIALIZE,
     RC_NV_SPACE,
     RC_NV_UNINITIALIZED,
     RC_RESEND,
+    RC_SEQUENCE,
     RefusedError,
     check_duplicate_fits,
     error_of,
@@ -53,9 +55,10 @@ from dps_hal.tpm_rules import (
     PERSISTENT,
     PT_LOCKOUT_COUNTER,
     PT_LOCKOUT_INTERVAL,
+    PT_PERMANENT,
     RELEASE_LIMIT_S,
     TRANSIENT,
-    check_passwords,
+    Passwords,
     is_srk,
     kind_of,
     locked_out,
@@ -66,14 +69,15 @@ from dps_hal.tpm_upkeep import (
     PT_FIRMWARE_VERSION_1,
     PT_MANUFACTURER,
     PT_NV_BUFFER_MAX,
-    PT_PERMANENT,
     check_owner_handle,
     check_readable,
     check_replaceable,
     condition_of,
     nv_chunk_bytes,
+    template_of,
     without_padding,
 )
+from dps_hal.wire.device import is_managed, open_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -83,7 +87,7 @@ if TYPE_CHECKING:
 
     Answer = TypeVar("Answer")
 
-_WITHOUT_RESOURCE_MANAGER = ("swtpm", "mssim", "libtpms")  # TCTIs of a TPM that is ours for as long as we are connected
+_ONE_CLIENT = ("swtpm", "mssim", "libtpms")  # TCTIs of a TPM that is ours for as long as we are connected
 _OTHER_SRK_HANDLES = range(SRK_HANDLE + 1, 0x81000100)  # where ours goes when the usual handle is taken
 _SHA256 = struct.pack(">H", ALG_SHA256)
 _PUBLIC_SIZES = (len(ek_public(bytes(RSA_BYTES))), len(srk_public(bytes(RSA_BYTES))))
@@ -91,6 +95,8 @@ _PUBLIC_SIZES = (len(ek_public(bytes(RSA_BYTES))), len(srk_public(bytes(RSA_BYTE
 # Of ESAPI's layer: BAD_SEQUENCE, MALFORMED_RESPONSE, INSUFFICIENT_RESPONSE, RSP_AUTH_FAILED. After the last three a
 # context refuses every command with the first.
 _ANSWER_REFUSED = (0x70007, 0x70011, 0x70013, 0x7001B)
+_HANDLE_BYTES = 4
+_TPM_1_2 = 0x80001  # GENERAL_FAILURE of SAPI's layer, which knows a response of a TPM 1.2 by its tag
 _GIVES_HANDLE = {
     "start_auth_session": LOADED_SESSIONS,
     "load": TRANSIENT,
@@ -136,22 +142,22 @@ class EsysTpm:
 
         `exclusive`: nobody else ever uses this TPM, so whatever a crash left in it is flushed when it is opened.
         """
-        check_passwords(owner_auth, endorsement_auth)
+        self._passwords = Passwords(owner_auth, endorsement_auth)
         self._ek_template = template_of_ek(ek_template)
         self._tss = _load_tpm2_pytss()
         self._tcti = tcti
         self._ek_handle = ek_handle
         self._srk_handle = srk_handle
-        self._owner_auth = owner_auth
-        self._endorsement_auth = endorsement_auth
         self._while_waiting = while_waiting
         self._exclusive = exclusive
-        self._until_s = 0.0  # on time.monotonic(): when this operation stops resending
+        self._began_s = 0.0  # on time.monotonic(): this operation
+        self._until_s = 0.0  # when it stops resending
         self._pinned_ek = b""  # the first EK seen; nothing is ever salted to another
         self._shutdown_due = False  # a key without noDA was used: a power cut would now count as a failed guess
-        self._orphans: list[int] = []  # the TPM's handles of what a lost connection left there
+        self._orphans: list[tuple[int, bytes]] = []  # handles and names in the TPM of what a lost connection left
         self._esapi: Any = None
         self.srk_found_at: int | None = None  # see TpmService
+        self.creates_key = False  # see TpmService
         self._forget_connection()
 
     def _forget_connection(self) -> None:
@@ -161,6 +167,7 @@ class EsysTpm:
         self._held: list[int] = []  # ESAPI's handles of every session and transient object that is to be flushed
         self._altered = False  # an answer was not the TPM's own
         self._lost: list[int] = []  # TRANSIENT or LOADED_SESSIONS for each of ours whose handle we may not know
+        self._passwords.restore()
 
     # --- the contract
 
@@ -190,22 +197,28 @@ class EsysTpm:
                 if not has_no_da(public):
                     refuse_at_the_brink(self._properties(PT_LOCKOUT_COUNTER, PT_LOCKOUT_INTERVAL))
                     self._shutdown_due = True
-                return self._hmac(key, message, session)
+                signature = self._hmac(key, message, session)
+            with contextlib.suppress(RefusedError):  # the signature is good, and release() announces it
+                self._announce_power_off()  # now: the next release may be a whole request away
+            return signature
 
         return self._operate(load_and_sign)
 
     def release(self) -> None:
         """As `Tpm.release`: nothing of ours stays in the TPM but EK and SRK."""
+        self.creates_key = False
         if self._esapi is None:
             return
         self._until_s = time.monotonic() + RELEASE_LIMIT_S
+        self._tidy_and_close()
+
+    def _tidy_and_close(self) -> None:
+        """Flushes what is held, as long as this operation may resend, and ends the connection."""
         for _ in range(3):  # a TPM that refused to flush once may do it now
             for handle in reversed(self._held.copy()):
                 self._flush(handle)
-        if self._shutdown_due:
-            with contextlib.suppress(RefusedError):  # nobody can act on it; the TPM then counts one failure
-                self._command("shutdown", shutdown_type=self._tss.TPM2_SU.CLEAR)
-                self._shutdown_due = False
+        with contextlib.suppress(RefusedError):  # nobody can act on it; the TPM then counts one failure
+            self._announce_power_off()
         with contextlib.suppress(RefusedError):
             self._flush_lost()
         self._close()
@@ -215,6 +228,12 @@ class EsysTpm:
             if self._esapi is not None:
                 self._close()
 
+    def _announce_power_off(self) -> None:
+        """Shutdown(CLEAR) where a power cut that nobody announced would count as a failed guess."""
+        if self._shutdown_due:
+            self._command("shutdown", shutdown_type=self._tss.TPM2_SU.CLEAR)
+            self._shutdown_due = False
+
     def try_passwords(self) -> None:
         """As `TpmService.try_passwords`."""
         self._operate(self._try_passwords)
@@ -222,6 +241,17 @@ class EsysTpm:
     def endorsement_certificate(self) -> bytes | None:
         """As `TpmService.endorsement_certificate`; what follows the DER in the index is cut off."""
         return self._operate(self._endorsement_certificate)
+
+    def template_of_endorsement_key(self) -> str:
+        """As `TpmService.template_of_endorsement_key`."""
+
+        def made_from(template: bytes) -> bytes:
+            hierarchy = self._tss.ESYS_TR.ENDORSEMENT
+            made = self._create_primary(hierarchy, template, check_ek_public, self._salted_session())
+            with self._flushed(made.handle):
+                return made.public
+
+        return self._operate(lambda: template_of(self._endorsement_key().public, self._ek_template, made_from))
 
     def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
         """As `TpmService.persist`."""
@@ -243,6 +273,25 @@ class EsysTpm:
 
         self._operate(load_and_persist)
 
+    def name_at(self, handle: int) -> bytes:
+        """As `TpmService.name_at`."""
+
+        def name() -> bytes:
+            present = self._present(handle)
+            return object_name(present.public) if present else b""
+
+        return self._operate(name)
+
+    def withdraw(self, handle: int, names: tuple[bytes, ...]) -> None:
+        """As `TpmService.withdraw`."""
+
+        def withdraw() -> None:
+            present = self._present(handle)
+            if present is not None and object_name(present.public) in names:
+                self._evict_control(present.handle, handle, self._salted_session())
+
+        self._operate(withdraw)
+
     def condition(self) -> TpmCondition:
         """As `TpmService.condition`."""
 
@@ -255,7 +304,9 @@ class EsysTpm:
     # --- one operation: deadline, connection, one rebuild, errors named after who must act
 
     def _operate(self, operation: Callable[[], Answer]) -> Answer:
-        self._until_s = time.monotonic() + COMMAND_LIMIT_S
+        self._began_s = time.monotonic()
+        self._until_s = self._began_s + COMMAND_LIMIT_S
+        self.creates_key = False
         rebuilt = False
         while True:
             try:
@@ -263,6 +314,8 @@ class EsysTpm:
                 return operation()
             except RefusedError as refused:
                 self._altered = self._altered or refused.altered
+                if refused.wrong_password and self._goes_without(refused):
+                    continue
                 if refused.stale:
                     self._drop(refused.connection_lost)
                     if not rebuilt:
@@ -275,8 +328,6 @@ class EsysTpm:
             return
         kind, _, path = self._tcti.partition(":")
         if kind == "device" and path:
-            from dps_hal.wire.device import open_device
-
             os.close(open_device(path))  # says why it cannot be used, which the return code of the TSS does not
         try:
             self._esapi = self._tss.ESAPI(tcti=self._tcti)
@@ -290,26 +341,48 @@ class EsysTpm:
             raise RetryLater("tpm.absent", f"no TPM answers at {self._tcti!r}: {error}") from None
         except RuntimeError as error:  # tpm2-pytss's own complaint about the string
             raise AskOperator("config.invalid", f"tcti: expected NAME or NAME:SETTINGS; {error}") from None
-        tr = self._tss.ESYS_TR
-        self._esapi.tr_set_auth(esys_handle=tr.OWNER, auth_value=self._owner_auth)
-        self._esapi.tr_set_auth(esys_handle=tr.ENDORSEMENT, auth_value=self._endorsement_auth)
+        self._tell_passwords()
         if self._exclusive:
-            self._orphans = [handle for first in LEFTOVERS for handle in self._handles(first, 254)]
+            for handle in [handle for first in LEFTOVERS for handle in self._handles(first, 254)]:
+                self._flush_past_the_library(handle)
         self._flush_orphans()
+
+    def _tell_passwords(self) -> None:
+        """Tells the library the hierarchies' passwords, of which it makes the HMACs."""
+        tr = self._tss.ESYS_TR
+        self._esapi.tr_set_auth(esys_handle=tr.OWNER, auth_value=self._passwords.of(owner=True))
+        self._esapi.tr_set_auth(esys_handle=tr.ENDORSEMENT, auth_value=self._passwords.of(owner=False))
+
+    def _goes_without(self, refused: RefusedError) -> bool:
+        """Whether the hierarchy that refused its password has none; see `Passwords`."""
+        try:
+            without = self._passwords.go_without(refused, self._properties(PT_PERMANENT, PT_PERMANENT))
+        except RefusedError:
+            return False  # the first refusal counts
+        self._tell_passwords()
+        return without
+
+    @property
+    def unneeded_passwords(self) -> tuple[str, ...]:
+        """As `TpmService` has it."""
+        return self._passwords.unneeded
 
     def _drop(self, connection_lost: bool) -> None:
         """Gives a stale connection up."""
         if connection_lost:
             self._close()
         else:
-            self.release()
+            self._tidy_and_close()
 
     def _close(self) -> None:
         """Closes the context; what could not be flushed is left to the next one."""
-        if self._tcti.partition(":")[0] in _WITHOUT_RESOURCE_MANAGER:
+        if self._is_ours_while_open or self._is_direct:
             for handle in self._held:
                 with contextlib.suppress(self._tss.TSS2_Exception):  # the library's own memory; no TPM is asked
-                    self._orphans.append(int(self._esapi.tr_get_tpm_handle(esys_handle=handle)))
+                    tpm_handle = int(self._esapi.tr_get_tpm_handle(esys_handle=handle))
+                    name = bytes(self._esapi.tr_get_name(handle=handle))
+                    # To what is no key, a session or a sequence, the library gives its handle as name.
+                    self._orphans.append((tpm_handle, name if len(name) > _HANDLE_BYTES else b""))
         self._esapi.close()
         self._esapi = None
         self._forget_connection()
@@ -317,21 +390,41 @@ class EsysTpm:
     def _flush_orphans(self) -> None:
         """Flushes what an earlier connection left; a TPM without resource manager keeps it, and has three slots.
 
-        The bytes go past ESAPI, which knows only what this context made. Where the TPM has restarted it refuses them.
-        Behind a device node or a broker the kernel or the broker does it, and the handle may be another program's now.
+        The bytes go past ESAPI, which knows only what this context made. Where the TPM has restarted meanwhile, others
+        may have an object at the handle by now: its name tells. With a resource manager (/dev/tpmrm0, a broker) nothing
+        was left.
         """
         while self._orphans:
-            self._flush_past_the_library(self._orphans[-1])
+            handle, name = self._orphans[-1]
+            if kind_of(handle) == LOADED_SESSIONS or self._has_name(handle, name):
+                self._flush_past_the_library(handle)
             self._orphans.pop()
+
+    def _has_name(self, tpm_handle: int, name: bytes) -> bool:
+        """Whether an object of this name is at a transient handle; with an empty name, whether a sequence is."""
+        answer = self._past_the_library(0x173, struct.pack(">I", tpm_handle))  # ReadPublic
+        return sized(name) in answer[10:] if name else answer[6:10] == struct.pack(">I", RC_SEQUENCE)
+
+    @property
+    def _is_ours_while_open(self) -> bool:
+        """Whether nobody else can use the TPM while we are connected; it keeps what nobody flushes."""
+        return self._tcti.partition(":")[0] in _ONE_CLIENT
+
+    @property
+    def _is_direct(self) -> bool:
+        """Whether it is a device node without resource manager, such as /dev/tpm0; without a path, tpmrm0 is tried."""
+        kind, _, path = self._tcti.partition(":")
+        return kind == "device" and path != "" and not is_managed(path)
 
     def _flush_lost(self) -> None:
         """Flushes what an altered answer kept from us.
 
         The handle in an altered answer proves nothing, and the library does not show it, so it is the TPM that is
         asked what of that kind is left in it. Where that is more than one others have left something too, and nobody
-        can tell what is whose: all stays. Behind a device node or a broker others are at work meanwhile.
+        can tell what is whose: all stays. Behind a device node, /dev/tpm0 too, or a broker others are at work
+        meanwhile.
         """
-        if self._altered and self._tcti.partition(":")[0] in _WITHOUT_RESOURCE_MANAGER:
+        if self._altered and self._is_ours_while_open:
             for first in self._lost:
                 # GetCapability(TPM_CAP_HANDLES): moreData, capability, count, handles behind the response's header
                 listing = self._past_the_library(0x17A, struct.pack(">III", 1, first, 254))[15:]
@@ -380,6 +473,8 @@ class EsysTpm:
         What is sent was made from structures of the library's, so what does not fit a structure is the answer.
         """
         refused = RefusedError(command, rc, text)
+        if rc == _TPM_1_2:
+            return RefusedError(command, RC_BAD_TAG, text)
         if rc in _ANSWER_REFUSED or refused.layer in (LAYER_SYS, LAYER_MARSHALLING):
             refused = RefusedError(command, RC_ALTERED, text)
         if refused.altered and command in _GIVES_HANDLE:
@@ -449,7 +544,7 @@ class EsysTpm:
         A password is only ever given to a session salted to a key of the NULL hierarchy; where both are empty there
         is nothing to hide.
         """
-        if not self._owner_auth and not self._endorsement_auth:
+        if not self._passwords.of(owner=True) and not self._passwords.of(owner=False):
             yield self._tss.ESYS_TR.PASSWORD
             return
         primary = self._create_primary(
@@ -523,7 +618,8 @@ class EsysTpm:
     def _create_primary(self, hierarchy: int, template: bytes, check: Callable[[bytes], None], session: int) -> _Key:
         """A new transient primary key, checked against its template; the caller flushes it."""
         tss = self._tss
-        self._until_s = max(self._until_s, time.monotonic() + KEY_CREATION_LIMIT_S)
+        self.creates_key = True
+        self._until_s = max(self._until_s, self._began_s + KEY_CREATION_LIMIT_S)
         try:
             handle, public, *_ = self._command(
                 "create_primary",
@@ -682,8 +778,8 @@ class EsysTpm:
     def _try_passwords(self) -> None:
         session = self._salted_session()
         tr = self._tss.ESYS_TR
-        for hierarchy, auth in ((tr.ENDORSEMENT, self._endorsement_auth), (tr.OWNER, self._owner_auth)):
-            if auth:
+        for hierarchy in (tr.ENDORSEMENT, tr.OWNER):
+            if self._passwords.of(owner=hierarchy == tr.OWNER):
                 with self._flushed(self._start_policy()) as policy:
                     self._policy_secret(hierarchy, policy, session)
 

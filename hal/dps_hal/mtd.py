@@ -13,9 +13,8 @@ from typing import NamedTuple
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator
 from dps_hal.files import LockedStore, SystemCalls, storage_failure, take_lock
+from dps_hal.ioctl import read_request, write_request
 
-MEMGETINFO = 0x80204D01  # _IOR('M', 1, struct mtd_info_user)
-MEMERASE = 0x40084D02  # _IOW('M', 2, struct erase_info_user)
 NOR = 3  # MTD_NORFLASH
 NAND = (4, 8)  # MTD_NANDFLASH, MTD_MLCNANDFLASH
 DATAFLASH = 6
@@ -23,6 +22,8 @@ WRITEABLE = 0x400  # MTD_WRITEABLE
 _INFO = "=B3xIIIIIQ"  # type, flags, size, erasesize, writesize, oobsize, padding
 _ERASE = "=II"  # start, length
 _SLOTS = 4
+MEMGETINFO = read_request("M", 1, struct.calcsize(_INFO))  # struct mtd_info_user
+MEMERASE = write_request("M", 2, struct.calcsize(_ERASE))  # struct erase_info_user
 
 
 class _Partition(NamedTuple):

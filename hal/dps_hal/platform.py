@@ -1,5 +1,6 @@
-"""The one file that knows there are two runtimes: JSON, AES, randomness, short waits."""
+"""The one file that knows there are two runtimes: JSON, base64, AES, randomness, short waits."""
 
+import binascii
 import hashlib
 import os
 import sys
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+_BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 NESTING_LIMIT = 32  # levels of JSON; DPS's own bodies have 4
 MICROPYTHON = sys.implementation.name == "micropython"
 
@@ -116,6 +118,24 @@ def aes128_cfb(key: bytes, content: bytes, decrypt: bool, iv: bytes = bytes(16))
     return bytes(out)
 
 
+def to_base64(content: bytes) -> str:
+    """`content` in the standard base64 alphabet, padded, without a line feed."""
+    return binascii.b2a_base64(content).decode().strip()
+
+
+def from_base64(text: str) -> bytes:
+    """The bytes of padded standard base64; ValueError for anything else (binascii alone skips stray characters)."""
+    padding = 0
+    for character in text:  # without a copy, for which a board may have no room
+        if character == "=":
+            padding += 1
+        elif padding or character not in _BASE64:
+            raise ValueError(f"not base64: {character!r}")
+    if len(text) % 4 or padding > 2:
+        raise ValueError(f"not base64: {len(text)} characters, {padding} of them padding")
+    return binascii.a2b_base64(text)
+
+
 def to_json(value: "Any") -> str:
     """`value` as JSON text; ValueError for what JSON cannot hold, NaN and infinity included."""
     _refuse_non_finite(value)
@@ -126,11 +146,14 @@ def to_json(value: "Any") -> str:
 
 def from_json(text: "bytes | str") -> "Any":
     """The value of one JSON text; ValueError for anything else, NaN, infinity and deep nesting included."""
-    if nesting(text) > NESTING_LIMIT:  # before the parser: it and what walks its value are recursive
+    depth = nesting(text)
+    if depth > NESTING_LIMIT:  # before the parser: it and what walks its value are recursive
         raise ValueError(f"more than {NESTING_LIMIT} levels of nesting")
-    if isinstance(text, bytes):
+    if depth < 0:  # MicroPython 1.25 takes an end of the text for the end of the outermost object
+        raise ValueError("the text ends early")
+    if text and not isinstance(text, str) and max(text) > 0x7F:  # a copy, and the parser takes bytes as well
         try:
-            text = text.decode()
+            text.decode()
         except UnicodeError:
             raise ValueError("not UTF-8")
     value = ujson.loads(text)
@@ -139,7 +162,7 @@ def from_json(text: "bytes | str") -> "Any":
 
 
 def nesting(text: "bytes | str") -> int:
-    """The deepest nesting of brackets outside strings in JSON text; never fails."""
+    """The deepest nesting of brackets outside strings in JSON text, -1 where one stays open; never fails."""
     depth = deepest = 0
     in_string = escaped = False
     for byte in text.encode() if isinstance(text, str) else text:
@@ -157,7 +180,7 @@ def nesting(text: "bytes | str") -> int:
             deepest = max(deepest, depth)
         elif byte in b"]}":
             depth -= 1
-    return deepest
+    return -1 if depth > 0 else deepest
 
 
 def _refuse_non_finite(value: "Any") -> None:

@@ -53,9 +53,12 @@ class SimulatedTpm:
         if ek_template not in EK_TEMPLATES:
             raise AskOperator("config.invalid", f"ek_template: expected one of {EK_TEMPLATES}; came {ek_template!r}")
         self._folder = folder
+        self._ek_template = ek_template
         self._ek_file = f"ek-{ek_template}.pem"
         self._keys: dict[str, RSAPrivateKey] = {}
         self.srk_found_at: int | None = None
+        self.creates_key = False
+        self.unneeded_passwords = ()
 
     def endorsement_key(self) -> bytes:
         """The EK's TPM2B_PUBLIC, 316 bytes; each `ek_template` has an EK of its own."""
@@ -99,17 +102,39 @@ class SimulatedTpm:
         """None: no manufacturer vouches for a simulated TPM."""
         return None
 
+    def template_of_endorsement_key(self) -> str:
+        """The one that it was opened with: each has a key of its own."""
+        return self._ek_template
+
     def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
         """Keeps the wrapped key in the folder under its handle, in place of `former`."""
         self._load(wrapped_key)
+        present = self._public_at(handle)
+        if present not in (b"", unwrap(wrapped_key)[0]):
+            check_replaceable(present, handle, former)
+        self._write(_persistent_file(handle), wrapped_key, replace=True)
+
+    def name_at(self, handle: int) -> bytes:
+        """As `TpmService.name_at`."""
+        present = self._public_at(handle)
+        return object_name(present) if present else b""
+
+    def withdraw(self, handle: int, names: tuple[bytes, ...]) -> None:
+        """As `TpmService.withdraw`."""
+        if self.name_at(handle) in names:
+            try:
+                os.unlink(os.path.join(self._folder, _persistent_file(handle)))
+            except OSError as error:
+                raise _folder_error(self._folder, error) from error
+
+    def _public_at(self, handle: int) -> bytes:
         try:
             with open(os.path.join(self._folder, _persistent_file(handle)), "rb") as file:
-                present = file.read()
+                return unwrap(file.read())[0]
         except FileNotFoundError:
-            present = b""
-        if present and present != wrapped_key:
-            check_replaceable(unwrap(present)[0], handle, former)
-        self._write(_persistent_file(handle), wrapped_key, replace=True)
+            return b""
+        except OSError as error:
+            raise _folder_error(self._folder, error) from error
 
     def try_passwords(self) -> None:
         """Nothing to try: no hierarchy has a password."""

@@ -23,10 +23,35 @@ if TYPE_CHECKING:
         generation: int | None
         payload: bytes | None
         version: int
+
+    class SlotDevice(Protocol):
+        """Two slots, 0 and 1, of one record. Failures are the `store.*` errors of `Store`."""
+
+        slot_bytes: int
+        erase_value: int  # the value of every byte of an erased slot, 0xFF or 0x00
+
+        def read(self, slot: int) -> bytes:
+            """The slot's content, at most `slot_bytes` long; what is missing at its end counts as erased."""
+            ...
+
+        def erase(self, slot: int) -> None:
+            """Sets every byte of the slot to `erase_value`."""
+            ...
+
+        def program(self, slot: int, content: bytes) -> None:
+            """Writes `content` at the start of a slot that was erased just before; the rest stays erased."""
+            ...
+
+        def sync(self) -> None:
+            """Makes durable what was erased, programmed or read since the last sync.
+
+            Read too: where writes wait in a cache, a program that was killed may have left there what the next one
+            reads.
+            """
+            ...
 else:
     from collections import namedtuple
 
-    Protocol = object
     Slot = namedtuple("Slot", ("state", "generation", "payload", "version"))
 
 MAGIC: "Final" = b"DPSr"
@@ -41,32 +66,6 @@ DAMAGED: "Final" = 1  # anything else that cannot be read; what a cut leaves
 FOREIGN: "Final" = 2  # a whole header of a version that this program does not know
 VALID: "Final" = 3  # a payload
 TOMBSTONE: "Final" = 4  # valid, and says that the record is none
-
-
-class SlotDevice(Protocol):
-    """Two slots, 0 and 1, of one record. Failures are the `store.*` errors of `Store`, nothing else."""
-
-    slot_bytes: int
-    erase_value: int  # the value of every byte of an erased slot, 0xFF or 0x00
-
-    def read(self, slot: int) -> bytes:
-        """The slot's content, at most `slot_bytes` long; what is missing at its end counts as erased."""
-        ...
-
-    def erase(self, slot: int) -> None:
-        """Sets every byte of the slot to `erase_value`."""
-        ...
-
-    def program(self, slot: int, content: bytes) -> None:
-        """Writes `content` at the start of a slot that was erased just before; the rest stays erased."""
-        ...
-
-    def sync(self) -> None:
-        """Makes durable what was erased, programmed or read since the last sync.
-
-        Read too: where writes wait in a cache, a program that was killed may have left there what the next one reads.
-        """
-        ...
 
 
 class SlotStore:
@@ -128,7 +127,7 @@ class SlotStore:
             device.erase(1 - newest)
             device.sync()
 
-    def _device(self, record: str) -> SlotDevice:
+    def _device(self, record: str) -> "SlotDevice":
         if record not in self._devices:
             raise Broken("agent.bug", f"there is no record named '{record}'")
         return self._devices[record]
@@ -153,7 +152,8 @@ def decode_slot(content: bytes, erase_value: int) -> Slot:
         return Slot(DAMAGED, None, None, 0)
     if version != FORMAT_VERSION:
         return Slot(FOREIGN, generation, None, version)
-    end = HEADER_BYTES + (0 if length == _TOMBSTONE_LENGTH else length)
+    # A length of 2 ** 31 or more is no index on a 32-bit board; beyond the slot no CRC follows whatever it is.
+    end = HEADER_BYTES + (0 if length == _TOMBSTONE_LENGTH else min(length, len(content)))
     if content[end : end + 4] != struct.pack(">I", crc32(content[:end])):
         return Slot(DAMAGED, generation, None, version)
     if length == _TOMBSTONE_LENGTH:
@@ -187,11 +187,11 @@ _CRC_OF_NIBBLE = (
 crc32 = getattr(binascii, "crc32", crc32_by_nibbles)
 
 
-def _read(device: SlotDevice) -> "list[Slot]":
+def _read(device: "SlotDevice") -> "list[Slot]":
     return [decode_slot(device.read(slot), device.erase_value) for slot in (0, 1)]
 
 
-def _read_known(record: str, device: SlotDevice) -> "list[Slot]":
+def _read_known(record: str, device: "SlotDevice") -> "list[Slot]":
     slots = _read(device)
     for slot in slots:
         refuse_foreign(record, slot)
@@ -216,7 +216,7 @@ def _is_later(generation: int, than: int) -> bool:
     return generation != than and (generation - than) & 0xFFFFFFFF < 0x80000000
 
 
-def _write(record: str, device: SlotDevice, slots: "list[Slot]", payload: "bytes | None") -> int:
+def _write(record: str, device: "SlotDevice", slots: "list[Slot]", payload: "bytes | None") -> int:
     """Programs the slot that does not hold the current copy, durably, and returns its index."""
     newest = _newest(slots)
     if newest is not None:
@@ -241,7 +241,7 @@ def _write(record: str, device: SlotDevice, slots: "list[Slot]", payload: "bytes
     return target
 
 
-def _withdraw(device: SlotDevice, slot: int) -> None:
+def _withdraw(device: "SlotDevice", slot: int) -> None:
     """Takes back a copy whose writing failed, for a cache may show it whole though it is not durable.
 
     Believed, it would be the current copy, and the next write would go over the last durable one.

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
     from dps_hal.errors import DpsError
 
-RC_INITIALIZE: "Final" = 0x100  # TPM_RC, Part 2, table 17, with the next fourteen
+RC_BAD_TAG: "Final" = 0x01E  # all that a TPM 1.2 answers
+RC_INITIALIZE: "Final" = 0x100  # TPM_RC, Part 2, table 17, with the next sixteen
 RC_FAILURE: "Final" = 0x101
+RC_SEQUENCE: "Final" = 0x103
+_RC_DISABLED = 0x120
 _RC_UPGRADE = 0x12D
 _RC_AUTH_UNAVAILABLE = 0x12F
 _RC_REBOOT = 0x130
@@ -30,6 +33,7 @@ _RC_REFERENCE_H0 = 0x910  # from here to REFERENCE_S6: a handle or session that 
 _RC_REFERENCE_S6 = 0x91E
 _FMT1_HANDLE = 0x8B  # format-one codes without the number of the handle, parameter or session
 _FMT1_VALUE = 0x84
+_FMT1_HIERARCHY = 0x85
 _FMT1_SIZE = 0x95
 _FMT1_INSUFFICIENT = 0x9A
 _FMT1_POLICY_FAIL = 0x9D
@@ -46,6 +50,7 @@ RC_CONNECTION_LOST: "Final" = 0xA000A  # TSS2_TCTI_RC_IO_ERROR
 RC_ALTERED: "Final" = 0x7001B  # TSS2_ESYS_RC_RSP_AUTH_FAILED: the answer is not what the TPM sent
 
 _ON_HIERARCHIES = ("policy_secret", "create_primary", "evict_control")
+_BY_SRK = ("activate_credential", "import", "load")  # the first session is for the storage root key
 # Two integrity digests and a seed value with their sizes, type, empty authorisation, the key's size, the key.
 _LONGEST_DUPLICATE = 3 * (2 + SHA256_BYTES) + 2 + 2 + 2 + 2 + MAX_HMAC_KEY_BYTES
 
@@ -92,6 +97,11 @@ class RefusedError(Exception):
             return True
         return self.base in _FMT1_AUTH and self.command not in _ON_HIERARCHIES and self.command != "nv_read"
 
+    @property
+    def wrong_password(self) -> bool:
+        """Whether what we gave is not the password of the owner's or the endorsement hierarchy, see `of_owner`."""
+        return self.base in _FMT1_AUTH and self.command in _ON_HIERARCHIES
+
 
 def error_of(refused: RefusedError, locked_out: "Callable[[str], RetryLater]") -> "DpsError":
     """The class of error that a refused command is; `locked_out(what)` adds the TPM's own recovery time."""
@@ -101,6 +111,10 @@ def error_of(refused: RefusedError, locked_out: "Callable[[str], RetryLater]") -
         message += ": " + refused.text
     if refused.connection_lost:
         return RetryLater("tpm.absent", f"the connection to the TPM broke in {command}: {refused.text}")
+    if refused.rc == RC_BAD_TAG:
+        return AskOperator(
+            "tpm.unsupported", f"{message}: this is a TPM 1.2, or switched to be one; it takes a TPM 2.0"
+        )
     if refused.altered or (command == "read_public" and base in _FMT1_AUTH):  # which needs no password
         return RetryLater("tpm.bus_altered", f"{command}: expected the TPM's own answer; came one altered on its way")
     if command == "start_auth_session" and refused.parameter == 2:  # the salt is for a key that this TPM has not
@@ -130,13 +144,24 @@ def error_of(refused: RefusedError, locked_out: "Callable[[str], RetryLater]") -
         return AskOperator("tpm.not_started", f"{message}: it has to be started anew by the machine's firmware")
     if code == _RC_UPGRADE:
         return AskOperator("tpm.upgrading", f"{message}: an upgrade of its own firmware is under way")
+    if code == _RC_DISABLED or base == _FMT1_HIERARCHY:
+        return AskOperator(
+            "tpm.disabled", f"{message}: the TPM or one of its hierarchies is disabled in the machine's firmware setup"
+        )
     if code == _RC_COMMAND_CODE:
         return AskOperator("tpm.unsupported", f"{message}: it does not have this command")
     if code == _RC_AUTH_UNAVAILABLE or base == _FMT1_POLICY_FAIL:
         return AskOperator("tpm.failed", f"{message}: it does not take the proof that the key's template asks for")
-    if command in _ON_HIERARCHIES and base in _FMT1_AUTH:
+    if refused.wrong_password:
         hierarchy = "owner" if refused.of_owner else "endorsement"
-        return AskOperator("tpm.hierarchy_auth", f"{message}: {hierarchy}_auth_file has not the {hierarchy}'s password")
+        return AskOperator(
+            "tpm.hierarchy_auth",
+            f"{message}: the {hierarchy} hierarchy has a password, which is not in {hierarchy}_auth_file",
+        )
+    if command in _BY_SRK and base in _FMT1_AUTH:
+        return AskOperator(
+            "tpm.srk_unsuitable", f"{message}: the key at srk_handle has a password of its own: set another srk_handle"
+        )
     if command == "evict_control" and code == RC_NV_SPACE:
         return AskOperator("tpm.nv_full", message)
     if command == "nv_read" and base in _FMT1_AUTH:

@@ -7,11 +7,22 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
+    from dps_hal.tpm_errors import RefusedError
+
 MAX_BUFFER_BYTES: "Final" = 1024  # TPM2B_MAX_BUFFER of the PC Client Platform TPM Profile; longer is a sequence
 MAX_AUTH_BYTES: "Final" = 64  # TPM2B_AUTH
-COMMAND_LIMIT_S: "Final" = 30.0  # one operation of the Tpm contract
-KEY_CREATION_LIMIT_S: "Final" = 180.0  # RSA-2048 key generation takes up to tens of seconds on real parts
+# One operation of the Tpm contract in all, a second try included; its last command may take LEAST_LIMIT_S longer. Who
+# calls it from a thread gives it longer than that, so that the clean error comes first.
+COMMAND_LIMIT_S: "Final" = 20.0
+KEY_CREATION_LIMIT_S: "Final" = 170.0  # one that creates a key: RSA-2048 takes up to minutes on slow parts
 RELEASE_LIMIT_S: "Final" = 5.0
+LEAST_LIMIT_S: "Final" = 5.0  # of one command: given up half-way it leaves in the TPM what only its answer names
+
+PT_PERMANENT: "Final" = 0x200  # TPM_PT, TPM 2.0 Library Part 2, table 24
+OWNER_AUTH_SET: "Final" = 1  # TPMA_PERMANENT, Part 2, table 36, with the next
+ENDORSEMENT_AUTH_SET: "Final" = 2
+_OWNER_SETTING = "owner_auth_file"
+_ENDORSEMENT_SETTING = "endorsement_auth_file"
 
 PT_LOCKOUT_COUNTER: "Final" = 0x20E  # TPM_PT, Part 2, table 24; then MAX_AUTH_FAIL, LOCKOUT_INTERVAL
 PT_LOCKOUT_INTERVAL: "Final" = 0x210
@@ -28,11 +39,43 @@ def kind_of(handle: int) -> int:
     return LOADED_SESSIONS if handle < TRANSIENT else TRANSIENT
 
 
-def check_passwords(owner_auth: bytes, endorsement_auth: bytes) -> None:
-    """AskOperator `config.invalid` where a hierarchy's password is longer than a TPM takes."""
-    for setting, auth in (("owner_auth_file", owner_auth), ("endorsement_auth_file", endorsement_auth)):
-        if len(auth) > MAX_AUTH_BYTES:
-            raise AskOperator("config.invalid", f"{setting}: expected at most {MAX_AUTH_BYTES} bytes; came {len(auth)}")
+class Passwords:
+    """The passwords of the owner's and the endorsement hierarchy, as the settings have them.
+
+    TPM2_Clear takes both away. Where the TPM then refuses what the settings have, and says that there is none, the
+    empty one is used until the connection ends; `unneeded` names the settings of those, for a warning. A lie about
+    that costs a refusal: nothing is shown with an empty password that a wrong one would hide.
+    """
+
+    def __init__(self, owner_auth: bytes, endorsement_auth: bytes) -> None:
+        """AskOperator `config.invalid` where one is longer than a TPM takes."""
+        self.unneeded: tuple[str, ...] = ()
+        self._given = {}
+        for setting, auth in ((_OWNER_SETTING, owner_auth), (_ENDORSEMENT_SETTING, endorsement_auth)):
+            if len(auth) > MAX_AUTH_BYTES:
+                raise AskOperator(
+                    "config.invalid", f"{setting}: expected at most {MAX_AUTH_BYTES} bytes; came {len(auth)}"
+                )
+            self._given[setting] = auth.rstrip(b"\x00")  # as the TPM takes it, Part 1, 19.6.4.3
+        self.restore()
+
+    def restore(self) -> None:
+        """From now on those of the settings are used."""
+        self._used = dict(self._given)
+
+    def of(self, owner: bool) -> bytes:
+        """The password to use for the owner's hierarchy, or for the endorsement's."""
+        return self._used[_OWNER_SETTING if owner else _ENDORSEMENT_SETTING]
+
+    def go_without(self, refused: "RefusedError", properties: "dict[int, int]") -> bool:
+        """Whether the command that was refused for a wrong password makes sense again: its hierarchy has none."""
+        before = self.of(refused.of_owner)
+        for setting, flag in ((_OWNER_SETTING, OWNER_AUTH_SET), (_ENDORSEMENT_SETTING, ENDORSEMENT_AUTH_SET)):
+            if self._used[setting] and properties.get(PT_PERMANENT, flag) & flag == 0:
+                self._used[setting] = b""
+                if setting not in self.unneeded:
+                    self.unneeded += (setting,)
+        return self.of(refused.of_owner) != before
 
 
 def is_srk(public: bytes) -> bool:

@@ -1,5 +1,7 @@
 """The Store contract on simulated flash, and what two-slot records add to it."""
 
+import struct
+
 from contracts.store import RULES, error_of, payload_of
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, RetryLater
@@ -75,6 +77,13 @@ def test_a_slot_cut_short_anywhere_is_refused() -> None:
     assert decode_slot(b"", 0xFF).state == EMPTY
     for length in range(1, len(whole)):
         assert decode_slot(whole[:length], 0xFF).state == DAMAGED, f"length={length}"
+
+
+def test_a_length_beyond_the_slot_is_refused() -> None:
+    for length in (6, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE):  # those over 30 bits are no index on a 32-bit board
+        header = b"DPSr" + struct.pack(">III", 1, 7, length)
+        content = header + struct.pack(">I", crc32(header)) + b"hello" + bytes(9)
+        assert decode_slot(content, 0xFF).state == DAMAGED, f"length={length}"
 
 
 def test_a_new_header_over_an_old_payload_is_refused() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from contracts.tpm import CLAIMS, KEY, blob_for
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE, Tpm
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.esys import EsysTpm
-from dps_hal.platform import hmac_sha256
+from dps_hal.platform import hmac_sha256, random_bytes
 from dps_hal.self_challenge import make_activation
-from dps_hal.tpm_keys import SIGN, USER_WITH_AUTH, check_ek_public, srk_template
+from dps_hal.tpm_keys import RSA_BYTES, SIGN, USER_WITH_AUTH, check_ek_public, object_name, sized, take_sized, unwrap
 from dps_hal.tpm_upkeep import EK_CERTIFICATE_INDEX
 from dps_hal.wire.device import open_device
+from dps_hal.wire.sessions import SaltedSession
 from support import swtpm
 from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused
@@ -30,8 +33,11 @@ from support.swtpm import Swtpm
 from support.tpm_tap import COMMANDS, TpmTap
 
 COMMANDS_OF_A_REGISTRATION = {"esys": 21, "wire": 18}  # the bounds; the device SDKs of Azure need 26, in clear
-ECC_SRK_TEMPLATE = bytes.fromhex("001a 0023 000b 00030472 0000 0006 0080 0043 0010 0003 0010 0000 0000")
 DA_KEY = USER_WITH_AUTH | SIGN  # no noDA: each use between power-on and an unannounced power cut counts as a failure
+
+
+def name_of(wrapped_key: bytes) -> bytes:
+    return object_name(unwrap(wrapped_key)[0])
 
 
 @pytest.fixture(scope="module")
@@ -119,56 +125,107 @@ def test_a_message_longer_than_the_tpms_buffer_is_signed(machine: Swtpm, open_tp
 # --- the bus
 
 
-class Unencrypted(EsysTpm):
-    """The same with parameter encryption switched off: what the bus would show then."""
+PASSWORDS = {"owner_auth": b"owner's password", "endorsement_auth": b"endorsement's password"}
 
-    def _start_session(self, salt_key: int) -> int:
-        session = super()._start_session(salt_key)
-        self._esapi.trsess_set_attributes(session=session, attributes=1, mask=0xFF)  # continueSession alone
+
+class InClear(EsysTpm):
+    """The same with password sessions alone: what the bus would show then."""
+
+    def _salted_session(self) -> int:
+        session: int = self._tss.ESYS_TR.PASSWORD
         return session
 
+    @contextmanager
+    def _creation_session(self) -> Iterator[int]:
+        yield self._tss.ESYS_TR.PASSWORD
 
-def secrets_of_a_registration(tpm: Tpm) -> dict[str, bytes]:
-    inner_keys: list[bytes] = []
 
-    def random(count: int) -> bytes:
-        inner_keys.append(bytes(reversed(range(100, 100 + count))))
-        return inner_keys[-1]
+def open_in_clear(back_end: str, monkeypatch: pytest.MonkeyPatch) -> OpenTpm:
+    """The same for each back end."""
+    if back_end == "esys":
+        return InClear
 
-    activation = make_activation(tpm.endorsement_key(), tpm.storage_root_key(), KEY, random=random)
-    wrapped_key = tpm.import_key(activation)
-    return {
-        "inner key": inner_keys[0],
-        "hub key": KEY,
+    def authorize(
+        self: SaltedSession, code: int, names: tuple[bytes, ...], parameters: bytes, auth: bytes | None
+    ) -> tuple[bytes, bytes]:
+        return parameters, struct.pack(">IHB", 0x40000009, 0, 0) + sized(auth or b"")
+
+    monkeypatch.setattr(SaltedSession, "authorize", authorize)
+    monkeypatch.setattr(SaltedSession, "accept", lambda self, code, parameters, response, offset: parameters)
+    return BACK_ENDS[back_end]
+
+
+def secrets_of_a_first_boot(machine: Swtpm, tcti: str, open_tpm: OpenTpm) -> dict[str, bytes]:
+    """What a first boot, a registration and persist_at have that nobody on the bus may see."""
+    machine.set_hierarchy_auth(swtpm.OWNER, PASSWORDS["owner_auth"])
+    machine.set_hierarchy_auth(swtpm.ENDORSEMENT, PASSWORDS["endorsement_auth"])
+    tpm = open_tpm(tcti, **PASSWORDS)
+    drawn: list[bytes] = []
+
+    def draw(count: int) -> bytes:
+        drawn.append(random_bytes(count))
+        return drawn[-1]
+
+    wrapped_key = tpm.import_key(make_activation(tpm.endorsement_key(), tpm.storage_root_key(), KEY, random=draw))
+    secrets = {
+        **PASSWORDS,
+        "inner key": drawn[0],
         "token signature": tpm.sign(wrapped_key, b"token"),
         "seal": tpm.sign(wrapped_key, bytes(1500)),
+        "hub key": KEY,
     }
-
-
-def test_the_bus_shows_no_key_and_no_signature(tap: TpmTap, open_tpm: OpenTpm) -> None:
-    tpm = open_tpm(tap.tcti)
-    secrets = secrets_of_a_registration(tpm)
+    tpm.sign(wrapped_key, KEY)  # nowhere else does it leave the wrapping that it comes in, not even in clear
+    tpm.persist(wrapped_key, 0x81000100)
     tpm.release()
+    return secrets
+
+
+def test_the_bus_of_a_first_boot_shows_no_secret(machine: Swtpm, tap: TpmTap, open_tpm: OpenTpm) -> None:
+    secrets = secrets_of_a_first_boot(machine, tap.tcti, open_tpm)
     assert [name for name, secret in secrets.items() if tap.seen(secret)] == []
-
-
-def test_the_tap_would_see_them_without_encryption(tap: TpmTap) -> None:
-    tpm = Unencrypted(tap.tcti)
-    secrets = secrets_of_a_registration(tpm)
-    tpm.release()
-    assert [name for name, secret in secrets.items() if tap.seen(secret)] == ["inner key", "token signature", "seal"]
-
-
-def test_hierarchy_passwords_never_cross_the_bus(machine: Swtpm, tap: TpmTap, open_tpm: OpenTpm) -> None:
-    machine.set_hierarchy_auth(swtpm.OWNER, b"owner's password")
-    machine.set_hierarchy_auth(swtpm.ENDORSEMENT, b"endorsement's password")
-    tpm = open_tpm(tap.tcti, owner_auth=b"owner's password", endorsement_auth=b"endorsement's password")
-    register(tpm)  # creates EK and SRK
-    tpm.persist(tpm.import_key(blob_for(tpm)), 0x81000100)
-    tpm.release()
-    assert not tap.seen(b"password")
+    assert "CreatePrimary" in tap.names and "EvictControl" in tap.names
     assert machine.leftovers() == []
     assert machine.handles(swtpm.PERSISTENT) == [SRK_HANDLE, 0x81000100, EK_HANDLE]
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_the_tap_would_see_each_of_these_secrets_in_clear(
+    back_end: str, machine: Swtpm, tap: TpmTap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = secrets_of_a_first_boot(machine, tap.tcti, open_in_clear(back_end, monkeypatch))
+    assert [name for name, secret in secrets.items() if not tap.seen(secret)] == []
+
+
+def salts_of_sessions(tap: TpmTap) -> list[bytes]:
+    """The salt of each HMAC session that was opened, as it passed; an RSA block where it is encrypted."""
+    salts = []
+    for exchange in tap.exchanges:
+        if exchange.name == "StartAuthSession":
+            _, at = take_sized(exchange.command, 18, "nonce")
+            salt, at = take_sized(exchange.command, at, "salt")
+            if exchange.command[at] == 0:  # TPM_SE_HMAC; a policy session has no secret
+                salts.append(salt)
+    return salts
+
+
+def test_every_salt_is_encrypted_and_none_comes_twice(machine: Swtpm, tap: TpmTap, open_tpm: OpenTpm) -> None:
+    for _ in range(2):
+        machine.clear()
+        secrets_of_a_first_boot(machine, tap.tcti, open_tpm)
+    salts = salts_of_sessions(tap)
+    assert [len(salt) for salt in salts] == [RSA_BYTES] * len(salts)
+    assert len(set(salts)) == len(salts) >= 4
+
+
+def test_a_session_without_salt_would_be_noticed(tap: TpmTap) -> None:
+    class Unsalted(EsysTpm):
+        def _start_session(self, salt_key: int) -> int:
+            return super()._start_session(self._tss.ESYS_TR.NONE)
+
+    tpm = Unsalted(tap.tcti)
+    register(tpm)
+    tpm.release()
+    assert salts_of_sessions(tap) == [b""]
 
 
 def test_a_wrong_hierarchy_password_asks_the_operator(machine: Swtpm, open_tpm: OpenTpm) -> None:
@@ -297,12 +354,16 @@ def test_a_key_without_no_da_survives_power_cuts_after_release(machine: Swtpm, o
     assert machine.property(swtpm.LOCKOUT_COUNTER) == 0
 
 
-def test_a_key_without_no_da_is_not_used_at_the_brink_of_a_lockout(machine: Swtpm, open_tpm: OpenTpm) -> None:
-    tpm = open_tpm(machine.tcti)
+def test_a_key_without_no_da_is_not_used_at_the_brink_of_a_lockout(
+    machine: Swtpm, tap: TpmTap, open_tpm: OpenTpm
+) -> None:
+    tpm = open_tpm(tap.tcti)
     wrapped_key = tpm.import_key(blob_for(tpm, attributes=DA_KEY))
     no_da_key = tpm.import_key(blob_for(tpm))
-    for _ in range(2):  # of three; each cut comes before release() could announce it
-        tpm.sign(wrapped_key, b"message")
+    for cut in range(2):  # of three; each comes before it was announced
+        tap.on_command = lambda name: machine.kill() if name == "Shutdown" else None
+        assert tpm.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message"), f"cut={cut}"
+        tap.on_command = lambda name: None
         machine.restart()
     error = assert_refused(lambda: tpm.sign(wrapped_key, b"message"), RetryLater, "tpm.locked_out")
     assert error.retry_after_s == 1000
@@ -328,41 +389,6 @@ def test_what_a_crash_left_is_flushed_only_where_the_tpm_is_ours_alone(machine: 
 
 
 # --- EK, SRK, handles
-
-
-def test_a_foreign_object_at_the_srk_handle_is_left_alone(machine: Swtpm, open_tpm: OpenTpm) -> None:
-    machine.persist_primary(swtpm.OWNER, ECC_SRK_TEMPLATE, SRK_HANDLE)
-    machine.persist_primary(swtpm.OWNER, ECC_SRK_TEMPLATE, SRK_HANDLE + 1)
-    first = open_tpm(machine.tcti)
-    wrapped_key = register(first)
-    first.release()
-    assert machine.handles(swtpm.PERSISTENT) == [SRK_HANDLE, SRK_HANDLE + 1, SRK_HANDLE + 2, EK_HANDLE]
-    again = open_tpm(machine.tcti)
-    assert again.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message")
-    again.release()
-    assert len(machine.handles(swtpm.PERSISTENT)) == 4
-    assert machine.leftovers() == []
-
-
-def test_a_foreign_object_at_the_ek_handle_asks_the_operator(machine: Swtpm, open_tpm: OpenTpm) -> None:
-    machine.persist_primary(swtpm.ENDORSEMENT, srk_template(), EK_HANDLE)
-    tpm = open_tpm(machine.tcti)
-    assert_refused(lambda: register(tpm), AskOperator, "tpm.ek_unsuitable")
-    tpm.release()
-    assert machine.handles(swtpm.PERSISTENT) == [EK_HANDLE]
-    assert machine.leftovers() == []
-
-
-def test_without_room_for_a_persistent_srk_a_transient_serves(machine: Swtpm, tap: TpmTap, open_tpm: OpenTpm) -> None:
-    tpm = open_tpm(tap.tcti)
-    tpm.endorsement_key()
-    tap.refuse(0x14B, command="EvictControl", times=1000)
-    wrapped_key = register(tpm)
-    tpm.release()
-    assert tpm.sign(wrapped_key, bytes(2000)) == hmac_sha256(KEY, bytes(2000))
-    tpm.release()
-    assert machine.handles(swtpm.PERSISTENT) == [EK_HANDLE]
-    assert machine.leftovers() == []
 
 
 def test_handles_are_settings(machine: Swtpm, open_tpm: OpenTpm) -> None:
@@ -404,9 +430,9 @@ def test_persist_puts_the_key_where_other_programs_find_it(machine: Swtpm, open_
     for key in (KEY, KEY, b"another key"):
         wrapped_key = tpm.import_key(blob_for(tpm, key))
         tpm.persist(wrapped_key, 0x81000100, former)
-        former = wrapped_key
+        former = name_of(wrapped_key)
     stranger = tpm.import_key(blob_for(tpm))
-    for wrong in (b"", stranger):  # an HMAC key all the same, as other programs keep them there
+    for wrong in (b"", name_of(stranger)):  # an HMAC key all the same, as other programs keep them there
         assert_refused(lambda wrong=wrong: tpm.persist(stranger, 0x81000100, wrong), AskOperator, "tpm.handle_taken")
     assert_refused(lambda: tpm.persist(tpm.import_key(blob_for(tpm)), SRK_HANDLE), AskOperator, "tpm.handle_taken")
     assert_refused(lambda: tpm.persist(tpm.import_key(blob_for(tpm)), 0x80000000), AskOperator, "config.invalid")
@@ -419,6 +445,25 @@ def test_persist_puts_the_key_where_other_programs_find_it(machine: Swtpm, open_
     assert machine.leftovers() == []
 
 
+def test_only_a_key_of_a_name_that_is_ours_is_withdrawn(machine: Swtpm, tap: TpmTap, open_tpm: OpenTpm) -> None:
+    tpm = open_tpm(tap.tcti)
+    ours, other = tpm.import_key(blob_for(tpm)), tpm.import_key(blob_for(tpm))
+    tpm.persist(ours, 0x81000100)
+    names = (name_of(ours), name_of(other))
+    assert tpm.name_at(0x81000100) == names[0] and tpm.name_at(0x81000101) == b""
+    tap.forget()
+    for wrong in ((), (b"",), names[1:]):
+        tpm.withdraw(0x81000100, wrong)
+    tpm.withdraw(0x81000101, names)
+    tpm.withdraw(SRK_HANDLE, names)
+    assert "EvictControl" not in tap.names
+    tpm.withdraw(0x81000100, names)
+    assert tap.names[-2:] == ["ReadPublic", "EvictControl"]
+    tpm.release()
+    assert machine.handles(swtpm.PERSISTENT) == [SRK_HANDLE, EK_HANDLE]
+    assert machine.leftovers() == []
+
+
 def test_a_key_that_cannot_be_loaded_or_stored_costs_no_other(machine: Swtpm, tap: TpmTap, open_tpm: OpenTpm) -> None:
     tpm = open_tpm(tap.tcti)
     former = tpm.import_key(blob_for(tpm, b"former"))
@@ -427,15 +472,15 @@ def test_a_key_that_cannot_be_loaded_or_stored_costs_no_other(machine: Swtpm, ta
     tpm.release()
     before = machine.public_areas()
     tap.refuse(0x902, command="Load", times=1000)
-    assert_refused(lambda: tpm.persist(new, 0x81000100, former), RetryLater, "tpm.memory")
+    assert_refused(lambda: tpm.persist(new, 0x81000100, name_of(former)), RetryLater, "tpm.memory")
     tpm.release()
     assert machine.public_areas() == before  # what is there goes only after the new one was loaded
     tap.forget()
     tap.refuse(0x14B, command="EvictControl", skip=1, times=1000)
-    assert_refused(lambda: tpm.persist(new, 0x81000100, former), AskOperator, "tpm.nv_full")
+    assert_refused(lambda: tpm.persist(new, 0x81000100, name_of(former)), AskOperator, "tpm.nv_full")
     assert tpm.sign(new, b"message") == hmac_sha256(KEY, b"message")
     tap.forget()
-    tpm.persist(new, 0x81000100, former)
+    tpm.persist(new, 0x81000100, name_of(former))
     tpm.release()
     assert machine.handles(swtpm.PERSISTENT) == [SRK_HANDLE, 0x81000100, EK_HANDLE]
     assert machine.leftovers() == []
@@ -497,7 +542,8 @@ def test_condition_says_what_swtpm_is(machine: Swtpm, open_tpm: OpenTpm) -> None
 @pytest.mark.parametrize(
     ("tcti", "error_class", "code"),
     [
-        ("device:/dev/there-is-none", AskOperator, "tpm.absent"),
+        ("device:/dev/there-is-none", RetryLater, "tpm.absent"),  # a driver may find its TPM late
+        ("device:/dev", AskOperator, "tpm.absent"),
         ("swtpm:host=127.0.0.1,port=1", RetryLater, "tpm.absent"),
         ("mssim:host=127.0.0.1,port=1", RetryLater, "tpm.absent"),
         ("no-such-tcti", AskOperator, "tpm.not_available"),
@@ -510,6 +556,25 @@ def test_a_tcti_without_a_tpm_says_so(
     assert_refused(tpm.endorsement_key, error_class, code, reproduce=f"tcti={tcti!r}")
     tpm.release()
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENODEV, errno.ENXIO])
+def test_a_node_whose_driver_is_late_is_tried_again(
+    number: int, monkeypatch: pytest.MonkeyPatch, open_tpm: OpenTpm
+) -> None:
+    def refuse(path: str, flags: int) -> int:
+        raise OSError(number, os.strerror(number), path)
+
+    tpm = open_tpm("device:/dev/tpmrm9")
+    monkeypatch.setattr("dps_hal.wire.device.os.open", refuse)
+    assert_refused(tpm.endorsement_key, RetryLater, "tpm.absent")
+
+
+def test_a_kernel_without_resource_manager_is_named(tmp_path: Path, open_tpm: OpenTpm) -> None:
+    (tmp_path / "tpm0").touch()
+    error = assert_refused(open_tpm(f"device:{tmp_path}/tpmrm0").endorsement_key, RetryLater, "tpm.absent")
+    for words in ("no resource manager", "Linux 4.12", "TPM 1.2", f'tcti = "device:{tmp_path}/tpm0"'):
+        assert words in error.message, words
 
 
 def test_a_forbidden_device_names_file_group_and_command(

@@ -11,6 +11,7 @@ from contracts.tpm import KEY, blob_for
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE, TpmService
 from dps_hal.errors import AskOperator, DpsError
 from dps_hal.platform import hmac_sha256
+from dps_hal.tpm_keys import srk_template
 from support import swtpm
 from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused
@@ -46,20 +47,21 @@ def test_a_key_of_others_at_the_srk_handle_stays_and_ours_goes_to_the_next(
     kind: str, machine: Swtpm, open_tpm: OpenTpm
 ) -> None:
     machine.persist_primary(swtpm.OWNER, FOREIGN[kind], SRK_HANDLE)
+    machine.persist_primary(swtpm.OWNER, FOREIGN[kind], SRK_HANDLE + 1)
     before = machine.public_areas()
     signs(open_tpm(machine.tcti))
     signs(open_tpm(machine.tcti))
     after = machine.public_areas()
-    assert sorted(after) == [SRK_HANDLE, SRK_HANDLE + 1, EK_HANDLE]
+    assert sorted(after) == [SRK_HANDLE, SRK_HANDLE + 1, SRK_HANDLE + 2, EK_HANDLE]
     assert {handle: after[handle] for handle in before} == before
     assert machine.leftovers() == []
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("kind", [*FOREIGN, "srk"])
 def test_a_key_of_others_at_the_ek_handle_stays_and_the_operator_is_asked(
     kind: str, machine: Swtpm, open_tpm: OpenTpm
 ) -> None:
-    machine.persist_primary(swtpm.OWNER, FOREIGN[kind], EK_HANDLE)
+    machine.persist_primary(swtpm.OWNER, FOREIGN.get(kind, srk_template()), EK_HANDLE)
     before = machine.public_areas()
     tpm = open_tpm(machine.tcti)
     for operation in (tpm.endorsement_key, tpm.storage_root_key):
@@ -154,6 +156,70 @@ def test_an_unknown_password_of_the_owner_is_not_needed_where_ek_and_srk_are_the
     keys = machine.public_areas()
     signs(open_tpm(machine.tcti))
     assert machine.public_areas() == keys
+
+
+def test_a_storage_key_with_a_password_of_its_own_is_named(machine: Swtpm, open_tpm: OpenTpm) -> None:
+    machine.persist_primary(swtpm.OWNER, srk_template(), SRK_HANDLE, auth=b"theirs")
+    before = machine.public_areas()
+    tpm = open_tpm(machine.tcti)
+    activation = blob_for(tpm)
+    error = assert_refused(lambda: tpm.import_key(activation), AskOperator, "tpm.srk_unsuitable")
+    assert "the key at srk_handle has a password of its own: set another srk_handle" in error.message
+    tpm.release()
+    assert machine.public_areas() == {**before, EK_HANDLE: machine.public_areas()[EK_HANDLE]}
+    assert machine.leftovers() == []
+    signs(open_tpm(machine.tcti, srk_handle=SRK_HANDLE + 8))
+
+
+def device_with_passwords(folder: Path, back_end: str) -> Device:
+    """A provisioned device whose hierarchies have passwords, which its settings name."""
+    device = Device(folder, back_end)
+    for name, hierarchy in (("owner", swtpm.OWNER), ("endorsement", swtpm.ENDORSEMENT)):
+        password = folder / name
+        password.touch(0o600)
+        password.write_bytes(name.encode())
+        device.swtpm.set_hierarchy_auth(hierarchy, name.encode())
+        device.settings.write_text(device.settings.read_text() + f'{name}_auth_file = "{password}"\n')
+    assert device.provision().warnings == ()
+    return device
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_a_cleared_tpm_registers_again_by_itself_though_the_settings_have_passwords(
+    back_end: str, tmp_path: Path
+) -> None:
+    with device_with_passwords(tmp_path, back_end) as device:
+        before = device.stored()
+        device.swtpm.clear()
+        device.tap.forget()
+        again = device.provision(force=False)
+        assert not again.already_provisioned and device.stored() != before
+        assert [warning.split()[0] for warning in again.warnings] == ["owner_auth_file", "endorsement_auth_file"]
+        assert not device.tap.seen(b"owner") and not device.tap.seen(b"endorsement")
+        assert device.tap.names.count("CreatePrimary") <= 4  # for each key, and one to salt to before they are known
+        device.tap.forget()
+        device.provision(force=False)
+        assert "PolicySecret" not in device.tap.names and "GetCapability" not in device.tap.names
+        # The owner gives one password again, then another than that of the settings.
+        device.swtpm.set_hierarchy_auth(swtpm.ENDORSEMENT, b"endorsement")
+        assert device.provision().warnings == ()
+        device.swtpm.clear()
+        device.swtpm.set_hierarchy_auth(swtpm.ENDORSEMENT, b"another")
+        error = assert_refused(device.provision, AskOperator, "tpm.hierarchy_auth")
+        assert "the endorsement hierarchy has a password, which is not in endorsement_auth_file" in error.message
+        assert device.swtpm.leftovers() == []
+        assert device.swtpm.property(swtpm.LOCKOUT_COUNTER) == 0
+
+
+def test_a_password_that_came_back_is_used_again_in_the_same_process(machine: Swtpm, open_tpm: OpenTpm) -> None:
+    tpm = open_tpm(machine.tcti, owner_auth=b"o", endorsement_auth=b"e")
+    tpm.import_key(blob_for(tpm))
+    assert set(tpm.unneeded_passwords) == {"owner_auth_file", "endorsement_auth_file"}
+    tpm.release()
+    machine.set_hierarchy_auth(swtpm.ENDORSEMENT, b"e")
+    tpm.import_key(blob_for(tpm))
+    tpm.release()
+    assert machine.leftovers() == []
 
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from contracts.tpm import KEY, blob_for
 from dps_agent.host import hub_token
+from dps_agent.host.https import DpsConnection
 from dps_hal.errors import DpsError, RetryLater
 from dps_hal.platform import hmac_sha256
 from support.backends import BACK_ENDS
@@ -35,8 +37,8 @@ def device(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Device]:
         yield new
 
 
-def cut_at(machine: Swtpm, tap: TpmTap, number: int) -> None:
-    """Plans a power cut before the command after `number` others reaches the TPM."""
+def cut_at(machine: Swtpm, tap: TpmTap, number: int) -> Callable[[], bool]:
+    """Plans a power cut before the command after `number` others reaches the TPM; the answer says whether it came."""
     passed = 0
 
     def kill(_name: str) -> None:
@@ -46,10 +48,11 @@ def cut_at(machine: Swtpm, tap: TpmTap, number: int) -> None:
         passed += 1
 
     tap.on_command = kill
+    return lambda: passed > number
 
 
 def cut_after_hmac(machine: Swtpm, tap: TpmTap) -> None:
-    """Plans a power cut when the TPM has signed and is not yet told of its end."""
+    """Plans a power cut when the TPM has signed and is not yet told of a power-off."""
     tap.on_command = lambda name: machine.kill() if "HMAC" in tap.names and name == "FlushContext" else None
 
 
@@ -75,12 +78,13 @@ def test_ten_power_cuts_at_any_command_do_not_count_for_an_exempt_key(back_end: 
         commands = len(tap.names)
         for cut in range(10):
             number = cut * commands // 10
-            cut_at(machine, tap, number)
+            cut_came = cut_at(machine, tap, number)
             with pytest.raises(RetryLater) as raised:
                 tpm.sign(tpm.import_key(activation), MESSAGE)
                 tpm.release()  # never raises
                 raise RetryLater("tpm.absent", "the cut came in release")
             assert raised.value.code == "tpm.absent", f"cut before command {number}"
+            assert cut_came(), f"cut before command {number}: {tap.names}"
             no_cuts(tap)
             machine.restart()
             tpm.release()
@@ -92,10 +96,41 @@ def test_ten_power_cuts_at_any_command_do_not_count_for_an_exempt_key(back_end: 
 def test_cuts_after_the_announced_end_do_not_count(device: Device) -> None:
     for cut in range(MAXIMUM + 2):
         assert device.provision(force=cut % 2 == 0).device_id == "press-07"
-        assert device.tap.names[-1] == "Shutdown", f"cut={cut}: {device.tap.names}"
+        names = device.tap.names
+        assert "HMAC" not in names[len(names) - names[::-1].index("Shutdown") :], f"cut={cut}: {names}"
         device.swtpm.restart()
         device.tap.forget()
         assert device.swtpm.property(LOCKOUT_COUNTER) == 0, f"cut={cut}"
+
+
+def test_a_cut_while_the_network_is_waited_for_does_not_count(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = DpsConnection.request
+    signed = []
+
+    def cut(*words: Any) -> Any:
+        if "HMAC" in device.tap.names:
+            signed.append(device.tap.names[-1])
+            device.tap.forget()
+            device.swtpm.restart()
+        return request(*words)
+
+    monkeypatch.setattr(DpsConnection, "request", cut)
+    for _ in range(MAXIMUM + 1):
+        device.provision()
+        device.tap.forget()
+    assert signed == ["Shutdown"] * len(signed) and len(signed) > MAXIMUM
+    assert device.swtpm.property(LOCKOUT_COUNTER) == 0
+
+
+def test_an_exempt_key_costs_no_shutdown_and_another_costs_one_for_each_signature(
+    device: Device, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    device.provision(force=False)
+    assert device.tap.names.count("Shutdown") == 1
+    backend = request.node.callspec.params["device"]
+    with Device(tmp_path / "exempt", backend) as exempt:
+        exempt.provision()
+        assert "Shutdown" not in exempt.tap.names
 
 
 def test_before_a_cut_can_lock_the_tpm_the_device_waits_as_long_as_the_tpm_says_and_then_signs_again(

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import struct
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from contracts.store import RULES, payload_of
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.files import FileStore, SystemCalls, open_store
+from dps_hal.ioctl import read_request, write_request
 from dps_hal.mtd import MEMERASE, MEMGETINFO, NAND, NOR, WRITEABLE, MtdStore
 
 PATH = "/dev/mtd3"
@@ -91,12 +93,19 @@ def test_the_store_contract_holds_on_nor(
     assert not partition.accesses, "a descriptor stayed open"
 
 
-def test_the_requests_are_those_of_the_kernel() -> None:
-    def request(direction: int, number: int, size: int) -> int:
-        return direction << 30 | size << 16 | ord("M") << 8 | number
-
-    assert request(2, 1, struct.calcsize("=BxxxIIIIIQ")) == MEMGETINFO
-    assert request(1, 2, struct.calcsize("=II")) == MEMERASE
+@pytest.mark.parametrize(
+    ("machine", "get_info", "erase"),  # as strace shows them there
+    [
+        *((machine, 0x80204D01, 0x40084D02) for machine in ("x86_64", "i686", "armv7l", "aarch64", "riscv64", "s390x")),
+        *((machine, 0x40204D01, 0x80084D02) for machine in ("mips", "mips64", "ppc", "ppc64le", "sparc64", "alpha")),
+        ("parisc", 0x40204D01, 0x80084D02),
+    ],
+)
+def test_the_requests_are_those_of_the_kernel(machine: str, get_info: int, erase: int) -> None:
+    assert read_request("M", 1, struct.calcsize("=BxxxIIIIIQ"), machine) == get_info
+    assert write_request("M", 2, struct.calcsize("=II"), machine) == erase
+    if machine == platform.machine():
+        assert (get_info, erase) == (MEMGETINFO, MEMERASE)
 
 
 def refusal(action: Callable[[], object]) -> DpsError:

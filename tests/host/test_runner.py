@@ -17,29 +17,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from dps_agent.effects import (
-    Acknowledge,
     Commit,
-    ConnAck,
-    Connect,
-    Disconnect,
     ForgetOlder,
     Http,
     ImportKey,
     LoadRecord,
-    MessageDone,
-    NextEvent,
     NoReply,
-    Publish,
     Random,
     ReadEndorsementKey,
     ReadStorageRootKey,
-    RegisterAgain,
     Reply,
     Sign,
     Sleep,
-    Subscribe,
-    TelemetryDone,
-    Tell,
     Uptime,
     UtcNow,
 )
@@ -48,10 +37,24 @@ from dps_agent.host.clock import SystemClock
 from dps_agent.host.https import DpsConnection
 from dps_agent.host.mqtt import HubConnection
 from dps_agent.host.runner import Runner, bug
+from dps_agent.hub_effects import (
+    Acknowledge,
+    ConnAck,
+    Connect,
+    Disconnect,
+    MessageDone,
+    NextEvent,
+    Publish,
+    RegisterAgain,
+    Subscribe,
+    TelemetryDone,
+    Tell,
+)
 from dps_agent.sas import SasToken
 from dps_hal.contracts import StoredRecord, Utc
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.self_challenge import make_activation
+from dps_hal.tpm_rules import COMMAND_LIMIT_S, KEY_CREATION_LIMIT_S, LEAST_LIMIT_S, RELEASE_LIMIT_S
 from support.backends import open_wire
 from support.broker import HubPeer
 from support.servers import ENDPOINT_NAME, Certificates, Peer, Server
@@ -510,6 +513,16 @@ def test_the_deadlines_are_the_designed_ones() -> None:
     assert (runner.TPM_DEADLINE_S, runner.STORE_DEADLINE_S) == (30, 30)
 
 
+def test_a_tpms_own_limits_end_before_the_runners_do() -> None:
+    margin_s = 3  # for a loaded machine
+    for ours_s, theirs_s in (
+        (runner.TPM_DEADLINE_S, COMMAND_LIMIT_S),
+        (runner.TPM_KEY_DEADLINE_S, KEY_CREATION_LIMIT_S),
+        (runner.TPM_DEADLINE_S, 2 * RELEASE_LIMIT_S + LEAST_LIMIT_S),
+    ):
+        assert ours_s >= theirs_s + LEAST_LIMIT_S + margin_s
+
+
 @pytest.mark.parametrize("request_sent", [False, True])
 def test_a_request_over_its_deadline_is_aborted_and_answered_as_a_timeout(monkeypatch, request_sent: bool) -> None:
     monkeypatch.setattr(runner, "HTTP_DEADLINE_S", 0.2)
@@ -928,6 +941,7 @@ def test_the_observer_sees_what_is_done_at_the_hub_but_no_waits() -> None:
 PROGRAM = """
 import sys, time
 from dps_agent.effects import *
+from dps_agent.hub_effects import *
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.https import DpsConnection
 from dps_agent.host.mqtt import HubConnection

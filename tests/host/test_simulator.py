@@ -17,7 +17,7 @@ from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale
 from dps_hal.platform import hmac_sha256
 from dps_hal.self_challenge import make_activation
 from dps_hal.simulator import SimulatedTpm
-from dps_hal.tpm_keys import check_ek_public, object_name, registration_id_from_ek
+from dps_hal.tpm_keys import check_ek_public, object_name, registration_id_from_ek, unwrap
 from support.claims import assert_refused
 from support.tpm_states import copy_state
 from support.vectors import load, unbase64, unhex
@@ -112,7 +112,7 @@ def test_persist_keeps_a_usable_key_alone_and_the_newest(tmp_path: Path, tpm: Si
     first, second = tpm.import_key(blob_for(tpm)), tpm.import_key(blob_for(tpm))
     tpm.persist(first, 0x81000100)
     assert_refused(lambda: tpm.persist(second, 0x81000100), AskOperator, "tpm.handle_taken")
-    tpm.persist(second, 0x81000100, first)
+    tpm.persist(second, 0x81000100, object_name(unwrap(first)[0]))
     assert (tmp_path / "press-07" / "persistent-81000100.key").read_bytes() == second
     assert_refused(lambda: tpm.persist(first[:-1], 0x81000100), IdentityStale, "tpm.key_stale")
     assert (tmp_path / "press-07" / "persistent-81000100.key").read_bytes() == second

@@ -108,7 +108,7 @@ def test_bit_errors_cost_time_or_an_error_never_a_wrong_signature(bus: str, mach
     wrapped_key = tpm.import_key(activation)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commands, "LEAST_LIMIT_S", 1.0)
-        patch.setattr("dps_hal.wire.COMMAND_LIMIT_S", 1.0)
+        patch.setattr("dps_hal.wire.operations.COMMAND_LIMIT_S", 1.0)
         refused = 0
         for run in range(12):
             noisy = True
@@ -218,8 +218,8 @@ def test_a_tpm_that_never_answers_is_an_error_of_the_tpm(
     tpm = WireTpm(transport_on(bus, chip), while_waiting=lambda: waits.append(1))
     tpm.endorsement_key()
     monkeypatch.setattr(commands, "LEAST_LIMIT_S", 1.5)
-    monkeypatch.setattr("dps_hal.wire.COMMAND_LIMIT_S", 1.5)
-    monkeypatch.setattr("dps_hal.wire.RELEASE_LIMIT_S", 0.5)
+    monkeypatch.setattr("dps_hal.wire.operations.COMMAND_LIMIT_S", 1.5)
+    monkeypatch.setattr("dps_hal.wire.operations.RELEASE_LIMIT_S", 0.5)
     chip.hangs = True
     waits.clear()
     assert_refused(tpm.storage_root_key, RetryLater, "tpm.timeout")
@@ -346,4 +346,5 @@ def test_a_controller_that_lets_go_of_the_chip_select_shows_no_tpm(
 )
 def test_a_tcti_without_a_spidev_says_so(tcti: str, code: str) -> None:
 
-    assert_refused(lambda: WireTpm(transport_for(tcti)).endorsement_key(), AskOperator, code, f"tcti={tcti!r}")
+    error_class = RetryLater if tcti == "spi:/dev/there-is-none" else AskOperator  # its driver may come late
+    assert_refused(lambda: WireTpm(transport_for(tcti)).endorsement_key(), error_class, code, f"tcti={tcti!r}")

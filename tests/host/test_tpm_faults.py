@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -9,17 +12,20 @@ from pathlib import Path
 import pytest
 
 from contracts.tpm import KEY, blob_for
-from dps_hal import esys, wire
+from dps_hal import esys
 from dps_hal.codes import REMEDIES
 from dps_hal.contracts import TpmService
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.platform import hmac_sha256
 from dps_hal.tpm_errors import RefusedError, error_of
 from dps_hal.tpm_rules import locked_out
+from dps_hal.wire import operations
+from dps_hal.wire.device import is_managed
+from support import swtpm
 from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused
 from support.swtpm import Swtpm
-from support.tpm_tap import DeviceNode, TpmTap
+from support.tpm_tap import DeviceNode, TpmTap, UnreliableNode
 
 ALWAYS = 1000
 Operation = Callable[[TpmService, bytes, bytes], object]
@@ -58,7 +64,7 @@ def tpm(tap: TpmTap, open_tpm: OpenTpm) -> Iterator[TpmService]:
 
 
 def set_limit(monkeypatch: pytest.MonkeyPatch, limit_s: float) -> None:
-    for back_end in (esys, wire):
+    for back_end in (esys, operations):
         monkeypatch.setattr(back_end, "COMMAND_LIMIT_S", limit_s)
 
 
@@ -129,7 +135,10 @@ def read_it(tpm: TpmService, activation: bytes, wrapped_key: bytes) -> object:
         (persist_it, "EvictControl", 0x14B, AskOperator, "tpm.nv_full"),
         (persist_it, "EvictControl", 0x14C, AskOperator, "tpm.failed"),
         (read_it, "ReadPublic", 0x101, AskOperator, "tpm.failure_mode"),
-        (read_it, "ReadPublic", 0x120, AskOperator, "tpm.failed"),
+        (read_it, "ReadPublic", 0x120, AskOperator, "tpm.disabled"),
+        (read_it, "ReadPublic", 0x185, AskOperator, "tpm.disabled"),  # HIERARCHY
+        (read_it, "ReadPublic", 0x01E, AskOperator, "tpm.unsupported"),  # BAD_TAG, of a TPM 1.2
+        (sign_it, "Load", 0x9A2, AskOperator, "tpm.srk_unsuitable"),  # BAD_AUTH of the SRK, rebuilt once in vain
         (read_it, "ReadPublic", 0xB0143, AskOperator, "tpm.unsupported"),  # of the kernel's resource manager
         (read_it, "ReadPublic", 0xC0902, RetryLater, "tpm.memory"),  # of tabrmd, for the TPM
     ],
@@ -229,6 +238,17 @@ def test_a_slow_tpm_is_waited_for(tap: TpmTap, tpm: TpmService) -> None:
     assert tpm.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message")
 
 
+def test_a_second_try_has_no_time_of_its_own(tap: TpmTap, tpm: TpmService, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped_key = tpm.import_key(blob_for(tpm))
+    set_limit(monkeypatch, 3.0)
+    tap.delay(2.5, command="HMAC")
+    tap.refuse(0x910, command="HMAC")  # a session that is gone: all is made anew
+    tap.refuse(0x922, command="HMAC", skip=1, times=ALWAYS)
+    began_s = time.monotonic()
+    assert_refused(lambda: tpm.sign(wrapped_key, b"message"), RetryLater, "tpm.timeout")
+    assert time.monotonic() - began_s < 4.2
+
+
 def test_any_return_code_at_any_command_ends_in_one_of_the_four_classes(
     tap: TpmTap, tpm: TpmService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +298,13 @@ KNOWN_RETURN_CODES = (
     ("hmac", 0x12D, AskOperator, "tpm.upgrading", "upgrade of its own firmware"),
     ("hmac", 0x9A2, AskOperator, "tpm.failed", "the proof that the command is ours"),
     ("nv_read", 0x98E, AskOperator, "tpm.certificate_locked", "has a password"),
+    ("read_public", 0x01E, AskOperator, "tpm.unsupported", "this is a TPM 1.2"),
+    ("create_primary", 0x185, AskOperator, "tpm.disabled", "firmware setup"),
+    ("evict_control", 0x185, AskOperator, "tpm.disabled", "firmware setup"),
+    ("hmac", 0x120, AskOperator, "tpm.disabled", "firmware setup"),
+    ("activate_credential", 0x9A2, AskOperator, "tpm.srk_unsuitable", "set another srk_handle"),
+    ("import", 0x98E, AskOperator, "tpm.srk_unsuitable", "set another srk_handle"),
+    ("load", 0x9A2, AskOperator, "tpm.srk_unsuitable", "set another srk_handle"),
 )
 
 
@@ -293,6 +320,29 @@ def test_every_known_return_code_has_a_class_a_sentence_and_a_remedy(
     assert (type(error), error.code) == (error_class, code)
     assert words in error.message
     assert REMEDIES[code]
+
+
+def test_a_tpm_1_2_is_named(tap: TpmTap, open_tpm: OpenTpm) -> None:
+    tap.change = lambda command, response: bytes.fromhex("00c4 0000000a 0000001e")
+    tpm = open_tpm(tap.tcti)
+    try:
+        for operation in (tpm.endorsement_key, tpm.condition):
+            error = assert_refused(operation, AskOperator, "tpm.unsupported")
+            assert "TPM 1.2" in error.message
+    finally:
+        tpm.release()
+        tap.change = lambda command, response: response
+
+
+def test_a_disabled_hierarchy_names_the_firmware_setup(tmp_path: Path, open_tpm: OpenTpm) -> None:
+    with Swtpm(tmp_path / "tpm") as machine:
+        by_platform = struct.pack(">IIIHBH", 0x4000000C, 9, 0x40000009, 0, 0, 0)
+        machine.command(0x121, by_platform + struct.pack(">IB", swtpm.ENDORSEMENT, 0), tag=0x8002)  # HierarchyControl
+        tpm = open_tpm(machine.tcti)
+        error = assert_refused(tpm.endorsement_key, AskOperator, "tpm.disabled")
+        assert "0x185" in error.message and "firmware setup" in error.message
+        tpm.release()
+        assert machine.leftovers() == []
 
 
 # --- answers that are not the TPM's own
@@ -398,3 +448,64 @@ def test_behind_a_device_node_an_altered_answer_costs_what_is_ours_and_nothing_e
         node.close()
         assert [handle for handle in flushed if handle >= 0x80000000] == []
         assert len(machine.leftovers()) == 2
+
+
+# --- /dev/tpm0, which no resource manager tidies up
+
+
+@pytest.mark.parametrize("command", ["HMAC", "Import", "ActivateCredential", "SequenceUpdate"])
+def test_what_a_lost_answer_left_on_a_direct_node_is_flushed_by_the_next_connection(
+    command: str, tmp_path: Path, open_tpm: OpenTpm
+) -> None:
+    with Swtpm(tmp_path / "tpm") as machine, UnreliableNode(machine.port, tmp_path / "tpm0") as node:
+        tpm = open_tpm(f"device:{node.path}")
+        activation = blob_for(tpm)
+        for _ in range(4):  # one session or object more each time would be too many for the TPM
+            node.fail_at(command)
+            wrapped_key = tpm.import_key(activation)
+            assert tpm.sign(wrapped_key, bytes(3000)) == hmac_sha256(KEY, bytes(3000))
+            assert tpm.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message")
+            assert node.failed
+        tpm.release()
+        node.close()
+        assert machine.leftovers() == []
+
+
+def test_on_a_direct_node_an_object_of_others_at_a_handle_of_ours_stays(tmp_path: Path, open_tpm: OpenTpm) -> None:
+    with Swtpm(tmp_path / "tpm") as machine, UnreliableNode(machine.port, tmp_path / "tpm0") as node:
+        tpm = open_tpm(f"device:{node.path}")
+        wrapped_key = tpm.import_key(blob_for(tpm))
+
+        def others_come() -> None:
+            machine.restart()
+            machine.command(0x186, bytes.fromhex("0000 000b"))  # HashSequenceStart, at the handle that our key had
+
+        node.fail_at("HMAC", meanwhile=others_come)
+        assert tpm.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message")
+        tpm.release()
+        node.close()
+        assert machine.leftovers() == [swtpm.TRANSIENT]
+
+
+def test_behind_the_resource_manager_nothing_is_flushed_for_a_lost_connection(
+    tmp_path: Path, open_tpm: OpenTpm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "realpath", lambda path: "/dev/tpmrm0")
+    with Swtpm(tmp_path / "tpm") as machine, UnreliableNode(machine.port, tmp_path / "tpm0") as node:
+        tpm = open_tpm(f"device:{node.path}")
+        wrapped_key = tpm.import_key(blob_for(tpm))
+        node.fail_at("HMAC")
+        assert tpm.sign(wrapped_key, b"message") == hmac_sha256(KEY, b"message")
+        tpm.release()
+        node.close()
+        assert len(machine.leftovers()) == 2  # swtpm is no resource manager: the key and the session of the lost one
+
+
+@pytest.mark.parametrize(
+    ("path", "managed"),
+    [("/dev/tpmrm0", True), ("/dev/tpmrm12", True), ("/dev/tpm0", False), ("/dev/pts/3", False)],
+)
+def test_only_nodes_of_the_resource_manager_count_as_such(path: str, managed: bool, tmp_path: Path) -> None:
+    assert is_managed(path) is managed
+    (tmp_path / "my-tpm").symlink_to(path)
+    assert is_managed(str(tmp_path / "my-tpm")) is managed

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 class Device:
     """A device whose TPM is used through `backend`; use it with `with`."""
 
-    def __init__(self, folder: Path, backend: str, no_da: bool = True) -> None:
+    def __init__(self, folder: Path, backend: str, no_da: bool = True, rotates: bool = False) -> None:
         self._stack = ExitStack()
         self.swtpm = self._stack.enter_context(Swtpm(folder / "tpm"))
         self.tap = self._stack.enter_context(TpmTap(self.swtpm.port))
-        service = Settings(enroll_any=True, retry_after_s=0, no_da=no_da)
+        service = Settings(enroll_any=True, retry_after_s=0, no_da=no_da, hub_key="rotate" if rotates else "stable")
         self.emulator = self._stack.enter_context(EmulatorInThread(service))
         self.state_dir = folder / "state"
         self.settings = folder / "config.toml"

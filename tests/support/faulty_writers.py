@@ -78,7 +78,7 @@ class TakesTheHeaderForTheWhole(SlotStore):
             content = device.read(slot)
             found = decode_slot(content, device.erase_value)
             if found.generation is not None and (best is None or found.generation > best[0]):
-                length = int.from_bytes(content[12:16], "big")
+                length = min(int.from_bytes(content[12:16], "big"), len(content))
                 best = (found.generation, content[20 : 20 + length])
         if best is None:
             return None

@@ -13,11 +13,10 @@ one alone.
 from dps_agent.assignment import decode, hub_token
 from dps_agent.effects import Commit, Http, LoadRecord
 from dps_agent.lifecycle import PROVISIONED, Lifecycle
-from dps_agent.messages import to_base64
 from dps_agent.sas import hub_resource, percent_encode
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import DpsError, IdentityStale
-from dps_hal.platform import hmac_sha256, sha256
+from dps_hal.platform import hmac_sha256, sha256, to_base64
 from dps_hal.slots import SlotStore
 from dps_hal.tpm_keys import unwrap
 from support.faulty_writers import FAULTY, FAULTY_IN_THE_CACHE

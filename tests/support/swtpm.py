@@ -180,9 +180,10 @@ class Swtpm:
         """TPM2_Clear: a new storage hierarchy, so another SRK; every persistent object of the owner goes."""
         self._with_empty_password(0x126, [0x4000000A])  # by the lockout hierarchy
 
-    def persist_primary(self, hierarchy: int, template: bytes, handle: int) -> None:
-        """Puts a primary key of any kind, by its TPM2B_PUBLIC template, at a persistent handle."""
-        created = self._with_empty_password(0x131, [hierarchy], bytes.fromhex("0004 0000 0000") + template + bytes(6))
+    def persist_primary(self, hierarchy: int, template: bytes, handle: int, auth: bytes = b"") -> None:
+        """Puts a primary key of any kind, by its TPM2B_PUBLIC template, at a persistent handle; `auth` protects it."""
+        sensitive = struct.pack(">HH", 4 + len(auth), len(auth)) + auth + bytes(2)
+        created = self._with_empty_password(0x131, [hierarchy], sensitive + template + bytes(6))
         transient = struct.unpack(">I", created[:4])[0]
         self._with_empty_password(0x120, [OWNER, transient], struct.pack(">I", handle))
         self.command(0x165, struct.pack(">I", transient))

@@ -1,10 +1,11 @@
 """Cuts the power of TPM and agent together, between every two effects of a life, with a real swtpm behind it.
 
-The agent is a process of its own: the generator on `EsysTpm` and a `FileStore`. The service, the emulator's
+The agent is a process of its own: the generator on a back end and a `FileStore`. The service, the emulator's
 `DpsService`, is in this process. After the n-th effect that leaves a trace the agent waits, and both it and swtpm are
-killed (SIGKILL, no TPM2_Shutdown), the answer lost. Of its folder that is left which was synced. In one of the lives
-each write and sync of a file counts as well; after a write all is left, as where another program syncs. Both boot
-again, without an operator, and must end with a hub token that the service accepts.
+killed (SIGKILL, no TPM2_Shutdown), the answer lost. Each EvictControl counts by itself, as it changes the TPM's NV
+memory. Of its folder that is left which was synced. In one of the lives each write and sync of a file counts as well;
+after a write all is left, as where another program syncs. Both boot again, without an operator, and must end with a
+hub token that the service accepts, and with `persist_at` with the key of that hub at its handle.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dps_agent.assignment import hub_token
 from dps_agent.effects import Commit, Http, ImportKey, LoadRecord, ReadEndorsementKey, ReadStorageRootKey, Reply, Sign
+from dps_agent.host import kept_key
+from dps_agent.host.runner import TpmCall
 from dps_agent.lifecycle import PROVISIONED, Lifecycle
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.service import DpsService, Request, Settings
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import DpsError
-from dps_hal.esys import EsysTpm
 from dps_hal.files import FileStore, SystemCalls
+from dps_hal.tpm_keys import object_name, unwrap
+from support.backends import BACK_ENDS
 from support.blocklog import Unavailable
 from support.disk_cuts import ForgetsTheFolder, OnFiles, Writer
 from support.faulty_writers import InPlace, Naive, SingleSlot
@@ -39,16 +43,25 @@ if TYPE_CHECKING:
     from dps_agent.assignment import Assignment
 
 FIRST_HUB, SECOND_HUB = "emulator.azure-devices.net", "second.azure-devices.net"
+PERSIST_AT = 0x81000100
 EVICTS = "evict-first"  # a faulty agent: gives the old identity up at the challenge
+FORGETS = "forgets-its-key"  # another: its records do not say which key of ours is at `persist_at`
 WRITERS: dict[str, Writer] = {
     "": FileStore,
     EVICTS: FileStore,
+    FORGETS: FileStore,
     "naive": partial(OnFiles, Naive),
     "in-place": partial(OnFiles, InPlace),
     "single-slot": partial(OnFiles, SingleSlot),
     "no-directory-fsync": ForgetsTheFolder,
 }
-SHOWS_IN = {"naive": "first", "no-directory-fsync": "first", "in-place": "same-key", "single-slot": "same-key"}
+SHOWS_IN = {
+    "naive": "first",
+    "no-directory-fsync": "first",
+    "in-place": "same-key",
+    "single-slot": "same-key",
+    FORGETS: "persist-wire",
+}
 PATIENCE_S = 60.0  # for the agent's next word
 
 
@@ -96,14 +109,24 @@ STATE, DURABLE, TPM = "state", "durable", "tpm"  # of the work folder: the agent
 class Bench(World):
     """The agent's process: one device with a real TPM; what is elsewhere it asks for over `link`."""
 
-    def __init__(self, folder: Path, tcti: str, link: Connection, uptime_s: float, writer: str, inside: bool) -> None:
+    def __init__(
+        self, folder: Path, tcti: str, link: Connection, uptime_s: float, writer: str, life: Life, cut: bool
+    ) -> None:
         super().__init__()
         self.uptime_s = uptime_s
-        self.real_tpm = EsysTpm(tcti)
+        self.real_tpm = BACK_ENDS[life.backend](tcti)
+        evict_control = self.real_tpm._evict_control  # type: ignore[attr-defined]
+        self.real_tpm._evict_control = lambda *words: self._and_event(evict_control(*words))  # type: ignore[attr-defined]
         self._link = link
-        calls = DurableCalls(folder / DURABLE, self.event if inside else lambda _: None)
+        calls = DurableCalls(folder / DURABLE, self.event if life.inside and cut else lambda _: None)
         self.files = WRITERS[writer](str(folder / STATE), calls)
         self._evicts = writer == EVICTS
+        self._forgets = writer == FORGETS
+        self._persist_at = life.persist_at
+
+    def _and_event(self, answer: Any) -> Any:
+        self.event()
+        return answer
 
     def event(self, all_is_left: bool = False) -> None:
         """Something was done that leaves a trace; the process may end here."""
@@ -139,6 +162,8 @@ class Bench(World):
                 return lambda: self.real_tpm.sign(wrapped_key, message)
             case Commit(record, payload):
                 return lambda: self.files.commit(record, payload)
+            case TpmCall(call):
+                return call
         return None
 
     def _asked(self, http: Http) -> Reply:
@@ -156,9 +181,26 @@ class Bench(World):
 
     def lived(self, force: bool = False) -> Lifecycle:
         """One life of the agent; waits inside it take no time."""
-        life = Lifecycle(settings())
+        beside = None if self._forgets else lambda: kept_key.entry(self.real_tpm, self._persist_at)
+        life = Lifecycle(settings(), beside=beside)
         self.run(life.live(False, force))
+        if self._persist_at and life.state == PROVISIONED:
+            self.run(kept_key.persist(self.real_tpm, self._persist_at))
         return life
+
+    def reset(self) -> None:
+        """`dps-agent reset`; a cut between the two records as well."""
+        self.run(kept_key.withdraw(self.real_tpm, self._persist_at))
+        for record in (IDENTITY, PROGRESS):
+            self.files.erase(record)
+            self.event()
+
+    def dead_key(self, assignment: Assignment | None) -> str:
+        """What other programs find instead of the hub key, or ""."""
+        if not self._persist_at or assignment is None:
+            return ""
+        name = self.real_tpm.name_at(self._persist_at)
+        return "" if name == object_name(unwrap(assignment.wrapped_key)[0]) else name.hex() or "nothing"
 
     def refusal(self, assignment: Assignment | None) -> str | None:
         """Why the service refuses a token that the device makes for its hub, or None."""
@@ -189,11 +231,11 @@ class Agent:
         self.ended = False
         self.all_is_left = False  # of the folder, not only what was synced
 
-    def live(self, step: Step, cut_at: int = 0, writer: str = "", inside: bool = False) -> None:
+    def live(self, life: Life, step: Step, cut_at: int = 0, writer: str = "") -> None:
         """One process does `step`; at its `cut_at`-th event it and the TPM are killed."""
         fork = multiprocessing.get_context("fork")
         ours, theirs = fork.Pipe()
-        words = (self._folder, self._swtpm.tcti, theirs, self.uptime_s, writer, inside)
+        words = (self._folder, self._swtpm.tcti, theirs, self.uptime_s, writer, life, cut_at > 0)
         process = fork.Process(target=_be_the_agent, args=(ours, step, words), daemon=True)
         process.start()
         theirs.close()
@@ -262,6 +304,9 @@ class Life(NamedTuple):
     move_to: str = ""
     keeps: bool = False  # the old hub and key stay good
     inside: bool = False  # cut at each change of a file as well
+    backend: str = "esys"
+    persist_at: int = 0  # where the hub key is kept for other programs as well
+    bare: bool = False  # the TPM has neither EK nor SRK
 
 
 def _boot(bench: Bench) -> str:
@@ -270,7 +315,10 @@ def _boot(bench: Bench) -> str:
     if end.state != PROVISIONED:
         return f"it waits for somebody: {end.state}, {end.reason}"
     refusal = bench.refusal(end.assignment)
-    return f"the hub refuses its token: {refusal}" if refusal else ""
+    if refusal:
+        return f"the hub refuses its token: {refusal}"
+    found = bench.dead_key(end.assignment)
+    return f"other programs find {found} where the hub key should be" if found else ""
 
 
 def _force(bench: Bench) -> str:
@@ -279,15 +327,14 @@ def _force(bench: Bench) -> str:
 
 
 def _reset(bench: Bench) -> str:
-    """`dps-agent reset`, then a new life; a cut between the two records as well."""
-    for record in (IDENTITY, PROGRESS):
-        bench.files.erase(record)
-        bench.event()
+    """`dps-agent reset`, then a new life."""
+    bench.reset()
     bench.lived()
     return ""
 
 
 _HUBS = {"hubs": (FIRST_HUB, SECOND_HUB), "retry_after_s": 0}
+_ROTATES = Settings(**_HUBS, hub_key="rotate")  # type: ignore[arg-type]
 LIVES = (
     Life("first", False, Settings(**_HUBS), _boot),  # type: ignore[arg-type]
     Life("other-hub", True, Settings(**_HUBS), _force, SECOND_HUB),  # type: ignore[arg-type]
@@ -295,6 +342,12 @@ LIVES = (
     Life("same-key", True, Settings(**_HUBS), _force, keeps=True, inside=True),  # type: ignore[arg-type]
     Life("lockout-key", True, Settings(**_HUBS, hub_key="rotate", no_da=False), _force),  # type: ignore[arg-type]
     Life("reset", True, Settings(**_HUBS), _reset),  # type: ignore[arg-type]
+    *(
+        Life(f"{name}-{backend}", held, _ROTATES, step, backend=backend, persist_at=PERSIST_AT, bare=not held)
+        for backend in BACK_ENDS
+        for name, held, step in (("first-boot", False, _boot), ("persist", True, _force))
+    ),
+    Life("persist-reset", True, _ROTATES, _reset, backend="wire", persist_at=PERSIST_AT),
 )
 
 
@@ -305,8 +358,11 @@ def sweep(writer: str = "", only: str = "", at_first: bool = False) -> tuple[int
     states = 0
     lost: list[str] = []
     with work_folder() as folder:
+        with Swtpm(folder / "bare" / TPM, ends_with_thread=True):
+            pass  # it has its seeds now
+        _copy(folder / "bare", folder / "blank")
         with Swtpm(folder / "blank" / TPM, ends_with_thread=True) as swtpm:  # its EK and SRK are made once for all
-            tpm = EsysTpm(swtpm.tcti)
+            tpm = BACK_ENDS["esys"](swtpm.tcti)
             endorsement_key = tpm.endorsement_key()
             tpm.storage_root_key()
             tpm.release()
@@ -327,10 +383,10 @@ def _sweep_life(
     before, now = folder / "before", folder / "now"
     service = DpsService(life.settings, {}, {}, os.urandom)
     service.enroll(Enrollment(DEVICE, endorsement_key, hubs=(FIRST_HUB,)))
-    _copy(folder / "blank", before)
+    _copy(folder / ("bare" if life.bare else "blank"), before)
     if life.held:
         with Swtpm(before / TPM, ends_with_thread=True) as swtpm:
-            Agent(before, swtpm, service).live(_boot)
+            Agent(before, swtpm, service).live(life, _boot)
     if life.move_to:
         service.move(DEVICE, life.move_to)
     states = 0
@@ -342,7 +398,7 @@ def _sweep_life(
         _copy(before, now)
         with Swtpm(now / TPM, ends_with_thread=True) as swtpm:
             agent = Agent(now, swtpm, copy.deepcopy(service))
-            agent.live(life.step, cut, writer, life.inside)
+            agent.live(life, life.step, cut, writer)
             swtpm.kill()
             over = agent.ended
             name = f"sweep=tpm life={life.name} cut={cut}"
@@ -373,7 +429,7 @@ def _fault(agent: Agent, swtpm: Swtpm, life: Life, writer: str) -> str:
     old_is_good = life.held and life.step is not _reset and (life.keeps or not agent.tokens)
     spare = 0 if agent.ended or old_is_good else 1
     agent.tokens = 0
-    agent.live(_boot, writer="" if writer == EVICTS else writer)
+    agent.live(life, _boot, writer="" if writer == EVICTS else writer)
     if agent.fault:
         return f"after the reboot {agent.fault}"
     if agent.tokens > spare:

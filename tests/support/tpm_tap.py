@@ -14,6 +14,7 @@ import threading
 import time
 import tty
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from support.swtpm import free_port_pair, read_frame
@@ -237,7 +238,9 @@ class TpmTap:
 class DeviceNode:
     """A pseudo-terminal that answers like /dev/tpmrm0: a command written whole, then its response to read."""
 
-    def __init__(self, tpm_port: int) -> None:
+    def __init__(self, tpm_port: int, loses: Callable[[bytes], bool] = lambda command: False) -> None:
+        """`loses(command)` is asked when the TPM has done it; with True its answer is not passed on, and it ends."""
+        self._loses = loses
         self._master, slave = os.openpty()
         tty.setraw(slave)
         self._slave = slave
@@ -255,15 +258,74 @@ class DeviceNode:
                 return
             if len(command) >= 10 and len(command) == int.from_bytes(command[2:6], "big"):
                 self._tpm.sendall(command)
-                os.write(self._master, read_frame(self._tpm))
+                response = read_frame(self._tpm)
+                if self._loses(command):
+                    os.close(self._slave)
+                    os.close(self._master)
+                    return
+                os.write(self._master, response)
                 command = b""
+
+    def end(self) -> None:
+        """Ends the connection to the TPM, which takes one client at a time."""
+        self._tpm.close()
 
     def close(self) -> None:
         """Takes the node away; nobody may have it open any more."""
         os.close(self._slave)
-        self._thread.join()
+        self._thread.join(10)  # where a test has failed, its client may still have the node open
         os.close(self._master)
         self._tpm.close()
+
+
+class UnreliableNode:
+    """A `DeviceNode` at a fixed path, as /dev/tpm0, whose driver may lose an answer: the TPM has done the command."""
+
+    def __init__(self, tpm_port: int, path: Path) -> None:
+        self.path = str(path)
+        self.failed = False  # the planned loss has come
+        self._closed = False
+        self._tpm_port = tpm_port
+        self._code: int | None = None
+        self._meanwhile: Callable[[], None] = lambda: None
+        self._node = self._made()
+
+    def fail_at(self, command: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Loses the answer to the next command of this name; `meanwhile` is called before the next one is taken."""
+        self.failed = False
+        self._code = _code(command)
+        self._meanwhile = meanwhile
+
+    def close(self) -> None:
+        """Takes the node away; idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._node.close()
+
+    def __enter__(self) -> UnreliableNode:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _made(self) -> DeviceNode:
+        node = DeviceNode(self._tpm_port, self._loses)
+        link = Path(f"{self.path}.new")
+        link.symlink_to(node.path)
+        link.replace(self.path)
+        return node
+
+    def _loses(self, command: bytes) -> bool:
+        if self._code is None or int.from_bytes(command[6:10], "big") != self._code:
+            return False
+        self._code = None
+        self._node.end()
+        self._meanwhile()
+        self._node = self._made()
+        self.failed = True
+        return True
 
 
 def _code(command: str | None) -> int | None:

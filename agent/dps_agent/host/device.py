@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dps_agent import __version__
 from dps_agent.assignment import hub_token, load_held
 from dps_agent.effects import LoadRecord
-from dps_agent.host import Provisioned
+from dps_agent.host import Provisioned, kept_key
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.config import Configuration, check_keys_in_hardware, hierarchy_password
 from dps_agent.host.progress import StepLines
@@ -34,6 +34,16 @@ if TYPE_CHECKING:
 TRANSIENT_SRK = (
     "the TPM has no room to keep the storage root key: it makes the same one anew at each start, which takes seconds"
 )
+
+
+def tpm_warnings(tpm: TpmService) -> list[str]:
+    """What its use has shown so far of a TPM, and somebody may want to change, though all works."""
+    warnings = [TRANSIENT_SRK] if tpm.srk_found_at == 0 else []
+    for setting in tpm.unneeded_passwords:
+        warnings.append(
+            f"{setting} is set, but its hierarchy in the TPM has no password, as after TPM2_Clear: none is used"
+        )
+    return warnings
 
 
 def open_tpm(configuration: Configuration) -> TpmService:
@@ -129,7 +139,8 @@ def provision_once(
     )
     if with_signals:
         runner.install_signals()
-    life = Lifecycle(settings)
+    handle = configuration.tpm.persist_at
+    life = Lifecycle(settings, beside=lambda: kept_key.entry(tpm, handle))
     with kept_to_ourselves(store), _stopped_after(runner, timeout_s, unless=lambda: life.committed):
         runner.run(life.live(once=True, force=force))
     assignment = life.assignment
@@ -141,15 +152,12 @@ def provision_once(
     warnings = []
     if life.rolled_back:
         warnings.append("a newer copy of the stored assignment was damaged, an older one serves")
-    if tpm.srk_found_at == 0:
-        warnings.append(TRANSIENT_SRK)
-    handle = configuration.tpm.persist_at
     if handle:
         try:
-            former = life.former.wrapped_key if life.former else b""
-            runner.ask_tpm(lambda: tpm.persist(assignment.wrapped_key, handle, former))
+            runner.run(kept_key.persist(tpm, handle))
         except DpsError as error:
             warnings.append(f"the hub key is not at persist_at {handle:#x}: {error.message}")
+    warnings += tpm_warnings(tpm)
     return Provisioned(
         assigned_hub=assignment.assigned_hub,
         device_id=assignment.device_id,

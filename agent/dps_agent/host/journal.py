@@ -50,7 +50,9 @@ def message_id(name: str) -> str:
 def catalog() -> str:
     """The text of `agent/service/dps-agent.catalog`."""
     entries = [(name, *text) for name, text in EVENTS.items()]
-    entries += [(code, code, remedy[0].upper() + remedy[1:] + ".") for code, remedy in REMEDIES.items()]
+    for code, remedy in REMEDIES.items():
+        end = "" if remedy.endswith("?") else "."
+        entries.append((code, code, remedy[0].upper() + remedy[1:] + end))
     parts = ["# What 'journalctl -x' adds to the lines of dps-agent. Generated: python3 -m dps_agent.host.journal\n"]
     for name, subject, text in entries:
         parts.append(

@@ -21,30 +21,32 @@ from random import SystemRandom
 from dps_agent.effects import (
     NO_REPLY_TIMEOUT,
     NO_REPLY_TLS,
-    Acknowledge,
     Commit,
-    ConnAck,
-    Connect,
-    Disconnect,
     ForgetOlder,
     Http,
     ImportKey,
     LoadRecord,
-    NextEvent,
     NoReply,
-    Publish,
     Random,
     ReadEndorsementKey,
     ReadStorageRootKey,
     Reply,
     Sign,
     Sleep,
-    Subscribe,
-    Tell,
     Uptime,
     UtcNow,
 )
 from dps_agent.host.clock import SystemClock
+from dps_agent.hub_effects import (
+    Acknowledge,
+    ConnAck,
+    Connect,
+    Disconnect,
+    NextEvent,
+    Publish,
+    Subscribe,
+    Tell,
+)
 from dps_hal.errors import EXIT_GROUPS, Broken, DpsError, RetryLater
 
 TYPE_CHECKING = False
@@ -52,7 +54,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from typing import Any, NamedTuple, Protocol, TypeVar
 
-    from dps_agent.effects import Effect, Event, Message
+    from dps_agent.effects import Effect
+    from dps_agent.hub_effects import Event, Message
     from dps_agent.sas import SasToken
     from dps_hal.contracts import Clock, Store, Tpm
 
@@ -84,7 +87,7 @@ if TYPE_CHECKING:
         answer: Any
         error: DpsError | None
 
-    class _TpmCall(NamedTuple):
+    class TpmCall(NamedTuple):
         """An effect of this runner alone: one call of a TPM's that the logic knows nothing of."""
 
         call: Callable[[], Any]
@@ -92,9 +95,10 @@ else:
     from collections import namedtuple
 
     _Outcome = namedtuple("_Outcome", ("answer", "error"))
-    _TpmCall = namedtuple("_TpmCall", ("call",))
+    TpmCall = namedtuple("TpmCall", ("call",))
 
 HTTP_DEADLINE_S = 60.0  # one request in all
+# Each is longer than the limits of `dps_hal.tpm_rules`, whose clean errors come first; these end what hangs.
 TPM_KEY_DEADLINE_S = 180.0  # a TPM may have to create the EK or SRK first: RSA-2048 takes minutes on slow ones
 TPM_DEADLINE_S = 30.0
 STORE_DEADLINE_S = 30.0
@@ -183,7 +187,7 @@ class Runner:
         """Makes one call of the TPM's, such as reading its certificate, with the bounds and the errors of `run`."""
 
         def exchange() -> Generator[Any, Any, Result]:
-            answer: Result = yield _TpmCall(call)
+            answer: Result = yield TpmCall(call)
             return answer
 
         return self.run(exchange())
@@ -280,7 +284,7 @@ class Runner:
                 return lambda: tpm.import_key(activation), TPM_DEADLINE_S, "tpm.timeout"
             case Sign(wrapped_key, message):
                 return lambda: tpm.sign(wrapped_key, message), TPM_DEADLINE_S, "tpm.timeout"
-            case _TpmCall(call):
+            case TpmCall(call):
                 return call, TPM_KEY_DEADLINE_S, "tpm.timeout"
             case Commit(record, payload):
                 return lambda: store.commit(record, payload), STORE_DEADLINE_S, "store.io"
@@ -293,6 +297,11 @@ class Runner:
     def _on_worker(self, call: Callable[[], Any], deadline_s: float, overrun_code: str) -> _Outcome:
         self._hand_over(call)
         outcome = self._wait(deadline_s, STOP_GRACE_S)
+        # An SRK that the TPM has no room for is made anew by whatever comes first, a signature as well.
+        more_s = TPM_KEY_DEADLINE_S - deadline_s if getattr(self._tpm, "creates_key", False) else 0.0
+        if outcome is None and overrun_code == "tpm.timeout" and more_s > 0 and not self._is_stopped():
+            outcome = self._wait(more_s, STOP_GRACE_S)
+            deadline_s += more_s
         if outcome is None:
             self.stuck = True
             self._refuse_if_stopped()

@@ -7,14 +7,8 @@ import struct
 
 from dps_hal.activation import parse_activation
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
-from dps_hal.errors import AskOperator, DpsError, RetryLater
-from dps_hal.tpm_errors import (
-    RC_ALTERED,
-    RC_NV_SPACE,
-    RefusedError,
-    check_duplicate_fits,
-    error_of,
-)
+from dps_hal.errors import AskOperator
+from dps_hal.tpm_errors import RC_ALTERED, RC_NV_SPACE, RefusedError, check_duplicate_fits
 from dps_hal.tpm_keys import (
     ALG_AES,
     ALG_CFB,
@@ -31,31 +25,20 @@ from dps_hal.tpm_keys import (
 )
 from dps_hal.tpm_keys import ek_template as template_of_ek
 from dps_hal.tpm_rules import (
-    COMMAND_LIMIT_S,
     KEY_CREATION_LIMIT_S,
-    LEFTOVERS,
-    LOADED_SESSIONS,
     MAX_BUFFER_BYTES,
     PERSISTENT,
     PT_LOCKOUT_COUNTER,
     PT_LOCKOUT_INTERVAL,
-    RELEASE_LIMIT_S,
-    TRANSIENT,
-    check_passwords,
+    Passwords,
     is_srk,
-    kind_of,
-    locked_out,
     refuse_at_the_brink,
 )
 from dps_hal.wire.commands import (
     ACTIVATE_CREDENTIAL,
-    CAP_HANDLES,
-    CAP_TPM_PROPERTIES,
     CREATE_PRIMARY,
     ENDORSEMENT,
     EVICT_CONTROL,
-    FLUSH_CONTEXT,
-    GET_CAPABILITY,
     HMAC,
     HMAC_START,
     IMPORT,
@@ -66,17 +49,17 @@ from dps_hal.wire.commands import (
     READ_PUBLIC,
     SEQUENCE_COMPLETE,
     SEQUENCE_UPDATE,
-    SHUTDOWN,
     START_AUTH_SESSION,
     Connection,
     take_field,
 )
+from dps_hal.wire.operations import Operations
 from dps_hal.wire.sessions import SaltedSession, start_policy_parameters, start_salted_parameters
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, NamedTuple, TypeVar
+    from typing import NamedTuple, TypeVar
 
     from dps_hal.activation import Activation
     from dps_hal.contracts import TpmCondition, WhileWaiting
@@ -99,12 +82,13 @@ _LAST_SRK_HANDLE = 0x810000FF  # where ours goes when the usual handle is taken;
 _AES_128_CFB = struct.pack(">HHH", ALG_AES, 128, ALG_CFB)
 
 
-class WireTpm:
+class WireTpm(Operations):
     """A `TpmService` behind any transport.
 
     One HMAC session salted to the EK, with AES-128-CFB parameter encryption, carries everything secret from the
     first key on, and its HMAC proves every answer; hierarchy passwords only ever travel as HMAC in such a session.
-    `while_waiting` is called at least once a second while something blocks.
+    `while_waiting` is called at least once a second while something blocks, and each command has a limit; on a device
+    node neither holds while the kernel itself works on a command, as `DeviceTransport` says.
     """
 
     def __init__(
@@ -123,28 +107,18 @@ class WireTpm:
 
         `exclusive`: nobody else ever uses this TPM, so whatever a crash left in it is flushed when it is opened.
         """
-        check_passwords(owner_auth, endorsement_auth)
+        super().__init__(Connection(transport, while_waiting), Passwords(owner_auth, endorsement_auth), exclusive)
         self._ek_template = template_of_ek(ek_template)
         self._ek_handle = ek_handle
         self._srk_handle = srk_handle
-        self._owner_auth = owner_auth.rstrip(b"\x00")  # as the TPM takes it, Part 1, 19.6.4.3
-        self._endorsement_auth = endorsement_auth.rstrip(b"\x00")
-        self._exclusive = exclusive
-        self._connection = Connection(transport, while_waiting)
         self._pinned_ek = b""  # the first EK seen; nothing is ever salted to another
-        self._shutdown_due = False  # a key without noDA was used: a power cut would now count as a failed guess
-        self._orphans: list[int] = []  # handles of what a lost connection left in the TPM
         self.srk_found_at: int | None = None  # see TpmService
-        self._opened = False
-        self._forget_connection()
 
     def _forget_connection(self) -> None:
+        super()._forget_connection()
         self._ek: Key | None = None
         self._srk: Key | None = None
         self._session: SaltedSession | None = None
-        self._held: list[int] = []  # every session and transient object that is to be flushed
-        self._altered = False  # an answer was not the TPM's own
-        self._lost: list[int] = []  # TRANSIENT or LOADED_SESSIONS for each of ours whose handle we may not know
 
     # --- the contract
 
@@ -176,29 +150,6 @@ class WireTpm:
 
         return self._operate(lambda: self._with_loaded(public, private, sign))
 
-    def release(self) -> None:
-        """As `Tpm.release`: nothing of ours stays in the TPM but EK and SRK."""
-        for _ in range(2):  # where the connection was lost, a second one does what is left
-            if self._opened or self._orphans or self._shutdown_due:
-                self._connection.begin(RELEASE_LIMIT_S)
-                try:
-                    self._open()
-                    self._tidy()
-                except (RefusedError, DpsError):
-                    pass  # nobody can act on it; the next connection tries again
-                finally:
-                    self._close()
-
-    def _tidy(self) -> None:
-        """Flushes what is held and announces the power-off where, unannounced, it would count as a failed guess."""
-        for _ in range(3):  # a TPM that refused to flush once may do it now
-            for handle in reversed(list(self._held)):
-                self._flush(handle)
-        if self._shutdown_due:
-            self._connection.run(SHUTDOWN, (), b"\x00\x00")  # TPM_SU_CLEAR
-            self._shutdown_due = False
-        self._flush_lost()
-
     # What only diagnostics and other programs ask for is in a file of its own, which a board loads when it is asked.
 
     def endorsement_certificate(self) -> "bytes | None":
@@ -207,22 +158,34 @@ class WireTpm:
 
         return self._operate(lambda: endorsement_certificate(self._connection, self._properties))
 
+    def template_of_endorsement_key(self) -> str:
+        """As `TpmService.template_of_endorsement_key`."""
+        from dps_hal.tpm_upkeep import template_of
+
+        def made_from(template: bytes) -> bytes:
+            made = self._create_primary(ENDORSEMENT, template, self._salted_session())
+            self._flush(made.handle)
+            return made.public
+
+        return self._operate(lambda: template_of(self._endorsement_key().public, self._ek_template, made_from))
+
     def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
         """As `TpmService.persist`."""
-        from dps_hal.tpm_upkeep import check_owner_handle
         from dps_hal.wire.upkeep import persist
 
-        public, private = unwrap(wrapped_key)
-        check_owner_handle(handle)
+        persist(self, wrapped_key, handle, former)
 
-        def evict(key: Key) -> None:
-            self._evict_control(key, handle, self._salted_session())
+    def name_at(self, handle: int) -> bytes:
+        """As `TpmService.name_at`."""
+        from dps_hal.wire.upkeep import name_at
 
-        self._operate(
-            lambda: self._with_loaded(
-                public, private, lambda key: persist(key, self._present(handle), handle, former, evict)
-            )
-        )
+        return name_at(self, handle)
+
+    def withdraw(self, handle: int, names: "tuple[bytes, ...]") -> None:
+        """As `TpmService.withdraw`."""
+        from dps_hal.wire.upkeep import withdraw
+
+        withdraw(self, handle, names)
 
     def condition(self) -> "TpmCondition":
         """As `TpmService.condition`."""
@@ -240,104 +203,7 @@ class WireTpm:
 
         self._operate(try_them)
 
-    # --- one operation: connection, one rebuild, errors named after who must act
-
-    def _operate(self, operation: "Callable[[], Answer]") -> "Answer":
-        self._connection.begin(COMMAND_LIMIT_S)
-        rebuilt = False
-        while True:
-            try:
-                self._open()
-                return operation()
-            except RefusedError as refused:
-                self._altered = self._altered or refused.altered
-                if not refused.stale:
-                    raise error_of(refused, self._locked_out)
-                if refused.connection_lost:
-                    self._close()
-                else:
-                    self.release()
-                    self._connection.begin(COMMAND_LIMIT_S)
-                if rebuilt:
-                    raise error_of(refused, self._locked_out)
-                rebuilt = True
-
-    def _open(self) -> None:
-        if self._opened:
-            return
-        self._opened = True
-        self._flush_orphans()
-        if self._exclusive:
-            for first in LEFTOVERS:
-                for handle in self._handles(first):
-                    self._flush_handle(handle)
-
-    def _close(self) -> None:
-        """Ends the connection; what could not be flushed is left to the next one."""
-        if not self._connection.managed:
-            self._orphans += self._held
-        self._connection.close()
-        self._opened = False
-        self._forget_connection()
-
-    def _flush_orphans(self) -> None:
-        """Flushes what an earlier connection left; a TPM without resource manager keeps it, and has three slots.
-
-        Where the TPM has restarted it refuses them. Behind a device node the kernel does it, and the handle may be
-        another program's now.
-        """
-        while self._orphans:
-            self._flush_handle(self._orphans[-1])
-            self._orphans.pop()
-
-    def _flush_handle(self, handle: int) -> None:
-        try:
-            self._connection.run(FLUSH_CONTEXT, (), struct.pack(">I", handle))
-        except RefusedError as refused:
-            if refused.connection_lost:
-                raise
-
-    def _flush_lost(self) -> None:
-        """Flushes what an altered answer kept from us."""
-        # The handle in an altered answer proves nothing, so it is the TPM that is asked what of that kind is left in
-        # it. Where that is more than one others have left something too, and nobody can tell what is whose: all
-        # stays. Behind a device node others are at work meanwhile.
-        if self._altered and not self._connection.managed:
-            for first in self._lost:
-                handles = self._handles(first)
-                if len(handles) == 1:
-                    self._flush_handle(handles[0])
-        self._altered = False
-        self._lost.clear()
-
     # --- objects and sessions
-
-    def _run_and_hold(
-        self, code: int, handles: "tuple[int, ...]", parameters: bytes, **named: "Any"
-    ) -> "tuple[int, bytes]":
-        """As `Connection.run` for a command that makes a session or an object, which is held until it is flushed."""
-        try:
-            handle, answer = self._connection.run(code, handles, parameters, gives_handle=True, **named)
-        except RefusedError as refused:
-            if refused.altered:
-                self._lost.append(LOADED_SESSIONS if code == START_AUTH_SESSION else TRANSIENT)
-            raise refused
-        self._held.append(handle)
-        return handle, answer
-
-    def _flush(self, handle: int) -> None:
-        """Flushes what is still held; where the TPM refuses, release() tries again."""
-        if handle not in self._held:
-            return
-        try:
-            self._connection.run(FLUSH_CONTEXT, (), struct.pack(">I", handle))
-        except DpsError:
-            return
-        except RefusedError as refused:
-            if not refused.unknown_handle and not (self._altered and refused.altered_handle):
-                return
-            self._lost.append(kind_of(handle))
-        self._held.remove(handle)
 
     def _salted_session(self) -> SaltedSession:
         """The HMAC session of this connection, salted to the EK."""
@@ -359,7 +225,7 @@ class WireTpm:
         if self._ek is None:
             ek = self._present(self._ek_handle) or self._create_ek()
             check_ek_public(ek.public)
-            if self._pinned_ek not in (b"", ek.public):
+            if self._pinned_ek not in {b"", ek.public}:
                 raise AskOperator("tpm.ek_changed", "the TPM shows another endorsement key than before")
             self._pinned_ek = ek.public
             self._ek = ek
@@ -374,7 +240,7 @@ class WireTpm:
         session = None
         held = len(self._held)
         try:
-            if self._owner_auth or self._endorsement_auth:
+            if self._auth(OWNER) or self._auth(ENDORSEMENT):
                 primary = self._create_primary(NULL, srk_template(), None)
                 check_srk_public(primary.public)
                 session = self._start_session(primary)
@@ -435,6 +301,7 @@ class WireTpm:
 
     def _create_primary(self, hierarchy: int, template: bytes, session: "SaltedSession | None") -> Key:
         """A new transient primary key, held; the caller checks it against its template."""
+        self.creates_key = True
         self._connection.extend(KEY_CREATION_LIMIT_S)
         try:
             handle, answer = self._run_and_hold(
@@ -455,9 +322,7 @@ class WireTpm:
         return Key(handle, answer[:end], object_name(answer[:end]))
 
     def _auth(self, hierarchy: int) -> bytes:
-        if hierarchy == OWNER:
-            return self._owner_auth
-        return self._endorsement_auth if hierarchy == ENDORSEMENT else b""
+        return b"" if hierarchy == NULL else self._passwords.of(hierarchy == OWNER)
 
     def _evict_control(self, key: Key, persistent_handle: int, session: "SaltedSession | None") -> Key:
         """Makes a transient key persistent, or removes a persistent one."""
@@ -467,7 +332,7 @@ class WireTpm:
             struct.pack(">I", persistent_handle),
             session=session,
             names=(struct.pack(">I", OWNER), key.name),
-            auth=self._owner_auth,
+            auth=self._auth(OWNER),
             password=session is None,
         )
         return Key(persistent_handle, key.public, key.name)
@@ -582,30 +447,6 @@ class WireTpm:
         finally:
             self._flush(sequence)
         return _digest("sequence_complete", answer)
-
-    def _handles(self, first: int) -> "list[int]":
-        """The handles in use from `first` on, of its kind."""
-        return [entry[0] for entry in self._capability(CAP_HANDLES, first, 254, ">I")]
-
-    def _properties(self, first: int, last: int) -> "dict[int, int]":
-        """TPM properties by number; those that the TPM does not have are missing."""
-        entries = self._capability(CAP_TPM_PROPERTIES, first, last - first + 1, ">II")
-        return {entry[0]: entry[1] for entry in entries}
-
-    def _capability(self, capability: int, first: int, count: int, layout: str) -> "list[tuple[int, ...]]":
-        """The entries of one capability, each of `layout`."""
-        _, answer = self._connection.run(GET_CAPABILITY, (), struct.pack(">III", capability, first, count))
-        size = struct.calcsize(layout)
-        found = int.from_bytes(answer[5:9], "big")  # behind moreData and the capability
-        if len(answer) != 9 + found * size:
-            raise RefusedError("get_capability", RC_ALTERED)
-        return [struct.unpack(layout, answer[at : at + size]) for at in range(9, len(answer), size)]
-
-    def _locked_out(self, what: str) -> RetryLater:
-        try:
-            return locked_out(what, self._properties(PT_LOCKOUT_INTERVAL, PT_LOCKOUT_INTERVAL))
-        except (RefusedError, DpsError):
-            return locked_out(what, {})
 
 
 def _digest(name: str, answer: bytes) -> bytes:

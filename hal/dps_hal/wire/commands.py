@@ -17,6 +17,7 @@ from dps_hal.tpm_errors import (
     RefusedError,
 )
 from dps_hal.tpm_keys import take_sized
+from dps_hal.tpm_rules import LEAST_LIMIT_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
             """The TPM's response to one command; opens what must be opened; calls `while_waiting` once a second.
 
             OSError: the connection broke, and a new one may work. RetryLater `tpm.timeout`: no response within
-            `limit_s`. Other DpsErrors: it cannot be opened. After any of them `close` follows.
+            `limit_s`. Other DpsErrors: it cannot be opened. After any of them `close` follows. A transport may have
+            `managed` and `shared`, see `Connection`.
             """
             ...
 
@@ -86,8 +88,6 @@ ENDORSEMENT: "Final" = 0x4000000B
 CAP_HANDLES: "Final" = 1  # TPM_CAP, Part 2, table 22
 CAP_TPM_PROPERTIES: "Final" = 6
 
-LEAST_LIMIT_S = 5.0  # of one command: given up half-way it leaves in the TPM what only its answer names
-
 _NO_SESSIONS = 0x8001  # TPM_ST
 _SESSIONS = 0x8002
 _MAX_BYTES = 4096  # of a command or response; TPMs state 1 to 4 KiB
@@ -99,11 +99,20 @@ class Connection:
 
     def __init__(self, transport: "Transport", while_waiting: "WhileWaiting | None") -> None:
         self._transport = transport
-        self.managed = getattr(transport, "managed", False)  # a resource manager behind it flushes what is left
         self._while_waiting = while_waiting
         self._started_ms = 0
         self._limit_ms = 0
         self._broken = False
+
+    @property
+    def managed(self) -> bool:
+        """Whether a resource manager behind it flushes what is left when it ends."""
+        return getattr(self._transport, "managed", False)
+
+    @property
+    def shared(self) -> bool:
+        """Whether others may use the TPM while it lasts."""
+        return getattr(self._transport, "shared", False)
 
     def begin(self, limit_s: float) -> None:
         """Starts an operation of at most `limit_s` seconds."""
@@ -111,8 +120,8 @@ class Connection:
         self._limit_ms = int(limit_s * 1000)
 
     def extend(self, limit_s: float) -> None:
-        """Gives the operation `limit_s` seconds from now, if that is more than it has."""
-        self._limit_ms = max(self._limit_ms, ms_since(self._started_ms) + int(limit_s * 1000))
+        """Gives the operation `limit_s` seconds from its start, if that is more than it has."""
+        self._limit_ms = max(self._limit_ms, int(limit_s * 1000))
 
     def close(self) -> None:
         """Ends the transport's connection."""

@@ -16,22 +16,34 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dps_hal.contracts import WhileWaiting
+    from dps_hal.errors import DpsError
     from dps_hal.wire.commands import Transport
 
 _MAX_RESPONSE_BYTES = 4096  # TPM_BUFSIZE of the kernel's driver
+_NOT_THERE = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
 
 
 class DeviceTransport:
-    """One open device node; it is opened by the first command."""
+    """One open device node; it is opened by the first command.
 
-    managed = True
+    Neither `limit_s` nor `while_waiting` holds while the kernel itself works on a command: its poll and its close wait
+    for the driver, which has its own limit for each command (drivers/char/tpm/tpm-dev-common.c). Above that there is
+    the deadline of whoever calls, from another thread.
+    """
+
+    shared = True  # other programs use the TPM behind it meanwhile
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._node = -1
 
+    @property
+    def managed(self) -> bool:
+        """Whether the kernel's resource manager is behind it."""
+        return is_managed(self._path)
+
     def send(self, command: bytes, limit_s: float, while_waiting: WhileWaiting | None) -> bytes:
-        """As `Transport.send`. The kernel takes a command whole, and has its own limit for each."""
+        """As `Transport.send`, but for what the class says. The kernel takes a command whole."""
         if self._node < 0:
             self._node = open_device(self._path, os.O_NONBLOCK)
         started_ms = ticks_ms()
@@ -64,11 +76,16 @@ class DeviceTransport:
             self._node = -1
 
 
+def is_managed(path: str) -> bool:
+    """Whether a device node is one of the kernel's resource manager, which flushes what its user leaves."""
+    return os.path.basename(os.path.realpath(path)).startswith("tpmrm")
+
+
 def open_device(path: str, flags: int = 0) -> int:
     """The descriptor of a TPM's device node, open for reading and writing.
 
-    AskOperator `tpm.denied` says which file, group and command it takes; AskOperator `tpm.absent`, RetryLater
-    `tpm.busy`.
+    AskOperator `tpm.denied` says which file, group and command it takes; RetryLater `tpm.busy`; `tpm.absent` is
+    RetryLater where there is no such node, for a driver may find its TPM late, else AskOperator.
     """
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY | flags)
@@ -77,7 +94,22 @@ def open_device(path: str, flags: int = 0) -> int:
             raise AskOperator("tpm.denied", _denied(path)) from None
         if error.errno == errno.EBUSY:
             raise RetryLater("tpm.busy", f"{path} is in use by another program") from None
-        raise AskOperator("tpm.absent", f"no TPM at {path}: {error.strerror}") from None
+        raise absent(path, error) from None
+
+
+def absent(path: str, error: OSError, seen: str = "") -> DpsError:
+    """The error `tpm.absent` for what the system says of a device node; `seen` is added to its message."""
+    message = f"no TPM at {path}: {error.strerror}{seen}"
+    if error.errno not in _NOT_THERE:
+        return AskOperator("tpm.absent", message)
+    folder, name = os.path.split(path)
+    direct = os.path.join(folder, name.replace("tpmrm", "tpm"))
+    if direct != path and os.path.exists(direct):
+        message += (
+            f"; as {direct} is there, this kernel has no resource manager for it: that takes Linux 4.12 or newer and a"
+            f' TPM 2.0, a TPM 1.2 will not do; else set tcti = "device:{direct}" in [tpm] if no other program uses it'
+        )
+    return RetryLater("tpm.absent", message)
 
 
 def _denied(path: str) -> str:

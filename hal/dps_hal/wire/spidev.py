@@ -15,6 +15,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 from dps_hal.errors import AskOperator, RetryLater
+from dps_hal.ioctl import write_request
 from dps_hal.wire.device import open_device
 from dps_hal.wire.spi import SpiBus
 from dps_hal.wire.tis import TisTransport
@@ -22,10 +23,9 @@ from dps_hal.wire.tis import TisTransport
 if TYPE_CHECKING:
     from dps_hal.contracts import WhileWaiting
 
-# linux/spi/spidev.h, in the encoding of ioctl numbers that all but MIPS, PowerPC and SPARC have.
-_SPI_IOC_MESSAGE = 0x40206B00  # one struct spi_ioc_transfer
-_SPI_IOC_WR_MODE = 0x40016B01
-_SPI_IOC_WR_BITS_PER_WORD = 0x40016B03
+_SPI_IOC_MESSAGE = write_request("k", 0, 32)  # linux/spi/spidev.h; one struct spi_ioc_transfer
+_SPI_IOC_WR_MODE = write_request("k", 1, 1)
+_SPI_IOC_WR_BITS_PER_WORD = write_request("k", 3, 1)
 _MODE_0 = b"\x00"
 
 
@@ -33,7 +33,10 @@ class Spidev:
     """One open /dev/spidevX.Y as `machine.SPI` and, by `chip_select`, as its pin."""
 
     def __init__(self, path: str, frequency_hz: int) -> None:
-        """AskOperator `tpm.absent`, `tpm.denied`; RetryLater `tpm.busy` while another process of ours has it."""
+        """As `open_device`; AskOperator `tpm.absent` for what is no SPI device.
+
+        RetryLater `tpm.busy` while another process of ours has it.
+        """
         self._frequency_hz = frequency_hz
         self._node = open_device(path)
         try:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dps_hal.contracts import WhileWaiting
 
 _MAX_RESPONSE_BYTES = 4096
-_CONNECT_LIMIT_S = 1.0  # a connection is made by the peer's kernel; a TPM's slowness does not count here
+_CONNECT_LIMIT_S = 1.0  # each address; the peer's kernel makes a connection, a TPM's slowness does not count here
 
 
 class SwtpmTransport:
@@ -24,9 +24,9 @@ class SwtpmTransport:
 
     def send(self, command: bytes, limit_s: float, while_waiting: "WhileWaiting | None") -> bytes:
         """As `Transport.send`."""
-        connection = self._socket or self._connect()
         limit_ms = int(limit_s * 1000)
         started_ms = ticks_ms()
+        connection = self._socket or self._connect(limit_ms, while_waiting)
         poller = select.poll()
         poller.register(connection, select.POLLOUT)
         sent = 0
@@ -54,20 +54,34 @@ class SwtpmTransport:
             self._socket.close()
             self._socket = None
 
-    def _connect(self) -> socket.socket:
-        connection = None
+    def _connect(self, limit_ms: int, while_waiting: "WhileWaiting | None") -> socket.socket:
+        """A connection to the first of the host's addresses that takes one: swtpm listens on one of them alone."""
+        started_ms = ticks_ms()
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_STREAM)[0]
-            connection = socket.socket(family, kind, protocol)
-            connection.settimeout(_CONNECT_LIMIT_S)
-            connection.connect(address)
-            connection.setblocking(False)
+            found = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_STREAM)
         except OSError as error:
-            if connection is not None:
-                connection.close()
             raise RetryLater("tpm.absent", f"no TPM answers at {self._host}:{self._port}: {error}")
-        self._socket = connection
-        return connection
+        failures: list[str] = []
+        for family, kind, protocol, _, address in found:
+            if failures and while_waiting is not None:
+                while_waiting()
+            connection = None
+            try:
+                connection = socket.socket(family, kind, protocol)
+                connection.settimeout(_CONNECT_LIMIT_S)
+                connection.connect(address)
+                connection.setblocking(False)
+            except OSError as error:
+                failures.append(str(error))
+                if connection is not None:
+                    connection.close()
+            else:
+                self._socket = connection
+                return connection
+            if ms_since(started_ms) > limit_ms:
+                break
+        reasons = "; ".join(failures) or "its name has no address"
+        raise RetryLater("tpm.absent", f"no TPM answers at {self._host}:{self._port}: {reasons}")
 
     def _wait(self, poller: select.poll, left_ms: int, while_waiting: "WhileWaiting | None") -> None:
         """Until the socket is ready; RetryLater `tpm.timeout` after `left_ms`."""

@@ -3,13 +3,14 @@
 import struct
 
 from dps_hal.tpm_errors import RC_ALTERED, RC_NV_UNINITIALIZED, RefusedError
-from dps_hal.tpm_rules import PT_LOCKOUT_INTERVAL
+from dps_hal.tpm_keys import unwrap
+from dps_hal.tpm_rules import PT_LOCKOUT_INTERVAL, PT_PERMANENT
 from dps_hal.tpm_upkeep import (
     EK_CERTIFICATE_INDEX,
     PT_FIRMWARE_VERSION_1,
     PT_MANUFACTURER,
     PT_NV_BUFFER_MAX,
-    PT_PERMANENT,
+    check_owner_handle,
     check_readable,
     check_replaceable,
     condition_of,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dps_hal.contracts import TpmCondition
-    from dps_hal.wire import Key
+    from dps_hal.wire import Key, WireTpm
     from dps_hal.wire.commands import Connection
 
 
@@ -61,18 +62,46 @@ def endorsement_certificate(
     return without_padding(content)
 
 
-def persist(key: "Key", present: "Key | None", handle: int, former: bytes, evict: "Callable[[Key], None]") -> None:
-    """As `TpmService.persist`: `present` is at the handle now; `evict` removes a persistent key, adds a transient one.
+def persist(tpm: "WireTpm", wrapped_key: bytes, handle: int, former: bytes) -> None:
+    """As `TpmService.persist`.
 
     EvictControl overwrites nothing, so for a moment the handle is empty. The new key has been loaded by now, and the
     room that the old one took is free for it.
     """
-    if present is not None:
-        if present.public == key.public:
-            return
-        check_replaceable(present.public, handle, former)
-        evict(present)
-    evict(key)
+    public, private = unwrap(wrapped_key)
+    check_owner_handle(handle)
+
+    def put(key: "Key") -> None:
+        present = tpm._present(handle)
+        if present is not None:
+            if present.public == key.public:
+                return
+            check_replaceable(present.public, handle, former)
+            tpm._evict_control(present, handle, tpm._salted_session())
+        tpm._evict_control(key, handle, tpm._salted_session())
+
+    tpm._operate(lambda: tpm._with_loaded(public, private, put))
+
+
+def name_at(tpm: "WireTpm", handle: int) -> bytes:
+    """As `TpmService.name_at`."""
+
+    def name() -> bytes:
+        present = tpm._present(handle)
+        return present.name if present else b""
+
+    return tpm._operate(name)
+
+
+def withdraw(tpm: "WireTpm", handle: int, names: "tuple[bytes, ...]") -> None:
+    """As `TpmService.withdraw`."""
+
+    def remove() -> None:
+        present = tpm._present(handle)
+        if present is not None and present.name in names:
+            tpm._evict_control(present, handle, tpm._salted_session())
+
+    tpm._operate(remove)
 
 
 def condition(properties: "Callable[[int, int], dict[int, int]]") -> "TpmCondition":

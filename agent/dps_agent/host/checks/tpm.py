@@ -17,13 +17,13 @@ from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.platform import hmac_sha256, random_bytes, same_bytes
 from dps_hal.self_challenge import make_activation
 from dps_hal.tpm_keys import has_no_da, object_name, registration_id_from_ek
+from dps_hal.wire.device import absent
 
 if TYPE_CHECKING:
     from dps_agent.host.checks.device import Device
     from dps_hal.contracts import TpmCondition
 
 SLOTS_NEEDED = 2  # EK and SRK for ActivateCredential, SRK and key for Load, key and sequence for a long message
-_NO_PASSWORD_NEEDED = "empty the setting: a password where none is set is refused"
 
 
 def node(device: Device) -> Finding:
@@ -38,7 +38,7 @@ def node(device: Device) -> Finding:
         is_node = stat.S_ISCHR(os.stat(path).st_mode)
     except OSError as error:
         others = ", ".join(sorted(glob("/dev/tpm*[0-9]"))) or "none"
-        raise AskOperator("tpm.absent", f"no TPM at {path}: {error.strerror}; TPMs in /dev: {others}") from None
+        raise absent(path, error, f"; TPMs in /dev: {others}") from None
     if not is_node:
         raise AskOperator("tpm.absent", f"expected a TPM's device node at {path}; came a file or folder")
     managed = path.replace("/dev/tpm", "/dev/tpmrm")
@@ -61,13 +61,6 @@ def auth(device: Device) -> Finding:
             "tpm.hierarchy_auth",
             "the endorsement hierarchy has a password, which every registration needs; endorsement_auth_file is empty",
         )
-    if tpm.endorsement_auth_file and not condition.endorsement_has_password:
-        error = AskOperator(
-            "tpm.hierarchy_auth", "endorsement_auth_file is set, but the endorsement hierarchy has no password"
-        )
-        return failed(error, _NO_PASSWORD_NEEDED)
-    if tpm.owner_auth_file and not condition.owner_has_password:
-        return Finding(WARNING, "owner_auth_file is set, but the owner hierarchy has no password", _NO_PASSWORD_NEEDED)
     if tpm.owner_auth_file or tpm.endorsement_auth_file:
         try:
             device.ask(lambda tpm: tpm.try_passwords())
@@ -76,6 +69,18 @@ def auth(device: Device) -> Finding:
                 raise
             counted = f"{error.message}; it was tried once, and the TPM counts a wrong one of these towards no lockout"
             return failed(AskOperator(error.code, counted))
+    unneeded = [
+        f"{hierarchy}_auth_file is set, but the {hierarchy} hierarchy has no password"
+        for hierarchy, is_set, has_password in (
+            ("owner", tpm.owner_auth_file, condition.owner_has_password),
+            ("endorsement", tpm.endorsement_auth_file, condition.endorsement_has_password),
+        )
+        if is_set and not has_password
+    ]
+    if unneeded:
+        return Finding(
+            WARNING, "; ".join(unneeded), "give the TPM its password again if it was cleared, else empty the setting"
+        )
     if condition.owner_has_password and not tpm.owner_auth_file:
         return Finding(
             WARNING,
@@ -128,11 +133,28 @@ def certificate(device: Device) -> Finding:
             " else another ek_handle",
         )
     if verdict == ek_certificate.ABSENT:
-        return Finding(OK, "absent: the TPM holds none, and none is needed to register")
+        return _without_certificate(device)
     return Finding(
         WARNING,
         "unreadable: what the TPM holds is no X.509 certificate of an RSA key",
         "ask the TPM's manufacturer",
+    )
+
+
+def _without_certificate(device: Device) -> Finding:
+    """Of which template the EK is then, the TPM itself tells, by making it anew."""
+    wanted = device.configuration.tpm.ek_template
+    absent_and = "absent: the TPM holds none, and none is needed to register; this endorsement key is of"
+    try:
+        found = device.ask(lambda tpm: tpm.template_of_endorsement_key())
+    except DpsError as error:  # a slow TPM, or a password that the settings lack: it can register all the same
+        return Finding(OK, f"{absent_and} a template that could not be found out: {error.message}")
+    if found == wanted:
+        return Finding(OK, f"{absent_and} the template {found}")
+    return Finding(
+        WARNING,
+        f"{absent_and} {f'the template {found}' if found else 'neither template'}, though ek_template is {wanted}",
+        "nothing, if this key is enrolled; else set ek_handle to a free handle, where the agent makes the other key",
     )
 
 

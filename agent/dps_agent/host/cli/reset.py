@@ -1,5 +1,7 @@
 """`dps-agent reset`: forgets the assignment; the TPM's own keys stay."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 
@@ -8,6 +10,11 @@ from dps_agent.host.cli.verb import Outcome, UsageError, Verb, configuration_of
 from dps_hal.contracts import IDENTITY, PROGRESS, Store
 from dps_hal.errors import AskOperator, DpsError, IdentityStale
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from dps_agent.host.config import Configuration
+    from dps_hal.files import LockedStore
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The answer to the question before erasing."""
@@ -15,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
-    """Erases both records; needs no TPM and no network."""
+    """Erases both records; needs no network, and the TPM only where the hub key is kept in it as well."""
     from dps_hal.files import open_store
 
     configuration = configuration_of(arguments, need_id_scope=False)
@@ -27,9 +34,40 @@ def run(arguments: argparse.Namespace) -> Outcome:
     document = {"erased": list(found), "stateDir": configuration.state_dir, "backend": configuration.tpm.backend}
     if ask_service(configuration, "/command/reset", 60) is not None:
         return Outcome([*lines, "the service that runs registers the device again"], document)
+    warnings = _withdraw_key(configuration, store)
+    lines += [f"warning: {warning}" for warning in warnings]
+    document["warnings"] = warnings
     for record in (IDENTITY, PROGRESS):  # also where nothing is found: a half-erased record ends here
         store.erase(record)
     return Outcome([*lines, f"state folder: {configuration.state_dir}"], document)
+
+
+def _withdraw_key(configuration: Configuration, store: LockedStore) -> list[str]:
+    """Removes the hub key from where other programs find it; returns what stands in the way, as warnings.
+
+    It goes first: without the record nobody would know whose key that is.
+    """
+    from dps_agent.host import kept_key
+
+    handle = configuration.tpm.persist_at
+    try:
+        stored = store.load(IDENTITY)
+    except AskOperator:
+        stored = None  # another version's, and what it says of the TPM is unknown
+    if stored is None or not (handle or kept_key.noted(stored.payload)[0]):
+        return []
+
+    from dps_agent.host.device import kept_to_ourselves, offline_runner, open_tpm
+
+    try:
+        with kept_to_ourselves(store):
+            tpm = open_tpm(configuration)
+            offline_runner(configuration, tpm).run(kept_key.withdraw(tpm, handle))
+    except DpsError as error:
+        if error.code == "store.locked":
+            raise
+        return [f"the hub key stays in the TPM: {error.message}"]
+    return []
 
 
 def _description(store: Store, record: str) -> str:

@@ -1,0 +1,246 @@
+"""What carries the calls of a TPM: one operation over a connection, what it holds, and what is flushed when.
+
+Handles and their ranges: TPM 2.0 Library Part 2, 7.2 and 7.4.
+"""
+
+import struct
+
+from dps_hal.errors import DpsError, RetryLater
+from dps_hal.tpm_errors import RC_ALTERED, RC_SEQUENCE, RefusedError, error_of
+from dps_hal.tpm_keys import SHA256_BYTES, sized
+from dps_hal.tpm_rules import (
+    COMMAND_LIMIT_S,
+    LEFTOVERS,
+    LOADED_SESSIONS,
+    PT_LOCKOUT_INTERVAL,
+    PT_PERMANENT,
+    RELEASE_LIMIT_S,
+    TRANSIENT,
+    kind_of,
+    locked_out,
+)
+from dps_hal.wire.commands import (
+    CAP_HANDLES,
+    CAP_TPM_PROPERTIES,
+    FLUSH_CONTEXT,
+    GET_CAPABILITY,
+    READ_PUBLIC,
+    SHUTDOWN,
+    START_AUTH_SESSION,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    from dps_hal.tpm_rules import Passwords
+    from dps_hal.wire.commands import Connection
+
+    Answer = TypeVar("Answer")
+
+
+class Operations:
+    """The part of a `WireTpm` that knows nothing of keys: connection, time, sessions and objects to be flushed."""
+
+    def __init__(self, connection: "Connection", passwords: "Passwords", exclusive: bool) -> None:
+        self._connection = connection
+        self._passwords = passwords
+        self._exclusive = exclusive
+        self._shutdown_due = False  # a key without noDA was used: a power cut would now count as a failed guess
+        self._orphans: list[tuple[int, bytes]] = []  # handles and names of what a lost connection left in the TPM
+        self.creates_key = False  # see TpmService
+        self._opened = False
+        self._forget_connection()
+
+    def _forget_connection(self) -> None:
+        self._held: list[int] = []  # every session and transient object that is to be flushed
+        self._names: dict[int, bytes] = {}  # of those objects; a sequence has none
+        self._passwords.restore()
+        self._altered = False  # an answer was not the TPM's own
+        self._lost: list[int] = []  # TRANSIENT or LOADED_SESSIONS for each of ours whose handle we may not know
+
+    def release(self) -> None:
+        """As `Tpm.release`: nothing of ours stays in the TPM but EK and SRK."""
+        self.creates_key = False
+        for _ in range(2):  # where the connection was lost, a second one does what is left
+            if self._opened or self._orphans or self._shutdown_due:
+                self._connection.begin(RELEASE_LIMIT_S)
+                self._end_connection()
+
+    def _end_connection(self) -> None:
+        """Tidies up within the time that is left, and ends the connection."""
+        try:
+            self._open()
+            self._tidy()
+        except (RefusedError, DpsError):
+            pass  # nobody can act on it; the next connection tries again
+        finally:
+            self._close()
+
+    def _tidy(self) -> None:
+        for _ in range(3):  # a TPM that refused to flush once may do it now
+            for handle in reversed(list(self._held)):
+                self._flush(handle)
+        self._announce_power_off()
+        self._flush_lost()
+
+    def _announce_power_off(self) -> None:
+        """Shutdown(CLEAR) where a power cut that nobody announced would count as a failed guess.
+
+        At the end of an operation, because the next release, which tries again, may be a whole request away.
+        """
+        if self._shutdown_due:
+            try:
+                self._connection.run(SHUTDOWN, (), b"\x00\x00")  # TPM_SU_CLEAR
+            except (RefusedError, DpsError):
+                return
+            self._shutdown_due = False
+
+    def _operate(self, operation: "Callable[[], Answer]") -> "Answer":
+        self._connection.begin(COMMAND_LIMIT_S)
+        self.creates_key = False
+        rebuilt = False
+        while True:
+            try:
+                self._open()
+                answer = operation()
+                self._announce_power_off()
+                return answer
+            except RefusedError as refused:
+                self._altered = self._altered or refused.altered
+                if refused.wrong_password and self._goes_without(refused):
+                    continue
+                if not refused.stale:
+                    raise error_of(refused, self._locked_out)
+                if refused.connection_lost:
+                    self._close()
+                else:
+                    self._end_connection()
+                if rebuilt:
+                    raise error_of(refused, self._locked_out)
+                rebuilt = True
+
+    def _goes_without(self, refused: RefusedError) -> bool:
+        """Whether the hierarchy that refused its password has none; see `Passwords`."""
+        try:
+            return self._passwords.go_without(refused, self._properties(PT_PERMANENT, PT_PERMANENT))
+        except RefusedError:
+            return False  # the first refusal counts
+
+    @property
+    def unneeded_passwords(self) -> "tuple[str, ...]":
+        """As `TpmService` has it."""
+        return self._passwords.unneeded
+
+    def _open(self) -> None:
+        if self._opened:
+            return
+        self._opened = True
+        self._flush_orphans()
+        if self._exclusive:
+            for first in LEFTOVERS:
+                for handle in self._handles(first):
+                    self._flush_handle(handle)
+
+    def _close(self) -> None:
+        """Ends the connection; what could not be flushed is left to the next one."""
+        if not self._connection.managed:
+            self._orphans += [(handle, self._names.get(handle, b"")) for handle in self._held]
+        self._connection.close()
+        self._opened = False
+        self._forget_connection()
+
+    def _flush_orphans(self) -> None:
+        """Flushes what an earlier connection left; a TPM without resource manager keeps it, and has three slots.
+
+        Where the TPM has restarted meanwhile, others may have an object at the handle by now: its name tells. With a
+        resource manager (/dev/tpmrm0) nothing was left.
+        """
+        while self._orphans:
+            handle, name = self._orphans[-1]
+            if kind_of(handle) == LOADED_SESSIONS or self._has_name(handle, name):
+                self._flush_handle(handle)
+            self._orphans.pop()
+
+    def _has_name(self, handle: int, name: bytes) -> bool:
+        """Whether an object of this name is at a transient handle; with an empty name, whether a sequence is."""
+        try:
+            _, answer = self._connection.run(READ_PUBLIC, (handle,))
+        except RefusedError as refused:
+            if refused.connection_lost:
+                raise refused
+            return not name and refused.code == RC_SEQUENCE
+        return bool(name) and sized(name) in answer
+
+    def _flush_handle(self, handle: int) -> None:
+        try:
+            self._connection.run(FLUSH_CONTEXT, (), struct.pack(">I", handle))
+        except RefusedError as refused:
+            if refused.connection_lost:
+                raise
+
+    def _flush_lost(self) -> None:
+        """Flushes what an altered answer kept from us."""
+        # The handle in an altered answer proves nothing, so it is the TPM that is asked what of that kind is left in
+        # it. Where that is more than one others have left something too, and nobody can tell what is whose: all
+        # stays. Behind a device node others are at work meanwhile, on /dev/tpm0 too.
+        if self._altered and not self._connection.shared:
+            for first in self._lost:
+                handles = self._handles(first)
+                if len(handles) == 1:
+                    self._flush_handle(handles[0])
+        self._altered = False
+        self._lost.clear()
+
+    def _run_and_hold(
+        self, code: int, handles: "tuple[int, ...]", parameters: bytes, **named: "Any"
+    ) -> "tuple[int, bytes]":
+        """As `Connection.run` for a command that makes a session or an object, which is held until it is flushed."""
+        try:
+            handle, answer = self._connection.run(code, handles, parameters, gives_handle=True, **named)
+        except RefusedError as refused:
+            if refused.altered:
+                self._lost.append(LOADED_SESSIONS if code == START_AUTH_SESSION else TRANSIENT)
+            raise refused
+        self._held.append(handle)
+        self._names[handle] = answer[-SHA256_BYTES - 2 :]  # a new key's answer ends with it
+        return handle, answer
+
+    def _flush(self, handle: int) -> None:
+        """Flushes what is still held; where the TPM refuses, release() tries again."""
+        if handle not in self._held:
+            return
+        try:
+            self._connection.run(FLUSH_CONTEXT, (), struct.pack(">I", handle))
+        except DpsError:
+            return
+        except RefusedError as refused:
+            if not refused.unknown_handle and not (self._altered and refused.altered_handle):
+                return
+            self._lost.append(kind_of(handle))
+        self._held.remove(handle)
+
+    def _handles(self, first: int) -> "list[int]":
+        """The handles in use from `first` on, of its kind."""
+        return [entry[0] for entry in self._capability(CAP_HANDLES, first, 254, ">I")]
+
+    def _properties(self, first: int, last: int) -> "dict[int, int]":
+        """TPM properties by number; those that the TPM does not have are missing."""
+        entries = self._capability(CAP_TPM_PROPERTIES, first, last - first + 1, ">II")
+        return {entry[0]: entry[1] for entry in entries}
+
+    def _capability(self, capability: int, first: int, count: int, layout: str) -> "list[tuple[int, ...]]":
+        """The entries of one capability, each of `layout`."""
+        _, answer = self._connection.run(GET_CAPABILITY, (), struct.pack(">III", capability, first, count))
+        size = struct.calcsize(layout)
+        found = int.from_bytes(answer[5:9], "big")  # behind moreData and the capability
+        if len(answer) != 9 + found * size:
+            raise RefusedError("get_capability", RC_ALTERED)
+        return [struct.unpack(layout, answer[at : at + size]) for at in range(9, len(answer), size)]
+
+    def _locked_out(self, what: str) -> RetryLater:
+        try:
+            return locked_out(what, self._properties(PT_LOCKOUT_INTERVAL, PT_LOCKOUT_INTERVAL))
+        except (RefusedError, DpsError):
+            return locked_out(what, {})
