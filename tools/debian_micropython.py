@@ -1,0 +1,167 @@
+"""MicroPython as Debian 13 has it: the oldest release that the project supports, ready to run, and its sources.
+
+apt-get fetches both into a folder of their own and checks Debian's signatures; the lists, sources and packages of the
+machine stay as they are. Debian's program runs with the C library of Debian 13, whatever the machine has.
+"""
+
+import fcntl
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fresh_machine import APT_DEADLINE_S, NotReady, cache_folder, output_of
+
+SUITE = "trixie"
+OLDEST = (1, 25)  # what the suite has
+INTERPRETER_PACKAGES = ("micropython", "libc6", "libffi8", "libmbedcrypto16", "libmbedtls21", "libmbedx509-7")
+SOURCES = ("micropython", "mbedtls")
+FETCH_PACKAGES = ("debian-archive-keyring",)  # Ubuntu lacks it
+BUILD_PACKAGES = (
+    *("dpkg-dev", "xz-utils", "bzip2", "gcc", "libc6-dev", "make"),  # what unpacks sources, and their own compiler
+    *("gcc-arm-none-eabi", "libnewlib-arm-none-eabi", "qemu-system-arm"),
+)
+KEYRINGS = ("debian-archive-keyring.gpg", "debian-archive-keyring.pgp")  # Debian 12 has the first, later ones both
+DEBIAN = "http://deb.debian.org/debian"
+UNPACK_DEADLINE_S = 120
+
+LAUNCHER = """#!/bin/sh
+# Debian 13's MicroPython with that release's own loader and libraries.
+root=$(dirname "$(readlink -f "$0")")/root
+exec "$root/{loader}" --library-path "$root/{libraries}" "$root/usr/bin/micropython" "$@"
+"""
+APT_CONFIGURATION = """Dir::State "{folder}";
+Dir::State::lists "{folder}/lists";
+Dir::State::status "{folder}/status";
+Dir::Cache "{folder}/cache";
+Dir::Etc::sourcelist "/dev/null";
+Dir::Etc::sourceparts "{folder}/sources.d";
+APT::Sandbox::User "root";
+APT::Get::AllowUnauthenticated "false";
+Acquire::AllowInsecureRepositories "false";
+Acquire::Languages "none";
+"""
+APT_SOURCE = """Types: {types}
+URIs: {mirror}
+Suites: {suite}
+Components: main
+Signed-By: {keyring}
+"""
+
+
+def interpreter() -> Path:
+    """The program `micropython`, downloaded once (4 MB and the package list)."""
+
+    def make(folder: Path) -> None:
+        _apt(folder, "deb", "download", *INTERPRETER_PACKAGES)
+        root = folder / "root"
+        for package in sorted(folder.glob("*.deb")):
+            _run(["dpkg-deb", "-x", str(package), str(root)], folder, UNPACK_DEADLINE_S)
+            package.unlink()
+        loader = _only(root, "usr/lib/*/ld-linux*.so.*").relative_to(root)
+        launcher = folder / "micropython"
+        launcher.write_text(LAUNCHER.format(loader=loader, libraries=loader.parent))
+        launcher.chmod(0o755)
+        version = _run([str(launcher), "-c", "import sys; print(sys.implementation[1][:2])"], folder, 10).strip()
+        if version != str(OLDEST):
+            raise NotReady(f"expected MicroPython {OLDEST} in Debian's {SUITE}; came {version}")
+
+    return _made_once(f"micropython-{SUITE}", make) / "micropython"
+
+
+def sources() -> tuple[Path, Path]:
+    """The folders with the sources of MicroPython and of mbedTLS, downloaded once (12 MB and the source list)."""
+
+    def make(folder: Path) -> None:
+        _apt(folder, "deb-src", "source", *SOURCES)
+        for archive in folder.glob("*.tar.*"):
+            archive.unlink()
+
+    folder = _made_once(f"micropython-{SUITE}-source", make)
+    return _only(folder, "micropython-*/"), _only(folder, "mbedtls-*/")
+
+
+def _made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache; `make` fills it where no earlier run did so to the end."""
+    folder = cache_folder() / name
+    with _locked(folder.with_suffix(".lock")):
+        stamp = folder / "complete"
+        if not stamp.is_file():
+            print(f"fetching Debian {SUITE}'s MicroPython into {folder}, once", flush=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            stamp.touch()
+    return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise NotReady(
+            f"no place for Debian's MicroPython: {error}\nset XDG_CACHE_HOME to a folder of yours"
+        ) from error
+
+
+def _apt(folder: Path, types: str, *command: str) -> None:
+    """Runs apt-get in `folder` with lists and settings of its own, which it removes again."""
+    keyring = next((path for name in KEYRINGS if (path := Path("/usr/share/keyrings", name)).is_file()), None)
+    if keyring is None:
+        raise NotReady("Debian's keys are missing: apt-get install debian-archive-keyring")
+    apt = folder / "apt"
+    for below in ("lists/partial", "cache/archives/partial", "sources.d"):
+        (apt / below).mkdir(parents=True)
+    (apt / "status").touch()
+    (apt / "apt.conf").write_text(APT_CONFIGURATION.format(folder=apt))
+    source = APT_SOURCE.format(types=types, mirror=_mirror(), suite=SUITE, keyring=keyring)
+    (apt / "sources.d" / "debian.sources").write_text(source)
+    for words in (["update", "-q"], list(command)):
+        _run(["apt-get", "-c", str(apt / "apt.conf"), *words], folder, APT_DEADLINE_S)
+    shutil.rmtree(apt)
+
+
+def _mirror() -> str:
+    """The mirror from which this machine has its own Debian packages, else Debian's."""
+    asked = ["apt-get", "indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(REPO_URI)", "Created-By: Packages"]
+    status, output = output_of(asked, APT_DEADLINE_S)
+    for line in output.splitlines() if status == 0 else []:
+        origin, _, rest = line.partition("|")
+        label, _, mirror = rest.partition("|")
+        if (origin, label) == ("Debian", "Debian"):
+            return mirror
+    return DEBIAN
+
+
+def _only(folder: Path, pattern: str) -> Path:
+    found = list(folder.glob(pattern))
+    if len(found) != 1:
+        raise NotReady(f"expected one {pattern} in {folder}; came {len(found)}; remove the folder to fetch it anew")
+    return found[0]
+
+
+def _run(command: list[str], folder: Path, deadline_s: int) -> str:
+    """The output of a program that is run in `folder`; NotReady if it fails."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=deadline_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise NotReady(f"this did not end within {deadline_s} s: {shlex.join(command)}") from error
+    if done.returncode:
+        raise NotReady(f"{done.stdout.rstrip()}\nthis failed with status {done.returncode}: {shlex.join(command)}")
+    return done.stdout
