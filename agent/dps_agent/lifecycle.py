@@ -3,6 +3,8 @@
 Rule 1: everything that changes the state stands in this file, and every change is a row of `TRANSITIONS`.
 Rule 2: the identity changes only when `Commit` has been answered; any other end of an attempt leaves it as it was.
 Rule 3: every wait has an end and a reason, and the reason is what `status` shows.
+
+The registration and the hub's session are imported where they begin: a board has memory for one of them at a time.
 """
 
 from dps_agent.assignment import load_held
@@ -17,10 +19,7 @@ from dps_agent.backoff import (
     exponential_floor_s,
     exponential_s,
 )
-from dps_agent.effects import Commit, Disconnect, LoadRecord, Random, ReadEndorsementKey, Sleep, Uptime, UtcNow
-from dps_agent.registration import register
-from dps_agent.session import LOST, NOT_FOUND, REFUSED, RENEW, Session
-from dps_agent.session import REGISTER as REGISTER_AGAIN
+from dps_agent.effects import Commit, LoadRecord, Random, ReadEndorsementKey, Sleep, Uptime, UtcNow
 from dps_agent.settings import AUTO
 from dps_agent.utc import LONGEST_STEP_S
 from dps_hal.contracts import IDENTITY, PROGRESS
@@ -30,11 +29,12 @@ from dps_hal.tpm_keys import registration_id_from_ek
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
     from typing import Any, NamedTuple
 
     from dps_agent.assignment import Assignment
     from dps_agent.effects import Effect
+    from dps_agent.session import Session
     from dps_agent.settings import Settings
     from dps_hal.contracts import StoredRecord, Utc
 
@@ -75,32 +75,33 @@ PARTED = "the connection ended, or there was none"
 RENEWED = "the next token is ready"
 STALE = "the identity no longer holds"
 
-TRANSITIONS = {
-    (BOOT, HOLDS): PROVISIONED,
-    (BOOT, REGISTER): PROVISIONING,
-    (BOOT, FAILED_BEFORE): WAITING,
-    (BOOT, RETRY): WAITING,
-    (BOOT, ASK): HALTED,
-    (PROVISIONING, COMMITTED): PROVISIONED,
-    (PROVISIONING, RETRY): WAITING,
-    (PROVISIONING, ASK): HALTED,
-    (PROVISIONING, KEPT): PROVISIONED,
-    (WAITING, WAITED): BOOT,
-    (HALTED, WAITED): BOOT,
-    (PROVISIONED, WAITED): CONNECTING,
-    (PROVISIONED, REGISTER): PROVISIONING,
-    (CONNECTING, ACCEPTED): CONNECTED,
-    (CONNECTING, PARTED): PROVISIONED,
-    (CONNECTING, REGISTER): PROVISIONING,
-    (CONNECTING, FAILED_BEFORE): WAITING,
-    (CONNECTING, STALE): BOOT,
-    (CONNECTING, ASK): HALTED,
-    (CONNECTED, RENEWED): CONNECTING,
-    (CONNECTED, PARTED): PROVISIONED,
-    (CONNECTED, REGISTER): PROVISIONING,
-    (CONNECTED, STALE): BOOT,
-    (CONNECTED, ASK): HALTED,
-}
+# State, event, next state: written out, because constants lie in flash where a firmware has them frozen.
+TRANSITIONS = (
+    ("boot", "the record holds", "provisioned"),
+    ("boot", "a registration is due", "provisioning"),
+    ("boot", "registrations failed before", "waiting"),
+    ("boot", "it may work later", "waiting"),
+    ("boot", "an operator is needed", "halted"),
+    ("provisioning", "the new identity is stored", "provisioned"),
+    ("provisioning", "it may work later", "waiting"),
+    ("provisioning", "an operator is needed", "halted"),
+    ("provisioning", "the registration failed, the identity still serves", "provisioned"),
+    ("waiting", "the wait is over", "boot"),
+    ("halted", "the wait is over", "boot"),
+    ("provisioned", "the wait is over", "connecting"),
+    ("provisioned", "a registration is due", "provisioning"),
+    ("connecting", "the hub accepted the device", "connected"),
+    ("connecting", "the connection ended, or there was none", "provisioned"),
+    ("connecting", "a registration is due", "provisioning"),
+    ("connecting", "registrations failed before", "waiting"),
+    ("connecting", "the identity no longer holds", "boot"),
+    ("connecting", "an operator is needed", "halted"),
+    ("connected", "the next token is ready", "connecting"),
+    ("connected", "the connection ended, or there was none", "provisioned"),
+    ("connected", "a registration is due", "provisioning"),
+    ("connected", "the identity no longer holds", "boot"),
+    ("connected", "an operator is needed", "halted"),
+)
 
 COMMIT_TRIES = 3  # in a row, before the new identity waits in memory for better days
 REFUSALS_LIMIT = 2  # of fresh tokens in a row, before the device registers again
@@ -109,21 +110,28 @@ STEADY_S = 120  # a connection that lasted so long ends the count of failed ones
 START_SPREAD_S = 5  # the first connection of a life, where first_contact_spread_s says no more
 KEYLESS_LIMIT = 3  # assignments without a key in a row before an operator is asked
 MESSAGE_LIMIT = 400  # characters of an error's text that `progress` keeps
-_PARTED_CODES = {LOST: "hub.lost", NOT_FOUND: "hub.not_found", REFUSED: "hub.refused"}
 INTERRUPTED = RetryLater("agent.interrupted", "a registration began and did not end")
 
 
 class Lifecycle:
     """One device's life. Run `live` and read the attributes; nothing else changes them."""
 
-    def __init__(self, settings: "Settings", about: "dict[str, str] | None" = None) -> None:
-        """`about` is what a connected device reports of itself to its twin."""
+    def __init__(
+        self,
+        settings: "Settings",
+        about: "dict[str, str] | None" = None,
+        beside: "Callable[[], Generator[Any, Any, dict[str, Any]]] | None" = None,
+    ) -> None:
+        """`about` is what a connected device reports of itself to its twin.
+
+        `beside`, an exchange, says before each registration what the new record is to hold beside the assignment.
+        """
         self.settings = settings
         self.about = about or {}
+        self._beside = beside
         self.state = BOOT
         self.reason = "starting"  # why it is in this state, in words
         self.assignment: Assignment | None = None  # the identity that holds
-        self.former: Assignment | None = None  # the identity that this life replaced
         self.committed = False  # this life stored a new identity
         self.rolled_back = False  # a newer copy of the record was damaged, an older one serves
         self.error: DpsError | None = None  # what ended the last attempt
@@ -171,7 +179,7 @@ class Lifecycle:
                 event = yield from self._stay()
             else:
                 event = yield from self._wait()
-            self.state = TRANSITIONS[(self.state, event)]
+            self.state = _next_state(self.state, event)
             if self.state in (BOOT, WAITING, HALTED):
                 yield from self._abandon_session()
             if (self.state == PROVISIONED and not connect) or (once and self.state in (WAITING, HALTED)):
@@ -253,7 +261,12 @@ class Lifecycle:
                 if registration_id == AUTO:
                     endorsement_key: bytes = yield ReadEndorsementKey()
                     registration_id = registration_id_from_ek(endorsement_key)
-                self._uncommitted = yield from register(self.settings, registration_id)
+                beside: dict[str, Any] = {}
+                if self._beside:
+                    beside = yield from self._beside()
+                from dps_agent.registration import register
+
+                self._uncommitted = yield from register(self.settings, registration_id, beside)
             yield from self._commit(self._uncommitted[1])
         except DpsError as error:
             if error.code == "store.too_large":
@@ -266,7 +279,6 @@ class Lifecycle:
                 return KEPT
             return event
         yield from self._abandon_session()
-        self.former = self.assignment
         self.assignment = self._uncommitted[0]
         self._uncommitted = None
         self.committed = True
@@ -313,6 +325,8 @@ class Lifecycle:
             about = dict(self.about)
             about["assignedAt"] = held.last_updated_utc
             about["substatus"] = held.substatus
+            from dps_agent.session import Session
+
             self._session = Session(self.settings, held, about, self.summary, self._serial)
         session = self._session
         try:
@@ -354,18 +368,21 @@ class Lifecycle:
 
     def _parted(self, end: str, reason: str) -> "Generator[Effect, Any, str]":
         """What follows the end of a connection."""
+        from dps_agent import session
+        from dps_agent.hub_effects import Disconnect
+
         yield Disconnect()
         self.reason = reason
-        if end == RENEW:
+        if end == session.RENEW:
             return RENEWED
-        if end == REGISTER_AGAIN:
+        if end == session.REGISTER:
             self._asked = True
             return REGISTER
-        self.error = RetryLater(_PARTED_CODES[end], reason)
+        self.error = RetryLater(session.PARTED_CODES[end], reason)
         now_s: float = yield Uptime()
         if self._session and self._session.accepted:
             self._refusals = 0
-        if end == REFUSED:
+        if end == session.REFUSED:
             self._refusals += 1
             if self._refusals >= REFUSALS_LIMIT:
                 self._refused = True
@@ -373,7 +390,7 @@ class Lifecycle:
                     return REGISTER
                 yield from self._back_off()
                 return FAILED_BEFORE
-        if end != NOT_FOUND:
+        if end != session.NOT_FOUND:
             self._gone_since_s = None
         elif self._gone_since_s is None:
             self._gone_since_s = now_s
@@ -388,6 +405,8 @@ class Lifecycle:
         """What follows when TPM or clock give no token, or the hub does not speak with us; raises our own bugs."""
         if not isinstance(error, (RetryLater, AskOperator, IdentityStale)):
             raise error
+        from dps_agent.hub_effects import Disconnect
+
         yield Disconnect()
         self.error = error
         self.reason = error.message
@@ -515,6 +534,13 @@ def encode_progress(progress: Progress) -> bytes:
             "message": progress.message,
         }
     ).encode()
+
+
+def _next_state(state: str, event: str) -> str:
+    for before, what, after in TRANSITIONS:
+        if (before, what) == (state, event):
+            return after
+    raise Broken("agent.bug", f"nothing follows '{event}' in state '{state}'")
 
 
 def decode_progress(stored: bytes) -> "Progress | None":

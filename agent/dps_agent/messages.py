@@ -5,10 +5,8 @@ the API does not have are kept under `unknown`, enumeration values that it does 
 the wrong type is RetryLater `dps.malformed_answer`, and the message names the field.
 """
 
-import binascii
-
 from dps_hal.errors import RetryLater
-from dps_hal.platform import from_json, to_json
+from dps_hal.platform import from_json, to_base64, to_json
 
 # EnrollmentStatus
 UNASSIGNED = "unassigned"
@@ -208,68 +206,69 @@ else:
         ),
     )
 
-# JSON names and kinds in the order of the tuples above. A kind is STRING, INTEGER (int32), ANY, STRINGS or a message.
+# JSON names and kinds in the order of the tuples above. A kind == STRING, INTEGER (int32), ANY, STRINGS or a message.
+# The former are written out below: pairs of constants lie in flash, not on the heap, where a firmware has them frozen.
 STRING, INTEGER, ANY, STRINGS = "a string", "a 32-bit integer", "any value", "an object of strings"
 FIELDS: "dict[Any, Fields]" = {
     TpmAttestation: (
-        ("endorsementKey", STRING),
-        ("storageRootKey", STRING),
+        ("endorsementKey", "a string"),
+        ("storageRootKey", "a string"),
     ),
     DeviceRegistration: (
-        ("payload", ANY),
-        ("registrationId", STRING),
+        ("payload", "any value"),
+        ("registrationId", "a string"),
         ("tpm", TpmAttestation),
     ),
-    TpmRegistrationResult: (("authenticationKey", STRING),),
+    TpmRegistrationResult: (("authenticationKey", "a string"),),
     X509CertificateInfo: (
-        ("issuerName", STRING),
-        ("notAfterUtc", STRING),
-        ("notBeforeUtc", STRING),
-        ("serialNumber", STRING),
-        ("sha1Thumbprint", STRING),
-        ("sha256Thumbprint", STRING),
-        ("subjectName", STRING),
-        ("version", INTEGER),
+        ("issuerName", "a string"),
+        ("notAfterUtc", "a string"),
+        ("notBeforeUtc", "a string"),
+        ("serialNumber", "a string"),
+        ("sha1Thumbprint", "a string"),
+        ("sha256Thumbprint", "a string"),
+        ("subjectName", "a string"),
+        ("version", "a 32-bit integer"),
     ),
     X509RegistrationResult: (
         ("certificateInfo", X509CertificateInfo),
-        ("enrollmentGroupId", STRING),
+        ("enrollmentGroupId", "a string"),
         ("signingCertificateInfo", X509CertificateInfo),
     ),
-    SymmetricKeyRegistrationResult: (("enrollmentGroupId", STRING),),
+    SymmetricKeyRegistrationResult: (("enrollmentGroupId", "a string"),),
     DeviceRegistrationResult: (
-        ("assignedHub", STRING),
-        ("createdDateTimeUtc", STRING),
-        ("deviceId", STRING),
-        ("errorCode", INTEGER),
-        ("errorMessage", STRING),
-        ("etag", STRING),
-        ("lastUpdatedDateTimeUtc", STRING),
-        ("payload", ANY),
-        ("registrationId", STRING),
-        ("status", STRING),
-        ("substatus", STRING),
+        ("assignedHub", "a string"),
+        ("createdDateTimeUtc", "a string"),
+        ("deviceId", "a string"),
+        ("errorCode", "a 32-bit integer"),
+        ("errorMessage", "a string"),
+        ("etag", "a string"),
+        ("lastUpdatedDateTimeUtc", "a string"),
+        ("payload", "any value"),
+        ("registrationId", "a string"),
+        ("status", "a string"),
+        ("substatus", "a string"),
         ("symmetricKey", SymmetricKeyRegistrationResult),
         ("tpm", TpmRegistrationResult),
         ("x509", X509RegistrationResult),
     ),
     RegistrationOperationStatus: (
-        ("operationId", STRING),
-        ("status", STRING),
+        ("operationId", "a string"),
+        ("status", "a string"),
         ("registrationState", DeviceRegistrationResult),
     ),
     TpmChallenge: (
-        ("message", STRING),
-        ("authenticationKey", STRING),
-        ("keyName", STRING),
-        ("unencryptedAuthenticationKey", STRING),
+        ("message", "a string"),
+        ("authenticationKey", "a string"),
+        ("keyName", "a string"),
+        ("unencryptedAuthenticationKey", "a string"),
     ),
     ProvisioningServiceErrorDetails: (
-        ("errorCode", INTEGER),
-        ("info", STRINGS),
-        ("message", STRING),
-        ("timestampUtc", STRING),
-        ("trackingId", STRING),
+        ("errorCode", "a 32-bit integer"),
+        ("info", "an object of strings"),
+        ("message", "a string"),
+        ("timestampUtc", "a string"),
+        ("trackingId", "a string"),
     ),
 }
 
@@ -293,23 +292,6 @@ def device_registration(
     return encode(DeviceRegistration(payload, registration_id, tpm, {}))
 
 
-def to_base64(content: bytes) -> str:
-    """`content` in the standard base64 alphabet, padded, without a line feed."""
-    return binascii.b2a_base64(content).decode().strip()
-
-
-def from_base64(text: str) -> bytes:
-    """The bytes of padded standard base64; ValueError for anything else (binascii alone skips stray characters)."""
-    stripped = text.rstrip("=")
-    padding = len(text) - len(stripped)
-    if len(text) % 4 or padding > 2:
-        raise ValueError(f"not base64: {len(text)} characters, {padding} of them padding")
-    for character in stripped:
-        if not ("A" <= character <= "Z" or "a" <= character <= "z" or "0" <= character <= "9" or character in "+/"):
-            raise ValueError(f"not base64: {character!r}")
-    return binascii.a2b_base64(text)
-
-
 def _json_object(body: bytes, where: str) -> "dict[str, Any]":
     try:
         value = from_json(body)
@@ -331,11 +313,11 @@ def _read(message: "Any", value: "dict[str, Any]", where: str) -> "Any":
 
 
 def _field(value: "Any", kind: "Any", where: str) -> "Any":
-    if value is None or kind is ANY:
+    if value is None or kind == ANY:
         return value
     if not _fits(value, kind):
         raise _malformed(where, f"expected {kind if isinstance(kind, str) else 'an object'}, got {_kind(value)}")
-    if kind is STRINGS:
+    if kind == STRINGS:
         for name in value:
             _field(value[name], STRING, f"{where}.{name}")
     elif not isinstance(kind, str):
@@ -344,9 +326,9 @@ def _field(value: "Any", kind: "Any", where: str) -> "Any":
 
 
 def _fits(value: "Any", kind: "Any") -> bool:
-    if kind is STRING:
+    if kind == STRING:
         return isinstance(value, str)
-    if kind is INTEGER:
+    if kind == INTEGER:
         return isinstance(value, int) and not isinstance(value, bool) and -(2**31) <= value < 2**31
     return isinstance(value, dict)
 

@@ -11,6 +11,12 @@ from dps_agent.effects import (
     NO_REPLY_DNS,
     NO_REPLY_NOT_FOUND,
     NO_REPLY_TIMEOUT,
+    ForgetOlder,
+    NoReply,
+    Random,
+    Uptime,
+)
+from dps_agent.hub_effects import (
     Acknowledge,
     Acknowledged,
     AnswerMethod,
@@ -18,21 +24,17 @@ from dps_agent.effects import (
     CloudMessage,
     Connect,
     Desired,
-    ForgetOlder,
     Gone,
     Granted,
     MessageDone,
     MethodCall,
     NextEvent,
-    NoReply,
     Publish,
-    Random,
     RegisterAgain,
     SendTelemetry,
     Subscribe,
     TelemetryDone,
     Tell,
-    Uptime,
 )
 from dps_agent.sas import percent_decode, percent_encode
 from dps_hal.contracts import IDENTITY
@@ -45,7 +47,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dps_agent.assignment import Assignment
-    from dps_agent.effects import ConnAck, Effect, Event
+    from dps_agent.effects import Effect
+    from dps_agent.hub_effects import ConnAck, Event
     from dps_agent.sas import SasToken
     from dps_agent.settings import Settings
 
@@ -55,6 +58,7 @@ NOT_FOUND = "not found"  # there seems to be no such hub
 REFUSED = "refused"  # the hub does not take a token that was made for it just now
 RENEW = "renew"  # the next token is ready
 REGISTER = "register"  # somebody asks for another registration
+PARTED_CODES = {LOST: "hub.lost", NOT_FOUND: "hub.not_found", REFUSED: "hub.refused"}
 
 API_VERSION = "2021-04-12"
 REPORTED_NAME = "dpsAgent"  # what the agent reports of itself stands under this name in the twin

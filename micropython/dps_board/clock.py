@@ -1,7 +1,7 @@
 """The clock of a board: ticks that never wrap, and the rule of `dps_agent.utc` with an RTC and NTP."""
 
 from dps_agent.utc import BelievedTime
-from dps_board.ntp import ask
+from dps_board.memory import forget
 from dps_hal.platform import ms_since, ticks_ms
 
 TYPE_CHECKING = False
@@ -61,7 +61,10 @@ class BoardClock:
         due_s = ASK_AGAIN_S if self.utc().believable else _ASK_AGAIN_UNSURE_S
         if self._ntp_server and (self._asked_s is None or uptime_s - self._asked_s >= due_s):
             self._asked_s = uptime_s
+            from dps_board.ntp import ask
+
             now_s = await ask(self._ntp_server, self._ntp_port, while_waiting=self._while_waiting)
+            forget("dps_board.ntp")
             if now_s is not None:
                 self.time.propose(now_s, self._uptime_s(), "ntp")
         self._set_rtc(self.time.for_handshake_s(self._uptime_s()))

@@ -7,7 +7,7 @@ import asyncio
 import os
 import time
 
-from dps_agent.lifecycle import PROVISIONED
+from dps_agent.lifecycle import CONNECTED, CONNECTING, PROVISIONED
 from dps_board.clock import BoardClock
 from dps_hal.littlefs import LittleFsStore
 from dps_hal.wire import WireTpm
@@ -26,7 +26,7 @@ _SINCE_2000_S = 946_684_800  # the epoch of some ports
 _JOIN_AGAIN_S = 15
 _NOT_LIT = 0
 _LIT = 1
-_GOOD_STATES = (PROVISIONED, "connected")
+_GOOD_STATES = (PROVISIONED, CONNECTING, CONNECTED)
 
 
 def make_tpm(config: "BoardConfiguration", while_waiting: "Callable[[], None] | None" = None) -> WireTpm:

@@ -2,18 +2,23 @@
 
     agent = Agent(config, tpm, store, clock)
     asyncio.create_task(agent.run())
+    ...
+    await agent.publish(b'{"celsius": 21.5}')
 
-Waits and HTTP leave the processor to the other tasks. A TPM command, a commit, the resolver and the arithmetic of a
-TLS handshake block it; the TPM's `while_waiting` feeds the watchdog meanwhile.
+Waits, HTTP and MQTT leave the processor to the other tasks. A TPM command, a commit, the resolver and the arithmetic of
+a TLS handshake block it; the TPM's `while_waiting` feeds the watchdog meanwhile.
 """
 
 import asyncio
 import gc
+import sys
 
+from dps_agent import __version__
 from dps_agent.effects import (
     NO_REPLY_TIMEOUT,
     NO_REPLY_TLS,
     Commit,
+    ForgetOlder,
     Http,
     ImportKey,
     LoadRecord,
@@ -27,10 +32,11 @@ from dps_agent.effects import (
     Uptime,
     UtcNow,
 )
-from dps_agent.lifecycle import Lifecycle, decode_progress
+from dps_agent.lifecycle import CONNECTED, CONNECTING, Lifecycle, decode_progress
 from dps_board.https import Connection
+from dps_board.memory import forget
 from dps_hal.contracts import PROGRESS
-from dps_hal.errors import Broken, DpsError
+from dps_hal.errors import Broken, DpsError, RetryLater
 from dps_hal.platform import ms_since, random_bytes, ticks_ms
 
 TYPE_CHECKING = False
@@ -40,19 +46,30 @@ if TYPE_CHECKING:
 
     from dps_agent.assignment import Assignment
     from dps_agent.effects import Effect
+    from dps_agent.sas import SasToken
     from dps_board.clock import BoardClock
     from dps_board.config import BoardConfiguration
-    from dps_hal.contracts import Store, Tpm
+    from dps_board.hub import Hub
+    from dps_hal.contracts import Store, TpmService
 
 HTTP_DEADLINE_MS = 60_000  # one request in all
 RELEASE_FOR_SLEEPS_OVER_S = 2
 CLOSE_FOR_SLEEPS_OVER_S = 60
-_TIMES_TO_TRY = 3  # of one request: under a proposal, under the floor, under the peer's Date
+TELEMETRY_LIMIT_S = 30
+TELEMETRY_LIMIT = 262144  # bytes; see `dps_agent.session`
+TIMES_TO_TRY = 3  # of one request: under a proposal, under the floor, under the peer's Date
 _STEP_S = 0.25  # of a sleep, between two looks at the watchdog and at `stop`
 
 
 class Agent:
     """One device's life on one TPM, store and clock.
+
+    The program sets what is to be called for what the hub sends; functions and coroutine functions will do:
+    `on_message(properties, payload)` for a cloud-to-device message; payload is bytes, None where it was too large for
+    this device. The hub delivers it again, later, unless this returns.
+    `on_method(name, value)` for a direct method; value is what the JSON says, None for nothing. It returns the status
+    and the value of the answer, within METHOD_LIMIT_S of `dps_agent.session`.
+    `on_desired(version, properties, whole)` for desired twin properties: all of them, or a merge patch.
 
     `on_state(state)` is called for each new state (a status LED); `watchdog()` at least once a second while everything
     is within its deadline; the TPM's own `while_waiting` should be the same function.
@@ -63,7 +80,7 @@ class Agent:
     def __init__(
         self,
         config: "BoardConfiguration",
-        tpm: "Tpm",
+        tpm: "TpmService",
         store: "Store",
         clock: "BoardClock",
         *,
@@ -71,8 +88,16 @@ class Agent:
         watchdog: "Callable[[], None] | None" = None,
         observe: "Callable[[Effect, object], None] | None" = None,
     ) -> None:
+        values = config.values
         self.connection = Connection(config.settings.endpoint, config.roots, config.connect_to, watchdog)
-        self._life = Lifecycle(config.settings)
+        self.hub: Hub | None = None  # as soon as there is one to talk to
+        self.on_message: Callable[[dict[str, str], bytes | None], Any] | None = None
+        self.on_method: Callable[[str, Any], Any] | None = None
+        self.on_desired: Callable[[int, dict[str, Any], bool], Any] | None = None
+        runtime = f"{sys.implementation.name} {'.'.join([str(part) for part in sys.implementation.version[:3]])}"
+        about = {"agentVersion": __version__, "runtime": runtime, "backend": values["tpm.backend"]}
+        self._life = Lifecycle(config.settings, about)
+        self._config = config
         self._tpm = tpm
         self._store = store
         self._clock = clock
@@ -82,19 +107,22 @@ class Agent:
         self._shown_state = ""
         self._waiting_for = ""
         self._stopping = False
-        # What answers each effect: a function of the effect, or one that returns something to await.
-        self.answers: dict[type, Callable[[Any], Any]] = {
-            Http: self._request,
-            ReadEndorsementKey: lambda effect: tpm.endorsement_key(),
-            ReadStorageRootKey: lambda effect: tpm.storage_root_key(),
-            ImportKey: lambda effect: tpm.import_key(effect.activation),
-            Sign: lambda effect: tpm.sign(effect.wrapped_key, effect.message),
-            Uptime: lambda effect: clock.uptime_s(),
-            UtcNow: lambda effect: clock.utc(),
-            Random: lambda effect: int.from_bytes(random_bytes(3), "big") / 0x1000000,
+        self._connects = False
+        self.date_heard = False  # from DPS, in this life
+        # What answers each effect: a function of the effect's fields; it may return something to await.
+        self.answers: dict[type, Callable[..., Any]] = {
+            Http: self.request,
+            ReadEndorsementKey: self._endorsement_key,
+            ReadStorageRootKey: tpm.storage_root_key,
+            ImportKey: tpm.import_key,
+            Sign: tpm.sign,
+            Uptime: clock.uptime_s,
+            UtcNow: self._utc_now,
+            Random: lambda: int.from_bytes(random_bytes(3), "big") / 0x1000000,
             Sleep: self._sleep,
-            Commit: lambda effect: store.commit(effect.record, effect.payload),
-            LoadRecord: lambda effect: store.load(effect.record),
+            Commit: store.commit,
+            LoadRecord: store.load,
+            ForgetOlder: store.forget_older,
         }
 
     @property
@@ -117,10 +145,11 @@ class Agent:
         """What ended the last attempt."""
         return self._life.error
 
-    async def run(self) -> None:
-        """Lives until the device is provisioned or `stop` is called. Raises Broken only."""
+    async def run(self, connect: bool = True) -> None:
+        """Lives until `stop` is called; with `connect` False until the device is provisioned. Raises Broken only."""
+        self._connects = connect
         self._clock.restart(self._last_believed_s())
-        exchange = self._life.live(once=False, force=False)
+        exchange = self._life.live(once=False, force=False, connect=connect)
         try:
             await self._drive(exchange)
         finally:
@@ -128,11 +157,30 @@ class Agent:
             self.connection.close()
             self._tpm.release()
             self._show_state()
+            if self.hub is not None:
+                await self.hub.end()
 
     def stop(self) -> None:
         """Ends `run` at the next effect, and a wait or a request under way at once."""
         self._stopping = True
         self.connection.abort()
+        if self.hub is not None:
+            self.hub.connection.abort()
+
+    async def publish(
+        self, payload: bytes, properties: "dict[str, str] | None" = None, limit_s: float = TELEMETRY_LIMIT_S
+    ) -> None:
+        """Sends telemetry and returns once the hub has acknowledged it.
+
+        RetryLater `agent.not_connected` where there is no connection to the hub, too much is on its way already, or no
+        acknowledgement came within `limit_s`; after that last one it may still arrive, so that the hub has it twice
+        where it is published again. ValueError where it is larger than any hub takes.
+        """
+        if len(payload) > TELEMETRY_LIMIT:
+            raise ValueError(f"expected at most {TELEMETRY_LIMIT} bytes of telemetry; came {len(payload)}")
+        if self.hub is None or self.state != CONNECTED:
+            raise RetryLater("agent.not_connected", f"the telemetry was not sent: {self.state}: {self.reason}")
+        await self.hub.publish(payload, properties or {}, limit_s)
 
     def _last_believed_s(self) -> int:
         try:
@@ -152,11 +200,15 @@ class Agent:
             self._show_state()
             answer = error = None
             try:
-                answer = self.answers[type(effect)](effect)
+                if type(effect) not in self.answers:
+                    self._join_hub()
+                answer = self.answers[type(effect)](*effect)
                 if hasattr(answer, "send"):  # a coroutine
                     answer = await answer
             except DpsError as failure:
                 error = failure
+            except MemoryError as failure:
+                error = RetryLater("agent.busy", f"the heap had no room for the next step: {failure}")
             except Exception as failure:  # not CancelledError, which is none
                 error = _bug(failure)
             if self._observe is not None:
@@ -166,17 +218,48 @@ class Agent:
                 gc.collect()  # the next step may want the largest block that there is
             await asyncio.sleep(0)
 
-    async def _request(self, http: "Http") -> "Reply | NoReply":
+    def _utc_now(self) -> "Any":
+        """The time; before a token is made the hub itself confirms it, in the handshake that is due anyway."""
+        held = self._life.assignment
+        now = self._clock.utc()
+        if now.believable or held is None or self._life.state != CONNECTING:
+            return now
+        return self._join_hub().learn_time(held.assigned_hub)
+
+    def _join_hub(self) -> "Hub":
+        """What talks to the hub: loaded once the registration, for which it would leave no room, is through."""
+        if self.hub is None:
+            forget("dps_agent.registration", "dps_agent.messages")
+            from dps_board.hub import Hub
+
+            self.hub = Hub(self, self._config, self._tpm, self._clock, self._watchdog)
+            self.answers.update(self.hub.answers)
+        return self.hub
+
+    # DPS.
+
+    def _endorsement_key(self) -> bytes:
+        key = self._tpm.endorsement_key()
+        about = self._life.about
+        if self._connects and "tpmMaker" not in about:
+            try:
+                about["tpmMaker"] = self._tpm.condition().maker
+            except DpsError:
+                pass  # nothing depends on it
+        return key
+
+    async def request(self, method: str, path: str, body: bytes, authorization: "SasToken | None") -> "Reply | NoReply":
         """One request, made again under another time where certificates or Date speak against the one believed."""
         started_ms = ticks_ms()
         reply: Reply | NoReply = NoReply(NO_REPLY_TIMEOUT, False)
-        for _ in range(_TIMES_TO_TRY):
+        for _ in range(TIMES_TO_TRY):
             if not self.connection.is_open():
                 await self._clock.before_handshake()
                 gc.collect()  # mbedTLS wants one block of 16 KiB
             left_ms = HTTP_DEADLINE_MS - ms_since(started_ms)
-            reply = await self.connection.request(http.method, http.path, http.body, http.authorization, left_ms)
+            reply = await self.connection.request(method, path, body, authorization, left_ms)
             if isinstance(reply, Reply):
+                self.date_heard = self.date_heard or reply.date_s is not None
                 if self._clock.verified(reply.date_s):
                     break
             elif not reply.reason.startswith(NO_REPLY_TLS) or not self._clock.refused():
@@ -184,13 +267,13 @@ class Agent:
             self.connection.close()
         return reply
 
-    async def _sleep(self, sleep: "Sleep") -> None:
-        if sleep.delay_s > RELEASE_FOR_SLEEPS_OVER_S:
+    async def _sleep(self, delay_s: float, reason: str) -> None:
+        if delay_s > RELEASE_FOR_SLEEPS_OVER_S:
             self._tpm.release()
-        if sleep.delay_s > CLOSE_FOR_SLEEPS_OVER_S:
+        if delay_s > CLOSE_FOR_SLEEPS_OVER_S:
             self.connection.close()
-        self._waiting_for = sleep.reason
-        until_s = self._clock.uptime_s() + sleep.delay_s
+        self._waiting_for = reason
+        until_s = self._clock.uptime_s() + delay_s
         while not self._stopping:
             left_s = until_s - self._clock.uptime_s()
             if left_s <= 0:

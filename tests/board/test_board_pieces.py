@@ -4,8 +4,8 @@ import asyncio
 import struct
 
 from dps_board.clock import BoardClock
-from dps_board.config import read_values
 from dps_board.https import split_address
+from dps_board.keys import read_values
 from dps_board.ntp import read_answer
 from dps_hal.errors import AskOperator
 from dps_hal.platform import to_json

@@ -244,17 +244,3 @@ def test_the_heap_of_each_phase_is_known_and_a_small_one_is_enough(desk: Desk) -
     assert max(peaks.values()) < HEAP_KB * 1024
     (desk.folder / "flash.img").unlink()
     assert desk.live(heap_kb=HEAP_KB)["state"] == "provisioned"
-
-
-def test_the_example_program_gets_a_device_its_hub(desk: Desk) -> None:
-    desk.serve(retry_after_s=1)
-    desk.configure(
-        board={"ntp_server": desk.ntp.address, "built_at_s": desk.built_s, "led_pin": 25, "watchdog_s": 8},
-    )
-    (seen,) = micropython(desk.image, "board_app", str(desk.folder), str(desk.folder / "flash.img"))
-    assert seen["led"] == [25, 0, 0, 0, 1], "unlit, boot, provisioning, provisioned"
-    assert seen["watchdog"][0] == 8000 and seen["watchdog"][1] > 10
-    year, month, day, weekday, hour, minute, second, _ = seen["rtc"][-1]
-    moment = datetime.datetime(year, month, day, hour, minute, second, tzinfo=datetime.UTC)
-    assert abs(moment.timestamp() - time.time()) < 60 and moment.weekday() == weekday
-    assert [line.operation for line in desk.emulator.log][:2] == ["register", "register"]

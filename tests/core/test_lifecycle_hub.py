@@ -2,17 +2,8 @@
 
 from dps_agent.assignment import decode
 from dps_agent.backoff import HALTED_S, HUB_LIMIT_S
-from dps_agent.effects import (
-    NO_REPLY_NOT_FOUND,
-    Connect,
-    Disconnect,
-    Http,
-    NoReply,
-    Publish,
-    RegisterAgain,
-    SendTelemetry,
-    Sign,
-)
+from dps_agent.effects import NO_REPLY_NOT_FOUND, Http, NoReply, Sign
+from dps_agent.hub_effects import Connect, Disconnect, Publish, RegisterAgain, SendTelemetry
 from dps_agent.lifecycle import (
     BOOT,
     CONNECTED,
@@ -277,7 +268,7 @@ def test_two_refusals_of_a_fresh_token_lead_back_to_dps_and_one_does_not() -> No
         life = live(world, 120)
         assert life.state == CONNECTED and life.committed and calls(world).count("PUT") == 1
         assert life.assignment is not None and life.assignment.wrapped_key != before
-        assert world.hub.connections[-1][1] == 0 and life.former is not None
+        assert world.hub.connections[-1][1] == 0
 
 
 def test_a_token_that_was_taken_ends_the_count_of_refusals() -> None:
@@ -390,7 +381,7 @@ def test_a_hub_that_is_gone_for_half_an_hour_leads_back_to_dps() -> None:
         assert world.dps.requests == [] and life.state == PROVISIONED, reason
         life = live(world, HUB_GONE_S + 400)
         assert life.state == CONNECTED and world.hubs[SECOND_HUB].connections, reason
-        assert life.former is not None and life.former.assigned_hub == HUB
+        assert life.assignment is not None and life.assignment.assigned_hub == SECOND_HUB
         assert world.uptime_s - start_s < 2 * HUB_GONE_S + 500
 
 

@@ -12,11 +12,9 @@ from dps_agent.messages import (
     X509CertificateInfo,
     decode,
     encode,
-    from_base64,
-    to_base64,
 )
 from dps_hal.errors import RetryLater
-from dps_hal.platform import from_json, nesting, to_json
+from dps_hal.platform import from_base64, from_json, nesting, to_base64, to_json
 from support.claims import assert_refused
 from support.vectors import load
 
@@ -119,6 +117,7 @@ def test_what_is_no_json_object_is_refused() -> None:
         b"{",
         b'{"a":1}x',
         b'{"status":"x"',
+        b'{"payload":{"a":1}',
         b"\x00",
     ):
         assert_refused(

@@ -2,11 +2,10 @@
 
 from dps_agent.assignment import decode, seal_message
 from dps_agent.effects import NoReply
-from dps_agent.messages import to_base64
 from dps_agent.registration import register
 from dps_agent.settings import POLL_OPERATION
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
-from dps_hal.platform import hmac_sha256
+from dps_hal.platform import hmac_sha256, to_base64
 from support.claims import assert_refused
 from support.world import (
     DEVICE,

@@ -1,7 +1,8 @@
 """One device on its hub: what it says, what it answers, what it keeps over a reconnect."""
 
 from dps_agent.assignment import decode
-from dps_agent.effects import (
+from dps_agent.effects import Sign
+from dps_agent.hub_effects import (
     AnswerMethod,
     Arrived,
     CloudMessage,
@@ -12,7 +13,6 @@ from dps_agent.effects import (
     MethodCall,
     NextEvent,
     SendTelemetry,
-    Sign,
     Subscribe,
 )
 from dps_agent.lifecycle import CONNECTED, PROVISIONED, Lifecycle
@@ -38,7 +38,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from dps_agent.effects import Message
+    from dps_agent.hub_effects import Message
 
 ABOUT = {"version": "1.0", "runtime": "test"}
 DEVICEBOUND = f"devices/{DEVICE}/messages/devicebound/"

@@ -3,15 +3,14 @@
 Every run prints its seed where it fails; the same seed makes the same month on one runtime.
 """
 
-from dps_agent.effects import (
+from dps_agent.effects import Http, Sleep
+from dps_agent.hub_effects import (
     AnswerMethod,
     CloudMessage,
-    Http,
     MessageDone,
     MethodCall,
     NextEvent,
     SendTelemetry,
-    Sleep,
     TelemetryDone,
 )
 from dps_agent.lifecycle import CONNECTED, Lifecycle
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from dps_agent.effects import Message
+    from dps_agent.hub_effects import Message
 
 SEEDS = (1, 2, 3)
 DAY_S = 86400

@@ -2,13 +2,12 @@
 
 from binascii import unhexlify
 
+from dps_agent.der import certificates, not_after_s
 from dps_agent.utc import (
     AGREEMENT_S,
     LONGEST_STEP_S,
     BelievedTime,
-    certificates,
     http_date_s,
-    not_after_s,
     utc_s,
 )
 

@@ -1,9 +1,10 @@
 """The example program as a board runs it, with pins, RTC and watchdog that a unix machine does not have.
 
-`main` takes the folder with config.json, which becomes the current one, and the file of the flash. Prints what the
-program prints, then one JSON line with what became of the pins.
+`main` takes the folder with config.json, which becomes the current one, the file of the flash, and after how many
+seconds the program ends. Prints what the program prints, then one JSON line with what became of the pins.
 """
 
+import asyncio
 import json
 import os
 import sys
@@ -45,12 +46,21 @@ class WDT:
         seen["watchdog"][1] += 1  # type: ignore[operator]
 
 
-def main(folder: str, flash_file: str) -> None:
+def main(folder: str, flash_file: str, seconds: str) -> None:
     """Runs the program."""
     sys.modules["machine"] = sys.modules["board_app"]
     mount(FileFlash(flash_file))
     os.chdir(folder)
     import app
 
+    running = app.run
+
+    async def run(path: str = "config.json") -> None:
+        try:
+            await asyncio.wait_for(running(path), float(seconds))
+        except asyncio.TimeoutError:  # noqa: UP041 -- on a board it is not the built-in one, which there is none of
+            print("the time is over")
+
+    app.run = run
     app.main()
     print(json.dumps(seen))

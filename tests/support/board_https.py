@@ -9,8 +9,8 @@ import asyncio
 import json
 import time
 
+from dps_agent.der import certificates
 from dps_agent.effects import Reply
-from dps_agent.utc import certificates
 from dps_board.https import Connection
 
 PATH = "/0ne00000000/registrations/press-07/register?api-version=2021-10-01"

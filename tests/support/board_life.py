@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 4096
 BLOCKS = 16
 BLINK_MS = 20
+ERASED = b"\xff" * 256
 
 
 class FileFlash:
@@ -50,7 +51,8 @@ class FileFlash:
             return BLOCK_BYTES
         if operation == 6:
             self._file.seek(argument * BLOCK_BYTES)
-            self._file.write(b"\xff" * BLOCK_BYTES)
+            for _ in range(BLOCK_BYTES // len(ERASED)):  # a flash takes no memory for that
+                self._file.write(ERASED)
         return 0
 
 
@@ -153,8 +155,7 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
 
     agent = Agent(config, tpm, store, clock, on_state=states.append, watchdog=feed, observe=observe)
     if heap._sampling:
-        for kind in list(agent.answers):
-            agent.answers[kind] = named(agent.answers[kind], kind.__name__, heap)
+        agent.answers = NamedAnswers(agent.answers, heap)  # type: ignore[assignment]
     heap.sample()
 
     async def blink(gaps: "list[tuple[int, str]]") -> None:
@@ -176,9 +177,9 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
         blinking = asyncio.create_task(blink(gaps))
         try:
             if "seconds" in options:
-                await asyncio.wait_for(agent.run(), float(options["seconds"]))
+                await asyncio.wait_for(agent.run(connect=False), float(options["seconds"]))
             else:
-                await agent.run()
+                await agent.run(connect=False)
         except asyncio.TimeoutError:  # noqa: UP041 -- on a board it is not the built-in one, which there is none of
             pass
         blinking.cancel()
@@ -192,7 +193,7 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
                 effect = exchange.send(answer)
             except StopIteration as end:
                 return end.value.header().encode()  # type: ignore[no-any-return]
-            answer = agent.answers[type(effect)](effect)
+            answer = agent.answers[type(effect)](*effect)
 
     document: dict[str, Any] = {}
     try:
@@ -226,13 +227,27 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
     print(json.dumps(document))
 
 
-def named(answer: "Any", name: str, heap: Heap) -> "Any":
-    """`answer`, with the heap's phase named after the effect."""
+class NamedAnswers:
+    """What answers each effect, with the heap's phase named after the effect that is answered last."""
 
-    def call(effect: "Any") -> "Any":
-        if name not in ("Uptime", "UtcNow", "Random", "Sleep"):
-            heap.phase = name + (" " + effect.method if name == "Http" else "")
-        heap.sample()
-        return answer(effect)
+    def __init__(self, answers: "Any", heap: Heap) -> None:
+        self._heap = heap
+        self._answers = answers
 
-    return call
+    def __contains__(self, kind: type) -> bool:
+        return kind in self._answers
+
+    def __getitem__(self, kind: type) -> "Any":
+        answer, name, heap = self._answers[kind], kind.__name__, self._heap
+
+        def call(*fields: "Any") -> "Any":
+            if name not in ("Uptime", "UtcNow", "Random", "Sleep", "Disconnect"):
+                heap.phase = name + (" " + fields[0] if name == "Http" else "")
+            heap.sample()
+            return answer(*fields)
+
+        return call
+
+    def update(self, answers: "Any") -> None:
+        """Adds those of the hub."""
+        self._answers.update(answers)

@@ -1,0 +1,214 @@
+"""The hub's side of an `Agent`: what its connection needs beside MQTT, and what goes to and from the program.
+
+Loaded when the first connection is due: a board has no room for this beside a registration.
+"""
+
+import asyncio
+import gc
+
+from dps_agent.effects import NO_REPLY_TLS
+from dps_agent.hub_effects import (
+    Acknowledge,
+    AnswerMethod,
+    CloudMessage,
+    ConnAck,
+    Connect,
+    Desired,
+    Disconnect,
+    MessageDone,
+    MethodCall,
+    NextEvent,
+    Publish,
+    SendTelemetry,
+    Subscribe,
+    TelemetryDone,
+    Tell,
+)
+from dps_board.mqtt import HubConnection
+from dps_board.runner import RELEASE_FOR_SLEEPS_OVER_S, TIMES_TO_TRY
+from dps_hal.errors import RetryLater
+from dps_hal.platform import from_json, to_json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from dps_agent.effects import NoReply
+    from dps_agent.hub_effects import Message
+    from dps_board.clock import BoardClock
+    from dps_board.config import BoardConfiguration
+    from dps_board.runner import Agent
+    from dps_hal.contracts import TpmService, Utc
+
+MESSAGES_LIMIT = 8  # messages and calls that the program has in hand; a hub delivers further messages later
+_NOT_AUTHORIZED = (4, 5)  # MQTT 3.1.1, table 3.1
+
+
+class Hub:
+    """One connection to one hub after the other. `answers` is what answers the effects of `dps_agent.hub_effects`."""
+
+    def __init__(
+        self,
+        agent: "Agent",
+        config: "BoardConfiguration",
+        tpm: "TpmService",
+        clock: "BoardClock",
+        watchdog: "Callable[[], None] | None",
+    ) -> None:
+        values = config.values
+        self.connection = HubConnection(config.hub_roots, values["hub.port"], values["hub.connect_to"], watchdog)
+        self._agent = agent
+        self._tpm = tpm
+        self._clock = clock
+        self._serial = 0  # of telemetry
+        self._telemetry: dict[int, _Telemetry] = {}  # by request id
+        self._tasks: list[object] = []  # of the program's own functions
+        self.answers: dict[type, Callable[..., Any]] = {
+            Connect: self._connect,
+            Subscribe: self.connection.subscribe,
+            Publish: self.connection.publish,
+            Acknowledge: self.connection.acknowledge,
+            NextEvent: self._next_event,
+            Disconnect: self.connection.disconnect,
+            Tell: self._tell,
+        }
+
+    async def end(self) -> None:
+        """Tells the program that nothing more is sent, and disconnects."""
+        for request_id in list(self._telemetry):
+            self._telemetry.pop(request_id).end(False)
+        await self.connection.disconnect()
+
+    async def publish(self, payload: bytes, properties: "dict[str, str]", limit_s: float) -> None:
+        """See `Agent.publish`."""
+        self._serial += 1
+        request_id = self._serial
+        telemetry = self._telemetry[request_id] = _Telemetry()
+        event = SendTelemetry(request_id, properties, payload)
+        try:
+            if self.connection.post(event):
+                await asyncio.wait_for(telemetry.ended.wait(), limit_s)
+        except asyncio.TimeoutError:  # noqa: UP041 -- on a board it is not the built-in one, which there is none of
+            text = f"the hub did not acknowledge the telemetry within {limit_s} s; it may still arrive"
+            raise RetryLater("agent.not_connected", text)
+        finally:
+            self._telemetry.pop(request_id, None)
+            self.connection.take_back(event)
+        if not telemetry.accepted:
+            raise RetryLater("agent.not_connected", "the telemetry was not sent: too much is on its way, or too large")
+
+    async def learn_time(self, hub: str) -> "Utc":
+        """The time after the hub, or else DPS, has confirmed it."""
+        if await self._reach(hub) is not None:
+            await self._ask_date()
+        return self._clock.utc()
+
+    async def _ask_date(self) -> None:
+        """Asks DPS for the Date: no hub says it, and one that is gone confirms nothing."""
+        await self._agent.request("GET", "/", b"", None)
+        self._agent.connection.close()
+
+    async def _reach(self, hub: str) -> "NoReply | None":
+        """Verifies the hub, under another time where its certificates speak against the one believed."""
+        self._agent.connection.close()  # there is memory for one
+        failure: NoReply | None = None
+        for _ in range(TIMES_TO_TRY):
+            if self.connection.is_reached(hub):
+                return None
+            await self._clock.before_handshake()
+            gc.collect()  # mbedTLS wants one block of 16 KiB
+            failure = await self.connection.reach(hub)
+            if failure is None:
+                self._clock.verified(None)
+            elif not failure.reason.startswith(NO_REPLY_TLS) or not self._clock.refused():
+                break
+        return failure
+
+    async def _connect(self, hub: str, *identity: "Any") -> "ConnAck | NoReply":
+        failure = await self._reach(hub)
+        if failure is not None:
+            return failure
+        answer = await self.connection.connect(hub, *identity)
+        if isinstance(answer, ConnAck) and answer.return_code in _NOT_AUTHORIZED and not self._agent.date_heard:
+            await self._ask_date()  # it may have been a token of another day
+        return answer
+
+    async def _next_event(self, until_uptime_s: float) -> "Any":
+        within_s = max(until_uptime_s - self._clock.uptime_s(), 0)
+        if within_s > RELEASE_FOR_SLEEPS_OVER_S:
+            self._tpm.release()
+        return await self.connection.next_event(int(within_s * 1000))
+
+    # The program.
+
+    def _tell(self, message: "Message") -> bool:
+        """Whether the program takes the message."""
+        if isinstance(message, TelemetryDone):
+            telemetry = self._telemetry.get(message.request_id)
+            if telemetry is not None:
+                telemetry.end(message.accepted)
+            return telemetry is not None
+        work: Any
+        takes: Any
+        if isinstance(message, CloudMessage):
+            work, takes = self._hand_over, self._agent.on_message
+        elif isinstance(message, MethodCall):
+            work, takes = self._call, self._agent.on_method
+        elif isinstance(message, Desired):
+            work, takes = self._show_desired, self._agent.on_desired
+        else:
+            return False
+        if takes is None or len(self._tasks) >= MESSAGES_LIMIT:
+            return False
+        self._tasks.append(asyncio.create_task(self._counted(work(message))))
+        return True
+
+    async def _counted(self, work: "Any") -> None:
+        """Awaits what the program does; what it raises, asyncio shows."""
+        try:
+            await work
+        finally:
+            self._tasks.remove(asyncio.current_task())
+
+    async def _hand_over(self, message: "CloudMessage") -> None:
+        await _answer_of(self._agent.on_message, message.properties, message.payload)
+        self.connection.post(MessageDone(message.message_id))
+
+    async def _show_desired(self, message: "Desired") -> None:
+        await _answer_of(self._agent.on_desired, message.version, from_json(message.payload), message.whole)
+
+    async def _call(self, call: "MethodCall") -> None:
+        try:
+            value = from_json(call.payload) if call.payload else None
+        except (ValueError, MemoryError):
+            self._answer(call, 400, "expected JSON that this device has room for")
+            return
+        try:
+            status, value = await _answer_of(self._agent.on_method, call.name, value)
+            self.connection.post(AnswerMethod(call.call_id, int(status), to_json(value).encode()))
+        except Exception:
+            self._answer(call, 500, "the program on this device failed")
+            raise
+
+    def _answer(self, call: "MethodCall", status: int, message: str) -> None:
+        self.connection.post(AnswerMethod(call.call_id, status, to_json({"message": message}).encode()))
+
+
+class _Telemetry:
+    """One message on its way to the hub."""
+
+    def __init__(self) -> None:
+        self.accepted = False
+        self.ended = asyncio.Event()
+
+    def end(self, accepted: bool) -> None:
+        """Lets whoever waits for it go on."""
+        self.accepted = accepted
+        self.ended.set()
+
+
+async def _answer_of(function: "Any", *arguments: "Any") -> "Any":
+    """What a function or a coroutine function of the program returns."""
+    answer = function(*arguments)
+    return await answer if hasattr(answer, "send") else answer

@@ -1,0 +1,187 @@
+"""A TLS connection on asyncio, with every wait bounded: what HTTPS and MQTT have in common.
+
+The socket never blocks and is asked every POLL_S; what does block is the resolver and the arithmetic of a TLS
+handshake. mbedTLS verifies certificates under the board's clock, so that has to be set first. Runs on CPython too.
+"""
+
+import asyncio
+import select
+import socket
+
+try:  # MicroPython's own module: `ssl` is a layer around it, which takes a KiB and is not everywhere
+    ssl = __import__("tls")
+except ImportError:
+    import ssl
+
+from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_CONNECT, NO_REPLY_DNS, NO_REPLY_TIMEOUT, NO_REPLY_TLS
+from dps_hal.platform import ms_since, ticks_ms
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+POLL_S = 0.005
+_IS_BARE = ssl.__name__ == "tls"  # takes no keyword for roots
+_MBEDTLS_CONN_EOF = -0x7280  # mbedtls/ssl.h: the peer has gone without a goodbye
+_MBEDTLS_ALLOC_FAILED = -0x7F00
+# Where MicroPython returns None, CPython raises one of these; and what TLS refuses is no ValueError there.
+_NOT_YET = (ssl.SSLWantReadError, ssl.SSLWantWriteError) if hasattr(ssl, "SSLError") else ()
+_REFUSED = (ValueError, ssl.SSLError) if hasattr(ssl, "SSLError") else ValueError
+
+
+class FailedError(Exception):
+    """Why it did not work: `reason` is a NO_REPLY_* word, `text` the rest."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(reason, text)
+        self.reason = reason
+        self.text = text
+
+
+class Link:
+    """One connection after the other. `roots` are the only certificates to trust, in DER.
+
+    `while_waiting` is called at least once a second while something waits. `begin` starts a time limit, and all that
+    waits after it fails with `timeout` once that is over.
+    """
+
+    def __init__(self, roots: "list[bytes]", while_waiting: "Callable[[], None] | None" = None) -> None:
+        self.handshakes = 0
+        self.is_shaken = False  # the peer is verified
+        self._roots = roots
+        self._while_waiting = while_waiting
+        self._socket: Any = None
+        self._tls: Any = None
+        self._read: Any = None
+        self._started_ms = 0
+        self._limit_ms = 0
+        self._aborted = False
+
+    def begin(self, limit_ms: int) -> None:
+        """What is to be done now has so much time."""
+        self._started_ms = ticks_ms()
+        self._limit_ms = limit_ms
+        self._aborted = False
+
+    def abort(self) -> None:
+        """Makes what waits end soon, `closed`; for another task."""
+        self._aborted = True
+
+    def is_aborted(self) -> bool:
+        """Whether `abort` was called since `begin`."""
+        return self._aborted
+
+    def is_open(self) -> bool:
+        """Whether there is a connection, as far as anybody knows."""
+        return self._tls is not None
+
+    async def pause(self) -> None:
+        """Lets the other tasks run; FailedError once the time is over."""
+        if self._aborted:
+            raise FailedError(NO_REPLY_CLOSED, "given up")
+        if ms_since(self._started_ms) > self._limit_ms:
+            raise FailedError(NO_REPLY_TIMEOUT, f"no whole answer within {self._limit_ms} ms")
+        if self._while_waiting is not None:
+            self._while_waiting()
+        await asyncio.sleep(POLL_S)
+
+    async def open(self, host: str, port: int, name: str) -> None:
+        """Connects; `name` is what the certificate must carry. The handshake comes with the first byte written."""
+        await self.pause()
+        try:
+            addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        except OSError as error:
+            raise FailedError(NO_REPLY_DNS, f"'{host}': error {error.errno}")
+        failure = "no address"
+        for family, kind, protocol, _, address in addresses:
+            self._socket = socket.socket(family, kind, protocol)
+            try:
+                self._socket.setblocking(False)
+                try:
+                    self._socket.connect(address)
+                except OSError:
+                    pass  # under way; whether it works, poll says
+                if await self._is_connected():
+                    self._wrap(name)
+                    return
+                failure = "refused or unreachable"
+            except OSError as error:
+                failure = f"error {error.errno}"
+            self.close()
+        raise FailedError(NO_REPLY_CONNECT, f"{host} port {port}: {failure}")
+
+    async def _is_connected(self) -> bool:
+        poller = select.poll()
+        poller.register(self._socket, select.POLLOUT)
+        while True:
+            for _, event, *_ in poller.poll(0):
+                return not event & (select.POLLERR | select.POLLHUP)
+            await self.pause()
+
+    def _wrap(self, name: str) -> None:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            for root in self._roots:
+                if _IS_BARE:
+                    context.load_verify_locations(root)
+                else:
+                    context.load_verify_locations(cadata=root)
+            context.verify_mode = ssl.CERT_REQUIRED  # the default verifies nothing
+            if context.verify_mode != ssl.CERT_REQUIRED:
+                raise ValueError("this MicroPython cannot verify certificates")
+            self._tls = context.wrap_socket(self._socket, server_hostname=name, do_handshake_on_connect=False)
+        except (OSError, ValueError) as error:
+            raise self._broken(error)
+        # `read` goes on until it would have to wait, and forgets an end that it met then; older versions have no other.
+        self._read = getattr(self._tls, "recv", self._tls.read)
+
+    def write(self, piece: "bytes | memoryview") -> int:
+        """How many bytes could be sent now; where not all were, the rest is to be offered again and nothing else."""
+        try:
+            count: int = self._tls.write(piece) or 0
+        except (OSError, ValueError) as error:
+            if isinstance(error, _NOT_YET):
+                return 0
+            raise self._broken(error)
+        if count and not self.is_shaken:
+            self.is_shaken = True
+            self.handshakes += 1
+        return count
+
+    def read(self, limit: int) -> "bytes | None":
+        """What came, up to `limit` bytes; None while nothing has, b"" at the end."""
+        try:
+            received: bytes | None = self._read(limit)
+        except (OSError, ValueError) as error:
+            if isinstance(error, _NOT_YET):
+                return None
+            raise self._broken(error)
+        return received
+
+    def close(self) -> None:
+        """Ends the connection, if there is one."""
+        for each in (self._tls, self._socket):
+            if each is not None:
+                try:
+                    each.close()
+                except OSError:
+                    pass  # it is broken, which is as good
+        self._tls = self._socket = self._read = None
+        self.is_shaken = False
+
+    def _broken(self, error: Exception) -> FailedError:
+        """What a failure of the TLS module means: it raises ValueError for certificates, its own codes below 0."""
+        number = 0 if isinstance(error, _REFUSED) else getattr(error, "errno", 0)
+        if not self.is_shaken and number <= 0 and number not in (_MBEDTLS_CONN_EOF, _MBEDTLS_ALLOC_FAILED):
+            return FailedError(NO_REPLY_TLS, str(error))
+        at = "" if self.is_shaken else " in the TLS handshake"
+        return FailedError(NO_REPLY_CLOSED, f"the connection ended{at}: {error}")
+
+
+def split_address(text: str, default_port: int) -> "tuple[str, int]":
+    """The two parts of "host", "host:port" or "[IPv6]:port", which the settings have checked."""
+    host, colon, port = text.rpartition(":")
+    if not colon or text[-1:] == "]":
+        host, port = text, str(default_port)
+    return host.strip("[]"), int(port)

@@ -1,0 +1,273 @@
+"""A board's life at its hub under MicroPython: a real TPM (swtpm), real TLS, the emulator's hub, a limited heap."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from dps_emulator.service import Settings
+from support.board import Image, der, micropython
+from support.emulator import HUB, EmulatorInThread
+from support.ntp import NtpServer
+from support.swtpm import Swtpm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+DEVICE = "press-07"
+SECOND_HUB = "second.azure-devices.net"
+HEAP_KB = 230  # of a 64-bit build with its code in flash, outside the heap; a board has pointers of half the size
+FIRST = ["boot", "provisioning", "connecting", "connected"]  # the states of a new board
+SECOND = ["boot", "provisioned", "connecting", "connected"]  # of one that has its hub
+DAY = 86400
+
+
+class Desk:
+    """A board with flash and TPM, NTP, DPS and two hubs."""
+
+    def __init__(self, image: Image, folder: Path) -> None:
+        self.image = image
+        self.folder = folder
+        self.stack = ExitStack()
+        self.swtpm = self.stack.enter_context(Swtpm(folder / "tpm"))
+        self.ntp = self.stack.enter_context(NtpServer())
+        self.ahead_s = 0.0  # of this machine's time, DPS and hubs
+        self.emulator = self.stack.enter_context(
+            EmulatorInThread(
+                Settings(enroll_any=True, retry_after_s=0, hubs=(HUB, SECOND_HUB)),
+                clock=lambda: time.time() + self.ahead_s,
+            )
+        )
+        self.lives = self.stack.enter_context(ThreadPoolExecutor(1))
+        self.hub_connect_to = self.emulator.hub_connect_to
+
+    def configure(self, **board: Any) -> Path:
+        (self.folder / "roots.der").write_bytes(der(self.emulator.ca_file))
+        document = {
+            "id_scope": "0ne00000000",
+            "registration_id": DEVICE,
+            "connect_to": self.emulator.connect_to,
+            "ca_file": str(self.folder / "roots.der"),
+            "state_dir": "/flash/dps-agent",
+            "tpm": {"tcti": self.swtpm.tcti},
+            "hub": {"connect_to": self.hub_connect_to, "keep_alive_s": 30},
+            "board": {"ntp_server": self.ntp.address, "built_at_s": int(time.time()) - 30 * DAY, **board},
+        }
+        path = self.folder / "config.json"
+        path.write_text(json.dumps(document))
+        return path
+
+    def live(
+        self, *words: str, seconds: int = 60, heap_kb: int = 1024, rtc: Path | None = None
+    ) -> Future[list[dict[str, Any]]]:
+        """Begins one life of the board; its lines come when it has ended."""
+        flash = str(self.folder / "flash.img")
+        words = (str(self.configure()), flash, f"seconds={seconds}", *words, *([f"rtc={rtc}"] if rtc else []))
+        return self.lives.submit(
+            micropython, self.image, "board_hub", *words, heap_kb=heap_kb, rtc=rtc, timeout_s=seconds + 30
+        )
+
+    def stop(self, life: Future[list[dict[str, Any]]]) -> dict[str, Any]:
+        """Ends a connected life; the sums."""
+        assert self.emulator.invoke(DEVICE, "stop") == (200, {"stopping": True})
+        return life.result()[-1]
+
+    def connected(self, count: int = 1, within_s: float = 40) -> None:
+        """Waits for so many connections in all, and for telemetry on the last of them."""
+        self.emulator.await_hub_log("connected", count, DEVICE, within_s)
+        self.emulator.await_telemetry(len(self.emulator.telemetry(DEVICE)) + 1, DEVICE)
+
+
+@pytest.fixture
+def desk(image: Image, tmp_path: Path) -> Iterator[Desk]:
+    desk = Desk(image, tmp_path)
+    with desk.stack:
+        yield desk
+
+
+def test_a_board_is_connected_and_does_what_a_hub_asks_for(desk: Desk) -> None:
+    life = desk.live("heap", "early")
+    desk.connected()
+    hub = desk.emulator
+    first = hub.await_telemetry(3, DEVICE)
+    assert [message["payload"] for message in first[:3]] == ["1", "2", "3"]
+    assert first[0]["properties"] == {"unit": "°C"} and first[0]["qos"] == 1
+    for name in ("echo", "slow"):
+        assert hub.invoke(DEVICE, name, {"a": [1, None, "°"]}) == (200, {"a": [1, None, "°"]})
+    assert hub.invoke(DEVICE, "ping") == (200, {})
+    status, summary = hub.invoke(DEVICE, "status")
+    assert (status, summary["state"], summary["assignedHub"]) == (200, "connected", HUB)
+    assert hub.invoke(DEVICE, "absent")[0] == 404
+    assert hub.invoke(DEVICE, "broken")[0] == 500
+    hub.send_c2d(DEVICE, b"hello", {"n": "1"})
+    hub.send_c2d(DEVICE, bytes(20_000), {"n": "2"})
+    assert hub.set_desired(DEVICE, {"rate": 5}) == 2
+    reported = hub.twin(DEVICE)["reported"]["dpsAgent"]
+    assert reported["runtime"].startswith("micropython 1.") and reported["backend"] == "wire"
+    assert reported["tpmMaker"] and reported["substatus"] == "initialAssignment"
+    hub.await_telemetry(10, DEVICE)
+    seen = desk.stop(life)
+    print_heap(seen)
+    assert seen["states"] == FIRST, seen
+    assert [message[1:] for message in seen["messages"]] == [["1", 5], ["2", 0]]
+    assert seen["desired"][-1] == [2, 5, False], seen
+    early, large = seen["early"]
+    assert "not sent: boot" in early and "at most 262144 bytes" in large and "came 300000" in large
+    assert seen["accepted"] >= 10 and seen["refused"] == [], seen
+    assert seen["handshakes"] == [1, 1] and seen["longestFeedMs"] < 1500, seen
+
+
+def test_a_message_that_the_program_failed_on_comes_again(desk: Desk) -> None:
+    life = desk.live("token_life=12")
+    desk.connected()
+    desk.emulator.send_c2d(DEVICE, b"crash", {"n": "1"})
+    desk.connected(2)  # with the next token
+    desk.emulator.await_telemetry(20, DEVICE)
+    seen = desk.stop(life)
+    assert [message[:2] for message in seen["messages"]] == [["crash", "1"]] * 2, seen
+
+
+def test_a_token_is_renewed_and_no_telemetry_is_lost(desk: Desk) -> None:
+    life = desk.live("token_life=10", "every=50")
+    desk.connected(3)
+    seen = desk.stop(life)
+    assert seen["states"][2:8] == ["connecting", "connected"] * 3, seen
+    arrived = [int(message["payload"]) for message in desk.emulator.telemetry(DEVICE)]
+    assert seen["refused"] == [] and seen["handshakes"][1] == 3, seen
+    assert sorted(set(arrived)) == list(range(1, max(arrived) + 1)), "none is missing"
+    assert seen["accepted"] >= max(arrived) - 1
+    assert desk.emulator.hub_log[-1].event and not [line for line in desk.emulator.hub_log if line.event == "refused"]
+
+
+def test_a_dozen_moves_leave_nothing_behind(desk: Desk) -> None:
+    life = desk.live(seconds=120)
+    desk.connected()
+    for number in range(12):
+        desk.emulator.service.move(DEVICE, (SECOND_HUB, HUB)[number % 2])
+        assert desk.emulator.invoke(DEVICE, "reprovision")[0] == 202
+        desk.connected(number + 2)
+    desk.stop(life)
+    connected = [line for line in life.result() if line.get("state") == "connected"]
+    print(f"heap in use on connecting, bytes: {[line['used'] for line in connected]}")
+    assert len(connected) == 13 and desk.swtpm.leftovers() == []
+    assert connected[-1]["used"] - connected[3]["used"] < 1024, "a heap that grows"
+    assert connected[-1]["open"] == connected[3]["open"], "sockets"
+
+
+def test_a_board_that_was_kicked_reconnects_and_repeats_what_was_not_acknowledged(desk: Desk) -> None:
+    life = desk.live()
+    desk.connected()
+    desk.emulator.await_telemetry(3, DEVICE)
+    desk.emulator.fault({"operation": "telemetry", "drop": "after", "times": 1})
+    desk.emulator.await_hub_log("closed", 1, DEVICE)
+    desk.emulator.fault()
+    desk.connected(2)
+    messages = desk.emulator.await_telemetry(8, DEVICE)
+    assert desk.emulator.disconnect(DEVICE), "a kick"
+    desk.connected(3)
+    seen = desk.stop(life)
+    (repeated,) = [message for message in messages if message["dup"]]
+    assert [message["payload"] for message in messages].count(repeated["payload"]) == 2, messages
+    assert seen["states"][2:10] == ["connecting", "connected", "provisioned"] * 2 + ["connecting", "connected"], seen
+
+
+def test_a_board_moves_to_another_hub_when_it_is_told_to(desk: Desk) -> None:
+    life = desk.live()
+    desk.connected()
+    desk.emulator.service.move(DEVICE, SECOND_HUB)
+    status, _ = desk.emulator.invoke(DEVICE, "reprovision")
+    assert status == 202
+    desk.connected(2)
+    assert [line.hub for line in desk.emulator.hub_log if line.event == "connected"] == [HUB, SECOND_HUB]
+    desk.emulator.await_telemetry(1, DEVICE)
+    seen = desk.stop(life)
+    assert seen["states"] == [*FIRST, "provisioning", "connecting", "connected"], seen
+    assert seen["hub"] == SECOND_HUB and desk.swtpm.leftovers() == []
+
+
+def test_a_restarted_board_asks_nobody_but_its_hub_for_the_time(desk: Desk, tmp_path: Path) -> None:
+    life = desk.live()
+    desk.connected()
+    desk.stop(life)
+    asked = len(desk.emulator.log)
+    rtc = tmp_path / "rtc"
+    rtc.write_text("@1970-01-01 00:00:00")
+    life = desk.live(rtc=rtc)
+    desk.connected(2)
+    seen = desk.stop(life)
+    assert seen["states"] == SECOND, seen
+    assert seen["handshakes"] == [0, 1] and seen["now"][1:] == [True, "ntp"], seen
+    assert len(desk.emulator.log) == asked, "DPS is not asked on every boot"
+
+
+def test_a_restarted_board_without_ntp_gets_the_time_from_dps_once(desk: Desk, tmp_path: Path) -> None:
+    life = desk.live()
+    desk.connected()
+    desk.stop(life)
+    desk.ntp.offset_s = None
+    desk.ahead_s = 2 * DAY
+    rtc = tmp_path / "rtc"
+    rtc.write_text("@1970-01-01 00:00:00")
+    life = desk.live(rtc=rtc)
+    desk.emulator.await_hub_log("refused", 1, DEVICE, 40)  # the token is of the day that was believed last
+    desk.connected(2)
+    seen = desk.stop(life)
+    assert seen["states"] == [*SECOND[:-1], "provisioned", "connecting", "connected"], seen
+    assert seen["now"][1:] == [True, "date"], seen
+    assert seen["handshakes"][0] == 2, "one to hear of the Date, one under it"
+    assert desk.emulator.log[-1].operation != "register"
+
+
+def test_a_hub_that_says_nothing_is_given_up_and_tried_again(desk: Desk) -> None:
+    life = desk.live(seconds=100)
+    desk.connected()
+    desk.emulator.await_telemetry(2, DEVICE)
+    desk.emulator.fault({"operation": "telemetry", "silent": "after", "times": 1})
+    began = time.monotonic()
+    desk.connected(2, 90)
+    assert 40 < time.monotonic() - began < 70, "1.5 keep-alives of 30 s, and the first back-off"
+    seen = desk.stop(life)
+    assert seen["refused"] and set(seen["refused"]) == {"agent.not_connected"}, seen
+    assert seen["longestFeedMs"] < 1500, seen
+
+
+def test_the_whole_session_works_on_a_small_heap(desk: Desk) -> None:
+    life = desk.live(heap_kb=HEAP_KB)
+    desk.connected()
+    assert desk.emulator.invoke(DEVICE, "echo", "x" * 4000)[0] == 200
+    desk.emulator.send_c2d(DEVICE, bytes(4000))
+    desk.emulator.await_telemetry(20, DEVICE)
+    seen = desk.stop(life)
+    assert [message[2] for message in seen["messages"]] == [4000], seen
+
+
+def test_the_example_program_keeps_a_device_at_its_hub(desk: Desk) -> None:
+    desk.configure(led_pin=25, watchdog_s=8)
+    flash = str(desk.folder / "flash.img")
+    program = desk.lives.submit(micropython, desk.image, "board_app", str(desk.folder), flash, "12")
+    desk.connected()
+    measured = json.loads(desk.emulator.telemetry(DEVICE)[0]["payload"])
+    assert desk.emulator.telemetry(DEVICE)[0]["properties"] == {"$.ct": "application/json", "$.ce": "utf-8"}
+    status, value = desk.emulator.invoke(DEVICE, "free-heap")
+    assert status == 200 and measured.keys() == value.keys() == {"freeHeap"}
+    assert desk.emulator.invoke(DEVICE, "dance")[0] == 404
+    desk.emulator.send_c2d(DEVICE, b"hello")
+    desk.emulator.await_hub_log("completed", 1, DEVICE)
+    (seen,) = program.result()
+    assert seen["led"] == [25, 0, 0, 0, 1, 1], "unlit, boot, provisioning, connecting, connected"
+    assert seen["watchdog"][0] == 8000 and seen["watchdog"][1] > 10
+    year, month, day, weekday, hour, minute, second, _ = seen["rtc"][-1]
+    moment = datetime.datetime(year, month, day, hour, minute, second, tzinfo=datetime.UTC)
+    assert abs(moment.timestamp() - time.time()) < 60 and moment.weekday() == weekday
+
+
+def print_heap(seen: dict[str, Any]) -> None:
+    for phase, used in sorted(seen["peaks"].items(), key=lambda row: row[1]):
+        print(f"{phase:<24} {used / 1024:6.1f} KiB")
