@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 
-from dps_agent.effects import (
+from dps_agent.host import api as api_module
+from dps_agent.host.api import Command, LocalApi, Snapshot, listen
+from dps_agent.host.journal import Journal
+from dps_agent.hub_effects import (
     AnswerMethod,
     CloudMessage,
     Desired,
@@ -24,9 +27,6 @@ from dps_agent.effects import (
     SendTelemetry,
     TelemetryDone,
 )
-from dps_agent.host import api as api_module
-from dps_agent.host.api import Command, LocalApi, Snapshot, listen
-from dps_agent.host.journal import Journal
 from support.local_client import LocalClient
 
 STATUS = {"state": "connected", "reason": "connected to h"}

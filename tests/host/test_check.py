@@ -22,11 +22,12 @@ from dps_hal.contracts import EK_HANDLE, IDENTITY, SRK_HANDLE, Tpm, TpmCondition
 from dps_hal.errors import AskOperator, IdentityStale
 from dps_hal.files import FileStore
 from dps_hal.simulator import SimulatedTpm
-from dps_hal.tpm_keys import SIGN, USER_WITH_AUTH, object_name
+from dps_hal.tpm_keys import SIGN, USER_WITH_AUTH, ek_public, object_name
 from support import swtpm
 from support.backends import BACK_ENDS
 from support.swtpm import Swtpm
 from support.tpm_states import copy_state
+from support.tpm_tap import TpmTap
 
 CHECKOUT = Path(__file__).parents[2]
 IDS = [
@@ -289,17 +290,45 @@ def test_an_endorsement_password_that_the_settings_lack_is_exit_5(
     assert machine.leftovers() == []
 
 
-def test_an_endorsement_password_that_the_tpm_lacks_is_exit_5(desk: Desk, machine: Swtpm, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hierarchies", [("owner",), ("endorsement",), ("owner", "endorsement")])
+def test_a_password_that_the_tpm_lacks_is_a_warning(
+    hierarchies: tuple[str, ...], backend: str, desk: Desk, machine: Swtpm, tmp_path: Path
+) -> None:
     password = tmp_path / "password"
     password.touch(0o600)
     password.write_bytes(b"hunter2")
-    desk.configure("wire", machine.tcti, f'endorsement_auth_file = "{password}"')
-    status, found, document = desk.check("--only", "tpm-auth")
-    assert (status, found["tpm-auth"]["result"]) == (5, "failed")
-    assert document["error"]["remedy"].startswith("empty the setting")
-    desk.configure("wire", machine.tcti, f'owner_auth_file = "{password}"')
-    status, found, _ = desk.check("--only", "tpm-auth")
-    assert (status, found["tpm-auth"]["result"]) == (0, "warning")
+    desk.configure(backend, machine.tcti, "\n".join(f'{name}_auth_file = "{password}"' for name in hierarchies))
+    status, found, document = desk.check()
+    assert (status, found["tpm-auth"]["result"], found["tpm-self-challenge"]["result"]) == (0, "warning", "ok")
+    for name in ("owner", "endorsement"):
+        assert (f"{name}_auth_file" in found["tpm-auth"]["detail"]) is (name in hierarchies)
+    assert "hunter2" not in json.dumps(document)
+    assert machine.leftovers() == []
+
+
+@pytest.mark.parametrize("template", ["tcg-l1", "azure-c-sdk"])
+def test_without_a_certificate_the_tpm_tells_the_template_of_its_endorsement_key(
+    template: str, backend: str, desk: Desk, machine: Swtpm
+) -> None:
+    tpm = BACK_ENDS[backend](machine.tcti, ek_template=template)
+    tpm.endorsement_key()
+    tpm.release()
+    for wanted in ("tcg-l1", "azure-c-sdk"):
+        desk.configure(backend, machine.tcti, f'ek_template = "{wanted}"')
+        status, found, _ = desk.check("--only", "tpm-certificate")
+        assert (status, found["tpm-certificate"]["result"]) == (0, "ok" if wanted == template else "warning")
+        assert f"this endorsement key is of the template {template}" in found["tpm-certificate"]["detail"]
+    assert machine.leftovers() == []
+
+
+def test_an_endorsement_key_of_neither_template_is_told(backend: str, desk: Desk, machine: Swtpm) -> None:
+    own_unique = ek_public(bytes(255) + b"\x01")
+    machine.persist_primary(swtpm.ENDORSEMENT, own_unique, EK_HANDLE)
+    desk.configure(backend, machine.tcti)
+    status, found, _ = desk.check("--only", "tpm-certificate")
+    assert (status, found["tpm-certificate"]["result"]) == (0, "warning")
+    assert "of neither template, though ek_template is tcg-l1" in found["tpm-certificate"]["detail"]
+    assert machine.leftovers() == []
 
 
 def test_an_owner_password_that_the_settings_lack_matters_only_until_the_keys_exist(
@@ -437,13 +466,16 @@ def test_a_hub_key_with_noda_is_ok_and_one_without_is_a_warning(simulated: Desk,
 def test_a_key_without_noda_before_a_lockout_is_exit_5_with_the_tpms_own_recovery_time(
     backend: str, desk: Desk, machine: Swtpm
 ) -> None:
-    tpm = BACK_ENDS[backend](machine.tcti)
-    wrapped_key = tpm.import_key(blob_for(tpm, attributes=DA_KEY))
-    desk.store(tpm, wrapped_key)
-    for _ in range(2):  # of three; each cut comes before release() could announce it
-        tpm.sign(wrapped_key, b"message")
-        machine.restart()
-    tpm.release()
+    with TpmTap(machine.port) as tap:
+        tpm = BACK_ENDS[backend](tap.tcti)
+        wrapped_key = tpm.import_key(blob_for(tpm, attributes=DA_KEY))
+        desk.store(tpm, wrapped_key)
+        for _ in range(2):  # of three; each cut comes before it was announced
+            tap.on_command = lambda name: machine.kill() if name == "Shutdown" else None
+            tpm.sign(wrapped_key, b"message")
+            tap.on_command = lambda name: None
+            machine.restart()
+        tpm.release()
     desk.configure(backend, machine.tcti)
     status, found, document = desk.check()
     assert (status, document["error"]["code"], document["error"]["retryAfterS"]) == (5, "tpm.locked_out", 1000)

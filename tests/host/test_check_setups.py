@@ -38,6 +38,7 @@ from support.running_agent import PROGRAM, RunningAgent, _environ
 from support.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering, proxying
 from support.swtpm import Swtpm
 from support.tpm_states import copy_state
+from support.tpm_tap import TpmTap
 
 OTHER_EK_STATE = "press-08"
 NOBODY = 65534
@@ -162,10 +163,14 @@ def ek_mismatch(bench: Bench) -> Command:
 @pytest.fixture
 def locked_tpm(tmp_path: Path) -> Iterator[Callable[[Bench], Command]]:
     """A TPM that two power cuts have brought to the brink of its lockout, and a hub key that a lockout stops."""
-    with Swtpm(tmp_path / "swtpm") as machine:
+    with Swtpm(tmp_path / "swtpm") as machine, TpmTap(machine.port) as tap:
+
+        def cut(name: str) -> None:
+            if name == "Shutdown":  # before the power-off is announced
+                machine.restart()
 
         def lock(bench: Bench) -> Command:
-            tpm = WireTpm(transport_for(machine.tcti))
+            tpm = WireTpm(transport_for(tap.tcti))
             wrapped_key = tpm.import_key(blob_for(tpm, attributes=USER_WITH_AUTH | SIGN))
             bench.enroll(tpm.endorsement_key())
             ek, srk = object_name(tpm.endorsement_key()), object_name(tpm.storage_root_key())
@@ -174,11 +179,11 @@ def locked_tpm(tmp_path: Path) -> Iterator[Callable[[Bench], Command]]:
                 *("assigned", "", "", "", "", 1_800_000_000, None, False),
             )
             text = encode(assignment)
+            tap.on_command = cut
             sealed = text + tpm.sign(wrapped_key, seal_message(text))
             FileStore(str(bench.agent.state_dir)).commit(IDENTITY, sealed)
-            machine.restart()
             tpm.sign(wrapped_key, b"message")
-            machine.restart()
+            tap.on_command = lambda name: None
             tpm.release()
             return Command((*setting("tpm.backend", "wire"), *setting("tpm.tcti", machine.tcti)))
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from dps_agent.effects import ConnAck, Connect, Http, NoReply, Reply
+from dps_agent.effects import Http, NoReply, Reply
 from dps_agent.host import clock
 from dps_agent.host.clock import SystemClock, is_synchronised
 from dps_agent.host.runner import Runner
+from dps_agent.hub_effects import ConnAck, Connect
 from dps_agent.sas import SasToken
 from dps_hal.contracts import Utc
 

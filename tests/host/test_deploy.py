@@ -18,7 +18,7 @@ from littlefs import LittleFS
 
 from dps_agent.host import config as host_config
 from dps_agent.host.config import ConfigurationError
-from dps_board.config import read_values
+from dps_board.keys import read_values
 from dps_deploy import settings
 from dps_deploy.copying import guard
 from dps_deploy.flash_image import BLOCK_BYTES, BOARDS, DoesNotFit, littlefs_image

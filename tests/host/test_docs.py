@@ -16,7 +16,7 @@ from dps_agent.host.cli.config import as_toml
 from dps_agent.host.config import KEYS, default_of, environment_name, load
 from dps_agent.host.journal import EVENTS, Journal
 from dps_agent.lifecycle import BOOT, PROVISIONED, TRANSITIONS
-from dps_board.config import read_values
+from dps_board.keys import read_values
 from dps_emulator.cli import _parser as emulator_parser
 from dps_emulator.faults import _FIELDS, DPS_OPERATIONS, HUB_OPERATIONS
 from dps_hal.codes import REMEDIES
@@ -59,7 +59,7 @@ def column(document: Path, title: str, index: int = 0) -> list[str]:
 def diagram() -> str:
     """The lifecycle's table as a Mermaid state diagram."""
     lines = ["stateDiagram-v2", f"    [*] --> {BOOT}"]
-    lines += [f"    {source} --> {target}: {event}" for (source, event), target in TRANSITIONS.items()]
+    lines += [f"    {source} --> {target}: {event}" for source, event, target in TRANSITIONS]
     return "\n".join([*lines, f"    {PROVISIONED} --> [*]"])
 
 
@@ -121,7 +121,7 @@ def test_words_that_are_not_in_the_source_would_be_noticed() -> None:
 
 
 def test_every_state_is_documented_and_no_other() -> None:
-    states = {source for source, _ in TRANSITIONS} | set(TRANSITIONS.values())
+    states = {state for source, _, target in TRANSITIONS for state in (source, target)}
     assert set(column(CODES, "States")) == states
 
 

@@ -8,7 +8,8 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from dps_agent.assignment import decode
-from dps_agent.effects import (
+from dps_agent.effects import ForgetOlder, NoReply, Random, Sign, Uptime, UtcNow
+from dps_agent.hub_effects import (
     Acknowledge,
     Acknowledged,
     AnswerMethod,
@@ -16,23 +17,17 @@ from dps_agent.effects import (
     CloudMessage,
     ConnAck,
     Connect,
-    ForgetOlder,
     Gone,
     Granted,
     MessageDone,
     MethodCall,
     NextEvent,
-    NoReply,
     Publish,
-    Random,
     RegisterAgain,
     SendTelemetry,
-    Sign,
     Subscribe,
     TelemetryDone,
     Tell,
-    Uptime,
-    UtcNow,
 )
 from dps_agent.lifecycle import Lifecycle
 from dps_agent.sas import SasToken

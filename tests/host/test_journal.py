@@ -118,6 +118,7 @@ def test_every_event_and_code_has_its_own_entry_with_the_remedy() -> None:
     for code, remedy in REMEDIES.items():
         entry = catalog().split(f"-- {message_id(code)}\n")[1].split("\n-- ")[0]
         assert code in entry and remedy[1:] in entry
+        assert re.search(r"[^.?][.?]\n?$", entry), f"{code}: how its sentence ends"
 
 
 def test_an_id_never_changes() -> None:

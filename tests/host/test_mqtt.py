@@ -15,7 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dps_agent.effects import (
+from dps_agent.effects import NoReply
+from dps_agent.host import mqtt as host_mqtt
+from dps_agent.host.mqtt import PACKET_LIMIT, HubConnection
+from dps_agent.host.websocket import Frames, packed
+from dps_agent.hub_effects import (
     Acknowledged,
     Arrived,
     ConnAck,
@@ -23,12 +27,8 @@ from dps_agent.effects import (
     Gone,
     Granted,
     MessageDone,
-    NoReply,
     RegisterAgain,
 )
-from dps_agent.host import mqtt as host_mqtt
-from dps_agent.host.mqtt import PACKET_LIMIT, HubConnection
-from dps_agent.host.websocket import Frames, packed
 from dps_agent.sas import SasToken
 from dps_emulator import mqtt
 from dps_hal.errors import AskOperator
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Iterator
 
-    from dps_agent.effects import Event
+    from dps_agent.hub_effects import Event
 
 HUB = ENDPOINT_NAME  # the name in the test's certificates
 DEVICE = "press-07"

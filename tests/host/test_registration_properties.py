@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 
 from dps_agent.assignment import decode, load_held, seal_message
 from dps_agent.effects import NoReply, Reply
-from dps_agent.messages import to_base64
 from dps_agent.registration import register
 from dps_agent.settings import POLL_LOOKUP, POLL_OPERATION
 from dps_hal.contracts import StoredRecord
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
-from dps_hal.platform import from_json, hmac_sha256, to_json
+from dps_hal.platform import from_json, hmac_sha256, to_base64, to_json
 from support.world import DEVICE, HUB, World, error_reply, fake_blob, reply, settings
 
 EXAMPLES = 2500

@@ -22,6 +22,7 @@ from dps_emulator.service import Settings
 from dps_hal.contracts import IDENTITY
 from dps_hal.files import FileStore
 from dps_hal.simulator import SimulatedTpm
+from dps_hal.tpm_keys import unwrap
 from support.emulator import HUB, EmulatorInThread
 from support.running_agent import RunningAgent
 from support.swtpm import Swtpm
@@ -469,6 +470,58 @@ def test_it_lives_on_a_tpm_and_leaves_nothing_in_it(backend: str, tmp_path: Path
             assert emulator.service.hub_token_refusal(token, time.time()) is None
             assert agent.end()[0] == 0
             assert "warning" not in agent.written and "persist_at" not in agent.written
+            assert machine.leftovers() == []
+
+
+def test_a_cleared_tpm_is_used_without_the_passwords_of_the_settings_and_that_is_said_once(
+    tmp_path: Path, emulator: EmulatorInThread
+) -> None:
+    password = tmp_path / "password"
+    password.touch(0o600)
+    password.write_bytes(b"hunter2")
+    with Swtpm(tmp_path / "swtpm") as machine:
+        tpm = f'backend = "wire"\ntcti = "{machine.tcti}"\nendorsement_auth_file = "{password}"'
+        with RunningAgent(tmp_path, emulator, tpm) as agent:
+            agent.start()
+            agent.await_connected()
+            agent.command("provision", "--force")
+            agent.await_connected(2)
+            agent.end()
+            assert agent.written.count("endorsement_auth_file is set, but its hierarchy in the TPM has no") == 1
+            assert machine.leftovers() == []
+
+
+def test_a_key_that_other_programs_do_not_find_is_put_right_by_the_next_connection_or_start(
+    tmp_path: Path, emulator: EmulatorInThread
+) -> None:
+    def kept(connections: int) -> bool:
+        agent.await_text("connected to", connections)
+        stored = FileStore(str(agent.state_dir)).load(IDENTITY)
+        assert stored is not None
+        wrapped_key = base64.b64decode(json.loads(stored.payload[:-32])["wrappedKey"])
+        public = machine.public_areas().get(0x81000100, b"")[: len(unwrap(wrapped_key)[0])]
+        return public == unwrap(wrapped_key)[0]
+
+    with Swtpm(tmp_path / "swtpm") as machine, TpmTap(machine.port) as tap:
+        tpm = f'backend = "wire"\ntcti = "{tap.tcti}"\npersist_at = 0x81000100'
+        with RunningAgent(tmp_path, emulator, tpm) as agent:
+            agent.start()
+            assert kept(1)
+            tap.refuse(0x923, command="EvictControl")  # TPM_RC_NV_UNAVAILABLE, once
+            agent.command("provision", "--force")
+            assert kept(2) and agent.written.count("the hub key is not at persist_at") == 1
+            tap.forget()
+            tap.refuse(0x14B, command="EvictControl", skip=1, times=1000)  # TPM_RC_NV_SPACE
+            agent.command("provision", "--force")
+            assert not kept(3) and agent.written.count("the hub key is not at persist_at") == 2
+            assert agent.end()[0] == 0
+            tap.forget()
+            agent.start()
+            assert kept(4)
+            agent.command("reset", "--yes")
+            assert kept(5)
+            assert agent.end()[0] == 0
+            assert agent.written.count("persist_at") == 2, agent.written
             assert machine.leftovers() == []
 
 

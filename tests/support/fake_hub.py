@@ -6,7 +6,8 @@ clock: `support.world` calls it with its own and carries its events to the devic
 
 import binascii
 
-from dps_agent.effects import (
+from dps_agent.effects import NoReply
+from dps_agent.hub_effects import (
     Acknowledged,
     Arrived,
     CloudMessage,
@@ -15,7 +16,6 @@ from dps_agent.effects import (
     Gone,
     Granted,
     MethodCall,
-    NoReply,
     TelemetryDone,
 )
 from dps_agent.sas import percent_decode
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from dps_agent.effects import Connect, Event, Message, Publish, Subscribe
+    from dps_agent.hub_effects import Connect, Event, Message, Publish, Subscribe
 
 FOREVER_S = 1e12
 ANSWER_AFTER_S = 0.05

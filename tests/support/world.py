@@ -8,37 +8,38 @@ import gc
 import struct
 
 from dps_agent.effects import (
-    Acknowledge,
-    Acknowledged,
     Commit,
-    Connect,
-    Disconnect,
     ForgetOlder,
-    Gone,
     Http,
     ImportKey,
     LoadRecord,
-    NextEvent,
     NoReply,
-    Publish,
     Random,
     ReadEndorsementKey,
     ReadStorageRootKey,
     Reply,
     Sign,
     Sleep,
-    Subscribe,
-    Tell,
     Uptime,
     UtcNow,
 )
-from dps_agent.messages import to_base64
+from dps_agent.hub_effects import (
+    Acknowledge,
+    Acknowledged,
+    Connect,
+    Disconnect,
+    Gone,
+    NextEvent,
+    Publish,
+    Subscribe,
+    Tell,
+)
 from dps_agent.sas import percent_encode
 from dps_agent.settings import KEEP_ALIVE_S, POLL_LOOKUP, TOKEN_LIFE_S, Settings
 from dps_hal.activation import Activation, join_activation, parse_activation
 from dps_hal.contracts import StoredRecord, Utc
 from dps_hal.errors import DpsError, IdentityStale
-from dps_hal.platform import MICROPYTHON, from_json, hmac_sha256, sha256, to_json
+from dps_hal.platform import MICROPYTHON, from_json, hmac_sha256, sha256, to_base64, to_json
 from dps_hal.tpm_keys import ID_KEY_ATTRIBUTES, ek_public, object_name, sized, srk_public, unwrap, wrap
 from support.fake_hub import CONNECT_LIMIT_S, FOREVER_S, FakeHub, FakeProgram
 
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from typing import Any
 
-    from dps_agent.effects import ConnAck, Effect, Event
+    from dps_agent.effects import Effect
+    from dps_agent.hub_effects import ConnAck, Event
     from dps_agent.sas import SasToken
 
 if MICROPYTHON:  # or what a long life keeps lies scattered over the heap, and no large list fits any more

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dps_agent.utc import certificates, not_after_s
+from dps_agent.der import certificates, not_after_s
 
 # What Azure's services chain up to: learn.microsoft.com, "Azure Certificate Authority details".
 DEFAULT_ROOTS = ("DigiCert Global Root G2", "Microsoft RSA Root Certificate Authority 2017")

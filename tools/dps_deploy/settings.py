@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dps_agent.host.config import KEYS, ConfigurationError, hierarchy_password
-from dps_board.config import read_values
+from dps_board.keys import read_values
 from dps_hal.errors import AskOperator
 
 BUILT_AT = "board.built_at_s"

@@ -20,6 +20,7 @@ import binascii
 import contextlib
 import errno
 import os
+import select
 import selectors
 import socket
 import stat
@@ -29,10 +30,18 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dps_agent.effects import AnswerMethod, CloudMessage, Desired, MessageDone, MethodCall, SendTelemetry, TelemetryDone
 from dps_agent.host.journal import INFO, NOTICE, WARNING, Journal
 from dps_agent.host.runner import bug
 from dps_agent.host.statefile import make_runtime_folder
+from dps_agent.hub_effects import (
+    AnswerMethod,
+    CloudMessage,
+    Desired,
+    MessageDone,
+    MethodCall,
+    SendTelemetry,
+    TelemetryDone,
+)
 from dps_agent.sas import percent_decode
 from dps_agent.session import METHOD_LIMIT_S
 from dps_hal.platform import from_json, to_json
@@ -40,16 +49,19 @@ from dps_hal.platform import from_json, to_json
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dps_agent.effects import Event, Message
+    from dps_agent.hub_effects import Event, Message
 
 CLIENT_GROUP = "dps-agent-clients"
 GROUP_FILE = "/etc/group"
 CLIENT_LIMIT = 16  # connections
+USER_LIMIT = 8  # of them of one user who is not trusted with commands
+KEPT = 2  # of them for who is
 BACKLOG = 128  # connections that wait to be looked at
 STREAM_LIMIT = 8  # of them with GET /events
 HEAD_LIMIT = 8192  # bytes of request line and headers
 BODY_LIMIT = 256 * 1024  # bytes; IoT Hub quotas: a device-to-cloud message
 ANSWER_LIMIT = 128 * 1024  # bytes; IoT Hub developer guide: the payload of a direct method
+PEERS_LIMIT = 256  # processes remembered as seen before
 LINES_LIMIT = 128  # events that a reader may be behind
 REQUEST_LIMIT_S = 10.0  # from a request's first byte to its last
 IDLE_LIMIT_S = 60.0  # between two requests
@@ -131,6 +143,7 @@ class _Client:
         self.streams = False
         self.ends = False  # once all is sent
         self.continued = False  # "100 Continue" was said
+        self.over = False  # it sends nothing more, and may wait for an answer
 
 
 class LocalApi:
@@ -165,6 +178,7 @@ class LocalApi:
         self._calls: dict[int, tuple[bytes, float]] = {}  # method calls as they are sent, with their ends
         self._desired: tuple[int, dict[str, Any]] | None = None
         self._pending: dict[int, _Client] = {}
+        self._peers: deque[tuple[int, int]] = deque(maxlen=PEERS_LIMIT)  # processes with their users, seen before
         self._tokens: deque[float] = deque()  # when the last ones were asked for
         self._listener = listen(path, journal)
         self._selector = selectors.DefaultSelector()
@@ -277,32 +291,40 @@ class LocalApi:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(0.1)  # no descriptor is left, and the next select would say the same at once
             return
-        now_s = time.monotonic()
-        if len(self._clients) >= CLIENT_LIMIT:
-            self._drop_idle()
-        if len(self._clients) >= CLIENT_LIMIT:
-            text = _head(503, 0, RETRY_AFTER_S, "Connection: close\r\n")
-            with contextlib.suppress(OSError), connection:
-                connection.setblocking(False)
-                connection.send(text)
-            return
         connection.setblocking(False)
-        packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        process, user, group = struct.unpack("3i", packed)
-        client = _Client(connection, (process, user, group), now_s)
+        peer = peer_of(connection)
+        if not self._has_room(peer[1]):
+            document = error_document("agent.busy", "too many programs are connected", RETRY_AFTER_S)
+            with contextlib.suppress(OSError), connection:
+                connection.send(_answer(503, document, "Connection: close\r\n"))
+            return
+        client = _Client(connection, peer, time.monotonic())
         self._clients[connection.fileno()] = client
         self._selector.register(connection, selectors.EVENT_READ)
 
-    def _drop_idle(self) -> None:
-        """Makes room: who waits longest between two requests goes."""
-        idle = [c for c in self._clients.values() if c.pending is None and not (c.streams or c.lines or c.received)]
+    def _has_room(self, user: int) -> bool:
+        """Whether one more connection of this user may stay, perhaps because an idle one has just made room."""
+        if not _is_trusted(user):
+            ours = [client for client in self._clients.values() if client.peer[1] == user]
+            if len(ours) >= USER_LIMIT and not self._drop_idle(ours):
+                return False
+            others = [client for client in self._clients.values() if not _is_trusted(client.peer[1])]
+            if len(others) >= CLIENT_LIMIT - KEPT and not self._drop_idle(others):
+                return False
+        clients = list(self._clients.values())
+        return len(clients) < CLIENT_LIMIT or self._drop_idle(clients)
+
+    def _drop_idle(self, clients: list[_Client]) -> bool:
+        """Drops who of these waits longest between two requests; False where none does."""
+        idle = [c for c in clients if c.pending is None and not (c.streams or c.lines or c.received)]
         if idle:
             self._drop(min(idle, key=lambda client: client.deadline_s))
+        return bool(idle)
 
     def _drop(self, client: _Client) -> None:
         if self._clients.pop(client.socket.fileno(), None) is None:
             return
-        self._selector.unregister(client.socket)
+        self._watch(client, 0)
         client.socket.close()
         if client.streams:
             self._streams -= 1
@@ -315,11 +337,14 @@ class LocalApi:
         if events & selectors.EVENT_READ and client.socket.fileno() >= 0:
             content = client.socket.recv(65536)
             if not content:
-                self._drop(client)
-                return
-            if client.streams:
+                if _is_gone(client.socket):
+                    self._drop(client)
+                    return
+                client.over = True
+                self._watch(client, selectors.EVENT_WRITE if client.lines else 0)
+            elif client.streams:
                 return  # a reader has nothing more to say
-            if not client.received and client.pending is None:
+            elif not client.received and client.pending is None:
                 client.deadline_s = time.monotonic() + REQUEST_LIMIT_S
             client.received += content
             if len(client.received) > HEAD_LIMIT + BODY_LIMIT:
@@ -337,6 +362,8 @@ class LocalApi:
         except Refused as refused:
             self._reply(client, refused.status, refused.document)
             self._advance(client)
+        if client.over and not (client.pending or client.lines or client.streams):
+            self._drop(client)
 
     def _parse(self, client: _Client) -> bool:
         """Takes the first request out of what was received; False where it is not whole yet."""
@@ -369,6 +396,9 @@ class LocalApi:
         path, _, query = target.partition("?")
         parameters = _query(query)
         words = path.split("/")[1:]
+        if client.peer[:2] not in self._peers:
+            self._peers.append(client.peer[:2])
+            self._journal.event("local", f"{_described(client)} uses the socket", INFO)
         self._journal.detail(f"{_described(client)}: {method} {path}, {len(body)} bytes")
         match words:
             case ["status" | "assignment" | "events"] if method != "GET":
@@ -399,7 +429,7 @@ class LocalApi:
                 life_s = _number(parameters, "life", TOKEN_LIFE_LIMIT_S, TOKEN_LIFE_LIMIT_S)
                 self._ask(client, "token", False, life_s, limited=True)
             case ["command", name] if name in _COMMANDS:
-                if client.peer[1] not in (0, os.geteuid()):
+                if not _is_trusted(client.peer[1]):
                     raise Refused(403, "agent.denied", f"/{'/'.join(words)} is for root and the service's own user")
                 life_s = _number(parameters, "life", TOKEN_LIFE_LIMIT_S, 365 * 86400)
                 self._ask(client, name, parameters.get("force") == "true", life_s, limited=False)
@@ -526,15 +556,13 @@ class LocalApi:
     # Answers.
 
     def _reply(self, client: _Client, status: int, document: dict[str, Any]) -> None:
-        body = to_json(document).encode() + b"\n"
-        retry_after_s = document["error"]["retryAfterS"] if "error" in document else None
         client.ends = client.ends or status in (408, 413, 431)
         ending = "Connection: close\r\n" if client.ends else ""
         if client.pending is None and not client.streams:
             client.deadline_s = time.monotonic() + IDLE_LIMIT_S
         if status >= 400:
             self._journal.detail(f"{_described(client)}: answered {status}")
-        self._line(client, _head(status, len(body), retry_after_s, ending) + body)
+        self._line(client, _answer(status, document, ending))
 
     def _line(self, client: _Client, content: bytes) -> None:
         client.lines.append(content)
@@ -562,13 +590,33 @@ class LocalApi:
         if client.lines:
             if progress or client.deadline_s > now_s + SEND_LIMIT_S:
                 client.deadline_s = now_s + SEND_LIMIT_S
-            self._selector.modify(client.socket, selectors.EVENT_READ | selectors.EVENT_WRITE)
+            self._watch(client, selectors.EVENT_READ | selectors.EVENT_WRITE)
             return
-        self._selector.modify(client.socket, selectors.EVENT_READ)
+        self._watch(client, selectors.EVENT_READ)
         if client.streams:
             client.deadline_s = now_s + HEARTBEAT_S
         elif client.ends and client.pending is None:
             self._drop(client)
+
+
+    def _watch(self, client: _Client, events: int) -> None:
+        """Waits for these events of the client from now on; 0: for none."""
+        if client.over:
+            events &= ~selectors.EVENT_READ  # its end could be read for ever
+        known = client.socket.fileno() in self._selector.get_map()
+        if known and not events:
+            self._selector.unregister(client.socket)
+        elif known:
+            self._selector.modify(client.socket, events)
+        elif events:
+            self._selector.register(client.socket, events)
+
+
+def peer_of(connection: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group number of who has connected; unix(7), SO_PEERCRED."""
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    process, user, group = struct.unpack("3i", packed)
+    return process, user, group
 
 
 def listen(path: str, journal: Journal) -> socket.socket:
@@ -683,10 +731,13 @@ def _chunk(line: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(line), line)
 
 
-def _head(status: int, length: int, retry_after_s: int | None, more: str = "") -> bytes:
+def _answer(status: int, document: dict[str, Any], more: str = "") -> bytes:
+    body = to_json(document).encode() + b"\n"
+    retry_after_s = document["error"]["retryAfterS"] if "error" in document else None
     retry = f"Retry-After: {retry_after_s}\r\n" if retry_after_s is not None else ""
     kind = "Content-Type: application/json\r\n"
-    return f"HTTP/1.1 {status} {_REASONS[status]}\r\n{kind}Content-Length: {length}\r\n{retry}{more}\r\n".encode()
+    head = f"HTTP/1.1 {status} {_REASONS[status]}\r\n{kind}Content-Length: {len(body)}\r\n{retry}{more}\r\n"
+    return head.encode() + body
 
 
 def _parse_head(head: bytes) -> tuple[str, str, dict[str, str]]:
@@ -730,6 +781,18 @@ def _number(parameters: dict[str, str], name: str, default: int, highest: int) -
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and 0 < int(text) <= highest):
         raise Refused(400, "agent.usage", f"{name}: expected a whole number from 1 to {highest}; came {text[:20]!r}")
     return int(text)
+
+
+def _is_trusted(user: int) -> bool:
+    """Whether commands are for this user: root, and the service's own."""
+    return user in (0, os.geteuid())
+
+
+def _is_gone(connection: socket.socket) -> bool:
+    """Whether the other side is closed, not only its way to us."""
+    poll = select.poll()
+    poll.register(connection, 0)
+    return bool(poll.poll(0))  # POLLHUP
 
 
 def _described(client: _Client) -> str:

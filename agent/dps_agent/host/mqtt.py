@@ -25,17 +25,14 @@ from dps_agent.effects import (
     NO_REPLY_PROTOCOL,
     NO_REPLY_TIMEOUT,
     NO_REPLY_TOO_LARGE,
-    Acknowledged,
-    Arrived,
-    ConnAck,
-    Gone,
-    Granted,
     NoReply,
 )
 from dps_agent.host import websocket
 from dps_agent.host.dial import Dialler, Failed, say_goodbye
 from dps_agent.host.https import host_and_port
 from dps_agent.host.proxy import NONE, ProxyRule
+from dps_agent.hub_effects import Acknowledged, Arrived, ConnAck, Gone, Granted
+from dps_agent.session import TOPIC_LIMIT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,7 +40,7 @@ if TYPE_CHECKING:
 
     from paho.mqtt.reasoncodes import ReasonCode
 
-    from dps_agent.effects import Connect, Event
+    from dps_agent.hub_effects import Connect, Event
 
 AUTO = "auto"
 MQTT = "mqtt"
@@ -52,7 +49,6 @@ WEBSOCKET = "websocket"
 CONNECT_LIMIT_S = 60.0  # from the name's lookup to CONNACK
 REACH_LIMIT_S = 20.0  # for TCP, where there is another port to try
 PACKET_LIMIT = 256 * 1024 + 65536 + 8  # bytes after the first five: the largest message of a hub, the longest topic
-TOPIC_LIMIT = 65535  # bytes; MQTT 3.1.1, 1.5.3
 EVENTS_LIMIT = 64  # of the hub, not yet asked for; then it is not read any more
 POSTS_LIMIT = 1024  # events of programs, not yet asked for
 SILENCE = 1.5  # times the keep-alive without a byte from the hub: MQTT 3.1.1, 3.1.2.10, seen from the other side
@@ -286,7 +282,7 @@ class HubConnection:
         if wire is not None:
             until_s = 0.0 if reads and wire.has_unread() else min(until_s, self._due_s(wire))
             poll.register(wire.fileno(), self._interest(wire, reads))
-        if not self._posted.empty() or self._aborted:
+        if self._aborted:  # perhaps before there was a bell; what was posted then is for `next_event` alone
             until_s = 0.0
         within_s = min(max(until_s - time.monotonic(), 0.0), LONGEST_WAIT_S)
         ready = dict(poll.poll(math.ceil(within_s * 1000)))

@@ -18,25 +18,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dps_agent import __version__
 from dps_agent.assignment import hub_token
-from dps_agent.effects import (
-    Connect,
-    Disconnect,
-    MessageDone,
-    NextEvent,
-    ReadEndorsementKey,
-    RegisterAgain,
-    Sleep,
-)
+from dps_agent.effects import ReadEndorsementKey, Sleep
+from dps_agent.host import kept_key
 from dps_agent.host.api import Command, LocalApi, Snapshot, error_document
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.config import backend_shown
-from dps_agent.host.device import dps_connection, hub_connection, kept_to_ourselves, open_tpm
+from dps_agent.host.device import dps_connection, hub_connection, kept_to_ourselves, open_tpm, tpm_warnings
 from dps_agent.host.journal import ERROR, INFO, NOTICE, WARNING, Journal
 from dps_agent.host.notify import Notifier
 from dps_agent.host.progress import StepLines, utc_text
 from dps_agent.host.remote import look_up, look_up_document
-from dps_agent.host.runner import Runner, _TpmCall
+from dps_agent.host.runner import Runner, TpmCall
 from dps_agent.host.statefile import StateFile, assignment_document
+from dps_agent.hub_effects import Connect, Disconnect, MessageDone, NextEvent, RegisterAgain
 from dps_agent.lifecycle import BOOT, CONNECTED, CONNECTING, HALTED, PROVISIONED, PROVISIONING, WAITING, Lifecycle
 from dps_hal.codes import REMEDIES
 from dps_hal.contracts import IDENTITY, PROGRESS
@@ -46,8 +40,9 @@ from dps_hal.files import open_store
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from dps_agent.effects import Effect, Event, Message
+    from dps_agent.effects import Effect
     from dps_agent.host.config import Configuration
+    from dps_agent.hub_effects import Event, Message
     from dps_agent.settings import Settings
     from dps_hal.contracts import TpmService
 
@@ -85,6 +80,7 @@ class Service:
         self._reload_asked = False
         self._stopping = False
         self._hasty = False  # the next wait before another try is skipped
+        self._warned: set[str] = set()  # what was said of the TPM, once
 
     def run(self) -> None:
         """Lives until SIGTERM or SIGINT; raises what makes going on impossible."""
@@ -135,11 +131,13 @@ class Service:
             "runtime": f"CPython {sys.version.split()[0]}",
             "backend": self._equipment.configuration.tpm.backend,
         }
-        self._life = Lifecycle(self._equipment.settings, about)
+        tpm, handle = self._equipment.tpm, self._equipment.configuration.tpm.persist_at
+        self._life = Lifecycle(self._equipment.settings, about, lambda: kept_key.entry(tpm, handle))
         self._state = BOOT
         self._since_s = time.monotonic()
         self._maker_known = False
-        self._announced_key = b""  # the wrapped key that was announced and made persistent
+        self._announced_key = b""  # the wrapped key that was announced
+        self._persisted_key = b""  # that was made persistent, or cannot be
         self._shown: tuple[Any, ...] = ()
 
     def _open_api(self) -> LocalApi | None:
@@ -282,7 +280,7 @@ class Service:
         if not self._maker_known:
             self._maker_known = True
             with contextlib.suppress(DpsError):
-                condition = yield _TpmCall(self._equipment.tpm.condition)
+                condition = yield TpmCall(self._equipment.tpm.condition)
                 self._life.about["tpmMaker"] = condition.maker
 
     # What was asked for.
@@ -334,6 +332,11 @@ class Service:
         if command.name == "reset":
             if self._life.state == PROVISIONING:
                 raise RetryLater("agent.busy", "a registration is under way")
+            try:
+                yield from kept_key.withdraw(self._equipment.tpm, self._equipment.configuration.tpm.persist_at)
+            except DpsError as error:
+                text = f"the hub key stays at persist_at: {error.message}"
+                self._journal.event("warning", text, WARNING, state=self._life.state, code=error.code)
             for record in (IDENTITY, PROGRESS):
                 self._store.erase(record)
             self._journal.event("reset", "the assignment was erased; the device registers again", NOTICE)
@@ -386,7 +389,13 @@ class Service:
                 text = f"this device is {held.device_id} at {held.assigned_hub} ({held.substatus or held.status})"
                 self._journal.event("assigned", text, NOTICE, state=life.state, hub=held.assigned_hub)
                 self._end_registration(200, self._provisioned(already=False))
-            yield from self._persist()
+        # Not while a registration is under way, or waits to be stored: its record says what is at the handle.
+        if held is not None and life.state != former and life.state in _ASSIGNED:
+            yield from self._persist(held.wrapped_key)
+        for text in tpm_warnings(self._equipment.tpm):
+            if text not in self._warned:
+                self._warned.add(text)
+                self._journal.event("warning", text, WARNING, state=life.state)
         if life.state != former:
             self._state = life.state
             self._since_s = time.monotonic()
@@ -399,17 +408,21 @@ class Service:
         if life.state != former:
             self._announce(former, math.ceil(effect.delay_s) if isinstance(effect, Sleep) else None)
 
-    def _persist(self) -> Generator[Any, Any, None]:
-        """Makes the hub key persistent for other programs, where the settings want that."""
-        life, handle = self._life, self._equipment.configuration.tpm.persist_at
-        held, former = life.assignment, life.former
-        if handle and held is not None:
-            before = former.wrapped_key if former else b""
+    def _persist(self, wrapped_key: bytes) -> Generator[Any, Any, None]:
+        """Makes the stored hub key persistent for other programs, where the settings want that.
+
+        Where that may work later, the next change of state tries again.
+        """
+        handle = self._equipment.configuration.tpm.persist_at
+        if handle and wrapped_key != self._persisted_key:
             try:
-                yield _TpmCall(lambda: self._equipment.tpm.persist(held.wrapped_key, handle, before))
+                yield from kept_key.persist(self._equipment.tpm, handle)
+                self._persisted_key = wrapped_key
             except DpsError as error:
+                if not isinstance(error, RetryLater):
+                    self._persisted_key = wrapped_key  # nobody will have mended that so soon
                 text = f"the hub key is not at persist_at {handle:#x}: {error.message}"
-                self._journal.event("warning", text, WARNING, state=life.state, code=error.code)
+                self._journal.event("warning", text, WARNING, state=self._life.state, code=error.code)
 
     def _announce(self, former: str, wait_s: int | None) -> None:
         """One line for a change of state that somebody cares about; `wait_s` is the wait that begins with it."""
