@@ -126,7 +126,7 @@ def _denied(path: str) -> str:
     user = _name_of(os.geteuid(), lambda number: pwd.getpwuid(number).pw_name)
     seen = f"{user} may not open {path} ({stat.filemode(node.st_mode)}, owner {owner}, group {group})"
     if node.st_mode & 0o060 == 0o060 and node.st_gid != 0 and node.st_gid not in (os.getegid(), *os.getgroups()):
-        return f"{seen}; run 'sudo usermod -aG {group} {user}' and log in again"
+        return f"{seen}; {_join(group, user)}"
     managed = path.replace("/dev/tpm", "/dev/tpmrm")
     if path.startswith("/dev/tpm") and not path.startswith("/dev/tpmrm") and os.path.exists(managed):
         return f'{seen}, and no group may; set tcti = "device:{managed}" in [tpm]'
@@ -136,8 +136,14 @@ def _denied(path: str) -> str:
     return (
         f"{seen}, and no group may; give it one with the udev rule"
         f' \'KERNEL=="{name}", GROUP="tss", MODE="0660"\' in /etc/udev/rules.d, run'
-        f" 'sudo udevadm trigger --name-match={name}', then 'sudo usermod -aG tss {user}' and log in again"
+        f" 'sudo udevadm trigger --name-match={name}', then {_join('tss', user)}"
     )
+
+
+def _join(group: str, user: str) -> str:
+    if "INVOCATION_ID" in os.environ:  # of a systemd unit, whose user may exist only while it runs
+        return f"put SupplementaryGroups={group} under [Service] with 'sudo systemctl edit dps-agent' and restart it"
+    return f"run 'sudo usermod -aG {group} {user}' and log in again"
 
 
 def _name_of(number: int, look_up: Callable[[int], str]) -> str:
