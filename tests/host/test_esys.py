@@ -603,6 +603,7 @@ def refuse_to_open(
             return os.stat_result((stat.S_IFCHR | mode, 1, 1, 1, 0, gid, 0, 0, 0, 0))
         return real_stat(path, *arguments, **named)
 
+    monkeypatch.delenv("INVOCATION_ID", False)
     monkeypatch.setattr("dps_hal.wire.device.os.open", refuse)
     monkeypatch.setattr("dps_hal.wire.device.os.stat", stat_of)
     monkeypatch.setattr("dps_hal.wire.device.os.getgroups", lambda: list(groups))
@@ -635,6 +636,13 @@ def test_what_helps_against_a_forbidden_device_depends_on_its_mode_and_group(
     error = assert_refused(lambda: open_device(node), AskOperator, "tpm.denied")
     assert advice in error.message
     assert not_advice not in error.message
+
+
+def test_a_service_is_told_how_its_unit_gets_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_to_open(monkeypatch, "/dev/tpmrm9", 0o660, "tss")
+    monkeypatch.setenv("INVOCATION_ID", "0" * 32)
+    error = assert_refused(lambda: open_device("/dev/tpmrm9"), AskOperator, "tpm.denied")
+    assert "SupplementaryGroups=tss" in error.message and "usermod" not in error.message
 
 
 def test_without_the_package_the_operator_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
