@@ -142,6 +142,8 @@ def decode(stored: bytes) -> "tuple[Assignment, bytes, bytes]":
 
     The seal is not checked here: that takes the TPM.
     """
+    if not stored:
+        raise IdentityStale("record.damaged", "the stored assignment is not readable: every copy of it is damaged")
     text, seal = stored[:-SEAL_BYTES], stored[-SEAL_BYTES:]
     fields: dict[str, Any] = {}
     try:

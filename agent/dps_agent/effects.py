@@ -150,12 +150,12 @@ else:
     LoadRecord = namedtuple("LoadRecord", ("record",))
     ForgetOlder = namedtuple("ForgetOlder", ("record",))
 
-NO_REPLY_DNS = "dns"  # the name did not resolve
+NO_REPLY_DNS = "dns"  # nobody answered what the name stands for
 NO_REPLY_CONNECT = "connect"  # refused, unreachable, timed out before a connection stood
 NO_REPLY_TLS = "tls"  # the peer's certificate or name was not verified, or the handshake failed
 NO_REPLY_TIMEOUT = "timeout"  # the request's total deadline passed
 NO_REPLY_CLOSED = "closed"  # the connection ended before the answer was whole (also a body cut off half way)
 NO_REPLY_TOO_LARGE = "too_large"  # headers or body over the bound
 NO_REPLY_PROTOCOL = "protocol"  # not HTTP, or not MQTT
-NO_REPLY_NOT_FOUND = "not_found"  # the WebSocket was refused with 404: there is no such hub
+NO_REPLY_NOT_FOUND = "not_found"  # there is no such name, or the WebSocket was refused with 404: no such hub
 NO_REPLY_PROXY = "proxy"  # the HTTP proxy on the way wants other credentials

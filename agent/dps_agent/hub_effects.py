@@ -61,7 +61,10 @@ if TYPE_CHECKING:
         """Answered by None once the connection is closed, politely where it still stands."""
 
     class Tell(NamedTuple):
-        """Hands one of the messages below to the programs on this device; answered by whether anybody takes it."""
+        """Hands one of the messages below to the programs on this device; answered by whether anybody takes it.
+
+        Desired properties that are not taken come again, whole, some minutes later.
+        """
 
         message: "Message"
 
@@ -120,7 +123,7 @@ if TYPE_CHECKING:
     # Messages to programs on this device.
 
     class TelemetryDone(NamedTuple):
-        """The hub acknowledged the telemetry, or it was not sent and will not be."""
+        """The hub acknowledged the telemetry; or it did not, and nobody will know whether it has it."""
 
         request_id: int
         accepted: bool
@@ -140,10 +143,13 @@ if TYPE_CHECKING:
         payload: bytes
 
     class Desired(NamedTuple):
-        """Desired twin properties, JSON: all of them, or (not `whole`) a merge patch; `version` is their $version."""
+        """Desired twin properties, JSON: all of them, or (not `whole`) a merge patch; `version` is their $version.
+
+        `payload` is None where they are too large for this device; `version` may be 0 then, for unknown.
+        """
 
         version: int
-        payload: bytes
+        payload: bytes | None
         whole: bool
 
     Event: TypeAlias = (
@@ -173,3 +179,5 @@ else:
     CloudMessage = namedtuple("CloudMessage", ("message_id", "properties", "payload"))
     MethodCall = namedtuple("MethodCall", ("call_id", "name", "payload"))
     Desired = namedtuple("Desired", ("version", "payload", "whole"))
+
+NOT_AUTHORIZED = (4, 5)  # user name or password, not authorized: MQTT 3.1.1, table 3.1

@@ -47,10 +47,13 @@ if TYPE_CHECKING:
         halted: bool  # the last failure needs the operator
         code: str  # of the last failure
         message: str
+        connects: int  # connections to the hub begun in a row, none of them steady yet
 else:
     from collections import namedtuple
 
-    Progress = namedtuple("Progress", ("attempts", "next_try_delay_s", "last_believed_s", "halted", "code", "message"))
+    Progress = namedtuple(
+        "Progress", ("attempts", "next_try_delay_s", "last_believed_s", "halted", "code", "message", "connects")
+    )
 
 # States.
 BOOT = "boot"  # look at the record
@@ -106,8 +109,13 @@ TRANSITIONS = (
 COMMIT_TRIES = 3  # in a row, before the new identity waits in memory for better days
 REFUSALS_LIMIT = 2  # of fresh tokens in a row, before the device registers again
 HUB_GONE_S = 1800  # without a hub of this name, before the device registers again
-STEADY_S = 120  # a connection that lasted so long ends the count of failed ones
-START_SPREAD_S = 5  # the first connection of a life, where first_contact_spread_s says no more
+# A connection that lasted so long ends the count of failed ones. Twice HUB_LIMIT_S: of two devices with one identity
+# each ends the other's connection, and none may last so long while the other one waits.
+STEADY_S = 600
+CONNECTS_LIMIT = 7  # of connections that `progress` counts: the delay grows no more
+START_SPREAD_S = 5  # first contact of a life with DPS or the hub, where first_contact_spread_s says no more
+COMMITTED_SPREAD_S = 2  # the first connection with a new identity
+PATIENCE_CODES = ("dps.throttled", "dps.unavailable", "dps.conflict")  # of failures whose delay may be DPS's wish
 KEYLESS_LIMIT = 3  # assignments without a key in a row before an operator is asked
 MESSAGE_LIMIT = 400  # characters of an error's text that `progress` keeps
 INTERRUPTED = RetryLater("agent.interrupted", "a registration began and did not end")
@@ -151,16 +159,23 @@ class Lifecycle:
         self._refusals = 0  # of fresh tokens in a row
         self._refused = False  # the hub does not take this identity any more
         self._gone_since_s: float | None = None  # when the hub's name was first not found
+        self._connects_begun = 0  # in a row, none of them steady yet; also those of earlier lives
+        self._connect_counted = False  # this life has stored one
+        self._connected_since_s: float | None = None  # across renewals of the token
         self._not_before_s = 0.0  # DPS is not asked before this uptime, unless somebody asks us to
+        self.dps_not_before_s = 0.0  # nor before this one, whoever asks: DPS wants it so
+        self._gone = False  # the registration that is due: there is no hub of this name
         self._asked = False  # somebody does; else the device itself found that it must register
-        self._serial = 0  # what `Session.serial` has come to
+        self.serial = 0  # what `Session.serial` has come to
         self.registration_error: DpsError | None = None  # of the last registration, while the older identity serves
 
     def live(self, once: bool, force: bool, connect: bool = False) -> "Generator[Effect, Any, None]":
         """Lives until PROVISIONED, with `connect` for ever; with `once` ends in WAITING or HALTED as well.
 
-        `force` registers even if the record holds. Raises Broken only.
+        `force` registers even if the record holds. Raises Broken only. After a MemoryError, which ends it anywhere, it
+        may be called again with `state` BOOT.
         """
+        yield from self.abandon()
         self._connects = connect
         self.asked_to_register = force
         yield from self._load_progress()
@@ -181,7 +196,7 @@ class Lifecycle:
                 event = yield from self._wait()
             self.state = _next_state(self.state, event)
             if self.state in (BOOT, WAITING, HALTED):
-                yield from self._abandon_session()
+                yield from self.abandon()
             if (self.state == PROVISIONED and not connect) or (once and self.state in (WAITING, HALTED)):
                 return
 
@@ -230,7 +245,8 @@ class Lifecycle:
         """Chooses the delay before DPS is asked again: longer with each attempt, never less than DPS asked for."""
         delay_s: float = yield from exponential_s(max(self.attempts, 1), WAITING_FIRST_S, WAITING_LIMIT_S)
         now_s: float = yield Uptime()
-        self.retry_after_s = max(int(delay_s) + 1, int(self._not_before_s - now_s + 0.999))
+        not_before_s = max(self._not_before_s, self.dps_not_before_s)
+        self.retry_after_s = max(int(delay_s) + 1, int(not_before_s - now_s + 0.999))
 
     def _left_of_last_delay(self) -> "Generator[Effect, Any, int]":
         """Seconds that the delay in `progress` has still to run; 0 after a refusal.
@@ -246,6 +262,7 @@ class Lifecycle:
 
     def _provision(self, once: bool) -> "Generator[Effect, Any, str]":
         asked = self._asked or self.asked_to_register
+        gone, self._gone = self._gone, False
         self._asked = False
         if not once:
             self.asked_to_register = False
@@ -253,8 +270,8 @@ class Lifecycle:
         try:
             if self._uncommitted is None:
                 yield from self._begin_attempt()
-                spread_s = self.settings.first_contact_spread_s
-                if spread_s and self.attempts == 1 and not once and not asked:
+                spread_s = max(self.settings.first_contact_spread_s, START_SPREAD_S)
+                if self.attempts == 1 and not (once or asked or gone):
                     random: float = yield Random()
                     yield Sleep(random * spread_s, "spreading the first contacts of a fleet")
                 registration_id = self.settings.registration_id
@@ -266,7 +283,7 @@ class Lifecycle:
                     beside = yield from self._beside()
                 from dps_agent.registration import register
 
-                self._uncommitted = yield from register(self.settings, registration_id, beside)
+                self._uncommitted = yield from register(self.settings, registration_id, beside, not gone)
             yield from self._commit(self._uncommitted[1])
         except DpsError as error:
             if error.code == "store.too_large":
@@ -278,7 +295,7 @@ class Lifecycle:
                 self._connect_delay_s = yield from exponential_s(1, HUB_FIRST_S, HUB_LIMIT_S)
                 return KEPT
             return event
-        yield from self._abandon_session()
+        yield from self.abandon()
         self.assignment = self._uncommitted[0]
         self._uncommitted = None
         self.committed = True
@@ -287,7 +304,8 @@ class Lifecycle:
         self._refused = False
         self._refusals = self._failures = 0
         self._gone_since_s = None
-        self._connect_delay_s = 0.0
+        spread: float = yield Random()
+        self._connect_delay_s = spread * COMMITTED_SPREAD_S
         yield from self._held()
         return COMMITTED
 
@@ -327,8 +345,11 @@ class Lifecycle:
             about["substatus"] = held.substatus
             from dps_agent.session import Session
 
-            self._session = Session(self.settings, held, about, self.summary, self._serial)
+            self._session = Session(self.settings, held, about, self.summary, self.serial)
         session = self._session
+        session.dps_not_before_s = self.dps_not_before_s
+        if self._connected_since_s is None:
+            yield from self._count_connect()
         try:
             end = yield from session.open()
         except DpsError as error:
@@ -341,6 +362,9 @@ class Lifecycle:
             self._refusals = 0
             self._gone_since_s = None
             self.retry_after_s = None
+            if self._connected_since_s is None:
+                now_s: float = yield Uptime()
+                self._connected_since_s = now_s
             yield from self._succeeded()
             return ACCEPTED
         event = yield from self._parted(end, session.reason)
@@ -350,21 +374,42 @@ class Lifecycle:
         session = self._session
         if session is None:
             raise Broken("agent.bug", "there is no connection to stay on")
-        began_s: float = yield Uptime()
-        failed: DpsError | None = None
-        end = ""
+        steady_at_s = (self._connected_since_s or 0.0) + STEADY_S
         try:
-            end = yield from session.stay()
+            end = yield from session.stay(steady_at_s if self._connects_begun else None)
+            if not end:
+                self._failures = self._connects_begun = 0
+                if self._progress and self._progress.connects:
+                    yield from self._store_connects()
+                end = yield from session.stay(None)
         except DpsError as error:
-            failed = error
-        ended_s: float = yield Uptime()
-        if ended_s - began_s >= STEADY_S:
-            self._failures = 0
-        if failed:
-            event = yield from self._hub_failed(failed)
+            event = yield from self._hub_failed(error)
         else:
             event = yield from self._parted(end, session.reason)
         return event
+
+    def _count_connect(self) -> "Generator[Effect, Any, None]":
+        """Counts a connection before it begins, so that one that a crash ends is counted as well.
+
+        Stored with the first one of a life and when the count doubles, until the delay that it leads to grows no more;
+        a connection that was lost after it had been steady costs no write.
+        """
+        self._connects_begun += 1
+        first, self._connect_counted = not self._connect_counted, True
+        stored = self._progress.connects if self._progress else 0
+        doubled = self._connects_begun > 1 and self._connects_begun & (self._connects_begun - 1) == 0
+        if stored < CONNECTS_LIMIT and (first or doubled):
+            yield from self._store_connects()
+
+    def _store_connects(self) -> "Generator[Effect, Any, None]":
+        """Stores the count of connections and leaves the rest of `progress` as it is; its loss costs one back-off."""
+        before = self._progress or Progress(self.attempts, 0, 0, False, "", "", 0)
+        progress = Progress(*before[:6], min(self._connects_begun, CONNECTS_LIMIT))
+        try:
+            yield Commit(PROGRESS, encode_progress(progress))
+        except (RetryLater, AskOperator, IdentityStale):
+            return
+        self._progress = progress
 
     def _parted(self, end: str, reason: str) -> "Generator[Effect, Any, str]":
         """What follows the end of a connection."""
@@ -375,6 +420,7 @@ class Lifecycle:
         self.reason = reason
         if end == session.RENEW:
             return RENEWED
+        self._connected_since_s = None
         if end == session.REGISTER:
             self._asked = True
             return REGISTER
@@ -383,19 +429,23 @@ class Lifecycle:
         if self._session and self._session.accepted:
             self._refusals = 0
         if end == session.REFUSED:
-            self._refusals += 1
+            now: Utc = yield UtcNow()
+            if self._session and self._session.clock_kept(now, now_s):
+                self._refusals += 1
             if self._refusals >= REFUSALS_LIMIT:
                 self._refused = True
-                if not self.attempts and now_s >= self._not_before_s:
+                if not self.attempts and now_s >= max(self._not_before_s, self.dps_not_before_s):
                     return REGISTER
                 yield from self._back_off()
                 return FAILED_BEFORE
         if end != session.NOT_FOUND:
             self._gone_since_s = None
         elif self._gone_since_s is None:
-            self._gone_since_s = now_s
-        elif now_s - self._gone_since_s >= HUB_GONE_S and now_s >= self._not_before_s:
+            random: float = yield Random()
+            self._gone_since_s = now_s + random * self.settings.first_contact_spread_s
+        elif now_s - self._gone_since_s >= HUB_GONE_S and now_s >= max(self._not_before_s, self.dps_not_before_s):
             self._gone_since_s = None
+            self._gone = True
             return REGISTER
         self._failures += 1
         self._connect_delay_s = yield from exponential_s(self._failures, HUB_FIRST_S, HUB_LIMIT_S)
@@ -411,6 +461,7 @@ class Lifecycle:
         self.error = error
         self.reason = error.message
         self._failures += 1
+        self._connected_since_s = None
         if isinstance(error, IdentityStale):
             return STALE
         if isinstance(error, AskOperator):
@@ -423,10 +474,10 @@ class Lifecycle:
             self._connect_delay_s = yield from exponential_s(self._failures, HUB_FIRST_S, HUB_LIMIT_S)
         return PARTED
 
-    def _abandon_session(self) -> "Generator[Effect, Any, None]":
+    def abandon(self) -> "Generator[Effect, Any, None]":
         if self._session is not None:
             yield from self._session.abandon()
-            self._serial = self._session.serial
+            self.serial = self._session.serial
             self._session = None
 
     # What becomes of an attempt.
@@ -453,6 +504,8 @@ class Lifecycle:
         self.retry_after_s = int(delay_s) + 1
         now_s: float = yield Uptime()
         self._not_before_s = now_s + self.retry_after_s
+        if error.retry_after_s and error.code in PATIENCE_CODES:
+            self.dps_not_before_s = now_s + error.retry_after_s
         before = self._progress
         wanted = self._doubled() or before is None or before.halted != halted or before.code != error.code
         if error.retry_after_s and before and not wanted:
@@ -505,6 +558,10 @@ class Lifecycle:
             left_s: int = yield from self._left_of_last_delay()
             now_s: float = yield Uptime()
             self._not_before_s = now_s + left_s
+            if self._progress.code in PATIENCE_CODES and not self.dps_not_before_s:
+                self.dps_not_before_s = now_s + left_s
+            self._connects_begun = self._progress.connects
+            self._failures = max(self._connects_begun - 1, 0)  # one may be a restart that nothing led to
 
     def _store_progress(self, error: "DpsError | None", halted: bool) -> "Generator[Effect, Any, DpsError | None]":
         """Stores why and how often it failed; returns the store's error if that could not be done."""
@@ -513,7 +570,8 @@ class Lifecycle:
         if now.believable:
             believed_s = min(now.now_s, believed_s + LONGEST_STEP_S) if believed_s else now.now_s
         code, message = (error.code, error.message) if error else ("", "")
-        progress = Progress(self.attempts, self.retry_after_s or 0, believed_s, halted, code, message[:MESSAGE_LIMIT])
+        delay_s, connects = self.retry_after_s or 0, self._progress.connects if self._progress else 0
+        progress = Progress(self.attempts, delay_s, believed_s, halted, code, message[:MESSAGE_LIMIT], connects)
         try:
             yield Commit(PROGRESS, encode_progress(progress))
         except DpsError as refusal:
@@ -532,6 +590,7 @@ def encode_progress(progress: Progress) -> bytes:
             "halted": progress.halted,
             "code": progress.code,
             "message": progress.message,
+            "connects": progress.connects,
         }
     ).encode()
 
@@ -554,11 +613,12 @@ def decode_progress(stored: bytes) -> "Progress | None":
             bool(value["halted"]),
             value["code"],
             value["message"],
+            value.get("connects", 0),  # 0.1.0 knew nothing of it
         )
-        for number in progress[:3]:
+        for number in (progress.attempts, progress.next_try_delay_s, progress.last_believed_s, progress.connects):
             if isinstance(number, bool) or not isinstance(number, int) or number < 0:
                 return None
-        for text in progress[4:]:
+        for text in progress[4:6]:
             if not isinstance(text, str):
                 return None
     except (ValueError, KeyError, TypeError):

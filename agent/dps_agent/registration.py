@@ -23,6 +23,8 @@ from dps_agent.backoff import (
 )
 from dps_agent.effects import (
     NO_REPLY_CONNECT,
+    NO_REPLY_DNS,
+    NO_REPLY_NOT_FOUND,
     Http,
     ImportKey,
     NoReply,
@@ -77,20 +79,21 @@ TEXT_LIMIT = 200  # characters of any text of the service that are shown, sent b
 
 
 def register(
-    settings: "Settings", registration_id: str, beside: "dict[str, Any] | None" = None
+    settings: "Settings", registration_id: str, beside: "dict[str, Any] | None" = None, patient: bool = True
 ) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
     """Registers the device and returns its assignment and the payload to commit as record `identity`.
 
     The record also holds what is `beside`, by JSON name. Raises RetryLater, AskOperator; never leaves the device worse
-    than before.
+    than before. Not `patient`: where DPS does not answer the first request well, it is not asked again.
     """
     now_s: float = yield Uptime()
     deadline_s = now_s + settings.registration_budget_s
+    begin_by_s = deadline_s if patient else now_s
     try:
-        outcome = yield from _attempt(settings, registration_id, deadline_s, beside)
+        outcome = yield from _attempt(settings, registration_id, begin_by_s, deadline_s, beside)
     except IdentityStale:
         try:
-            outcome = yield from _attempt(settings, registration_id, deadline_s, beside)
+            outcome = yield from _attempt(settings, registration_id, deadline_s, deadline_s, beside)
         except IdentityStale as again:
             if again.code == "dps.operation_unknown":
                 raise RetryLater(again.code, again.message, None, again.request_id)
@@ -99,7 +102,7 @@ def register(
 
 
 def _attempt(
-    settings: "Settings", registration_id: str, deadline_s: float, beside: "dict[str, Any] | None"
+    settings: "Settings", registration_id: str, begin_by_s: float, deadline_s: float, beside: "dict[str, Any] | None"
 ) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
     endorsement_key: bytes = yield ReadEndorsementKey()
     storage_root_key: bytes = yield ReadStorageRootKey()
@@ -108,7 +111,7 @@ def _attempt(
     body = device_registration(registration_id, endorsement_key, storage_root_key, settings.payload)
 
     register_path = f"{path}/register{query}"
-    reply, answer = yield from _step(Http("PUT", register_path, body, None), deadline_s, read_register)
+    reply, answer = yield from _step(Http("PUT", register_path, body, None), begin_by_s, read_register)
     token: SasToken | None = None
     if isinstance(answer, TpmChallenge):
         if not answer.authentication_key:
@@ -227,6 +230,8 @@ def _step(
                 return Reply(reply.status, reply.headers, body, reply.date_s), answer
             except RetryLater as refused:
                 error = refused
+            except MemoryError:
+                error = no_reply_error(NoReply("too_large: no memory for the answer", True))
         failures += 1
         senseless = error.code in ("dps.malformed_answer", "network.protocol", "network.too_large")
         unreadable = unreadable + 1 if senseless else 0
@@ -361,6 +366,7 @@ ALLOCATION_FAILURES = (400207, 400208, 400209)  # webhook failed, no hub linked,
 def no_reply_error(reply: NoReply) -> RetryLater:
     """The error for an exchange without an answer."""
     word = reply.reason.split(":")[0]
+    word = NO_REPLY_DNS if word == NO_REPLY_NOT_FOUND else word  # of DPS itself: whether it exists is no question
     code = "network.unreachable" if word == NO_REPLY_CONNECT else "network." + word
     return RetryLater(code, f"no answer from DPS ({_printable(reply.reason)})")
 

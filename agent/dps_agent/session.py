@@ -8,7 +8,6 @@ identity alone. Topics, answers and limits: IoT Hub developer guide, "Communicat
 from dps_agent.assignment import hub_token
 from dps_agent.effects import (
     NO_REPLY_CLOSED,
-    NO_REPLY_DNS,
     NO_REPLY_NOT_FOUND,
     NO_REPLY_TIMEOUT,
     ForgetOlder,
@@ -17,6 +16,7 @@ from dps_agent.effects import (
     Uptime,
 )
 from dps_agent.hub_effects import (
+    NOT_AUTHORIZED,
     Acknowledge,
     Acknowledged,
     AnswerMethod,
@@ -37,6 +37,7 @@ from dps_agent.hub_effects import (
     Tell,
 )
 from dps_agent.sas import percent_decode, percent_encode
+from dps_agent.utc import AGREEMENT_S
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.platform import from_json, to_json
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from dps_agent.hub_effects import ConnAck, Event
     from dps_agent.sas import SasToken
     from dps_agent.settings import Settings
+    from dps_hal.contracts import Utc
 
 # How a connection ends.
 LOST = "lost"  # the network, or the hub for now
@@ -79,7 +81,6 @@ CALL_LIMIT = 16  # method calls that wait for a program
 
 # MQTT 3.1.1, table 3.1
 _UNACCEPTABLE = (1, 2)  # protocol version, client id
-_NOT_AUTHORIZED = (4, 5)  # user name or password, not authorized
 _SUBSCRIPTION_FAILED = 0x80
 
 
@@ -87,7 +88,8 @@ class Session:
     """The connections of one identity, one after the other. `reason` says in words why the last one ended.
 
     `about` is reported to the twin. `status` gives what the method of that name answers. `accepted`: the hub took the
-    last token. `serial` counts messages, calls and twin requests, from that of the identity before on.
+    last token. `serial` counts messages, calls and twin requests, from that of the identity before on. Before the
+    uptime `dps_not_before_s` DPS does not want to be asked, and nobody's wish to register again is taken.
     """
 
     def __init__(
@@ -107,7 +109,9 @@ class Session:
         self._status = status
         self._token: SasToken | None = None  # for the next connection
         self._renew_at_s = 0.0
+        self.dps_not_before_s = 0.0
         self._expires_at_s = 0.0
+        self._expiry_utc_s = 0  # the same moment, as the token says it
         self._in_flight: dict[int, int] = {}  # packet id -> request id of telemetry
         self._desired_version = 0  # as told last
         self._cleaned = False  # the older identity is gone
@@ -167,23 +171,36 @@ class Session:
             if later_s >= until_s:
                 return self._ended("did not grant the subscriptions", NO_REPLY_TIMEOUT)
 
-    def stay(self) -> "Generator[Effect, Any, str]":
-        """Does what hub and programs ask for until the connection ends; returns how."""
+    def stay(self, pause_at_s: "float | None" = None) -> "Generator[Effect, Any, str]":
+        """Does what hub and programs ask for until the connection ends; returns how.
+
+        At the uptime `pause_at_s` it returns "": the connection stands, and `stay` again goes on with it.
+        """
         while True:
             now_s: float = yield Uptime()
+            if pause_at_s is not None and now_s >= pause_at_s:
+                return ""
             end = yield from self._do_what_is_due(now_s)
             if end:
                 return end
-            event: Event | None = yield NextEvent(max(self._next_due_s(), now_s))
+            due_s = self._next_due_s()
+            if pause_at_s is not None:
+                due_s = min(due_s, pause_at_s)
+            event: Event | None = yield NextEvent(max(due_s, now_s))
             if event is not None:
                 end = yield from self._take(event)
                 if end:
                     return end
 
     def abandon(self) -> "Generator[Effect, Any, None]":
-        """Tells the programs that what is under way will not arrive: this identity is no longer used."""
+        """Tells the programs that nobody will know whether what is under way arrived: this identity is left."""
         for request_id in self._in_flight.values():
             _taken: bool = yield Tell(TelemetryDone(request_id, False))
+
+    def clock_kept(self, now: "Utc", uptime_s: float) -> bool:
+        """Whether the time under which the last token was made is still believed: else its refusal says nothing."""
+        token_s = self._expiry_utc_s - (self._expires_at_s - uptime_s)
+        return now.believable and abs(now.now_s - token_s) <= AGREEMENT_S
 
     # What is due.
 
@@ -235,6 +252,7 @@ class Session:
         now_s: float = yield Uptime()
         random: float = yield Random()
         self._expires_at_s = now_s + life_s
+        self._expiry_utc_s = token.expires_at_s
         self._renew_at_s = now_s + life_s * (RENEW_AT - RENEW_SPREAD * random)
         return token
 
@@ -308,6 +326,11 @@ class Session:
         elif name == "status":
             yield from self._answer(rid, 200, self._status())
         elif name == "reprovision":
+            asked_s: float = yield Uptime()
+            if asked_s < self.dps_not_before_s:
+                wait_s = int(self.dps_not_before_s - asked_s) + 1
+                yield from self._answer(rid, 429, {"message": "DPS asked for patience", "retryAfterS": wait_s})
+                return ""
             yield from self._answer(rid, 202, {"message": "registering again"})
             self.reason = "asked by direct method to register again"
             return REGISTER
@@ -342,10 +365,9 @@ class Session:
     def _telemetry_topic(self, telemetry: SendTelemetry) -> str:
         """The topic; "" where no hub would take the message."""
         try:
-            properties = encode_properties(telemetry.properties)
+            topic = telemetry_topic(self._assignment.device_id, telemetry.properties)
         except ValueError:  # half a character: no UTF-8
             return ""
-        topic = f"devices/{self._assignment.device_id}/messages/events/{properties}"
         fits = len(topic) <= TOPIC_LIMIT and len(topic) + len(telemetry.payload) <= TELEMETRY_LIMIT
         return topic if fits else ""
 
@@ -372,28 +394,39 @@ class Session:
         done = status in ("200", "204")
         if not self._asked_whole:
             self._reported = done
-        elif done and payload is not None:  # one that is too large for this device is not asked for again
+        elif done:
             done = yield from self._take_whole_twin(payload)
         if self._asked_whole:
             self._twin_known = done
         now_s: float = yield Uptime()
         self._twin_at_s = now_s if done else now_s + TWIN_AGAIN_S
 
-    def _take_whole_twin(self, payload: bytes) -> "Generator[Effect, Any, bool]":
-        """Whether `payload` is a twin, and no older one than the patches that came on this connection."""
+    def _take_whole_twin(self, payload: "bytes | None") -> "Generator[Effect, Any, bool]":
+        """Whether `payload` is a twin, no older one than the patches of this connection, and was taken.
+
+        One that is too large for this device is not asked for again before the next patch; the program is told.
+        """
+        taken: bool
         try:
+            if payload is None:
+                raise MemoryError
             twin = from_json(payload)
             desired, reported = twin["desired"], twin["reported"]
             version = desired["$version"]
             self._reported = reported.get(REPORTED_NAME) == self._about
             text = to_json(desired).encode()
+        except MemoryError:
+            taken = yield Tell(Desired(self._newest_version, None, True))
+            return taken
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return False
         if not isinstance(version, int) or version < self._newest_version:
             return False
         if version != self._desired_version:
+            taken = yield Tell(Desired(version, text, True))
+            if not taken:
+                return False
             self._desired_version = version
-            _taken: bool = yield Tell(Desired(version, text, True))
         return True
 
     def _take_desired(self, topic: str, payload: "bytes | None") -> "Generator[Effect, Any, None]":
@@ -402,27 +435,36 @@ class Session:
         except ValueError:
             version = 0
         self._newest_version = max(self._newest_version, version)
+        now_s: float = yield Uptime()
+        again_s = now_s
         if payload is not None and version == self._desired_version + 1:
-            self._desired_version = version
-            _taken: bool = yield Tell(Desired(version, payload, False))
-        elif version != self._desired_version:  # one was missed: ask for all of them
+            taken: bool = yield Tell(Desired(version, payload, False))
+            if taken:
+                self._desired_version = version
+                return
+            again_s += TWIN_AGAIN_S  # the program has its hands full
+        if version != self._desired_version:  # one was missed: ask for all of them
             self._twin_known = False
             if not self._twin_request:
-                now_s: float = yield Uptime()
-                self._twin_at_s = now_s
+                self._twin_at_s = again_s
 
     # How it ends.
 
     def _ended(self, what: str, reason: str) -> str:
         self.reason = f"{self._assignment.assigned_hub} {what} ({reason})"
-        return NOT_FOUND if reason.partition(":")[0] in (NO_REPLY_DNS, NO_REPLY_NOT_FOUND) else LOST
+        return NOT_FOUND if reason.partition(":")[0] == NO_REPLY_NOT_FOUND else LOST
 
     def _refused(self, return_code: int) -> str:
         hub, device_id = self._assignment.assigned_hub, self._assignment.device_id
         self.reason = f"{hub} refused the connection of {device_id!r} with code {return_code}"
         if return_code in _UNACCEPTABLE:
             raise AskOperator("hub.protocol", self.reason)
-        return REFUSED if return_code in _NOT_AUTHORIZED else LOST
+        return REFUSED if return_code in NOT_AUTHORIZED else LOST
+
+
+def telemetry_topic(device_id: str, properties: "dict[str, str]") -> str:
+    """The topic of a message with these properties; ValueError where they are no UTF-8."""
+    return f"devices/{device_id}/messages/events/{encode_properties(properties)}"
 
 
 def encode_properties(properties: "dict[str, str]") -> str:

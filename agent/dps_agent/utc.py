@@ -2,9 +2,9 @@
 
 Anybody may propose a time: an NTP answer, a battery-backed clock, the `Date` header of a verified peer. A proposal
 counts between the floor (when this program was built, or the last time it believed) and the ceiling (when the last of
-its roots ends). Only a TLS handshake whose certificates verify under the proposed time, with a peer whose `Date` does
-not speak against it, confirms it and raises the floor. So a forged time can stop a device for as long as the forgery
-lasts, never longer.
+its roots ends). Only a TLS handshake whose certificates verify under the proposed time, with a peer whose `Date` agrees
+with it, confirms it and raises the floor; certificates alone, which hold for months, confirm nothing new. So a forged
+time can stop a device for as long as the forgery lasts, never longer.
 
 Pure: no clock is read here. Times are whole seconds, `now_s` since 1970-01-01 UTC, `uptime_s` of a monotonic clock.
 """
@@ -62,11 +62,17 @@ class BelievedTime:
         return Utc(_running_s(time, uptime_s), self._confirmed is not None, time.source)
 
     def verified(self, date_s: "int | None", uptime_s: int) -> bool:
-        """The peer was verified under `for_handshake_s` and has answered with this Date; True: the time is confirmed.
+        """The peer was verified under `for_handshake_s` and has answered with this Date, None for none.
 
+        True: a Date has confirmed that time. Without one, what was believed before is confirmed and a proposal waits
+        for a Date, see `needs_date`.
         False: the Date speaks against it. The Date, or what was believed without the proposal, is what the next
         handshake is to be made under; make it now.
         """
+        if date_s is None and self.needs_date(uptime_s):
+            return True
+        if date_s is None:
+            self._proposed = None  # it agrees with what a Date has confirmed, which stays
         now_s = self.for_handshake_s(uptime_s)
         if date_s is not None and abs(date_s - now_s) > AGREEMENT_S:
             proposed, self._proposed = self._proposed, None
@@ -76,6 +82,13 @@ class BelievedTime:
         self._proposed = None
         self.floor_s = max(self.floor_s, min(now_s, self._highest_floor_s))
         return True
+
+    def needs_date(self, uptime_s: int) -> bool:
+        """Whether there is a proposal that only a peer with a Date can confirm: it differs from what is believed."""
+        if self._proposed is None:
+            return False
+        known = self._confirmed
+        return known is None or abs(_running_s(self._proposed, uptime_s) - _running_s(known, uptime_s)) > AGREEMENT_S
 
     def refused(self) -> bool:
         """The peer was not verified under `for_handshake_s`; True where there is another time to try it under."""

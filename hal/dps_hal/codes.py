@@ -38,7 +38,7 @@ REMEDIES: dict[str, str] = {
     "tpm.upgrading": "finish the upgrade of the TPM's firmware with its maker's tool, then power-cycle the device",
     "tpm.unsupported": "a registration needs a TPM 2.0 with all its commands: switch this one to 2.0 in the machine's"
     " firmware setup, upgrade its firmware, or replace it",
-    "tpm.not_available": "install the agent with its extra 'tpm' or 'simulator', as the README says",
+    "tpm.not_available": "install what the message names; the README says how the agent is installed with an extra",
     "tpm.simulator_refused": "a simulated TPM keeps its keys in plain files; use real hardware, or set"
     " i_know_keys_are_in_files = true in [tpm]",
     "tpm.state_damaged": "a file of the simulated TPM is damaged: delete its folder and enrol its new endorsement key",
@@ -101,6 +101,7 @@ REMEDIES: dict[str, str] = {
     # agent
     "agent.bug": "this is a defect of dps-agent: report it with the output of 'dps-agent version'",
     "agent.busy": "try again in a moment",
+    "agent.declined": "run the command again and answer with y, or give --yes",
     "agent.denied": "run it as root or as the service's own user; programs that send telemetry need the group"
     " dps-agent-clients",
     "agent.duplicate": "nothing was written; remove the other line first if that device is to be enrolled anew",
@@ -109,6 +110,7 @@ REMEDIES: dict[str, str] = {
     "agent.not_connected": "try again later; 'dps-agent status' says why there is no connection to the hub",
     "agent.not_running": "look at the service with 'systemctl status dps-agent', then run the command again",
     "agent.out_of_time": "run the command again, with a longer --timeout",
+    "agent.too_large": "send less at once; the message says how much fits",
     "agent.unknown_event": "nothing to do: it was answered already, took too long, or will be delivered again",
     "agent.usage": "see 'dps-agent --help'",
     "agent.waiting": "wait, or run 'dps-agent provision' to try now",

@@ -129,6 +129,7 @@ if TYPE_CHECKING:
         def load(self, record: str) -> "StoredRecord | None":
             """The newest valid payload of `record`, or None where there never was one or it was erased.
 
+            An empty payload: copies are there, and damage or a power cut has left none of them whole.
             AskOperator `store.unknown_version`: written by a newer agent; nothing is touched. RetryLater `store.io`.
             """
             ...

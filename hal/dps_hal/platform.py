@@ -89,9 +89,13 @@ def hmac_sha256(key: bytes, message: bytes) -> bytes:
     """HMAC-SHA256 by FIPS 198-1, 32 bytes (MicroPython has no hmac module)."""
     if len(key) > 64:
         key = sha256(key)
-    key = key + bytes(64 - len(key))
-    inner = sha256(bytes([b ^ 0x36 for b in key]) + message)
-    return sha256(bytes([b ^ 0x5C for b in key]) + inner)
+    inner, outer = bytearray(b"\x36" * 64), bytearray(b"\x5c" * 64)
+    for i in range(len(key)):
+        inner[i] ^= key[i]
+        outer[i] ^= key[i]
+    digest = hashlib.sha256(bytes(inner))
+    digest.update(message)  # not one behind the other: that would be a copy of a long message
+    return sha256(bytes(outer) + digest.digest())
 
 
 def same_bytes(a: bytes, b: bytes) -> bool:
@@ -153,7 +157,7 @@ def from_json(text: "bytes | str") -> "Any":
         raise ValueError("the text ends early")
     if text and not isinstance(text, str) and max(text) > 0x7F:  # a copy, and the parser takes bytes as well
         try:
-            text.decode()
+            bytes(text).decode()
         except UnicodeError:
             raise ValueError("not UTF-8")
     value = ujson.loads(text)

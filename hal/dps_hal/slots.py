@@ -76,11 +76,13 @@ class SlotStore:
         self.max_payload = min([devices[record].slot_bytes for record in devices]) - OVERHEAD_BYTES
 
     def load(self, record: str) -> "StoredRecord | None":
-        """The newest valid payload; see `Store.load`. None also where both copies are damaged."""
+        """The newest valid payload; see `Store.load`."""
         slots = _read_known(record, self._device(record))
         newest = _newest(slots)
         if newest is None:
-            return None
+            if slots[0].state == EMPTY and slots[1].state == EMPTY:
+                return None
+            return StoredRecord(b"", max(slots[0].generation or 0, slots[1].generation or 0), False)
         generation, payload = slots[newest].generation, slots[newest].payload
         if generation is None or payload is None:
             return None

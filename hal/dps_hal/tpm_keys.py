@@ -285,7 +285,10 @@ def _mgf1(seed: bytes, length: int) -> bytes:
 
 
 def _xor(a: bytes, b: bytes) -> bytes:
-    return bytes([a[i] ^ b[i] for i in range(len(a))])
+    out = bytearray(a)  # a list of its bytes would be eight times as long
+    for i in range(len(out)):
+        out[i] ^= b[i]
+    return bytes(out)
 
 
 def _hex(content: bytes) -> str:

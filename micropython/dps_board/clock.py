@@ -2,6 +2,7 @@
 
 from dps_agent.utc import BelievedTime
 from dps_board.memory import forget
+from dps_board.tls import split_address
 from dps_hal.platform import ms_since, ticks_ms
 
 TYPE_CHECKING = False
@@ -18,7 +19,8 @@ _ANCHOR_MS = 86_400_000  # ticks wrap after 12 days, differences are right up to
 class BoardClock:
     """A `dps_hal.contracts.Clock` that gives TLS the time to verify certificates under.
 
-    `set_rtc(now_s)` sets the clock that mbedTLS reads. `ntp_server` is "host[:port]", "" for none.
+    `set_rtc(now_s)` sets the clock that mbedTLS reads; it raises OverflowError, ValueError or OSError for a time that
+    this clock cannot have. `ntp_server` is "host[:port]", "" for none.
     """
 
     def __init__(
@@ -32,8 +34,7 @@ class BoardClock:
         self._built_s = built_s
         self._roots_end_s = roots_end_s
         self._set_rtc = set_rtc
-        self._ntp_server, _, port = ntp_server.partition(":")
-        self._ntp_port = int(port or 123)
+        self._ntp_server, self._ntp_port = split_address(ntp_server, 123)
         self._while_waiting = while_waiting
         self._ticks_ms = ticks_ms()
         self._before_ms = 0  # uptime at these ticks
@@ -67,11 +68,21 @@ class BoardClock:
             forget("dps_board.ntp")
             if now_s is not None:
                 self.time.propose(now_s, self._uptime_s(), "ntp")
-        self._set_rtc(self.time.for_handshake_s(self._uptime_s()))
+        while True:
+            try:
+                self._set_rtc(self.time.for_handshake_s(self._uptime_s()))
+                break
+            except (OverflowError, ValueError, OSError):
+                if not self.time.refused():
+                    break  # it stays as it is, and TLS says what it makes of that
 
     def verified(self, date_s: "int | None") -> bool:
         """See `BelievedTime.verified`."""
         return self.time.verified(date_s, self._uptime_s())
+
+    def needs_date(self) -> bool:
+        """See `BelievedTime.needs_date`."""
+        return self.time.needs_date(self._uptime_s())
 
     def refused(self) -> bool:
         """See `BelievedTime.refused`; where nothing else is left to try, NTP is asked before the next handshake."""

@@ -28,6 +28,7 @@ _READ_HEADERS = (  # by somebody; the others are not kept
     "x-ms-error-code",
     "x-ms-request-id",
 )
+_ROOM_BYTES = 1600  # of DPS's largest answer where the payload is small
 _RECEIVE_BYTES = 512
 _SEND_BYTES = 1024
 _HTTPS_PORT = 443
@@ -54,6 +55,7 @@ class Connection:
         self._link = Link(roots, while_waiting)
         self._received = b""
         self._answered = False  # a byte came since the last request
+        self._room = bytearray(_ROOM_BYTES)  # for a body: later on there may be no block of that size
 
     @property
     def handshakes(self) -> int:
@@ -63,7 +65,10 @@ class Connection:
     async def request(
         self, method: str, path: str, body: bytes, authorization: "SasToken | None", limit_ms: int
     ) -> "Reply | NoReply":
-        """One request and its whole answer within `limit_ms`, any repetition included."""
+        """One request and its whole answer within `limit_ms`, any repetition included.
+
+        The body of the answer is only to be read before the next request.
+        """
         self._link.begin(limit_ms)
         sent = False
         while True:
@@ -228,9 +233,8 @@ class Connection:
             await self._receive()
 
     async def _take(self, size: int) -> "Any":
-        """The next `size` bytes; there is never a second copy of a body, so it is a bytearray."""
-        gc.collect()  # beside a full heap's rubbish there may be no block of that size
-        content = bytearray(size)
+        """The next `size` bytes, in `_room` where they fit."""
+        content = memoryview(self._room)[:size] if size <= len(self._room) else memoryview(bytearray(size))
         at = min(size, len(self._received))
         content[:at] = self._received[:at]
         self._received = self._received[at:]

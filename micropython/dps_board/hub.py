@@ -8,6 +8,7 @@ import gc
 
 from dps_agent.effects import NO_REPLY_TLS
 from dps_agent.hub_effects import (
+    NOT_AUTHORIZED,
     Acknowledge,
     AnswerMethod,
     CloudMessage,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from dps_hal.contracts import TpmService, Utc
 
 MESSAGES_LIMIT = 8  # messages and calls that the program has in hand; a hub delivers further messages later
-_NOT_AUTHORIZED = (4, 5)  # MQTT 3.1.1, table 3.1
 
 
 class Hub:
@@ -99,8 +99,9 @@ class Hub:
             raise RetryLater("agent.not_connected", "the telemetry was not sent: too much is on its way, or too large")
 
     async def learn_time(self, hub: str) -> "Utc":
-        """The time after the hub, or else DPS, has confirmed it."""
-        if await self._reach(hub) is not None:
+        """The time after DPS has confirmed a new one, or the hub what was believed last."""
+        failure = await self._reach(hub)
+        if failure is not None and not self._clock.utc().believable:
             await self._ask_date()
         return self._clock.utc()
 
@@ -117,6 +118,11 @@ class Hub:
             if self.connection.is_reached(hub):
                 return None
             await self._clock.before_handshake()
+            if self._clock.needs_date():
+                await self._ask_date()
+                if self._clock.needs_date() and self._clock.utc().believable:
+                    self._clock.refused()  # what is believed serves until DPS can be asked
+                await self._clock.before_handshake()
             gc.collect()  # mbedTLS wants one block of 16 KiB
             failure = await self.connection.reach(hub)
             if failure is None:
@@ -130,7 +136,7 @@ class Hub:
         if failure is not None:
             return failure
         answer = await self.connection.connect(hub, *identity)
-        if isinstance(answer, ConnAck) and answer.return_code in _NOT_AUTHORIZED and not self._agent.date_heard:
+        if isinstance(answer, ConnAck) and answer.return_code in NOT_AUTHORIZED and not self._agent.date_heard:
             await self._ask_date()  # it may have been a token of another day
         return answer
 
@@ -159,6 +165,8 @@ class Hub:
             work, takes = self._show_desired, self._agent.on_desired
         else:
             return False
+        if takes is None and isinstance(message, Desired):
+            return True  # nobody wants them, so they need not come again
         if takes is None or len(self._tasks) >= MESSAGES_LIMIT:
             return False
         self._tasks.append(asyncio.create_task(self._counted(work(message))))
@@ -176,7 +184,13 @@ class Hub:
         self.connection.post(MessageDone(message.message_id))
 
     async def _show_desired(self, message: "Desired") -> None:
-        await _answer_of(self._agent.on_desired, message.version, from_json(message.payload), message.whole)
+        properties = None
+        try:
+            if message.payload is not None:
+                properties = from_json(message.payload)
+        except (ValueError, MemoryError):
+            pass  # the program is told of the change all the same
+        await _answer_of(self._agent.on_desired, message.version, properties, message.whole)
 
     async def _call(self, call: "MethodCall") -> None:
         try:

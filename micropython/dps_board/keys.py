@@ -27,6 +27,8 @@ _PATH = "a path"
 _TEXT = "a text"
 _ENDPOINT = '"https://name" or "https://name:port", nothing behind it'
 _ADDRESS = '"host:port", or empty'
+_SERVER = '"host" or "host:port", or empty'
+_WATCHDOG = "0 for none, or a whole number from 8 to 600: a silent name server takes 7 s"
 _ID = "a registration id"
 _TABLE = "a table"
 _SUFFIXES = "a list of domain suffixes"
@@ -55,22 +57,24 @@ _KEYS = (  # key, default (None: it has none) and what is expected: in words, be
     ("hub.token_life_s", TOKEN_LIFE_S, (300, 86400)),
     ("hub.hub_suffixes", (".azure-devices.net", ".azure-devices.cn", ".azure-devices.us"), _SUFFIXES),
     ("board.built_at_s", 0, (0, 0xFFFFFFFFFF)),  # when the deploy tool made this file
-    ("board.ntp_server", "pool.ntp.org", _TEXT),  # "host[:port]", empty: none
+    ("board.ntp_server", "pool.ntp.org", _SERVER),  # empty: none
     ("board.wifi_ssid", "", _TEXT),  # empty: the network is there, or the application makes it
     ("board.wifi_password", "", _TEXT),
     ("board.led_pin", -1, (-1, 255)),  # -1: none
     ("board.bus", 0, (0, 7)),  # number of the SPI or I2C
     ("board.bus_hz", 0, (0, 43_000_000)),  # 0: as slow as every TPM can
     ("board.select_pin", 17, (0, 255)),  # of the TPM on SPI
-    ("board.watchdog_s", 0, (0, 600)),  # 0: none
+    ("board.watchdog_s", 0, _WATCHDOG),
 )
 
 
 def _fits(value: "Any", expected: "Any") -> bool:
     if isinstance(expected, tuple):
         if isinstance(expected[0], int):
-            return isinstance(value, int) and not isinstance(value, bool) and expected[0] <= value <= expected[1]
+            return _is_between(value, expected[0], expected[1])
         return value in expected
+    if expected == _WATCHDOG:
+        return _is_between(value, 0, 0) or _is_between(value, 8, 600)
     if expected == _TABLE:
         return isinstance(value, dict)
     if expected == _SUFFIXES:
@@ -82,11 +86,15 @@ def _fits(value: "Any", expected: "Any") -> bool:
         return True
     if expected == _ENDPOINT:
         return value.startswith("https://") and _is_address(value[len("https://") :], False)
-    if expected == _ADDRESS:
-        return not value or _is_address(value, True)
+    if expected in (_ADDRESS, _SERVER):
+        return not value or _is_address(value, expected == _ADDRESS)
     if expected == _TCTI:
         return value in ("spi", "i2c") or value.startswith("swtpm:")
     return bool(value) or expected == _TEXT
+
+
+def _is_between(value: "Any", least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_address(text: str, need_port: bool) -> bool:

@@ -7,7 +7,7 @@ CPython too. Source: MQTT 3.1.1 (OASIS, 29 October 2014).
 import asyncio
 
 from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_PROTOCOL, NO_REPLY_TIMEOUT, NO_REPLY_TOO_LARGE, NoReply
-from dps_agent.hub_effects import Acknowledged, Arrived, ConnAck, Gone, Granted
+from dps_agent.hub_effects import Acknowledged, Arrived, ConnAck, Gone, Granted, SendTelemetry
 from dps_board.tls import POLL_S, FailedError, Link, split_address
 from dps_hal.platform import ms_since, ticks_ms
 
@@ -22,7 +22,8 @@ CONNECT_LIMIT_MS = 60_000  # from the name's lookup to CONNACK; again to CONNACK
 PAYLOAD_LIMIT = 16 * 1024  # bytes of a message; of a larger one the session is told without its payload
 PACKET_LIMIT = 256 * 1024 + 65536 + 8  # bytes after the first five: the largest message of a hub, the longest topic
 EVENTS_LIMIT = 4  # of the hub, not yet asked for; then it is not read any more
-POSTS_LIMIT = 32  # events of programs, not yet asked for
+POSTS_LIMIT = 32  # events of programs, not yet asked for; answers, which the session bounds, have room besides
+IN_FLIGHT_LIMIT = 16 * 1024  # bytes of telemetry without acknowledgement, a single larger message aside
 PIECES_LIMIT = 64  # to be sent; then nothing more is published
 PART_LIMIT_MS = 600  # for what is to be sent before a polite end, and the hub's own end
 IDLE_POLL_S = 0.05
@@ -148,12 +149,18 @@ class HubConnection:
     def publish(self, topic: str, payload: bytes, qos: int) -> "int | None":
         """One PUBLISH with QoS 0 or 1; its packet id, 0 for QoS 0.
 
-        None without a connection, while too much waits to be sent, and for a topic longer than MQTT has room for. A
+        None without a connection, while too much waits to be sent or acknowledged, and for a topic longer than MQTT has room for. A
         message with QoS 1 that was taken is sent until it is acknowledged, on as many connections as that takes.
         """
         name = topic.encode()
         if not self._connected or len(name) > 0xFFFF or len(self._to_send) > PIECES_LIMIT:
             return None
+        if qos and self._in_flight:
+            size = len(name) + len(payload)
+            for _, head, waiting in self._in_flight:
+                size += len(head) + len(waiting)
+            if size > IN_FLIGHT_LIMIT:
+                return None
         packet_id = self._free_packet_id() if qos else 0
         head = _head(0x30 | qos << 1, 2 + len(name) + (2 if qos else 0) + len(payload))
         head += len(name).to_bytes(2, "big") + name
@@ -187,8 +194,8 @@ class HubConnection:
             await asyncio.sleep(0 if moved else min(left_ms / 1000, POLL_S if busy else IDLE_POLL_S))
 
     def post(self, event: "Event") -> bool:
-        """Queues an event of a program; False, and it is dropped, where too many wait already."""
-        if len(self._posted) >= POSTS_LIMIT:
+        """Queues an event of a program; False, and it is dropped, for telemetry where too many wait already."""
+        if len(self._posted) >= POSTS_LIMIT and isinstance(event, SendTelemetry):
             return False
         self._posted.append(event)
         return True

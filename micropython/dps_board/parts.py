@@ -9,6 +9,7 @@ import time
 
 from dps_agent.lifecycle import CONNECTED, CONNECTING, PROVISIONED
 from dps_board.clock import BoardClock
+from dps_hal.errors import AskOperator
 from dps_hal.littlefs import LittleFsStore
 from dps_hal.wire import WireTpm
 
@@ -72,28 +73,46 @@ def make_store(config: "BoardConfiguration") -> LittleFsStore:
 def make_clock(config: "BoardConfiguration", while_waiting: "Callable[[], None] | None" = None) -> BoardClock:
     """The clock, with the RTC that mbedTLS reads."""
     values = config.values
-    return BoardClock(
-        values["board.built_at_s"], config.roots_end_s, set_rtc, values["board.ntp_server"], while_waiting
-    )
+    end_s = latest_s(config.roots_end_s, time.gmtime)
+    return BoardClock(values["board.built_at_s"], end_s, set_rtc, values["board.ntp_server"], while_waiting)
+
+
+def latest_s(end_s: int, gmtime: "Callable[[int], Any]") -> int:
+    """`end_s`, or where this port's `gmtime` has no such time the last one that it has; seconds since 1970."""
+    try:
+        gmtime(end_s - _epoch_s(gmtime))
+        return end_s
+    except (OverflowError, ValueError):
+        return _epoch_s(gmtime) + 0x7FFFFFFF
+
+
+def _epoch_s(gmtime: "Callable[[int], Any]") -> int:
+    return _SINCE_2000_S if gmtime(0)[0] == 2000 else 0
 
 
 def set_rtc(now_s: int) -> None:
-    """Sets the board's clock to `now_s`, seconds since 1970."""
+    """Sets the board's clock to `now_s`, seconds since 1970; OverflowError for what this port has no time for."""
     import machine  # pyright: ignore[reportMissingImports]
 
-    epoch_s = _SINCE_2000_S if time.gmtime(0)[0] == 2000 else 0
+    epoch_s = _epoch_s(time.gmtime)
     year, month, day, hour, minute, second, weekday = time.gmtime(now_s - epoch_s)[:7]
     machine.RTC().datetime((year, month, day, weekday, hour, minute, second, 0))
 
 
 def make_watchdog(config: "BoardConfiguration") -> "Callable[[], None] | None":
-    """The function that feeds the hardware's watchdog, which runs from now on; None where none is wanted."""
+    """The function that feeds the hardware's watchdog, which runs from now on; None where none is wanted.
+
+    AskOperator `config.invalid` for more than this board's watchdog can have.
+    """
     limit_s = config.values["board.watchdog_s"]
     if not limit_s:
         return None
     import machine  # pyright: ignore[reportMissingImports]
 
-    feed: Callable[[], None] = machine.WDT(timeout=limit_s * 1000).feed
+    try:
+        feed: Callable[[], None] = machine.WDT(timeout=limit_s * 1000).feed
+    except (ValueError, OSError) as error:
+        raise AskOperator("config.invalid", f"board.watchdog_s: expected what this board has; came {limit_s}: {error}")
     return feed
 
 

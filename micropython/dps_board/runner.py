@@ -32,7 +32,7 @@ from dps_agent.effects import (
     Uptime,
     UtcNow,
 )
-from dps_agent.lifecycle import CONNECTED, CONNECTING, Lifecycle, decode_progress
+from dps_agent.lifecycle import BOOT, CONNECTED, CONNECTING, Lifecycle, decode_progress
 from dps_board.https import Connection
 from dps_board.memory import forget
 from dps_hal.contracts import PROGRESS
@@ -58,6 +58,8 @@ CLOSE_FOR_SLEEPS_OVER_S = 60
 TELEMETRY_LIMIT_S = 30
 TELEMETRY_LIMIT = 262144  # bytes; see `dps_agent.session`
 TIMES_TO_TRY = 3  # of one request: under a proposal, under the floor, under the peer's Date
+NO_ROOM_S = 10  # before the life begins anew, where the heap had no room for the logic itself
+_GO_FIRST = (ReadEndorsementKey, ReadStorageRootKey, ImportKey, Sign, Commit)
 _STEP_S = 0.25  # of a sleep, between two looks at the watchdog and at `stop`
 
 
@@ -69,7 +71,8 @@ class Agent:
     this device. The hub delivers it again, later, unless this returns.
     `on_method(name, value)` for a direct method; value is what the JSON says, None for nothing. It returns the status
     and the value of the answer, within METHOD_LIMIT_S of `dps_agent.session`.
-    `on_desired(version, properties, whole)` for desired twin properties: all of them, or a merge patch.
+    `on_desired(version, properties, whole)` for desired twin properties: all of them, or a merge patch; None where they
+    were too large for this device, and then `version` may be 0, for unknown.
 
     `on_state(state)` is called for each new state (a status LED); `watchdog()` at least once a second while everything
     is within its deadline; the TPM's own `while_waiting` should be the same function.
@@ -93,7 +96,7 @@ class Agent:
         self.hub: Hub | None = None  # as soon as there is one to talk to
         self.on_message: Callable[[dict[str, str], bytes | None], Any] | None = None
         self.on_method: Callable[[str, Any], Any] | None = None
-        self.on_desired: Callable[[int, dict[str, Any], bool], Any] | None = None
+        self.on_desired: Callable[[int, dict[str, Any] | None, bool], Any] | None = None
         runtime = f"{sys.implementation.name} {'.'.join([str(part) for part in sys.implementation.version[:3]])}"
         about = {"agentVersion": __version__, "runtime": runtime, "backend": values["tpm.backend"]}
         self._life = Lifecycle(config.settings, about)
@@ -149,16 +152,23 @@ class Agent:
         """Lives until `stop` is called; with `connect` False until the device is provisioned. Raises Broken only."""
         self._connects = connect
         self._clock.restart(self._last_believed_s())
-        exchange = self._life.live(once=False, force=False, connect=connect)
-        try:
-            await self._drive(exchange)
-        finally:
-            exchange.close()
-            self.connection.close()
-            self._tpm.release()
-            self._show_state()
-            if self.hub is not None:
-                await self.hub.end()
+        while not self._stopping:
+            exchange = self._life.live(once=False, force=False, connect=connect)
+            text = ""
+            try:
+                await self._drive(exchange)
+                return
+            except (MemoryError, RetryLater) as failure:  # where the exchange could not go on after it
+                text = str(failure)
+                self._life.state = BOOT
+            finally:
+                exchange.close()
+                self.connection.close()
+                self._tpm.release()
+                self._show_state()
+                if self.hub is not None:
+                    await self.hub.end()
+            await self._sleep(NO_ROOM_S, text)
 
     def stop(self) -> None:
         """Ends `run` at the next effect, and a wait or a request under way at once."""
@@ -202,7 +212,7 @@ class Agent:
             try:
                 if type(effect) not in self.answers:
                     self._join_hub()
-                answer = self.answers[type(effect)](*effect)
+                answer = self._answer(effect)
                 if hasattr(answer, "send"):  # a coroutine
                     answer = await answer
             except DpsError as failure:
@@ -217,6 +227,18 @@ class Agent:
             if not isinstance(effect, (Uptime, UtcNow, Random)):
                 gc.collect()  # the next step may want the largest block that there is
             await asyncio.sleep(0)
+
+    def _answer(self, effect: "Effect") -> "Any":
+        """What answers the effect; where TPM or store lack memory, they get that of the connection to DPS."""
+        try:
+            return self.answers[type(effect)](*effect)
+        except MemoryError:
+            if not isinstance(effect, _GO_FIRST):
+                raise
+        self.connection.close()
+        self._tpm.release()
+        gc.collect()
+        return self.answers[type(effect)](*effect)
 
     def _utc_now(self) -> "Any":
         """The time; before a token is made the hub itself confirms it, in the handshake that is due anyway."""
@@ -298,7 +320,7 @@ def _advance(exchange: "Generator[Effect, Any, None]", answer: "Any", error: "Dp
         return exchange.send(answer) if error is None else exchange.throw(error)
     except StopIteration:
         return None
-    except DpsError:
+    except (DpsError, MemoryError):
         raise
     except Exception as failure:
         raise _bug(failure)

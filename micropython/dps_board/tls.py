@@ -13,7 +13,14 @@ try:  # MicroPython's own module: `ssl` is a layer around it, which takes a KiB 
 except ImportError:
     import ssl
 
-from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_CONNECT, NO_REPLY_DNS, NO_REPLY_TIMEOUT, NO_REPLY_TLS
+from dps_agent.effects import (
+    NO_REPLY_CLOSED,
+    NO_REPLY_CONNECT,
+    NO_REPLY_DNS,
+    NO_REPLY_NOT_FOUND,
+    NO_REPLY_TIMEOUT,
+    NO_REPLY_TLS,
+)
 from dps_hal.platform import ms_since, ticks_ms
 
 TYPE_CHECKING = False
@@ -92,9 +99,14 @@ class Link:
         try:
             addresses = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
         except OSError as error:
-            raise FailedError(NO_REPLY_DNS, f"'{host}': error {error.errno}")
+            # -3 is EAI_AGAIN of a libc. lwIP has one number for whatever fails: so a hub counts as gone only where DPS
+            # is reached just then.
+            reason = NO_REPLY_DNS if "-3" in str(error.errno) else NO_REPLY_NOT_FOUND
+            raise FailedError(reason, f"'{host}': error {error.errno}")
         failure = "no address"
-        for family, kind, protocol, _, address in addresses:
+        for place, (family, kind, protocol, _, address) in enumerate(addresses):
+            left_ms = self._limit_ms - ms_since(self._started_ms)
+            share_ms = left_ms // (len(addresses) - place)  # a silent address leaves the next ones their time
             self._socket = socket.socket(family, kind, protocol)
             try:
                 self._socket.setblocking(False)
@@ -102,7 +114,7 @@ class Link:
                     self._socket.connect(address)
                 except OSError:
                     pass  # under way; whether it works, poll says
-                if await self._is_connected():
+                if await self._is_connected(share_ms):
                     self._wrap(name)
                     return
                 failure = "refused or unreachable"
@@ -111,13 +123,16 @@ class Link:
             self.close()
         raise FailedError(NO_REPLY_CONNECT, f"{host} port {port}: {failure}")
 
-    async def _is_connected(self) -> bool:
+    async def _is_connected(self, limit_ms: int) -> bool:
+        started_ms = ticks_ms()
         poller = select.poll()
         poller.register(self._socket, select.POLLOUT)
         while True:
             for _, event, *_ in poller.poll(0):
                 return not event & (select.POLLERR | select.POLLHUP)
             await self.pause()
+            if ms_since(started_ms) > limit_ms:
+                return False
 
     def _wrap(self, name: str) -> None:
         try:
@@ -173,10 +188,11 @@ class Link:
     def _broken(self, error: Exception) -> FailedError:
         """What a failure of the TLS module means: it raises ValueError for certificates, its own codes below 0."""
         number = 0 if isinstance(error, _REFUSED) else getattr(error, "errno", 0)
+        text = " ".join(str(error).split())  # mbedTLS ends each of its reasons with a line feed
         if not self.is_shaken and number <= 0 and number not in (_MBEDTLS_CONN_EOF, _MBEDTLS_ALLOC_FAILED):
-            return FailedError(NO_REPLY_TLS, str(error))
+            return FailedError(NO_REPLY_TLS, text)
         at = "" if self.is_shaken else " in the TLS handshake"
-        return FailedError(NO_REPLY_CLOSED, f"the connection ended{at}: {error}")
+        return FailedError(NO_REPLY_CLOSED, f"the connection ended{at}: {text}")
 
 
 def split_address(text: str, default_port: int) -> "tuple[str, int]":

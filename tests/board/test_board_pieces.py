@@ -3,10 +3,13 @@
 import asyncio
 import struct
 
+from dps_agent.hub_effects import AnswerMethod, MessageDone, SendTelemetry
 from dps_board.clock import BoardClock
-from dps_board.https import split_address
 from dps_board.keys import read_values
+from dps_board.mqtt import IN_FLIGHT_LIMIT, POSTS_LIMIT, HubConnection
 from dps_board.ntp import read_answer
+from dps_board.parts import latest_s
+from dps_board.tls import Link, split_address
 from dps_hal.errors import AskOperator
 from dps_hal.platform import to_json
 
@@ -44,6 +47,8 @@ def test_good_settings_are_taken() -> None:
         {"tpm": {"tcti": "i2c", "ek_template": "azure-c-sdk", "srk_handle": 0x81000002}},
         {"tpm": {"tcti": "swtpm:host=127.0.0.1,port=2321"}},
         {"hub": {"hub_suffixes": ["hub.example"]}},
+        {"board": {"ntp_server": "[::1]:123", "watchdog_s": 0}},
+        {"board": {"ntp_server": "ntp.example", "watchdog_s": 8}},
         {"board": {"wifi_ssid": "plant", "wifi_password": "x" * 63, "led_pin": 25, "ntp_server": ""}},
     ):
         assert problem(**settings) == "", settings
@@ -53,6 +58,12 @@ def test_bad_settings_are_refused_by_name() -> None:
     for name, settings in (
         ("id_scope", {"id_scope": ""}),
         ("id_scope", {"id_scope": 7}),
+        ("board.ntp_server", {"board": {"ntp_server": "ntp.example:x"}}),
+        ("board.ntp_server", {"board": {"ntp_server": "ntp.example:"}}),
+        ("board.ntp_server", {"board": {"ntp_server": "ntp.example:65536"}}),
+        ("board.watchdog_s", {"board": {"watchdog_s": 7}}),
+        ("board.watchdog_s", {"board": {"watchdog_s": 601}}),
+        ("board.watchdog_s", {"board": {"watchdog_s": True}}),
         ("registration_id", {"registration_id": "-a"}),
         ("endpoint", {"endpoint": "http://dps.example"}),
         ("endpoint", {"endpoint": "https://dps.example/path"}),
@@ -132,6 +143,58 @@ def test_the_rtc_is_set_before_each_handshake_to_the_time_to_verify_under() -> N
     assert abs(rtc[-1] - BUILT - 50 * DAY) < 5
     assert clock.verified(BUILT + 50 * DAY) and clock.utc().believable
     assert not clock.refused()
+
+
+def test_a_time_that_the_rtc_refuses_is_dropped() -> None:
+    rtc: list[int] = []
+
+    def set_rtc(now_s: int) -> None:
+        if now_s > BUILT + 100 * DAY:
+            raise OverflowError("small int overflow")
+        rtc.append(now_s)
+
+    clock = BoardClock(BUILT, BUILT + 9000 * DAY, set_rtc)
+    clock.restart(BUILT + DAY)
+    assert clock.time.propose(BUILT + 8000 * DAY, int(clock.uptime_s()), "ntp")
+    asyncio.run(clock.before_handshake())
+    assert abs(rtc[-1] - BUILT - DAY) < 5 and not clock.needs_date()
+    asyncio.run(BoardClock(BUILT + 101 * DAY, BUILT + 9000 * DAY, set_rtc).before_handshake())
+
+
+def test_no_time_is_believed_that_the_port_cannot_represent() -> None:
+    def gmtime(seconds: int) -> "tuple[int, ...]":
+        if seconds > 0x7FFFFFFF:
+            raise OverflowError("overflow converting long int to machine word")
+        return (1970, 1, 1)
+
+    def gmtime_of_2000(seconds: int) -> "tuple[int, ...]":
+        return (gmtime(seconds)[0] + 30, 1, 1)
+
+    for end_s in (BUILT, 0x7FFFFFFF):
+        assert latest_s(end_s, gmtime) == latest_s(end_s, gmtime_of_2000) == end_s
+    assert latest_s(0x80000000, gmtime) == 0x7FFFFFFF
+    assert latest_s(4_000_000_000, gmtime_of_2000) == 0x7FFFFFFF + 946_684_800
+
+
+def test_answers_have_room_however_much_telemetry_waits() -> None:
+    connection = HubConnection([])
+    telemetry = [SendTelemetry(number, {}, b"") for number in range(POSTS_LIMIT)]
+    assert [connection.post(each) for each in telemetry] == [True] * POSTS_LIMIT
+    assert not connection.post(SendTelemetry(POSTS_LIMIT, {}, b""))
+    assert connection.post(MessageDone(1)) and connection.post(AnswerMethod(2, 200, b""))
+
+
+def test_telemetry_without_acknowledgement_is_bounded_by_its_bytes() -> None:
+    for size, expected in ((IN_FLIGHT_LIMIT // 4, 3), (2 * IN_FLIGHT_LIMIT, 1), (100, 20)):
+        connection = HubConnection([])
+        connection._connected = True
+        taken = [connection.publish("devices/a/messages/events/", bytes(size), 1) is not None for _ in range(20)]
+        assert taken == [True] * expected + [False] * (20 - expected), (size, taken)
+
+
+def test_line_feeds_of_the_tls_module_stay_out_of_the_reason() -> None:
+    failed = Link([])._broken(ValueError("not signed by the trusted CA\nexpired\n"))
+    assert failed.text == "not signed by the trusted CA expired"
 
 
 def test_uptime_never_goes_back() -> None:

@@ -46,6 +46,7 @@ class Desk:
             )
         )
         self.lives = self.stack.enter_context(ThreadPoolExecutor(1))
+        self.connect_to = self.emulator.connect_to
         self.hub_connect_to = self.emulator.hub_connect_to
 
     def configure(self, **board: Any) -> Path:
@@ -53,7 +54,7 @@ class Desk:
         document = {
             "id_scope": "0ne00000000",
             "registration_id": DEVICE,
-            "connect_to": self.emulator.connect_to,
+            "connect_to": self.connect_to,
             "ca_file": str(self.folder / "roots.der"),
             "state_dir": "/flash/dps-agent",
             "tpm": {"tcti": self.swtpm.tcti},
@@ -178,6 +179,17 @@ def test_a_board_that_was_kicked_reconnects_and_repeats_what_was_not_acknowledge
     assert seen["states"][2:10] == ["connecting", "connected", "provisioned"] * 2 + ["connecting", "connected"], seen
 
 
+def test_a_heap_without_room_for_the_logic_ends_the_attempt_and_not_the_life(desk: Desk) -> None:
+    life = desk.live("full")
+    desk.connected(2)
+    desk.emulator.send_c2d(DEVICE, b"hello", {"n": "1"})
+    desk.emulator.await_hub_log("completed", 1, DEVICE)
+    seen = desk.stop(life)
+    assert seen["states"] == [*FIRST, *SECOND] and "error" not in seen and desk.swtpm.leftovers() == [], seen
+    (boot,) = [line for line in life.result()[1:] if line.get("state") == "boot"]
+    assert seen["refused"] and set(seen["refused"]) == {"agent.not_connected"}, (seen, boot)
+
+
 def test_a_board_moves_to_another_hub_when_it_is_told_to(desk: Desk) -> None:
     life = desk.live()
     desk.connected()
@@ -192,19 +204,58 @@ def test_a_board_moves_to_another_hub_when_it_is_told_to(desk: Desk) -> None:
     assert seen["hub"] == SECOND_HUB and desk.swtpm.leftovers() == []
 
 
-def test_a_restarted_board_asks_nobody_but_its_hub_for_the_time(desk: Desk, tmp_path: Path) -> None:
+def restart(desk: Desk, *words: str) -> Future[list[dict[str, Any]]]:
+    """Begins another life with a clock that starts in 1970, as that of most boards."""
+    rtc = desk.folder / "rtc"
+    rtc.write_text("@1970-01-01 00:00:00")
+    return desk.live(*words, rtc=rtc)
+
+
+def test_a_restarted_board_asks_dps_for_nothing_but_the_date(desk: Desk) -> None:
     life = desk.live()
     desk.connected()
     desk.stop(life)
     asked = len(desk.emulator.log)
-    rtc = tmp_path / "rtc"
-    rtc.write_text("@1970-01-01 00:00:00")
-    life = desk.live(rtc=rtc)
+    life = restart(desk)
     desk.connected(2)
     seen = desk.stop(life)
     assert seen["states"] == SECOND, seen
-    assert seen["handshakes"] == [0, 1] and seen["now"][1:] == [True, "ntp"], seen
-    assert len(desk.emulator.log) == asked, "DPS is not asked on every boot"
+    assert seen["handshakes"] == [1, 1] and seen["now"][1:] == [True, "ntp"], seen
+    assert [line.operation for line in desk.emulator.log[asked:]] == [""]
+
+
+@pytest.mark.parametrize("offset_s", [75 * DAY, 200 * DAY, -DAY])
+def test_a_time_forged_before_a_hub_is_reached_neither_passes_nor_lasts(desk: Desk, offset_s: int) -> None:
+    life = desk.live()
+    desk.connected()
+    desk.stop(life)
+    desk.ntp.offset_s = float(offset_s)
+    life = restart(desk)
+    desk.connected(2)
+    seen = desk.stop(life)
+    assert seen["now"][1] and abs(seen["now"][0] - time.time()) < 120, seen
+    assert abs(seen["floor"] - time.time()) < 120, "what was forged has not raised the floor"
+    desk.ntp.offset_s = 0.0
+    life = restart(desk)
+    desk.connected(3)
+    seen = desk.stop(life)
+    assert seen["states"] == SECOND and abs(seen["now"][0] - time.time()) < 120, seen
+
+
+def test_a_forged_time_makes_no_token_while_dps_is_away(desk: Desk) -> None:
+    life = desk.live()
+    desk.connected()
+    desk.stop(life)
+    desk.ntp.offset_s = 75.0 * DAY
+    reached, desk.connect_to = desk.connect_to, "127.0.0.1:1"
+    life = restart(desk, "seconds=8")
+    seen = life.result()[-1]
+    assert "connected" not in seen["states"] and seen["code"] == "clock.not_set", seen
+    assert not seen["now"][1] and seen["floor"] < time.time() + 120, seen
+    desk.ntp.offset_s, desk.connect_to = 0.0, reached
+    life = restart(desk)
+    desk.connected(2)
+    assert desk.stop(life)["now"][1]
 
 
 def test_a_restarted_board_without_ntp_gets_the_time_from_dps_once(desk: Desk, tmp_path: Path) -> None:

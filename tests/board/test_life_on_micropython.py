@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HUB = "emulator.azure-devices.net"
-HEAP_KB = 220  # of a 64-bit build that loads what is not in flash; a board has pointers of half the size
+HEAP_KB = 170  # of a 64-bit build that loads what is not in flash; a board has pointers of half the size
 TPM_COMMANDS = 18  # of one registration where EK and SRK exist
 LOOKS_FOR_LEFTOVERS = 3  # commands more, once, because nobody else uses a board's TPM
 DAY = 86400
@@ -165,7 +165,7 @@ def test_a_service_that_cannot_be_verified_is_waited_for_and_asked_nothing(desk:
     stranger = desk.folder / "stranger.pem"
     trustme.CA().cert_pem.write_to_path(str(stranger))
     desk.emulator.ca_file = stranger
-    life = desk.live("seconds=3")
+    life = desk.live("seconds=8")
     assert (life["state"], life["code"]) == ("waiting", "network.tls"), life
     assert desk.asked() == []
 
@@ -199,7 +199,7 @@ def test_a_forged_time_neither_passes_nor_lasts(
     short_lived(monkeypatch)
     desk.serve(retry_after_s=0)
     desk.ntp.offset_s = offset_s
-    forged = desk.live("seconds=4", rtc=rtc)
+    forged = desk.live("seconds=9", rtc=rtc)
     if forged["state"] == "provisioned":  # the forged time lay in the certificate's life: its Date has put it right
         assert 0 < offset_s < 80 * DAY and forged["now"][2] == "date" and forged["handshakes"] == 2, forged
     else:

@@ -152,10 +152,12 @@ def test_a_damaged_newer_copy_is_reported_and_a_damaged_older_one_is_not() -> No
     assert found is not None and found.payload == b"current" and found.rolled_back
 
 
-def test_two_damaged_copies_are_none_and_the_next_commit_works() -> None:
-    for second in (b"garbage", encode_slot(5, b"current")[:-1]):
-        device = flash_with(encode_slot(4, b"older")[:-1], second)
-        assert store_on(device).load(IDENTITY) is None
+def test_a_record_without_a_whole_copy_is_told_from_none_and_the_next_commit_works() -> None:
+    torn = encode_slot(4, b"older")[:-1]
+    for first, second in ((torn, b"garbage"), (torn, encode_slot(5, b"current")[:-1]), (torn, b""), (b"", torn)):
+        device = flash_with(first, second)
+        lost = store_on(device).load(IDENTITY)
+        assert lost is not None and lost.payload == b"" and not lost.rolled_back, lost
         store_on(device).commit(IDENTITY, b"new")
         found = store_on(device).load(IDENTITY)
         assert found is not None and found.payload == b"new"

@@ -9,6 +9,7 @@ from dps_agent.lifecycle import (
     HALTED,
     PROVISIONED,
     PROVISIONING,
+    START_SPREAD_S,
     TRANSITIONS,
     WAITING,
     Lifecycle,
@@ -221,7 +222,7 @@ def test_progress_says_why_to_whoever_looks_later() -> None:
 def test_a_crash_loop_does_not_hammer_dps() -> None:
     for attempts, shortest_s, longest_s in ((1, 15, 31), (3, 60, 121), (50, 1800, 3601)):
         world = World()
-        world.store[PROGRESS] = encode_progress(Progress(attempts, 30, 0, False, "network.dns", "no name"))
+        world.store[PROGRESS] = encode_progress(Progress(attempts, 30, 0, False, "network.dns", "no name", 0))
         effect = first_sleep(world)
         assert world.dps.requests == [] and shortest_s <= effect.delay_s <= longest_s, (attempts, effect)
         assert "failed before this start" in effect.reason
@@ -245,9 +246,9 @@ def test_a_delay_that_dps_asked_for_survives_a_restart() -> None:
         (7200, 0, 7200, 7200),
     ):
         world = World()
-        world.store[PROGRESS] = encode_progress(Progress(1, asked_s, stored_at_s, False, "dps.throttled", "x"))
+        world.store[PROGRESS] = encode_progress(Progress(1, asked_s, stored_at_s, False, "dps.throttled", "x", 0))
         assert shortest_s <= first_sleep(world).delay_s <= longest_s, (asked_s, stored_at_s)
-    world.store[PROGRESS] = encode_progress(Progress(1, 5000, now_s, True, "dps.not_found", "x"))
+    world.store[PROGRESS] = encode_progress(Progress(1, 5000, now_s, True, "dps.not_found", "x", 0))
     assert first_sleep(world).delay_s < 32, "an operator who restarts a refused device has changed something"
 
 
@@ -259,7 +260,7 @@ def test_a_delay_that_no_restart_would_keep_is_stored_at_once() -> None:
     answer = world.answer
 
     def watch(effect: "Any") -> "Any":
-        if isinstance(effect, Sleep):
+        if isinstance(effect, Sleep) and "fleet" not in effect.reason:
             stored.append(stored_progress(world)[:2])
         return answer(effect)
 
@@ -285,7 +286,13 @@ def test_the_first_contacts_of_a_fleet_are_spread() -> None:
     world.random = 0.25
     lived(world, once=False, choice=settings(spread_s=400))
     assert world.slept("fleet") == [100.0]
-    assert lived(World(), once=True, choice=settings(spread_s=400)).state == PROVISIONED
+    for random in (0.0, 0.9):
+        world = World()
+        world.random = random
+        lived(world, once=False)
+        assert world.slept("fleet") == [random * START_SPREAD_S], "also where nobody has set how much"
+    world = World()
+    assert lived(world, once=True, choice=settings(spread_s=400)).state == PROVISIONED and world.slept("fleet") == []
 
 
 def test_a_derived_registration_id_is_the_eks() -> None:
@@ -343,8 +350,10 @@ def test_our_own_bug_is_not_retried() -> None:
 
 
 def test_unreadable_progress_is_forgotten() -> None:
-    whole = Progress(3, 60, 1800000000, True, "dps.not_found", "x")
+    whole = Progress(3, 60, 1800000000, True, "dps.not_found", "x", 2)
     assert decode_progress(encode_progress(whole)) == whole
     text = encode_progress(whole)
+    older = text.replace(b', "connects": 2', b"").replace(b',"connects":2', b"")
+    assert older != text and decode_progress(older) == Progress(*whole[:6], 0), "what an earlier version wrote"
     for broken in (b"", b"{}", b"[]", text[:-1], text.replace(b"3", b"-3"), text.replace(b"60", b'"60"'), b"\xff"):
         assert decode_progress(broken) is None, broken

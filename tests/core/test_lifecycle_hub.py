@@ -6,23 +6,28 @@ from dps_agent.effects import NO_REPLY_NOT_FOUND, Http, NoReply, Sign
 from dps_agent.hub_effects import Connect, Disconnect, Publish, RegisterAgain, SendTelemetry
 from dps_agent.lifecycle import (
     BOOT,
+    COMMITTED_SPREAD_S,
     CONNECTED,
     CONNECTING,
+    CONNECTS_LIMIT,
     HALTED,
     HUB_GONE_S,
     PROVISIONED,
     PROVISIONING,
     START_SPREAD_S,
+    STEADY_S,
     WAITING,
     Lifecycle,
+    Progress,
     decode_progress,
+    encode_progress,
 )
 from dps_agent.settings import KEEP_ALIVE_S, TOKEN_LIFE_S
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, IdentityStale, RetryLater
 from dps_hal.platform import from_json
 from support.fake_hub import NOT_AUTHORIZED, SILENT, FakeHub
-from support.world import HUB, World, calls, catch, error_reply, settings
+from support.world import HUB, NOW_S, World, calls, catch, error_reply, settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -86,15 +91,30 @@ def test_a_first_life_registers_and_connects() -> None:
     life = Lifecycle(settings())
     seen = states(world, life)
     live(world, 60, life=life)
-    assert seen == [BOOT, PROVISIONING, CONNECTING, CONNECTED], "no wait in between"
+    assert seen == [BOOT, PROVISIONING, PROVISIONED, CONNECTING, CONNECTED]
+    assert sum([delay_s for delay_s, reason in world.sleeps if "assign" in reason or "fleet" in reason]) < 10
     assert life.connections == 1 and life.attempts == 0 and HUB in life.reason
 
 
-def test_a_plain_reboot_never_asks_dps_and_writes_nothing() -> None:
+def test_a_plain_reboot_never_asks_dps_and_writes_only_that_it_connects_and_that_this_went_well() -> None:
     world = provisioned()
+    before = world.store[IDENTITY]
     for _ in range(20):
-        assert live(world, 60).state == CONNECTED
-    assert world.dps.requests == [] and world.commits == [] and len(world.hub.connections) == 20
+        assert live(world, STEADY_S + 60).state == CONNECTED
+    assert world.dps.requests == [] and len(world.hub.connections) == 20
+    assert world.commits == [PROGRESS] * 40 and world.store[IDENTITY] == before
+    assert max([delay_s for delay_s, _ in world.sleeps]) <= START_SPREAD_S, "counted as failures"
+
+
+def test_the_first_connection_with_a_new_identity_is_jittered() -> None:
+    for random in (0.0, 0.5):
+        world = provisioned()
+        world.random = random
+        world.at(world.uptime_s + 60, lambda world=world: world.hub.call(world.uptime_s, "reprovision", "1"))  # type: ignore[misc]
+        assert live(world, 120).committed
+        assert [delay_s for delay_s, reason in world.sleeps if "assigned" in reason][-1:] == (
+            [random * COMMITTED_SPREAD_S] if random else []
+        )
 
 
 def test_the_first_connection_of_a_life_is_jittered() -> None:
@@ -337,6 +357,127 @@ def test_a_crash_loop_at_a_dps_that_fails_asks_no_more_often_than_the_back_off_a
         assert len(world.dps.requests) <= 20, f"life_s={life_s}: {len(world.dps.requests)} in six hours"
 
 
+def crashing(world: World, seconds: float) -> None:
+    """Lives that end a second after the hub accepted them, each started again after 5 s."""
+    end_s = world.uptime_s + seconds
+    while world.uptime_s < end_s:
+        life = Lifecycle(settings())
+        world.random = (world.random * 7919 + 0.1234) % 1.0
+        answer = world.answer
+
+        def crash(effect: "Any", life: Lifecycle = life, answer: "Any" = answer) -> "Any":
+            if life.state == CONNECTED:
+                world.over = True
+            return answer(effect)
+
+        world.answer = crash  # type: ignore[method-assign]
+        live(world, seconds, life=life)
+        world.answer = answer  # type: ignore[method-assign]
+        world.cancel_plans()
+        world.effects.clear()
+        world.uptime_s += 5
+
+
+def test_a_crash_loop_after_each_connection_hammers_neither_hub_nor_flash() -> None:
+    world = provisioned()
+    crashing(world, DAY_S)
+    assert len(world.hub.connections) < 500, f"{len(world.hub.connections)} connections in a day"
+    assert world.commits == [PROGRESS] * CONNECTS_LIMIT and world.dps.requests == []
+    life = live(world, HUB_LIMIT_S + STEADY_S + 10)
+    assert life.state == CONNECTED and world.commits == [PROGRESS] * (CONNECTS_LIMIT + 1)
+    world.sleeps.clear()
+    live(world, 60)
+    assert world.sleeps[0][0] <= START_SPREAD_S, "a steady connection ends the count"
+
+
+def test_one_restart_after_a_short_connection_waits_no_longer_than_the_first_start() -> None:
+    world = provisioned()
+    waits = []
+    for _ in range(4):
+        world.sleeps.clear()
+        live(world, 60)
+        waits.append(world.sleeps[0][0])
+    assert waits[:2] == [START_SPREAD_S / 2] * 2 and START_SPREAD_S < waits[2] < waits[3], waits
+
+
+def test_the_count_of_connections_leaves_the_rest_of_progress_as_it_is() -> None:
+    world = provisioned()
+    before = Progress(3, 7200, NOW_S, False, "dps.throttled", "wait", 0)
+    world.store[PROGRESS] = encode_progress(before)
+    crashing(world, 15)
+    after = decode_progress(world.store[PROGRESS])
+    assert after is not None and after.connects > 0
+    world.store[PROGRESS] = encode_progress(before)
+    world.hub.absent = "connect: refused"
+    live(world, 20000)
+    after = decode_progress(world.store[PROGRESS])
+    assert after is not None and after[:6] == before[:6] and after.connects >= 4, after
+
+
+def test_a_hub_that_is_away_for_days_costs_a_few_writes() -> None:
+    world = provisioned()
+    world.hub.absent = "connect: refused"
+    live(world, 3 * DAY_S)
+    assert 1 <= len(world.commits) <= CONNECTS_LIMIT and IDENTITY not in world.commits
+
+
+def test_two_devices_with_one_identity_do_not_keep_each_other_busy() -> None:
+    for seed in range(5):
+        world = provisioned()
+        world.random = seed / 5
+
+        def connect_other(world: World = world) -> None:
+            """The other device is connected; this one ends that, and the other one comes back after its delay."""
+            world.random = (world.random * 7919 + 0.1234) % 1.0
+            world.hub.drop(world.uptime_s)
+            world.at(world.uptime_s + HUB_LIMIT_S * (1 + world.random) / 2, connect_other)
+
+        world.at(world.uptime_s + 20, connect_other)
+        life = live(world, DAY_S)
+        assert life.connections < 360, f"seed={seed}: {life.connections} connections of this one in a day"
+        assert min(world.slept("by the hub")[6:]) >= HUB_LIMIT_S / 2, f"seed={seed}: the other one's patience was none"
+
+
+def test_a_refusal_under_a_clock_that_nobody_confirms_says_nothing() -> None:
+    for wrong in ("believable", "utc_error_s"):
+        world = provisioned()
+        world.hub.script = [5] * 6
+        answer = world.answer
+
+        def doubt(effect: "Any", world: World = world, wrong: str = wrong, answer: "Any" = answer) -> "Any":
+            if isinstance(effect, Connect):  # the token was made, the refusal comes
+                setattr(world, wrong, False if wrong == "believable" else world.utc_error_s + 4000)
+                world.at(world.uptime_s + 1, lambda: setattr(world, "believable", True))
+            return answer(effect)
+
+        world.answer = doubt  # type: ignore[method-assign]
+        live(world, 2000)
+        assert len(world.hub.connections) >= 6 and world.dps.requests == [], wrong
+
+
+def test_dps_asked_for_patience_and_the_method_reprovision_says_so() -> None:
+    world = provisioned()
+    start_s = world.uptime_s
+    world.dps.script = [error_reply(429, 429001, retry_after="7200")]
+    world.at(start_s + 60, lambda: world.hub.call(world.uptime_s, "reprovision", "1"))
+    world.at(start_s + 600, lambda: world.hub.call(world.uptime_s, "reprovision", "2"))
+    live(world, 1000)
+    assert world.hub.answer_to("2") == ["429"] and len(world.dps.requests) == 1
+    refusal = from_json(world.hub.answers[-1][2])
+    assert 6000 < refusal["retryAfterS"] <= 7201 - 540
+    assert len(world.hub.connections) == 2, "the refused wish cost a connection"
+
+
+def test_what_dps_asked_for_is_known_after_a_restart_and_what_we_chose_is_no_wish_of_its() -> None:
+    now_s = NOW_S + 100
+    for code, patience in (("dps.throttled", True), ("network.dns", False), ("tpm.absent", False)):
+        world = World()
+        world.store[PROGRESS] = encode_progress(Progress(1, 3000, now_s, False, code, "x", 0))
+        life = Lifecycle(settings())
+        live(world, 1, life=life)
+        assert (life.dps_not_before_s > world.uptime_s + 2000) is patience, code
+
+
 def test_dps_asked_for_patience_survives_a_restart_at_a_hub_that_refuses() -> None:
     world = provisioned()
     world.hub.script = [5] * 100
@@ -372,7 +513,7 @@ def test_what_was_under_way_is_answered_before_a_long_wait() -> None:
 
 
 def test_a_hub_that_is_gone_for_half_an_hour_leads_back_to_dps() -> None:
-    for reason in ("dns: no such name", NO_REPLY_NOT_FOUND):
+    for reason in ("not_found: no such name", NO_REPLY_NOT_FOUND):
         world = provisioned()
         world.hub.absent = reason
         world.dps.hub = SECOND_HUB
@@ -385,21 +526,104 @@ def test_a_hub_that_is_gone_for_half_an_hour_leads_back_to_dps() -> None:
         assert world.uptime_s - start_s < 2 * HUB_GONE_S + 500
 
 
+def test_a_fleet_whose_hub_is_gone_comes_to_dps_spread() -> None:
+    for random, spread_s in ((0.5, 7200), (0.25, 7200)):
+        world = provisioned()
+        world.random = random
+        world.hub.absent = NO_REPLY_NOT_FOUND
+        start_s = world.uptime_s
+        first_s: list[float] = []
+        world.dps.script = [lambda reply, world=world, first_s=first_s: first_s.append(world.uptime_s) or reply]  # type: ignore[misc]
+        live(world, HUB_GONE_S + spread_s + 600, spread_s)
+        waited_s = first_s[0] - start_s - HUB_GONE_S - 2 * random * spread_s  # of the first connection, and then
+        assert 0 <= waited_s <= HUB_LIMIT_S + 1, f"random={random}: {waited_s}"
+
+
 def test_a_hub_that_cannot_be_reached_is_not_gone() -> None:
-    for reason in ("connect: refused", "tls: expired", "timeout", "closed", "protocol: HTTP"):
+    for reason in ("connect: refused", "tls: expired", "timeout", "closed", "protocol: HTTP", "dns: try again"):
         world = provisioned()
         world.hub.absent = reason
         live(world, 6 * 3600)
         assert world.dps.requests == [], reason
     world = provisioned()
-    world.hub.script = [NoReply("dns: x", False), NoReply("connect: y", False)] * 100
+    world.hub.script = [NoReply("not_found: x", False), NoReply("connect: y", False)] * 100
     live(world, 6 * 3600)
     assert world.dps.requests == [], "it was found in between"
 
 
+def fleet_after_an_outage(reason: str, lasts_s: int, dps_too: bool, spread_s: int = 0) -> "list[World]":
+    """A fleet that finds neither hub nor (where that is so) DPS for a while, two hours later."""
+    fleet = []
+    for seed in range(60):
+        world = provisioned()
+        world.random = seed / 60
+        start_s = world.uptime_s
+        out: list[bool] = []
+        answer = world.answer
+
+        def offline(effect: "Any", world: World = world, out: "list[bool]" = out, answer: "Any" = answer) -> "Any":
+            world.random = (world.random * 7919 + 0.1234) % 1.0
+            if isinstance(effect, Http) and out and dps_too:
+                world.pass_to(world.uptime_s + 0.5)
+                return NoReply(reason, False)
+            return answer(effect)
+
+        def begin(world: World = world, out: "list[bool]" = out) -> None:
+            out.append(True)
+            world.hub.absent = reason
+            world.hub.drop(world.uptime_s)
+
+        def end(world: World = world, out: "list[bool]" = out) -> None:
+            out.clear()
+            world.hub.absent = ""
+
+        world.answer = offline  # type: ignore[method-assign]
+        world.at(start_s + 700, begin)
+        world.at(start_s + 700 + lasts_s + 10 * seed, end)
+        life = live(world, 700 + lasts_s + 7200, spread_s)
+        assert life.state == CONNECTED, (seed, life.reason)
+        fleet.append(world)
+    return fleet
+
+
+def test_no_device_registers_again_after_its_network_had_no_names_for_a_while() -> None:
+    for reason in ("dns: try again", "not_found: no such name"):
+        for lasts_s, spread_s in ((2700, 0), (2700, 3600), (12 * 3600, 0)):
+            for world in fleet_after_an_outage(reason, lasts_s, True, spread_s):
+                assert world.dps.requests == [] and IDENTITY not in world.commits, (reason, lasts_s, spread_s)
+                assert world.commits.count(PROGRESS) < 20, world.commits
+    for world in fleet_after_an_outage("dns: try again", 2700, False):
+        assert world.dps.requests == [], "a resolver that does not answer says nothing about the hub"
+    asked = [world for world in fleet_after_an_outage("not_found: no such name", 2700, False) if world.dps.requests]
+    assert len(asked) > 50, "a hub that is really gone"
+
+
+def test_a_registration_for_a_gone_hub_ends_at_once_where_dps_is_not_reached() -> None:
+    world = provisioned()
+    start_s = world.uptime_s
+    world.hub.absent = "not_found: no such name"
+    world.dps.script = [NoReply("dns: try again", False), NoReply("timeout", True), error_reply(503, 0)] * 100
+    life = Lifecycle(settings())
+    seen: list[tuple[str, float]] = []
+    answer = world.answer
+
+    def watch(effect: "Any") -> "Any":
+        seen.append((life.state, world.uptime_s))
+        return answer(effect)
+
+    world.answer = watch  # type: ignore[method-assign]
+    live(world, 6 * 3600, life=life)
+    registering = [at_s for state, at_s in seen if state == PROVISIONING]
+    assert 5 <= len(world.dps.requests) <= 12, "once in half an hour"
+    assert registering and start_s + HUB_GONE_S <= registering[0]
+    for place in range(1, len(registering)):
+        apart_s = registering[place] - registering[place - 1]
+        assert apart_s < 1 or apart_s > HUB_GONE_S, "it stayed away from its hub"
+
+
 def test_a_gone_hub_and_a_dps_that_fails_are_asked_in_turn() -> None:
     world = provisioned()
-    world.hub.absent = "dns: no such name"
+    world.hub.absent = "not_found: no such name"
     world.dps.script = [error_reply(429, 429001, retry_after="7200")] * 1000
     life = live(world, DAY_S)
     assert 8 <= len(world.dps.requests) <= 12, "half an hour, then two hours each time"

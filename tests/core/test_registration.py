@@ -178,6 +178,7 @@ def test_an_outage_ends_within_the_budget() -> None:
 def test_no_answer_is_repeated_inside_the_budget_and_then_reported() -> None:
     for reason, code in (
         ("dns: no such name", "network.dns"),
+        ("not_found: no such name", "network.dns"),
         ("connect: refused", "network.unreachable"),
         ("timeout", "network.timeout"),
         ("closed: 12 of 300 bytes", "network.closed"),

@@ -7,6 +7,7 @@ from dps_agent.hub_effects import (
     Arrived,
     CloudMessage,
     Connect,
+    Desired,
     Disconnect,
     Gone,
     MessageDone,
@@ -29,7 +30,7 @@ from dps_agent.session import (
     encode_properties,
 )
 from dps_agent.settings import KEEP_ALIVE_S, TOKEN_LIFE_S
-from dps_hal.contracts import IDENTITY
+from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.platform import from_json
 from support.world import DEVICE, HUB, NOW_S, World, settings
@@ -137,7 +138,7 @@ def test_hours_of_renewals_lose_no_telemetry_and_asks_nobody_else() -> None:
     assert life.state == CONNECTED and 10 <= life.connections <= 11
     assert len(sent) > 500 and len(world.program.done) == len(sent) and all(world.program.done.values())
     assert len({payload for _, payload in world.hub.received}) == len(sent)
-    assert world.dps.requests == [] and world.commits == []
+    assert world.dps.requests == [] and world.commits == [PROGRESS] * 2, "begun, steady; a renewal is neither"
 
 
 def test_telemetry_that_waits_for_its_puback_is_sent_again_after_a_reconnect() -> None:
@@ -300,6 +301,19 @@ def test_other_methods_are_answered_by_programs() -> None:
     assert world.program.calls()[0].payload == b"[4]"
 
 
+def test_desired_properties_that_no_program_had_room_for_come_again_whole() -> None:
+    for taken_at_first in (False, True):
+        world = provisioned()
+        world.hub.desired = {"$version": 7, "rate": 5}
+        world.program.takes = taken_at_first
+        busy_s = world.uptime_s + 20
+        world.at(busy_s, lambda world=world: setattr(world.program, "takes", False))  # type: ignore[misc]
+        world.at(busy_s + 1, lambda world=world: world.hub.change_desired(world.uptime_s, "rate", 6))  # type: ignore[misc]
+        world.at(busy_s + 2, lambda world=world: setattr(world.program, "takes", True))  # type: ignore[misc]
+        live(world, 30 + TWIN_AGAIN_S)
+        assert world.program.desired()[-1] == (8, True), world.program.desired()
+
+
 def test_a_method_that_no_program_takes_is_not_found() -> None:
     world = provisioned()
     world.program.takes = False
@@ -427,7 +441,8 @@ def test_a_twin_too_large_for_the_device_is_not_asked_for_again_and_again() -> N
 
     world.hub._answer_twin = too_large  # type: ignore[method-assign]
     live(world, 0.7 * TOKEN_LIFE_S)
-    assert len(gets) == 1 and "dpsAgent" in world.hub.reported and world.program.desired() == []
+    assert len(gets) == 1 and "dpsAgent" in world.hub.reported
+    assert [message for message in world.program.told if isinstance(message, Desired)] == [Desired(0, None, True)]
 
 
 def test_nothing_that_a_hub_says_can_confuse_the_device() -> None:
@@ -548,7 +563,12 @@ def test_a_flood_of_messages_does_not_prolong_the_wait_for_the_subscriptions() -
 
 
 def test_every_ending_says_why() -> None:
-    for reason, end in (("closed: by peer", "lost"), ("timeout", "lost"), ("dns: no such name", "not found")):
+    for reason, end in (
+        ("closed: by peer", "lost"),
+        ("timeout", "lost"),
+        ("not_found: no such name", "not found"),
+        ("dns: try again", "lost"),
+    ):
         world = provisioned()
         opened = session(world)
         assert world.run(opened.open()) == ""

@@ -183,7 +183,7 @@ class Month:
     def deleted(self) -> None:
         """The hub of the device is deleted, DPS knows another."""
         self.world.dps.hub = SECOND_HUB if self.world.dps.hub == HUB else HUB
-        self.absent("dns: no such name")
+        self.absent("not_found: no such name")
         self.world.hubs[self.world.dps.hub].absent = ""
 
     def reprovision(self) -> None:
@@ -219,7 +219,7 @@ class Month:
         pass
 
     TROUBLES = (
-        ("offline", lambda month: month.absent("dns: no such name"), lambda month: month.absent("")),
+        ("offline", lambda month: month.absent("dns: try again"), lambda month: month.absent("")),
         ("hub down", lambda month: month.absent("connect: refused"), lambda month: month.absent("")),
         ("silence", silent, nothing),
         ("dropped", drop, drop),

@@ -52,10 +52,34 @@ def test_a_verified_handshake_confirms_the_proposal_and_raises_the_floor() -> No
     assert not time.propose(TODAY, 200, "ntp"), "below the floor"
 
 
-def test_a_peer_without_date_confirms_as_well() -> None:
+def test_a_peer_without_date_confirms_no_proposal_and_raises_no_floor() -> None:
+    for forged in (TODAY, TODAY + 180 * DAY):
+        time = believed()
+        time.propose(forged, 100, "ntp")
+        assert time.needs_date(110) and time.verified(None, 110)
+        assert time.utc(110) == (forged + 10, False, "ntp") and time.floor_s == BUILT, forged
+        assert not time.verified(TODAY + 40 * DAY, 120) and time.verified(TODAY + 40 * DAY, 120)
+        assert time.utc(120) == (TODAY + 40 * DAY, True, "date")
+
+
+def test_a_peer_without_date_confirms_what_was_believed_before() -> None:
+    time = believed(TODAY)
+    assert not time.needs_date(110) and time.verified(None, 110)
+    assert time.utc(110) == (TODAY + 10, True, "floor") and time.floor_s == TODAY + 10
+    for step_s in (AGREEMENT_S, -AGREEMENT_S):
+        time.propose(TODAY + 100 + max(step_s, 0), 200 - min(step_s, 0), "ntp")
+        assert not time.needs_date(200 - min(step_s, 0)) and time.verified(None, 200 - min(step_s, 0))
+        assert time.utc(200) == (TODAY + 100, True, "floor"), "many small steps would be a large one"
+
+
+def test_without_a_date_a_new_time_does_not_replace_the_one_that_is_believed() -> None:
     time = believed()
     time.propose(TODAY, 100, "ntp")
-    assert time.verified(None, 110) and time.utc(110).believable
+    time.verified(TODAY, 100)
+    time.propose(TODAY + 180 * DAY, 200, "ntp")
+    assert time.needs_date(200) and time.verified(None, 200)
+    assert time.utc(200) == (TODAY + 100, True, "ntp") and time.floor_s == TODAY
+    assert time.refused() and time.for_handshake_s(200) == TODAY + 100
 
 
 def test_times_outside_the_bounds_are_not_even_tried() -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from dps_emulator.cli import main
+from dps_agent.host.config import default_of
+from dps_emulator.cli import HUB_SUFFIXES, main
 from emulator.device import ActivatedKey, Client, Device, lookup_path, operation_path, register_path
 from support.emulator import EmulatorProcess
 
@@ -72,6 +73,38 @@ def test_state_survives_a_restart_and_tokens_can_be_verified(
     capsys.readouterr()
     assert main([*verify, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["code"] == "refused"
+
+
+def test_a_state_folder_in_use_is_refused_and_the_first_server_keeps_its_commands(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with EmulatorProcess() as emulator:
+        ca = emulator.ca_file.read_bytes()
+        assert main(["serve", "--state-dir", str(emulator.state_dir), "--ca-file", str(emulator.ca_file)]) == 1
+        assert f"{emulator.state_dir} is served by another dps-emulator" in capsys.readouterr().err
+        assert main(["devices", "--state-dir", str(emulator.state_dir)]) == 0
+        assert emulator.ca_file.read_bytes() == ca and emulator.stop() == 0
+
+
+def test_a_device_is_not_moved_to_a_hub_that_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    csv = tmp_path / "a.csv"
+    csv.write_text(CSV)
+    move = ["move", RID, "two.azure-devices.net", "--state-dir", str(tmp_path / "state")]
+    with EmulatorProcess("--enrollments", str(csv), state_dir=tmp_path / "state") as emulator:
+        assert main(move) == 1
+        assert "no hub 'two.azure-devices.net' here; there are emulator.azure-devices.net" in capsys.readouterr().err
+        assert provision(emulator)[0]["assignedHub"] == "emulator.azure-devices.net"
+        assert main([*move[:2], "EMULATOR.azure-devices.net", *move[3:]]) == 0
+        assert emulator.stop() == 0
+    assert main(move) == 0  # the next `serve` decides which hubs there are
+
+
+def test_a_hub_that_an_agent_would_refuse_is_warned_of() -> None:
+    assert default_of("hub.hub_suffixes") == HUB_SUFFIXES
+    with EmulatorProcess("--hub", "hub.plant.example", "--hub", "Own.Azure-Devices.net") as emulator:
+        (warning,) = [line for line in emulator.stderr.splitlines() if "warning" in line]
+        assert "an agent refuses the hub hub.plant.example unless hub_suffixes" in warning
 
 
 def test_files_of_the_server_are_private_and_its_log_has_no_secret(tmp_path: Path) -> None:

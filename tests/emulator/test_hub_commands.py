@@ -118,7 +118,7 @@ def test_things_break_on_command_and_are_mended(emulator: EmulatorProcess, said:
             assert client.connect() == 0
             return client.send(b"x")
 
-    assert said("break", "refuse", "--code", "3", "--times", "1") == (0, "1 fault entries in force")
+    assert said("break", "refuse", "--code", "3", "--times", "1") == (0, "1 fault entry in force")
     with PahoDevice(emulator, device) as client:
         assert client.connect() == 3
     assert telemetry_is_acknowledged()
@@ -151,6 +151,7 @@ def test_things_break_on_command_and_are_mended(emulator: EmulatorProcess, said:
         (("device-add", "press-10"), 1, "already has a device"),
         (("break", "drop", "--operation", "lunch"), 1, "'operation' is not one of register"),
         (("break", "script"), 2, "--file is missing"),
+        (("break", "delay"), 2, "--seconds is missing"),
         (("break", "script", "--file", "absent.json"), 2, "can't read absent.json"),
     ],
 )

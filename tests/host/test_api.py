@@ -1,6 +1,7 @@
 """The socket for other programs on the device, without a hub: what it accepts, what it bounds, whom it trusts."""
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 
 from dps_agent.host import api as api_module
 from dps_agent.host.api import Command, LocalApi, Snapshot, listen
+from dps_agent.host.cli import running
 from dps_agent.host.journal import Journal
 from dps_agent.hub_effects import (
     AnswerMethod,
@@ -27,6 +29,7 @@ from dps_agent.hub_effects import (
     SendTelemetry,
     TelemetryDone,
 )
+from dps_hal.errors import RetryLater
 from support.local_client import LocalClient
 
 STATUS = {"state": "connected", "reason": "connected to h"}
@@ -87,7 +90,8 @@ def wait_for(condition: Callable[[], object], within_s: float = 5) -> None:
 def raw(agent: Agent, request: bytes) -> bytes:
     """Everything that is answered to some bytes until the connection ends."""
     with agent.client.connect() as connection:
-        connection.sendall(request)
+        if request:
+            connection.sendall(request)
         answer = b""
         while part := connection.recv(65536):
             answer += part
@@ -449,15 +453,145 @@ def test_an_unforeseen_error_costs_one_connection(agent: Agent, monkeypatch: pyt
 
 def test_no_descriptor_left_is_no_end(agent: Agent) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    connection = agent.client.connect()
+    spare = [os.dup(0)]
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), hard))
-        with pytest.raises(OSError):
-            agent.client.ask("GET", "/status")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(int(name) for name in os.listdir("/proc/self/fd")) + 8, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                spare.append(os.dup(0))
+        os.close(spare.pop())  # one for us, none for the service
+        with agent.client.connect() as connection:
+            connection.sendall(b"GET /status HTTP/1.1\r\n\r\n")
+            connection.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+            while spare:
+                os.close(spare.pop())
+            connection.settimeout(5)
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    connection.close()
-    assert agent.client.ask("GET", "/status")[0] == 200
+        for descriptor in spare:
+            os.close(descriptor)
+
+
+def test_the_limits_are_the_designed_ones() -> None:
+    assert (api_module.REQUEST_LIMIT_S, api_module.SEND_LIMIT_S, api_module.IDLE_LIMIT_S) == (10, 10, 60)
+    assert (api_module.CLIENT_LIMIT, api_module.USER_LIMIT, api_module.KEPT) == (16, 8, 2)
+
+
+# --- who asks
+
+
+@pytest.fixture
+def users(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Whoever connects next is this user; by default somebody who is not trusted."""
+    user = [1000]
+    monkeypatch.setattr(api_module, "peer_of", lambda _connection: (4711, user[0], 100))
+    monkeypatch.setattr(api_module.os, "geteuid", lambda: 990)
+    return user
+
+
+@contextlib.contextmanager
+def half_requests(agent: Agent, count: int) -> Iterator[None]:
+    """So many connections that have sent one byte."""
+
+    def begun() -> int:
+        return sum(bool(client.received) for client in list(agent.api._clients.values()))
+
+    before = begun()
+    with contextlib.ExitStack() as held:
+        for _ in range(count):
+            held.enter_context(agent.client.connect()).sendall(b"G")
+        wait_for(lambda: begun() == before + count)
+        yield
+
+
+def assert_too_many(agent: Agent) -> None:
+    head, _, body = raw(agent, b"").partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ") and b"Retry-After: 5" in head
+    error = json.loads(body)["error"]
+    assert (error["code"], error["retryAfterS"]) == ("agent.busy", 5) and error["remedy"]
+
+
+def test_one_user_cannot_take_every_connection(agent: Agent, users: list[int]) -> None:
+    with half_requests(agent, api_module.USER_LIMIT):
+        assert_too_many(agent)
+        users[0] = 1001
+        assert agent.client.ask("GET", "/status")[0] == 200
+
+
+def test_all_users_together_leave_room_for_root_and_the_services_own(agent: Agent, users: list[int]) -> None:
+    with half_requests(agent, 7):
+        users[0] = 1001
+        with half_requests(agent, 7):
+            users[0] = 1002
+            assert_too_many(agent)
+            for users[0] in (0, 990):
+                assert agent.client.ask("GET", "/status")[0] == 200
+            with half_requests(agent, api_module.KEPT):
+                assert_too_many(agent)
+
+
+def test_the_command_line_hears_that_too_many_are_connected(agent: Agent) -> None:
+    with half_requests(agent, api_module.CLIENT_LIMIT):
+        for _ in range(20):  # whether its request is refused before or after it was written
+            with pytest.raises(RetryLater) as refused:
+                running._checked(running._post(agent.api.path, "/command/token", 5))
+            assert (refused.value.code, refused.value.retry_after_s) == ("agent.busy", 5)
+
+
+def test_the_first_request_of_a_process_is_one_line_with_its_number_and_user(agent: Agent) -> None:
+    with agent.client.connect():
+        wait_for(lambda: agent.api._clients)
+        assert "uses the socket" not in agent.said.getvalue(), "it has asked for nothing"
+    for _ in range(3):
+        agent.client.ask("GET", "/status")
+    line = f"process {os.getpid()} of user {os.getuid()} uses the socket"
+    assert agent.said.getvalue().count(line) == 1
+
+
+def test_a_client_that_says_no_more_is_answered(agent: Agent) -> None:
+    with agent.client.connect() as connection:
+        connection.sendall(b"POST /telemetry HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}GET /status HTTP/1.1\r\n\r\n")
+        connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    assert answer.count(b"HTTP/1.1 200 OK") == 2
+    wait_for(lambda: not agent.api._clients)
+
+
+def test_a_client_that_says_no_more_in_the_middle_of_a_request_is_dropped(agent: Agent) -> None:
+    with agent.client.connect() as connection:
+        connection.sendall(b"POST /telemetry HTTP/1.1\r\nContent-Length: 3\r\n\r\n{}")
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1000) == b""
+    assert agent.posted == []
+
+
+def test_a_client_that_says_no_more_waits_without_cost(agent: Agent) -> None:
+    agent.accepts = None
+    with agent.client.connect() as connection:
+        connection.sendall(b"POST /telemetry HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}")
+        connection.shutdown(socket.SHUT_WR)
+        wait_for(lambda: agent.posted)
+        began_s = time.process_time()
+        time.sleep(0.3)
+        assert time.process_time() - began_s < 0.15
+        agent.api.tell(TelemetryDone(agent.posted[0].request_id, True))
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_reader_of_events_that_says_no_more_still_reads(agent: Agent) -> None:
+    with agent.client.connect() as connection:
+        connection.sendall(b"GET /events HTTP/1.1\r\n\r\n")
+        connection.shutdown(socket.SHUT_WR)
+        wait_for(lambda: agent.api._streams)
+        agent.api.tell(CloudMessage(1, {}, b"still here"))
+        seen = b""
+        while b"still here" not in seen:
+            seen += connection.recv(1000)
 
 
 def test_nothing_of_a_body_or_a_token_is_logged(agent: Agent) -> None:

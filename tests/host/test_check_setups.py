@@ -553,6 +553,32 @@ def test_what_a_killed_check_left_is_no_matter(bench: Bench, quiet: None, capsys
     assert list(bench.agent.state_dir.iterdir()) == []
 
 
+def a_file(path: Path) -> None:
+    path.write_text("no folder")
+
+
+def a_link_to_nowhere(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+@pytest.mark.parametrize("make", [a_file, a_link_to_nowhere])
+def test_a_state_folder_that_cannot_be_one_fails_as_in_a_registration(
+    make: Callable[[Path], None], below: str, bench: Bench, quiet: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(bench.agent.state_dir)
+    command = Command(setting("state_dir", str(bench.agent.state_dir / below)))
+    checked = bench.run(command, "--only", "state-folder", "--json")
+    assert checked.returncode != 0, checked.stdout
+    (found,) = (each for each in json.loads(checked.stdout)["checks"] if each["id"] == "state-folder")
+    flags = [*PROGRAM, "--config", str(bench.agent.settings), *command.flags, "provision", "--json"]
+    tried = subprocess.run(
+        flags, cwd=bench.folder, env=_environ({}), capture_output=True, text=True, timeout=120, check=False
+    )
+    error = json.loads(tried.stdout)["error"]
+    assert (found["result"], found["code"], checked.returncode) == ("failed", error["code"], tried.returncode)
+
+
 def test_generation_and_age_of_the_record_are_shown(
     bench: Bench, quiet: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from dps_agent.assignment import Assignment, encode, seal_message
 from dps_agent.host import Configuration, hub_token, load
+from dps_agent.host import clock as host_clock
 from dps_agent.host.cli import config as config_verb
 from dps_agent.host.cli import exit_word, main, status
 from dps_agent.host.cli.verb import UsageError
@@ -33,6 +34,9 @@ from support.tpm_states import copy_state
 CHECKOUT = Path(__file__).parents[2]
 HUB_KEY = bytes(range(100, 132))
 HUB = "emulator.azure-devices.net"
+NTP_KEEPS_THE_CLOCK = (
+    "from dps_agent.host import clock; clock.is_synchronised = lambda: True; from dps_agent.host.cli import main"
+)
 HEAVY = (
     "tpm2_pytss",
     "cryptography",
@@ -90,7 +94,7 @@ class Desk:
 
     def fail(self, code: str, message: str, halted: bool) -> None:
         """Stores a failed attempt."""
-        self.store.commit(PROGRESS, encode_progress(Progress(3, 60, 0, halted, code, message)))
+        self.store.commit(PROGRESS, encode_progress(Progress(3, 60, 0, halted, code, message, 0)))
 
 
 @pytest.fixture
@@ -273,7 +277,7 @@ def test_the_library_loads_neither_tpm_nor_network_when_it_is_imported() -> None
 
 def test_token_does_not_load_tls(desk: Desk) -> None:
     desk.assign()
-    code = "import sys; from dps_agent.host.cli import main; main(sys.argv[1:]); print('ssl' in sys.modules)"
+    code = f"import sys; {NTP_KEEPS_THE_CLOCK}; main(sys.argv[1:]); print('ssl' in sys.modules)"
     assert python(code, "--config", str(desk.settings), "token").stdout.endswith("\nFalse\n")
 
 
@@ -299,6 +303,24 @@ def test_a_missing_extra_is_one_sentence_and_exit_2(backend: str, package: str, 
 
 
 # --- status
+
+
+def test_who_may_not_look_into_the_service_s_folder_is_not_told_to_take_it_over(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: str) -> None:
+        advice = f"make the folder yours (sudo install -d -o press -m 0700 {folder})"
+        raise AskOperator("store.denied", f"cannot open {folder}/identity.0: Permission denied; {advice}")
+
+    monkeypatch.setattr("dps_hal.files.open_store", refuse)
+    monkeypatch.setattr("dps_agent.host.cli.os.geteuid", lambda: 1000)
+    words = ["--config", os.devnull, "--set", "id_scope=0ne00000000", "--set", "runtime_dir=/nonexistent"]
+    assert main(["status", *words, "--set", "state_dir=/var/lib/dps-agent"]) == 1
+    said = capsys.readouterr().err
+    assert "run it as root: sudo dps-agent status" in said and "[agent.denied]" in said
+    assert "install" not in said and "own the state folder" not in said
+    assert main(["status", *words, "--set", "state_dir=/home/press/state"]) == 1
+    assert "sudo install" in capsys.readouterr().err
 
 
 def test_status_before_anything_is_exit_3(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
@@ -466,6 +488,12 @@ def test_the_simulator_is_refused_for_azure_with_exit_5(desk: Desk, capsys: pyte
 # --- token
 
 
+@pytest.fixture(autouse=True)
+def kept_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NTP keeps the clock here: a token without a network."""
+    monkeypatch.setattr(host_clock, "is_synchronised", lambda: True)
+
+
 def checked_token(text: str, key: bytes) -> dict[str, str]:
     """The fields of a token whose signature the key made."""
     import urllib.parse
@@ -492,6 +520,16 @@ def test_a_token_is_signed_by_the_hub_key_and_alone_on_stdout(desk: Desk, capsys
     assert (answer["assignedHub"], answer["deviceId"]) == (HUB, "press-07")
 
 
+def test_without_network_and_ntp_there_is_no_token(
+    desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.assign()
+    monkeypatch.setattr(host_clock, "is_synchronised", lambda: False)
+    assert desk.run("token") == 3
+    said = capsys.readouterr()
+    assert said.out == "" and "[clock.not_set]" in said.err and "nobody to confirm it" in said.err
+
+
 def test_the_library_gives_the_same_token(desk: Desk) -> None:
     desk.assign()
     checked_token(hub_token(desk.settings), HUB_KEY)
@@ -507,10 +545,17 @@ def test_a_token_of_no_or_endless_life_is_refused(life_s: int, desk: Desk, capsy
         hub_token(desk.settings, life_s=life_s)
 
 
-def test_closed_standard_streams_are_no_traceback(desk: Desk) -> None:
+@pytest.mark.parametrize(("closed", "exit_status"), [("<&- 2>&-", 0), (">&-", 1), ("<&- >&- 2>&-", 1)])
+def test_closed_standard_streams_are_no_traceback_and_an_answer_for_nobody_no_success(
+    closed: str, exit_status: int, desk: Desk
+) -> None:
     desk.assign()
-    command = f"exec {sys.executable} -m dps_agent.host.cli --config {desk.settings} token <&- >&- 2>&-"
-    assert subprocess.run(["sh", "-c", command], env=ENVIRON, timeout=60, check=False).returncode == 0
+    code = f"{NTP_KEEPS_THE_CLOCK}; raise SystemExit(main())"
+    command = f'exec {sys.executable} -c "{code}" --config {desk.settings} token {closed}'
+    done = subprocess.run(["sh", "-c", command], env=ENVIRON, timeout=60, check=False, capture_output=True, text=True)
+    assert done.returncode == exit_status, done
+    said = "dps-agent: the output could not be written: it is closed\n" if closed == ">&-" else ""
+    assert done.stderr == said
 
 
 def test_there_is_no_token_for_a_record_that_was_altered(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:

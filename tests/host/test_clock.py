@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from dps_agent.effects import Http, NoReply, Reply
+from dps_agent.effects import Http, NoReply, Reply, UtcNow
 from dps_agent.host import clock
 from dps_agent.host.clock import SystemClock, is_synchronised
-from dps_agent.host.runner import Runner
+from dps_agent.host.runner import ConfirmClock, Runner
 from dps_agent.hub_effects import ConnAck, Connect
 from dps_agent.sas import SasToken
 from dps_hal.contracts import Utc
@@ -21,11 +21,11 @@ DAY = 86400
 
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets the system's time, the uptime, and whether NTP keeps the clock."""
+    """Sets the system's time, the uptime with suspension, and whether NTP keeps the clock."""
 
     def set_times(now_s: float = NOW, uptime_s: float = 100.0, synchronised: bool = False) -> None:
         monkeypatch.setattr(clock.time, "time", lambda: now_s)
-        monkeypatch.setattr(clock.time, "monotonic", lambda: uptime_s)
+        monkeypatch.setattr(clock.time, "clock_gettime", {clock.time.CLOCK_BOOTTIME: uptime_s}.__getitem__)
         monkeypatch.setattr(clock, "is_synchronised", lambda: synchronised)
 
     return set_times
@@ -56,59 +56,95 @@ def test_what_the_kernel_says_counts(
     assert is_synchronised() is synchronised
 
 
-@pytest.mark.parametrize("synchronised", [False, True])
-def test_a_plausible_time_is_believed_until_somebody_knows_better(times: Any, synchronised: bool) -> None:
-    times(synchronised=synchronised)
-    assert SystemClock().utc() == Utc(NOW, True, "system")
-    assert SystemClock().is_confirmed() is synchronised
+def assert_unconfirmed(own: SystemClock, now_s: int = NOW) -> None:
+    now = own.utc()
+    assert (now.now_s, now.believable) == (now_s, False) and "nobody" in now.source
 
 
-def test_a_verified_date_corrects_a_clock_that_nobody_keeps(times: Any) -> None:
+@pytest.mark.parametrize("last_believed_s", [0, NOW - 10, NOW - 390 * DAY, NOW + DAY])
+def test_a_plausible_time_is_a_proposal_until_ntp_or_a_peer_vouches_for_it(times: Any, last_believed_s: int) -> None:
+    times()
+    assert_unconfirmed(SystemClock(last_believed_s))
+    assert SystemClock(last_believed_s).may_judge() and not SystemClock().is_confirmed()
+    times(synchronised=True)
+    assert SystemClock(last_believed_s).utc() == Utc(NOW, True, "system")
+    assert SystemClock().is_confirmed()
+
+
+@pytest.mark.parametrize("date_s", [None, NOW, NOW - 300, NOW + 300])
+def test_a_verified_peer_that_does_not_disagree_confirms_the_system_s_time(times: Any, date_s: int | None) -> None:
+    times()
+    own = SystemClock(NOW - DAY)
+    own.heard(date_s)
+    assert own.utc() == Utc(NOW, True, "system")
+    times(NOW + 50, uptime_s=150.0)
+    assert own.utc() == Utc(NOW + 50, True, "system")
+
+
+def test_a_verified_date_takes_the_place_of_a_clock_that_nobody_keeps(times: Any) -> None:
     times(NOW - 20 * DAY)
     own = SystemClock()
     own.heard(NOW)
     assert own.utc() == Utc(NOW, True, "date")
     times(NOW - 20 * DAY + 50, uptime_s=150.0)
     assert own.utc() == Utc(NOW + 50, True, "date")
-    times(NOW + 7, uptime_s=150.0)
+    times(NOW + 7 * DAY, uptime_s=150.0)
     assert own.utc() == Utc(NOW + 50, True, "date"), "a step of the system's clock moves nothing"
 
 
-def test_a_clock_that_ntp_keeps_is_not_corrected(times: Any) -> None:
-    times(synchronised=True)
-    own = SystemClock()
-    own.heard(NOW + DAY)
-    assert own.utc() == Utc(NOW, True, "system")
-
-
-def test_ntp_ends_a_correction(times: Any) -> None:
+def test_the_time_runs_on_while_the_machine_is_suspended(times: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock.time, "monotonic", lambda: 100.0)
     times(NOW - DAY)
     own = SystemClock()
     own.heard(NOW)
-    times(NOW + 3, synchronised=True)
-    assert own.utc() == Utc(NOW + 3, True, "system")
-    times(NOW + 4)
-    assert own.utc().source == "system"
+    times(NOW - DAY + 10800, uptime_s=100.0 + 10800)
+    assert own.utc() == Utc(NOW + 10800, True, "date")
+    assert not own.is_confirmed(), "three hours later nobody vouches for it"
+
+
+def test_a_time_before_what_the_last_run_believed_is_confirmed_by_nobody(times: Any) -> None:
+    times(NOW - 20 * DAY)
+    own = SystemClock(NOW - DAY)
+    for date_s in (None, NOW - 20 * DAY, NOW - 2 * DAY):
+        own.heard(date_s)
+        assert_unconfirmed(own, NOW - 20 * DAY)
+    own.heard(NOW)
+    assert own.utc() == Utc(NOW, True, "date")
+
+
+def test_ntp_overrules_what_was_believed(times: Any) -> None:
+    times(NOW, synchronised=True)
+    own = SystemClock(NOW + 300 * DAY)
+    own.heard(NOW + DAY)
+    assert own.utc() == Utc(NOW, True, "system")
+    times(NOW + 4, uptime_s=104.0)
+    assert own.utc() == Utc(NOW + 4, True, "system"), "and what it said stays true without it"
 
 
 def test_a_date_that_agrees_again_ends_a_correction(times: Any) -> None:
     times(NOW - DAY)
     own = SystemClock()
     own.heard(NOW)
-    times(NOW)
-    own.heard(NOW - 300)
-    assert own.utc() == Utc(NOW, True, "system")
-    own.heard(NOW - 301)
-    assert own.utc() == Utc(NOW - 301, True, "date")
+    times(NOW + 5, uptime_s=105.0)
+    own.heard(NOW + 5 - 300)
+    assert own.utc() == Utc(NOW + 5, True, "system")
 
 
 @pytest.mark.parametrize(("now_s", "date_s"), [(NOW, 0), (NOW, 4_200_000_000), (0, NOW), (4_200_000_000, NOW)])
-def test_what_is_out_of_bounds_neither_corrects_nor_is_corrected(times: Any, now_s: int, date_s: int) -> None:
-    times(now_s)
+def test_what_is_out_of_bounds_neither_confirms_nor_is_confirmed(times: Any, now_s: int, date_s: int) -> None:
+    times(now_s, synchronised=now_s != NOW)
     own = SystemClock()
     own.heard(date_s)
-    assert own.utc() == Utc(now_s, now_s == NOW, "system")
-    assert not own.is_confirmed()
+    assert_unconfirmed(own, now_s)
+    assert own.may_judge() is (now_s == NOW)
+
+
+@pytest.mark.parametrize(("now_s", "may"), [(1_793_491_199, False), (1_793_491_200, True), (4_102_444_799, True)])
+def test_certificates_are_judged_from_this_release_to_2100(times: Any, now_s: int, may: bool) -> None:
+    times(now_s)
+    assert SystemClock().may_judge() is may
+    times(4_102_444_800)
+    assert not SystemClock().may_judge()
 
 
 def test_a_peer_vouches_for_an_hour(times: Any) -> None:
@@ -117,7 +153,7 @@ def test_a_peer_vouches_for_an_hour(times: Any) -> None:
     own.heard(NOW)
     assert own.is_confirmed()
     times(uptime_s=100.0 + 3600)
-    assert not own.is_confirmed()
+    assert not own.is_confirmed() and own.utc().believable
 
 
 # what the runner makes of it
@@ -129,13 +165,19 @@ GET = Http("GET", "/register", b"", None)
 class Network:
     """DPS, which knows what time it is, and a hub; TPM and store are not used."""
 
-    def __init__(self, code: int = 5) -> None:
+    def __init__(self, code: int = 5, dps_answers: bool = True, hub_is_good: bool = True) -> None:
         self.asked: list[str] = []
         self._code = code
+        self._dps_answers = dps_answers
+        self._hub_is_good = hub_is_good
 
-    def request(self, method: str, path: str, _body: bytes, _authorization: Any) -> Reply:
+    def request(self, method: str, path: str, _body: bytes, _authorization: Any) -> Reply | NoReply:
         self.asked.append(f"{method} {path}")
-        return Reply(404, {}, b"", NOW)
+        return Reply(404, {}, b"", NOW) if self._dps_answers else NoReply("connect: refused", False)
+
+    def is_verified(self, hub: str) -> bool:
+        self.asked.append(f"TLS {hub}")
+        return self._hub_is_good
 
     def connect(self, _connect: Connect) -> ConnAck:
         self.asked.append("CONNECT")
@@ -179,14 +221,60 @@ def test_a_refused_token_makes_us_ask_what_time_it_is_where_nobody_keeps_the_clo
     own, answers = done(network, CONNECT, CONNECT)
     assert answers == [ConnAck(code, False)] * 2
     assert network.asked == (["CONNECT", "GET /", "CONNECT"] if asks else ["CONNECT", "CONNECT"])
-    assert own.utc().source == ("date" if asks else "system")
+    assert own.utc().source == ("date" if asks else "system") or not (asks or synchronised)
+
+
+@pytest.mark.parametrize(
+    ("dps_answers", "hub", "hub_is_good", "asked", "source"),
+    [
+        (True, "hub.example", True, ["TLS hub.example"], "system"),
+        (True, "hub.example", False, ["TLS hub.example", "GET /"], "date"),
+        (False, "hub.example", False, ["TLS hub.example", "GET /"], ""),
+        (True, "", True, ["GET /"], "date"),
+        (False, "", True, ["GET /"], ""),
+    ],
+)
+def test_before_a_token_is_made_somebody_confirms_a_clock_that_nobody_keeps(
+    monkeypatch: pytest.MonkeyPatch, dps_answers: bool, hub: str, hub_is_good: bool, asked: list[str], source: str
+) -> None:
+    monkeypatch.setattr(clock.time, "time", lambda: NOW - DAY)
+    monkeypatch.setattr(clock, "is_synchronised", lambda: False)
+    network = Network(dps_answers=dps_answers, hub_is_good=hub_is_good)
+    _, (_, now) = done(network, ConfirmClock(hub), UtcNow())
+    assert network.asked == asked
+    assert now.believable is bool(source) and (not source or now.source == source)
+
+
+def test_a_certificate_alone_does_not_clear_the_clock_of_a_refused_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock.time, "time", lambda: NOW - DAY)
+    monkeypatch.setattr(clock, "is_synchronised", lambda: False)
+    network = Network()
+    own, _ = done(network, ConfirmClock("hub.example"), CONNECT)
+    assert network.asked == ["TLS hub.example", "CONNECT", "GET /"]
+    assert own.utc().source == "date"
+
+
+def test_a_clock_that_ntp_keeps_costs_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock.time, "time", lambda: NOW)
+    monkeypatch.setattr(clock, "is_synchronised", lambda: True)
+    network = Network()
+    _, (_, now) = done(network, ConfirmClock("hub.example"), UtcNow())
+    assert now == Utc(NOW, True, "system") and network.asked == []
+
+
+def test_what_was_confirmed_once_costs_no_further_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock.time, "time", lambda: NOW)
+    monkeypatch.setattr(clock, "is_synchronised", lambda: False)
+    network = Network()
+    done(network, GET, ConfirmClock("hub.example"), ConfirmClock("hub.example"))
+    assert network.asked == ["GET /register"]
 
 
 def test_a_clock_that_was_never_set_judges_no_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock.time, "time", lambda: 1_000.0)
     network = Network()
-    _, answers = done(network, GET, CONNECT)
-    for answer in answers:
+    _, answers = done(network, GET, CONNECT, ConfirmClock("hub.example"))
+    for answer in answers[:2]:
         assert isinstance(answer, NoReply)
         assert answer.reason.startswith("tls: the clock is not set")
     assert network.asked == []

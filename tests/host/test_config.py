@@ -153,6 +153,20 @@ def test_the_last_source_wins(tmp_path: Path) -> None:
     )
 
 
+def test_a_packages_defaults_give_way_to_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packaged, system = tmp_path / "defaults.toml", tmp_path / "config.toml"
+    packaged.write_text('[tpm]\nbackend = "wire"\n')
+    monkeypatch.setattr(config, "PACKAGE_FILE", packaged)
+    assert load(environ=ENVIRON, system_file=system).tpm.backend == "wire"
+    system.write_text("[tpm]\nexclusive = false\n")
+    loaded = load(environ=ENVIRON, system_file=system)
+    assert (loaded.tpm.backend, loaded.origins["tpm.backend"]) == ("wire", str(packaged))
+    assert load(system, environ=ENVIRON, system_file=NO_FILE).tpm.backend == "wire"
+    system.write_text('[tpm]\nbackend = "esys"\n')
+    loaded = load(environ=ENVIRON, system_file=system)
+    assert (loaded.tpm.backend, loaded.origins["tpm.backend"]) == ("esys", str(system))
+
+
 def test_a_named_file_replaces_the_system_files_and_their_folder(tmp_path: Path) -> None:
     (tmp_path / "config.d").mkdir()
     (tmp_path / "config.d" / "10.toml").write_text("[hub]\nport = 10\n")
@@ -401,6 +415,22 @@ def test_a_credential_of_systemd_may_have_its_own_mode(tmp_path: Path) -> None:
     beside.chmod(0o440)
     with pytest.raises(ConfigurationError):
         config.hierarchy_password("tpm.owner_auth_file", str(beside), environ)
+
+
+def test_a_credential_of_the_files_name_is_taken_in_its_place(tmp_path: Path) -> None:
+    credentials, file = tmp_path / "credentials", tmp_path / "owner-auth"
+    credentials.mkdir()
+    file.touch(0o600)
+    file.write_bytes(b"for root")
+    environ = {"CREDENTIALS_DIRECTORY": str(credentials)}
+    assert config.hierarchy_password("tpm.owner_auth_file", str(file), environ) == b"for root"
+    (credentials / "owner-auth").write_bytes(b"for the service")
+    (credentials / "owner-auth").chmod(0o440)
+    assert config.hierarchy_password("tpm.owner_auth_file", str(file), environ) == b"for the service"
+    file.unlink()  # the service cannot even look at it
+    assert config.hierarchy_password("tpm.owner_auth_file", str(file), environ) == b"for the service"
+    with pytest.raises(ConfigurationError, match="No such file"):
+        config.hierarchy_password("tpm.owner_auth_file", str(file), {})
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"x" * 65])

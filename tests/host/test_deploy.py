@@ -136,7 +136,7 @@ def test_an_image_holds_no_password_and_no_private_key(tmp_path: Path) -> None:
         MINIMAL + f'ca_file = "{tmp_path}/root.pem"\n[board]\nwifi_password_file = "{tmp_path}/wifi"\n'
     )
     done = deploy(
-        str(tmp_path / "board.toml"), "--image", str(tmp_path / "flash.img"), "--image-size", "262144",
+        str(tmp_path / "board.toml"), "--image", str(tmp_path / "flash.img"), "--image-size", "524288",
         SOURCE_DATE_EPOCH=str(BUILT_AT_S),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -210,6 +210,7 @@ def test_the_same_input_makes_the_same_image(tmp_path: Path) -> None:
         (["--image", "flash.img"], "expects --board or --image-size"),
         (["--dry-run", "--board", "rpi-pico-w"], "--image, and nothing else, expects --board"),
         (["--image", "flash.img", "--image-size", "5000"], "expected a multiple of 4096"),
+        (["--image", "flash.img", "--image-size", "4096"], "from 8192; came 4096"),
         (["--image", "flash.img", "--image-size", "65536"], "do not fit into an image of 65536 bytes"),
         (["--image", "/nowhere/flash.img", "--image-size", "262144"], "/nowhere/flash.img: cannot be written"),
         (["--dry-run", "--roots", "No Such Root"], "'No Such Root' is neither a file nor a root"),
@@ -226,10 +227,60 @@ def test_a_command_line_that_cannot_be_is_refused_in_words(tmp_path: Path, words
     assert not (tmp_path / "flash.img").exists()
 
 
-def test_a_port_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--port", "/dev/ttyNONE"),
+        ("--image", "flash.img", "--image-size", "1000"),
+        ("--image", "/nowhere/flash.img", "--board", "rpi-pico2-w"),
+    ],
+    ids=" ".join,
+)
+def test_a_place_that_is_none_is_one_sentence_before_anything_is_made(tmp_path: Path, words: tuple[str, ...]) -> None:
     (tmp_path / "board.toml").write_text(MINIMAL)
-    done = deploy(str(tmp_path / "board.toml"), "--port", str(tmp_path / "tty"))
+    done = deploy("board.toml", *words, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stdout + done.stderr
+    assert "Run this again" not in done.stderr
+
+
+def test_a_port_that_does_not_open_left_the_board_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "board.toml").write_text(MINIMAL)
+    (tmp_path / "tty").write_text("")
+    done = deploy("board.toml", "--port", "tty", cwd=tmp_path)
     assert done.returncode == 1 and "could not open" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.endswith(". Nothing was changed\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [
+        (("--board", "rpi-pico-w"), True),
+        (("--board", "rpi-pico-w", "--frozen"), False),
+        (("--board", "esp32-4m"), True),
+        (("--board", "rpi-pico2-w"), False),
+    ],
+)
+def test_a_board_whose_heap_is_too_small_for_files_is_warned_of(
+    tmp_path: Path, words: tuple[str, ...], warned: bool
+) -> None:
+    (tmp_path / "board.toml").write_text(MINIMAL)
+    done = deploy("board.toml", "--image", "flash.img", *words, cwd=tmp_path)
+    assert done.returncode == 0 and ("freeze the agent" in done.stderr) == warned, done.stderr
+
+
+@pytest.mark.parametrize("words", [("--dry-run",), ("--image", "flash.img", "--board", "rpi-pico2-w")])
+@pytest.mark.parametrize("mode", [None, 0o644, 0o600])
+def test_a_password_file_that_a_copy_would_refuse_is_warned_of(
+    tmp_path: Path, mode: int | None, words: tuple[str, ...]
+) -> None:
+    (tmp_path / "board.toml").write_text(MINIMAL + '[board]\nwifi_password_file = "wifi"\n')
+    if mode is not None:
+        (tmp_path / "wifi").write_text("open-sesame")
+        (tmp_path / "wifi").chmod(mode)
+    done = deploy("board.toml", *words, cwd=tmp_path)
+    warned = "warning: --port would refuse this" in done.stderr and "wifi_password_file" in done.stderr
+    assert done.returncode == 0 and warned == (mode != 0o600), done.stderr
+    assert "open-sesame" not in done.stdout + done.stderr
 
 
 def test_only_what_the_program_loads_goes_along(tmp_path: Path) -> None:

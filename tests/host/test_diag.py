@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -155,10 +156,35 @@ def test_what_quotes_a_secret_loses_it() -> None:
         "Proxy-Authorization: Basic bWU6eA==\nnext": "Authorization: ***\nnext",
         "via http://me:any@thing@proxy:3128/": "via http://***@proxy:3128/",
         "p@ss-hunter4": "***",
+        "via http://me:it's@proxy:3128/": "via http://***@proxy:3128/",
+        "via http://me:one/two@proxy:3128/": "via http://***@proxy:3128/",
+        '{"proxy":"http://me:a\\"b c/d@proxy:3128","mail":"x@y"}': '{"proxy":"http://***@proxy:3128","mail":"x@y"}',
+        "via 'http://me:with a space@proxy:3128' to a@b": "via 'http://***@proxy:3128' to a@b",
+        'password = "with a space", x': 'password = "***", x',
+        "'password': 'with a space', 'x': 1": "'password': '***', 'x': 1",
+        json.dumps({"line": 'the password = "with a space" and {"password": "another one"}'}): json.dumps(
+            {"line": 'the password = "***" and {"password": "***"}'}
+        ),
+        "https://h/a and b@c": "https://h/a and b@c",
         "abc is too short to be told from a word": "abc is too short to be told from a word",
     }
     assert {text: secrets.removed_from(text) for text in quoted} == quoted
     assert "hunter" not in repr(secrets)
+
+
+@pytest.mark.parametrize("password", ["it's hunter7", "a//b/hunter7", 'a"b hunter7', "hunter7 and more"])
+def test_a_known_password_goes_whole_whatever_stands_around_it(password: str) -> None:
+    secrets = diag.secrets_of(None, {"DPS_AGENT_NETWORK_PROXY": f"http://me:{password}@proxy:3128"})
+    texts = [f"password={password} was sent", f"tried me:{password} there", f"{password!r} {json.dumps(password)}"]
+    for text in texts:
+        cleaned = secrets.removed_from(text)
+        assert not [word for word in re.split("[^a-z0-9]+", password) if len(word) > 3 and word in cleaned], cleaned
+
+
+def test_a_link_in_dev_that_leads_nowhere_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "tpm0").symlink_to("nowhere")
+    assert diag._node(str(tmp_path / "tpm0")) == f"{tmp_path}/tpm0: No such file or directory"
+    assert "/dev/null crw-rw-rw- root" in diag._node("/dev/null")
 
 
 def test_a_payload_that_the_settings_refuse_is_not_quoted(agent: RunningAgent) -> None:

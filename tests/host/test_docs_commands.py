@@ -130,7 +130,8 @@ class Desk:
         """The part of the script that does what `block` is for."""
         text = self.here(block.text)
         if block.kind == "file":
-            path = self.folder / block.detail
+            path = self.folder / self.here(block.detail)
+            assert path.is_relative_to(self.folder), f"{block.place}: {path} is none of this desk's"
             return f"mkdir -p {shlex.quote(str(path.parent))}\ncat >{shlex.quote(str(path))} <<'=END='\n{text}=END="
         if block.kind != "run":
             return ""

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,3 +134,22 @@ def test_each_entry_has_the_form_that_journalctl_reads() -> None:
         assert re.fullmatch("[0-9a-f]{32}", number)
         assert [field.split(": ")[0] for field in fields] == ["Subject", "Defined-By", "Documentation"]
         assert text.strip() and not text.startswith("-")
+
+
+def test_a_pipe_that_nobody_reads_holds_nobody_up() -> None:
+    reads, writes = os.pipe()
+    with os.fdopen(reads, "rb") as reader, os.fdopen(writes, "w") as stream:
+        journal = Journal(stream, True, {})
+
+        def speak() -> None:
+            for _ in range(3000):
+                journal.event("local", "x" * 5000)
+
+        speaker = threading.Thread(target=speak, daemon=True)
+        speaker.start()
+        speaker.join(10)
+        stood = speaker.is_alive()
+        taken = os.read(reader.fileno(), 1 << 20)
+        assert not stood and taken.endswith(b"\n")
+        journal.event("local", "heard again")
+        assert os.read(reader.fileno(), 1 << 20) == b"heard again\n"

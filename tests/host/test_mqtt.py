@@ -115,6 +115,9 @@ def test_a_connect_is_what_a_hub_expects(serve) -> None:
     assert server._context is not None
     server._context.sni_callback = lambda _socket, name, _context: asked.append(name)
     assert hub.connect(connecting(keep_alive_s=77)) == ConnAck(0, True)
+    until_s = time.monotonic() + SOON_S
+    while not seen and time.monotonic() < until_s:
+        time.sleep(0.01)
     [connect] = seen
     assert (connect.level, connect.clean_session, connect.keep_alive_s) == (4, False, 77)
     assert (connect.client_id, connect.user_name) == (DEVICE, f"{HUB}/{DEVICE}/?api-version=2021-04-12")
@@ -263,12 +266,27 @@ def test_a_port_where_nobody_listens_is_a_connect_failure(certificates: Certific
     assert_no_reply(hub.connect(connecting()), "connect")
 
 
-def test_a_name_that_does_not_resolve_is_a_dns_failure(monkeypatch) -> None:
+@pytest.mark.parametrize(("context", "good"), [("good", True), ("expired", False), ("of_another_name", False)])
+def test_a_hub_is_verified_without_a_connection(serve, certificates: Certificates, context: str, good: bool) -> None:
+    seen: list[bytes] = []
+    server, hub = serve(lambda peer: seen.append(peer.receive()), getattr(certificates, context)())
+    assert hub.is_verified(HUB) is good
+    assert hub.publish(TOPIC, b"", 0) is None
+    server.stop_listening()
+    assert not hub.is_verified(HUB)
+    assert not any(seen), "nothing was said to it"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(socket.EAI_NONAME, "not_found"), (socket.EAI_NODATA, "not_found"), (socket.EAI_AGAIN, "dns"), (0, "dns")],
+)
+def test_a_name_that_is_not_there_is_no_name_service_that_is_not_there(monkeypatch, error: int, reason: str) -> None:
     def fail(*_arguments: object, **_options: object) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        raise socket.gaierror(error, "as the resolver says it")
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
-    assert_no_reply(HubConnection().connect(connecting()), "dns")
+    assert_no_reply(HubConnection().connect(connecting()), reason)
 
 
 # hubs that say nothing
@@ -283,6 +301,16 @@ def test_a_hub_that_accepts_and_says_nothing_ends_at_the_deadline(
     began_s = time.monotonic()
     assert_no_reply(hub.connect(connecting()), "timeout")
     assert 0.4 < time.monotonic() - began_s < SOON_S
+
+
+def test_events_of_programs_cost_nothing_while_a_connect_waits(serve, monkeypatch) -> None:
+    monkeypatch.setattr(host_mqtt, "CONNECT_LIMIT_S", 1.5)
+    _, hub = serve(Peer.wait_until_gone)
+    hub.post(RegisterAgain())
+    began_s = time.thread_time()
+    assert_no_reply(hub.connect(connecting()), "timeout")
+    assert time.thread_time() - began_s < 0.4, "it waited by asking again and again"
+    assert soon(hub) == RegisterAgain()
 
 
 def test_the_deadline_is_the_designed_one() -> None:
@@ -542,16 +570,17 @@ def test_another_identity_has_nothing_in_flight(serve) -> None:
             hub.peer.cut()
             return
         second.append(hub.packet())
-        hub.send(mqtt.suback(second[-1].packet_id, [0]))
+        hub.send(mqtt.puback(first_id) + mqtt.suback(second[-1].packet_id, [0]))
         hub.obey()
 
     _, hub = serve(accepting(behave))
     hub.connect(connecting())
-    hub.publish(TOPIC, b"a", 1)
+    first_id = hub.publish(TOPIC, b"a", 1)
+    assert first_id is not None
     assert_gone(soon(hub), "closed")
     assert hub.connect(connecting("press-08")) == ConnAck(0, False)
     hub.subscribe((("t", 0),))
-    assert isinstance(soon(hub), Granted)
+    assert isinstance(soon(hub), Granted), "an acknowledgement of what the other identity has sent is nobody's"
     assert [type(packet) for packet in second] == [mqtt.Subscribe]
 
 

@@ -145,7 +145,9 @@ def test_the_light_package_is_pure_python_without_tpm2_tss(light: Path) -> None:
     assert {path.name for path in (light / "usr/lib/dps-agent").iterdir() if "dist-info" not in path.name} == {
         *("dps_agent", "dps_hal", "paho"),
     }
-    assert 'backend = "wire"' in (light / "etc/dps-agent/config.d/00-light.toml").read_text()
+    defaults = light / "usr/lib/dps-agent/dps_agent/host/defaults.toml"
+    assert 'backend = "wire"' in defaults.read_text()  # below every setting of the operator's
+    assert not list((light / "etc/dps-agent/config.d").iterdir())
 
 
 @pytest.mark.parametrize("variant", ["full", "light"])
@@ -166,6 +168,133 @@ def test_a_maintainer_script_is_one_that_a_posix_shell_reads(script: str, full: 
         assert path.stat().st_mode & stat.S_IXUSR
         assert "@" not in path.read_text().replace("$@", ""), "a place that nothing was put into"
         subprocess.run(["sh", "-n", path], check=True, timeout=60)
+
+
+class Installation:
+    """A maintainer script of the light package on a file system of its own, with stubs for what it calls."""
+
+    def __init__(self, package: Path, folder: Path) -> None:
+        self.package = package
+        self.root = folder / "root"
+        self.calls = folder / "calls"
+        self._stubs = folder / "bin"
+        self._stubs.mkdir()
+        for name in ("run/systemd/system", "var/lib", "etc/dps-agent/config.d", "usr/bin", "usr/lib/dps-agent"):
+            (self.root / name).mkdir(parents=True)
+        for name in ("systemd-sysusers", "py3compile", "deb-systemd-invoke", "deb-systemd-helper", "dps-agent"):
+            self.stub(name, "")
+        self.stub("systemctl", "case $* in *is-enabled*) exit 1;; esac")
+
+    def stub(self, name: str, text: str) -> None:
+        """A program that notes how it was called and does this."""
+        path = self._stubs / name
+        path.write_text(f'#!/bin/sh\nPATH=/usr/bin:/bin\necho "{name} $*" >>{self.calls}\n{text}\n')
+        path.chmod(0o755)
+
+    def run(self, script: str, *words: str) -> str:
+        """What the script says; AssertionError where it fails."""
+        text = re.sub(r"(?<![\w/.@*])/(?=(var|run|etc|usr)/)", f"{self.root}/", (self.package / script).read_text())
+        text = text.replace(f"#!{self.root}", "#!")
+        done = subprocess.run(
+            ["sh", "-c", text, script, *words],
+            env={"PATH": f"{self._stubs}:/usr/bin:/bin", "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, f"{script} {words}: {done.stdout}{done.stderr}"
+        return done.stdout.replace(str(self.root), "")
+
+    def called(self, name: str) -> list[str]:
+        """How a stub was called."""
+        lines = self.calls.read_text().splitlines() if self.calls.exists() else []
+        return [line.partition(" ")[2] for line in lines if line.startswith(f"{name} ")]
+
+
+NO_SCOPE = """echo '{"error": {"code": "config.missing"}}'"""
+
+
+@pytest.fixture
+def installation(light: Path, tmp_path: Path) -> Installation:
+    return Installation(light / "DEBIAN", tmp_path)
+
+
+def test_a_first_installation_without_an_id_scope_starts_nothing_and_says_so(installation: Installation) -> None:
+    installation.stub("dps-agent", NO_SCOPE)
+    assert "it needs an ID scope" in installation.run("postinst", "configure", "")
+    assert not installation.called("deb-systemd-invoke")
+    assert installation.called("deb-systemd-helper") == ["update-state dps-agent.service"]
+
+
+def test_a_first_installation_with_an_id_scope_starts_the_service(installation: Installation) -> None:
+    assert installation.run("postinst", "configure", "") == ""
+    assert installation.called("deb-systemd-invoke") == ["start dps-agent.service"]
+
+
+def test_an_upgrade_restarts_a_service_whose_id_scope_only_its_unit_knows(installation: Installation) -> None:
+    installation.stub("dps-agent", NO_SCOPE)
+    assert installation.run("postinst", "configure", "0.1-1") == ""
+    assert installation.called("deb-systemd-invoke") == ["restart dps-agent.service"]
+
+
+def test_the_other_variant_starts_a_service_whose_id_scope_only_its_unit_knows(installation: Installation) -> None:
+    installation.stub("dps-agent", NO_SCOPE)
+    installation.stub("systemctl", "")
+    assert installation.run("postinst", "configure", "") == ""
+    assert installation.called("deb-systemd-invoke") == ["start dps-agent.service"]
+
+
+def test_an_upgrade_starts_nothing_that_somebody_disabled(installation: Installation) -> None:
+    installation.stub("deb-systemd-helper", "case $* in *was-enabled*) exit 1;; esac")
+    assert installation.run("postinst", "configure", "0.1-1") == ""
+    assert installation.called("deb-systemd-invoke") == ["try-restart dps-agent.service"]
+
+
+@pytest.mark.parametrize("is_mount_point", [False, True])
+def test_a_purge_empties_the_state_folder_and_ends_well(is_mount_point: bool, installation: Installation) -> None:
+    state = installation.root / "var/lib/private/dps-agent"
+    state.mkdir(parents=True)
+    (state / "identity.0").write_text("record")
+    (installation.root / "var/lib/dps-agent").symlink_to("private/dps-agent")
+    if is_mount_point:
+        for name in ("rmdir", "rm"):
+            busy = f'case $* in *private/dps-agent) {name} "$@"/* 2>/dev/null; exit 1;; esac'
+            installation.stub(name, f'{busy}\n{name} "$@"')
+    said = installation.run("postrm", "purge")
+    assert "dps-agent: deleted: /var/lib/private/dps-agent/identity.0\n" in said
+    assert (list(state.iterdir()) == []) if is_mount_point else not state.exists()
+    assert ("deleted: /var/lib/private/dps-agent\n" in said) is not is_mount_point
+    assert ("kept: /var/lib/private/dps-agent, " in said) is is_mount_point
+    assert not (installation.root / "var/lib/dps-agent").is_symlink()
+
+
+def test_a_purge_leaves_the_record_to_the_other_variant(installation: Installation) -> None:
+    (installation.root / "usr/bin/dps-agent").touch()
+    (installation.root / "var/lib/dps-agent").mkdir()
+    assert installation.run("postrm", "purge") == ""
+    assert (installation.root / "var/lib/dps-agent").is_dir()
+
+
+def test_removal_needs_no_python_and_leaves_no_compiled_files(installation: Installation) -> None:
+    site = installation.root / "usr/lib/dps-agent"
+    (site / "dps_agent/__pycache__").mkdir(parents=True)
+    (site / "dps_agent/__pycache__/session.cpython-311.pyc").touch()
+    (site / "dps_agent/session.py").touch()
+    installation.stub("py3clean", "exit 127")
+    installation.run("prerm", "remove")
+    assert installation.called("deb-systemd-invoke") == ["stop dps-agent.service"]
+    assert [path.name for path in (site / "dps_agent").iterdir()] == ["session.py"]
+
+
+def test_the_unit_has_the_kernel_know_every_class_of_devices_that_it_allows() -> None:
+    unit = (SERVICE / "dps-agent.service").read_text()
+    classes = re.findall(r"^DeviceAllow=char-(\w+)", unit, re.M)
+    assert classes == ["tpm"]
+    for name in classes:  # a class is looked up once, in /proc/devices, when the service starts
+        for key in ("Wants", "After"):
+            assert re.search(rf"^{key}=.*\bmodprobe@{name}\.service\b", unit, re.M), f"{key}=modprobe@{name}.service"
 
 
 def test_the_program_uses_its_own_packages_whatever_else_is_installed(full: Path, tmp_path: Path) -> None:

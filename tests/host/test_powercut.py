@@ -16,6 +16,7 @@ import pytest
 TOOL = str(Path(__file__).parents[2] / "tools/powercut")
 ALLOWED = set(os.environ.get("ALLOW_SKIP", "").replace(",", " ").split())
 DEADLINE_S = 280
+HERE = {**os.environ, "DPS_POWERCUT_INSIDE": "1"}  # with this Python, whatever it lacks
 LEAST_STATES = {"lives": 20_000, "littlefs": 1_000, "disk": 5_000, "ext4": 200, "tpm": 200}
 
 
@@ -94,7 +95,9 @@ def test_a_micropython_that_does_not_start_is_a_skipped_sweep_and_no_matter_for_
     micropython = python.with_name("micropython")
 
     def run(*words: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run([str(python), TOOL, *words], check=False, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [str(python), TOOL, *words], check=False, capture_output=True, text=True, timeout=60, env=HERE
+        )
 
     for content, mode in ((None, 0), (b"", 0o600), (b"\x7fELF and not more", 0o700)):
         if content is not None:
@@ -166,5 +169,32 @@ def test_an_unknown_sweep_or_writer_is_a_mistake_that_names_the_known_ones() -> 
 
 
 def test_the_interpreter_without_the_test_environment_says_what_is_missing() -> None:
-    done = subprocess.run([sys.executable, "-I", "-S", TOOL], check=False, capture_output=True, text=True, timeout=60)
+    words = [sys.executable, "-I", "-S", TOOL]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60, env=HERE)
     assert done.returncode == 2 and "is missing" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_machine_that_can_not_make_the_environment_is_told_so_without_a_traceback(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    python = f"import os, runpy, sys; os.environ.pop('DPS_POWERCUT_INSIDE', None); sys.argv = [{TOOL!r}, '--json']\n"
+    python += "import fresh_machine\n"
+    python += "def refuse(packages): raise fresh_machine.NotReady('missing packages: swtpm')\n"
+    python += f"fresh_machine.require_packages = refuse\nsys.executable = {str(blocked)!r}\n"
+    python += f"runpy.run_path({TOOL!r}, run_name='__main__')\n"
+    environ = {**os.environ, "PYTHONPATH": str(Path(TOOL).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", python], check=False, capture_output=True, text=True, timeout=60, env=environ
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done.stdout + done.stderr
+    assert done.stderr == "tools/powercut: missing packages: swtpm\n"
+
+
+def test_wear_is_told_without_a_sweep() -> None:
+    started_s = time.monotonic()
+    done = powercut("--endurance", "100000", "--per-day", "4")
+    assert done.returncode == 0 and done.stdout.startswith("wear: at 4 registrations a day and 100000 erases")
+    assert len(done.stdout.splitlines()) == 1 and time.monotonic() - started_s < 20
+    assert json.loads(powercut("--per-day", "1", "--json").stdout)["wear"]["years"] > 20
+    done = powercut("--sweep", "lives", "--per-day", "1")
+    assert done.returncode == 2 and "run no sweep" in done.stderr, done.stderr

@@ -32,7 +32,7 @@ from dps_agent.effects import (
     Uptime,
     UtcNow,
 )
-from dps_agent.host import clock, runner
+from dps_agent.host import runner
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.https import DpsConnection
 from dps_agent.host.mqtt import HubConnection
@@ -232,15 +232,6 @@ def test_an_exchange_that_asks_for_nothing_starts_no_thread_and_opens_no_tpm() -
     hardware = Hardware()
     assert runner_on(hardware).run(asking(Uptime(), Sleep(0, "nothing")))[1] is None
     assert "release" not in hardware.calls
-
-
-@pytest.mark.parametrize(
-    ("now_s", "believable"),
-    [(0, False), (1_793_491_199, False), (1_793_491_200, True), (4_102_444_799, True), (4_102_444_800, False)],
-)
-def test_the_system_s_time_is_believed_from_this_release_to_2100(monkeypatch, now_s: int, believable: bool) -> None:
-    monkeypatch.setattr(clock.time, "time", lambda: now_s + 0.5)
-    assert SystemClock().utc() == Utc(now_s, believable, "system")
 
 
 # errors

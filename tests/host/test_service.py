@@ -12,14 +12,20 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from dps_agent.host.api import Command
+from dps_agent.host.config import load
+from dps_agent.host.journal import Journal
+from dps_agent.host.service import Service
+from dps_agent.hub_effects import MessageDone, NextEvent, SendTelemetry, TelemetryDone
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault
 from dps_emulator.service import Settings
 from dps_hal.contracts import IDENTITY
+from dps_hal.errors import Broken
 from dps_hal.files import FileStore
 from dps_hal.simulator import SimulatedTpm
 from dps_hal.tpm_keys import unwrap
@@ -28,6 +34,9 @@ from support.running_agent import RunningAgent
 from support.swtpm import Swtpm
 from support.tpm_states import copy_state
 from support.tpm_tap import TpmTap
+
+if TYPE_CHECKING:
+    from dps_agent.hub_effects import Event, Message
 
 DEVICE = "press-07"
 
@@ -76,7 +85,7 @@ def test_it_registers_connects_and_takes_telemetry_to_the_hub(agent: RunningAgen
     assert (message["payload"], message["qos"]) == ('{"t": 21.5}', 1)
     assert message["properties"]["line"] == "3"
     assert agent.end() == (0, pytest.approx(0, abs=2))
-    lines = agent.written.splitlines()
+    lines = [line for line in agent.written.splitlines() if not line.endswith(" uses the socket")]
     assert [line.split()[0] for line in lines] == ["dps-agent", "registers", "this", "connected", "dps-agent"], lines
     assert os.listdir(agent.runtime_dir) == []
 
@@ -180,7 +189,6 @@ def test_a_device_that_its_hub_refuses_registers_again(agent: RunningAgent, emul
     agent.await_connected()
     emulator.withdraw(DEVICE)
     agent.await_text("[hub.refused]")
-    agent.send(signal.SIGHUP)  # ends the wait before the next try
     agent.await_text("this device is", 2)
     agent.await_connected(2)
     assert agent.client.ask("POST", "/telemetry", b"1")[0] == 200
@@ -248,6 +256,34 @@ def test_status_remote_costs_one_challenge_and_one_lookup_and_changes_nothing(
     agent.command("provision", "--force", "--set", "runtime_dir=/nonexistent")
     stored = FileStore(str(agent.state_dir)).load(IDENTITY)
     assert stored is not None
+
+
+def test_status_remote_keeps_neither_hub_nor_programs_waiting(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    agent.start()
+    agent.await_connected()
+    emulator.script(Fault(operation="register", delay_s=5, times=1))
+    said: list[Any] = []
+    asker = threading.Thread(target=lambda: said.append(agent.command("status", "--remote")))
+    asker.start()
+    time.sleep(2)
+    for _ in range(5):
+        began_s = time.monotonic()
+        assert agent.client.ask("POST", "/telemetry", b"1")[0] == 200
+        assert time.monotonic() - began_s < 1
+    assert emulator.invoke(DEVICE, "ping") == (200, {})
+    assert asker.is_alive(), "DPS answered before anything was tried"
+    asker.join(30)
+    assert said[0]["remote"]["status"] == "assigned" and agent.status()["connections"] == 1
+
+
+def test_status_remote_does_not_come_between_a_registration(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    emulator.script(Fault(operation="register", delay_s=4, times=1))
+    agent.start()
+    agent.await_state("provisioning")
+    error = agent.command("status", "--remote", exit_status=3)["error"]
+    assert error["code"] == "agent.busy"
+    agent.await_connected()
+    assert [line.operation for line in emulator.log].count("register") == 2, "the registration's own two"
 
 
 def test_status_remote_reports_differences_and_what_dps_refuses(
@@ -359,6 +395,142 @@ def test_sighup_makes_a_halted_device_ask_at_once(agent: RunningAgent, emulator:
     emulator.service.enroll(Enrollment(DEVICE, key, device_id=DEVICE))
     agent.send(signal.SIGHUP)
     agent.await_connected()
+
+
+def test_nobodys_haste_ends_the_wait_that_dps_asked_for(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    emulator.script(Fault(operation="register", status=429, headers={"Retry-After": "3600"}, times=1))
+    agent.start()
+    agent.await_state("waiting")
+    for times in range(1, 6):
+        agent.send(signal.SIGHUP)
+        agent.await_text("were read again", times)
+    agent.settings.write_text(agent.text + "[retry]\nregistration_budget_s = 800\n")
+    agent.send(signal.SIGHUP)
+    agent.await_text("were read again", 6)
+    agent.await_state("waiting")
+    for words in (("provision",), ("provision", "--force")):
+        error = agent.command(*words, exit_status=3)["error"]
+        assert error["code"] == "dps.throttled" and 3500 < error["retryAfterS"] <= 3600, error
+    assert len(emulator.log) == 1 and agent.status()["state"] == "waiting"
+
+
+def test_a_registration_that_dps_does_not_want_yet_leaves_the_device_connected(
+    agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    agent.start()
+    agent.await_connected()
+    emulator.script(Fault(operation="register", status=429, headers={"Retry-After": "3600"}, times=1))
+    agent.command("provision", "--force", exit_status=3)
+    agent.await_connected(2)
+    asked = len(emulator.log)
+    error = agent.command("provision", "--force", exit_status=3)["error"]
+    assert error["code"] == "dps.throttled" and error["retryAfterS"] > 3000
+    assert emulator.invoke(DEVICE, "reprovision")[0] == 429
+    assert len(emulator.log) == asked and agent.status()["connections"] == 2
+
+
+def test_sighup_without_changes_does_not_shorten_the_wait_for_the_hub(
+    agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    emulator.fault({"operation": "connect", "connack": 3})
+    agent.start()
+    agent.await_text("connects again in")
+    for times in range(1, 4):
+        agent.send(signal.SIGHUP)
+        agent.await_text("were read again", times)
+    time.sleep(0.5)
+    assert agent.written.count("connects again in") == 1
+
+
+@pytest.mark.parametrize("wish", ["settings", "provision", "reset"])
+def test_a_wish_does_not_wait_for_a_hub_that_says_nothing(
+    wish: str, agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    agent.start()
+    agent.await_connected()
+    emulator.fault({"operation": "connect", "silent": "before"})
+    emulator.disconnect(DEVICE)
+    agent.await_state("connecting")
+    began_s = time.monotonic()
+    if wish == "settings":
+        agent.settings.write_text(agent.text.replace(f'"{DEVICE}"', '"press-08"'))
+        agent.send(signal.SIGHUP)
+        agent.await_text("this device is press-08")
+    elif wish == "provision":
+        assert agent.command("provision", "--force")["alreadyProvisioned"] is False
+    else:
+        assert agent.command("reset", "--yes")["erased"][0] == "identity"
+    assert time.monotonic() - began_s < 15, "it waited for the hub"
+
+
+@pytest.mark.parametrize("wish", ["settings", "reset"])
+def test_telemetry_under_way_is_answered_where_the_life_ends(
+    wish: str, agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    agent.start()
+    agent.await_connected()
+    emulator.fault({"operation": "telemetry", "silent": "after"})
+    with ThreadPoolExecutor(1) as pool:
+        began_s = time.monotonic()
+        asked = pool.submit(agent.client.ask, "POST", "/telemetry", b"1")
+        emulator.await_telemetry(1)
+        if wish == "settings":
+            agent.settings.write_text(agent.text + "[retry]\nregistration_budget_s = 800\n")
+            agent.send(signal.SIGHUP)
+        else:
+            agent.command("reset", "--yes")
+        status, document = asked.result(40)
+    assert (status, document["error"]["code"]) == (503, "agent.not_connected")
+    assert "may or may not have it" in document["error"]["message"]
+    assert time.monotonic() - began_s < 10, "it waited for an acknowledgement that nobody waits for any more"
+
+
+# --- the service alone
+
+
+def bare_service(folder: Path) -> Service:
+    """A service whose effects the test answers; nothing runs."""
+    settings = folder / "config.toml"
+    settings.write_text(
+        f'id_scope = "0ne00000000"\nregistration_id = "{DEVICE}"\nstate_dir = "{folder / "state"}"\n'
+        f'runtime_dir = "{folder / "run"}"\n[tpm]\nbackend = "wire"\ntcti = "swtpm:host=127.0.0.1,port=1"\n'
+    )
+    return Service(lambda: load(settings, environ={}), Journal())
+
+
+def test_our_own_bug_in_a_command_ends_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = bare_service(tmp_path)
+
+    def fails(_command: Command) -> Iterator[None]:
+        raise Broken("agent.bug", "impossible")
+        yield
+
+    monkeypatch.setattr(service, "_do", fails)
+    service._commands.append(Command(1, "token"))
+    with pytest.raises(Broken):
+        list(service._obey())
+
+
+def test_an_id_of_the_life_before_means_nothing_in_the_next_one(tmp_path: Path) -> None:
+    service = bare_service(tmp_path)
+    service._life.serial, service._life.dps_not_before_s = 7, 1e9
+    service._begin_life()
+    assert (service._life.serial, service._life.dps_not_before_s) == (7, 1e9)
+
+
+def test_what_is_queued_for_the_hub_ends_with_the_life(tmp_path: Path) -> None:
+    service = bare_service(tmp_path)
+    told: list[Message] = []
+    service._tell = lambda message: bool(told.append(message))  # type: ignore[method-assign]
+    queued: list[Event] = [SendTelemetry(5, {}, b"x"), MessageDone(3), SendTelemetry(6, {}, b"y")]
+    service._begin_life()
+    leaving = service._leave_hub()
+    answer: object = None
+    with pytest.raises(StopIteration):
+        while True:
+            effect = leaving.send(answer)
+            answer = queued.pop(0) if isinstance(effect, NextEvent) and queued else None
+    assert told == [TelemetryDone(5, False), TelemetryDone(6, False)] and queued == []
 
 
 def test_sighup_with_wrong_settings_is_refused_and_the_old_ones_go_on(

@@ -51,6 +51,25 @@ def test_a_file_of_a_process_that_is_gone_or_another_counts_for_nothing(
     assert read_live(settings(tmp_path)) is None
 
 
+def test_the_system_s_service_counts_where_proc_hides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(_pid: int, number: int) -> None:
+        assert number == 0
+        raise refusal
+
+    show(tmp_path, StateFile(str(tmp_path / "run")))
+    monkeypatch.setattr(statefile, "start_ticks", lambda _pid: None)
+    monkeypatch.setattr(statefile.os, "kill", kill)
+    refusal: OSError = PermissionError()
+    assert read_live(settings(tmp_path)) is None, "anybody may write into another folder"
+    monkeypatch.setattr(statefile, "SYSTEM_RUNTIME_DIR", str(tmp_path / "run"))
+    assert read_live(settings(tmp_path)) is not None
+    refusal = ProcessLookupError()
+    assert read_live(settings(tmp_path)) is None
+    refusal = PermissionError()
+    monkeypatch.setattr(statefile, "start_ticks", lambda _pid: 1)
+    assert read_live(settings(tmp_path)) is None, "another process has the number now"
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"{}", b'{"schema":"dps-agent-state/1","pid":"1"}', b"\xff", b"[" * 70000]
 )

@@ -48,7 +48,7 @@ async def run(connection: Connection, steps: "tuple[str, ...]") -> None:
             if isinstance(reply, Reply):
                 line["status"] = reply.status
                 line["headers"] = reply.headers
-                line["body"] = reply.body.decode()
+                line["body"] = bytes(reply.body).decode()
                 line["dateS"] = reply.date_s
             else:
                 line["reason"] = reply.reason

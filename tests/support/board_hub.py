@@ -3,7 +3,7 @@
 `main` takes the paths of the settings and of the flash, and words: `seconds=N` ends the life at the latest after N s;
 `token_life=N` makes tokens that live so many seconds; `early` publishes before the start; `every=MS` is the time
 between two measurements; `heap` samples the heap in use; `rtc=FILE` is where to write the time when the agent sets the
-clock. The methods `echo`, `slow` (a coroutine), `broken` and `stop` are answered. Prints a JSON line for each
+clock; `full` lets the heap have no room for the logic once, when it is connected. The methods `echo`, `slow` (a coroutine), `broken` and `stop` are answered. Prints a JSON line for each
 state, and a last one with the sums.
 """
 
@@ -94,6 +94,19 @@ class Program:
         self.agent.stop()
 
 
+def fill_heap() -> None:
+    """Lets the session fail once, as it would with a full heap."""
+    from dps_agent.session import Session
+
+    send = Session._send
+
+    def full(session: Session, telemetry: object) -> None:
+        Session._send = send  # type: ignore[method-assign]
+        raise MemoryError("memory allocation failed, allocating 2032 bytes")
+
+    Session._send = full  # type: ignore[method-assign, assignment]
+
+
 async def publish_in_vain(agent: Agent, document: "dict[str, Any]") -> None:
     """Notes why telemetry is not sent."""
     for size in (9, 300_000):
@@ -137,6 +150,8 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
 
     def show(state: str) -> None:
         states.append(state)
+        if "full" in options and state == CONNECTED and states.count(state) == 1:
+            fill_heap()
         gc.collect()
         used = gc.mem_alloc()  # type: ignore[attr-defined]
         print(
@@ -182,6 +197,7 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
             "peaks": heap.peaks,
             "left": gc.mem_alloc(),  # type: ignore[attr-defined]
             "now": list(clock.utc()),
+            "floor": clock.time.floor_s,
         }
     )
     print(json.dumps(document))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 4096
 BLOCKS = 16
 BLINK_MS = 20
+SMALL_BYTES = 128 * 1024  # free: a heap in which what stays must not be strewn over it
+GARBAGE_BYTES = 1024  # then it is collected there
 ERASED = b"\xff" * 256
 
 
@@ -87,6 +89,8 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
     """Runs one life."""
     options = dict([(word + "=").split("=")[:2] for word in words])
     heap = Heap("heap" in options)
+    if gc.mem_free() < SMALL_BYTES:  # type: ignore[attr-defined]
+        gc.threshold(GARBAGE_BYTES)  # type: ignore[attr-defined]
     import asyncio
 
     from dps_agent.assignment import hub_token

@@ -69,8 +69,8 @@ def build_firmware(micropython: Path, mbedtls: Path, heap_bytes: int, cache: Pat
 def _make(micropython: Path, mbedtls: Path, heap_bytes: int, folder: Path) -> None:
     make = ["make", "-s", f"-j{os.cpu_count() or 1}", "CFLAGS_EXTRA=-Wno-error"]  # later compilers warn of more
     compiler = folder / "mpy-cross"
-    _run([*make, "-C", str(micropython / "mpy-cross"), f"BUILD={compiler}", "PROG=mpy-cross"])
-    _run(
+    run_to_build([*make, "-C", str(micropython / "mpy-cross"), f"BUILD={compiler}", "PROG=mpy-cross"])
+    run_to_build(
         [
             *(*make, "-C", str(micropython / "ports" / "qemu"), f"BUILD={folder / 'build'}"),
             *("BOARD=DPS_CORTEX_M3", f"BOARD_DIR={BOARD_DIR}", f"MBEDTLS={mbedtls}"),
@@ -80,7 +80,8 @@ def _make(micropython: Path, mbedtls: Path, heap_bytes: int, folder: Path) -> No
     )
 
 
-def _run(command: list[str]) -> None:
+def run_to_build(command: list[str]) -> None:
+    """Runs a compiler or make; BuildError with what it printed where it fails."""
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=BUILD_LIMIT_S, check=False

@@ -184,7 +184,7 @@ def _fault(folder: str, writer: Writer, tree: Tree, allowed: tuple[bytes | None,
 
 def _payload(store: Any) -> bytes | None:
     found = store.load(IDENTITY)
-    return None if found is None else bytes(found.payload)
+    return bytes(found.payload) or None if found is not None else None  # empty: no copy is whole
 
 
 def _shown(payload: bytes | None) -> str:

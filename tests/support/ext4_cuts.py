@@ -254,7 +254,7 @@ def fault(state: CrashState, writer: Writer, place: Path) -> str:
         with mounted_ext4(backing, place):
             store = writer(str(place / "state"), QuietCalls())
             found = store.load(IDENTITY)
-            payload = None if found is None else found.payload
+            payload = found.payload or None if found is not None else None  # empty: no copy is whole
             if payload not in allowed:
                 return f"{_shown(payload)} where {' or '.join(map(_shown, allowed))} was expected"
             store.commit(IDENTITY, b"further")

@@ -225,7 +225,7 @@ def _sweep_step(
 
 def _payload(store: SlotStore) -> "bytes | None":
     found = store.load(RECORD)
-    return None if found is None else found.payload
+    return found.payload or None if found is not None else None  # empty: no copy is whole
 
 
 def committing(payload: bytes) -> "Step":

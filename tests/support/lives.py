@@ -166,6 +166,11 @@ class FlashWorld(World):
 # Lives: what happened before the cut, and what is cut.
 
 
+def whole(found: "Any") -> "Any":
+    """What was loaded; None also where no copy is whole, as before the first commit and after one that was cut."""
+    return found if found is not None and found.payload else None
+
+
 def nothing(world: FlashWorld) -> None:
     """A device from the factory."""
 
@@ -328,7 +333,7 @@ class Sweep:
 
     def _kill(self, start: FlashWorld, life: Life, name: str) -> None:
         """Kills the process of `life` at each of its events, and cuts the next one, which finds the cache."""
-        held = start.slot_store.load(IDENTITY)
+        held = whole(start.slot_store.load(IDENTITY))
         kill = 0
         ended = False
         while not ended and not (self._at_first and self.lost):
@@ -346,7 +351,7 @@ class Sweep:
 
         `before` are the payloads that may be stored when the step begins; None: the one that is.
         """
-        held = start.slot_store.load(IDENTITY)
+        held = whole(start.slot_store.load(IDENTITY))
         durable = self._store_of(start.durable()).load(IDENTITY)
         is_durable = held is not None and durable is not None and durable.payload == held.payload
         seen: dict[bytes, bool] = {}
@@ -405,7 +410,7 @@ class Sweep:
         world = cut_off.rebooted(left)
         registrations = world.dps.registrations
         try:
-            stored = world.slot_store.load(IDENTITY)
+            stored = whole(world.slot_store.load(IDENTITY))
             payload = None if stored is None else stored.payload
             if payload not in allowed:
                 expected = " or ".join([_shown(one) for one in allowed])

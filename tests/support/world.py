@@ -295,6 +295,10 @@ class World:
         """Calls `happens` at that time, as soon as the device waits."""
         self._plans.append((uptime_s, happens))
 
+    def cancel_plans(self) -> None:
+        """Nothing of what was to happen will."""
+        self._plans.clear()
+
     def end_at(self, uptime_s: float) -> None:
         """Ends `run` at that time, like a program that is killed."""
 
@@ -337,14 +341,14 @@ class World:
             if refusal is not None:
                 raise refusal
         if isinstance(effect, Http):
-            self._pass_to(self.uptime_s + LATENCY_S)
+            self.pass_to(self.uptime_s + LATENCY_S)
             return self.dps.answer(effect)
         if isinstance(effect, Sleep):
             assert effect.delay_s >= 0 and effect.reason, effect
             self.sleeps.append((effect.delay_s, effect.reason))
             self.hurry = False
             end_s = self.uptime_s + effect.delay_s
-            while not (self.hurry or self.over) and self._pass_to(end_s):
+            while not (self.hurry or self.over) and self.pass_to(end_s):
                 pass
             return None
         if isinstance(effect, Commit):
@@ -379,7 +383,7 @@ class World:
         """The true time."""
         return NOW_S + int(self.uptime_s)
 
-    def _pass_to(self, uptime_s: float) -> bool:
+    def pass_to(self, uptime_s: float) -> bool:
         """Lets time pass until the next plan, which happens, or to `uptime_s`; False in the latter case."""
         plan = min(self._plans, key=_at_s) if self._plans else None
         if plan is None or plan[0] > uptime_s:
@@ -444,12 +448,12 @@ class World:
             self.in_flight = {}
         hub = self.hubs.get(effect.hub)
         if hub is None:
-            return NoReply("dns: no such name", False)
-        self._pass_to(self.uptime_s + LATENCY_S)
+            return NoReply("not_found: no such name", False)
+        self.pass_to(self.uptime_s + LATENCY_S)
         answer = hub.connect(effect, self.uptime_s, self.utc_s())
         if isinstance(answer, NoReply):
             if answer.reason.startswith("timeout"):
-                self._pass_to(self.uptime_s + CONNECT_LIMIT_S)
+                self.pass_to(self.uptime_s + CONNECT_LIMIT_S)
         elif answer.return_code == 0:
             self.connected = hub
             for packet_id in sorted(self.in_flight):
@@ -474,7 +478,7 @@ class World:
             if self.uptime_s >= until_s:
                 return None
             next_s = self.connected.next_event_at_s() if self.connected else FOREVER_S
-            self._pass_to(min(next_s, until_s))
+            self.pass_to(min(next_s, until_s))
         return None
 
     def slept(self, words: str) -> "list[float]":

@@ -26,7 +26,7 @@ for path, digest in {digests!r}:
 
 
 class CopyError(Exception):
-    """The copy did not come to its end; the text says where."""
+    """The copy did not come to its end; the text says where, and what the board does now."""
 
 
 def guard(files: Mapping[str, bytes]) -> bytes:
@@ -44,7 +44,7 @@ def copy(files: Mapping[str, bytes], device: str, show: Callable[[str], None]) -
     from mpremote.transport import TransportError
     from mpremote.transport_serial import SerialTransport
 
-    doing = f"open {device}"
+    doing, begun = f"open {device}", False
     try:
         board = SerialTransport(device, timeout=ANSWER_LIMIT_S)
         try:
@@ -56,6 +56,7 @@ def copy(files: Mapping[str, bytes], device: str, show: Callable[[str], None]) -
             shadows = [path for path in shadows if board.fs_exists(path)]
             if differing or shadows:
                 doing = f"write {_LAST}"
+                begun = True
                 _replace(board, _LAST, guard(files))
                 for path in shadows:
                     doing = f"remove {path}"
@@ -75,7 +76,9 @@ def copy(files: Mapping[str, bytes], device: str, show: Callable[[str], None]) -
             board.close()
     except (TransportError, OSError) as error:  # pyserial's error is an OSError
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CopyError(f"could not {doing}: {lines[-1]}") from None
+        until_then = "until all is copied, the board starts what it had, or says at its start what is missing"
+        now = f"Run this again; {until_then}" if begun else "Nothing was changed"
+        raise CopyError(f"could not {doing}: {lines[-1]}. {now}") from None
     return len(differing)
 
 

@@ -10,21 +10,27 @@ PROGRAM_BYTES = 256  # a page; firmware mounts an image whatever it programs at 
 DISK_VERSION = 0x00020000  # the oldest, so every firmware writes on in it
 
 
+# Estimates, see "Memory" in micropython/README.md.
+LOADED_KIB = 185  # the agent in a session at its hub, with TLS, where its modules are loaded from files
+ROOM_KIB = 32  # for a program beside it, and for what lies between the blocks
+
+
 class Partition(NamedTuple):
-    """Where a firmware has its file system: address in the flash and length, in bytes."""
+    """Where a firmware has its file system, address in the flash and length in bytes; its heap without PSRAM."""
 
     address: int
     length: int
+    heap_kib: int  # with the memory that TLS has beside it on an ESP32
 
 
 # From the firmware's sources: ports/rp2/boards/*/mpconfigboard.cmake (the end of the flash), and
 # ports/esp32/partitions-4MiBplus.csv (what is left behind the first 2 MiB).
 BOARDS = {
-    "rpi-pico-w": Partition(0x10000000 + 0x200000 - 868352, 868352),
-    "rpi-pico2-w": Partition(0x10000000 + 0x400000 - 2621440, 2621440),
-    "esp32-4m": Partition(0x200000, 0x200000),
-    "esp32-8m": Partition(0x200000, 0x600000),
-    "esp32-16m": Partition(0x200000, 0xE00000),
+    "rpi-pico-w": Partition(0x10000000 + 0x200000 - 868352, 868352, 205),
+    "rpi-pico2-w": Partition(0x10000000 + 0x400000 - 2621440, 2621440, 456),
+    "esp32-4m": Partition(0x200000, 0x200000, 149),
+    "esp32-8m": Partition(0x200000, 0x600000, 149),
+    "esp32-16m": Partition(0x200000, 0xE00000, 149),
 }
 
 

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from dps_emulator.service import DpsService, Settings
 
 OK, FAILED, USAGE = 0, 1, 2
+HUB_SUFFIXES = (
+    ".azure-devices.net",
+    ".azure-devices.cn",
+    ".azure-devices.us",
+)  # an agent's without settings of its own
 ID_SCOPE = "0ne00000000"
 HUB = "emulator.azure-devices.net"
 
@@ -122,7 +127,7 @@ def _add_hub_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     option("--device", metavar="DEVICE-ID", help="only this one's")
     option("--after", action="store_true", help="drop, silence: when the hub has acted, its answer unsent")
     option("--times", type=_number(1, 10**9), metavar="N", help="only so often")
-    option("--seconds", type=_number(0, 86_400, float), default=5.0, metavar="S", help="delay: default 5")
+    option("--seconds", type=_number(0, 86_400, float), metavar="S", help="delay: for so long")
     option("--code", type=_number(1, 5), default=5, metavar="N", help="refuse: CONNACK's code, default 5")
     option("--file", metavar="FILE", help="script: a fault script as for 'serve --faults'; - is stdin")
 
@@ -166,7 +171,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _serve(arguments: argparse.Namespace) -> int:
     from dps_emulator.hub import HubLine
     from dps_emulator.server import EmulatorServer, LogLine
-    from dps_emulator.state import certificate_authority, make_private_folder
+    from dps_emulator.state import certificate_authority, claimed, make_private_folder
 
     stopping = False
     server: EmulatorServer | None = None
@@ -188,13 +193,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     enrollments = _read_enrollments(arguments.enrollments) if arguments.enrollments else []
     if state_dir:
         make_private_folder(state_dir)
-    service = _service(_settings(arguments), state_dir)
-    for enrollment in enrollments:
-        service.enroll(enrollment)
-    authority = certificate_authority(state_dir)
-    ca_file.write_bytes(authority.cert_pem.bytes())
-
-    with _log_file(arguments.log_file) as log_file:
+    with claimed(state_dir) if state_dir else contextlib.nullcontext(), _log_file(arguments.log_file) as log_file:
+        service = _service(_settings(arguments), state_dir)
+        for enrollment in enrollments:
+            service.enroll(enrollment)
+        authority = certificate_authority(state_dir)
+        ca_file.write_bytes(authority.cert_pem.bytes())
 
         def log(line: LogLine | HubLine) -> None:
             for file in (sys.stderr, log_file):
@@ -219,6 +223,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         )
         if arguments.enroll_any:
             notice("--enroll-any gives every TPM that asks a hub: use it on your own network only")
+        for hub in service.settings.hubs:
+            if not hub.lower().endswith(HUB_SUFFIXES):
+                notice(f"an agent refuses the hub {hub} unless hub_suffixes in its [hub] has that name")
         host = f"[{listen}]" if ":" in listen else listen
         print(f"listening on https://{host}:{server.port}\nhubs on mqtts://{host}:{server.hub_port}", flush=True)
         if stopping:
@@ -267,10 +274,17 @@ def _enroll_import(arguments: argparse.Namespace) -> int:
 
 
 def _move(arguments: argparse.Namespace) -> int:
+    from dps_emulator.control import NotServed, call
     from dps_emulator.enrollments import is_hub_name, is_registration_id
 
     if not is_hub_name(arguments.hub):
         raise _UsageError(f"'{arguments.hub}' is no DNS name")
+    if not arguments.state_dir.is_dir():
+        raise _UsageError(f"no state folder at {arguments.state_dir}")
+    with contextlib.suppress(NotServed):  # then the next `serve` decides which hubs there are
+        hubs = call(arguments.state_dir, {"command": "hubs"})["hubs"]
+        if arguments.hub.lower() not in map(str.lower, hubs):
+            return _complain(f"no hub '{arguments.hub}' here; there are {', '.join(hubs)}", FAILED)
     try:
         if not is_registration_id(arguments.registration_id):
             raise KeyError
@@ -357,7 +371,11 @@ def _devices(arguments: argparse.Namespace) -> int:
 def _break(arguments: argparse.Namespace) -> int:
     script = _breakage(arguments)
     entries = _ask(arguments, "faults", script=script)["entries"]
-    return _say(arguments, {"code": "ok", "entries": entries}, f"{entries} fault entries in force")
+    return _say(
+        arguments,
+        {"code": "ok", "entries": entries},
+        f"{entries} fault {'entry' if entries == 1 else 'entries'} in force",
+    )
 
 
 def _breakage(arguments: argparse.Namespace) -> Any:
@@ -380,6 +398,8 @@ def _breakage(arguments: argparse.Namespace) -> Any:
         case "drop":
             return [{**fault, "drop": when}]
         case "delay":
+            if arguments.seconds is None:
+                raise _UsageError("break delay: --seconds is missing")
             return [{**fault, "delayS": arguments.seconds}]
         case "silence":
             return [{**fault, "silent": when}]

@@ -37,6 +37,10 @@ class ControlError(Exception):
         self.code = code
 
 
+class NotServed(ControlError):
+    """No emulator serves the state folder."""
+
+
 class Control:
     """The commands, on the loop of the server they act on."""
 
@@ -51,6 +55,7 @@ class Control:
             "twin": self._twin,
             "messages": self._messages,
             "devices": self._devices,
+            "hubs": self._names,
             "add": self._add,
             "enable": self._enable,
             "disable": self._disable,
@@ -153,6 +158,9 @@ class Control:
                 )
         return {"devices": listed}
 
+    async def _names(self, request: Request) -> Result:
+        return {"hubs": [hub.name for hub in self._hubs.all()]}
+
     async def _add(self, request: Request) -> Result:
         device_id = request["device"]
         if not is_device_id(device_id):
@@ -227,7 +235,7 @@ def call(state_dir: Path, request: Request, deadline_s: float = ANSWER_DEADLINE_
             with client.makefile("rb") as lines:
                 answer = json.loads(lines.readline())
     except (FileNotFoundError, ConnectionRefusedError):
-        raise ControlError(f"no emulator serves {state_dir}: start 'dps-emulator serve --state-dir' with it") from None
+        raise NotServed(f"no emulator serves {state_dir}: start 'dps-emulator serve --state-dir' with it") from None
     except (OSError, ValueError) as error:
         raise ControlError(f"the emulator that serves {state_dir} did not answer: {error}") from None
     return unwrap(answer)

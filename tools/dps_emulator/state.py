@@ -5,6 +5,8 @@ reader never sees half of one; each access reads the file again, so that `enroll
 that is running. Only the server writes what the hubs know (`hubs`, `messages.jsonl`).
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import tempfile
@@ -112,6 +114,23 @@ def make_private_folder(folder: Path) -> None:
         folder.chmod(0o700)
     except OSError as error:
         raise StateError(f"{folder}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keeps every other `serve` out of an existing state folder, until the end or this process's; raises StateError."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise StateError(f"{folder}: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StateError(f"{folder} is served by another dps-emulator: stop it, or name another folder") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_private_file(path: Path, content: bytes) -> None:

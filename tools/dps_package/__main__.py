@@ -74,11 +74,14 @@ def _try(built: list[Path], work: Path) -> None:
     try_distributions(work, wheel, sdist)
     try:
         archive = system_archive([*_needs(full), *_needs(light), _package_of("libtss2-tcti-swtpm.so.0")])
-        newer = build_full(work, wheel, "2")  # the same program under a later number
+        newer, newer_light = (
+            build_full(work, wheel, "2"),
+            build_light(work, wheel, "2"),
+        )  # the same under a later number
         with machine(archive, work / "tpm-full") as device:
             live_full(device, full, newer)
         with machine(archive, work / "tpm-light") as device:
-            live_light(device, light, newer)
+            live_light(device, light, newer_light, newer)
     except Unavailable as error:
         if CONTAINER not in os.environ.get("ALLOW_SKIP", "").split(","):
             raise

@@ -61,7 +61,7 @@ class Variant(NamedTuple):
     fields: Sequence[str]  # further lines of its control file
     site: Path
     paths: Sequence[str]  # sys.path of its launcher
-    settings: Sequence[str]  # files of config.d
+    defaults: str  # of settings, where they are other than the agent's own; TOML
     about: str
 
 
@@ -87,7 +87,7 @@ def build_full(out: Path, wheel: Path, revision: str) -> Path:
             fields=["Conflicts: dps-agent-light", "Replaces: dps-agent-light", "Suggests: tpm2-tools"],
             site=site,
             paths=[f"/{SITE}"],
-            settings=[],
+            defaults="",
             about=about,
         )
         return _build(out, variant)
@@ -113,7 +113,7 @@ def build_light(out: Path, wheel: Path, revision: str) -> Path:
             fields=[f"Provides: dps-agent (= {version})", "Conflicts: dps-agent", "Replaces: dps-agent"],
             site=site,
             paths=[f"/{SITE}", SYSTEM_SITE],
-            settings=["00-light.toml"],
+            defaults='# This package has no tpm2-tss.\n[tpm]\nbackend = "wire"\n',
             about=" This variant is pure Python and needs no tpm2-tss: TPMs with a device node, and swtpm.\n",
         )
         return _build(out, variant)
@@ -204,7 +204,7 @@ def _fill(tree: Path, variant: Variant, epoch_s: int) -> None:
     contents = {
         "usr/bin/dps-agent": launcher,
         "etc/dps-agent/config.toml": (SERVICE_FOLDER / "config.toml").read_text(),
-        **{f"etc/dps-agent/config.d/{name}": (TEMPLATES / name).read_text() for name in variant.settings},
+        **({f"{SITE}/dps_agent/host/defaults.toml": variant.defaults} if variant.defaults else {}),
         "usr/lib/systemd/system/dps-agent.service": (SERVICE_FOLDER / "dps-agent.service").read_text(),
         "usr/lib/systemd/catalog/dps-agent.catalog": (SERVICE_FOLDER / "dps-agent.catalog").read_text(),
         "usr/lib/sysusers.d/dps-agent.conf": (SERVICE_FOLDER / "dps-agent.sysusers").read_text(),

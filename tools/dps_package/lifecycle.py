@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dps_package.container import CommandFailed, Container
 from support.emulator import EmulatorProcess
-from support.swtpm import Swtpm
+from support.swtpm import ENDORSEMENT, OWNER, Swtpm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +32,7 @@ class Machine:
     def __init__(self, container: Container, emulator: EmulatorProcess, tpm: Swtpm) -> None:
         self.container = container
         self.emulator = emulator
+        self.tpm = tpm
         self._settings = (
             f'endpoint = "{emulator.url}"\nca_file = "/etc/dps-agent/test-ca.pem"\n'
             f'[tpm]\ntcti = "{tpm.tcti}"\n'
@@ -51,6 +52,17 @@ class Machine:
         shutil.copy(self.emulator.ca_file, folder / "test-ca.pem")
         (folder / "config.d/50-test.toml").write_text(self._settings)
         self.run(f"""echo 'id_scope = "{ID_SCOPE}"' > /etc/dps-agent/config.d/10-scope.toml""")
+
+    def drop_in(self, name: str, *lines: str) -> None:
+        """What `systemctl edit dps-agent` makes."""
+        folder = self.container.root / "etc/systemd/system/dps-agent.service.d"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.conf").write_text("".join(f"{line}\n" for line in ("[Service]", *lines)))
+        self.run(f"systemctl daemon-reload; systemctl cat dps-agent | tail -n {len(lines)}")
+
+    def process(self) -> str:
+        """The number of the service's process."""
+        return self.run("systemctl show dps-agent -p MainPID --value", shown=False)
 
     def enrol(self) -> None:
         """Takes the device's line to the emulator, as a factory does."""
@@ -151,19 +163,19 @@ def live_full(device: Machine, package: Path, newer: Path) -> None:
     device.await_connected()
 
     title("upgrade: settings and record are kept, the service runs anew")
-    before = device.run("systemctl show dps-agent -p MainPID --value", shown=False)
+    before = device.process()
     device.run("echo '# mine' >> /etc/dps-agent/config.toml")
     device.install(newer)
     device.await_connected()
     device.run("tail -n 1 /etc/dps-agent/config.toml | grep -x '# mine'")
-    claim("another process", device.run("systemctl show dps-agent -p MainPID --value", shown=False) != before)
+    claim("another process", device.process() != before)
     claim("the same record", device.run(f"sha256sum {RECORD}", shown=False) == record)
     claim("DPS was not asked", device.registrations() == 2)
 
     title("reload; reboot")
-    before = device.run("systemctl show dps-agent -p MainPID --value", shown=False)
+    before = device.process()
     device.run("systemctl reload dps-agent && sleep 1 && journalctl -u dps-agent --no-pager -o cat -n 3")
-    claim("the same process", device.run("systemctl show dps-agent -p MainPID --value", shown=False) == before)
+    claim("the same process", device.process() == before)
     device.container.power_off()
     device.container.boot()
     device.await_connected()
@@ -192,9 +204,34 @@ def live_full(device: Machine, package: Path, newer: Path) -> None:
     device.await_connected()
     claim("it was enabled and started, and registered", device.registrations() == 3, device.registrations())
 
+    title("hierarchies with passwords: the service has them as credentials, root's commands from the files")
+    device.run("systemctl stop dps-agent")
+    passwords = {"owner": (OWNER, "hunter2 the owner's"), "endorsement": (ENDORSEMENT, "hunter3")}
+    settings = "[tpm]\n"
+    for name, (hierarchy, password) in passwords.items():
+        device.tpm.set_hierarchy_auth(hierarchy, password.encode())
+        path = f"/etc/dps-agent/{name}-auth"
+        device.run(f"""umask 077; echo "{password}" > {path}""", shown=False)
+        settings += f'{name}_auth_file = "{path}"\n'
+    (device.container.root / "etc/dps-agent/config.d/60-passwords.toml").write_text(settings)
+    device.drop_in("passwords", *(f"LoadCredential={name}-auth:/etc/dps-agent/{name}-auth" for name in passwords))
+    device.run("dps-agent check --offline")
+    device.run("dps-agent provision --force && systemctl start dps-agent")
+    device.await_connected()
+    device.run("dps-agent provision --force")
+    device.await_connected()
+    claim("root has registered, then the service", device.registrations() == 5, device.registrations())
 
-def live_light(device: Machine, package: Path, full: Path) -> None:
-    """The life of dps-agent-light, settings first; then dps-agent takes over from it."""
+    title("purge where the state folder is a mount point")
+    device.run(f"systemctl stop dps-agent; mount --bind {STATE} {STATE}")
+    said = device.run(f"{APT} purge dps-agent")
+    claim("it names the record", f"deleted: {STATE}/identity.0" in said)
+    claim("and the folder that it keeps", f"kept: {STATE}, " in said)
+    claim("the folder is empty", not device.run(f"ls -A {STATE}").strip())
+
+
+def live_light(device: Machine, package: Path, newer: Path, full: Path) -> None:
+    """The life of dps-agent-light, settings first; a newer one, then dps-agent takes over from it."""
     title("dps-agent-light: install, configure, enrol")
     device.install(package)
     device.configure()
@@ -210,13 +247,28 @@ def live_light(device: Machine, package: Path, full: Path) -> None:
     claim("one registration", device.registrations() == 1, device.registrations())
     record = device.run(f"sha256sum {RECORD}")
 
+    title("upgrade where only the unit's environment has the ID scope")
+    device.run("rm /etc/dps-agent/config.d/10-scope.toml")
+    device.drop_in("scope", f"Environment=DPS_AGENT_ID_SCOPE={ID_SCOPE}")
+    device.run("systemctl restart dps-agent")
+    device.await_connected()
+    before = device.process()
+    device.install(newer)
+    device.await_connected()
+    claim("another process", device.process() != before)
+    claim("the same record", device.run(f"sha256sum {RECORD}", shown=False) == record)
+
+    title("a setting of the operator's comes before the package's default")
+    device.run("printf '[tpm]\\nbackend = \"esys\"\\n' > /etc/dps-agent/config.d/00-mine.toml")
+    claim("esys", 'backend = "esys"' in device.run("dps-agent config show | grep backend"))
+    device.run("rm /etc/dps-agent/config.d/00-mine.toml")
+
     title("dps-agent takes over settings and record")
     device.install(full)
+    device.await_connected()
     device.run(f"{APT} purge dps-agent-light")
     kept = device.run(f"sha256sum {RECORD}", shown=False)
     claim("purging the other package has not deleted the record", kept == record)
-    device.run("systemctl restart dps-agent")
-    device.await_connected()
     found = device.run("dps-agent config show | grep backend")
     claim("tpm2-tss uses the key that wire made", 'backend = "esys"' in found)
     claim("DPS was not asked", device.registrations() == 1)

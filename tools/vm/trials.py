@@ -44,8 +44,8 @@ keep_alive_s = {KEEP_ALIVE_S}
 """
 CREDENTIALS = """\
 [tpm]
-owner_auth_file = "/run/credentials/dps-agent.service/owner-auth"
-endorsement_auth_file = "/run/credentials/dps-agent.service/endorsement-auth"
+owner_auth_file = "/etc/dps-agent/owner-auth"
+endorsement_auth_file = "/etc/dps-agent/endorsement-auth"
 """
 
 

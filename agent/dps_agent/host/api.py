@@ -11,7 +11,7 @@ stays the hub's until a program says that it is done with it.
     POST /events/{id}/done         the message need not be delivered again
     POST /methods/{id}?status=200  the answer to a direct method, JSON
     POST /token?life=900           a token for this device's hub; only with [api] allow_token
-    POST /command/...              provision, reset, token, status: for root and the service's own user
+    POST /command/...              provision, reset, token; status: whether DPS may be asked; for root and the own user
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dps_agent.host.error_document import error_fields
 from dps_agent.host.journal import INFO, NOTICE, WARNING, Journal
 from dps_agent.host.runner import bug
 from dps_agent.host.statefile import make_runtime_folder
@@ -43,7 +44,7 @@ from dps_agent.hub_effects import (
     TelemetryDone,
 )
 from dps_agent.sas import percent_decode
-from dps_agent.session import METHOD_LIMIT_S
+from dps_agent.session import METHOD_LIMIT_S, TELEMETRY_LIMIT, telemetry_topic
 from dps_hal.platform import from_json, to_json
 
 if TYPE_CHECKING:
@@ -100,15 +101,7 @@ class Refused(Exception):
     def __init__(self, status: int, code: str, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.status = status
-        self.document = error_document(code, message, retry_after_s)
-
-
-def error_document(
-    code: str, message: str, retry_after_s: int | None = None, request_id: str = "", remedy: str = ""
-) -> dict[str, Any]:
-    """The body of an answer that is an error; the same fields as the command line's."""
-    error = {"code": code, "message": message, "remedy": remedy, "retryAfterS": retry_after_s, "requestId": request_id}
-    return {"error": error}
+        self.document = _error(code, message, retry_after_s)
 
 
 class Command(NamedTuple):
@@ -273,7 +266,7 @@ class LocalApi:
             del self._calls[call_id]
         for client in [client for client in self._clients.values() if client.deadline_s <= now_s]:
             if client.pending is not None:
-                outcome = error_document("agent.out_of_time", "no answer yet: whether it will be done is not known")
+                outcome = _error("agent.out_of_time", "no answer yet: whether it will be done is not known")
                 self._finish(client.pending, 504, outcome)
             elif client.lines or not (client.streams or client.received):
                 self._drop(client)
@@ -281,7 +274,7 @@ class LocalApi:
                 client.deadline_s = now_s + HEARTBEAT_S
                 self._line(client, _chunk(b"\n"))
             else:
-                self._reply(client, 408, error_document("agent.usage", "the request did not come to its end in time"))
+                self._reply(client, 408, _error("agent.usage", "the request did not come to its end in time"))
                 client.ends = True
 
     def _accept(self, listener: socket.socket) -> None:
@@ -294,7 +287,7 @@ class LocalApi:
         connection.setblocking(False)
         peer = peer_of(connection)
         if not self._has_room(peer[1]):
-            document = error_document("agent.busy", "too many programs are connected", RETRY_AFTER_S)
+            document = _error("agent.busy", "too many programs are connected", RETRY_AFTER_S)
             with contextlib.suppress(OSError), connection:
                 connection.send(_answer(503, document, "Connection: close\r\n"))
             return
@@ -438,19 +431,27 @@ class LocalApi:
 
     def _telemetry(self, client: _Client, properties: dict[str, str], body: bytes) -> None:
         snapshot = self._snapshot
-        if not snapshot.connected:
-            raise Refused(503, "agent.not_connected", "the device is not connected to its hub", snapshot.retry_after_s)
         if "" in properties:
             raise Refused(400, "agent.usage", "expected properties as name=value pairs in the query")
+        if not snapshot.connected:
+            raise Refused(503, "agent.not_connected", "the device is not connected to its hub", snapshot.retry_after_s)
+        device_id = snapshot.assignment["deviceId"] if snapshot.assignment is not None else ""
+        try:
+            room = TELEMETRY_LIMIT - len(telemetry_topic(device_id, properties))
+        except ValueError:
+            raise Refused(400, "agent.usage", "expected properties in UTF-8") from None
+        if len(body) > room:
+            text = f"expected at most {room} bytes beside the device id and these properties; came {len(body)}"
+            raise Refused(413, "agent.too_large", text)
         request_id = self._await(client, TELEMETRY_LIMIT_S)
         if not self._post(SendTelemetry(request_id, properties, body)):
             text = "too much waits to be sent"
-            self._finish(request_id, 503, error_document("agent.busy", text, RETRY_AFTER_S))
+            self._finish(request_id, 503, _error("agent.busy", text, RETRY_AFTER_S))
 
     def _answer_method(self, client: _Client, event_id: str, parameters: dict[str, str], body: bytes) -> None:
         status = _number(parameters, "status", 200, 999)
         if len(body) > ANSWER_LIMIT:
-            raise Refused(413, "agent.usage", f"expected an answer of at most {ANSWER_LIMIT} bytes")
+            raise Refused(413, "agent.too_large", f"expected an answer of at most {ANSWER_LIMIT} bytes")
         if body and _json(body) is _NO_JSON:
             raise Refused(400, "agent.usage", "expected the method's answer as JSON")
         call_id = self._current(event_id)
@@ -501,8 +502,8 @@ class LocalApi:
                 if accepted:
                     self._finish(request_id, 200, {"accepted": True})
                 else:
-                    text = "the hub does not have it, and will not get it"
-                    self._finish(request_id, 503, error_document("agent.not_connected", text, RETRY_AFTER_S))
+                    text = "the hub did not acknowledge it: it may or may not have it"
+                    self._finish(request_id, 503, _error("agent.not_connected", text, RETRY_AFTER_S))
             case CloudMessage(message_id, properties, payload):
                 document: dict[str, Any] = {"event": "message", "id": f"{self._epoch}-{message_id}"}
                 self._held[message_id] = _chunk_of({**document, "properties": properties, **_payload(payload)})
@@ -515,10 +516,10 @@ class LocalApi:
             case Desired(version, payload, whole):
                 self._desire(version, payload, whole)
 
-    def _desire(self, version: int, payload: bytes, whole: bool) -> None:
-        changes = _json(payload)
+    def _desire(self, version: int, payload: bytes | None, whole: bool) -> None:
+        changes = _json(payload or b"")
         if not isinstance(changes, dict):
-            return  # the session has parsed a whole one; a patch that is no object changes nothing
+            return  # the session has parsed a whole one, unless too large; a patch that is no object changes nothing
         known = {} if whole or self._desired is None else self._desired[1]
         self._desired = (version, _merged(known, changes))
         self._broadcast(_chunk_of({"event": "desired", "version": version, "whole": whole, "properties": changes}))
@@ -597,7 +598,6 @@ class LocalApi:
             client.deadline_s = now_s + HEARTBEAT_S
         elif client.ends and client.pending is None:
             self._drop(client)
-
 
     def _watch(self, client: _Client, events: int) -> None:
         """Waits for these events of the client from now on; 0: for none."""
@@ -731,6 +731,11 @@ def _chunk(line: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(line), line)
 
 
+def _error(code: str, message: str, retry_after_s: int | None = None) -> dict[str, Any]:
+    """The body of an answer that is an error."""
+    return {"error": error_fields(code, message, retry_after_s)}
+
+
 def _answer(status: int, document: dict[str, Any], more: str = "") -> bytes:
     body = to_json(document).encode() + b"\n"
     retry_after_s = document["error"]["retryAfterS"] if "error" in document else None
@@ -764,7 +769,7 @@ def _content_length(headers: dict[str, str]) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise Refused(400, "agent.usage", f"Content-Length: expected a number; came {text[:20]!r}")
     if len(text) > 9 or int(text) > BODY_LIMIT:
-        raise Refused(413, "agent.usage", f"expected a body of at most {BODY_LIMIT} bytes")
+        raise Refused(413, "agent.too_large", f"expected a body of at most {BODY_LIMIT} bytes")
     return int(text)
 
 

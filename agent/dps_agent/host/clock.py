@@ -5,7 +5,7 @@ import math
 import os
 import time
 
-from dps_agent.utc import AGREEMENT_S
+from dps_agent.utc import AGREEMENT_S, BelievedTime
 from dps_hal.contracts import Utc
 
 _BUILD_FLOOR_S = 1_793_491_200  # 2026-11-01T00:00:00Z, this release: an earlier time is a clock that was never set
@@ -16,44 +16,61 @@ _TIMEX_SIZE = 512  # bytes; struct timex has 208, `modes` (0: only read) is its 
 
 
 class SystemClock:
-    """`dps_hal.contracts.Clock` by the kernel's monotonic and real-time clocks.
+    """`dps_hal.contracts.Clock` by the kernel's clocks and the rule of `dps_agent.utc`.
 
     A clock that NTP keeps is believed. Any other is a proposal, such as a machine without battery makes from what it
-    remembers: it counts until a peer whose certificate was verified under it says otherwise, then the peer's time does.
+    remembers: a peer whose certificate was verified under it confirms it, or its Date takes its place. From then on the
+    time runs by the kernel's uptime, whatever becomes of the system's clock, until NTP keeps that.
+
+    `last_believed_s` is what an earlier run believed, 0 for nothing.
     """
 
-    def __init__(self) -> None:
-        self._heard: tuple[int, float] | None = None  # a time that speaks against the system's, and its uptime
-        self._agreed_at_s = -math.inf  # the uptime at which a peer agreed with the system's time
+    def __init__(self, last_believed_s: int = 0) -> None:
+        self._time = BelievedTime(_BUILD_FLOOR_S, last_believed_s, _CEILING_S, _uptime_s())
+        self._agreed_at_s = -math.inf  # the uptime at which a peer's Date had its say
 
     def uptime_s(self) -> float:
         """Monotonic seconds; they stand still while the machine is suspended."""
         return time.monotonic()
 
     def utc(self) -> Utc:
-        """The time, believed from this release's date up to the year 2100."""
-        if self._heard is not None:
-            if not is_synchronised():
-                date_s, at_s = self._heard
-                return Utc(int(date_s + time.monotonic() - at_s), True, "date")
-            self._heard = None
-        now_s = int(time.time())
-        return Utc(now_s, _is_plausible(now_s), "system")
+        """The time; believable once NTP or a verified peer vouches for it."""
+        now_s, uptime_s = int(time.time()), _uptime_s()
+        if _is_plausible(now_s) and is_synchronised():
+            self._time = BelievedTime(_BUILD_FLOOR_S, 0, _CEILING_S, uptime_s)  # whatever was believed before
+            self._time.propose(now_s, uptime_s, "system")
+            self._time.verified(now_s, uptime_s)
+        found = self._time.utc(uptime_s)
+        if found.believable:
+            return found
+        return Utc(now_s, False, "the system, with nobody to confirm it,")
+
+    def may_judge(self) -> bool:
+        """Whether the system's time, which TLS goes by, is one under which a certificate may be judged at all."""
+        return _is_plausible(int(time.time()))
 
     def is_confirmed(self) -> bool:
-        """Whether anybody vouches for the time: NTP, or a peer within the last hour."""
-        return time.monotonic() - self._agreed_at_s < 3600 or is_synchronised()
+        """Whether anybody vouches for the time to the minute: NTP, or a peer's Date within the last hour."""
+        return _uptime_s() - self._agreed_at_s < 3600 or is_synchronised()
 
-    def heard(self, date_s: int) -> None:
-        """Takes the Date of an answer over TLS from a peer that was verified under the system's time."""
-        now_s = int(time.time())
-        if not (_is_plausible(now_s) and _is_plausible(date_s)):
+    def heard(self, date_s: int | None) -> None:
+        """Takes the Date, None for none, of a peer whose certificate was verified under the system's time."""
+        now_s, uptime_s = int(time.time()), _uptime_s()
+        if not _is_plausible(now_s):
             return
-        self._agreed_at_s = time.monotonic()
-        if abs(date_s - now_s) <= AGREEMENT_S:
-            self._heard = None
-        elif not is_synchronised():
-            self._heard = (date_s, self._agreed_at_s)
+        proposed = self._time.propose(now_s, uptime_s, "system")
+        if date_s is not None and (not proposed or abs(date_s - now_s) > AGREEMENT_S):
+            self._time.refused()
+            proposed = self._time.propose(date_s, uptime_s, "date")
+        if proposed:
+            self._time.verified(now_s if date_s is None else date_s, uptime_s)
+            if date_s is not None:
+                self._agreed_at_s = uptime_s
+
+
+def _uptime_s() -> int:
+    """Seconds since the boot, those of suspension included."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
 def _is_plausible(utc_s: int) -> bool:
@@ -61,7 +78,10 @@ def _is_plausible(utc_s: int) -> bool:
 
 
 def is_synchronised() -> bool:
-    """Whether something, such as NTP, keeps the system's clock; needs no privilege."""
+    """Whether something, such as NTP, keeps the system's clock; needs no privilege.
+
+    Where the kernel may not be asked, as under the packaged unit, only systemd-timesyncd is heard.
+    """
     if os.path.exists(_TIMESYNCD_SAYS_SO):
         return True
     answer: int = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_SIZE))

@@ -1,7 +1,8 @@
 """The settings on Linux: TOML files, environment, command line; every value knows where it came from.
 
-Order, the last wins: built-in defaults, `/etc/dps-agent/config.toml`, `config.d/*.toml` beside it in name order,
-`DPS_AGENT_*`, `--set`. A settings file that is named explicitly replaces all files of the system.
+Order, the last wins: built-in defaults, those of the package that brought the agent, `/etc/dps-agent/config.toml`,
+`config.d/*.toml` beside it in name order, `DPS_AGENT_*`, `--set`. A settings file that is named explicitly replaces all
+files of the system.
 """
 
 import os
@@ -28,6 +29,7 @@ from dps_hal.tcti import parse_tcti
 from dps_hal.tpm_keys import EK_TEMPLATES
 
 SYSTEM_FILE = Path("/etc/dps-agent/config.toml")
+PACKAGE_FILE = Path(__file__).with_name("defaults.toml")  # where a package has other defaults than these
 SYSTEM_STATE_DIR = "/var/lib/dps-agent"
 SYSTEM_RUNTIME_DIR = "/run/dps-agent"
 SOCKET_NAME = "api.sock"
@@ -401,6 +403,8 @@ def load(
     """
     environ = os.environ if environ is None else environ
     collector = _Collector()
+    if os.path.isfile(PACKAGE_FILE):
+        collector.take_file(PACKAGE_FILE)
     files = [Path(config_file)] if config_file is not None else _system_files(system_file, collector)
     for path in files:
         collector.take_file(path)
@@ -565,21 +569,21 @@ def check_files(configuration: Configuration) -> None:
 def hierarchy_password(key: str, path: str, environ: "Mapping[str, str] | None" = None) -> bytes:
     """The password in the file that setting `key` names, without one trailing newline; empty for no file.
 
+    A credential of the file's name is taken in its place: the service's user cannot read what root keeps for root.
     AskOperator `config.invalid` where the file is missing, others than its owner may open it (systemd's
     $CREDENTIALS_DIRECTORY excepted: it protects its files itself), or it holds 0 or more than 64 bytes.
     """
     if not path:
         return b""
     environ = os.environ if environ is None else environ
-    credentials = environ.get("CREDENTIALS_DIRECTORY", "")
+    path, is_credential = password_file(path, environ)
     try:
         with open(path, "rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             password = file.read(AUTH_LIMIT + 2)
     except OSError as error:
         raise ConfigurationError("config.invalid", [f"{key}: {path} cannot be read: {error.strerror}"]) from None
-    protected = credentials and os.path.realpath(path).startswith(os.path.realpath(credentials) + os.sep)
-    if mode & 0o077 and not protected:
+    if mode & 0o077 and not is_credential:
         problem = f"{key}: expected a file that only its owner may open (chmod 600 {path}); its mode is {mode:03o}"
         raise ConfigurationError("config.invalid", [problem])
     password = password.removesuffix(b"\n")
@@ -587,6 +591,13 @@ def hierarchy_password(key: str, path: str, environ: "Mapping[str, str] | None" 
         size = "none" if not password else "more"
         raise ConfigurationError("config.invalid", [f"{key}: expected 1 to {AUTH_LIMIT} bytes in {path}; came {size}"])
     return password
+
+
+def password_file(path: str, environ: Mapping[str, str]) -> tuple[str, bool]:
+    """Where the password of a file lies: in systemd's credential of the same name (True), else in the file itself."""
+    folder = environ.get("CREDENTIALS_DIRECTORY", "")
+    credential = os.path.join(folder, os.path.basename(path))
+    return (credential, True) if folder and os.path.isfile(credential) else (path, False)
 
 
 def backend_shown(configuration: Configuration) -> str:

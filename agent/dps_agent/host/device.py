@@ -8,15 +8,15 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dps_agent import __version__
-from dps_agent.assignment import hub_token, load_held
+from dps_agent.assignment import decode, hub_token, load_held
 from dps_agent.effects import LoadRecord
 from dps_agent.host import Provisioned, kept_key
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.config import Configuration, check_keys_in_hardware, hierarchy_password
 from dps_agent.host.progress import StepLines
-from dps_agent.host.runner import Runner
-from dps_agent.lifecycle import PROVISIONED, Lifecycle
-from dps_hal.contracts import IDENTITY
+from dps_agent.host.runner import ConfirmClock, Runner
+from dps_agent.lifecycle import PROVISIONED, Lifecycle, decode_progress
+from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.files import open_store
 
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
     from dps_agent.assignment import Assignment
-    from dps_agent.effects import Effect
     from dps_agent.host.https import DpsConnection
     from dps_agent.host.mqtt import HubConnection
     from dps_agent.sas import SasToken
-    from dps_hal.contracts import StoredRecord, TpmService
+    from dps_hal.contracts import Store, StoredRecord, TpmService
     from dps_hal.files import LockedStore
 
 TRANSIENT_SRK = (
@@ -90,6 +89,16 @@ def dps_connection(configuration: Configuration) -> DpsConnection:
     )
 
 
+def clock_for(store: Store) -> SystemClock:
+    """The system's clock, with what the last run believed."""
+    try:
+        stored = store.load(PROGRESS)
+    except DpsError:
+        stored = None  # expendable; what ails the store shows when the identity is loaded
+    progress = decode_progress(stored.payload) if stored is not None else None
+    return SystemClock(progress.last_believed_s if progress is not None else 0)
+
+
 def hub_connection(configuration: Configuration) -> HubConnection:
     """The connection to whichever hub is assigned, not yet opened."""
     from dps_agent.host.mqtt import HubConnection
@@ -122,13 +131,13 @@ def provision_once(
         budget_s = max(1, min(settings.registration_budget_s, int(timeout_s)))
         settings = settings._replace(registration_budget_s=budget_s)
     tpm = open_tpm(configuration)
-    clock = SystemClock()
+    store = open_store(configuration.state_dir)
+    clock = clock_for(store)
 
     def on_wait(reason: str, until_uptime_s: float) -> None:
         if steps is not None:
             steps.wait(reason, until_uptime_s - clock.uptime_s())
 
-    store = open_store(configuration.state_dir)
     runner = Runner(
         tpm=tpm,
         store=store,
@@ -205,20 +214,28 @@ def offline_runner(configuration: Configuration, tpm: TpmService) -> Runner:
 
 
 def hub_token_once(configuration: Configuration, life_s: int) -> tuple[Assignment, SasToken]:
-    """The assignment that holds and a token for its hub; see `dps_agent.host.hub_token`."""
+    """The assignment that holds and a token for its hub; see `dps_agent.host.hub_token`.
+
+    The network is used only where nobody keeps the system's clock: DPS is asked what time it is.
+    """
     settings = configuration.settings()
 
-    def exchange() -> Generator[Effect, Any, tuple[Assignment, SasToken]]:
+    def exchange() -> Generator[Any, Any, tuple[Assignment, SasToken]]:
         stored: StoredRecord | None = yield LoadRecord(IDENTITY)
         if stored is None:
             raise AskOperator("record.absent", f"there is no assignment in {configuration.state_dir}")
+        decode(stored.payload)  # a damaged one has a code of its own
         assignment, reason = yield from load_held(settings, stored)
         if assignment is None:
             raise IdentityStale("record.stale", reason)
+        yield ConfirmClock("")
         token = yield from hub_token(assignment, life_s)
         return assignment, token
 
-    return offline_runner(configuration, open_tpm(configuration)).run(exchange())
+    store = open_store(configuration.state_dir)
+    clock = clock_for(store)
+    connection = NoConnection() if clock.utc().believable else dps_connection(configuration)
+    return Runner(tpm=open_tpm(configuration), store=store, connection=connection, clock=clock).run(exchange())
 
 
 @contextlib.contextmanager
@@ -251,23 +268,25 @@ def _stopped_after(runner: Runner, timeout_s: float | None, unless: Callable[[],
         timer.cancel()
 
 
-def remote_status(configuration: Configuration) -> dict[str, Any]:
+def remote_status(configuration: Configuration, *, service_allows: bool) -> dict[str, Any]:
     """What DPS has on record for this device, beside the stored assignment; see `dps_agent.host.remote`.
 
-    RetryLater `store.locked` while a registration, or the service, runs.
+    RetryLater `store.locked` while a registration runs, or a service that was not asked whether it allows it.
     """
-    from dps_agent.assignment import decode
     from dps_agent.host.remote import look_up, look_up_document
 
     settings = configuration.settings()
     store = open_store(configuration.state_dir)
     runner = Runner(
-        tpm=open_tpm(configuration), store=store, connection=dps_connection(configuration), clock=SystemClock()
+        tpm=open_tpm(configuration), store=store, connection=dps_connection(configuration), clock=clock_for(store)
     )
     runner.install_signals()
-    with kept_to_ourselves(store):
+    with contextlib.nullcontext() if service_allows else kept_to_ourselves(store):
         stored = store.load(IDENTITY)
-        held = decode(stored.payload)[0] if stored is not None else None
+        held = None
+        if stored is not None:
+            with contextlib.suppress(IdentityStale):  # damaged: there is nothing to compare with
+                held = decode(stored.payload)[0]
         return look_up_document(runner.run(look_up(settings)), held)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
+from dps_agent.host.config import environment_name, password_file
 from dps_agent.host.progress import utc_text
 from dps_hal import slots
 from dps_hal.contracts import IDENTITY, PROGRESS
@@ -43,12 +44,22 @@ _FORMS = (
     (
         re.compile(
             r"(?i)\b(sig|signature|SharedAccessKey|authenticationKey|wrappedKey|password)"
-            r"(\"?\s*[=:]\s*\"?)[^\s&;,\"']+"
+            r"(\\?[\"']?\s*[=:]\s*)(?:(\\\")[^\"\n]*\"|(\")(?:\\.|[^\"\\\n])*\"|(')[^'\n]*')"
+        ),
+        rf"\1\2\3\4\5{HIDDEN}\3\4\5",
+    ),
+    (
+        re.compile(
+            r"(?i)\b(sig|signature|SharedAccessKey|authenticationKey|wrappedKey|password)"
+            r"(\"?\s*[=:]\s*\"?)(?!\\\")[^\s&;,\"']+"
         ),
         rf"\1\2{HIDDEN}",
     ),
     (re.compile(r"(?i)\b(proxy-)?authorization:[^\n]*"), f"Authorization: {HIDDEN}"),
-    (re.compile(r"://[^\s/\"']*@"), f"://{HIDDEN}@"),
+    # A password may hold slashes, quotes and, where the URL is in quotes, spaces.
+    (re.compile(r"(\"\w+://)(?:\\.|[^\"\\\n])*@"), rf"\1{HIDDEN}@"),
+    (re.compile(r"('\w+://)[^'\n]*@"), rf"\1{HIDDEN}@"),
+    (re.compile(r"://(?:\\.|[^\s\"\\])*@"), f"://{HIDDEN}@"),
 )
 _REFUSED_PAYLOAD = re.compile(r"(?s)(payload: expected .*?; came ).*")  # a refused setting is shown as it came
 _STATES = {
@@ -75,23 +86,24 @@ class Secrets:
 
     def removed_from(self, text: str) -> str:
         """`text` with *** in place of each of them."""
+        for word in self._words:  # first: a form may take a part of one, and leave the rest
+            text = text.replace(word, HIDDEN)
         for form, instead in _FORMS:
             text = form.sub(instead, text)
-        for word in self._words:
-            text = text.replace(word, HIDDEN)
         return text
 
 
 def secrets_of(configuration: Configuration | None, environ: Mapping[str, str]) -> Secrets:
     """The secrets that the settings and the environment lead to; those of the environment alone without settings."""
     words: list[str] = []
-    proxies = [environ.get(name, "") for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY")]
+    names = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", environment_name("network.proxy"))
+    proxies = [environ.get(name, "") for name in names]
     if configuration is not None:
         proxies.append(configuration.network.proxy)
         for path in (configuration.tpm.owner_auth_file, configuration.tpm.endorsement_auth_file):
-            words += _password_forms(path) if path else []
+            words += _password_forms(password_file(path, environ)[0]) if path else []
     for url in proxies:
-        credentials = url.rpartition("@")[0].rpartition("//")[2]
+        credentials = (url.partition("://")[2] or url).rpartition("@")[0]
         words += [credentials.partition(":")[2], credentials]
     return Secrets(words)
 
@@ -181,10 +193,17 @@ def system() -> str:
         lines.append(f"os-release: {error.strerror}")
     for name in sorted(os.listdir("/dev")):
         if name.startswith("tpm"):
-            status = os.stat(f"/dev/{name}")
-            lines.append(f"/dev/{name} {stat.filemode(status.st_mode)} {_owner(status.st_uid)} group {status.st_gid}")
+            lines.append(_node(f"/dev/{name}"))
     lines.append(f"this is user {_owner(os.geteuid())}, groups {sorted(os.getgroups())}")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _node(path: str) -> str:
+    try:
+        status = os.stat(path)
+    except OSError as error:  # a link to nowhere, or the device has just gone
+        return f"{path}: {error.strerror}"
+    return f"{path} {stat.filemode(status.st_mode)} {_owner(status.st_uid)} group {status.st_gid}"
 
 
 def journal() -> str:
@@ -230,5 +249,7 @@ def write_private(path: str, content: bytes) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with open(fd, "wb") as file:
             file.write(content)
+    except FileExistsError:
+        raise AskOperator("agent.file", f"{path} is there already: name a new file") from None
     except OSError as error:
         raise AskOperator("agent.file", f"{path} cannot be written: {error.strerror}") from None

@@ -12,7 +12,14 @@ import ssl
 import threading
 import time
 
-from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_CONNECT, NO_REPLY_DNS, NO_REPLY_TIMEOUT, NO_REPLY_TLS
+from dps_agent.effects import (
+    NO_REPLY_CLOSED,
+    NO_REPLY_CONNECT,
+    NO_REPLY_DNS,
+    NO_REPLY_NOT_FOUND,
+    NO_REPLY_TIMEOUT,
+    NO_REPLY_TLS,
+)
 from dps_hal.errors import AskOperator
 
 TYPE_CHECKING = False
@@ -147,7 +154,7 @@ class Dialler:
         except OSError:
             raise Failed(NO_REPLY_CONNECT, f"the proxy {proxy} ended the connection") from None
         except Failed as failed:
-            if failed.reason != NO_REPLY_DNS:
+            if failed.reason not in (NO_REPLY_DNS, NO_REPLY_NOT_FOUND):
                 raise
             raise Failed(NO_REPLY_CONNECT, f"the proxy {failed}") from None  # nothing is known of the peer's name
         return raw
@@ -169,7 +176,7 @@ class Dialler:
         if addresses is None:
             raise Failed(NO_REPLY_CLOSED, "given up")
         if isinstance(addresses, OSError):
-            raise Failed(NO_REPLY_DNS, f"'{host}': {addresses.strerror}")
+            raise Failed(_lookup_reason(addresses), f"'{host}': {addresses.strerror}")
         return addresses
 
     def _connect(self, addresses: list[tuple[Any, ...]], deadline_s: float) -> socket.socket:
@@ -220,6 +227,12 @@ def address_text(host: str, port: int) -> str:
 def _is_ragged_end(error: ssl.SSLError) -> bool:
     """Whether the connection ended without close_notify; Python 3.11.2 has no class for it on OpenSSL 3."""
     return isinstance(error, ssl.SSLEOFError) or error.reason == "UNEXPECTED_EOF_WHILE_READING"
+
+
+def _lookup_reason(error: OSError) -> str:
+    """`not_found` only where the name service said that there is no such name; it was not reached, or failed, else."""
+    nothing = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+    return NO_REPLY_NOT_FOUND if isinstance(error, socket.gaierror) and error.errno in nothing else NO_REPLY_DNS
 
 
 def _look_up(host: str, port: int, found: queue.SimpleQueue[_Lookup]) -> None:

@@ -153,6 +153,8 @@ class _Stream:
 
     def __init__(self, tls: ssl.SSLSocket) -> None:
         self._tls = tls
+        certificate = tls.getpeercert() or {}
+        self._valid_s = [ssl.cert_time_to_seconds(str(certificate[name])) for name in ("notBefore", "notAfter")]
         self._received = bytearray()
         self._deadline_s = 0.0
         self._head_left: int | None = None  # bytes that the head may still have; None: the head is over
@@ -168,6 +170,10 @@ class _Stream:
 
     def head_is_over(self) -> None:
         self._head_left = None
+
+    def is_valid_at(self, utc_s: int) -> bool:
+        """Whether the server's certificate is valid then."""
+        return self._valid_s[0] <= utc_s <= self._valid_s[1]
 
     def is_clear(self) -> bool:
         """Whether nothing came beyond what was read."""
@@ -242,7 +248,10 @@ def _answer(stream: _Stream, method: str) -> tuple[Reply, bool]:
         unfolded = " ".join(value.split())
         known = headers.get(name.lower())
         headers[name.lower()] = unfolded if known is None else f"{known}, {unfolded}"
-    reply = Reply(response.status, headers, body, _date_s(headers.get("date", "")))
+    date_s = _date_s(headers.get("date", ""))
+    if date_s is not None and not stream.is_valid_at(date_s):
+        date_s = None  # at that time it would not have been verified
+    reply = Reply(response.status, headers, body, date_s)
     return reply, not response.will_close and stream.is_clear()
 
 

@@ -6,9 +6,12 @@ MESSAGE_ID, under which `agent/service/dps-agent.catalog` has the remedy for `jo
 
 import contextlib
 import hashlib
+import io
 import os
+import select
 import socket
 import sys
+import threading
 from collections.abc import Mapping
 from typing import TextIO
 
@@ -71,6 +74,7 @@ class Journal:
         self.verbose = verbose
         self._stream = sys.stderr if stream is None else stream
         self._socket: socket.socket | None = None
+        self._lock = threading.Lock()  # over the stream: what one thread saw room for another may not take
         if _is_the_journal(self._stream, os.environ if environ is None else environ):
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
             self._socket.setblocking(False)
@@ -120,16 +124,32 @@ class Journal:
             self._socket.close()
             self._socket = None
 
+    def _print(self, line: str) -> None:
+        """The line on the stream, unless that is a pipe, or a terminal, that nobody reads: it would block us."""
+        with contextlib.suppress(io.UnsupportedOperation, AttributeError):  # no descriptor: it is in memory
+            poll = select.poll()
+            poll.register(self._stream.fileno(), select.POLLOUT)
+            if not poll.poll(0):
+                return
+        self._stream.write(f"{_fitting(line)}\n")
+        self._stream.flush()
+
     def _write(self, message: str, level: int, fields: Mapping[str, str]) -> None:
         line = printable(message).replace("\n", " | ")
         with contextlib.suppress(OSError, ValueError):  # who reads it is busy or gone: a line is worth no wait
             if self._socket is None:
-                self._stream.write(f"{line}\n")
-                self._stream.flush()
+                with self._lock:
+                    self._print(line)
                 return
             shown = {"MESSAGE": line, "PRIORITY": str(level), "SYSLOG_IDENTIFIER": "dps-agent", **fields}
             text = "".join(f"{name}={printable(value)}\n" for name, value in shown.items() if value)
             self._socket.sendto(text.encode(errors="replace"), JOURNAL_SOCKET)
+
+
+def _fitting(line: str) -> str:
+    """The line, cut where a pipe with any room at all might not take it whole: pipe(7), PIPE_BUF."""
+    content = line.encode(errors="replace")
+    return line if len(content) < select.PIPE_BUF else content[: select.PIPE_BUF - 1].decode(errors="ignore")
 
 
 def _is_the_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:

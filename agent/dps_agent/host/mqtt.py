@@ -138,6 +138,15 @@ class HubConnection:
         self._look_for_the_end()
         return wire.connack
 
+    def is_verified(self, hub: str) -> bool:
+        """Whether the hub is reached and its certificate is good, for who has not connected; within CONNECT_LIMIT_S."""
+        self._dialler.begin()
+        try:
+            self._reach(hub, time.monotonic() + CONNECT_LIMIT_S).close()
+        except Failed:
+            return False
+        return True
+
     def subscribe(self, filters: tuple[tuple[str, int], ...]) -> int | None:
         """One SUBSCRIBE; its packet id, None without a connection."""
         if not self._connected or self._client is None:

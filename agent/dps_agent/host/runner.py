@@ -38,6 +38,7 @@ from dps_agent.effects import (
 )
 from dps_agent.host.clock import SystemClock
 from dps_agent.hub_effects import (
+    NOT_AUTHORIZED,
     Acknowledge,
     ConnAck,
     Connect,
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
         """What the runner needs of `dps_agent.host.mqtt.HubConnection`."""
 
         def connect(self, effect: Connect) -> ConnAck | NoReply: ...
+        def is_verified(self, hub: str) -> bool: ...
         def subscribe(self, filters: tuple[tuple[str, int], ...]) -> int | None: ...
         def publish(self, topic: str, payload: bytes, qos: int) -> int | None: ...
         def acknowledge(self, packet_id: int) -> None: ...
@@ -91,11 +93,21 @@ if TYPE_CHECKING:
         """An effect of this runner alone: one call of a TPM's that the logic knows nothing of."""
 
         call: Callable[[], Any]
+
+    class ConfirmClock(NamedTuple):
+        """An effect of this runner alone, before a token is made: answered by None once all were asked for the time.
+
+        Where nobody vouches for the system's clock the certificate of `hub` is looked at; where there is no hub, "", or
+        it is not reached, DPS is asked.
+        """
+
+        hub: str
 else:
     from collections import namedtuple
 
     _Outcome = namedtuple("_Outcome", ("answer", "error"))
     TpmCall = namedtuple("TpmCall", ("call",))
+    ConfirmClock = namedtuple("ConfirmClock", ("hub",))
 
 HTTP_DEADLINE_S = 60.0  # one request in all
 # Each is longer than the limits of `dps_hal.tpm_rules`, whose clean errors come first; these end what hangs.
@@ -111,7 +123,6 @@ EXIT_GRACE_S = 1.5  # after a signal the process is gone by then, whatever block
 RELEASE_FOR_SLEEPS_OVER_S = 2.0
 CLOSE_FOR_SLEEPS_OVER_S = 60.0
 _WHO = {"tpm.timeout": "the TPM", "store.io": "the storage", "network.timeout": "the connection to the hub"}
-_NOT_AUTHORIZED = (4, 5)  # MQTT 3.1.1, table 3.1
 _CLOCK_NOT_SET = NoReply(f"{NO_REPLY_TLS}: the clock is not set, so no certificate can be judged", False)
 _FEED_EVERY_S = 1.0
 _WORKER_NAME = "dps-worker"
@@ -125,7 +136,8 @@ class Runner:
     `observe(effect, answer or error, seconds)` is called after each effect of HTTP, TPM, store and hub but NextEvent,
     for progress lines; what it gets holds signatures and keys, so it must not print that.
     `on_wait(reason, until_uptime_s)` is called before each Sleep, `watchdog()` about once a second while everything is
-    within its deadline, `tell(message)` for each Tell, to return soon whether anybody takes it.
+    within its deadline, `tell(message)` for each Tell, to return soon whether anybody takes it. A Connect is given up
+    where `interrupted()` is true after `hasten`.
 
     `stuck` is True once an effect did not end: the worker hangs in it, the process is to exit, with os._exit if the
     interpreter's own end could hang as well.
@@ -144,6 +156,7 @@ class Runner:
         watchdog: Callable[[], None] | None = None,
         hub: Hub | None = None,
         tell: Callable[[Message], bool] | None = None,
+        interrupted: Callable[[], bool] = bool,
     ) -> None:
         self.stuck = False
         self._tpm = tpm
@@ -156,6 +169,7 @@ class Runner:
         self._watchdog = watchdog
         self._hub = hub
         self._tell = tell
+        self._interrupted = interrupted
         self._hasty = False  # the current Sleep, or the next one, ends at once
         self._in_use = False  # TPM or store were used since the last release
         self._fed_at_s = -math.inf
@@ -259,6 +273,8 @@ class Runner:
                 return _required(lambda: self._tell is not None and self._tell(message))
             case NextEvent(until_uptime_s):
                 return self._next_event(until_uptime_s)
+            case ConfirmClock(hub_name):
+                return self._confirm_clock(hub_name)
         started_s = time.monotonic()
         match effect:
             case Http():
@@ -309,23 +325,31 @@ class Runner:
         return outcome
 
     def _request(self, http: Http) -> _Outcome:
-        if not self._clock.utc().believable:
+        if not self._may_judge():
             return _Outcome(_CLOCK_NOT_SET, None)
         outcome = self._ended_within(
             lambda: self._connection.request(*http), HTTP_DEADLINE_S, self._connection.abort, "the request"
         )
-        answer = outcome.answer
-        if isinstance(answer, Reply) and answer.date_s is not None and isinstance(self._clock, SystemClock):
-            self._clock.heard(answer.date_s)
+        if isinstance(outcome.answer, Reply) and isinstance(self._clock, SystemClock):
+            self._clock.heard(outcome.answer.date_s)
         return outcome
 
     def _ended_within(
-        self, call: Callable[[], Any], deadline_s: float, abort: Callable[[], None], what: str
+        self,
+        call: Callable[[], Any],
+        deadline_s: float,
+        abort: Callable[[], None],
+        what: str,
+        interrupted: Callable[[], bool] = bool,
     ) -> _Outcome:
-        """The outcome of a call that `abort` makes end; a NoReply that comes of that says `timeout`."""
+        """The outcome of a call that `abort` makes end, at its deadline or once `interrupted()` is true.
+
+        A NoReply that comes of the deadline says `timeout`.
+        """
         self._hand_over(call)
-        outcome = self._wait(deadline_s, 0.0)
+        outcome = self._wait(deadline_s, 0.0, interrupted)
         if outcome is None:
+            given_up = interrupted()
             for _ in range(10):  # the worker may be about to begin: then the first one finds nothing to end
                 abort()
                 outcome = self._wait(ABORT_GRACE_S / 10)
@@ -335,7 +359,7 @@ class Runner:
                 self.stuck = True
                 self._refuse_if_stopped()
                 raise RetryLater("network.timeout", f"{what} did not end within {deadline_s:g} s")
-            if isinstance(outcome.answer, NoReply) and not self._is_stopped():
+            if isinstance(outcome.answer, NoReply) and not (given_up or self._is_stopped()):
                 text = f"{NO_REPLY_TIMEOUT}: no whole answer within {deadline_s:g} s"
                 outcome = _Outcome(NoReply(text, outcome.answer.request_sent), None)
         if outcome.error is not None:  # HTTP and hub are answered by values, so this is not for the logic
@@ -362,18 +386,42 @@ class Runner:
         return outcome
 
     def _connect(self, hub: Hub, effect: Connect) -> _Outcome:
-        if not self._clock.utc().believable:
+        if not self._may_judge():
             return _Outcome(_CLOCK_NOT_SET, None)
-        outcome = self._ended_within(lambda: hub.connect(effect), CONNECT_DEADLINE_S, hub.abort, "the connection")
+        outcome = self._ended_within(
+            lambda: hub.connect(effect), CONNECT_DEADLINE_S, hub.abort, "the connection", self._interrupted
+        )
         answer = outcome.answer
-        if isinstance(answer, ConnAck) and answer.return_code in _NOT_AUTHORIZED:
-            self._doubt_clock()
+        if isinstance(answer, ConnAck) and answer.return_code in NOT_AUTHORIZED:
+            clock = self._clock
+            if isinstance(clock, SystemClock) and not clock.is_confirmed():  # it may have been a token of another day
+                self._ask_dps_the_time()
         return outcome
 
-    def _doubt_clock(self) -> None:
-        """Asks DPS what time it is, where nobody vouches for ours: the hub may have refused a token of another day."""
+    def _may_judge(self) -> bool:
+        """Whether a certificate may be judged now."""
         clock = self._clock
-        if isinstance(clock, SystemClock) and not clock.is_confirmed() and not self._is_stopped():
+        return clock.may_judge() if isinstance(clock, SystemClock) else clock.utc().believable
+
+    def _confirm_clock(self, hub_name: str) -> _Outcome:
+        clock, hub = self._clock, self._hub
+        if isinstance(clock, SystemClock) and not clock.utc().believable and clock.may_judge():
+            if hub is not None and hub_name:
+                outcome = self._ended_within(
+                    lambda: hub.is_verified(hub_name),
+                    CONNECT_DEADLINE_S,
+                    hub.abort,
+                    "the connection",
+                    self._interrupted,
+                )
+                if outcome.answer is True:
+                    clock.heard(None)
+            if not clock.utc().believable:
+                self._ask_dps_the_time()
+        return _Outcome(None, None)
+
+    def _ask_dps_the_time(self) -> None:
+        if not self._is_stopped():
             self._request(Http("GET", "/", b"", None))
 
     def _hub_or_bug(self) -> Hub:
@@ -401,7 +449,7 @@ class Runner:
         self._prepare_to_wait(delay_s)
         if self._on_wait is not None:
             self._on_wait(reason, self._clock.uptime_s() + delay_s)
-        self._wait(delay_s, 0.0, hastens=True)
+        self._wait(delay_s, 0.0, lambda: self._hasty)
         self._hasty = False
         self._refuse_if_stopped()
         return _Outcome(None, None)
@@ -422,17 +470,19 @@ class Runner:
         self._busy = True
         self._calls.put(call)
 
-    def _wait(self, within_s: float, after_stop_s: float = math.inf, hastens: bool = False) -> _Outcome | None:
+    def _wait(
+        self, within_s: float, after_stop_s: float = math.inf, over: Callable[[], bool] = bool
+    ) -> _Outcome | None:
         """The worker's outcome; None once `within_s` is over, or `after_stop_s` after `stop` (if earlier: from now).
 
-        With `hastens` also None once somebody asks for haste.
+        Also None once `over()` is true: it is looked at now and after each `hasten`.
         """
         began_s = time.monotonic()
         until_s = began_s + within_s
         step_s = _LONGEST_STEP_S if self._watchdog is None else _FEED_EVERY_S
         while (left_s := min(until_s, max(began_s, self._stopped_at_s) + after_stop_s) - time.monotonic()) > 0:
             self._feed()
-            if hastens and self._hasty:
+            if over():
                 break
             with contextlib.suppress(queue.Empty):
                 outcome = self._outcomes.get(timeout=min(left_s, step_s))

@@ -17,24 +17,39 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dps_agent import __version__
-from dps_agent.assignment import hub_token
-from dps_agent.effects import ReadEndorsementKey, Sleep
+from dps_agent.assignment import difference, hub_token
+from dps_agent.effects import ReadEndorsementKey, Sleep, UtcNow
 from dps_agent.host import kept_key
-from dps_agent.host.api import Command, LocalApi, Snapshot, error_document
-from dps_agent.host.clock import SystemClock
+from dps_agent.host.api import Command, LocalApi, Snapshot
 from dps_agent.host.config import backend_shown
-from dps_agent.host.device import dps_connection, hub_connection, kept_to_ourselves, open_tpm, tpm_warnings
+from dps_agent.host.device import (
+    clock_for,
+    dps_connection,
+    hub_connection,
+    kept_to_ourselves,
+    open_tpm,
+    tpm_warnings,
+)
+from dps_agent.host.error_document import fields_of
 from dps_agent.host.journal import ERROR, INFO, NOTICE, WARNING, Journal
 from dps_agent.host.notify import Notifier
 from dps_agent.host.progress import StepLines, utc_text
-from dps_agent.host.remote import look_up, look_up_document
-from dps_agent.host.runner import Runner, TpmCall
+from dps_agent.host.runner import ConfirmClock, Runner, TpmCall
 from dps_agent.host.statefile import StateFile, assignment_document
-from dps_agent.hub_effects import Connect, Disconnect, MessageDone, NextEvent, RegisterAgain
+from dps_agent.hub_effects import (
+    Connect,
+    Desired,
+    Disconnect,
+    MessageDone,
+    NextEvent,
+    RegisterAgain,
+    SendTelemetry,
+    TelemetryDone,
+)
 from dps_agent.lifecycle import BOOT, CONNECTED, CONNECTING, HALTED, PROVISIONED, PROVISIONING, WAITING, Lifecycle
 from dps_hal.codes import REMEDIES
 from dps_hal.contracts import IDENTITY, PROGRESS
-from dps_hal.errors import AskOperator, DpsError, RetryLater
+from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.files import open_store
 
 if TYPE_CHECKING:
@@ -68,8 +83,8 @@ class Service:
         configuration = read_settings()
         self._journal = journal
         self._notifier = Notifier()
-        self._clock = SystemClock()
         self._store = open_store(configuration.state_dir)
+        self._clock = clock_for(self._store)
         self._state_file = StateFile(configuration.runtime_dir)
         self._equipment = self._equip(configuration)
         self._next_equipment: _Equipment | None = None  # of new settings, once the life of now has ended
@@ -80,6 +95,7 @@ class Service:
         self._reload_asked = False
         self._stopping = False
         self._hasty = False  # the next wait before another try is skipped
+        self._leaving = False  # this life is over
         self._warned: set[str] = set()  # what was said of the TPM, once
 
     def run(self) -> None:
@@ -120,6 +136,7 @@ class Service:
             watchdog=self._each_second,
             hub=hub_connection(configuration),
             tell=self._tell,
+            interrupted=self._connects_in_vain,
         )
         return _Equipment(configuration, configuration.settings(), tpm, runner)
 
@@ -132,7 +149,11 @@ class Service:
             "backend": self._equipment.configuration.tpm.backend,
         }
         tpm, handle = self._equipment.tpm, self._equipment.configuration.tpm.persist_at
+        before = self._life
         self._life = Lifecycle(self._equipment.settings, about, lambda: kept_key.entry(tpm, handle))
+        self._life.serial = before.serial  # an id of the life before means nothing in this one
+        self._life.dps_not_before_s = before.dps_not_before_s
+        self._leaving = False
         self._state = BOOT
         self._since_s = time.monotonic()
         self._maker_known = False
@@ -185,6 +206,10 @@ class Service:
         self._commands.append(command)
         self._wake()
 
+    def _connects_in_vain(self) -> bool:
+        """Whether a connection that is being made is to be given up for what was asked for meanwhile."""
+        return self._reload_asked or any(command.name == "reset" or command.force for command in list(self._commands))
+
     def _wake(self) -> None:
         """Ends what the runner waits for, so that `_watched` gets its turn."""
         self._equipment.runner.post(_WAKE)
@@ -196,7 +221,9 @@ class Service:
         self._state_file.write_if_due()
 
     def _tell(self, message: Message) -> bool:
-        return self._api is not None and self._api.tell(message)
+        if self._api is None:
+            return isinstance(message, Desired)  # nobody wants these, so they need not come again
+        return self._api.tell(message)
 
     # One life.
 
@@ -211,7 +238,7 @@ class Service:
             if self._api is not None:
                 self._api.forget()
 
-    def _watched(self, life: Generator[Effect, Any, None]) -> Generator[Effect, Any, None]:
+    def _watched(self, life: Generator[Effect, Any, None]) -> Generator[Any, Any, None]:
         """`life`, watched: ends where it ends, or between two of its effects."""
         answer: Any = None
         error: DpsError | None = None
@@ -237,6 +264,8 @@ class Service:
                         if over:
                             return
                     else:
+                        if isinstance(effect, UtcNow) and self._life.state == CONNECTING and self._life.assignment:
+                            yield ConfirmClock(self._life.assignment.assigned_hub)
                         answer = yield effect
                 except DpsError as failure:
                     error = failure
@@ -252,7 +281,8 @@ class Service:
         while True:
             if self._hasty and self._life.state in _WAITS:
                 self._hasty = False
-                return False
+                if self._life.state == PROVISIONED or not self._patience_s():
+                    return False
             left_s = until_s - time.monotonic()
             if left_s <= 0:
                 return False
@@ -279,7 +309,7 @@ class Service:
         """Who made the TPM, for the twin; once, when it is known to work."""
         if not self._maker_known:
             self._maker_known = True
-            with contextlib.suppress(DpsError):
+            with contextlib.suppress(RetryLater, AskOperator, IdentityStale):
                 condition = yield TpmCall(self._equipment.tpm.condition)
                 self._life.about["tpmMaker"] = condition.maker
 
@@ -295,17 +325,34 @@ class Service:
             command = self._commands.popleft()
             try:
                 over = yield from self._do(command)
+            except Broken as error:
+                self._answer(command, 500, _error_of(error))
+                raise
             except DpsError as error:
                 self._answer(command, 503 if isinstance(error, RetryLater) else 409, _error_of(error))
         if over:
-            yield Disconnect()
+            yield from self._leave_hub()
         return over
+
+    def _leave_hub(self) -> Generator[Effect, Any, None]:
+        """Ends the connection with the life: who waits for an answer of the hub's gets one, what is queued goes."""
+        self._leaving = True
+        self._show(self._life.reason, None)
+        yield from self._life.abandon()
+        yield Disconnect()
+        while True:
+            event: Event | None = yield NextEvent(0.0)
+            if event is None:
+                return
+            if isinstance(event, SendTelemetry):
+                self._tell(TelemetryDone(event.request_id, False))
 
     def _reload(self) -> bool:
         """Reads the settings again; whether a new life is to begin with them."""
         self._notifier.reloading()
         before = self._equipment.configuration
         changed = False
+        leaves = ""
         try:
             found = self._read_settings()
             for name in ("state_dir", "runtime_dir", "api"):
@@ -314,19 +361,22 @@ class Service:
             changed = _values(found) != _values(before)
             if changed:
                 self._next_equipment = self._equip(found)
+                held = self._life.assignment
+                if held is not None and (reason := difference(held, found.settings())):
+                    leaves = f"; the device leaves {held.assigned_hub}: {reason}"
         except DpsError as error:
             changed = False
             text = f"the new settings are refused, the old ones go on: {error.message}"
             self._journal.event("refused", text, ERROR, state=self._life.state, code=error.code)
         else:
-            text = "the settings were read again" + ("" if changed else ": no change")
-            self._journal.event("reloaded", text, state=self._life.state)
-        self._hasty = changed or self._life.state in _WAITS
+            text = "the settings were read again" + (leaves if changed else ": no change")
+            self._journal.event("reloaded", text, WARNING if leaves else INFO, state=self._life.state)
+        self._hasty = changed or self._life.state == HALTED  # an operator may have changed something elsewhere
         if not self._stopping:
             self._notifier.ready()
         return changed
 
-    def _do(self, command: Command) -> Generator[Effect, Any, bool]:
+    def _do(self, command: Command) -> Generator[Any, Any, bool]:
         """One command of the socket; whether the life is over."""
         life = self._life
         if command.name == "reset":
@@ -334,7 +384,7 @@ class Service:
                 raise RetryLater("agent.busy", "a registration is under way")
             try:
                 yield from kept_key.withdraw(self._equipment.tpm, self._equipment.configuration.tpm.persist_at)
-            except DpsError as error:
+            except (RetryLater, AskOperator, IdentityStale) as error:
                 text = f"the hub key stays at persist_at: {error.message}"
                 self._journal.event("warning", text, WARNING, state=self._life.state, code=error.code)
             for record in (IDENTITY, PROGRESS):
@@ -346,22 +396,29 @@ class Service:
             held = life.assignment
             if held is None:
                 raise AskOperator("record.absent", "this device has no hub yet")
+            yield ConfirmClock("")
             token = yield from hub_token(held, command.life_s)
             document = {"token": token.header(), "expiresAt": utc_text(token.expires_at_s)}
             self._answer(command, 200, {**document, "assignedHub": held.assigned_hub, "deviceId": held.device_id})
         elif command.name == "status":
             if life.state == PROVISIONING:
                 raise RetryLater("agent.busy", "a registration is under way")
-            found = yield from look_up(self._equipment.settings)
-            self._answer(command, 200, look_up_document(found, life.assignment))
+            self._answer(command, 200, {})  # who asks looks it up: here that would keep the hub waiting
         elif life.assignment is not None and life.state in _ASSIGNED and not command.force:
             self._answer(command, 200, self._provisioned(already=True))
+        elif life.state == PROVISIONING:
+            self._registering.append(command)
+        elif wait_s := self._patience_s():
+            raise RetryLater("dps.throttled", f"DPS asked for patience: it may be asked again in {wait_s} s", wait_s)
         else:
             self._registering.append(command)
-            if life.state != PROVISIONING:
-                life.asked_to_register = life.asked_to_register or command.force
-                self._hasty = life.state in _WAITS
+            life.asked_to_register = life.asked_to_register or command.force
+            self._hasty = life.state in (CONNECTING, *_WAITS)
         return False
+
+    def _patience_s(self) -> int:
+        """Seconds until DPS may be asked again, as it asked for; 0: now."""
+        return max(math.ceil(self._life.dps_not_before_s - self._clock.uptime_s()), 0)
 
     def _answer(self, command: Command, status: int, document: dict[str, Any]) -> None:
         if self._api is not None:
@@ -418,7 +475,7 @@ class Service:
             try:
                 yield from kept_key.persist(self._equipment.tpm, handle)
                 self._persisted_key = wrapped_key
-            except DpsError as error:
+            except (RetryLater, AskOperator, IdentityStale) as error:
                 if not isinstance(error, RetryLater):
                     self._persisted_key = wrapped_key  # nobody will have mended that so soon
                 text = f"the hub key is not at persist_at {handle:#x}: {error.message}"
@@ -467,7 +524,7 @@ class Service:
         error, held = life.error, life.assignment
         document: dict[str, Any] = {
             "stateDir": os.path.abspath(configuration.state_dir),
-            "socket": configuration.socket if self._api is not None else "",
+            "socket": os.path.abspath(configuration.socket) if self._api is not None else "",
             "version": __version__,
             "backend": configuration.tpm.backend,
             "state": life.state,
@@ -482,7 +539,7 @@ class Service:
             "substatus": held.substatus if held else "",
             "connections": life.connections,
             "failedAttempts": life.attempts,
-            "lastError": _error_of(error)["error"] if error else None,
+            "lastError": fields_of(error) if error else None,
         }
         failed_before = self._state_file.failure
         self._state_file.show(document)
@@ -491,12 +548,12 @@ class Service:
         if self._api is not None:
             retry_after_s = max(int(until_s - now_s) + 1, 1) if until_s is not None and waits else 5
             assignment = assignment_document(held) if held else None
-            self._api.show(Snapshot(document, assignment, life.state == CONNECTED, min(retry_after_s, 3600)))
+            connected = life.state == CONNECTED and not self._leaving
+            self._api.show(Snapshot(document, assignment, connected, min(retry_after_s, 3600)))
 
 
 def _error_of(error: DpsError, retry_after_s: int | None = None) -> dict[str, Any]:
-    wait_s = error.retry_after_s if retry_after_s is None else retry_after_s
-    return error_document(error.code, error.message, wait_s, error.request_id, REMEDIES.get(error.code, ""))
+    return {"error": fields_of(error, retry_after_s)}
 
 
 def _values(configuration: Configuration) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from dps_agent.assignment import Assignment
-from dps_agent.host.config import Configuration
+from dps_agent.host.config import SYSTEM_RUNTIME_DIR, Configuration
 from dps_agent.host.progress import utc_text
 from dps_hal.platform import from_json, to_json
 
@@ -80,7 +80,21 @@ def read_live(configuration: Configuration) -> dict[str, Any] | None:
     pid, ticks = document.get("pid"), document.get("startTicks")
     if type(pid) is not int or document.get("stateDir") != os.path.abspath(configuration.state_dir):
         return None
-    return document if ticks is not None and start_ticks(pid) == ticks else None
+    found = start_ticks(pid)
+    if found is None and configuration.runtime_dir == SYSTEM_RUNTIME_DIR and _is_anothers(pid):
+        return document  # /proc hides others' processes here; only root and the service write into that folder
+    return document if ticks is not None and found == ticks else None
+
+
+def _is_anothers(pid: int) -> bool:
+    """Whether there is such a process and it is another user's."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def start_ticks(pid: int) -> int | None:

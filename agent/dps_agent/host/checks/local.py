@@ -41,9 +41,7 @@ def state_folder(device: Device) -> Finding:
         open_store(path).load(IDENTITY)
         return Finding(OK, f"{path} can be read; flash is not written for a test")
     folder = StateFolder(path, SystemCalls())
-    place = folder.path
-    while not os.path.isdir(place):
-        place = os.path.dirname(place)
+    place = _nearest(folder)
     try:
         device.write(lambda: _write_scratch(folder, place))
     except RetryLater as error:
@@ -56,6 +54,19 @@ def state_folder(device: Device) -> Finding:
             OK, f"{folder.path} is made by the first registration; {place} takes it: a file was synced there"
         )
     return Finding(OK, f"{place} takes what is written, and syncs it")
+
+
+def _nearest(folder: StateFolder) -> str:
+    """The folder's path, or the nearest above it at which there is anything, be it no folder or a link to nowhere."""
+    path = folder.path
+    with folder.reporting("look at", path):
+        while True:
+            try:
+                os.lstat(path)
+            except FileNotFoundError:
+                path = os.path.dirname(path)
+            else:
+                return path
 
 
 def _write_scratch(folder: StateFolder, place: str) -> None:
@@ -99,13 +110,13 @@ def _has_room(folder: StateFolder) -> bool:
 
 
 def clock(_device: Device) -> Finding:
-    now = SystemClock().utc()
-    shown = utc_text(now.now_s) or "1970-01-01T00:00:00Z"
-    if not now.believable:
+    own = SystemClock()
+    shown = utc_text(own.utc().now_s) or "1970-01-01T00:00:00Z"
+    if not own.may_judge():
         raise RetryLater("clock.not_set", f"the device's clock says {shown}, which cannot be: it was never set")
     if is_synchronised():
         return Finding(OK, f"{shown}, believed because NTP keeps it")
-    return Finding(OK, f"{shown}, believed until a verified server says otherwise; nothing such as NTP keeps it")
+    return Finding(OK, f"{shown}, believed once a verified server confirms it; nothing such as NTP is known to keep it")
 
 
 def record(device: Device) -> Finding:

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from dps_agent import __version__
-from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_CONNECT, NO_REPLY_TLS, NoReply, Reply
+from dps_agent.effects import (
+    NO_REPLY_CLOSED,
+    NO_REPLY_CONNECT,
+    NO_REPLY_DNS,
+    NO_REPLY_TLS,
+    NoReply,
+    Reply,
+)
 from dps_agent.host import websocket
 from dps_agent.host.checks.device import OK, SKIPPED, WARNING, Finding, failed
 from dps_agent.host.checks.local import NOTHING_STORED
@@ -129,7 +136,7 @@ def dns(device: Device) -> Finding:
     try:
         found = dialler.addresses(target.host, target.port, time.monotonic() + DIAL_LIMIT_S)
     except Failed as failure:
-        raise _error(failure, "the name of DPS was not looked up") from None
+        raise _error(Failed(NO_REPLY_DNS, str(failure)), "the name of DPS was not looked up") from None
     addresses = sorted({str(entry[4][0]) for entry in found})
     return Finding(OK, f"{target.host} is {', '.join(addresses[:4])}{' …' if len(addresses) > 4 else ''}")
 

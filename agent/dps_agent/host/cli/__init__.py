@@ -14,10 +14,10 @@ from typing import Any, NoReturn, TextIO
 
 from dps_agent.host.cli import check, config, diag, enroll, provision, reset, run, status, token, version
 from dps_agent.host.cli.verb import Outcome, UsageError, error_document, exit_word
-from dps_agent.host.config import SYSTEM_FILE
+from dps_agent.host.config import SYSTEM_FILE, SYSTEM_STATE_DIR
 from dps_agent.host.progress import printable
 from dps_hal.codes import REMEDIES
-from dps_hal.errors import EXIT_GROUPS, DpsError, RetryLater
+from dps_hal.errors import EXIT_GROUPS, AskOperator, DpsError, RetryLater
 from dps_hal.platform import to_json
 
 SCHEMA = "dps-agent/1"
@@ -80,12 +80,16 @@ def _run(arguments: Sequence[str] | None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us; the next file opened must not take its place
-            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+            # What is printed must not seem to have gone anywhere: no file for reading takes it.
+            setattr(sys, name, open(os.devnull, "r" if name == "stdout" else "r+"))  # noqa: SIM115
     as_json = "--json" in words
     verb = ""
     try:
-        parsed = _parser().parse_args(words, argparse.Namespace(set_after=[]))
+        parser = _parser()
+        parsed = parser.parse_args(words, argparse.Namespace(set_after=[]))
         verb = parsed.verb
+        if verb is None:  # not left to argparse: it would say this of an option that it does not know, too
+            raise UsageError("expected a verb", parser.format_usage())
         outcome: Outcome = parsed.run(parsed)
     except SystemExit as stop:  # argparse has shown the help
         return _write("", int(stop.code or 0))
@@ -112,7 +116,7 @@ def _parser() -> _Parser:
     )
     _add_common(parser, "set_before")
     parser.set_defaults(config=None, set_before=[], json=False, verbose=False)
-    verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True, title="verbs")
+    verbs = parser.add_subparsers(dest="verb", metavar="verb", title="verbs")
     for verb in VERBS:
         own = verbs.add_parser(verb.name, help=verb.help, description=verb.help[0].upper() + verb.help[1:] + ".")
         verb.add_arguments(own)
@@ -154,6 +158,7 @@ def _document(code: str, verb: str, content: Mapping[str, Any]) -> str:
 
 def _fail(error: DpsError, verb: str, as_json: bool) -> int:
     """Reports an error in the format asked for; text goes to stderr."""
+    error = _of_the_service(error, verb)
     code = exit_word(error)
     if as_json:
         return _write(_document(code, verb, {"error": error_document(error)}), EXIT_GROUPS.index(code))
@@ -170,8 +175,21 @@ def _fail(error: DpsError, verb: str, as_json: bool) -> int:
     return _write("", EXIT_GROUPS.index(code))
 
 
+def _of_the_service(error: DpsError, verb: str) -> DpsError:
+    """The same error with other advice where it is the service's own folder that is closed to who runs this.
+
+    Whoever made that folder his own would take the device's identity away from the service.
+    """
+    if error.code != "store.denied" or SYSTEM_STATE_DIR not in error.message or os.geteuid() == 0:
+        return error
+    what = error.message.partition(";")[0]
+    return AskOperator("agent.denied", f"{what}; it is the service's: run it as root: sudo dps-agent {verb}")
+
+
 def _write(text: str, status: int) -> int:
     """Writes the whole output at once and returns `status`; 1 where nobody could read it."""
+    if not text:
+        return status
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a path need not fit the terminal's encoding
@@ -180,7 +198,7 @@ def _write(text: str, status: int) -> int:
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             with contextlib.suppress(OSError):
-                sys.stderr.write(f"dps-agent: the output could not be written: {error.strerror}\n")
+                sys.stderr.write(f"dps-agent: the output could not be written: {error.strerror or 'it is closed'}\n")
         _discard(sys.stdout)
         return 1
     return status

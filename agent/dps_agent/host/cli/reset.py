@@ -94,10 +94,10 @@ def _ask(found: dict[str, str], state_dir: str, as_json: bool) -> None:
     """Returns after a yes; UsageError where nobody can be asked, AskOperator after anything else."""
     if as_json or not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise UsageError("reset erases the stored assignment: confirm with --yes")
-    sys.stderr.write(f"This erases {', '.join(found.values())} in {state_dir}. Continue? [y/N] ")
+    sys.stderr.write(f"This erases {' and '.join(found.values())}, stored in {state_dir}. Continue? [y/N] ")
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise AskOperator("agent.interrupted", "nothing was erased")
+        raise AskOperator("agent.declined", "nothing was erased")
 
 
 VERB = Verb("reset", "forget the assignment", add_arguments, run)

@@ -1,30 +1,40 @@
 """Asks the service that runs with the same state folder to do what only one process may do."""
 
+import contextlib
 import errno
 import os
 import socket
 from typing import Any
 
+from dps_agent.host.cli.verb import UsageError
 from dps_agent.host.config import Configuration
 from dps_hal.errors import AskOperator, RetryLater
 
 ANSWER_LIMIT = 1 << 20  # bytes
+ANSWER_LIMIT_S = 20.0  # for what takes a service no more than a TPM's answer
+UNSEEN = "the service that runs has settings of its own; change its files and reload it, or stop it first"
+_FINDS_THE_SERVICE = ("state_dir", "runtime_dir")
 
 
-def ask_service(configuration: Configuration, path: str, timeout_s: float) -> dict[str, Any] | None:
+def ask_service(
+    configuration: Configuration, path: str, timeout_s: float = ANSWER_LIMIT_S, late_code: str = "agent.not_running"
+) -> dict[str, Any] | None:
     """POSTs to the socket of the service that runs and returns its answer; None where none runs, or has no socket.
 
-    Raises what the service answered as an error; AskOperator `agent.denied` for who may not use the socket.
+    Raises what the service answered as an error; RetryLater `late_code` where it does not in time; AskOperator
+    `agent.denied` for who may not use the socket; UsageError for settings on the command line, which it does not see.
     """
     from dps_agent.host.statefile import read_live
 
     live = read_live(configuration)
     if live is None or not live["socket"]:
         return None
+    if unseen := unseen_settings(configuration):
+        raise UsageError(f"--set {unseen[0]}: {UNSEEN}")
     try:
         answer = _post(live["socket"], path, timeout_s)
     except TimeoutError:
-        raise RetryLater("agent.out_of_time", f"the service did not answer within {timeout_s:g} s") from None
+        raise RetryLater(late_code, f"the service did not answer within {timeout_s:g} s") from None
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
             text = f"the service runs, and its socket {live['socket']} is not open to user {os.geteuid()}"
@@ -35,15 +45,26 @@ def ask_service(configuration: Configuration, path: str, timeout_s: float) -> di
     return _checked(answer)
 
 
+def unseen_settings(configuration: Configuration) -> list[str]:
+    """The keys of --set that a service which runs already cannot know; not those that say which service is meant."""
+    return [
+        key
+        for key, origin in configuration.origins.items()
+        if origin.startswith("--set ") and key not in _FINDS_THE_SERVICE
+    ]
+
+
 def _post(path: str, target: str, timeout_s: float) -> bytes:
     """The whole answer to one request."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(timeout_s)
         connection.connect(path)
-        connection.sendall(f"POST {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        with contextlib.suppress(BrokenPipeError):  # it has answered already: that it is busy
+            connection.sendall(f"POST {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         answer = b""
-        while len(answer) <= ANSWER_LIMIT and (part := connection.recv(65536)):
-            answer += part
+        with contextlib.suppress(ConnectionResetError):  # the same, when it did not read the request
+            while len(answer) <= ANSWER_LIMIT and (part := connection.recv(65536)):
+                answer += part
     return answer
 
 

@@ -4,12 +4,14 @@ Offline and without the TPM: from what the running service says of itself, else 
 """
 
 import argparse
+import sys
 import time
 from typing import Any
 
-from dps_agent.host.cli.running import ask_service
+from dps_agent.host.cli.running import UNSEEN, ask_service, unseen_settings
 from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, table
 from dps_agent.host.config import Configuration, backend_shown
+from dps_agent.host.error_document import error_fields
 from dps_hal.codes import REMEDIES
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import DpsError, IdentityStale
@@ -40,13 +42,14 @@ def run(arguments: argparse.Namespace) -> Outcome:
     configuration = configuration_of(arguments, need_id_scope=arguments.remote)
     live = read_live(configuration)
     outcome = _of_records(configuration) if live is None else _of_service(configuration, live)
+    if live is not None and (unseen := unseen_settings(configuration)):
+        print(f"dps-agent: --set {unseen[0]}: {UNSEEN}", file=sys.stderr)
     if not arguments.remote:
         return outcome
-    found = ask_service(configuration, "/command/status", 90)
-    if found is None:
-        from dps_agent.host.device import remote_status
+    allowed = ask_service(configuration, "/command/status")
+    from dps_agent.host.device import remote_status
 
-        found = remote_status(configuration)
+    found = remote_status(configuration, service_allows=allowed is not None)
     said = found["remote"]
     rows = [
         ("DPS says", f"{said['status'] or 'nothing'} {said['substatus']}".rstrip()),
@@ -133,13 +136,8 @@ def _of_records(configuration: Configuration) -> Outcome:
         "lastError": _last_error(failed) if failed is not None else None,
     }
     if state != PROVISIONED:
-        document["error"] = {
-            "code": code,
-            "message": reason,
-            "remedy": remedy,
-            "retryAfterS": failed.next_try_delay_s if failed is not None else None,
-            "requestId": "",
-        }
+        retry_after_s = failed.next_try_delay_s if failed is not None else None
+        document["error"] = error_fields(code, reason, retry_after_s)
     return Outcome(_lines(configuration, document), document, _CODES.get(state, "retry"))
 
 

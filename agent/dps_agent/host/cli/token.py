@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Outcome:
     """Checks that the stored assignment holds, then has the TPM sign."""
     configuration = configuration_of(arguments)
-    answer = ask_service(configuration, f"/command/token?life={arguments.life}", 60)
+    answer = ask_service(configuration, f"/command/token?life={arguments.life}")
     if answer is not None:
         return Outcome([answer["token"]], answer)
     from dps_agent.host.device import hub_token_once

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dps_agent.host.config import Configuration, ConfigurationError, load
-from dps_hal.codes import REMEDIES
+from dps_agent.host.error_document import fields_of
 from dps_hal.errors import AskOperator, DpsError, exit_group
 
 
@@ -52,18 +52,15 @@ def no_arguments(parser: argparse.ArgumentParser) -> None:
 def configuration_of(arguments: argparse.Namespace, *, need_id_scope: bool = True) -> Configuration:
     """The settings that the command line asks for."""
     overrides = [*arguments.set_before, *arguments.set_after]
+    for override in overrides:
+        if "=" not in override:
+            raise UsageError(f"--set: expected KEY=VALUE; came {override!r}")
     return load(arguments.config, overrides=overrides, need_id_scope=need_id_scope)
 
 
 def error_document(error: DpsError) -> dict[str, Any]:
     """The value of `error` in a JSON document."""
-    document: dict[str, Any] = {
-        "code": error.code,
-        "message": error.message,
-        "remedy": REMEDIES.get(error.code, ""),
-        "retryAfterS": error.retry_after_s,
-        "requestId": error.request_id,
-    }
+    document = fields_of(error)
     if isinstance(error, ConfigurationError):
         document["problems"] = list(error.problems)
     return document
