@@ -406,7 +406,6 @@ class Session:
 
         One that is too large for this device is not asked for again before the next patch; the program is told.
         """
-        taken: bool
         try:
             if payload is None:
                 raise MemoryError
@@ -416,14 +415,14 @@ class Session:
             self._reported = reported.get(REPORTED_NAME) == self._about
             text = to_json(desired).encode()
         except MemoryError:
-            taken = yield Tell(Desired(self._newest_version, None, True))
-            return taken
+            told: bool = yield Tell(Desired(self._newest_version, None, True))
+            return told
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return False
         if not isinstance(version, int) or version < self._newest_version:
             return False
         if version != self._desired_version:
-            taken = yield Tell(Desired(version, text, True))
+            taken: bool = yield Tell(Desired(version, text, True))
             if not taken:
                 return False
             self._desired_version = version

@@ -149,8 +149,9 @@ class HubConnection:
     def publish(self, topic: str, payload: bytes, qos: int) -> "int | None":
         """One PUBLISH with QoS 0 or 1; its packet id, 0 for QoS 0.
 
-        None without a connection, while too much waits to be sent or acknowledged, and for a topic longer than MQTT has room for. A
-        message with QoS 1 that was taken is sent until it is acknowledged, on as many connections as that takes.
+        None without a connection, while too much waits to be sent or acknowledged, and for a topic longer than MQTT has
+        room for. A message with QoS 1 that was taken is sent until it is acknowledged, on as many connections as that
+        takes.
         """
         name = topic.encode()
         if not self._connected or len(name) > 0xFFFF or len(self._to_send) > PIECES_LIMIT:

@@ -80,6 +80,8 @@ def test_a_record_that_fits_holds() -> None:
 def test_no_record_holds_nothing() -> None:
     world = World()
     assert world.run(load_held(settings(), None)) == (None, "no assignment is stored")
+    lost, reason = world.run(load_held(settings(), StoredRecord(b"", 2, False)))
+    assert lost is None and "every copy of it is damaged" in reason
     assert world.effects == {}, "the TPM is asked without need"
 
 

@@ -29,6 +29,7 @@ from dps_agent.hub_effects import (
     SendTelemetry,
     TelemetryDone,
 )
+from dps_agent.session import TELEMETRY_LIMIT
 from dps_hal.errors import RetryLater
 from support.local_client import LocalClient
 
@@ -142,6 +143,15 @@ def test_telemetry_that_cannot_even_wait_is_503_at_once(agent: Agent) -> None:
     agent.full = True
     status, document = agent.client.ask("POST", "/telemetry", b"{}")
     assert (status, document["error"]["code"]) == (503, "agent.busy")
+
+
+def test_telemetry_that_never_fits_is_413_before_it_is_posted_and_says_what_would(agent: Agent) -> None:
+    room = TELEMETRY_LIMIT - len("devices/press-07/messages/events/a=1")
+    status, document = agent.client.ask("POST", "/telemetry?a=1", bytes(room + 1))
+    assert (status, document["error"]["code"]) == (413, "agent.too_large") and document["error"]["remedy"]
+    assert str(room) in document["error"]["message"] and agent.posted == []
+    assert agent.client.ask("POST", "/telemetry?a=1", bytes(room))[0] == 200
+    assert agent.client.ask("POST", "/telemetry?a=%ED%A0%80", b"{}")[0] in (200, 400), "no 503, which asks for more"
 
 
 def test_each_telemetry_is_answered_by_its_own_acknowledgement(agent: Agent) -> None:

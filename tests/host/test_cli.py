@@ -6,19 +6,21 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dps_agent.assignment import Assignment, encode, seal_message
-from dps_agent.host import Configuration, hub_token, load
+from dps_agent.host import Configuration, hub_token, load, statefile
 from dps_agent.host import clock as host_clock
 from dps_agent.host.cli import config as config_verb
-from dps_agent.host.cli import exit_word, main, status
+from dps_agent.host.cli import exit_word, main, running, status
 from dps_agent.host.cli.verb import UsageError
 from dps_agent.lifecycle import Progress, encode_progress
 from dps_agent.sas import string_to_sign
@@ -164,6 +166,68 @@ def test_a_wrong_command_line_is_exit_2_in_both_formats(words: list[str], capsys
     captured = capsys.readouterr()
     assert document(captured.out)["code"] == "usage"
     assert document(captured.out)["error"]["code"] == "agent.usage"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--bogus"], "--bogus"),
+        (["--bogus", "status"], "--bogus"),
+        (["status", "--bogus"], "--bogus"),
+        (["status", "--set", "tpm.backend"], "KEY=VALUE; came 'tpm.backend'"),
+        ([], "expected a verb"),
+    ],
+)
+def test_a_wrong_command_line_is_told_what_is_wrong_with_it(
+    words: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dps-agent: ")]
+    assert named in line
+
+
+@pytest.fixture
+def hung_service(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    """A desk whose service runs and answers nobody."""
+    path = f"{desk.state_dir}.sock"
+    live = {**dict.fromkeys(("untilUptimeS", "lastError"), None), "state": "connected", "socket": path, "pid": 1}
+    live |= dict.fromkeys(("reason", "since", "assignedHub", "deviceId", "registrationId", "version"), "x")
+    live |= {"sinceUptimeS": 0, "connections": 1, "failedAttempts": 0}
+    monkeypatch.setattr(statefile, "read_live", lambda _: live)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        yield desk
+
+
+def test_a_service_that_hangs_is_looked_at_not_given_more_time(
+    hung_service: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert running.ANSWER_LIMIT_S <= 20
+    monkeypatch.setattr(running, "ANSWER_LIMIT_S", 0.2)
+    assert hung_service.run("token") == 3
+    said = capsys.readouterr().err
+    assert "did not answer within 0.2 s" in said and "systemctl status dps-agent" in said and "--timeout" not in said
+    assert hung_service.run("provision", "--timeout", "1") == 3
+    assert "--timeout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["provision", "token", "reset"])
+def test_settings_that_a_running_service_does_not_see_are_refused(
+    verb: str, hung_service: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--yes"] if verb == "reset" else []
+    assert hung_service.run(verb, *words, "--set", "id_scope=0ne99999999") == 2
+    assert "--set id_scope: the service that runs has settings of its own" in capsys.readouterr().err
+
+
+def test_the_status_of_a_running_service_says_what_it_does_not_see(
+    hung_service: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hung_service.run("status", "--set", "id_scope=0ne99999999") == 0
+    assert "--set id_scope: the service that runs" in capsys.readouterr().err
+    assert hung_service.run("status", "--set", f"state_dir={hung_service.state_dir}") == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_flags_before_and_after_the_verb_both_count(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
@@ -389,6 +453,25 @@ def test_an_assignment_for_other_settings_is_exit_3(desk: Desk, capsys: pytest.C
     assert "0ne99999999" in answer["reason"]
 
 
+def test_a_record_without_a_whole_copy_is_damaged_not_absent(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    desk.assign()
+    for slot in (0, 1):
+        path = Path(desk.state_dir) / f"identity.{slot}"
+        content = path.read_bytes() if path.exists() else b""
+        path.write_bytes(content[:8] + b"rust" + content[12:])
+    for words, exit_status in ((["status"], 3), (["token"], 1)):
+        assert desk.run(*words, "--json") == exit_status, words
+        error = document(capsys.readouterr().out)["error"]
+        assert (error["code"], "damaged" in error["message"]) == ("record.damaged", True), words
+    desk.run("check", "--offline", "--only", "record", "--json")
+    found = {check["id"]: check for check in document(capsys.readouterr().out)["checks"]}["record"]
+    assert (found["result"], "damaged" in found["detail"]) == ("warning", True)
+    assert desk.run("reset", "--yes", "--json") == 0
+    capsys.readouterr()
+    assert desk.run("status", "--json") == 3
+    assert document(capsys.readouterr().out)["error"]["code"] == "record.absent"
+
+
 def test_a_damaged_record_is_exit_3(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     desk.store.commit(IDENTITY, b"{}" + bytes(32))
     assert desk.run("status", "--json") == 3
@@ -600,7 +683,9 @@ def test_reset_erases_after_a_yes_only(
     monkeypatch.setattr(sys, "stdin", stdin)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert desk.run("reset") == exit_status
-    assert HUB in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"hub '{HUB}', stored in {desk.state_dir}. Continue? [y/N] " in said
+    assert ("nothing was erased" in said and "[agent.declined]" in said) == (exit_status == 1)
     assert (desk.store.load(IDENTITY) is None) == (exit_status == 0)
 
 

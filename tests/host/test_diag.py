@@ -213,6 +213,7 @@ def test_a_file_that_exists_is_not_replaced(agent: RunningAgent) -> None:
     (agent.folder / "report").write_text("mine")
     ended = run(agent, "--output", "report", "--offline", "--json")
     assert (ended.returncode, json.loads(ended.stdout)["error"]["code"]) == (1, "agent.file")
+    assert "name a new file" in json.loads(ended.stdout)["error"]["message"]
     assert (agent.folder / "report").read_text() == "mine"
 
 

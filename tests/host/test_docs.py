@@ -260,7 +260,10 @@ def test_every_command_line_of_ours_is_one_that_the_program_takes(block: Block) 
 
 
 # What a document tells to do to the machine and no trial of the package or of the virtual machine does.
-ON_A_MACHINE_OF_ONES_OWN = ("python3 -m venv", "pip install", "export PATH", "usermod -aG", "apt-get update")
+ON_A_MACHINE_OF_ONES_OWN = (
+    *("python3 -m venv", "pip install", "export PATH", "usermod -aG", "apt-get update"),
+    *("ln -s /opt/", "install -D", "systemd-sysusers", "sed -i"),
+)
 TRIALS = ("dps_package", "vm")
 
 

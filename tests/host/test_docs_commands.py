@@ -1,7 +1,7 @@
 """Every command in the documents is run, or says why not: against the emulator, with swtpm or the simulator as TPM.
 
 One shell runs all blocks of a document in their order, in one folder. Ports and folders of the system are replaced by
-free ones, a service that is started in the background is awaited as a reader would, and nothing else is changed.
+free ones; nothing else is changed, and no block is waited for but by its own lines: they can be pasted one by one.
 """
 
 import contextlib
@@ -25,11 +25,7 @@ from support.documents import CHECKOUT, DOCUMENTS, REASONS, Block, blocks_of, co
 from support.swtpm import free_port_pair
 
 DEADLINE_S = 180
-AWAIT_S = 30
 KINDS = ("run", "file", "output", "shown")
-# What a program says when it is ready, for those that documents start in the background.
-READY = {"dps-emulator": "hubs on mqtts", "dps-agent": "connected to"}
-_REDIRECTED = re.compile(r">+ ?([^\s&]+)")
 
 PRELUDES = {
     # A device as the package leaves it: settings in /etc, the service running, swtpm for its TPM.
@@ -140,13 +136,7 @@ class Desk:
             program = self.folder / f".program{number}.py"
             program.write_text(text)
             text = f"python {program}\n"
-        waits = [
-            shlex.join(["await", word, str(out), *_REDIRECTED.findall(line)])
-            for line in commands_of(block._replace(text=text))
-            for program, word in READY.items()
-            if line.endswith("&") and re.search(rf"\b{program}\b.* (serve|run)\b", line)
-        ]
-        return "\n".join([f"BLOCK={block.place}", f"{{\n{text}}} >{out} 2>&1 </dev/null", *waits])
+        return f"BLOCK={block.place}\n{{\n{text}}} >{out} 2>&1 </dev/null"
 
     def _printed(self, number: int) -> str | None:
         path = self.folder / f".out{number}"
@@ -162,20 +152,11 @@ class Desk:
                 os.kill(int(path.read_text()), signal.SIGKILL)
 
 
-_SCRIPT_HEAD = f"""
+_SCRIPT_HEAD = """
 BLOCK="the beginning"
 trap 'echo "exit status $? in line $LINENO of the script, $BLOCK: $BASH_COMMAND"; exit 1' ERR
 trap 'for job in $(jobs -p); do kill $job; wait $job; done 2>/dev/null' EXIT
 set -E
-await() {{
-    local word=$1 left={AWAIT_S * 10}
-    shift
-    until grep -qs -- "$word" "$@"; do
-        sleep 0.1
-        left=$((left - 1))
-        if ! kill -0 $! || test $left -eq 0; then return 1; fi
-    done
-}}
 """
 
 
@@ -213,8 +194,10 @@ def test_a_command_that_fails_is_noticed_wherever_it_stands(desk: Desk) -> None:
 
 
 def test_a_service_that_does_not_come_up_is_noticed(desk: Desk) -> None:
+    text = next(found.text for found in blocks_of(CHECKOUT / "README.md") if "dps-emulator serve" in found.text)
+    text = text.replace("serve", "serve --no-such-option").replace("timeout 30", "timeout 2")
     with pytest.raises(AssertionError, match="failed"):
-        desk.run([block("dps-emulator serve --port 8443 --no-such-option &\n")])
+        desk.run([block(text)])
 
 
 def test_the_blocks_of_a_document_share_folder_variables_and_files(desk: Desk) -> None:

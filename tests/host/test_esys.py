@@ -647,7 +647,8 @@ def test_a_service_is_told_how_its_unit_gets_the_group(monkeypatch: pytest.Monke
 
 def test_without_the_package_the_operator_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tpm2_pytss", None)
-    assert_refused(lambda: EsysTpm("device:/dev/tpmrm0"), AskOperator, "tpm.not_available")
+    error = assert_refused(lambda: EsysTpm("device:/dev/tpmrm0"), AskOperator, "tpm.not_available")
+    assert "the extra 'tpm' has it" in error.message
 
 
 def test_importing_the_module_does_not_import_the_library() -> None:

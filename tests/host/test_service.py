@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -511,6 +512,19 @@ def test_our_own_bug_in_a_command_ends_the_service(tmp_path: Path, monkeypatch: 
         list(service._obey())
 
 
+def test_the_socket_is_named_so_that_it_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    service = bare_service(Path("."))
+    shown: list[Any] = []
+    monkeypatch.setattr(service, "_api", SimpleNamespace(show=shown.append))
+    service._begin_life()
+    service._show("starting", None)
+    assert shown[-1].status["socket"] == f"{tmp_path}/run/api.sock"
+    assert shown[-1].status["stateDir"] == f"{tmp_path}/state"
+
+
 def test_an_id_of_the_life_before_means_nothing_in_the_next_one(tmp_path: Path) -> None:
     service = bare_service(tmp_path)
     service._life.serial, service._life.dps_not_before_s = 7, 1e9
@@ -563,6 +577,7 @@ def test_sighup_with_other_settings_goes_on_with_them(agent: RunningAgent, emula
     agent.settings.write_text(agent.text.replace(f'"{DEVICE}"', '"press-08"'))
     agent.send(signal.SIGHUP)
     agent.await_status(lambda found: found["connected"] and found["deviceId"] == "press-08", "press-08")
+    agent.await_text(f"; the device leaves {HUB}: the stored assignment is for registration_id '{DEVICE}'")
     status, took_s = agent.end()
     assert (status, took_s < 2) == (0, True)
 

@@ -3,8 +3,8 @@
 `main` takes the paths of the settings and of the flash, and words: `seconds=N` ends the life at the latest after N s;
 `token_life=N` makes tokens that live so many seconds; `early` publishes before the start; `every=MS` is the time
 between two measurements; `heap` samples the heap in use; `rtc=FILE` is where to write the time when the agent sets the
-clock; `full` lets the heap have no room for the logic once, when it is connected. The methods `echo`, `slow` (a coroutine), `broken` and `stop` are answered. Prints a JSON line for each
-state, and a last one with the sums.
+clock; `full` lets the heap have no room for the logic once, when it is connected. The methods `echo`, `slow` (a
+coroutine), `broken` and `stop` are answered. Prints a JSON line for each state, and a last one with the sums.
 """
 
 import asyncio
@@ -83,9 +83,9 @@ class Program:
             return 404, {"message": f"there is no method '{name}'"}
         return 200, value
 
-    def on_desired(self, version: int, properties: "dict[str, Any]", whole: bool) -> None:
+    def on_desired(self, version: int, properties: "dict[str, Any] | None", whole: bool) -> None:
         """Remembers the last ones."""
-        self.desired.append([version, properties.get("rate"), whole])
+        self.desired.append([version, "?" if properties is None else properties.get("rate"), whole])
         del self.desired[:-2]
 
     async def stop(self) -> None:

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     started_s = time.monotonic()
     timeout_s = arguments.timeout or configuration.retry.registration_budget_s + 60
     force = "true" if arguments.force else "false"
-    answer = ask_service(configuration, f"/command/provision?force={force}", timeout_s, "agent.out_of_time")
+    answer = ask_service(configuration, f"/command/provision?force={force}", timeout_s)
     if answer is not None:
         own = {
             "backend": configuration.tpm.backend,

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
         _ask(found, configuration.state_dir, arguments.json)
     lines = [f"erased {text}" for text in found.values()] or ["nothing was stored"]
     document = {"erased": list(found), "stateDir": configuration.state_dir, "backend": configuration.tpm.backend}
-    if ask_service(configuration, "/command/reset", 60) is not None:
+    if ask_service(configuration, "/command/reset") is not None:
         return Outcome([*lines, "the service that runs registers the device again"], document)
     warnings = _withdraw_key(configuration, store)
     lines += [f"warning: {warning}" for warning in warnings]

@@ -16,13 +16,12 @@ UNSEEN = "the service that runs has settings of its own; change its files and re
 _FINDS_THE_SERVICE = ("state_dir", "runtime_dir")
 
 
-def ask_service(
-    configuration: Configuration, path: str, timeout_s: float = ANSWER_LIMIT_S, late_code: str = "agent.not_running"
-) -> dict[str, Any] | None:
+def ask_service(configuration: Configuration, path: str, timeout_s: float | None = None) -> dict[str, Any] | None:
     """POSTs to the socket of the service that runs and returns its answer; None where none runs, or has no socket.
 
-    Raises what the service answered as an error; RetryLater `late_code` where it does not in time; AskOperator
-    `agent.denied` for who may not use the socket; UsageError for settings on the command line, which it does not see.
+    Raises what the service answered as an error; RetryLater `agent.out_of_time` where it does not within `timeout_s`,
+    None for a time in which one that is well answers, else `agent.not_running`; AskOperator `agent.denied` for who may
+    not use the socket; UsageError for settings on the command line, which the service does not see.
     """
     from dps_agent.host.statefile import read_live
 
@@ -31,10 +30,12 @@ def ask_service(
         return None
     if unseen := unseen_settings(configuration):
         raise UsageError(f"--set {unseen[0]}: {UNSEEN}")
+    limit_s = ANSWER_LIMIT_S if timeout_s is None else timeout_s
     try:
-        answer = _post(live["socket"], path, timeout_s)
+        answer = _post(live["socket"], path, limit_s)
     except TimeoutError:
-        raise RetryLater(late_code, f"the service did not answer within {timeout_s:g} s") from None
+        code = "agent.not_running" if timeout_s is None else "agent.out_of_time"
+        raise RetryLater(code, f"the service did not answer within {limit_s:g} s") from None
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
             text = f"the service runs, and its socket {live['socket']} is not open to user {os.geteuid()}"
