@@ -869,5 +869,6 @@ def _load_tpm2_pytss() -> Any:
     try:
         import tpm2_pytss
     except ImportError as error:
-        raise AskOperator("tpm.not_available", f"the package tpm2-pytss cannot be loaded: {error}; the extra 'tpm' has it") from None
+        text = f"the package tpm2-pytss cannot be loaded: {error}; the extra 'tpm' has it"
+        raise AskOperator("tpm.not_available", text) from None
     return tpm2_pytss

@@ -235,7 +235,8 @@ class SimulatedTpm:
             from cryptography.hazmat.primitives import serialization
             from cryptography.hazmat.primitives.asymmetric import rsa
         except ImportError:
-            raise AskOperator("tpm.not_available", "the simulated TPM needs the package 'cryptography', which the extra 'simulator' has") from None
+            text = "the simulated TPM needs the package 'cryptography', which the extra 'simulator' has"
+            raise AskOperator("tpm.not_available", text) from None
 
         path = os.path.join(self._folder, name)
         if not os.path.exists(path):

@@ -96,7 +96,8 @@ class Life:
         if payload not in self.current:
             assert self.damaged, f"{payload!r} without damage, expected one of {self.current}"
             assert payload is None or payload in self.earlier, f"{payload!r} is older than {self.earlier}"
-            assert payload is None or (found is not None and found.rolled_back), f"{payload!r} is not reported as rolled back"
+            reported = found is not None and found.rolled_back
+            assert payload is None or reported, f"{payload!r} is not reported as rolled back"
             event("rolled back" if payload else "lost by damage")
             self.earlier |= self.current
             self.current = self.current | {payload}
