@@ -46,8 +46,11 @@ class BelievedTime:
         self._proposed: _Time | None = None
 
     def propose(self, now_s: int, uptime_s: int, source: str) -> bool:
-        """Takes `now_s` for the next handshake; False, and nothing changes, where it is out of bounds."""
-        if not self.floor_s <= now_s <= self.ceiling_s:
+        """Takes `now_s` for the next handshake; False, and nothing changes, where it is out of bounds.
+
+        What was believed before may have run ahead of it by as much as two peers may differ.
+        """
+        if not self.floor_s - AGREEMENT_S <= now_s <= self.ceiling_s:
             return False
         self._proposed = _Time(now_s, uptime_s, source)
         return True

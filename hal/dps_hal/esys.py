@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from dps_hal.activation import Activation, parse_activation
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
 from dps_hal.errors import AskOperator, DpsError, RetryLater
+from dps_hal.tpm_device import is_managed, open_device
 from dps_hal.tpm_errors import (
     LAYER_ESYS,
     LAYER_MARSHALLING,
@@ -77,7 +78,6 @@ from dps_hal.tpm_upkeep import (
     template_of,
     without_padding,
 )
-from dps_hal.wire.device import is_managed, open_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

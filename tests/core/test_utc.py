@@ -49,7 +49,7 @@ def test_a_verified_handshake_confirms_the_proposal_and_raises_the_floor() -> No
     assert time.verified(TODAY + 10, 110)
     assert time.utc(200) == (TODAY + 100, True, "ntp")
     assert time.floor_s == TODAY + 10
-    assert not time.propose(TODAY, 200, "ntp"), "below the floor"
+    assert not time.propose(TODAY - AGREEMENT_S + 9, 200, "ntp"), "below the floor"
 
 
 def test_a_peer_without_date_confirms_no_proposal_and_raises_no_floor() -> None:
@@ -84,10 +84,17 @@ def test_without_a_date_a_new_time_does_not_replace_the_one_that_is_believed() -
 
 def test_times_outside_the_bounds_are_not_even_tried() -> None:
     time = believed(TODAY)
-    for now_s in (0, BUILT, TODAY - 1, ROOTS_END + 1, 2**33):
+    for now_s in (0, BUILT, TODAY - AGREEMENT_S - 1, ROOTS_END + 1, 2**33):
         assert not time.propose(now_s, 100, "ntp"), now_s
     assert time.for_handshake_s(100) == TODAY
     assert time.propose(TODAY, 100, "ntp") and time.propose(ROOTS_END, 100, "ntp")
+
+
+def test_a_start_right_after_another_may_find_the_time_a_little_behind_what_that_one_believed() -> None:
+    for behind_s in (1, AGREEMENT_S):
+        time = believed(TODAY)
+        assert time.propose(TODAY - behind_s, 100, "ntp") and time.verified(TODAY - behind_s, 100)
+        assert time.utc(100) == (TODAY - behind_s, True, "ntp") and time.floor_s == TODAY, behind_s
 
 
 def test_a_refused_proposal_is_dropped_and_the_one_before_is_tried() -> None:

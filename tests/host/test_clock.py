@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_what_the_kernel_says_counts(
             return answer
 
     monkeypatch.setattr(clock, "_TIMESYNCD_SAYS_SO", str(tmp_path / "absent"))
-    monkeypatch.setattr(clock.ctypes, "CDLL", Kernel)
+    monkeypatch.setattr(ctypes, "CDLL", Kernel)
     assert is_synchronised() is synchronised
 
 

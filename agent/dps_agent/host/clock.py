@@ -1,6 +1,5 @@
 """The clock of a Linux host."""
 
-import ctypes
 import math
 import os
 import time
@@ -84,5 +83,7 @@ def is_synchronised() -> bool:
     """
     if os.path.exists(_TIMESYNCD_SAYS_SO):
         return True
+    import ctypes
+
     answer: int = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_SIZE))
     return answer not in (_TIME_ERROR, -1)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.ioctl import write_request
-from dps_hal.wire.device import open_device
+from dps_hal.tpm_device import open_device
 from dps_hal.wire.spi import SpiBus
 from dps_hal.wire.tis import TisTransport
 

@@ -16,8 +16,8 @@ from dps_hal.codes import REMEDIES
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.platform import hmac_sha256, random_bytes, same_bytes
 from dps_hal.self_challenge import make_activation
+from dps_hal.tpm_device import absent
 from dps_hal.tpm_keys import has_no_da, object_name, registration_id_from_ek
-from dps_hal.wire.device import absent
 
 if TYPE_CHECKING:
     from dps_agent.host.checks.device import Device
