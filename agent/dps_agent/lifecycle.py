@@ -21,7 +21,7 @@ from dps_agent.backoff import (
 )
 from dps_agent.effects import Commit, LoadRecord, Random, ReadEndorsementKey, Sleep, Uptime, UtcNow
 from dps_agent.settings import AUTO
-from dps_agent.utc import LONGEST_STEP_S
+from dps_agent.utc import CERTIFICATE, LONGEST_STEP_S
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.platform import from_json, to_json
@@ -158,6 +158,7 @@ class Lifecycle:
         self._failures = 0  # connections in a row that did not last
         self._refusals = 0  # of fresh tokens in a row
         self._refused = False  # the hub does not take this identity any more
+        self._waited_for_dps = False  # and a registration has failed since, whose wait comes before the next connection
         self._gone_since_s: float | None = None  # when the hub's name was first not found
         self._connects_begun = 0  # in a row, none of them steady yet; also those of earlier lives
         self._connect_counted = False  # this life has stored one
@@ -182,7 +183,7 @@ class Lifecycle:
         wait_first = self.attempts > 0 and not once
         while True:
             if self.state == BOOT:
-                event = yield from self._boot(wait_first)
+                event = yield from self._boot(wait_first, once)
                 wait_first = False
             elif self.state == PROVISIONING:
                 event = yield from self._provision(once)
@@ -215,7 +216,7 @@ class Lifecycle:
             "registrationCode": self.registration_error.code if self.registration_error else "",
         }
 
-    def _boot(self, wait_first: bool) -> "Generator[Effect, Any, str]":
+    def _boot(self, wait_first: bool, once: bool) -> "Generator[Effect, Any, str]":
         try:
             stored: StoredRecord | None = yield LoadRecord(IDENTITY)
             self.rolled_back = stored is not None and stored.rolled_back
@@ -238,6 +239,11 @@ class Lifecycle:
         if wait_first:
             yield from self._back_off()
             self.reason = f"{self.attempts} registrations failed before this start"
+            return FAILED_BEFORE
+        now_s: float = yield Uptime()
+        if not once and not self._uncommitted and now_s < self.dps_not_before_s:
+            yield from self._back_off()
+            self.reason = "DPS asked for patience"
             return FAILED_BEFORE
         return REGISTER
 
@@ -289,7 +295,12 @@ class Lifecycle:
             if error.code == "store.too_large":
                 self._uncommitted = None  # it will never fit; a later registration may bring a smaller one
             event = yield from self._failed(error)
-            if self._connects and self.assignment and not self._refused and not self._uncommitted:
+            if self._connects and self.assignment and not self._uncommitted:
+                if self._refused:  # after the wait the hub is asked once more: it may have changed its mind
+                    self._refused = False
+                    self._waited_for_dps = True
+                    self._refusals = REFUSALS_LIMIT - 1
+                    return event
                 self.registration_error = error
                 self.retry_after_s = None
                 self._connect_delay_s = yield from exponential_s(1, HUB_FIRST_S, HUB_LIMIT_S)
@@ -301,7 +312,7 @@ class Lifecycle:
         self.committed = True
         self.reason = f"assigned to {self.assignment.assigned_hub}"
         self.registration_error = None
-        self._refused = False
+        self._refused = self._waited_for_dps = False
         self._refusals = self._failures = 0
         self._gone_since_s = None
         spread: float = yield Random()
@@ -434,7 +445,8 @@ class Lifecycle:
                 self._refusals += 1
             if self._refusals >= REFUSALS_LIMIT:
                 self._refused = True
-                if not self.attempts and now_s >= max(self._not_before_s, self.dps_not_before_s):
+                waited, self._waited_for_dps = self._waited_for_dps or not self.attempts, False
+                if waited and now_s >= max(self._not_before_s, self.dps_not_before_s):
                     return REGISTER
                 yield from self._back_off()
                 return FAILED_BEFORE
@@ -513,7 +525,7 @@ class Lifecycle:
             after_restart_s = exponential_floor_s(before.attempts, WAITING_FIRST_S, WAITING_LIMIT_S)
             wanted = error.retry_after_s > max(left_s, after_restart_s)
         if wanted:
-            yield from self._store_progress(error, halted)
+            yield from self._store_progress(error, halted, self.retry_after_s)
         return ASK if halted else RETRY
 
     def _begin_attempt(self) -> "Generator[Effect, Any, None]":
@@ -526,7 +538,7 @@ class Lifecycle:
         self._begun = True
         first, self._counted = not self._counted, True
         if first or self._doubled():
-            refusal = yield from self._store_progress(INTERRUPTED, False)
+            refusal = yield from self._store_progress(INTERRUPTED, False, self.retry_after_s or 0)
             if isinstance(refusal, AskOperator) or (refusal and refusal.code == "store.full"):
                 raise refusal
 
@@ -543,9 +555,14 @@ class Lifecycle:
             yield from self._succeeded()
 
     def _succeeded(self) -> "Generator[Effect, Any, None]":
+        """What failed is forgotten, but for the patience that DPS asked for."""
         self.attempts = 0
-        if self._progress and self._progress.attempts:
-            yield from self._store_progress(None, False)
+        last = self._progress
+        if last and last.attempts:
+            now_s: float = yield Uptime()
+            left_s = max(int(self.dps_not_before_s - now_s + 0.999), 0)
+            patience = RetryLater(last.code, last.message) if left_s and last.code in PATIENCE_CODES else None
+            yield from self._store_progress(patience, False, left_s if patience else 0)
 
     def _load_progress(self) -> "Generator[Effect, Any, None]":
         try:
@@ -563,14 +580,16 @@ class Lifecycle:
             self._connects_begun = self._progress.connects
             self._failures = max(self._connects_begun - 1, 0)  # one may be a restart that nothing led to
 
-    def _store_progress(self, error: "DpsError | None", halted: bool) -> "Generator[Effect, Any, DpsError | None]":
+    def _store_progress(
+        self, error: "DpsError | None", halted: bool, delay_s: int
+    ) -> "Generator[Effect, Any, DpsError | None]":
         """Stores why and how often it failed; returns the store's error if that could not be done."""
         now: Utc = yield UtcNow()
         believed_s = self._progress.last_believed_s if self._progress else 0
-        if now.believable:
+        if now.believable and now.source != CERTIFICATE:
             believed_s = min(now.now_s, believed_s + LONGEST_STEP_S) if believed_s else now.now_s
         code, message = (error.code, error.message) if error else ("", "")
-        delay_s, connects = self.retry_after_s or 0, self._progress.connects if self._progress else 0
+        connects = self._progress.connects if self._progress else 0
         progress = Progress(self.attempts, delay_s, believed_s, halted, code, message[:MESSAGE_LIMIT], connects)
         try:
             yield Commit(PROGRESS, encode_progress(progress))

@@ -126,6 +126,7 @@ class Session:
         self._twin_request = ""  # the one that waits for an answer
         self._twin_at_s = 0.0  # its end, or when to ask again
         self._asked_whole = False  # it asks for the twin, else it reports
+        self._older_twins = 0  # in a row, than the newest patch
         self._newest_version = 0  # of the desired properties, as the hub named it in a patch
         self._twin_known = False
         self._reported = False
@@ -391,6 +392,7 @@ class Session:
         if _query_value(query, "$rid") != self._twin_request or not self._twin_request:
             return
         self._twin_request = ""
+        older_before = self._older_twins
         done = status in ("200", "204")
         if not self._asked_whole:
             self._reported = done
@@ -399,7 +401,8 @@ class Session:
         if self._asked_whole:
             self._twin_known = done
         now_s: float = yield Uptime()
-        self._twin_at_s = now_s if done else now_s + TWIN_AGAIN_S
+        at_once = done or (older_before, self._older_twins) == (0, 1)
+        self._twin_at_s = now_s if at_once else now_s + TWIN_AGAIN_S
 
     def _take_whole_twin(self, payload: "bytes | None") -> "Generator[Effect, Any, bool]":
         """Whether `payload` is a twin, no older one than the patches of this connection, and was taken.
@@ -419,8 +422,12 @@ class Session:
             return told
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return False
-        if not isinstance(version, int) or version < self._newest_version:
+        if not isinstance(version, int):
             return False
+        if version < self._newest_version:  # a patch came meanwhile: once more, at once
+            self._older_twins += 1
+            return False
+        self._older_twins = 0
         if version != self._desired_version:
             taken: bool = yield Tell(Desired(version, text, True))
             if not taken:

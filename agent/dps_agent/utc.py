@@ -27,6 +27,7 @@ else:
     _Time = namedtuple("_Time", ("now_s", "uptime_s", "source"))
 
 AGREEMENT_S = 300  # between our time and a peer's Date; as much as a refused token blames on the clock
+CERTIFICATE = "certificate"  # `Utc.source` of a time that nothing else vouches for: good for a token, no floor
 LONGEST_STEP_S = 400 * 86400  # a server's certificate is valid for 398 days: CA/Browser Forum BR, 6.3.2
 
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")

@@ -207,10 +207,13 @@ class EsysTpm:
     def release(self) -> None:
         """As `Tpm.release`: nothing of ours stays in the TPM but EK and SRK."""
         self.creates_key = False
-        if self._esapi is None:
-            return
-        self._until_s = time.monotonic() + RELEASE_LIMIT_S
-        self._tidy_and_close()
+        for _ in range(2):  # where the connection was lost, a second one does what is left
+            if self._esapi is not None or self._orphans or self._shutdown_due:
+                self._until_s = time.monotonic() + RELEASE_LIMIT_S
+                with contextlib.suppress(RefusedError, DpsError):  # nobody can act on it; the next connection tries
+                    self._open()
+                if self._esapi is not None:
+                    self._tidy_and_close()
 
     def _tidy_and_close(self) -> None:
         """Flushes what is held, as long as this operation may resend, and ends the connection."""
@@ -222,11 +225,6 @@ class EsysTpm:
         with contextlib.suppress(RefusedError):
             self._flush_lost()
         self._close()
-        if self._orphans:  # the connection was lost: one more, for them alone
-            with contextlib.suppress(RefusedError, DpsError):
-                self._open()
-            if self._esapi is not None:
-                self._close()
 
     def _announce_power_off(self) -> None:
         """Shutdown(CLEAR) where a power cut that nobody announced would count as a failed guess."""

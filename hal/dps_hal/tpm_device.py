@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from dps_hal.errors import DpsError
 
+_UNMAPPED_GID = 65534  # of any group that is not mapped into a user namespace, such as a unit's PrivateUsers makes
 _NOT_THERE = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
 
 
@@ -65,6 +66,13 @@ def _denied(path: str) -> str:
     group = _name_of(node.st_gid, lambda number: grp.getgrgid(number).gr_name)
     user = _name_of(os.geteuid(), lambda number: pwd.getpwuid(number).pw_name)
     seen = f"{user} may not open {path} ({stat.filemode(node.st_mode)}, owner {owner}, group {group})"
+    if os.geteuid() == 0:
+        return f"{seen}, though root may do all; look at the container's devices or the service's sandbox (DeviceAllow)"
+    if node.st_gid == _UNMAPPED_GID and "INVOCATION_ID" in os.environ:
+        return (
+            f"{seen}; which group that is, this unit cannot see: if 'ls -l {path}' shows another one than tss, put it"
+            f" in SupplementaryGroups= with 'sudo systemctl edit dps-agent'; else look at DeviceAllow"
+        )
     if node.st_mode & 0o060 == 0o060 and node.st_gid != 0 and node.st_gid not in (os.getegid(), *os.getgroups()):
         return f"{seen}; {_join(group, user)}"
     managed = path.replace("/dev/tpm", "/dev/tpmrm")

@@ -107,8 +107,8 @@ class Link:
         for place, (family, kind, protocol, _, address) in enumerate(addresses):
             left_ms = self._limit_ms - ms_since(self._started_ms)
             share_ms = left_ms // (len(addresses) - place)  # a silent address leaves the next ones their time
-            self._socket = socket.socket(family, kind, protocol)
             try:
+                self._socket = socket.socket(family, kind, protocol)
                 self._socket.setblocking(False)
                 try:
                     self._socket.connect(address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import errno
 import socket
 import ssl
 import threading
@@ -67,6 +68,24 @@ def test_a_silent_address_leaves_the_next_one_its_time(monkeypatch: pytest.Monke
         assert failed.value.reason == "connect", "the second one was tried"
         for each in waiting:
             each.close()
+
+
+def test_a_board_without_room_for_a_socket_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: int) -> Any:
+        raise OSError(errno.ENOMEM, "no PCB left")
+
+    there = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (LOOPBACK, 9))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_arguments: there)
+    link = Link([])
+    link.begin(2000)
+
+    async def reach() -> None:
+        monkeypatch.setattr(socket, "socket", full)
+        await link.open(ENDPOINT_NAME, 443, ENDPOINT_NAME)
+
+    with pytest.raises(FailedError) as failed:
+        asyncio.run(reach())
+    assert failed.value.reason == "connect" and "error 12" in str(failed.value.args)
 
 
 def test_two_requests_take_one_handshake_and_arrive_whole(desk: Desk) -> None:

@@ -23,6 +23,7 @@ from dps_agent.lifecycle import (
     encode_progress,
 )
 from dps_agent.settings import KEEP_ALIVE_S, TOKEN_LIFE_S
+from dps_agent.utc import CERTIFICATE
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, IdentityStale, RetryLater
 from dps_hal.platform import from_json
@@ -31,6 +32,7 @@ from support.world import HUB, NOW_S, World, calls, catch, error_reply, settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 SECOND_HUB = "second.azure-devices.net"
@@ -478,6 +480,53 @@ def test_what_dps_asked_for_is_known_after_a_restart_and_what_we_chose_is_no_wis
         assert (life.dps_not_before_s > world.uptime_s + 2000) is patience, code
 
 
+def test_dps_asked_for_patience_and_neither_a_restart_nor_a_good_hub_ends_that() -> None:
+    world = provisioned()
+    start_s = world.uptime_s
+    world.dps.script = [error_reply(429, 429001, retry_after="7200")]
+    world.at(start_s + 60, lambda: world.hub.call(world.uptime_s, "reprovision", "1"))
+    life = live(world, 1200)
+    assert life.state == CONNECTED and life.attempts == 0
+    world.at(world.uptime_s + 60, lambda: world.hub.call(world.uptime_s, "reprovision", "2"))
+    life = live(world, 300)
+    assert life.attempts == 0 and world.hub.answer_to("2") == ["429"] and len(world.dps.requests) == 1
+    live(world, 7200)
+    world.at(world.uptime_s + 60, lambda: world.hub.call(world.uptime_s, "reprovision", "3"))
+    live(world, 300)
+    assert world.hub.answer_to("3") == ["202"] and world.dps.registrations > 1
+
+
+def test_dps_asked_for_patience_and_no_lost_record_and_no_other_settings_end_that() -> None:
+    for lost, changed in ((True, {}), (False, {"id_scope": "0ne00999999"})):
+        world = provisioned()
+        world.dps.script = [error_reply(429, 429001, retry_after="7200")]
+        before = Lifecycle(settings())
+        world.at(world.uptime_s + 60, lambda world=world: world.hub.call(world.uptime_s, "reprovision", "1"))
+        live(world, 600, life=before)
+        if lost:
+            world.store.clear()
+        life = Lifecycle(settings(**changed))
+        life.dps_not_before_s = before.dps_not_before_s
+        seen: list[object] = []
+        world.at(
+            world.uptime_s + 5000,
+            lambda world=world, life=life, seen=seen: seen.extend((life.state, life.reason, len(world.dps.requests))),
+        )
+        live(world, 8000, life=life)
+        assert seen == [WAITING, "DPS asked for patience", 1], changed
+        assert life.state == CONNECTED, changed
+
+
+def test_a_time_that_only_a_certificate_vouches_for_is_no_floor_of_the_next_start() -> None:
+    for source, stored in (("date", True), (CERTIFICATE, False)):
+        world = World()
+        world.utc_source = source
+        world.dps.script = [error_reply(503, 0)]
+        live(world, 10)
+        progress = decode_progress(world.store[PROGRESS])
+        assert progress and bool(progress.last_believed_s) is stored, source
+
+
 def test_dps_asked_for_patience_survives_a_restart_at_a_hub_that_refuses() -> None:
     world = provisioned()
     world.hub.script = [5] * 100
@@ -551,9 +600,8 @@ def test_a_hub_that_cannot_be_reached_is_not_gone() -> None:
     assert world.dps.requests == [], "it was found in between"
 
 
-def fleet_after_an_outage(reason: str, lasts_s: int, dps_too: bool, spread_s: int = 0) -> "list[World]":
-    """A fleet that finds neither hub nor (where that is so) DPS for a while, two hours later."""
-    fleet = []
+def fleet_after_an_outage(reason: str, lasts_s: int, dps_too: bool, spread_s: int = 0) -> "Iterator[World]":
+    """A fleet that finds neither hub nor (where that is so) DPS for a while, two hours later; one after the other."""
     for seed in range(60):
         world = provisioned()
         world.random = seed / 60
@@ -582,8 +630,7 @@ def fleet_after_an_outage(reason: str, lasts_s: int, dps_too: bool, spread_s: in
         world.at(start_s + 700 + lasts_s + 10 * seed, end)
         life = live(world, 700 + lasts_s + 7200, spread_s)
         assert life.state == CONNECTED, (seed, life.reason)
-        fleet.append(world)
-    return fleet
+        yield world
 
 
 def test_no_device_registers_again_after_its_network_had_no_names_for_a_while() -> None:
@@ -594,8 +641,8 @@ def test_no_device_registers_again_after_its_network_had_no_names_for_a_while() 
                 assert world.commits.count(PROGRESS) < 20, world.commits
     for world in fleet_after_an_outage("dns: try again", 2700, False):
         assert world.dps.requests == [], "a resolver that does not answer says nothing about the hub"
-    asked = [world for world in fleet_after_an_outage("not_found: no such name", 2700, False) if world.dps.requests]
-    assert len(asked) > 50, "a hub that is really gone"
+    asked = sum(bool(world.dps.requests) for world in fleet_after_an_outage("not_found: no such name", 2700, False))
+    assert asked > 50, "a hub that is really gone"
 
 
 def test_a_registration_for_a_gone_hub_ends_at_once_where_dps_is_not_reached() -> None:
@@ -666,14 +713,32 @@ def test_a_reprovision_that_fails_goes_back_to_the_old_identity_and_says_why() -
         assert max([delay_s for delay_s, _ in world.sleeps]) <= 10, "the old identity waited for DPS"
 
 
-def test_a_refused_identity_is_not_gone_back_to() -> None:
+def test_a_refused_identity_is_gone_back_to_once_for_each_wait_for_dps() -> None:
+    world = provisioned()
+    world.hub.script = [5] * 5
+    world.dps.script = [error_reply(404, 404201)] * 100
+    life = live(world, 5 * HALTED_S)
+    assert life.state == CONNECTED and life.attempts == 0, "the hub takes it again, whatever DPS says"
+    assert [code for _, code in world.hub.connections][:6] == [5, 5, 5, 5, 5, 0]
+    assert len(world.dps.requests) == 4, "one for one"
+
+
+def test_a_hub_that_refused_while_dps_is_out_of_reach_gets_its_device_back() -> None:
     world = provisioned()
     world.hub.script = [5, 5]
-    world.dps.script = [error_reply(404, 404201)]
-    life = live(world, 1200)
-    assert life.state == HALTED and len(world.hub.connections) == 2
-    life = live(world, 1.6 * HALTED_S)
-    assert life.state == CONNECTED
+    world.dps.script = [NoReply("connect: unreachable", False)] * 10000
+    life = live(world, 2 * DAY_S)
+    assert life.state == CONNECTED and [code for _, code in world.hub.connections][:3] == [5, 5, 0]
+
+
+def test_a_hub_that_refuses_for_days_and_a_dps_out_of_reach_are_asked_in_turn() -> None:
+    world = provisioned()
+    world.hub.script = [5] * 10000
+    world.dps.script = [NoReply("connect: unreachable", False)] * 10000
+    live(world, 2 * DAY_S)
+    assert 24 < len(world.hub.connections) < 120, len(world.hub.connections)
+    assert len(world.dps.requests) > len(world.hub.connections)
+    assert world.commits.count(PROGRESS) < 20
 
 
 def test_a_refusal_of_long_ago_does_not_keep_the_device_from_its_newer_identity() -> None:

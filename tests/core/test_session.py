@@ -406,6 +406,17 @@ def test_a_twin_older_than_a_patch_is_not_believed() -> None:
     assert world.program.desired() == [(1, True), (3, True)]
 
 
+def test_a_patch_that_overtakes_the_first_twin_is_told_at_once() -> None:
+    world = provisioned()
+    hub, start_s = world.hub, world.uptime_s
+    hub.change_desired(world.uptime_s, "a", 1, False)
+    hub.broken_twin = b'{"desired":{"$version":1},"reported":{"$version":1}}'
+    world.at(start_s + 2, lambda: hub.change_desired(world.uptime_s, "b", 2))
+    world.at(start_s + 2.5, lambda: setattr(hub, "broken_twin", None))
+    live(world, 40)
+    assert world.program.desired()[-1] == (3, True), world.program.desired()
+
+
 def test_a_hub_that_cannot_answer_for_the_twin_is_asked_again_later() -> None:
     for statuses, longest_s in (([429, 500, 200, 500], 4), ([0, 0, 0], 3), ([400], 1)):
         world = provisioned()

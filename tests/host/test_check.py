@@ -247,6 +247,7 @@ def test_a_node_that_may_not_be_opened_names_the_command_that_helps(
 
     desk.configure(backend, "device:/dev/full")
     monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     status, found, _ = desk.check()
     assert (status, found["tpm-access"]["code"]) == (5, "tpm.denied")
     assert "usermod -aG" in found["tpm-access"]["detail"]

@@ -14,6 +14,7 @@ from dps_agent.host.clock import SystemClock, is_synchronised
 from dps_agent.host.runner import ConfirmClock, Runner
 from dps_agent.hub_effects import ConnAck, Connect
 from dps_agent.sas import SasToken
+from dps_agent.utc import CERTIFICATE
 from dps_hal.contracts import Utc
 
 NOW = 1_800_000_000
@@ -72,14 +73,41 @@ def test_a_plausible_time_is_a_proposal_until_ntp_or_a_peer_vouches_for_it(times
     assert SystemClock().is_confirmed()
 
 
-@pytest.mark.parametrize("date_s", [None, NOW, NOW - 300, NOW + 300])
-def test_a_verified_peer_that_does_not_disagree_confirms_the_system_s_time(times: Any, date_s: int | None) -> None:
+@pytest.mark.parametrize("date_s", [NOW, NOW - 300, NOW + 300])
+def test_a_verified_peer_that_does_not_disagree_confirms_the_system_s_time(times: Any, date_s: int) -> None:
     times()
     own = SystemClock(NOW - DAY)
     own.heard(date_s)
     assert own.utc() == Utc(NOW, True, "system")
     times(NOW + 50, uptime_s=150.0)
     assert own.utc() == Utc(NOW + 50, True, "system")
+
+
+def test_a_certificate_alone_is_good_for_a_token_while_nobody_moves_the_clock(times: Any) -> None:
+    times(NOW + 60 * DAY)
+    own = SystemClock(NOW - DAY)
+    own.heard(None)
+    assert own.utc() == Utc(NOW + 60 * DAY, True, CERTIFICATE) and not own.is_confirmed()
+    times(NOW + 60 * DAY + 50, uptime_s=150.0)
+    assert own.utc() == Utc(NOW + 60 * DAY + 50, True, CERTIFICATE)
+    times(NOW + 60 * DAY + 500, uptime_s=150.0)
+    assert_unconfirmed(own, NOW + 60 * DAY + 500)
+    times(NOW + 60, uptime_s=160.0)  # somebody has set it right
+    assert_unconfirmed(own, NOW + 60)
+    own.heard(NOW + 60)
+    assert own.utc() == Utc(NOW + 60, True, "system"), "no floor keeps the true time out"
+    own.heard(None)
+    assert own.utc() == Utc(NOW + 60, True, "system"), "a Date counts for more"
+
+
+def test_a_start_right_after_another_finds_its_time(times: Any) -> None:
+    times(NOW + 0.9, uptime_s=100.0)
+    own = SystemClock()
+    own.heard(NOW)
+    times(NOW + 1.1, uptime_s=102.0)  # both are whole seconds: the sum may be one ahead
+    again = SystemClock(own.utc().now_s)
+    again.heard(NOW + 1)
+    assert own.utc().now_s == NOW + 2 and again.utc() == Utc(NOW + 1, True, "system")
 
 
 def test_a_verified_date_takes_the_place_of_a_clock_that_nobody_keeps(times: Any) -> None:
@@ -228,7 +256,7 @@ def test_a_refused_token_makes_us_ask_what_time_it_is_where_nobody_keeps_the_clo
 @pytest.mark.parametrize(
     ("dps_answers", "hub", "hub_is_good", "asked", "source"),
     [
-        (True, "hub.example", True, ["TLS hub.example"], "system"),
+        (True, "hub.example", True, ["TLS hub.example"], CERTIFICATE),
         (True, "hub.example", False, ["TLS hub.example", "GET /"], "date"),
         (False, "hub.example", False, ["TLS hub.example", "GET /"], ""),
         (True, "", True, ["GET /"], "date"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.esys import EsysTpm
 from dps_hal.platform import hmac_sha256, random_bytes
 from dps_hal.self_challenge import make_activation
+from dps_hal.tpm_device import open_device
 from dps_hal.tpm_keys import RSA_BYTES, SIGN, USER_WITH_AUTH, check_ek_public, object_name, sized, take_sized, unwrap
 from dps_hal.tpm_upkeep import EK_CERTIFICATE_INDEX
-from dps_hal.wire.device import open_device
 from dps_hal.wire.sessions import SaltedSession
 from support import swtpm
 from support.backends import BACK_ENDS, OpenTpm
@@ -300,6 +301,22 @@ def test_nothing_is_left_in_the_tpm_after_a_lost_answer(machine: Swtpm, tap: Tpm
         register(tpm)
         tpm.release()
         assert machine.leftovers() == [], f"command={command} names={tap.names}"
+
+
+def test_release_flushes_what_two_lost_answers_left(machine: Swtpm, tap: TpmTap, open_tpm: OpenTpm) -> None:
+    tpm = open_tpm(tap.tcti)
+    wrapped_key = register(tpm)
+    tpm.release()
+    for command, size in (("HMAC", 7), ("SequenceUpdate", 3000)):
+        tap.forget()
+        tap.drop(command=command, after_execution=True)
+        tap.drop(command=command, after_execution=True, skip=1)
+        tpm = open_tpm(tap.tcti)  # a program that runs once
+        assert_refused(partial(tpm.sign, wrapped_key, bytes(size)), RetryLater, "tpm.absent")
+        tap.forget()
+        tpm.release()
+        assert machine.leftovers() == [], f"command={command} names={tap.names}"
+        tpm.release()
 
 
 # --- power cuts
@@ -592,7 +609,7 @@ def refuse_to_open(
     monkeypatch: pytest.MonkeyPatch, node: str, mode: int, group: str, groups: tuple[int, ...] = ()
 ) -> None:
     """Makes `node` a device of this mode and group that this user may not open."""
-    gid = {"root": 0}.get(group, 987654)
+    gid = {"root": 0, "nogroup": 65534}.get(group, 987654)
     real_stat = os.stat
 
     def refuse(path: str, flags: int) -> int:
@@ -604,9 +621,10 @@ def refuse_to_open(
         return real_stat(path, *arguments, **named)
 
     monkeypatch.delenv("INVOCATION_ID", False)
-    monkeypatch.setattr("dps_hal.wire.device.os.open", refuse)
-    monkeypatch.setattr("dps_hal.wire.device.os.stat", stat_of)
-    monkeypatch.setattr("dps_hal.wire.device.os.getgroups", lambda: list(groups))
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "stat", stat_of)
+    monkeypatch.setattr(os, "getgroups", lambda: list(groups))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr("grp.getgrgid", lambda number: grp.struct_group((group, "x", number, [])))
 
 
@@ -632,7 +650,7 @@ def test_what_helps_against_a_forbidden_device_depends_on_its_mode_and_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     refuse_to_open(monkeypatch, node, mode, group, groups)
-    monkeypatch.setattr("dps_hal.wire.device.os.path.exists", lambda path: path == "/dev/tpmrm9")
+    monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/tpmrm9")
     error = assert_refused(lambda: open_device(node), AskOperator, "tpm.denied")
     assert advice in error.message
     assert not_advice not in error.message
@@ -643,6 +661,21 @@ def test_a_service_is_told_how_its_unit_gets_the_group(monkeypatch: pytest.Monke
     monkeypatch.setenv("INVOCATION_ID", "0" * 32)
     error = assert_refused(lambda: open_device("/dev/tpmrm9"), AskOperator, "tpm.denied")
     assert "SupplementaryGroups=tss" in error.message and "usermod" not in error.message
+
+
+def test_a_service_that_cannot_see_the_group_is_told_how_to_look_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_to_open(monkeypatch, "/dev/tpmrm9", 0o660, "nogroup", (65534,))  # a user namespace maps tss alone
+    monkeypatch.setenv("INVOCATION_ID", "0" * 32)
+    error = assert_refused(lambda: open_device("/dev/tpmrm9"), AskOperator, "tpm.denied")
+    for word in ("ls -l /dev/tpmrm9", "SupplementaryGroups=", "DeviceAllow"):
+        assert word in error.message, word
+
+
+def test_root_is_not_sent_to_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_to_open(monkeypatch, "/dev/tpmrm9", 0o660, "tss")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    error = assert_refused(lambda: open_device("/dev/tpmrm9"), AskOperator, "tpm.denied")
+    assert "container" in error.message and "usermod" not in error.message
 
 
 def test_without_the_package_the_operator_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

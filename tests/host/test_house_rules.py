@@ -29,6 +29,7 @@ HOST_ONLY = {
     "simulator.py",
     "spidev.py",
     "tcti.py",
+    "tpm_device.py",
 }
 
 SHARED_AGENT = sorted(AGENT.glob("*.py"))

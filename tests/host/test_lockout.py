@@ -122,6 +122,21 @@ def test_a_cut_while_the_network_is_waited_for_does_not_count(device: Device, mo
     assert device.swtpm.property(LOCKOUT_COUNTER) == 0
 
 
+def test_after_two_lost_signatures_the_end_is_announced_all_the_same(device: Device) -> None:
+    device.provision(force=False)
+    for cut in range(MAXIMUM + 1):
+        device.tap.forget()
+        device.tap.drop(command="HMAC", after_execution=True)
+        device.tap.drop(command="HMAC", after_execution=True, skip=1)
+        with pytest.raises(RetryLater, match="TPM"):
+            device.provision()
+        assert device.tap.names[-1] == "Shutdown", f"cut={cut}: {device.tap.names}"
+        device.tap.forget()
+        assert device.swtpm.leftovers() == [], f"cut={cut}"
+        device.swtpm.restart()
+        assert device.swtpm.property(LOCKOUT_COUNTER) == 0, f"cut={cut}"
+
+
 def test_an_exempt_key_costs_no_shutdown_and_another_costs_one_for_each_signature(
     device: Device, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -271,6 +271,7 @@ class World:
         self.refuse: dict[str, list[DpsError | None]] = {}
         self.rolled_back = False
         self.effect_limit = EFFECT_LIMIT
+        self.utc_source = "the test"
         self.utc_error_s = 0  # how much later than the truth the device's clock is
         self.hubs = {HUB: FakeHub(HUB)}
         self.dps.hubs = self.hubs
@@ -369,7 +370,7 @@ class World:
         if isinstance(effect, Uptime):
             return self.uptime_s
         if isinstance(effect, UtcNow):
-            return Utc(self.utc_s() + self.utc_error_s, self.believable, "the test")
+            return Utc(self.utc_s() + self.utc_error_s, self.believable, self.utc_source)
         if isinstance(effect, Random):
             return self.random
         if isinstance(effect, ForgetOlder):

@@ -4,7 +4,7 @@ import math
 import os
 import time
 
-from dps_agent.utc import AGREEMENT_S, BelievedTime
+from dps_agent.utc import AGREEMENT_S, CERTIFICATE, BelievedTime
 from dps_hal.contracts import Utc
 
 _BUILD_FLOOR_S = 1_793_491_200  # 2026-11-01T00:00:00Z, this release: an earlier time is a clock that was never set
@@ -18,14 +18,16 @@ class SystemClock:
     """`dps_hal.contracts.Clock` by the kernel's clocks and the rule of `dps_agent.utc`.
 
     A clock that NTP keeps is believed. Any other is a proposal, such as a machine without battery makes from what it
-    remembers: a peer whose certificate was verified under it confirms it, or its Date takes its place. From then on the
-    time runs by the kernel's uptime, whatever becomes of the system's clock, until NTP keeps that.
+    remembers: a verified peer's Date confirms it or takes its place. From then on the time runs by the kernel's uptime,
+    whatever becomes of the system's clock, until NTP keeps that. A peer's certificate without a Date lets a token be
+    made, as long as nobody moves the clock: months are right for a certificate, so nothing else is built on them.
 
     `last_believed_s` is what an earlier run believed, 0 for nothing.
     """
 
     def __init__(self, last_believed_s: int = 0) -> None:
         self._time = BelievedTime(_BUILD_FLOOR_S, last_believed_s, _CEILING_S, _uptime_s())
+        self._certified: tuple[int, int] | None = None  # the time and uptime at which a certificate had its say
         self._agreed_at_s = -math.inf  # the uptime at which a peer's Date had its say
 
     def uptime_s(self) -> float:
@@ -42,6 +44,8 @@ class SystemClock:
         found = self._time.utc(uptime_s)
         if found.believable:
             return found
+        if self._certified and abs(now_s - self._certified[0] - (uptime_s - self._certified[1])) <= AGREEMENT_S:
+            return Utc(now_s, True, CERTIFICATE)
         return Utc(now_s, False, "the system, with nobody to confirm it,")
 
     def may_judge(self) -> bool:
@@ -58,13 +62,16 @@ class SystemClock:
         if not _is_plausible(now_s):
             return
         proposed = self._time.propose(now_s, uptime_s, "system")
-        if date_s is not None and (not proposed or abs(date_s - now_s) > AGREEMENT_S):
+        if date_s is None:
+            self._time.refused()
+            self._certified = (now_s, uptime_s) if proposed else None
+            return
+        if not proposed or abs(date_s - now_s) > AGREEMENT_S:
             self._time.refused()
             proposed = self._time.propose(date_s, uptime_s, "date")
         if proposed:
-            self._time.verified(now_s if date_s is None else date_s, uptime_s)
-            if date_s is not None:
-                self._agreed_at_s = uptime_s
+            self._time.verified(date_s, uptime_s)
+            self._agreed_at_s = uptime_s
 
 
 def _uptime_s() -> int:
