@@ -112,7 +112,9 @@ HUB_GONE_S = 1800  # without a hub of this name, before the device registers aga
 # A connection that lasted so long ends the count of failed ones. Twice HUB_LIMIT_S: of two devices with one identity
 # each ends the other's connection, and none may last so long while the other one waits.
 STEADY_S = 600
-CONNECTS_LIMIT = 7  # of connections that `progress` counts: the delay grows no more
+# Of connections that `progress` counts; the delay grows no more. At 40 to 80 s a crash loop costs the hub about a
+# thousand connections a day, and a device on bad mains is not kept waiting for long when it has power.
+CONNECTS_LIMIT = 5
 START_SPREAD_S = 5  # first contact of a life with DPS or the hub, where first_contact_spread_s says no more
 COMMITTED_SPREAD_S = 2  # the first connection with a new identity
 PATIENCE_CODES = ("dps.throttled", "dps.unavailable", "dps.conflict")  # of failures whose delay may be DPS's wish
@@ -485,6 +487,12 @@ class Lifecycle:
         else:
             self._connect_delay_s = yield from exponential_s(self._failures, HUB_FIRST_S, HUB_LIMIT_S)
         return PARTED
+
+    def forget_connects(self) -> "Generator[Effect, Any, None]":
+        """For who ends a life on purpose: that is no crash, so the connections begun count no more."""
+        self._connects_begun = 0
+        if self._progress and self._progress.connects:
+            yield from self._store_connects()
 
     def abandon(self) -> "Generator[Effect, Any, None]":
         if self._session is not None:

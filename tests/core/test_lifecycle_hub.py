@@ -383,7 +383,7 @@ def crashing(world: World, seconds: float) -> None:
 def test_a_crash_loop_after_each_connection_hammers_neither_hub_nor_flash() -> None:
     world = provisioned()
     crashing(world, DAY_S)
-    assert len(world.hub.connections) < 500, f"{len(world.hub.connections)} connections in a day"
+    assert len(world.hub.connections) < 1500, f"{len(world.hub.connections)} connections in a day"
     assert world.commits == [PROGRESS] * CONNECTS_LIMIT and world.dps.requests == []
     life = live(world, HUB_LIMIT_S + STEADY_S + 10)
     assert life.state == CONNECTED and world.commits == [PROGRESS] * (CONNECTS_LIMIT + 1)

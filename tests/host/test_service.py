@@ -22,10 +22,11 @@ from dps_agent.host.config import load
 from dps_agent.host.journal import Journal
 from dps_agent.host.service import Service
 from dps_agent.hub_effects import MessageDone, NextEvent, SendTelemetry, TelemetryDone
+from dps_agent.lifecycle import decode_progress
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault
 from dps_emulator.service import Settings
-from dps_hal.contracts import IDENTITY
+from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import Broken
 from dps_hal.files import FileStore
 from dps_hal.simulator import SimulatedTpm
@@ -342,6 +343,26 @@ def test_tokens_over_the_socket_are_for_this_hub_and_short(agent: RunningAgent, 
 
 
 # --- signals
+
+
+def stored_connects(agent: RunningAgent) -> int:
+    record = FileStore(str(agent.state_dir)).load(PROGRESS)
+    progress = decode_progress(record.payload) if record else None
+    return progress.connects if progress else 0
+
+
+def test_who_stops_the_service_again_and_again_waits_no_longer_for_that(agent: RunningAgent) -> None:
+    for _ in range(2):
+        agent.start()
+        agent.await_connected()
+        assert stored_connects(agent) == 1
+        assert agent.end()[0] == 0
+        assert stored_connects(agent) == 0
+    for connects in (1, 2):
+        agent.start()
+        agent.await_connected()
+        agent.end(signal.SIGKILL)
+        assert stored_connects(agent) == connects, "a crash counts"
 
 
 def enroll_disabled(agent: RunningAgent, emulator: EmulatorInThread) -> bytes:

@@ -140,6 +140,8 @@ def run_trials(bench: Bench, names: list[str], allowed: set[str], document: dict
         started_s = time.monotonic()
         verdict, detail = "passed", ""
         try:
+            if trial.anew:
+                bench.start_anew()
             detail = trial.run(bench)
         except Skipped as error:
             verdict, detail = "skipped", str(error)

@@ -87,8 +87,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         parser = _parser()
         parsed = parser.parse_args(words, argparse.Namespace(set_after=[]))
-        verb = parsed.verb
-        if verb is None:  # not left to argparse: it would say this of an option that it does not know, too
+        verb = parsed.verb or ""
+        if not verb:  # not left to argparse: it would say this of an option that it does not know, too
             raise UsageError("expected a verb", parser.format_usage())
         outcome: Outcome = parsed.run(parsed)
     except SystemExit as stop:  # argparse has shown the help

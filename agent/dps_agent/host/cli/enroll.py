@@ -41,10 +41,10 @@ def run(arguments: argparse.Namespace) -> Outcome:
     from dps_hal.platform import sha256, to_base64, to_json
     from dps_hal.tpm_keys import registration_id_from_ek
 
-    form = arguments.format
+    form: str = arguments.format or ""
     if arguments.append is not None:
         form = _file_format(arguments.append, form)
-    elif arguments.json and form not in (None, "json"):
+    elif arguments.json and form not in ("", "json"):
         raise UsageError(f"--json and --format {form} exclude each other")
     configuration = configuration_of(arguments, need_id_scope=False)
     endorsement_key, certificate = endorsement(configuration)
@@ -88,10 +88,9 @@ def run(arguments: argparse.Namespace) -> Outcome:
     return Outcome(table(rows), document)
 
 
-def _file_format(path: str, form: str | None) -> str:
+def _file_format(path: str, form: str) -> str:
     """How the file is written; UsageError where nothing says so."""
-    if form is None:
-        form = path.rpartition(".")[2]
+    form = form or path.rpartition(".")[2]
     if form not in FORMATS[1:]:
         raise UsageError("--append: expected --format csv, json or az, or a file whose name ends in .csv or .json")
     return form
