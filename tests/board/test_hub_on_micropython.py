@@ -175,7 +175,7 @@ def test_a_board_that_was_kicked_reconnects_and_repeats_what_was_not_acknowledge
     desk.connected(3)
     seen = desk.stop(life)
     (repeated,) = [message for message in messages if message["dup"]]
-    assert [message["payload"] for message in messages].count(repeated["payload"]) == 2, messages
+    assert [message["payload"] for message in messages].count(repeated["payload"]) >= 2, messages
     assert seen["states"][3:11] == ["connecting", "connected", "provisioned"] * 2 + ["connecting", "connected"], seen
 
 
