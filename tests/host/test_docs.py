@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dps_agent.host.cli import VERBS
-from dps_agent.host.cli import _parser as agent_parser
+from dps_agent.host.cli import VERBS, command_line
 from dps_agent.host.cli.config import as_toml
 from dps_agent.host.config import KEYS, default_of, environment_name, load
 from dps_agent.host.journal import EVENTS, Journal
@@ -170,7 +169,7 @@ def test_every_verb_is_in_the_table_of_commands_and_no_other() -> None:
         for row in table_under(OPERATORS, "From the TPM to the hub")
         for name in re.findall("`(.+?)`", row[0])
     }
-    assert named == {verb.name for verb in VERBS}
+    assert named == set(VERBS)
 
 
 # The emulator.
@@ -226,7 +225,7 @@ def flags(parser: ArgumentParser) -> set[str]:
 @cache
 def programs() -> dict[str, ArgumentParser]:
     """Ours, whose command lines can be read."""
-    return {"dps-agent": agent_parser(), "dps-emulator": emulator_parser()}
+    return {"dps-agent": command_line(), "dps-emulator": emulator_parser()}
 
 
 def command_lines(text: str) -> Iterator[list[str]]:

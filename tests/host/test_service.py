@@ -191,7 +191,7 @@ def test_a_device_that_its_hub_refuses_registers_again(agent: RunningAgent, emul
     agent.await_connected()
     emulator.withdraw(DEVICE)
     agent.await_text("[hub.refused]")
-    agent.await_text("this device is", 2)
+    agent.await_text("this device is", 2, 60)
     agent.await_connected(2)
     assert agent.client.ask("POST", "/telemetry", b"1")[0] == 200
 

@@ -58,7 +58,7 @@ class RunningAgent:
         """Starts the service; a second start goes on where the first one ended."""
         with self._written.open("ab") as log:
             self.process = subprocess.Popen(
-                [*PROGRAM, "--config", str(self.settings), *flags, "run"],
+                [*PROGRAM, "run", "--config", str(self.settings), *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -114,9 +114,9 @@ class RunningAgent:
         """Waits until the service is in this state."""
         return self.await_status(lambda found: found["state"] == state, state)
 
-    def await_text(self, text: str, times: int = 1) -> None:
+    def await_text(self, text: str, times: int = 1, within_s: float = PATIENCE_S) -> None:
         """Waits until the service has written this so often."""
-        until_s = time.monotonic() + PATIENCE_S
+        until_s = time.monotonic() + within_s
         while self.written.count(text) < times:
             assert time.monotonic() < until_s, f"{times} times {text!r} is not in:\n{self.written}"
             time.sleep(0.02)

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 import shtab
 
 from dps_agent.host.checks import CHECKS
-from dps_agent.host.cli import _parser
+from dps_agent.host.cli import command_line
 
 SHELLS = ("bash", "zsh", "fish")
 
 
 def script(shell: str) -> str:
     """The completion script of one of SHELLS."""
-    parser = _parser()
+    parser = command_line()
     for each in _parsers(parser):
         for action in each._actions:
             if action.metavar == "FILE":

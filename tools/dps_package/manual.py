@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from dps_agent import __version__
 from dps_agent.host.checks import CHECKS
-from dps_agent.host.cli import _parser
+from dps_agent.host.cli import command_line
 from dps_agent.host.cli.config import as_toml
 from dps_agent.host.config import KEYS, SYSTEM_FILE, SYSTEM_STATE_DIR, environment_name
 from dps_hal.codes import REMEDIES
@@ -34,7 +34,7 @@ Programs of the group dps\\-agent\\-clients may use its socket, /run/dps\\-agent
 
 def manual(build_time_s: int) -> str:
     """The page as roff; `build_time_s` is its date."""
-    parser = _parser()
+    parser = command_line()
     date = time.strftime("%Y-%m-%d", time.gmtime(build_time_s))
     common, verbs = _common_actions(parser), _verbs(parser)
     lines = [

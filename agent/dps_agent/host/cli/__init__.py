@@ -10,10 +10,10 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn, TextIO
+from importlib import import_module
+from typing import Any, NoReturn
 
-from dps_agent.host.cli import check, config, diag, enroll, provision, reset, run, status, token, version
-from dps_agent.host.cli.verb import Outcome, UsageError, error_document, exit_word
+from dps_agent.host.cli.verb import Outcome, UsageError, Verb, discard, error_document, exit_word
 from dps_agent.host.config import SYSTEM_FILE, SYSTEM_STATE_DIR
 from dps_agent.host.progress import printable
 from dps_hal.codes import REMEDIES
@@ -21,18 +21,7 @@ from dps_hal.errors import EXIT_GROUPS, AskOperator, DpsError, RetryLater
 from dps_hal.platform import to_json
 
 SCHEMA = "dps-agent/1"
-VERBS = (
-    provision.VERB,
-    run.VERB,
-    status.VERB,
-    enroll.VERB,
-    check.VERB,
-    token.VERB,
-    reset.VERB,
-    config.VERB,
-    diag.VERB,
-    version.VERB,
-)
+VERBS = ("provision", "run", "status", "enroll", "check", "token", "reset", "config", "diag", "version")  # modules
 _EXIT_STATUSES = """\
 exit status:
   0 ok, 1 failed, 2 usage, 3 retry later, 4 refused by the service, 5 TPM, 6 settings
@@ -69,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         sys.stderr.flush()
     except OSError:
-        _discard(sys.stderr)
+        discard(sys.stderr)
     runner = sys.modules.get("dps_agent.host.runner")
     if arguments is None and runner is not None and runner.worker_hangs():
         os._exit(status)  # everything was written and flushed
@@ -85,11 +74,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     as_json = "--json" in words
     verb = ""
     try:
-        parser = _parser()
-        parsed = parser.parse_args(words, argparse.Namespace(set_after=[]))
-        verb = parsed.verb or ""
-        if not verb:  # not left to argparse: it would say this of an option that it does not know, too
-            raise UsageError("expected a verb", parser.format_usage())
+        parsed = _parsed(words)
+        verb = parsed.verb
         outcome: Outcome = parsed.run(parsed)
     except SystemExit as stop:  # argparse has shown the help
         return _write("", int(stop.code or 0))
@@ -108,7 +94,17 @@ def _run(arguments: Sequence[str] | None) -> int:
     return _write(text, EXIT_GROUPS.index(outcome.code))
 
 
-def _parser() -> _Parser:
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    """What `words` say; UsageError where that is nothing. The parser's memory is free again when the verb runs."""
+    parser = command_line(words[:1])
+    parsed = parser.parse_args(words, argparse.Namespace(set_after=[]))
+    if parsed.verb is None:  # not left to argparse: it would say this of an option that it does not know, too
+        raise UsageError("expected a verb", parser.format_usage())
+    return parsed
+
+
+def command_line(first: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of a command line that begins with `first`; where that is a verb the others are not loaded."""
     parser = _Parser(
         prog="dps-agent",
         description="Gives this device its Azure IoT Hub: proves its TPM to the Device Provisioning Service.",
@@ -117,7 +113,8 @@ def _parser() -> _Parser:
     _add_common(parser, "set_before")
     parser.set_defaults(config=None, set_before=[], json=False, verbose=False)
     verbs = parser.add_subparsers(dest="verb", metavar="verb", title="verbs")
-    for verb in VERBS:
+    for name in [name for name in VERBS if name in first] or VERBS:
+        verb: Verb = import_module(f"{__name__}.{name}").VERB
         own = verbs.add_parser(verb.name, help=verb.help, description=verb.help[0].upper() + verb.help[1:] + ".")
         verb.add_arguments(own)
         _add_common(own, "set_after")
@@ -199,12 +196,6 @@ def _write(text: str, status: int) -> int:
         if not isinstance(error, BrokenPipeError):
             with contextlib.suppress(OSError):
                 sys.stderr.write(f"dps-agent: the output could not be written: {error.strerror or 'it is closed'}\n")
-        _discard(sys.stdout)
+        discard(sys.stdout)
         return 1
     return status
-
-
-def _discard(stream: TextIO) -> None:
-    """Gives what nobody reads a place to go: the interpreter flushes once more at its end, and would exit with 120."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

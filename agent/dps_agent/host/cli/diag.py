@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dps_agent.host.cli import check, config, status, version
-from dps_agent.host.cli.verb import Outcome, UsageError, Verb, configuration_of, error_document, exit_word
+from dps_agent.host.cli.verb import Outcome, UsageError, Verb, configuration_of, discard, error_document, exit_word
 from dps_hal.errors import AskOperator, DpsError
 
 
@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
             sys.stdout.buffer.write(packed)
             sys.stdout.buffer.flush()
         except OSError as error:
+            discard(sys.stdout)
             raise AskOperator("agent.file", f"the archive cannot be written to stdout: {error.strerror}") from None
         return Outcome([], {})
     path = arguments.output or f"{name}.tar.gz"
