@@ -168,10 +168,22 @@ class Agent:
                 self._show_state()
                 if self.hub is not None:
                     await self.hub.end()
+                if self._stopping:
+                    self._forget_connects()
             await self._sleep(NO_ROOM_S, text)
 
+    def _forget_connects(self) -> None:
+        try:
+            for effect in self._life.forget_connects():
+                self._store.commit(effect.record, effect.payload)  # type: ignore[union-attr]
+        except (DpsError, MemoryError):
+            pass  # the next connection waits a little longer
+
     def stop(self) -> None:
-        """Ends `run` at the next effect, and a wait or a request under way at once."""
+        """Ends `run` at the next effect, and a wait or a request under way at once.
+
+        Before a deep sleep or a reset, await the end of `run`: then the next start does not wait as after a crash.
+        """
         self._stopping = True
         self.connection.abort()
         if self.hub is not None:

@@ -123,6 +123,7 @@ def test_a_board_is_connected_and_does_what_a_hub_asks_for(desk: Desk) -> None:
     assert "not sent: boot" in early and "at most 262144 bytes" in large and "came 300000" in large
     assert seen["accepted"] >= 10 and seen["refused"] == [], seen
     assert seen["handshakes"] == [1, 1] and seen["longestFeedMs"] < 1500, seen
+    assert seen["connects"] == 0, "an end on purpose is no crash"
 
 
 def test_a_message_that_the_program_failed_on_comes_again(desk: Desk) -> None:

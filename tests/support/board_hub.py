@@ -15,12 +15,13 @@ import time
 
 from board_life import FileFlash, Heap, NamedAnswers, mount  # type: ignore[import-not-found]
 
-from dps_agent.lifecycle import CONNECTED
+from dps_agent.lifecycle import CONNECTED, decode_progress
 from dps_agent.settings import Settings
 from dps_board.clock import BoardClock
 from dps_board.config import load
 from dps_board.parts import make_store, make_tpm
 from dps_board.runner import Agent
+from dps_hal.contracts import PROGRESS
 from dps_hal.errors import DpsError
 
 TYPE_CHECKING = False
@@ -181,6 +182,8 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
         document["error"] = error.code + ": " + error.message
     gc.collect()
     held = agent.assignment
+    stored = store.load(PROGRESS)
+    progress = decode_progress(stored.payload) if stored else None
     document.update(
         {
             "states": states,
@@ -198,6 +201,7 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
             "left": gc.mem_alloc(),  # type: ignore[attr-defined]
             "now": list(clock.utc()),
             "floor": clock.time.floor_s,
+            "connects": progress.connects if progress else None,
         }
     )
     print(json.dumps(document))
