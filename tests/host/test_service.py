@@ -644,8 +644,8 @@ def test_modes_and_no_secret_in_anything_it_writes(agent: RunningAgent, emulator
     agent.client.ask("POST", "/telemetry", b"1")
     agent.command("provision", "--force")
     agent.await_connected(2)
+    time.sleep(1.1)  # the state file, which `status` reads, is written once a second
     shown = json.dumps([agent.status(), agent.client.ask("GET", "/assignment"), agent.command("status")])
-    time.sleep(1.1)
     shown += (agent.runtime_dir / "state.json").read_text() + agent.written
     modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in agent.runtime_dir.iterdir()}
     assert modes == {"api.sock": 0o600, "state.json": 0o644}
