@@ -488,11 +488,13 @@ class Lifecycle:
             self._connect_delay_s = yield from exponential_s(self._failures, HUB_FIRST_S, HUB_LIMIT_S)
         return PARTED
 
-    def forget_connects(self) -> "Generator[Effect, Any, None]":
-        """For who ends a life on purpose: that is no crash, so the connections begun count no more."""
-        self._connects_begun = 0
-        if self._progress and self._progress.connects:
-            yield from self._store_connects()
+    def progress_in_order(self) -> "bytes | None":
+        """The `progress` to store for who ends a life on purpose, None for as it is.
+
+        That is no crash, so the connections begun count no more.
+        """
+        last = self._progress
+        return encode_progress(Progress(*last[:6], 0)) if last and last.connects else None
 
     def abandon(self) -> "Generator[Effect, Any, None]":
         if self._session is not None:

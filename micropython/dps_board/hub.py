@@ -201,7 +201,7 @@ class Hub:
         try:
             status, value = await _answer_of(self._agent.on_method, call.name, value)
             self.connection.post(AnswerMethod(call.call_id, int(status), to_json(value).encode()))
-        except Exception:
+        except Exception:  # whatever the program did: the hub gets an answer, and the error goes on
             self._answer(call, 500, "the program on this device failed")
             raise
 

@@ -174,8 +174,9 @@ class Agent:
 
     def _forget_connects(self) -> None:
         try:
-            for effect in self._life.forget_connects():
-                self._store.commit(effect.record, effect.payload)  # type: ignore[union-attr]
+            progress = self._life.progress_in_order()
+            if progress is not None:
+                self._store.commit(PROGRESS, progress)
         except (DpsError, MemoryError):
             pass  # the next connection waits a little longer
 

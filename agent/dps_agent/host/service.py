@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dps_agent import __version__
 from dps_agent.assignment import difference, hub_token
-from dps_agent.effects import Commit, ReadEndorsementKey, Sleep, UtcNow
+from dps_agent.effects import ReadEndorsementKey, Sleep, UtcNow
 from dps_agent.host import kept_key
 from dps_agent.host.api import Command, LocalApi, Snapshot
 from dps_agent.host.config import backend_shown
@@ -121,10 +121,10 @@ class Service:
                     self._begin_life()
             self._notifier.stopping()
             if not self._equipment.runner.stuck:  # else its thread may be in the store
+                progress = self._life.progress_in_order()
                 with contextlib.suppress(DpsError):
-                    for effect in self._life.forget_connects():
-                        if isinstance(effect, Commit):
-                            self._store.commit(effect.record, effect.payload)
+                    if progress is not None:
+                        self._store.commit(PROGRESS, progress)
             self._journal.event("stopped", "dps-agent ends", state=self._life.state)
 
     # Its parts.
