@@ -1,0 +1,79 @@
+"""Opens files that somebody else may have put there: what is no regular file is named, and nobody is held up.
+
+A FIFO without a writer holds up who opens it, a device acts when it is opened, a link leads elsewhere, and a file may
+be without end. Root's commands read in folders of the service's user, and the service reads what others left.
+"""
+
+import errno
+import os
+import stat
+
+LINKS_LIMIT = 8
+_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_NULL_DEVICE = os.makedev(1, 3)  # Linux, Documentation/admin-guide/devices.txt
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFLNK: "a symbolic link",
+}
+
+
+class NotRegular(OSError):
+    """What is at a path is not what may be read there; `strerror` says what it is."""
+
+    def __init__(self, what: str, path: str) -> None:
+        super().__init__(errno.EINVAL, what, path)
+
+
+def read_regular(path: "str | os.PathLike[str]", limit_bytes: int, follow: bool = True) -> bytes:
+    """The whole content of a regular file of at most `limit_bytes`; OSError, which for all else is NotRegular.
+
+    The null device counts as an empty file. `follow` is as for `open_regular`.
+    """
+    with open(open_regular(path, follow), "rb") as file:
+        content = file.read(limit_bytes + 1)
+    if len(content) > limit_bytes:
+        raise NotRegular(f"it has more than {limit_bytes} bytes", os.fspath(path))
+    return content
+
+
+def open_regular(path: "str | os.PathLike[str]", follow: bool = True) -> int:
+    """A descriptor for reading a regular file, or the null device; OSError, which for anything else is NotRegular.
+
+    Without `follow` the last name may be no link, for folders in which others may write. Else links are followed, by
+    root those of root alone.
+    """
+    place = name = os.fspath(path)
+    if "\0" in name:
+        raise NotRegular("no file can have such a name", name)
+    for _ in range(LINKS_LIMIT):
+        it = "it" if place == name else place
+        fd = os.open(place, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # looks, and opens nothing
+        try:
+            status = os.fstat(fd)
+            if stat.S_ISLNK(status.st_mode) and follow:
+                if os.geteuid() == 0 and status.st_uid != 0:
+                    text = f"{it} is a symbolic link of user {status.st_uid}, which root does not follow"
+                    raise NotRegular(text, name)
+                place = os.path.join(os.path.dirname(place), os.readlink("", dir_fd=fd))
+                continue
+        finally:
+            os.close(fd)
+        _refuse_special(status, it, name)
+        fd = os.open(place, os.O_RDONLY | _FLAGS)
+        try:
+            _refuse_special(os.fstat(fd), it, name)  # another one may be there by now
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+    raise NotRegular("it leads from link to link", name)
+
+
+def _refuse_special(status: os.stat_result, it: str, name: str) -> None:
+    is_null = stat.S_ISCHR(status.st_mode) and status.st_rdev == _NULL_DEVICE
+    if not stat.S_ISREG(status.st_mode) and not is_null:
+        raise NotRegular(f"{it} is {_KINDS.get(stat.S_IFMT(status.st_mode), 'no file')}, no regular file", name)

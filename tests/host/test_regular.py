@@ -1,0 +1,130 @@
+"""Files that somebody else may have put there: a regular file is read, anything else is named and holds nobody up."""
+
+import errno
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from dps_hal import regular
+from dps_hal.regular import LINKS_LIMIT, NotRegular, read_regular
+
+
+def refused(path: Path, limit_bytes: int = 100, follow: bool = True) -> str:
+    """What is said of what cannot be read."""
+    with pytest.raises(NotRegular) as caught:
+        read_regular(path, limit_bytes, follow)
+    assert caught.value.errno == errno.EINVAL and caught.value.filename == str(path)
+    return caught.value.strerror or ""
+
+
+def test_a_regular_file_is_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 100)
+    assert read_regular(tmp_path / "file", 100) == b"x" * 100
+
+
+def test_a_missing_file_is_what_the_system_says_of_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "none", 100)
+
+
+def test_a_larger_file_is_refused_and_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "wb") as file:
+        file.truncate(1 << 40)
+    assert refused(tmp_path / "file") == "it has more than 100 bytes"
+
+
+def test_a_fifo_holds_nobody_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "file")
+    assert refused(tmp_path / "file") == "it is a FIFO, no regular file"
+
+
+def test_a_folder_and_a_socket_are_named(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        assert refused(tmp_path) == "it is a folder, no regular file"
+        assert refused(tmp_path / "socket") == "it is a socket, no regular file"
+
+
+def test_no_device_is_opened_but_the_null_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    system_open = os.open
+
+    def watched(path: str, flags: int, mode: int = 0o777, *, dir_fd: "int | None" = None) -> int:
+        opened.append(flags)
+        return system_open(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", watched)
+    assert refused(Path("/dev/zero")) == "it is a device, no regular file"
+    assert all(flags & os.O_PATH for flags in opened)
+    assert read_regular("/dev/null", 100) == b""
+
+
+def test_a_link_is_followed_only_where_that_is_wanted(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "second").symlink_to("../file")
+    (tmp_path / "first").symlink_to("folder/second")
+    assert read_regular(tmp_path / "first", 100) == b"content"
+    assert refused(tmp_path / "first", follow=False) == "it is a symbolic link, no regular file"
+
+
+def test_what_a_link_leads_to_is_named_where_it_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    assert refused(tmp_path / "link") == f"{tmp_path}/fifo is a FIFO, no regular file"
+
+
+def test_links_in_a_circle_come_to_an_end(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    assert refused(tmp_path / "a") == "it leads from link to link"
+    for number in range(LINKS_LIMIT):
+        (tmp_path / f"{number}").symlink_to(f"{number + 1}")
+    (tmp_path / f"{LINKS_LIMIT}").write_bytes(b"")
+    assert refused(tmp_path / "0") == "it leads from link to link"
+    assert read_regular(tmp_path / "1", 100) == b""
+
+
+def test_root_follows_links_of_root_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    system_fstat = os.fstat
+    owner = 0
+
+    def owned(fd: int) -> os.stat_result:
+        found = list(system_fstat(fd))
+        found[stat.ST_UID] = owner
+        return os.stat_result(found)
+
+    monkeypatch.setattr(os, "fstat", owned)
+    assert read_regular(tmp_path / "link", 100) == b"content"
+    owner = 1000
+    assert refused(tmp_path / "link") == "it is a symbolic link of user 1000, which root does not follow"
+    assert read_regular(tmp_path / "file", 100) == b"content"
+
+
+def test_what_takes_the_place_of_a_file_just_looked_at_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    system_open = os.open
+
+    def swapped(path: str, flags: int, mode: int = 0o777, *, dir_fd: "int | None" = None) -> int:
+        if not flags & os.O_PATH:
+            (tmp_path / "file").unlink()
+            os.mkfifo(tmp_path / "file")
+        return system_open(path, flags, mode, dir_fd=dir_fd)
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(regular.os, "open", swapped)
+    assert refused(tmp_path / "file") == "it is a FIFO, no regular file"
+    monkeypatch.undo()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_name_that_no_file_can_have_is_no_traceback() -> None:
+    assert refused(Path("a\0b")) == "no file can have such a name"
