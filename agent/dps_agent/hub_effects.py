@@ -123,10 +123,11 @@ if TYPE_CHECKING:
     # Messages to programs on this device.
 
     class TelemetryDone(NamedTuple):
-        """The hub acknowledged the telemetry; or it did not, and nobody will know whether it has it."""
+        """The hub acknowledged the telemetry; or it did not: one that was `sent` it may or may not have."""
 
         request_id: int
         accepted: bool
+        sent: bool
 
     class CloudMessage(NamedTuple):
         """A cloud-to-device message; the hub keeps it until MessageDone. `message_id` is unique in this life."""
@@ -175,7 +176,7 @@ else:
     AnswerMethod = namedtuple("AnswerMethod", ("call_id", "status", "payload"))
     MessageDone = namedtuple("MessageDone", ("message_id",))
     RegisterAgain = namedtuple("RegisterAgain", ())
-    TelemetryDone = namedtuple("TelemetryDone", ("request_id", "accepted"))
+    TelemetryDone = namedtuple("TelemetryDone", ("request_id", "accepted", "sent"))
     CloudMessage = namedtuple("CloudMessage", ("message_id", "properties", "payload"))
     MethodCall = namedtuple("MethodCall", ("call_id", "name", "payload"))
     Desired = namedtuple("Desired", ("version", "payload", "whole"))

@@ -196,7 +196,7 @@ class Session:
     def abandon(self) -> "Generator[Effect, Any, None]":
         """Tells the programs that nobody will know whether what is under way arrived: this identity is left."""
         for request_id in self._in_flight.values():
-            _taken: bool = yield Tell(TelemetryDone(request_id, False))
+            _taken: bool = yield Tell(TelemetryDone(request_id, False, True))
 
     def clock_kept(self, now: "Utc", uptime_s: float) -> bool:
         """Whether the time under which the last token was made is still believed: else its refusal says nothing."""
@@ -275,7 +275,7 @@ class Session:
         elif isinstance(event, Acknowledged):
             request_id = self._in_flight.pop(event.packet_id, None)
             if request_id is not None:
-                _taken: bool = yield Tell(TelemetryDone(request_id, True))
+                _taken: bool = yield Tell(TelemetryDone(request_id, True, True))
         elif isinstance(event, Arrived):
             return (yield from self._take_message(event))
         elif isinstance(event, SendTelemetry):
@@ -361,7 +361,7 @@ class Session:
             if packet_id is not None:
                 self._in_flight[packet_id] = telemetry.request_id
                 return
-        _taken: bool = yield Tell(TelemetryDone(telemetry.request_id, False))
+        _taken: bool = yield Tell(TelemetryDone(telemetry.request_id, False, False))
 
     def _telemetry_topic(self, telemetry: SendTelemetry) -> str:
         """The topic; "" where no hub would take the message."""

@@ -77,7 +77,7 @@ class Hub:
     async def end(self) -> None:
         """Tells the program that nothing more is sent, and disconnects."""
         for request_id in list(self._telemetry):
-            self._telemetry.pop(request_id).end(False)
+            self._telemetry.pop(request_id).end(False, True)
         await self.connection.disconnect()
 
     async def publish(self, payload: bytes, properties: "dict[str, str]", limit_s: float) -> None:
@@ -86,17 +86,22 @@ class Hub:
         request_id = self._serial
         telemetry = self._telemetry[request_id] = _Telemetry()
         event = SendTelemetry(request_id, properties, payload)
+        unsent = False
         try:
             if self.connection.post(event):
                 await asyncio.wait_for(telemetry.ended.wait(), limit_s)
+            else:
+                telemetry.sent = False
         except asyncio.TimeoutError:  # noqa: UP041 -- on a board it is not the built-in one, which there is none of
-            text = f"the hub did not acknowledge the telemetry within {limit_s} s; it may still arrive"
-            raise RetryLater("agent.not_connected", text)
+            pass
         finally:
             self._telemetry.pop(request_id, None)
-            self.connection.take_back(event)
-        if not telemetry.accepted:
+            unsent = self.connection.take_back(event)
+        if unsent or not telemetry.sent:
             raise RetryLater("agent.not_connected", "the telemetry was not sent: too much is on its way, or too large")
+        if not telemetry.accepted:
+            text = "the hub did not acknowledge the telemetry: it may or may not have it"
+            raise RetryLater("agent.not_connected", text)
 
     async def learn_time(self, hub: str) -> "Utc":
         """The time after DPS has confirmed a new one, or the hub what was believed last."""
@@ -153,7 +158,7 @@ class Hub:
         if isinstance(message, TelemetryDone):
             telemetry = self._telemetry.get(message.request_id)
             if telemetry is not None:
-                telemetry.end(message.accepted)
+                telemetry.end(message.accepted, message.sent)
             return telemetry is not None
         work: Any
         takes: Any
@@ -214,11 +219,13 @@ class _Telemetry:
 
     def __init__(self) -> None:
         self.accepted = False
+        self.sent = True  # or it may have been
         self.ended = asyncio.Event()
 
-    def end(self, accepted: bool) -> None:
+    def end(self, accepted: bool, sent: bool) -> None:
         """Lets whoever waits for it go on."""
         self.accepted = accepted
+        self.sent = sent
         self.ended.set()
 
 

@@ -201,10 +201,12 @@ class HubConnection:
         self._posted.append(event)
         return True
 
-    def take_back(self, event: "Event") -> None:
-        """Drops a posted event if nobody has asked for it yet."""
+    def take_back(self, event: "Event") -> bool:
+        """Drops a posted event, and returns true, if nobody has asked for it yet."""
         if event in self._posted:
             self._posted.remove(event)
+            return True
+        return False
 
     def abort(self) -> None:
         """Makes a `connect` or `next_event` under way end soon; for another task."""

@@ -168,6 +168,7 @@ def test_telemetry_that_cannot_be_sent_is_refused_at_once() -> None:
     world.at(world.uptime_s + 12, lambda: world.post(*too_many))
     life = live(world, 20)
     assert world.program.done == {90: False, 91: False, IN_FLIGHT_LIMIT: False} and life.connections == 1
+    assert not any(world.program.sent.values()), "it is said that the hub does not have it"
 
 
 def test_telemetry_for_a_lost_identity_is_not_accepted() -> None:
@@ -177,7 +178,7 @@ def test_telemetry_for_a_lost_identity_is_not_accepted() -> None:
     world.at(start_s + 10, lambda: world.post(telemetry(1)))
     world.at(start_s + 20, lambda: world.hub.call(world.uptime_s, "reprovision", "1"))
     live(world, 60)
-    assert world.program.done == {1: False}
+    assert world.program.done == {1: False} and world.program.sent == {1: True}
 
 
 def test_telemetry_between_two_connections_waits_for_the_next() -> None:

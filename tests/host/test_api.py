@@ -65,7 +65,7 @@ class Agent:
             return False
         self.posted.append(event)
         if isinstance(event, SendTelemetry) and self.accepts is not None:
-            self.api.tell(TelemetryDone(event.request_id, self.accepts))
+            self.api.tell(TelemetryDone(event.request_id, self.accepts, True))
         return True
 
     def _command(self, command: Command) -> None:
@@ -135,7 +135,7 @@ def test_telemetry_that_the_hub_did_not_take_is_503_and_one_without_answer_504(
     monkeypatch.setattr(api_module, "TELEMETRY_LIMIT_S", 0.2)
     status, document = agent.client.ask("POST", "/telemetry", b"{}")
     assert status == 504 and "not known" in document["error"]["message"]
-    agent.api.tell(TelemetryDone(agent.posted[-1].request_id, True))  # too late, and no harm
+    agent.api.tell(TelemetryDone(agent.posted[-1].request_id, True, True))  # too late, and no harm
     assert agent.client.ask("GET", "/status")[0] == 200
 
 
@@ -166,7 +166,7 @@ def test_each_telemetry_is_answered_by_its_own_acknowledgement(agent: Agent) -> 
         thread.start()
     wait_for(lambda: len(agent.posted) == 8)
     for event in reversed(agent.posted):
-        agent.api.tell(TelemetryDone(event.request_id, int(event.properties["n"]) % 2 == 0))
+        agent.api.tell(TelemetryDone(event.request_id, int(event.properties["n"]) % 2 == 0, True))
     for thread in threads:
         thread.join(10)
     assert answers == {number: 200 if number % 2 == 0 else 503 for number in range(8)}
@@ -589,7 +589,7 @@ def test_a_client_that_says_no_more_waits_without_cost(agent: Agent) -> None:
         began_s = time.process_time()
         time.sleep(0.3)
         assert time.process_time() - began_s < 0.15
-        agent.api.tell(TelemetryDone(agent.posted[0].request_id, True))
+        agent.api.tell(TelemetryDone(agent.posted[0].request_id, True, True))
         assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
 
 

@@ -794,19 +794,19 @@ def test_each_effect_of_the_hub_is_answered_on_the_worker_thread_by_what_it_name
             NextEvent(soon_s()),
             NextEvent(time.monotonic() + 0.05),
             Acknowledge(7),
-            Tell(TelemetryDone(3, True)),
+            Tell(TelemetryDone(3, True, True)),
             ForgetOlder("identity"),
             Disconnect(),
         )
     )
     assert answers == [ConnAck(0, False), 1, 2, RegisterAgain(), None, None, True, None, None]
-    assert told == [TelemetryDone(3, True)]
+    assert told == [TelemetryDone(3, True, True)]
     assert hardware.calls[-4:] == ["hub.disconnect", "hub.close", "release", "close"]
     assert hardware.threads == {"dps-worker", "MainThread"}, "only the ends are on the main thread"
 
 
 def test_without_takers_nobody_is_told() -> None:
-    assert runner_on(Hardware()).run(asking(Tell(TelemetryDone(3, True)))) == [False]
+    assert runner_on(Hardware()).run(asking(Tell(TelemetryDone(3, True, True)))) == [False]
 
 
 @pytest.mark.parametrize("effect", [CONNECT, Subscribe(FILTERS), NextEvent(0.0), Disconnect()])

@@ -565,7 +565,7 @@ def test_what_is_queued_for_the_hub_ends_with_the_life(tmp_path: Path) -> None:
         while True:
             effect = leaving.send(answer)
             answer = queued.pop(0) if isinstance(effect, NextEvent) and queued else None
-    assert told == [TelemetryDone(5, False), TelemetryDone(6, False)] and queued == []
+    assert told == [TelemetryDone(5, False, False), TelemetryDone(6, False, False)] and queued == []
 
 
 def test_sighup_with_wrong_settings_is_refused_and_the_old_ones_go_on(

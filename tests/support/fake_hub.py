@@ -259,6 +259,7 @@ class FakeProgram:
         self.takes = True
         self.told: list[Message] = []
         self.done: dict[int, bool] = {}  # request id -> accepted
+        self.sent: dict[int, bool] = {}  # request id -> whether the hub may have it
         self.on_message: Callable[[Message], None] | None = None
         self.keeps = True  # what it was told; a long life is too long for that
 
@@ -268,7 +269,9 @@ class FakeProgram:
             self.told.append(message)
         if isinstance(message, TelemetryDone):
             assert message.request_id not in self.done, f"answered twice: {message}"
+            assert message.sent or not message.accepted, message
             self.done[message.request_id] = message.accepted
+            self.sent[message.request_id] = message.sent
         if self.on_message and self.takes:
             self.on_message(message)
         return self.takes

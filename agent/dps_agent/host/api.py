@@ -498,7 +498,7 @@ class LocalApi:
 
     def _take(self, message: Message) -> None:
         match message:
-            case TelemetryDone(request_id, accepted):
+            case TelemetryDone(request_id, accepted, _):
                 if accepted:
                     self._finish(request_id, 200, {"accepted": True})
                 else:

@@ -350,7 +350,7 @@ class Service:
             if event is None:
                 return
             if isinstance(event, SendTelemetry):
-                self._tell(TelemetryDone(event.request_id, False))
+                self._tell(TelemetryDone(event.request_id, False, False))
 
     def _reload(self) -> bool:
         """Reads the settings again; whether a new life is to begin with them."""
