@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 
 from dps_agent.assignment import Assignment, encode, seal_message
-from dps_agent.host import Configuration, hub_token, load, statefile
+from dps_agent.host import Configuration, hub_token, load
 from dps_agent.host import clock as host_clock
 from dps_agent.host.cli import config as config_verb
 from dps_agent.host.cli import exit_word, main, running, status
 from dps_agent.host.cli.verb import UsageError
+from dps_agent.host.local import statefile
 from dps_agent.lifecycle import Progress, encode_progress
 from dps_agent.sas import string_to_sign
 from dps_hal.contracts import IDENTITY, PROGRESS

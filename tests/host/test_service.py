@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dps_agent.host.api import Command
 from dps_agent.host.config import load
 from dps_agent.host.journal import Journal
+from dps_agent.host.local.routes import Command
 from dps_agent.host.service import Service
 from dps_agent.hub_effects import MessageDone, NextEvent, SendTelemetry, TelemetryDone
 from dps_agent.lifecycle import decode_progress

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dps_agent.host import statefile
 from dps_agent.host.config import Configuration, load
-from dps_agent.host.statefile import BURST, StateFile, read_live, start_ticks
+from dps_agent.host.local import statefile
+from dps_agent.host.local.statefile import BURST, StateFile, read_live, start_ticks
 
 
 def settings(folder: Path) -> Configuration:

@@ -20,7 +20,6 @@ from dps_agent import __version__
 from dps_agent.assignment import difference, hub_token
 from dps_agent.effects import ReadEndorsementKey, Sleep, UtcNow
 from dps_agent.host import kept_key
-from dps_agent.host.api import Command, LocalApi, Snapshot
 from dps_agent.host.config import backend_shown
 from dps_agent.host.device import (
     clock_for,
@@ -32,10 +31,12 @@ from dps_agent.host.device import (
 )
 from dps_agent.host.error_document import fields_of
 from dps_agent.host.journal import ERROR, INFO, NOTICE, WARNING, Journal
+from dps_agent.host.local.routes import Command, Snapshot
+from dps_agent.host.local.server import LocalServer
+from dps_agent.host.local.statefile import StateFile, assignment_document
 from dps_agent.host.notify import Notifier
 from dps_agent.host.progress import StepLines, utc_text
 from dps_agent.host.runner import ConfirmClock, Runner, TpmCall
-from dps_agent.host.statefile import StateFile, assignment_document
 from dps_agent.hub_effects import (
     Connect,
     Desired,
@@ -89,7 +90,7 @@ class Service:
         self._equipment = self._equip(configuration)
         self._next_equipment: _Equipment | None = None  # of new settings, once the life of now has ended
         self._life = Lifecycle(self._equipment.settings)
-        self._api: LocalApi | None = None
+        self._api: LocalServer | None = None
         self._commands: deque[Command] = deque()  # of the socket, to be done between two effects
         self._registering: list[Command] = []  # to be answered when the registration has ended
         self._reload_asked = False
@@ -166,13 +167,13 @@ class Service:
         self._persisted_key = b""  # that was made persistent, or cannot be
         self._shown: tuple[Any, ...] = ()
 
-    def _open_api(self) -> LocalApi | None:
+    def _open_api(self) -> LocalServer | None:
         configuration = self._equipment.configuration
         path = configuration.socket
         if not path:
             return None
         try:
-            return LocalApi(
+            return LocalServer(
                 path,
                 allow_token=configuration.api.allow_token,
                 post=self._post,

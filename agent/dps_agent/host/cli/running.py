@@ -23,7 +23,7 @@ def ask_service(configuration: Configuration, path: str, timeout_s: float | None
     None for a time in which one that is well answers, else `agent.not_running`; AskOperator `agent.denied` for who may
     not use the socket; UsageError for settings on the command line, which the service does not see.
     """
-    from dps_agent.host.statefile import read_live
+    from dps_agent.host.local.statefile import read_live
 
     live = read_live(configuration)
     if live is None or not live["socket"]:

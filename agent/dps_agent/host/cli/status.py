@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Needs no permission to write, and neither TPM nor network without --remote."""
-    from dps_agent.host.statefile import read_live
+    from dps_agent.host.local.statefile import read_live
 
     configuration = configuration_of(arguments, need_id_scope=arguments.remote)
     live = read_live(configuration)
@@ -99,7 +99,7 @@ def _of_service(configuration: Configuration, live: dict[str, Any]) -> Outcome:
 def _of_records(configuration: Configuration) -> Outcome:
     """What the stored records say; no service runs."""
     from dps_agent.assignment import Assignment, decode, difference
-    from dps_agent.host.statefile import assignment_document
+    from dps_agent.host.local.statefile import assignment_document
     from dps_agent.lifecycle import HALTED, PROVISIONED, WAITING, Progress, decode_progress
     from dps_hal.files import open_store
 

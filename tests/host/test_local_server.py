@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
-from dps_agent.host import api as api_module
-from dps_agent.host.api import Command, LocalApi, Snapshot, listen
 from dps_agent.host.cli import running
 from dps_agent.host.journal import Journal
+from dps_agent.host.local import events as event_module
+from dps_agent.host.local import routes, server
+from dps_agent.host.local.routes import Command, Snapshot
+from dps_agent.host.local.server import LocalServer, listen
 from dps_agent.hub_effects import (
     AnswerMethod,
     CloudMessage,
@@ -46,7 +48,7 @@ class Agent:
         self.said = io.StringIO()
         self.accepts: bool | None = True  # None: no answer
         self.full = False
-        self.api = LocalApi(
+        self.api = LocalServer(
             str(folder / "run" / "api.sock"),
             allow_token=allow_token,
             post=self._post,
@@ -132,7 +134,7 @@ def test_telemetry_that_the_hub_did_not_take_is_503_and_one_without_answer_504(
     assert agent.client.ask("POST", "/telemetry", b"{}")[0] == 503
     assert "retry-after" in agent.client.headers
     agent.accepts = None
-    monkeypatch.setattr(api_module, "TELEMETRY_LIMIT_S", 0.2)
+    monkeypatch.setattr(routes, "TELEMETRY_LIMIT_S", 0.2)
     status, document = agent.client.ask("POST", "/telemetry", b"{}")
     assert status == 504 and "not known" in document["error"]["message"]
     agent.api.tell(TelemetryDone(agent.posted[-1].request_id, True, True))  # too late, and no harm
@@ -232,11 +234,11 @@ def test_a_method_is_answered_once_with_the_programs_status_and_bytes(agent: Age
 
 
 def test_a_call_that_nobody_answers_is_forgotten_in_time(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_module, "METHOD_LIMIT_S", 0.1)
+    monkeypatch.setattr(event_module, "METHOD_LIMIT_S", 0.1)
     with agent.client.events() as events:
         wait_for(lambda: agent.api.tell(MethodCall(3, "reboot", b"")))
         call = events.next()
-        wait_for(lambda: not agent.api._calls)
+        wait_for(lambda: not agent.api._events._calls)
     assert agent.client.ask("POST", f"/methods/{call['id']}", b"{}")[0] == 404
 
 
@@ -276,7 +278,7 @@ def test_commands_are_for_root_and_the_services_own_user(
 ) -> None:
     assert agent.client.ask("POST", f"/command/{name}?force=true") == (200, {"did": name})
     assert agent.commands[0].force
-    monkeypatch.setattr(api_module.struct, "unpack", lambda *_: (1, 4711, 4711))
+    monkeypatch.setattr(server.struct, "unpack", lambda *_: (1, 4711, 4711))
     status, document = agent.client.ask("POST", f"/command/{name}")
     assert (status, document["error"]["code"], len(agent.commands)) == (403, "agent.denied", 1)
     assert agent.client.ask("GET", "/status")[0] == 200
@@ -294,7 +296,7 @@ def test_the_clients_group_gets_the_socket_and_no_other_does(tmp_path: Path, mon
     groups.write_text(
         f"root:x:0:\nxdps-agent-clients:x:7:\nbroken\ndps-agent-clients:x:{os.getgid()}:press\ntss:x:9:\n"
     )
-    monkeypatch.setattr(api_module, "GROUP_FILE", str(groups))
+    monkeypatch.setattr(server, "GROUP_FILE", str(groups))
     agent = Agent(tmp_path)
     found = os.lstat(agent.api.path)
     assert (stat.S_IMODE(found.st_mode), found.st_gid) == (0o660, os.getgid())
@@ -378,7 +380,7 @@ def test_a_program_that_waits_to_be_told_to_send_its_body_is_told(agent: Agent) 
 
 
 def test_a_request_that_comes_too_slowly_is_cut_off_at_its_end(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_module, "REQUEST_LIMIT_S", 0.3)
+    monkeypatch.setattr(server, "REQUEST_LIMIT_S", 0.3)
     began_s = time.monotonic()
     with agent.client.connect() as connection:
         for byte in b"GET /status HTTP/1.1\r\n":
@@ -394,10 +396,10 @@ def test_a_request_that_comes_too_slowly_is_cut_off_at_its_end(agent: Agent, mon
 def test_connections_are_few_and_idle_ones_make_room(agent: Agent) -> None:
     idle = [agent.client.connect() for _ in range(40)]
     assert agent.client.ask("GET", "/status")[0] == 200
-    busy = [agent.client.connect() for _ in range(api_module.CLIENT_LIMIT)]
+    busy = [agent.client.connect() for _ in range(server.CLIENT_LIMIT)]
     for connection in busy:
         connection.sendall(b"POST /telemetry HTTP/1.1\r\nContent-Length: 9\r\n\r\n")
-    wait_for(lambda: len(agent.api._clients) == api_module.CLIENT_LIMIT)
+    wait_for(lambda: len(agent.api._clients) == server.CLIENT_LIMIT)
     time.sleep(0.1)
     assert raw(agent, b"").startswith(b"HTTP/1.1 503 ")
     for connection in [*idle, *busy]:
@@ -407,7 +409,7 @@ def test_connections_are_few_and_idle_ones_make_room(agent: Agent) -> None:
 
 
 def test_readers_of_events_are_few(agent: Agent) -> None:
-    readers = [agent.client.events() for _ in range(api_module.STREAM_LIMIT)]
+    readers = [agent.client.events() for _ in range(server.STREAM_LIMIT)]
     status, document = agent.client.ask("GET", "/events")
     assert (status, document["error"]["code"]) == (503, "agent.busy")
     for reader in readers:
@@ -430,7 +432,7 @@ def test_a_reader_that_does_not_read_loses_its_connection_and_blocks_nobody(agen
 def test_a_reader_hears_something_now_and_then_and_one_that_is_gone_is_noticed(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api_module, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(server, "HEARTBEAT_S", 0.05)
     with agent.client.connect() as connection:
         connection.sendall(b"GET /events HTTP/1.1\r\n\r\n")
         seen = b""
@@ -455,7 +457,7 @@ def test_an_unforeseen_error_costs_one_connection(agent: Agent, monkeypatch: pyt
         raise ZeroDivisionError("hunter2")
 
     with monkeypatch.context() as patch:
-        patch.setattr(api_module, "_query", broken)
+        patch.setattr(routes, "_query", broken)
         assert raw(agent, b"GET /status HTTP/1.1\r\n\r\n") == b""
     assert agent.client.ask("GET", "/status")[0] == 200
     assert "ZeroDivisionError" in agent.said.getvalue() and "hunter2" not in agent.said.getvalue()
@@ -486,8 +488,8 @@ def test_no_descriptor_left_is_no_end(agent: Agent) -> None:
 
 
 def test_the_limits_are_the_designed_ones() -> None:
-    assert (api_module.REQUEST_LIMIT_S, api_module.SEND_LIMIT_S, api_module.IDLE_LIMIT_S) == (10, 10, 60)
-    assert (api_module.CLIENT_LIMIT, api_module.USER_LIMIT, api_module.KEPT) == (16, 8, 2)
+    assert (server.REQUEST_LIMIT_S, server.SEND_LIMIT_S, server.IDLE_LIMIT_S) == (10, 10, 60)
+    assert (server.CLIENT_LIMIT, server.USER_LIMIT, server.KEPT) == (16, 8, 2)
 
 
 # --- who asks
@@ -497,8 +499,8 @@ def test_the_limits_are_the_designed_ones() -> None:
 def users(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Whoever connects next is this user; by default somebody who is not trusted."""
     user = [1000]
-    monkeypatch.setattr(api_module, "peer_of", lambda _connection: (4711, user[0], 100))
-    monkeypatch.setattr(api_module.os, "geteuid", lambda: 990)
+    monkeypatch.setattr(server, "peer_of", lambda _connection: (4711, user[0], 100))
+    monkeypatch.setattr(server.os, "geteuid", lambda: 990)
     return user
 
 
@@ -525,7 +527,7 @@ def assert_too_many(agent: Agent) -> None:
 
 
 def test_one_user_cannot_take_every_connection(agent: Agent, users: list[int]) -> None:
-    with half_requests(agent, api_module.USER_LIMIT):
+    with half_requests(agent, server.USER_LIMIT):
         assert_too_many(agent)
         users[0] = 1001
         assert agent.client.ask("GET", "/status")[0] == 200
@@ -539,12 +541,12 @@ def test_all_users_together_leave_room_for_root_and_the_services_own(agent: Agen
             assert_too_many(agent)
             for users[0] in (0, 990):
                 assert agent.client.ask("GET", "/status")[0] == 200
-            with half_requests(agent, api_module.KEPT):
+            with half_requests(agent, server.KEPT):
                 assert_too_many(agent)
 
 
 def test_the_command_line_hears_that_too_many_are_connected(agent: Agent) -> None:
-    with half_requests(agent, api_module.CLIENT_LIMIT):
+    with half_requests(agent, server.CLIENT_LIMIT):
         for _ in range(20):  # whether its request is refused before or after it was written
             with pytest.raises(RetryLater) as refused:
                 running._checked(running._post(agent.api.path, "/command/token", 5))

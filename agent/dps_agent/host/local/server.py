@@ -1,22 +1,12 @@
 """HTTP/1.1 on a Unix socket for other programs on this device.
 
 One thread serves all of them and waits for none: every size, count and time has a bound, and a program that is too slow
-loses its connection. Nothing is queued here: telemetry is accepted once the hub has it, and a cloud-to-device message
-stays the hub's until a program says that it is done with it.
-
-    GET  /status                   where the device stands
-    GET  /assignment               hub and device id
-    POST /telemetry?name=value     the body goes to the hub as it is; 200 once the hub has acknowledged it
-    GET  /events                   what the hub sends, one JSON document a line, for as long as the connection stands
-    POST /events/{id}/done         the message need not be delivered again
-    POST /methods/{id}?status=200  the answer to a direct method, JSON
-    POST /token?life=900           a token for this device's hub; only with [api] allow_token
-    POST /command/...              provision, reset, token; status: whether DPS may be asked; for root and the own user
+loses its connection. What may be asked for stands in `routes`. Nothing is queued here: telemetry is accepted once the
+hub has it, and a cloud-to-device message stays the hub's until a program says that it is done with it.
 """
 
 from __future__ import annotations
 
-import binascii
 import contextlib
 import errno
 import os
@@ -28,29 +18,32 @@ import struct
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from dps_agent.host.error_document import error_fields
 from dps_agent.host.journal import INFO, NOTICE, WARNING, Journal
-from dps_agent.host.runner import bug
-from dps_agent.host.statefile import make_runtime_folder
-from dps_agent.hub_effects import (
-    AnswerMethod,
-    CloudMessage,
-    Desired,
-    MessageDone,
-    MethodCall,
-    SendTelemetry,
-    TelemetryDone,
+from dps_agent.host.local.events import Events, chunk
+from dps_agent.host.local.routes import (
+    RETRY_AFTER_S,
+    Command,
+    Later,
+    Refused,
+    Reply,
+    Request,
+    Routes,
+    Snapshot,
+    Stream,
+    error_document,
+    outcome_of,
 )
-from dps_agent.sas import percent_decode
-from dps_agent.session import METHOD_LIMIT_S, TELEMETRY_LIMIT, telemetry_topic
-from dps_hal.platform import from_json, to_json
+from dps_agent.host.local.statefile import make_runtime_folder
+from dps_agent.host.runner import bug
+from dps_agent.hub_effects import MethodCall, TelemetryDone
+from dps_hal.platform import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dps_agent.hub_effects import Event, Message
+    from dps_agent.hub_effects import Event, Message, SendTelemetry
 
 CLIENT_GROUP = "dps-agent-clients"
 GROUP_FILE = "/etc/group"
@@ -61,19 +54,12 @@ BACKLOG = 128  # connections that wait to be looked at
 STREAM_LIMIT = 8  # of them with GET /events
 HEAD_LIMIT = 8192  # bytes of request line and headers
 BODY_LIMIT = 256 * 1024  # bytes; IoT Hub quotas: a device-to-cloud message
-ANSWER_LIMIT = 128 * 1024  # bytes; IoT Hub developer guide: the payload of a direct method
 PEERS_LIMIT = 256  # processes remembered as seen before
 LINES_LIMIT = 128  # events that a reader may be behind
 REQUEST_LIMIT_S = 10.0  # from a request's first byte to its last
 IDLE_LIMIT_S = 60.0  # between two requests
 SEND_LIMIT_S = 10.0  # without any byte taken
-TELEMETRY_LIMIT_S = 30.0
-COMMAND_LIMIT_S = 60.0
-REGISTRATION_LIMIT_S = 1200.0  # a registration's largest budget that makes sense, and what its steps may overrun
 HEARTBEAT_S = 60.0  # an empty line, so that both sides notice when the other is gone
-TOKEN_LIFE_LIMIT_S = 900
-TOKENS_A_MINUTE = 6
-RETRY_AFTER_S = 5  # where nothing better is known
 
 _REASONS = {
     200: "OK",
@@ -92,34 +78,6 @@ _REASONS = {
     503: "Service Unavailable",
     504: "Gateway Timeout",
 }
-_COMMANDS = ("provision", "reset", "token", "status")
-
-
-class Refused(Exception):
-    """A request that is answered at once with an error."""
-
-    def __init__(self, status: int, code: str, message: str, retry_after_s: int | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.document = _error(code, message, retry_after_s)
-
-
-class Command(NamedTuple):
-    """What a program asks of the service itself; answered through `LocalApi.answer` with its `request_id`."""
-
-    request_id: int
-    name: str  # provision, reset, token, status
-    force: bool = False
-    life_s: int = 0
-
-
-class Snapshot(NamedTuple):
-    """What the service said last of itself."""
-
-    status: dict[str, Any]
-    assignment: dict[str, Any] | None
-    connected: bool
-    retry_after_s: int = RETRY_AFTER_S
 
 
 class _Client:
@@ -139,7 +97,7 @@ class _Client:
         self.over = False  # it sends nothing more, and may wait for an answer
 
 
-class LocalApi:
+class LocalServer:
     """The socket at `path`; OSError where it cannot be made.
 
     The service calls `show`, `tell`, `answer` and `forget` from its own thread.
@@ -157,22 +115,17 @@ class LocalApi:
         journal: Journal,
     ) -> None:
         self.path = path
-        self._allow_token = allow_token
+        self._events = Events()
+        self._routes = Routes(self._events, allow_token)
         self._post = post
         self._command = command
         self._journal = journal
-        self._snapshot = Snapshot({}, None, False)
         self._clients: dict[int, _Client] = {}  # by descriptor
         self._streams = 0
         self._inbox: deque[Callable[[], None]] = deque()  # work from other threads
         self._serial = 0
-        self._epoch = 0  # connections to the hub: ids of an earlier one mean nothing any more
-        self._held: dict[int, bytes] = {}  # cloud-to-device messages, as they are sent
-        self._calls: dict[int, tuple[bytes, float]] = {}  # method calls as they are sent, with their ends
-        self._desired: tuple[int, dict[str, Any]] | None = None
         self._pending: dict[int, _Client] = {}
         self._peers: deque[tuple[int, int]] = deque(maxlen=PEERS_LIMIT)  # processes with their users, seen before
-        self._tokens: deque[float] = deque()  # when the last ones were asked for
         self._listener = listen(path, journal)
         self._selector = selectors.DefaultSelector()
         self._alarm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -199,7 +152,7 @@ class LocalApi:
 
     def show(self, snapshot: Snapshot) -> None:
         """What GET /status and GET /assignment answer from now on."""
-        self._snapshot = snapshot
+        self._routes.snapshot = snapshot
 
     def tell(self, message: Message) -> bool:
         """Hands a message of the hub's session to whom it may concern; False where no program would see it."""
@@ -214,7 +167,7 @@ class LocalApi:
 
     def forget(self) -> None:
         """The connection to the hub has ended: what was held of it will be delivered again."""
-        self._later(self._forget)
+        self._later(self._events.forget)
 
     def _later(self, call: Callable[[], None]) -> None:
         self._inbox.append(call)
@@ -258,23 +211,22 @@ class LocalApi:
 
     def _patience_s(self) -> float | None:
         ends = [client.deadline_s for client in self._clients.values()]
-        ends += [until_s for _, until_s in self._calls.values()]
+        ends += self._events.ends_s()
         return max(min(ends) - time.monotonic(), 0.0) + 0.01 if ends else None
 
     def _expire(self, now_s: float) -> None:
-        for call_id in [call_id for call_id, (_, until_s) in self._calls.items() if until_s <= now_s]:
-            del self._calls[call_id]
+        self._events.expire(now_s)
         for client in [client for client in self._clients.values() if client.deadline_s <= now_s]:
             if client.pending is not None:
-                outcome = _error("agent.out_of_time", "no answer yet: whether it will be done is not known")
+                outcome = error_document("agent.out_of_time", "no answer yet: whether it will be done is not known")
                 self._finish(client.pending, 504, outcome)
             elif client.lines or not (client.streams or client.received):
                 self._drop(client)
             elif client.streams:
                 client.deadline_s = now_s + HEARTBEAT_S
-                self._line(client, _chunk(b"\n"))
+                self._line(client, chunk(b"\n"))
             else:
-                self._reply(client, 408, _error("agent.usage", "the request did not come to its end in time"))
+                self._reply(client, 408, error_document("agent.usage", "the request did not come to its end in time"))
                 client.ends = True
 
     def _accept(self, listener: socket.socket) -> None:
@@ -287,7 +239,7 @@ class LocalApi:
         connection.setblocking(False)
         peer = peer_of(connection)
         if not self._has_room(peer[1]):
-            document = _error("agent.busy", "too many programs are connected", RETRY_AFTER_S)
+            document = error_document("agent.busy", "too many programs are connected", RETRY_AFTER_S)
             with contextlib.suppress(OSError), connection:
                 connection.send(_answer(503, document, "Connection: close\r\n"))
             return
@@ -387,91 +339,30 @@ class LocalApi:
 
     def _route(self, client: _Client, method: str, target: str, body: bytes) -> None:
         path, _, query = target.partition("?")
-        parameters = _query(query)
-        words = path.split("/")[1:]
         if client.peer[:2] not in self._peers:
             self._peers.append(client.peer[:2])
             self._journal.event("local", f"{_described(client)} uses the socket", INFO)
         self._journal.detail(f"{_described(client)}: {method} {path}, {len(body)} bytes")
-        match words:
-            case ["status" | "assignment" | "events"] if method != "GET":
-                raise Refused(405, "agent.usage", f"/{words[0]} is asked for with GET")
-            case ["status"]:
-                self._reply(client, 200, {**self._snapshot.status, "connected": self._snapshot.connected})
-            case ["assignment"]:
-                if self._snapshot.assignment is None:
-                    raise Refused(404, "record.absent", "this device has no hub yet")
-                self._reply(client, 200, self._snapshot.assignment)
-            case ["events"]:
-                self._stream(client)
-            case ["telemetry" | "token" | "events" | "methods" | "command", *_] if method != "POST":
-                raise Refused(405, "agent.usage", f"/{words[0]} is asked for with POST")
-            case ["telemetry"]:
-                self._telemetry(client, parameters, body)
-            case ["events", event_id, "done"]:
-                message_id = self._current(event_id)
-                if self._held.pop(message_id, None) is None:
-                    raise Refused(404, "agent.unknown_event", f"no message {event_id[:40]!r} is held now")
-                self._post(MessageDone(message_id))
-                self._reply(client, 200, {"done": event_id})
-            case ["methods", event_id]:
-                self._answer_method(client, event_id, parameters, body)
-            case ["token"]:
-                if not self._allow_token:
-                    raise Refused(403, "agent.denied", "tokens are not given here; [api] allow_token is false")
-                life_s = _number(parameters, "life", TOKEN_LIFE_LIMIT_S, TOKEN_LIFE_LIMIT_S)
-                self._ask(client, "token", False, life_s, limited=True)
-            case ["command", name] if name in _COMMANDS:
-                if not _is_trusted(client.peer[1]):
-                    raise Refused(403, "agent.denied", f"/{'/'.join(words)} is for root and the service's own user")
-                life_s = _number(parameters, "life", TOKEN_LIFE_LIMIT_S, 365 * 86400)
-                self._ask(client, name, parameters.get("force") == "true", life_s, limited=False)
-            case _:
-                raise Refused(404, "agent.usage", f"there is nothing at {path[:80]!r}")
+        request = Request(method, path, query, body, _is_trusted(client.peer[1]))
+        match self._routes.answer(request, time.monotonic()):
+            case Reply(status, document, event):
+                if event is not None:
+                    self._post(event)
+                self._reply(client, status, document)
+            case Later(asked, limit_s):
+                self._ask(client, asked, limit_s)
+            case Stream(chunks):
+                self._stream(client, chunks)
 
-    def _telemetry(self, client: _Client, properties: dict[str, str], body: bytes) -> None:
-        snapshot = self._snapshot
-        if "" in properties:
-            raise Refused(400, "agent.usage", "expected properties as name=value pairs in the query")
-        if not snapshot.connected:
-            raise Refused(503, "agent.not_connected", "the device is not connected to its hub", snapshot.retry_after_s)
-        device_id = snapshot.assignment["deviceId"] if snapshot.assignment is not None else ""
-        try:
-            room = TELEMETRY_LIMIT - len(telemetry_topic(device_id, properties))
-        except ValueError:
-            raise Refused(400, "agent.usage", "expected properties in UTF-8") from None
-        if len(body) > room:
-            text = f"expected at most {room} bytes beside the device id and these properties; came {len(body)}"
-            raise Refused(413, "agent.too_large", text)
-        request_id = self._await(client, TELEMETRY_LIMIT_S)
-        if not self._post(SendTelemetry(request_id, properties, body)):
+    def _ask(self, client: _Client, asked: SendTelemetry | Command, limit_s: float) -> None:
+        if isinstance(asked, Command):
+            self._journal.event("local", f"{_described(client)} asks for: {asked.name}", NOTICE)
+            self._command(asked._replace(request_id=self._await(client, limit_s)))
+            return
+        request_id = self._await(client, limit_s)
+        if not self._post(asked._replace(request_id=request_id)):
             text = "too much waits to be sent"
-            self._finish(request_id, 503, _error("agent.busy", text, RETRY_AFTER_S))
-
-    def _answer_method(self, client: _Client, event_id: str, parameters: dict[str, str], body: bytes) -> None:
-        status = _number(parameters, "status", 200, 999)
-        if len(body) > ANSWER_LIMIT:
-            raise Refused(413, "agent.too_large", f"expected an answer of at most {ANSWER_LIMIT} bytes")
-        if body and _json(body) is _NO_JSON:
-            raise Refused(400, "agent.usage", "expected the method's answer as JSON")
-        call_id = self._current(event_id)
-        if self._calls.pop(call_id, None) is None:
-            raise Refused(404, "agent.unknown_event", f"no call {event_id[:40]!r} waits for an answer now")
-        self._post(AnswerMethod(call_id, status, body))
-        self._reply(client, 200, {"answered": event_id})
-
-    def _ask(self, client: _Client, name: str, force: bool, life_s: int, limited: bool) -> None:
-        if name == "token" and limited:
-            now_s = time.monotonic()
-            while self._tokens and self._tokens[0] <= now_s - 60:
-                self._tokens.popleft()
-            if len(self._tokens) >= TOKENS_A_MINUTE:
-                wait_s = int(self._tokens[0] + 61 - now_s)
-                raise Refused(429, "agent.busy", f"expected at most {TOKENS_A_MINUTE} tokens a minute", wait_s)
-            self._tokens.append(now_s)
-        self._journal.event("local", f"{_described(client)} asks for: {name}", NOTICE)
-        limit_s = REGISTRATION_LIMIT_S if name == "provision" else COMMAND_LIMIT_S
-        self._command(Command(self._await(client, limit_s), name, force, life_s))
+            self._finish(request_id, 503, error_document("agent.busy", text, RETRY_AFTER_S))
 
     def _await(self, client: _Client, limit_s: float) -> int:
         """The id under which `client` is answered later."""
@@ -488,43 +379,16 @@ class LocalApi:
             self._guarded(client, self._reply, client, status, document)
             self._guarded(client, self._advance, client)
 
-    def _current(self, event_id: str) -> int:
-        """The number in an event's id, 0 where it is of an earlier connection to the hub, or none."""
-        epoch, _, number = event_id.partition("-")
-        ours = epoch == str(self._epoch) and number.isascii() and number.isdecimal() and len(number) < 10
-        return int(number) if ours else 0
-
     # What the hub sends.
 
     def _take(self, message: Message) -> None:
-        match message:
-            case TelemetryDone(request_id, accepted, _):
-                if accepted:
-                    self._finish(request_id, 200, {"accepted": True})
-                else:
-                    text = "the hub did not acknowledge it: it may or may not have it"
-                    self._finish(request_id, 503, _error("agent.not_connected", text, RETRY_AFTER_S))
-            case CloudMessage(message_id, properties, payload):
-                document: dict[str, Any] = {"event": "message", "id": f"{self._epoch}-{message_id}"}
-                self._held[message_id] = _chunk_of({**document, "properties": properties, **_payload(payload)})
-                self._broadcast(self._held[message_id])
-            case MethodCall(call_id, name, payload):
-                document = {"event": "method", "id": f"{self._epoch}-{call_id}", "name": name}
-                chunk = _chunk_of({**document, **_payload(payload)})
-                self._calls[call_id] = (chunk, time.monotonic() + METHOD_LIMIT_S)
-                self._broadcast(chunk)
-            case Desired(version, payload, whole):
-                self._desire(version, payload, whole)
+        if isinstance(message, TelemetryDone):
+            outcome = outcome_of(message)
+            self._finish(message.request_id, outcome.status, outcome.document)
+        elif (content := self._events.take(message)) is not None:
+            self._broadcast(content)
 
-    def _desire(self, version: int, payload: bytes | None, whole: bool) -> None:
-        changes = _json(payload or b"")
-        if not isinstance(changes, dict):
-            return  # the session has parsed a whole one, unless too large; a patch that is no object changes nothing
-        known = {} if whole or self._desired is None else self._desired[1]
-        self._desired = (version, _merged(known, changes))
-        self._broadcast(_chunk_of({"event": "desired", "version": version, "whole": whole, "properties": changes}))
-
-    def _stream(self, client: _Client) -> None:
+    def _stream(self, client: _Client, chunks: list[bytes]) -> None:
         if self._streams >= STREAM_LIMIT:
             raise Refused(503, "agent.busy", f"{STREAM_LIMIT} programs read the events already", RETRY_AFTER_S)
         self._journal.event("local", f"{_described(client)} reads the events", INFO)
@@ -534,25 +398,15 @@ class LocalApi:
         client.deadline_s = time.monotonic() + HEARTBEAT_S
         head = "HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
         client.lines.append(head.encode())
-        if self._desired is not None:
-            version, properties = self._desired
-            document = {"event": "desired", "version": version, "whole": True, "properties": properties}
-            client.lines.append(_chunk_of(document))
-        client.lines.extend(self._held.values())
-        client.lines.extend(chunk for chunk, _ in self._calls.values())
+        client.lines.extend(chunks)
         self._send(client)
 
-    def _broadcast(self, chunk: bytes) -> None:
+    def _broadcast(self, content: bytes) -> None:
         for client in [client for client in self._clients.values() if client.streams]:
             if len(client.lines) >= LINES_LIMIT:
                 self._drop(client)  # too slow; whoever connects again gets what is held
             else:
-                self._guarded(client, self._line, client, chunk)
-
-    def _forget(self) -> None:
-        self._epoch += 1
-        self._held.clear()
-        self._calls.clear()
+                self._guarded(client, self._line, client, content)
 
     # Answers.
 
@@ -684,58 +538,6 @@ def _check_free(path: str) -> None:
     raise OSError(errno.EADDRINUSE, "another dps-agent listens there", path)
 
 
-# Bytes and text.
-
-_NO_JSON = object()
-
-
-def _json(content: bytes) -> Any:
-    try:
-        return from_json(content)
-    except ValueError:
-        return _NO_JSON
-
-
-def _merged(known: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`known` with a JSON merge patch (RFC 7396) applied."""
-    merged = dict(known)
-    for name, value in changes.items():
-        if value is None:
-            merged.pop(name, None)
-        elif isinstance(value, dict):
-            inner = merged.get(name)
-            merged[name] = _merged(inner if isinstance(inner, dict) else {}, value)
-        else:
-            merged[name] = value
-    return merged
-
-
-def _payload(content: bytes | None) -> dict[str, Any]:
-    """A payload as JSON holds it best: as JSON, else as text, else in base64; None is one that was too large."""
-    if content is None:
-        return {"tooLarge": True}
-    value = _json(content) if content else None
-    if value is not _NO_JSON:
-        return {"payload": value}
-    try:
-        return {"payloadText": content.decode()}
-    except ValueError:
-        return {"payloadBase64": binascii.b2a_base64(content, newline=False).decode()}
-
-
-def _chunk_of(document: dict[str, Any]) -> bytes:
-    return _chunk(to_json(document).encode() + b"\n")
-
-
-def _chunk(line: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(line), line)
-
-
-def _error(code: str, message: str, retry_after_s: int | None = None) -> dict[str, Any]:
-    """The body of an answer that is an error."""
-    return {"error": error_fields(code, message, retry_after_s)}
-
-
 def _answer(status: int, document: dict[str, Any], more: str = "") -> bytes:
     body = to_json(document).encode() + b"\n"
     retry_after_s = document["error"]["retryAfterS"] if "error" in document else None
@@ -770,21 +572,6 @@ def _content_length(headers: dict[str, str]) -> int:
         raise Refused(400, "agent.usage", f"Content-Length: expected a number; came {text[:20]!r}")
     if len(text) > 9 or int(text) > BODY_LIMIT:
         raise Refused(413, "agent.too_large", f"expected a body of at most {BODY_LIMIT} bytes")
-    return int(text)
-
-
-def _query(text: str) -> dict[str, str]:
-    parameters: dict[str, str] = {}
-    for pair in text.split("&") if text else ():
-        name, _, value = pair.partition("=")
-        parameters[percent_decode(name)] = percent_decode(value)
-    return parameters
-
-
-def _number(parameters: dict[str, str], name: str, default: int, highest: int) -> int:
-    text = parameters.get(name, str(default))
-    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 0 < int(text) <= highest):
-        raise Refused(400, "agent.usage", f"{name}: expected a whole number from 1 to {highest}; came {text[:20]!r}")
     return int(text)
 
 

@@ -1,0 +1,211 @@
+"""What programs on this device may ask for: a request and the time in, a value out.
+
+1. `Reply`: an answer, perhaps with an event that the hub's session is to have first.
+2. `Later`: the answer comes from the hub or the service, for which `asked` is to be handed on.
+3. `Stream`: the lines of GET /events, for as long as the connection stands.
+
+What is wrong with a request is raised as `Refused`.
+
+    GET  /status                   where the device stands
+    GET  /assignment               hub and device id
+    POST /telemetry?name=value     the body goes to the hub as it is; 200 once the hub has acknowledged it
+    GET  /events                   what the hub sends, one JSON document a line, for as long as the connection stands
+    POST /events/{id}/done         the message need not be delivered again
+    POST /methods/{id}?status=200  the answer to a direct method, JSON
+    POST /token?life=900           a token for this device's hub; only with [api] allow_token
+    POST /command/...              provision, reset, token; status: whether DPS may be asked; for root and the own user
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dps_agent.host.error_document import error_fields
+from dps_agent.host.local.events import is_json
+from dps_agent.hub_effects import AnswerMethod, MessageDone, SendTelemetry, TelemetryDone
+from dps_agent.sas import percent_decode
+from dps_agent.session import TELEMETRY_LIMIT, telemetry_topic
+
+if TYPE_CHECKING:
+    from dps_agent.host.local.events import Events
+
+ANSWER_LIMIT = 128 * 1024  # bytes; IoT Hub developer guide: the payload of a direct method
+TELEMETRY_LIMIT_S = 30.0
+COMMAND_LIMIT_S = 60.0
+REGISTRATION_LIMIT_S = 1200.0  # a registration's largest budget that makes sense, and what its steps may overrun
+TOKEN_LIFE_LIMIT_S = 900
+TOKENS_A_MINUTE = 6
+RETRY_AFTER_S = 5  # where nothing better is known
+_COMMANDS = ("provision", "reset", "token", "status")
+
+
+class Refused(Exception):
+    """A request that is answered at once with an error."""
+
+    def __init__(self, status: int, code: str, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.document = error_document(code, message, retry_after_s)
+
+
+class Request(NamedTuple):
+    """One request of a program; whether it is `trusted` with commands."""
+
+    method: str
+    path: str
+    query: str
+    body: bytes
+    trusted: bool
+
+
+class Command(NamedTuple):
+    """What a program asks of the service itself; answered through `LocalServer.answer` with its `request_id`."""
+
+    request_id: int
+    name: str  # provision, reset, token, status
+    force: bool = False
+    life_s: int = 0
+
+
+class Reply(NamedTuple):
+    """An answer, once `event` was handed to the hub's session where there is one."""
+
+    status: int
+    document: dict[str, Any]
+    event: MessageDone | AnswerMethod | None = None
+
+
+class Later(NamedTuple):
+    """An answer that comes within `limit_s`, under the request id that `asked` gets."""
+
+    asked: SendTelemetry | Command
+    limit_s: float
+
+
+class Stream(NamedTuple):
+    """The chunks that come first; what the hub sends later follows."""
+
+    chunks: list[bytes]
+
+
+class Snapshot(NamedTuple):
+    """What the service said last of itself."""
+
+    status: dict[str, Any]
+    assignment: dict[str, Any] | None
+    connected: bool
+    retry_after_s: int = RETRY_AFTER_S
+
+
+class Routes:
+    """Answers requests out of `snapshot`, which whoever owns this replaces, and `events`."""
+
+    def __init__(self, events: Events, allow_token: bool) -> None:
+        self.snapshot = Snapshot({}, None, False)
+        self._events = events
+        self._allow_token = allow_token
+        self._tokens: deque[float] = deque()  # when the last ones were asked for
+
+    def answer(self, request: Request, now_s: float) -> Reply | Later | Stream:
+        """What to answer; Refused where nothing else is."""
+        parameters = _query(request.query)
+        words = request.path.split("/")[1:]
+        match words:
+            case ["status" | "assignment" | "events"] if request.method != "GET":
+                raise Refused(405, "agent.usage", f"/{words[0]} is asked for with GET")
+            case ["status"]:
+                return Reply(200, {**self.snapshot.status, "connected": self.snapshot.connected})
+            case ["assignment"]:
+                if self.snapshot.assignment is None:
+                    raise Refused(404, "record.absent", "this device has no hub yet")
+                return Reply(200, self.snapshot.assignment)
+            case ["events"]:
+                return Stream(self._events.backlog())
+            case ["telemetry" | "token" | "events" | "methods" | "command", *_] if request.method != "POST":
+                raise Refused(405, "agent.usage", f"/{words[0]} is asked for with POST")
+            case ["telemetry"]:
+                return self._telemetry(parameters, request.body)
+            case ["events", event_id, "done"]:
+                message_id = self._events.done(event_id)
+                if not message_id:
+                    raise Refused(404, "agent.unknown_event", f"no message {event_id[:40]!r} is held now")
+                return Reply(200, {"done": event_id}, MessageDone(message_id))
+            case ["methods", event_id]:
+                return self._answer_method(event_id, parameters, request.body)
+            case ["token"]:
+                if not self._allow_token:
+                    raise Refused(403, "agent.denied", "tokens are not given here; [api] allow_token is false")
+                life_s = _number(parameters, "life", TOKEN_LIFE_LIMIT_S, TOKEN_LIFE_LIMIT_S)
+                self._count_token(now_s)
+                return Later(Command(0, "token", False, life_s), COMMAND_LIMIT_S)
+            case ["command", name] if name in _COMMANDS:
+                if not request.trusted:
+                    raise Refused(403, "agent.denied", f"/{'/'.join(words)} is for root and the service's own user")
+                life_s = _number(parameters, "life", TOKEN_LIFE_LIMIT_S, 365 * 86400)
+                limit_s = REGISTRATION_LIMIT_S if name == "provision" else COMMAND_LIMIT_S
+                return Later(Command(0, name, parameters.get("force") == "true", life_s), limit_s)
+        raise Refused(404, "agent.usage", f"there is nothing at {request.path[:80]!r}")
+
+    def _telemetry(self, properties: dict[str, str], body: bytes) -> Later:
+        snapshot = self.snapshot
+        if "" in properties:
+            raise Refused(400, "agent.usage", "expected properties as name=value pairs in the query")
+        if not snapshot.connected:
+            raise Refused(503, "agent.not_connected", "the device is not connected to its hub", snapshot.retry_after_s)
+        device_id = snapshot.assignment["deviceId"] if snapshot.assignment is not None else ""
+        try:
+            room = TELEMETRY_LIMIT - len(telemetry_topic(device_id, properties))
+        except ValueError:
+            raise Refused(400, "agent.usage", "expected properties in UTF-8") from None
+        if len(body) > room:
+            text = f"expected at most {room} bytes beside the device id and these properties; came {len(body)}"
+            raise Refused(413, "agent.too_large", text)
+        return Later(SendTelemetry(0, properties, body), TELEMETRY_LIMIT_S)
+
+    def _answer_method(self, event_id: str, parameters: dict[str, str], body: bytes) -> Reply:
+        status = _number(parameters, "status", 200, 999)
+        if len(body) > ANSWER_LIMIT:
+            raise Refused(413, "agent.too_large", f"expected an answer of at most {ANSWER_LIMIT} bytes")
+        if body and not is_json(body):
+            raise Refused(400, "agent.usage", "expected the method's answer as JSON")
+        call_id = self._events.answered(event_id)
+        if not call_id:
+            raise Refused(404, "agent.unknown_event", f"no call {event_id[:40]!r} waits for an answer now")
+        return Reply(200, {"answered": event_id}, AnswerMethod(call_id, status, body))
+
+    def _count_token(self, now_s: float) -> None:
+        while self._tokens and self._tokens[0] <= now_s - 60:
+            self._tokens.popleft()
+        if len(self._tokens) >= TOKENS_A_MINUTE:
+            wait_s = int(self._tokens[0] + 61 - now_s)
+            raise Refused(429, "agent.busy", f"expected at most {TOKENS_A_MINUTE} tokens a minute", wait_s)
+        self._tokens.append(now_s)
+
+
+def outcome_of(telemetry: TelemetryDone) -> Reply:
+    """What is answered to whoever has sent the telemetry."""
+    if telemetry.accepted:
+        return Reply(200, {"accepted": True})
+    text = "the hub did not acknowledge it: it may or may not have it"
+    return Reply(503, error_document("agent.not_connected", text, RETRY_AFTER_S))
+
+
+def error_document(code: str, message: str, retry_after_s: int | None = None) -> dict[str, Any]:
+    """The body of an answer that is an error."""
+    return {"error": error_fields(code, message, retry_after_s)}
+
+
+def _query(text: str) -> dict[str, str]:
+    parameters: dict[str, str] = {}
+    for pair in text.split("&") if text else ():
+        name, _, value = pair.partition("=")
+        parameters[percent_decode(name)] = percent_decode(value)
+    return parameters
+
+
+def _number(parameters: dict[str, str], name: str, default: int, highest: int) -> int:
+    text = parameters.get(name, str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 0 < int(text) <= highest):
+        raise Refused(400, "agent.usage", f"{name}: expected a whole number from 1 to {highest}; came {text[:20]!r}")
+    return int(text)
