@@ -15,6 +15,7 @@ import trustme
 
 from dps_board.tls import FailedError, Link
 from support.board import Image, der, micropython
+from support.chains import CHAINS, TRUSTED, serving
 from support.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering
 
 if TYPE_CHECKING:
@@ -121,6 +122,20 @@ def test_a_server_that_cannot_be_verified_gets_no_request(desk: Desk, kind: str)
     replies, server = desk.served(answering(answer(b"{}")), context=context_of(desk, kind))
     assert replies[0]["reason"].startswith("tls: "), replies
     assert replies[0]["sent"] is False and server.requests == []
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_verdict_on_a_chain_is_that_of_linux(desk: Desk, name: str, tmp_path: Path) -> None:
+    (sent, anchors), verdict = CHAINS[name]
+    roots = tmp_path / "roots.der"
+    roots.write_bytes(b"".join(anchor.certificate for anchor in anchors))
+    with Server(answering(answer(b"{}")), serving(tmp_path, *sent)) as server:
+        arguments = (str(roots), f"https://{ENDPOINT_NAME}", server.address, "get")
+        replies = micropython(desk.image, "board_https", *arguments)
+    if verdict == TRUSTED:
+        assert replies[0].get("status") == 200, replies
+    else:
+        assert replies[0]["reason"].startswith("tls: "), replies
 
 
 def test_any_of_several_roots_is_enough(desk: Desk, tmp_path: Path) -> None:

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     _Lookup: TypeAlias = "list[tuple[Any, ...]] | OSError | None"  # getaddrinfo's answer, its error, None: abort()
 
 
+# A certificate in ca_file or among the system's roots ends a chain, whether it is a root or not. The form that RFC 5280
+# wants of certificates is not asked for: private authorities and inspecting proxies miss it, and it proves nothing.
+VERIFY_FLAGS = ssl.VERIFY_X509_TRUSTED_FIRST | ssl.VERIFY_X509_PARTIAL_CHAIN
+
+
 class Failed(Exception):
     """Why a peer was not reached, or did not answer: `reason` is a NO_REPLY_* word, the message the rest."""
 
@@ -129,16 +134,17 @@ class Dialler:
                 closing.close()
 
     def _verifying_context(self) -> ssl.SSLContext:
+        context = tls_context()
         try:
-            context = ssl.create_default_context(cafile=self._ca_file or None)
+            if self._ca_file:
+                context.load_verify_locations(self._ca_file)
+            else:
+                context.load_default_certs()
         except OSError as error:  # ssl.SSLError is one: the file holds no certificate
             reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
             raise AskOperator(
                 "config.invalid", f"{self._setting}: expected PEM certificates in '{self._ca_file}': {reason}"
             ) from None
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.options |= ssl.OP_NO_RENEGOTIATION  # else a send could have to wait for something to read
-        context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # set by Python 3.11.2: a body cut off would look whole
         return context
 
     def reach(self, host: str, port: int, deadline_s: float) -> socket.socket:
@@ -204,6 +210,22 @@ class Dialler:
             raise Failed(NO_REPLY_CLOSED, "given up")
 
 
+def tls_context() -> ssl.SSLContext:
+    """What every TLS connection of the agent begins with, the same on every Python; the roots to trust come to it.
+
+    `ssl.create_default_context` decides otherwise from Python 3.13 on, and lets $SSLKEYLOGFILE have the session's keys.
+    Cipher suites are left to OpenSSL and to who configures it.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = True
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags = VERIFY_FLAGS
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # else a send could have to wait for something to read
+    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # set by Python 3.11.2: a body cut off would look whole
+    return context
+
+
 def say_goodbye(tls: ssl.SSLSocket) -> None:
     """Sends close_notify where that takes no time, and waits for no answer."""
     with contextlib.suppress(OSError, ValueError):  # not shaken hands, or broken
@@ -217,6 +239,19 @@ def seconds_until(deadline_s: float) -> float:
     if left_s <= 0:
         raise TimeoutError
     return left_s
+
+
+def validity_s(tls: ssl.SSLSocket) -> range:
+    """The UTC seconds at which the verified peer's certificate is valid; none where Python cannot read its dates.
+
+    OpenSSL takes what Python does not: a year before 1000, a name beside ours that is no UTF-8.
+    """
+    try:
+        certificate = tls.getpeercert() or {}
+        first_s, last_s = (ssl.cert_time_to_seconds(str(certificate[name])) for name in ("notBefore", "notAfter"))
+    except (ValueError, KeyError):
+        return range(0)
+    return range(first_s, last_s + 1)
 
 
 def address_text(host: str, port: int) -> str:

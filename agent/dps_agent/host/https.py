@@ -15,7 +15,7 @@ import time
 import urllib.parse
 
 from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_PROTOCOL, NO_REPLY_TOO_LARGE, NoReply, Reply
-from dps_agent.host.dial import Dialler, Failed, seconds_until
+from dps_agent.host.dial import Dialler, Failed, seconds_until, validity_s
 from dps_agent.host.proxy import NONE, ProxyRule
 from dps_hal.errors import AskOperator
 
@@ -153,8 +153,7 @@ class _Stream:
 
     def __init__(self, tls: ssl.SSLSocket) -> None:
         self._tls = tls
-        certificate = tls.getpeercert() or {}
-        self._valid_s = [ssl.cert_time_to_seconds(str(certificate[name])) for name in ("notBefore", "notAfter")]
+        self._valid_s = validity_s(tls)
         self._received = bytearray()
         self._deadline_s = 0.0
         self._head_left: int | None = None  # bytes that the head may still have; None: the head is over
@@ -173,7 +172,7 @@ class _Stream:
 
     def is_valid_at(self, utc_s: int) -> bool:
         """Whether the server's certificate is valid then."""
-        return self._valid_s[0] <= utc_s <= self._valid_s[1]
+        return utc_s in self._valid_s
 
     def is_clear(self) -> bool:
         """Whether nothing came beyond what was read."""

@@ -24,7 +24,7 @@ from dps_agent.host import websocket
 from dps_agent.host.checks.device import OK, SKIPPED, WARNING, Finding, failed
 from dps_agent.host.checks.local import NOTHING_STORED
 from dps_agent.host.clock import is_synchronised
-from dps_agent.host.dial import Dialler, Failed, address_text
+from dps_agent.host.dial import Dialler, Failed, address_text, tls_context
 from dps_agent.host.https import DpsConnection, host_and_port
 from dps_agent.host.progress import utc_text
 from dps_agent.host.proxy import ProxyRule
@@ -301,7 +301,7 @@ def _issuer_shown(network: Network, peer: Peer) -> str:
     """Whose certificate the peer shows and who issued it, unverified; "" where that cannot be told."""
     dialler = Dialler(network.proxies, "")
     dialler.begin()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = tls_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # to see what is shown; nothing is sent
     try:
@@ -322,7 +322,10 @@ def _chain(tls: ssl.SSLSocket, method: str) -> list[dict[str, Any]]:
     SSLSocket has these methods from Python 3.13 on, and only with DER; the object below it has them since 3.10.
     """
     get = getattr(getattr(tls, "_sslobj", None), method, None)
-    return [certificate.get_info() for certificate in get() or []] if get is not None else []
+    try:
+        return [certificate.get_info() for certificate in get() or []] if get is not None else []
+    except ValueError:  # a name that is no UTF-8
+        return []
 
 
 def _name(subject: tuple[tuple[tuple[str, str], ...], ...]) -> str:
