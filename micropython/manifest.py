@@ -14,6 +14,7 @@ package(
         "backoff.py",
         "der.py",
         "effects.py",
+        "http1.py",
         "hub_effects.py",
         "lifecycle.py",
         "messages.py",

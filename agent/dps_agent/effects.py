@@ -159,3 +159,11 @@ NO_REPLY_TOO_LARGE = "too_large"  # headers or body over the bound
 NO_REPLY_PROTOCOL = "protocol"  # not HTTP, or not MQTT
 NO_REPLY_NOT_FOUND = "not_found"  # there is no such name, or the WebSocket was refused with 404: no such hub
 NO_REPLY_PROXY = "proxy"  # the HTTP proxy on the way wants other credentials
+
+
+class Failed(Exception):
+    """Why no whole answer came: `reason` is a NO_REPLY_* word, the message the rest. Runners make it a NoReply."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason

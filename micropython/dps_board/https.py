@@ -5,29 +5,17 @@ Sources: RFC 9110, RFC 9112.
 
 import gc
 
-from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_PROTOCOL, NO_REPLY_TOO_LARGE, NoReply, Reply
-from dps_agent.utc import http_date_s
-from dps_board.tls import FailedError, Link, split_address
+from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_TOO_LARGE, Failed, NoReply, Reply
+from dps_agent.http1 import Reader
+from dps_board.tls import Link, split_address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
     from dps_agent.sas import SasToken
 
-HEAD_LIMIT = 16 * 1024  # bytes of status lines and headers of one answer
 BODY_LIMIT = 16 * 1024  # bytes
-_HEADERS_LIMIT = 64
-_READ_HEADERS = (  # by somebody; the others are not kept
-    "connection",
-    "content-length",
-    "date",
-    "retry-after",
-    "transfer-encoding",
-    "x-ms-error-code",
-    "x-ms-request-id",
-)
 _ROOM_BYTES = 1600  # of DPS's largest answer where the payload is small
 _RECEIVE_BYTES = 512
 _SEND_BYTES = 1024
@@ -53,9 +41,10 @@ class Connection:
         self._host, port = split_address(self._authority, _HTTPS_PORT)
         self._dial = split_address(connect_to, port) if connect_to else (self._host, port)
         self._link = Link(roots, while_waiting)
-        self._received = b""
+        # The room is made now: later on there may be no block of that size. Where a connection ends well and where it
+        # was cut MicroPython does not tell apart.
+        self._reader = Reader(BODY_LIMIT, room=bytearray(_ROOM_BYTES))
         self._answered = False  # a byte came since the last request
-        self._room = bytearray(_ROOM_BYTES)  # for a body: later on there may be no block of that size
 
     @property
     def handshakes(self) -> int:
@@ -85,13 +74,13 @@ class Connection:
                 return reply
             except MemoryError:
                 return NoReply(f"{NO_REPLY_TOO_LARGE}: no memory for the answer", True)
-            except FailedError as failed:
+            except Failed as failed:
                 sent = sent or reused
                 # A server may close an idle connection while our request is on its way. Every request of this API
                 # may be repeated: registering again with the same body and token asks for the same thing.
                 if reused and not self._answered and failed.reason == NO_REPLY_CLOSED and not self._link.is_aborted():
                     continue
-                return NoReply(f"{failed.reason}: {failed.text}", sent)
+                return NoReply(f"{failed.reason}: {failed}", sent)
             finally:
                 if not keep:
                     self.close()
@@ -103,7 +92,7 @@ class Connection:
         try:
             if self._link.is_shaken and self._link.read(1) is None:
                 return True
-        except FailedError:
+        except Failed:
             pass  # the peer has gone
         self.close()
         return False
@@ -115,7 +104,7 @@ class Connection:
     def close(self) -> None:
         """Ends the connection, if there is one; the next request opens another."""
         self._link.close()
-        self._received = b""
+        self._reader.rest = b""
 
     async def _send(self, message: bytes) -> None:
         sent = 0
@@ -129,7 +118,7 @@ class Connection:
 
     def _head_of(self, method: str, path: str, body: bytes, authorization: "SasToken | None") -> bytes:
         head = f"{method} {path} HTTP/1.1\r\nHost: {self._authority}\r\nUser-Agent: dps-agent\r\n"
-        head += "Accept: application/json\r\n"
+        head += "Accept: application/json\r\nAccept-Encoding: identity\r\n"
         if body or method != "GET":
             head += f"Content-Type: application/json; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
         if authorization is not None:
@@ -138,133 +127,21 @@ class Connection:
 
     async def _answer(self) -> "tuple[Reply, bool]":
         """The next answer, and whether the connection can take another request."""
-        while True:
-            gc.collect()  # so that what stays of a head is not strewn over the room for its body
-            status, headers, version = await self._head()
-            if status >= 200:  # the answers before are interim
-                break
-        body: bytes = b""
-        if status not in (204, 304):
-            body = await self._body(headers)
-        connection = headers.get("connection", "").lower()
-        keep = "close" not in connection and (version == "HTTP/1.1" or "keep-alive" in connection)
-        reply = Reply(status, headers, body, http_date_s(headers.get("date")))
-        return reply, keep and not self._received
-
-    async def _head(self) -> "tuple[int, dict[str, str], str]":
-        """Status, headers by lower-case name, repeated ones joined, and HTTP version of one answer's head."""
-        line = await self._text_line(HEAD_LIMIT)
-        left = HEAD_LIMIT - len(line)
-        version, _, rest = line.partition(" ")
-        status = rest[:3]
-        if version not in ("HTTP/1.1", "HTTP/1.0") or not _is_number(status) or rest[3:4] not in ("", " "):
-            raise FailedError(NO_REPLY_PROTOCOL, "the answer is not HTTP")
-        headers: dict[str, str] = {}
-        for _ in range(_HEADERS_LIMIT):
-            line = await self._text_line(left)
-            left -= len(line) + 2
-            if not line:
-                return int(status), headers, version
-            name, colon, value = line.partition(":")
-            if not colon or not name or " " in name or "\t" in name:
-                raise FailedError(NO_REPLY_PROTOCOL, "a header is malformed")
-            name = name.lower()
-            value = value.strip()
-            if name in headers and (name != "content-length" or headers[name] != value):
-                value = headers[name] + ", " + value
-            if name in _READ_HEADERS:
-                headers[name] = value
-        raise FailedError(NO_REPLY_TOO_LARGE, f"more than {_HEADERS_LIMIT} headers")
-
-    async def _text_line(self, limit: int) -> str:
-        line = await self._line(limit)
+        gc.collect()  # so that what stays of a head is not strewn over the room for its body
+        reading = self._reader.answer()
         try:
-            return line.decode()
-        except UnicodeError:
-            raise FailedError(NO_REPLY_PROTOCOL, "a header is not text")
+            next(reading)
+            while True:
+                reading.send(await self._receive())
+        except StopIteration as read:
+            whole: tuple[Reply, bool] = read.value
+            return whole
 
-    async def _body(self, headers: "dict[str, str]") -> "Any":
-        """The whole body by RFC 9112, 6.3."""
-        coding = headers.get("transfer-encoding")
-        length = headers.get("content-length")
-        if coding is not None:
-            if coding.lower() != "chunked" or length is not None:
-                raise FailedError(NO_REPLY_PROTOCOL, "a Transfer-Encoding other than chunked alone")
-            return await self._chunks()
-        if length is not None:
-            if not _is_number(length):
-                raise FailedError(NO_REPLY_PROTOCOL, "a Content-Length that is not one number")
-            size = int(length[:12])
-            _check_size(size)
-            return await self._take(size)
-        # It would end with the connection, and MicroPython does not say whether that ended well or was cut.
-        raise FailedError(NO_REPLY_PROTOCOL, "a body without a length")
-
-    async def _chunks(self) -> "Any":
-        body = bytearray()
+    async def _receive(self) -> bytes:
+        """Waits for more; the other tasks have their turn after each piece, however fast the next one comes."""
         while True:
-            digits = (await self._line(1024)).split(b";")[0].strip()
-            if not digits or len(digits) > 8 or digits.lower().strip(b"0123456789abcdef"):
-                raise FailedError(NO_REPLY_PROTOCOL, "a chunk without a size")
-            size = int(digits, 16)
-            if not size:
-                break
-            _check_size(len(body) + size)
-            body += await self._take(size)
-            if await self._line(2):
-                raise FailedError(NO_REPLY_PROTOCOL, "a chunk longer than its size")
-        left = HEAD_LIMIT
-        while True:
-            trailer = await self._line(left)
-            if not trailer:
-                return body
-            left -= len(trailer) + 2
-
-    async def _line(self, limit: int) -> bytes:
-        """The next line without its end."""
-        while True:
-            end = self._received.find(b"\n")
-            if end > limit or (end < 0 and len(self._received) > limit):
-                raise FailedError(NO_REPLY_TOO_LARGE, f"more than {HEAD_LIMIT} bytes of headers, or too long a line")
-            if end >= 0:
-                line = self._received[:end]
-                self._received = self._received[end + 1 :]
-                return line[:-1] if line[-1:] == b"\r" else line
-            await self._receive()
-
-    async def _take(self, size: int) -> "Any":
-        """The next `size` bytes, in `_room` where they fit."""
-        content = memoryview(self._room)[:size] if size <= len(self._room) else memoryview(bytearray(size))
-        at = min(size, len(self._received))
-        content[:at] = self._received[:at]
-        self._received = self._received[at:]
-        while at < size:
-            await self._receive(size - at)
-            content[at : at + len(self._received)] = self._received
-            at += len(self._received)
-            self._received = b""
-        return content
-
-    async def _receive(self, limit: int = _RECEIVE_BYTES) -> None:
-        """Waits for more."""
-        while True:
-            received = self._link.read(min(limit, _RECEIVE_BYTES))
-            if received:
-                self._answered = True
-                self._received += received
-                return
+            received = self._link.read(_RECEIVE_BYTES)
+            await self._link.pause(received is None)
             if received is not None:
-                raise FailedError(NO_REPLY_CLOSED, "the connection ended before the answer was whole")
-            await self._link.pause()
-
-
-def _is_number(text: str) -> bool:
-    for character in text:
-        if character not in "0123456789":
-            return False
-    return bool(text)
-
-
-def _check_size(size: int) -> None:
-    if size > BODY_LIMIT:
-        raise FailedError(NO_REPLY_TOO_LARGE, f"a body of more than {BODY_LIMIT} bytes")
+                self._answered = self._answered or bool(received)
+                return received

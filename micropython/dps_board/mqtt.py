@@ -6,9 +6,9 @@ CPython too. Source: MQTT 3.1.1 (OASIS, 29 October 2014).
 
 import asyncio
 
-from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_PROTOCOL, NO_REPLY_TIMEOUT, NO_REPLY_TOO_LARGE, NoReply
+from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_PROTOCOL, NO_REPLY_TIMEOUT, NO_REPLY_TOO_LARGE, Failed, NoReply
 from dps_agent.hub_effects import Acknowledged, Arrived, ConnAck, Gone, Granted, SendTelemetry
-from dps_board.tls import POLL_S, FailedError, Link, split_address
+from dps_board.tls import POLL_S, Link, split_address
 from dps_hal.platform import ms_since, ticks_ms
 
 TYPE_CHECKING = False
@@ -89,9 +89,9 @@ class HubConnection:
             await self._link.open(self._dial[0] or hub, self._dial[1], hub)
             while not self._link.write(_CONNECT):  # with the first byte of CONNECT comes the handshake
                 await self._link.pause()
-        except FailedError as failed:
+        except Failed as failed:
             self._end()
-            return NoReply(f"{failed.reason}: {failed.text}", False)
+            return NoReply(f"{failed.reason}: {failed}", False)
         self._reached = hub
         return None
 
@@ -120,9 +120,9 @@ class HubConnection:
             while self._connack is None:
                 if not self._exchange():
                     await self._link.pause()
-        except FailedError as failed:
+        except Failed as failed:
             self._end()
-            return NoReply(f"{failed.reason}: {failed.text}", True)
+            return NoReply(f"{failed.reason}: {failed}", True)
         answer = self._connack
         if answer.return_code:
             self._end()
@@ -225,7 +225,7 @@ class HubConnection:
                     self._exchange()
                     self._keep_acknowledged()
                     await self._link.pause()
-            except FailedError:
+            except Failed:
                 pass  # the hub has gone, or had its time
         self._end()
 
@@ -256,16 +256,16 @@ class HubConnection:
             moved = self._exchange()
             silent_ms = ms_since(self._received_ms)
             if 2 * silent_ms >= 3 * self._keep_alive_ms:  # 3.1.2.10, seen from the other side
-                raise FailedError(NO_REPLY_TIMEOUT, f"nothing came from the hub for {silent_ms // 1000} s")
+                raise Failed(NO_REPLY_TIMEOUT, f"nothing came from the hub for {silent_ms // 1000} s")
             # Both sides are to hear of the other within a keep-alive; balancers on the way want it a little earlier.
             quiet_ms = min(max(silent_ms, ms_since(self._sent_ms)), ms_since(self._pinged_ms))
             if 4 * quiet_ms >= 3 * self._keep_alive_ms:
                 self._pinged_ms = ticks_ms()
                 self._send(b"\xc0\x00", b"")
             return moved
-        except FailedError as failed:
+        except Failed as failed:
             self._end()
-            self._events.append(Gone(f"{failed.reason}: {failed.text}"))
+            self._events.append(Gone(f"{failed.reason}: {failed}"))
             return True
 
     def _send(self, head: "bytes | bytearray", payload: bytes) -> None:
@@ -291,7 +291,7 @@ class HubConnection:
             received = self._link.read(min(self._wanted - self._at, _SEND_BYTES))
             if received is not None:
                 if not received:
-                    raise FailedError(NO_REPLY_CLOSED, "the hub ended the connection")
+                    raise Failed(NO_REPLY_CLOSED, "the hub ended the connection")
                 self._received_ms = ticks_ms()
                 self._take(received)
                 return True
@@ -321,7 +321,7 @@ class HubConnection:
     def _read_packets(self) -> "Generator[int, bytes | bytearray | None, None]":
         """Follows the packets: yields how many bytes it wants next, and is sent them, None for too many.
 
-        FailedError for a packet that no hub sends to a client that publishes and subscribes with QoS 0 and 1.
+        Failed for a packet that no hub sends to a client that publishes and subscribes with QoS 0 and 1.
         """
         while True:
             first = (yield 1)[0]  # type: ignore[index]
@@ -336,7 +336,7 @@ class HubConnection:
                 if shift > 21:
                     raise _malformed("length")
             if size > PACKET_LIMIT:
-                raise FailedError(NO_REPLY_TOO_LARGE, f"a packet of {size} bytes, more than {PACKET_LIMIT}")
+                raise Failed(NO_REPLY_TOO_LARGE, f"a packet of {size} bytes, more than {PACKET_LIMIT}")
             if (kind == _CONNACK) != (self._connack is None):
                 raise _malformed("order")
             if kind == _PUBLISH and not first & 0x04:
@@ -344,7 +344,7 @@ class HubConnection:
             elif (first, size) in _FIXED or (first == _SUBACK << 4 and size >= 3):
                 content = (yield size) if size else b""
                 if content is None:
-                    raise FailedError(NO_REPLY_TOO_LARGE, f"a packet of {size} bytes, more than this device takes")
+                    raise Failed(NO_REPLY_TOO_LARGE, f"a packet of {size} bytes, more than this device takes")
                 self._take_answer(kind, content)
             else:
                 raise _malformed("type")
@@ -358,7 +358,7 @@ class HubConnection:
             raise _malformed("topic")
         name = yield topic_size
         if name is None:
-            raise FailedError(NO_REPLY_TOO_LARGE, f"a topic of {topic_size} bytes, more than this device takes")
+            raise Failed(NO_REPLY_TOO_LARGE, f"a topic of {topic_size} bytes, more than this device takes")
         try:
             topic = bytes(name).decode()
         except UnicodeError:
@@ -388,8 +388,8 @@ class HubConnection:
 _FIXED = ((_CONNACK << 4, 2), (_PUBACK << 4, 2), (_PINGRESP << 4, 0))  # first bytes and sizes of packets
 
 
-def _malformed(what: str) -> FailedError:
-    return FailedError(NO_REPLY_PROTOCOL, f"the hub sent a malformed packet ({what})")
+def _malformed(what: str) -> Failed:
+    return Failed(NO_REPLY_PROTOCOL, f"the hub sent a malformed packet ({what})")
 
 
 def _head(first: int, size: int) -> bytearray:

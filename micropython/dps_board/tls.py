@@ -20,6 +20,7 @@ from dps_agent.effects import (
     NO_REPLY_NOT_FOUND,
     NO_REPLY_TIMEOUT,
     NO_REPLY_TLS,
+    Failed,
 )
 from dps_hal.platform import ms_since, ticks_ms
 
@@ -35,15 +36,6 @@ _MBEDTLS_ALLOC_FAILED = -0x7F00
 # Where MicroPython returns None, CPython raises one of these; and what TLS refuses is no ValueError there.
 _NOT_YET = (ssl.SSLWantReadError, ssl.SSLWantWriteError) if hasattr(ssl, "SSLError") else ()
 _REFUSED = (ValueError, ssl.SSLError) if hasattr(ssl, "SSLError") else ValueError
-
-
-class FailedError(Exception):
-    """Why it did not work: `reason` is a NO_REPLY_* word, `text` the rest."""
-
-    def __init__(self, reason: str, text: str) -> None:
-        super().__init__(reason, text)
-        self.reason = reason
-        self.text = text
 
 
 class Link:
@@ -83,15 +75,15 @@ class Link:
         """Whether there is a connection, as far as anybody knows."""
         return self._tls is not None
 
-    async def pause(self) -> None:
-        """Lets the other tasks run; FailedError once the time is over."""
+    async def pause(self, waits: bool = True) -> None:
+        """Lets the other tasks run, for a moment if it `waits` for something; Failed once the time is over."""
         if self._aborted:
-            raise FailedError(NO_REPLY_CLOSED, "given up")
+            raise Failed(NO_REPLY_CLOSED, "given up")
         if ms_since(self._started_ms) > self._limit_ms:
-            raise FailedError(NO_REPLY_TIMEOUT, f"no whole answer within {self._limit_ms} ms")
+            raise Failed(NO_REPLY_TIMEOUT, f"no whole answer within {self._limit_ms} ms")
         if self._while_waiting is not None:
             self._while_waiting()
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(POLL_S if waits else 0)
 
     async def open(self, host: str, port: int, name: str) -> None:
         """Connects; `name` is what the certificate must carry. The handshake comes with the first byte written."""
@@ -102,7 +94,7 @@ class Link:
             # -3 is EAI_AGAIN of a libc. lwIP has one number for whatever fails: so a hub counts as gone only where DPS
             # is reached just then.
             reason = NO_REPLY_DNS if "-3" in str(error.errno) else NO_REPLY_NOT_FOUND
-            raise FailedError(reason, f"'{host}': error {error.errno}")
+            raise Failed(reason, f"'{host}': error {error.errno}")
         failure = "no address"
         for place, (family, kind, protocol, _, address) in enumerate(addresses):
             left_ms = self._limit_ms - ms_since(self._started_ms)
@@ -121,7 +113,7 @@ class Link:
             except OSError as error:
                 failure = f"error {error.errno}"
             self.close()
-        raise FailedError(NO_REPLY_CONNECT, f"{host} port {port}: {failure}")
+        raise Failed(NO_REPLY_CONNECT, f"{host} port {port}: {failure}")
 
     async def _is_connected(self, limit_ms: int) -> bool:
         started_ms = ticks_ms()
@@ -185,14 +177,14 @@ class Link:
         self._tls = self._socket = self._read = None
         self.is_shaken = False
 
-    def _broken(self, error: Exception) -> FailedError:
+    def _broken(self, error: Exception) -> Failed:
         """What a failure of the TLS module means: it raises ValueError for certificates, its own codes below 0."""
         number = 0 if isinstance(error, _REFUSED) else getattr(error, "errno", 0)
         text = " ".join(str(error).split())  # mbedTLS ends each of its reasons with a line feed
         if not self.is_shaken and number <= 0 and number not in (_MBEDTLS_CONN_EOF, _MBEDTLS_ALLOC_FAILED):
-            return FailedError(NO_REPLY_TLS, text)
+            return Failed(NO_REPLY_TLS, text)
         at = "" if self.is_shaken else " in the TLS handshake"
-        return FailedError(NO_REPLY_CLOSED, f"the connection ended{at}: {text}")
+        return Failed(NO_REPLY_CLOSED, f"the connection ended{at}: {text}")
 
 
 def split_address(text: str, default_port: int) -> "tuple[str, int]":

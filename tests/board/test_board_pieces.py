@@ -3,8 +3,11 @@
 import asyncio
 import struct
 
+from dps_agent.effects import Failed, NoReply
+from dps_agent.http1 import LINES_LIMIT
 from dps_agent.hub_effects import AnswerMethod, MessageDone, SendTelemetry
 from dps_board.clock import BoardClock
+from dps_board.https import Connection
 from dps_board.keys import read_values
 from dps_board.mqtt import IN_FLIGHT_LIMIT, POSTS_LIMIT, HubConnection
 from dps_board.ntp import read_answer
@@ -16,6 +19,10 @@ from dps_hal.platform import to_json
 BUILT = 1_793_491_200  # 2026-11-01
 DAY = 86400
 MARK = b"abcdefgh"
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from dps_agent.effects import Reply
 
 
 def problem(**settings) -> str:  # type: ignore[no-untyped-def]
@@ -194,7 +201,61 @@ def test_telemetry_without_acknowledgement_is_bounded_by_its_bytes() -> None:
 
 def test_line_feeds_of_the_tls_module_stay_out_of_the_reason() -> None:
     failed = Link([])._broken(ValueError("not signed by the trusted CA\nexpired\n"))
-    assert failed.text == "not signed by the trusted CA expired"
+    assert str(failed) == "not signed by the trusted CA expired"
+
+
+class FloodingLink:
+    """A link on which the next piece is there whenever somebody looks, until the time is over."""
+
+    is_shaken = True
+
+    def __init__(self, piece: bytes, pauses: int) -> None:
+        self.piece = piece
+        self.pauses = pauses
+        self.reads = 0
+
+    def begin(self, limit_ms: int) -> None: ...
+
+    def is_open(self) -> bool:
+        return False
+
+    def is_aborted(self) -> bool:
+        return False
+
+    async def open(self, host: str, port: int, name: str) -> None: ...
+
+    async def pause(self, waits: bool = True) -> None:
+        assert not waits, "there was something to read"
+        self.pauses -= 1
+        if not self.pauses:
+            raise Failed("timeout", "the time is over")
+
+    def write(self, piece: bytes) -> int:
+        return len(piece)
+
+    def read(self, limit: int) -> bytes:
+        self.reads += 1
+        return self.piece
+
+    def close(self) -> None: ...
+
+
+def asked_of(link: FloodingLink) -> "Reply | NoReply":
+    connection = Connection("https://dps.example", [])
+    connection._link = link  # type: ignore[assignment]
+    return asyncio.run(connection.request("PUT", "/", b"{}", None, 1000))
+
+
+def test_the_time_and_the_other_tasks_are_looked_at_after_each_piece_however_fast_they_come() -> None:
+    for piece in (b"H", b"x", b"HTTP/1.1 103 Early Hints\r\n\r\n"):
+        link = FloodingLink(piece, 10)
+        assert asked_of(link) == NoReply("timeout: the time is over", True) and link.reads == 10, piece
+
+
+def test_interim_answers_without_end_are_refused_after_a_few() -> None:
+    link = FloodingLink(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n", 1000)
+    assert asked_of(link) == NoReply("too_large: too many headers, or too long a line", True)
+    assert link.reads <= LINES_LIMIT // 3 + 1
 
 
 def test_uptime_never_goes_back() -> None:

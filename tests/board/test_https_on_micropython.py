@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trustme
 
-from dps_board.tls import FailedError, Link
+from dps_agent.effects import Failed
+from dps_board.tls import Link
 from support.board import Image, der, micropython
 from support.chains import CHAINS, TRUSTED, serving
 from support.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering
@@ -64,7 +65,7 @@ def test_a_silent_address_leaves_the_next_one_its_time(monkeypatch: pytest.Monke
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_arguments: both)
         link = Link([])
         link.begin(2000)
-        with pytest.raises(FailedError) as failed:
+        with pytest.raises(Failed) as failed:
             asyncio.run(link.open(ENDPOINT_NAME, 443, ENDPOINT_NAME))
         assert failed.value.reason == "connect", "the second one was tried"
         for each in waiting:
@@ -84,7 +85,7 @@ def test_a_board_without_room_for_a_socket_says_so(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(socket, "socket", full)
         await link.open(ENDPOINT_NAME, 443, ENDPOINT_NAME)
 
-    with pytest.raises(FailedError) as failed:
+    with pytest.raises(Failed) as failed:
         asyncio.run(reach())
     assert failed.value.reason == "connect" and "error 12" in str(failed.value.args)
 
@@ -99,7 +100,8 @@ def test_two_requests_take_one_handshake_and_arrive_whole(desk: Desk) -> None:
     head, _, body = server.requests[0].partition(b"\r\n\r\n")
     lines = head.decode().split("\r\n")
     assert lines[0].startswith("PUT /0ne00000000/") and lines[0].endswith(" HTTP/1.1")
-    assert f"Host: {ENDPOINT_NAME}" in lines and f"Content-Length: {len(body)}" in lines and body.startswith(b'{"a"')
+    assert f"Host: {ENDPOINT_NAME}" in lines and f"Content-Length: {len(body)}" in lines
+    assert "Accept-Encoding: identity" in lines and body.startswith(b'{"a"')
 
 
 def validity(not_before: datetime.timedelta, not_after: datetime.timedelta) -> Callable[[trustme.CA], trustme.LeafCert]:
@@ -197,11 +199,13 @@ BAD_ANSWERS = [
     ("a body without a length", b"HTTP/1.1 200 OK\r\n\r\nabc", "protocol"),
     ("a chunk without a size", CHUNKED + b"xyz\r\n", "protocol"),
     ("a chunk of a negative size", CHUNKED + b"-1\r\n", "protocol"),
-    ("a chunk that is longer", CHUNKED + b"1\r\nabc\r\n0\r\n\r\n", "too_large"),
+    ("a chunk that is longer", CHUNKED + b"1\r\nabc\r\n0\r\n\r\n", "protocol"),
     ("a long body", answer(b"x" * (LIMIT + 1)), "too_large"),
     ("a huge length", b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\n", "too_large"),
     ("a huge chunk", CHUNKED + b"7fffffff\r\nabc", "too_large"),
     ("a long header", b"HTTP/1.1 200 OK\r\nA: " + b"x" * LIMIT + b"\r\n\r\n", "too_large"),
+    ("interim answers without end", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 300, "too_large"),
+    ("a coded body", answer(b"\x1f\x8b", headers="Content-Encoding: gzip\r\n"), "protocol"),
     ("many headers", b"HTTP/1.1 200 OK\r\n" + b"A: 1\r\n" * 4000 + b"\r\n", "too_large"),
 ]  # fmt: skip
 

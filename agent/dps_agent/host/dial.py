@@ -19,6 +19,7 @@ from dps_agent.effects import (
     NO_REPLY_NOT_FOUND,
     NO_REPLY_TIMEOUT,
     NO_REPLY_TLS,
+    Failed,
 )
 from dps_hal.errors import AskOperator
 
@@ -34,14 +35,6 @@ if TYPE_CHECKING:
 # A certificate in ca_file or among the system's roots ends a chain, whether it is a root or not. The form that RFC 5280
 # wants of certificates is not asked for: private authorities and inspecting proxies miss it, and it proves nothing.
 VERIFY_FLAGS = ssl.VERIFY_X509_TRUSTED_FIRST | ssl.VERIFY_X509_PARTIAL_CHAIN
-
-
-class Failed(Exception):
-    """Why a peer was not reached, or did not answer: `reason` is a NO_REPLY_* word, the message the rest."""
-
-    def __init__(self, reason: str, text: str) -> None:
-        super().__init__(text)
-        self.reason = reason
 
 
 class Dialler:

@@ -14,8 +14,8 @@ import ssl
 import time
 import urllib.parse
 
-from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_PROTOCOL, NO_REPLY_TOO_LARGE, NoReply, Reply
-from dps_agent.host.dial import Dialler, Failed, seconds_until, validity_s
+from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_PROTOCOL, NO_REPLY_TOO_LARGE, Failed, NoReply, Reply
+from dps_agent.host.dial import Dialler, seconds_until, validity_s
 from dps_agent.host.proxy import NONE, ProxyRule
 from dps_hal.errors import AskOperator
 

@@ -25,10 +25,11 @@ from dps_agent.effects import (
     NO_REPLY_PROTOCOL,
     NO_REPLY_TIMEOUT,
     NO_REPLY_TOO_LARGE,
+    Failed,
     NoReply,
 )
 from dps_agent.host import websocket
-from dps_agent.host.dial import Dialler, Failed, say_goodbye
+from dps_agent.host.dial import Dialler, say_goodbye
 from dps_agent.host.https import host_and_port
 from dps_agent.host.proxy import NONE, ProxyRule
 from dps_agent.hub_effects import Acknowledged, Arrived, ConnAck, Gone, Granted

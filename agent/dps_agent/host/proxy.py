@@ -11,8 +11,8 @@ import base64
 import os
 import urllib.parse
 
-from dps_agent.effects import NO_REPLY_CONNECT, NO_REPLY_PROTOCOL, NO_REPLY_PROXY
-from dps_agent.host.dial import Failed, address_text, seconds_until
+from dps_agent.effects import NO_REPLY_CONNECT, NO_REPLY_PROTOCOL, NO_REPLY_PROXY, Failed
+from dps_agent.host.dial import address_text, seconds_until
 from dps_hal.errors import AskOperator
 
 TYPE_CHECKING = False

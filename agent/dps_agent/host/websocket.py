@@ -10,8 +10,8 @@ import hashlib
 import os
 import struct
 
-from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_NOT_FOUND, NO_REPLY_PROTOCOL, NO_REPLY_TOO_LARGE
-from dps_agent.host.dial import Failed, seconds_until
+from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_NOT_FOUND, NO_REPLY_PROTOCOL, NO_REPLY_TOO_LARGE, Failed
+from dps_agent.host.dial import seconds_until
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

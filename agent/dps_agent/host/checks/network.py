@@ -17,6 +17,7 @@ from dps_agent.effects import (
     NO_REPLY_CONNECT,
     NO_REPLY_DNS,
     NO_REPLY_TLS,
+    Failed,
     NoReply,
     Reply,
 )
@@ -24,7 +25,7 @@ from dps_agent.host import websocket
 from dps_agent.host.checks.device import OK, SKIPPED, WARNING, Finding, failed
 from dps_agent.host.checks.local import NOTHING_STORED
 from dps_agent.host.clock import is_synchronised
-from dps_agent.host.dial import Dialler, Failed, address_text, tls_context
+from dps_agent.host.dial import Dialler, address_text, tls_context
 from dps_agent.host.https import DpsConnection, host_and_port
 from dps_agent.host.progress import utc_text
 from dps_agent.host.proxy import ProxyRule
