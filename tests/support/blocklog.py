@@ -13,6 +13,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import pickle
 import select
 import shutil
 import struct
@@ -71,10 +72,11 @@ class RecordedDisk:
         fork = multiprocessing.get_context("fork")
         fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         self._link, servers = fork.Pipe()
+        self._answer = os.memfd_create("answer", os.MFD_CLOEXEC)
         try:
             options = f"fd={fuse},rootmode=100600,user_id=0,group_id=0,max_read={_MAX_WRITE}"
             mount("recorded-disk", place, "fuse", 0, options)
-            words = (self._content, fuse, servers, self._link)
+            words = (self._content, fuse, place, servers, self._link, self._answer)
             server = fork.Process(target=_serve, args=words, name="recorded-disk", daemon=True)
             server.start()
         finally:
@@ -88,6 +90,7 @@ class RecordedDisk:
             server.kill()
             server.join()
             self._link.close()
+            os.close(self._answer)
 
     def begin(self) -> bytes:
         """Forgets what was recorded; returns the disk's content."""
@@ -105,12 +108,20 @@ class RecordedDisk:
 
     def _ask(self, *words: Any) -> Any:
         self._link.send(words)
-        return self._link.recv()
+        return pickle.loads(os.pread(self._answer, self._link.recv(), 0))
 
 
-def _serve(content: bytes, fuse: int, link: Connection, askers: Connection) -> None:
-    """The process: serves until the disk is unmounted, or until nobody is left who could ask."""
+def _serve(content: bytes, fuse: int, place: Path, link: Connection, askers: Connection, answer: int) -> None:
+    """The process: serves until the disk is unmounted, or until nobody is left who could ask.
+
+    However it and its asker are killed, neither may wait for what nobody will do. So it has none of the asker's mounts:
+    the kernel unmounts what a killed process leaves before it closes its files, and here its end of the disk is one of
+    these. And an answer lies in the file `answer`, only its length goes over the link: whoever writes more than fits
+    into a link waits for its reader, and one that was killed waits for the disk before it closes the link.
+    """
     askers.close()
+    own_mounts()
+    unmount(place)
     disk = _Server(content, fuse)
     ready = select.poll()
     ready.register(fuse, select.POLLIN)
@@ -127,7 +138,9 @@ def _serve(content: bytes, fuse: int, link: Connection, askers: Connection) -> N
                     raise
         elif link.fileno() in events:
             try:
-                link.send(disk.told(*link.recv()))
+                told = pickle.dumps(disk.told(*link.recv()))
+                os.pwrite(answer, told, 0)
+                link.send(len(told))
             except (EOFError, ConnectionError):
                 return
 

@@ -6,12 +6,12 @@ It stands where a chip on the TPM's bus would stand: what `seen` finds here, a p
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import socket
 import struct
 import threading
-import time
 import tty
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +100,7 @@ class TpmTap:
         self.change: Callable[[bytes, bytes], bytes] = lambda command, response: response  # what the client gets
         self._tpm_port = tpm_port
         self._faults: list[_Fault] = []
+        self.hanging = threading.Event()  # a command that `hang` or `delay` named has come
         self._closing = threading.Event()
         while True:
             self.port = free_port_pair()
@@ -149,6 +150,10 @@ class TpmTap:
     def delay(self, delay_s: float, *, command: str | None = None, skip: int = 0, times: int = 1) -> None:
         """Makes the TPM slow: `delay_s` seconds before a command reaches it."""
         self._faults.append(_Fault(_code(command), skip, times, delay_s=delay_s))
+
+    def hang(self, *, command: str | None = None) -> None:
+        """Never passes a command on; it stays open until the client goes or the tap ends."""
+        self._faults.append(_Fault(_code(command), 0, 1, delay_s=math.inf))
 
     def alter(self, *, command: str | None = None, skip: int = 0, times: int = 1, place: int = 20) -> None:
         """Flips one bit of what the TPM answered, as an active attacker on the bus would.
@@ -210,7 +215,10 @@ class TpmTap:
     def _response(self, command: bytes, struck: list[_Fault], tpm: socket.socket) -> bytes:
         """What the client gets; empty: its connection is to be cut."""
         for fault in struck:
-            time.sleep(fault.delay_s)
+            if fault.delay_s:
+                self.hanging.set()
+                if self._closing.wait(None if fault.delay_s == math.inf else fault.delay_s):
+                    return b""
             if fault.drop and not fault.after_execution:
                 return b""
             if fault.return_code:
