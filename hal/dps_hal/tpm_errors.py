@@ -64,6 +64,7 @@ class RefusedError(Exception):
         self.rc = rc
         self.text = text
         self.of_owner = command == "evict_control"  # it asked for the owner's authorisation, not the endorsement's
+        self.odd = ""  # what looks accidental in the password that was refused, such as "it ends with a blank"
         self.layer = rc >> 16 & 0xFF
         self.code = rc & 0xFFFF if self.layer in TPM_LAYERS else 0
         format_one = self.code & 0x80 != 0
@@ -154,10 +155,10 @@ def error_of(refused: RefusedError, locked_out: "Callable[[str], RetryLater]") -
         return AskOperator("tpm.failed", f"{message}: it does not take the proof that the key's template asks for")
     if refused.wrong_password:
         hierarchy = "owner" if refused.of_owner else "endorsement"
-        return AskOperator(
-            "tpm.hierarchy_auth",
-            f"{message}: the {hierarchy} hierarchy has a password, which is not in {hierarchy}_auth_file",
-        )
+        message += f": the {hierarchy} hierarchy has a password, which is not in {hierarchy}_auth_file"
+        if refused.odd:
+            message += f"; what is in there may not be what was meant: {refused.odd}"
+        return AskOperator("tpm.hierarchy_auth", message)
     if command in _BY_SRK and base in _FMT1_AUTH:
         return AskOperator(
             "tpm.srk_unsuitable", f"{message}: the key at srk_handle has a password of its own: set another srk_handle"

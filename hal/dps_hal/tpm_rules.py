@@ -48,14 +48,19 @@ class Passwords:
     """
 
     def __init__(self, owner_auth: bytes, endorsement_auth: bytes) -> None:
-        """AskOperator `config.invalid` where one is longer than a TPM takes."""
+        """AskOperator `config.invalid` where one is longer than a TPM takes.
+
+        One that has an attribute `odd` brings along what looks accidental in it; that goes into a refusal's message.
+        """
         self.unneeded: tuple[str, ...] = ()
         self._given = {}
+        self._odd = {}
         for setting, auth in ((_OWNER_SETTING, owner_auth), (_ENDORSEMENT_SETTING, endorsement_auth)):
             if len(auth) > MAX_AUTH_BYTES:
                 raise AskOperator(
                     "config.invalid", f"{setting}: expected at most {MAX_AUTH_BYTES} bytes; came {len(auth)}"
                 )
+            self._odd[setting] = getattr(auth, "odd", "")
             self._given[setting] = auth.rstrip(b"\x00")  # as the TPM takes it, Part 1, 19.6.4.3
         self.restore()
 
@@ -70,6 +75,7 @@ class Passwords:
     def go_without(self, refused: "RefusedError", properties: "dict[int, int]") -> bool:
         """Whether the command that was refused for a wrong password makes sense again: its hierarchy has none."""
         before = self.of(refused.of_owner)
+        refused.odd = self._odd[_OWNER_SETTING if refused.of_owner else _ENDORSEMENT_SETTING]
         for setting, flag in ((_OWNER_SETTING, OWNER_AUTH_SET), (_ENDORSEMENT_SETTING, ENDORSEMENT_AUTH_SET)):
             if self._used[setting] and properties.get(PT_PERMANENT, flag) & flag == 0:
                 self._used[setting] = b""

@@ -120,6 +120,8 @@ def _in_words(expected: "Any") -> str:
 
 def read_values(content: bytes, path: str) -> "dict[str, Any]":
     """All settings by dotted key, defaults filled in; `dps_board.config.load` has the errors."""
+    if content[:3] == b"\xef\xbb\xbf":  # a byte order mark, as an editor on a desk may write it
+        content = content[3:]
     try:
         document = from_json(content)
     except ValueError as error:

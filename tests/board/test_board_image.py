@@ -140,7 +140,7 @@ def test_the_factorys_line_can_be_imported(image: Image, with_certificate: Swtpm
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    (enrolment,) = read_enrollments(done.stdout)
+    (enrolment,) = read_enrollments(done.stdout).enrollments
     assert len(enrolment.registration_id) == 52 and len(enrolment.endorsement_key) == 316
     digest = sha256(b"\x30\x03\x02\x01\x01").hex()
     assert done.stdout.splitlines()[1].split(",")[2:] == ["wire", digest]

@@ -44,6 +44,10 @@ def test_few_settings_are_enough_and_the_rest_has_defaults() -> None:
     assert values["hub.hub_suffixes"][0] == ".azure-devices.net"
 
 
+def test_a_byte_order_mark_in_front_of_the_settings_is_passed_over() -> None:
+    assert read_values(b'\xef\xbb\xbf{"id_scope": "0ne1"}\r\n', "config.json")["id_scope"] == "0ne1"
+
+
 def test_good_settings_are_taken() -> None:
     for settings in (
         {"endpoint": "https://dps.example:8443"},

@@ -17,6 +17,7 @@ import pytest
 
 from dps_agent.host.config import default_of
 from dps_emulator.cli import HUB_SUFFIXES, main
+from dps_emulator.state import enrollment_folder
 from emulator.device import ActivatedKey, Client, Device, lookup_path, operation_path, register_path
 from support.emulator import EmulatorProcess
 
@@ -45,7 +46,8 @@ def test_state_survives_a_restart_and_tokens_can_be_verified(
     state_dir, csv = tmp_path / "state", tmp_path / "factory.csv"
     csv.write_text(CSV)
     assert main(["enroll-import", str(csv), "--state-dir", str(state_dir), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"schema": 1, "code": "ok", "imported": [RID], "replaced": 0}
+    said = {"schema": 1, "code": "ok", "imported": [RID], "replaced": 0, "passedOver": [], "odd": []}
+    assert json.loads(capsys.readouterr().out) == said
     hubs = ("--hub", "one.azure-devices.net", "--hub", "two.azure-devices.net")
     with EmulatorProcess(*hubs, state_dir=state_dir) as emulator:
         first, hub_key = provision(emulator)
@@ -58,7 +60,7 @@ def test_state_survives_a_restart_and_tokens_can_be_verified(
     token_file.write_text(token + "\n")
     verify = ["verify-token", str(token_file), "--state-dir", str(state_dir)]
     assert main(verify) == 0
-    monkeypatch.setattr(sys, "stdin", io.StringIO(token))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(token.encode())))
     assert main(["verify-token", "-", "--state-dir", str(state_dir)]) == 0
 
     with EmulatorProcess(*hubs, state_dir=state_dir) as emulator:
@@ -189,12 +191,46 @@ def test_wrong_usage_is_one_clear_line_and_2(
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
 
-def test_an_import_that_is_wrong_imports_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    csv = tmp_path / "bad.csv"
-    csv.write_text(CSV + "press-08,AAAA,8\n")
-    assert main(["enroll-import", str(csv), "--state-dir", str(tmp_path / "state")]) == 2
-    assert "line 3: press-08" in capsys.readouterr().err
+def test_an_import_names_what_it_passes_over_and_its_status_tells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed, state = tmp_path / "line.csv", str(tmp_path / "state")
+    listed.write_bytes(b"\xef\xbb\xbf" + f"{CSV},,\npress-08,AAAA,8\n".replace(",", ";").replace("\n", "\r\n").encode())
+    assert main(["enroll-import", str(listed), "--state-dir", state]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "1 enrolment imported, 0 of them replaced an earlier one; 1 odd\n"
+    assert "dps-emulator: warning: line 4: press-08: the endorsement key can't be enrolled" in shown.err
+    assert list(enrollment_folder(tmp_path / "state")) == [RID]
+    key = {"registrationId": "key-1", "attestation": {"type": "symmetricKey"}}
+    listed.write_text(json.dumps([key, next(iter(enrollment_folder(tmp_path / "state").values())).to_json()]))
+    assert main(["enroll-import", str(listed), "--state-dir", state, "--json"]) == 0
+    shown = capsys.readouterr()
+    said = json.loads(shown.out)
+    assert said["passedOver"] == [{"line": 1, "registrationId": "key-1", "kind": "symmetricKey"}], said
+    assert (said["imported"], said["replaced"]) == ([RID], 1)
+    assert "line 1: 'key-1' is an enrolment of the kind symmetricKey" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(CSV.encode("utf-16"), "came UTF-16: save the file as UTF-8"), (b"registrationId\n", "expected a header")],
+)
+def test_a_file_that_is_no_list_imports_nothing(
+    content: bytes, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.csv").write_bytes(content)
+    assert main(["enroll-import", str(tmp_path / "bad.csv"), "--state-dir", str(tmp_path / "state")]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"dps-emulator: {tmp_path}/bad.csv: ") and says in shown
     assert not (tmp_path / "state").exists()
+
+
+def test_a_server_begins_with_a_list_that_has_an_odd_line(tmp_path: Path) -> None:
+    listed = tmp_path / "devices.csv"
+    listed.write_text(f"{CSV}press-08,AAAA,8\n")
+    with EmulatorProcess("--enrollments", str(listed), "--retry-after", "0") as emulator:
+        assert "warning: line 3: press-08: the endorsement key" in emulator.stderr
+        assert provision(emulator)[0]["status"] == "assigned"
 
 
 def test_failures_are_one_line_and_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

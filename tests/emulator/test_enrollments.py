@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dps_emulator.enrollments import Enrollment, EnrollmentError, enrollment_from_json, read_enrollments
+from dps_emulator.enrollments import Enrollment, Imported, enrollment_from_json, read_enrollments
 from dps_emulator.state import StateError, certificate_authority, enrollment_folder, make_private_folder
+from dps_text import text_of
+from dps_text.enrolments import ListError, Other
 from emulator.device import Device
 
 DEVICE = Device.of_the_vectors()
@@ -44,6 +46,7 @@ def test_a_service_api_record_is_read_and_kept_whole() -> None:
 
 def test_json_may_be_one_record_or_a_list() -> None:
     assert read_enrollments(json.dumps(record())) == read_enrollments(json.dumps([record()]))
+    assert read_enrollments("[]") == Imported([], [], [])
 
 
 @pytest.mark.parametrize(
@@ -53,41 +56,90 @@ def test_json_may_be_one_record_or_a_list() -> None:
         f"\ufeffendorsementKey,registrationId\r\n{EK},press-07\r\n",
         f'registration_id, endorsement_key, serial, written_at\npress-07, {EK}, "a,b", 2026\n\n',
         f"registrationId,endorsementKey\npress-07,{EK}\nregistrationId,endorsementKey\n",
+        f"\ufeffregistrationId;endorsementKey;deviceId\r\npress-07;{EK};\r\n",
+        f"registrationId\tendorsementKey\npress-07\t{EK}\n",
+        f"sep=;\r\nREGISTRATION ID;Endorsement-Key;note\r\npress-07;{EK};'a;b'\r\n",
+        f"registrationId,endorsementKey\nregistrationId;endorsementKey\npress-07;{EK}\n",
+        f'"registrationId","note","endorsementKey"\n"press-07","two\nlines, with ""quotes""","{EK}"\n',
     ],
 )
 def test_csv_is_read_with_any_further_columns(text: str) -> None:
-    assert read_enrollments(text) == [Enrollment("press-07", DEVICE.ek_public)]
+    assert read_enrollments(text_of(text.encode())) == Imported([Enrollment("press-07", DEVICE.ek_public)], [], [])
 
 
 def test_csv_carries_device_hub_and_status() -> None:
     head = "registrationId,endorsementKey,deviceId,iotHubHostName,provisioningStatus"
-    (found,) = read_enrollments(f"{head}\npress-07,{EK},d,one.azure-devices.net,disabled\n")
+    (found,) = read_enrollments(f"{head}\npress-07,{EK},d,one.azure-devices.net,disabled\n").enrollments
     assert (found.device_id, found.hubs, found.enabled) == ("d", ("one.azure-devices.net",), False)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "empty"),
-        (f"press-07,{EK}\n", "must name its columns"),
-        ("registrationId,endorsementKey\npress-07,AAAA\n", "line 2: press-07: the endorsement key can't be enrolled"),
-        ("registrationId,endorsementKey\npress-07\n", "line 2: press-07: the endorsement key can't be enrolled"),
-        (f"registrationId,endorsementKey\n../x,{EK}\n", "line 2: registrationId '../x' is not"),
-        ("{", "not valid JSON"),
-        ("[1]", "a JSON object"),
-        (json.dumps(record(registrationId=7)), "registrationId is not a string"),
-        (json.dumps(record(attestation={"type": "x509"})), "attestation is not of the form"),
-        (json.dumps(record(deviceId="a/b")), "deviceId is not"),
-        (json.dumps(record(iotHubs=["https://x"])), "iotHubs is not"),
-        (json.dumps(record(allocationPolicy="luck")), "allocationPolicy is not"),
-        (json.dumps(record(provisioningStatus="off")), "provisioningStatus is not"),
-        (json.dumps(record(reprovisionPolicy={"updateHubAssignment": 1})), "reprovisionPolicy is not"),
+        (f"press-07,{EK}\n", "line 1: expected a header that names the columns"),
+        ("\n\npress-07|x\n", "line 3: expected a header"),
+        ("{", "line 1: not valid JSON"),
+        (json.dumps([record()], indent=1)[:-1], "not valid JSON: expected ',' or ']'"),
+        (json.dumps([record()]) + "\nx", "line 2: not valid JSON: something behind the end"),
+        ("[\n1e5,\n" + "[" * 100_000, "line 3: not valid JSON"),
+        ("[\n" + "9" * 5000 + "]", "line 2: not valid JSON"),
+        ('[{"a": NaN}]', "line 1: not valid JSON: NaN"),
     ],
 )
-def test_an_unusable_file_says_where_and_why(text: str, message: str) -> None:
-    with pytest.raises(EnrollmentError) as caught:
+def test_a_file_that_is_no_list_says_where_and_why(text: str, message: str) -> None:
+    with pytest.raises(ListError) as caught:
         read_enrollments(text)
     assert message in str(caught.value)
+
+
+HEADER = "registrationId,endorsementKey\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (f"{HEADER}press-07,AAAA\n", 2, "press-07: the endorsement key can't be enrolled"),
+        (f"{HEADER}press-07\n", 2, "'press-07': its endorsement key is missing"),
+        (f"{HEADER},{EK}\n", 2, "registrationId is missing"),
+        (f"{HEADER}../x,{EK}\n", 2, "registrationId '../x' is not"),
+        (f'{HEADER}"press-07,{EK}\npress-09,{EK}', 2, "its endorsement key is missing"),
+        ("[1]", 1, "expected an object"),
+        ("[\n{},\n1]", 2, "registrationId is missing"),
+        (json.dumps(record(registrationId=7)), 1, "registrationId is missing, or no text"),
+        (json.dumps(record(attestation={"tpm": {}})), 1, "expected attestation.tpm.endorsementKey"),
+        (json.dumps(record(attestation=None)), 1, "attestation is missing"),
+        (json.dumps(record(deviceId="a/b")), 1, "deviceId is not"),
+        (json.dumps(record(iotHubs=["https://x"])), 1, "iotHubs is not"),
+        (json.dumps(record(allocationPolicy="luck")), 1, "allocationPolicy is not"),
+        (json.dumps(record(provisioningStatus="off")), 1, "provisioningStatus is not"),
+        (json.dumps(record(reprovisionPolicy={"updateHubAssignment": 1})), 1, "reprovisionPolicy is not"),
+    ],
+)
+def test_an_odd_line_is_named_and_the_others_are_imported(text: str, line: int, message: str) -> None:
+    good = json.dumps(record(registrationId="press-08")) if text[0] in "{[" else f"press-08,{EK}\n"
+    odd, *_ = read_enrollments(text).odd
+    assert odd.line == line and message in odd.why
+    if text.startswith(HEADER) and not text.endswith("\n"):
+        return  # an open quote, in which the rest of the file is one cell
+    both = f"{HEADER}{good}{text.removeprefix(HEADER)}" if text[0] not in "{[" else f"[{good},\n{text.strip('[]')}]"
+    found = read_enrollments(both)
+    assert [enrollment.registration_id for enrollment in found.enrollments] == ["press-08"]
+    assert found.odd[0].why == odd.why and found.odd[0].line > line
+
+
+def test_enrolments_of_other_kinds_are_named() -> None:
+    others = [
+        record(registrationId="key-1", attestation={"type": "symmetricKey", "symmetricKey": {}, "tpm": None}),
+        record(registrationId="cert-1", attestation={"x509": {"clientCertificates": {}}}),
+        {"enrollmentGroupId": "all", "attestation": {"type": "x509"}},
+    ]
+    found = read_enrollments(json.dumps([others[0], record(), *others[1:]], indent=1))
+    assert [enrollment.registration_id for enrollment in found.enrollments] == ["press-07"]
+    named = [(other.registration_id, other.kind) for other in found.others]
+    assert named == [("key-1", "symmetricKey"), ("cert-1", "x509"), ("all", "enrollmentGroup")] and found.odd == []
+    table = f"registrationId,endorsementKey,attestationType\nkey-1,,symmetricKey\npress-07,{EK},TPM\n"
+    found = read_enrollments(table)
+    assert len(found.enrollments) == 1 and found.others == [Other(2, "key-1", "symmetricKey")]
 
 
 def test_the_state_folder_is_private_and_holds_what_was_put(tmp_path: Path) -> None:

@@ -541,7 +541,7 @@ def test_the_emulator_reads_what_enroll_writes(form: str, desk: Desk, capsys: py
     from dps_emulator.enrollments import read_enrollments
 
     assert desk.run("enroll", "--format", form) == 0
-    (enrollment,) = read_enrollments(capsys.readouterr().out)
+    (enrollment,) = read_enrollments(capsys.readouterr().out).enrollments
     assert enrollment.endorsement_key == desk.tpm.endorsement_key()
     assert enrollment.registration_id == registration_id_from_ek(enrollment.endorsement_key)
 

@@ -96,6 +96,94 @@ def test_what_makes_no_sense_on_a_board_is_refused_in_words(tmp_path: Path, line
     assert expected in problem, problem
 
 
+# What the board's radio is given, as MicroPython itself reads the file and as network.WLAN gets it.
+JOINS = """
+import asyncio, binascii, sys
+for place in sys.argv[2:]:
+    sys.path.insert(0, place)
+class Joined(Exception):
+    pass
+class Radio:
+    STA_IF = 0
+    def WLAN(self, interface):
+        return self
+    def active(self, on):
+        pass
+    def isconnected(self):
+        return False
+    def connect(self, ssid, password):
+        raise Joined(ssid, password)
+sys.modules["network"] = Radio()
+from dps_board.keys import read_values
+from dps_board.parts import keep_joined
+class Config:
+    values = read_values(open(sys.argv[1], "rb").read(), sys.argv[1])
+try:
+    asyncio.run(keep_joined(Config))
+except Joined as joined:
+    for text in joined.args:
+        print(binascii.hexlify(text.encode()).decode())
+"""
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize(
+    ("ssid", "password"),
+    [
+        ("plant", "open sesame"),
+        ("Café Zürich", "Grüße, пароль"),
+        ("工場 📡", "p😀ss\u200d"),
+        ('say "hi" \\\\ there', "tab\\tand 'quotes' \"both\" \\ / {}"),
+        ("bell\x07\x7f", "\x01\x1f\u0085\u2028"),
+        (" blanks ", " blanks "),
+    ],
+)
+def test_the_radio_of_a_board_gets_name_and_password_byte_for_byte(
+    ssid: str, password: str, mark: str, tmp_path: Path
+) -> None:
+    secret = tmp_path / "wifi"
+    secret.touch(0o600)
+    secret.write_bytes(f"{password}\r\n".encode())
+    name = "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in ssid)
+    text = f'{mark}{MINIMAL}[board]\nwifi_ssid = "{name}"\nwifi_password_file = "{secret}"\n'
+    (tmp_path / "board.toml").write_bytes(text.encode())
+    config = settings.read(tmp_path / "board.toml", BUILT_AT_S).config_json(with_password=True)
+    (tmp_path / "config.json").write_bytes(mark.encode() + config)
+    (tmp_path / "joins.py").write_text(JOINS)
+    words = [str(tmp_path / "joins.py"), str(tmp_path / "config.json")]
+    words += [str(CHECKOUT / root) for root in ("agent", "hal", "micropython")]
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("micropython")), *words],
+        env={**os.environ, "MICROPYPATH": ".frozen"}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == [ssid.encode().hex(), password.encode().hex()], done.stdout + done.stderr
+
+
+def test_an_odd_password_is_named_before_it_goes_to_a_board(tmp_path: Path) -> None:
+    (tmp_path / "board.toml").write_text(MINIMAL + '[board]\nwifi_password_file = "wifi"\n')
+    (tmp_path / "wifi").touch(0o600)
+    for content, says in ((b"open-sesame\r\n", ""), (b"open-sesame \r\n", "it ends with a blank (wifi)")):
+        (tmp_path / "wifi").write_bytes(content)
+        done = deploy("board.toml", "--dry-run", cwd=tmp_path)
+        warned = [line for line in done.stderr.splitlines() if "wifi_password_file" in line]
+        assert done.returncode == 0 and len(warned) == (1 if says else 0) and says in "".join(warned), done.stderr
+        assert "open-sesame" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])
+def test_roots_and_programs_are_read_as_an_editor_saved_them(encoding: str, tmp_path: Path) -> None:
+    certificate = trustme.CA().cert_pem.bytes().decode()
+    (tmp_path / "root.pem").write_bytes(f"Wurzel für Zürich\r\n{certificate}".replace("\n", "\r\n").encode(encoding))
+    (root,) = find_roots(str(tmp_path / "root.pem"), BUILT_AT_S)
+    assert root.certificate[:1] == b"\x30"
+    (tmp_path / "app.py").write_bytes('import beside\r\nprint("Grüße")\r\n'.encode(encoding))
+    (tmp_path / "beside.py").write_bytes(b"")
+    assert [module.path for module in needed((), tmp_path / "app.py")] == ["app.py", "beside.py"]
+    (tmp_path / "root.pem").write_text(certificate, encoding="utf-16")
+    with pytest.raises(RootError, match=r"root\.pem: expected text in UTF-8; came UTF-16"):
+        find_roots(str(tmp_path / "root.pem"), BUILT_AT_S)
+
+
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     found = problems(tmp_path, "poll = 'x'\n[tpm]\nbackend = 'esys'\n")
     assert [problem.partition(":")[0] for problem in found] == ["id_scope", "poll", "tpm.backend"]

@@ -23,10 +23,12 @@ from dps_agent.host.cli import main
 from dps_agent.host.enrolment import CSV_HEADER, Enrolment, append
 from dps_board import factory
 from dps_emulator import cli as emulator_cli
-from dps_emulator.enrollments import Enrollment, EnrollmentError, read_enrollments
+from dps_emulator.enrollments import Enrollment, read_enrollments
 from dps_emulator.state import enrollment_folder
 from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.simulator import SimulatedTpm
+from dps_text import text_of
+from dps_text.enrolments import read_enrolments
 from support.running_agent import PROGRAM, _environ
 from support.swtpm import Swtpm
 from support.tpm_states import copy_state
@@ -103,7 +105,10 @@ def test_lines_of_boards_and_gateways_go_into_one_file(line: dict[str, Words], t
     tpm = SimulatedTpm(str(tmp_path / "press-08"))
     path.write_text(f"{factory.CSV_HEADER}\r\n{factory.enrolment_line(tpm, 'board-01')}")  # as a console was saved
     assert main([*line["press-07"], "--append", str(path)]) == 0
-    assert [found.registration_id for found in read_enrollments(path.read_text())] == ["board-01", "press-07"]
+    assert [found.registration_id for found in read_enrollments(path.read_text()).enrollments] == [
+        "board-01",
+        "press-07",
+    ]
     assert main([*line["press-08"], "--append", str(path)]) == 1  # the board's TPM
 
 
@@ -201,7 +206,7 @@ def test_the_file_keeps_its_mode_and_what_it_links_to(tmp_path: Path) -> None:
     append(str(path), "json", device(1))
     path.chmod(0o640)
     link.symlink_to(path)
-    assert append(str(link), "json", device(2)) == 2
+    assert append(str(link), "json", device(2)).devices == 2
     assert link.is_symlink()
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
@@ -209,12 +214,14 @@ def test_the_file_keeps_its_mode_and_what_it_links_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "content", "says"),
     [
-        ("csv", "registrationId,endorsementKey\n", "expected the header"),
-        ("csv", f"{CSV_HEADER}\npress-07\n", "line 2"),
-        ("json", "{", "expected a JSON list"),
-        ("json", '[{"registrationId": "press-07"}]', "expected a JSON list"),
+        ("csv", "press-07,AToA\n", "line 1: expected a header that names the columns"),
+        ("csv", "[]\n", "came JSON"),
+        ("json", f"{CSV_HEADER}\n", "came CSV"),
+        ("json", "{", "line 1: not valid JSON"),
+        ("json", '[\n{"registrationId": "press-07"},\n]', "line 3: not valid JSON"),
         ("az", "az iot dps enrollment create --enrollment-id 'x\n", "line 1"),
-        ("csv", "\xff", "UTF-8"),
+        ("csv", f"{CSV_HEADER}\n\xff", "expected text in UTF-8; came the byte 0xff at line 2, byte 1"),
+        ("csv", "r\0e\0g\0", "came UTF-16"),
     ],
 )
 def test_a_file_of_another_form_is_left_alone(form: str, content: str, says: str, tmp_path: Path) -> None:
@@ -233,7 +240,7 @@ def test_a_json_file_of_one_device_becomes_a_list(
     path = tmp_path / "one.json"
     path.write_text(capsys.readouterr().out)
     assert main([*line["press-08"], "--append", str(path)]) == 0
-    assert [found.registration_id for found in read_enrollments(path.read_text())] == list(DEVICES)
+    assert [found.registration_id for found in read_enrollments(path.read_text()).enrollments] == list(DEVICES)
 
 
 def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
@@ -279,12 +286,78 @@ def test_the_digest_of_the_tpms_certificate_is_in_its_column(
     assert row["ekCertificateSha256"] == ""
 
 
-def test_a_file_that_contradicts_itself_is_not_imported(line: dict[str, Words], tmp_path: Path) -> None:
+def test_a_device_that_is_listed_with_two_keys_is_not_imported_and_the_others_are(
+    line: dict[str, Words], tmp_path: Path
+) -> None:
     one, other = (base64.b64encode(ek_of(name, tmp_path)).decode() for name in DEVICES)
     text = f"registrationId,endorsementKey\npress-07,{one}\nPRESS-07,{one}\n"
-    assert read_enrollments(text)[1] == Enrollment("PRESS-07", ek_of("press-07", tmp_path))
-    with pytest.raises(EnrollmentError, match="press-07: stands there twice"):
-        read_enrollments(f"{text}press-07,{other}\n")
+    assert read_enrollments(text).enrollments[1] == Enrollment("PRESS-07", ek_of("press-07", tmp_path))
+    found = read_enrollments(f"{text}press-09,{other}\npress-07,{other}\n")
+    assert [enrollment.registration_id for enrollment in found.enrollments] == ["press-09"]
+    assert [odd.line for odd in found.odd] == [2, 3, 5] and "two endorsement keys, see lines 2, 5" in found.odd[0].why
+
+
+AZ_LIST = [
+    {
+        "attestation": {"symmetricKey": {"primaryKey": None}, "tpm": None, "type": "symmetricKey", "x509": None},
+        "registrationId": "key-1",
+    },
+    {
+        "attestation": {
+            "symmetricKey": None,
+            "tpm": {"endorsementKey": device(7).endorsement_key, "storageRootKey": None},
+            "type": "tpm",
+            "x509": None,
+        },
+        "registrationId": device(7).registration_id,
+    },
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "last"),
+    [
+        ("quoted.csv", '"registrationId","endorsementKey"\n"press-0007","Nw=="\n', "press-0008,OA=="),
+        (
+            "semicolons.csv",
+            "\ufeffEndorsement Key;Registration-ID;x\r\nNw==;press-0007;\r\n",
+            "OA==;press-0008;",
+        ),
+        ("tabs.csv", "registrationId\tendorsementKey\tbackend\npress-0007\tNw==\twire", "press-0008\tOA==\twire"),
+        ("excel.csv", "sep=;\r\nregistrationid;endorsementkey\r\npress-0007;Nw==\r\n", "press-0008;OA=="),
+        ("az.json", json.dumps(AZ_LIST, indent=2), "]"),
+        ("powershell.json", "\ufeff" + json.dumps(AZ_LIST).replace(", ", ",\r\n"), "]"),
+    ],
+)
+def test_append_reads_what_the_import_reads_and_keeps_how_it_was_written(
+    name: str, content: str, last: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    form = name.rpartition(".")[2]
+    with pytest.raises(AskOperator) as caught:
+        append(str(path), form, device(7))
+    assert caught.value.code == "agent.duplicate" and path.read_bytes() == content.encode()
+    count, notes = append(str(path), form, device(8))
+    after = path.read_bytes()
+    assert count == 2 and after.startswith(content.rstrip("]\r\n").encode()), after
+    lines = after.decode().split("\r\n" if "\r\n" in content else "\n")
+    assert lines[-2:] == [last, ""] and after.count(b"\n") == len(lines) - 1
+    assert [note.partition(": ")[2] for note in notes] == (
+        ["'key-1' is an enrolment of the kind symmetricKey"] if form == "json" else []
+    )
+    assert [entry.registration_id for entry in read_enrolments(text_of(after)).entries] == ["press-0007", "press-0008"]
+
+
+def test_an_odd_line_is_named_and_keeps_nobody_out(
+    line: dict[str, Words], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "line.csv"
+    path.write_text(f"{CSV_HEADER}\npress-06\n")
+    assert main([*line["press-07"], "--append", str(path)]) == 0
+    said = "not counted: line 2: 'press-06': its endorsement key is missing"
+    assert capsys.readouterr().out == f"press-07 was added to {path}, which has 1 device now\n{said}\n"
+    assert path.read_text().startswith(f"{CSV_HEADER}\npress-06\npress-07,")
 
 
 def test_the_command_appends_as_a_program(line: dict[str, Words], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from dps_hal.codes import REMEDIES
 CHECKOUT = Path(__file__).resolve().parents[2]
 AGENT = CHECKOUT / "agent" / "dps_agent"
 HAL = CHECKOUT / "hal" / "dps_hal"
+TEXT = CHECKOUT / "agent" / "dps_text"
 EMULATOR = CHECKOUT / "tools" / "dps_emulator"
 HOST_ONLY = {
     "aes.py",
@@ -26,6 +27,7 @@ HOST_ONLY = {
     "files.py",
     "ioctl.py",
     "mtd.py",
+    "regular.py",
     "simulator.py",
     "spidev.py",
     "tcti.py",
@@ -35,7 +37,7 @@ HOST_ONLY = {
 SHARED_AGENT = sorted(AGENT.glob("*.py"))
 SHARED_HAL = sorted(path for path in [*HAL.glob("*.py"), *HAL.glob("wire/*.py")] if path.name not in HOST_ONLY)
 SHARED = SHARED_AGENT + SHARED_HAL
-PRODUCT = sorted([*AGENT.rglob("*.py"), *HAL.rglob("*.py")])
+PRODUCT = sorted([*AGENT.rglob("*.py"), *TEXT.rglob("*.py"), *HAL.rglob("*.py")])
 EVERY_PACKAGE = sorted([*PRODUCT, *EMULATOR.rglob("*.py")])
 TEXTS = sorted(
     path
@@ -298,6 +300,13 @@ RULES: list[tuple[str, Rule, list[Path], str, str]] = [
         sorted(HAL.rglob("*.py")),
         "if TYPE_CHECKING:\n    from dps_agent.effects import Http",
         "from dps_hal import errors",
+    ),
+    (
+        "dps_text reads what people write and knows nothing of the product",
+        no_import_of("dps_agent", "dps_hal", "dps_emulator", "dps_board"),
+        sorted(TEXT.rglob("*.py")),
+        "from dps_hal.errors import AskOperator",
+        "import json",
     ),
     (
         "the emulator shares no code with the agent",

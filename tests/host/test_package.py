@@ -56,7 +56,7 @@ def test_the_wheel_has_agent_hal_and_emulator_and_no_tests(built: dict[str, Path
         (entry_points,) = (wheel.read(name).decode() for name in found if name.endswith("entry_points.txt"))
         (metadata,) = (wheel.read(name).decode() for name in found if name.endswith(".dist-info/METADATA"))
     tops = {name.partition("/")[0] for name in found if ".dist-info" not in name}
-    assert tops == {"dps_agent", "dps_hal", "dps_emulator"}
+    assert tops == {"dps_agent", "dps_text", "dps_hal", "dps_emulator"}
     assert {"dps_agent/py.typed", "dps_hal/py.typed", "dps_agent/host/cli/__init__.py"} <= found
     assert any(name.endswith("/LICENSE") for name in found)
     assert {line.partition(" ")[0] for line in entry_points.splitlines() if "=" in line} == {
@@ -99,7 +99,7 @@ def test_a_debian_package_has_everything_an_operator_meets(variant: str, request
     documents = {f"usr/share/doc/{package}/{name}" for name in ("copyright", "changelog.gz", "changelog.Debian.gz")}
     assert documents | {"usr/bin/dps-agent", "usr/share/man/man8/dps-agent.8.gz"} <= names(root)
     tops = {path.name for path in (root / "usr/lib/dps-agent").iterdir()}
-    assert {"dps_agent", "dps_hal", "paho"} <= tops and "dps_emulator" not in tops
+    assert {"dps_agent", "dps_text", "dps_hal", "paho"} <= tops and "dps_emulator" not in tops
     assert not [name for name in names(root) if name.endswith((".pyc", ".whl")) or "/tests/" in name]
 
 
@@ -143,7 +143,7 @@ def test_the_light_package_is_pure_python_without_tpm2_tss(light: Path) -> None:
     assert "tss" not in fields["Depends"] and "cryptography" not in fields["Depends"]
     assert not [name for name in names(light) if ".so" in name]
     assert {path.name for path in (light / "usr/lib/dps-agent").iterdir() if "dist-info" not in path.name} == {
-        *("dps_agent", "dps_hal", "paho"),
+        *("dps_agent", "dps_text", "dps_hal", "paho"),
     }
     defaults = light / "usr/lib/dps-agent/dps_agent/host/defaults.toml"
     assert 'backend = "wire"' in defaults.read_text()  # below every setting of the operator's

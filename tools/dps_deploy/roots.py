@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dps_agent.der import certificates, not_after_s
+from dps_text import NotText, text_of
 
 # What Azure's services chain up to: learn.microsoft.com, "Azure Certificate Authority details".
 DEFAULT_ROOTS = ("DigiCert Global Root G2", "Microsoft RSA Root Certificate Authority 2017")
@@ -49,10 +50,14 @@ def _from_file(path: Path) -> list[Root]:
     try:
         content = path.read_bytes()
         texts = _PEM.findall(content)
+        if not texts and content[:1] != b"\x30":  # as DER begins, with a SEQUENCE: X.690, 8.9
+            text_of(content)  # says what else it is
         found = [ssl.PEM_cert_to_DER_cert(text.decode()) for text in texts] if texts else certificates(content)
         roots = [_root(certificate) for certificate in found]
     except OSError as error:
         raise RootError(f"{path}: cannot be read: {error.strerror}") from None
+    except NotText as error:
+        raise RootError(f"{path}: {error}") from None
     except ValueError as error:
         raise RootError(f"{path}: expected certificates in PEM or DER: {error}") from None
     if not roots:

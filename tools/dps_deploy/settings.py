@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dps_agent.host.config import KEYS, ConfigurationError, hierarchy_password
+from dps_agent.host.config import KEYS, ConfigurationError, hierarchy_password, read_toml
 from dps_board.keys import read_values
 from dps_hal.errors import AskOperator
+from dps_text import Secret
 
 BUILT_AT = "board.built_at_s"
 PASSWORD = "board.wifi_password"
@@ -39,27 +39,29 @@ class BoardSettings(NamedTuple):
     hub_ca_file: str
     wifi_password_file: str
 
+    def wifi_password(self) -> Secret:
+        """The password in its file; ConfigurationError where it cannot be read, or is no text in UTF-8."""
+        password = hierarchy_password(PASSWORD_FILE, self.wifi_password_file)
+        try:
+            password.decode()
+        except UnicodeDecodeError:
+            came = password.odd.removeprefix("it is in ") or "other bytes"
+            problem = f"{PASSWORD_FILE}: expected UTF-8 in {self.wifi_password_file}; came {came}"
+            raise ConfigurationError("config.invalid", [problem]) from None
+        return password
+
     def config_json(self, with_password: bool) -> bytes:
         """config.json; ConfigurationError where the password cannot be read from its file."""
         config = self.config
         if with_password and self.wifi_password_file:
-            try:
-                password = hierarchy_password(PASSWORD_FILE, self.wifi_password_file).decode()
-            except UnicodeDecodeError:
-                problem = f"{PASSWORD_FILE}: expected UTF-8 in {self.wifi_password_file}"
-                raise ConfigurationError("config.invalid", [problem]) from None
-            config = {**config, "board": {**config["board"], "wifi_password": password}}
-        return json.dumps(config, indent=1).encode()
+            config = {**config, "board": {**config["board"], "wifi_password": self.wifi_password().decode()}}
+        # As UTF-8: MicroPython makes two characters of a \\ud83d\\ude00, which no access point has in its name.
+        return json.dumps(config, indent=1, ensure_ascii=False).encode()
 
 
 def read(path: Path, built_at_s: int) -> BoardSettings:
     """Reads and checks the settings in `path`; ConfigurationError with every problem found."""
-    try:
-        content = tomllib.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise ConfigurationError("config.unreadable", [f"{path}: cannot be read: {error.strerror}"]) from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError("config.unreadable", [f"{path}: expected TOML in UTF-8: {error}"]) from None
+    content = read_toml(path)
     values: dict[str, Any] = {}
     for name, value in content.items():
         if isinstance(value, dict) and name != "payload":

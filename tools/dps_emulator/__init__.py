@@ -2,5 +2,6 @@
 
 Everything is verified: endorsement keys, answers to challenges, tokens.
 
-Written from the protocol alone; it imports nothing of the agent, so that a mistake there can't hide itself here.
+Written from the protocol alone; it imports nothing of the agent, so that a mistake there can't hide itself here. (Both
+read what people write by `dps_text`, which knows no protocol.)
 """

@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from dps_text import NotText, text_of
+
 if TYPE_CHECKING:
-    from dps_emulator.enrollments import Enrollment
+    from dps_emulator.enrollments import Imported
     from dps_emulator.faults import FaultScript
     from dps_emulator.service import DpsService, Settings
 
@@ -26,6 +28,7 @@ HUB_SUFFIXES = (
 )  # an agent's without settings of its own
 ID_SCOPE = "0ne00000000"
 HUB = "emulator.azure-devices.net"
+NAMED = 20  # of the lines that an import passes over
 
 
 class _UsageError(Exception):
@@ -190,13 +193,15 @@ def _serve(arguments: argparse.Namespace) -> int:
     if ca_file is None:
         raise _UsageError("clients need the CA: give --ca-file or --state-dir")
     faults = _fault_script(arguments.faults)
-    enrollments = _read_enrollments(arguments.enrollments) if arguments.enrollments else []
+    listed = _read_enrollments(arguments.enrollments) if arguments.enrollments else None
     if state_dir:
         make_private_folder(state_dir)
     with claimed(state_dir) if state_dir else contextlib.nullcontext(), _log_file(arguments.log_file) as log_file:
         service = _service(_settings(arguments), state_dir)
-        for enrollment in enrollments:
-            service.enroll(enrollment)
+        if listed:
+            for enrollment in listed.enrollments:
+                service.enroll(enrollment)
+            _tell_of(listed)
         authority = certificate_authority(state_dir)
         ca_file.write_bytes(authority.cert_pem.bytes())
 
@@ -204,9 +209,6 @@ def _serve(arguments: argparse.Namespace) -> int:
             for file in (sys.stderr, log_file):
                 if file:
                     print(line.text(), file=file, flush=True)
-
-        def notice(text: str) -> None:
-            print(f"dps-emulator: warning: {text}", file=sys.stderr, flush=True)
 
         listen = arguments.listen
         server = EmulatorServer(
@@ -219,13 +221,13 @@ def _serve(arguments: argparse.Namespace) -> int:
             faults=faults,
             log=log,
             hub_log=log,
-            notice=notice,
+            notice=_warn,
         )
         if arguments.enroll_any:
-            notice("--enroll-any gives every TPM that asks a hub: use it on your own network only")
+            _warn("--enroll-any gives every TPM that asks a hub: use it on your own network only")
         for hub in service.settings.hubs:
             if not hub.lower().endswith(HUB_SUFFIXES):
-                notice(f"an agent refuses the hub {hub} unless hub_suffixes in its [hub] has that name")
+                _warn(f"an agent refuses the hub {hub} unless hub_suffixes in its [hub] has that name")
         host = f"[{listen}]" if ":" in listen else listen
         print(f"listening on https://{host}:{server.port}\nhubs on mqtts://{host}:{server.hub_port}", flush=True)
         if stopping:
@@ -259,18 +261,41 @@ def _enroll_import(arguments: argparse.Namespace) -> int:
     from dps_emulator.enrollments import registration_key
     from dps_emulator.state import enrollment_folder, make_private_folder
 
-    enrollments = _read_enrollments(arguments.file)
+    listed = _read_enrollments(arguments.file)
     make_private_folder(arguments.state_dir)
     folder = enrollment_folder(arguments.state_dir)
     replaced = 0
-    for enrollment in enrollments:
+    for enrollment in listed.enrollments:
         key = registration_key(enrollment.registration_id)
         replaced += key in folder
         folder[key] = enrollment
-    ids = [enrollment.registration_id for enrollment in enrollments]
+    ids = [enrollment.registration_id for enrollment in listed.enrollments]
     plural = "" if len(ids) == 1 else "s"
     text = f"{len(ids)} enrolment{plural} imported, {replaced} of them replaced an earlier one"
-    return _say(arguments, {"code": "ok", "imported": ids, "replaced": replaced}, text)
+    if listed.others:
+        text += f"; {len(listed.others)} of other kinds passed over"
+    if listed.odd:
+        text += f"; {len(listed.odd)} odd"
+    content = {
+        "code": "failed" if listed.odd else "ok",
+        "imported": ids,
+        "replaced": replaced,
+        "passedOver": [{"line": line, "registrationId": name, "kind": kind} for line, name, kind in listed.others],
+        "odd": [{"line": line, "message": why} for line, why in listed.odd],
+    }
+    _tell_of(listed)
+    _say(arguments, content, text)
+    return FAILED if listed.odd else OK
+
+
+def _tell_of(listed: "Imported") -> None:
+    """Names what a list holds besides enrolments of TPMs."""
+    for line, name, kind in listed.others[:NAMED]:
+        _warn(f"line {line}: '{name}' is an enrolment of the kind {kind}; the emulator has TPM enrolments alone")
+    for odd in listed.odd[:NAMED]:
+        _warn(str(odd))
+    if (more := len(listed.others[NAMED:]) + len(listed.odd[NAMED:])) > 0:
+        _warn(f"and {more} more like these")
 
 
 def _move(arguments: argparse.Namespace) -> int:
@@ -317,8 +342,8 @@ def _ask(arguments: argparse.Namespace, command: str, deadline_s: float = 10.0, 
 
 
 def _send_c2d(arguments: argparse.Namespace) -> int:
-    text = _read_text("-") if arguments.text == "-" else arguments.text
-    payload = base64.b64encode(text.encode(errors="surrogateescape")).decode()
+    content = _read_bytes("-") if arguments.text == "-" else os.fsencode(arguments.text)
+    payload = base64.b64encode(content).decode()
     sent = _ask(arguments, "send-c2d", payload=payload, properties=dict(arguments.property), lifeS=arguments.life)
     return _say(arguments, {"code": "ok", **sent}, f"message {sent['messageId']} is on its way")
 
@@ -432,12 +457,13 @@ def _service(settings: "Settings", state_dir: Path | None) -> "DpsService":
     return DpsService(settings, enrollment_folder(state_dir), registration_folder(state_dir), os.urandom)
 
 
-def _read_enrollments(path: Path | str) -> "list[Enrollment]":
-    from dps_emulator.enrollments import EnrollmentError, read_enrollments
+def _read_enrollments(path: Path | str) -> "Imported":
+    from dps_emulator.enrollments import read_enrollments
+    from dps_text.enrolments import ListError
 
     try:
         return read_enrollments(_read_text(path))
-    except EnrollmentError as error:
+    except ListError as error:
         raise _UsageError(f"{path}: {error}") from None
 
 
@@ -454,9 +480,16 @@ def _fault_script(path: Path | None) -> "FaultScript | None":
 
 def _read_text(path: Path | str) -> str:
     try:
-        return sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _UsageError(f"can't read {path}: {error}") from None
+        return text_of(_read_bytes(path))
+    except NotText as error:
+        raise _UsageError(f"{'stdin' if str(path) == '-' else path}: {error}") from None
+
+
+def _read_bytes(path: Path | str) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise _UsageError(f"can't read {path}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -471,6 +504,10 @@ def _log_file(path: Path | None) -> Iterator[IO[str] | None]:
 def _say(arguments: argparse.Namespace, content: dict[str, Any], text: str) -> int:
     print(json.dumps({"schema": 1, **content}) if arguments.json else text)
     return OK
+
+
+def _warn(text: str) -> None:
+    print(f"dps-emulator: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _complain(text: str, status: int) -> int:

@@ -1,4 +1,4 @@
-"""Individual TPM enrolments: the service API's record, and the JSON and CSV files that carry it.
+"""Individual TPM enrolments: the service API's record, and what of a list of them a service takes.
 
 A record as JSON: `{"registrationId", "deviceId"?, "attestation": {"type": "tpm", "tpm": {"endorsementKey"}},
 "iotHubHostName"?, "iotHubs"?, "allocationPolicy"?, "provisioningStatus"?, "reprovisionPolicy"?:
@@ -7,14 +7,13 @@ A record as JSON: `{"registrationId", "deviceId"?, "attestation": {"type": "tpm"
 
 import base64
 import binascii
-import csv
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from dps_emulator.tpm_keys import parse_endorsement_key
+from dps_text.enrolments import Odd, Other, read_enrolments
 
 # Letters, digits and `: . _ -`, at most 128, beginning with a letter or digit. Documents disagree about the last
 # character; a dash is taken there, `: . _` are not.
@@ -30,7 +29,7 @@ ALLOCATION_POLICIES = ("static", "hashed", "geoLatency", "custom", "rotate")
 
 
 class EnrollmentError(ValueError):
-    """An enrolment record or file that can't be used; the message says where and why."""
+    """An enrolment record that can't be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -146,63 +145,25 @@ def enrollment_from_json(record: object) -> Enrollment:
     )
 
 
-def read_enrollments(text: str) -> list[Enrollment]:
-    """The enrolments of a file: JSON (one record or a list) or CSV with a header; raises EnrollmentError.
+class Imported(NamedTuple):
+    """What a file of enrolments holds: those of TPMs, and what is none."""
 
-    A registration id may stand in it twice, but not with two endorsement keys.
+    enrollments: list[Enrollment]
+    others: list[Other]
+    odd: list[Odd]
 
-    CSV columns are `registrationId,endorsementKey` in any order, with `deviceId`, `iotHubHostName` and
-    `provisioningStatus` where given; other columns and repeated headers (files put together) are passed over.
-    """
-    if text.lstrip("\ufeff \t\r\n")[:1] in ("{", "["):
+
+def read_enrollments(text: str) -> Imported:
+    """The enrolments of a file, JSON or CSV; ListError where it is neither. `dps_text.enrolments` has both forms."""
+    listed = read_enrolments(text)
+    found = Imported([], listed.others, list(listed.odd))
+    for line, record in listed.entries:
         try:
-            content = json.loads(text.lstrip("\ufeff"))
-        except (ValueError, RecursionError) as error:
-            raise EnrollmentError(f"not valid JSON: {error}") from None
-        found = [enrollment_from_json(record) for record in (content if isinstance(content, list) else [content])]
-    else:
-        found = [_enrollment_from_row(line, row) for line, row in _rows(text.lstrip("\ufeff").splitlines())]
-    keys: dict[str, bytes] = {}
-    for enrollment in found:
-        first = keys.setdefault(registration_key(enrollment.registration_id), enrollment.endorsement_key)
-        if first != enrollment.endorsement_key:
-            raise EnrollmentError(f"{enrollment.registration_id}: stands there twice, with two endorsement keys")
+            found.enrollments.append(enrollment_from_json(record))
+        except EnrollmentError as error:
+            found.odd.append(Odd(line, str(error)))
+    found.odd.sort()
     return found
-
-
-def _rows(lines: Iterable[str]) -> Iterable[tuple[int, dict[str, str]]]:
-    reader = csv.reader(lines, skipinitialspace=True)
-    columns: list[str] = []
-    try:
-        for row in reader:
-            names = [cell.strip().replace("_", "").lower() for cell in row]
-            if {"registrationid", "endorsementkey"} <= set(names):
-                columns = names
-            elif not columns and any(names):
-                raise EnrollmentError(
-                    "the first line of a CSV file must name its columns: registrationId,endorsementKey"
-                )
-            elif any(names):
-                yield reader.line_num, dict(zip(columns, (cell.strip() for cell in row), strict=False))
-    except csv.Error as error:
-        raise EnrollmentError(f"line {reader.line_num}: not valid CSV: {error}") from None
-    if not columns:
-        raise EnrollmentError("empty: expected JSON, or CSV with the columns registrationId,endorsementKey")
-
-
-def _enrollment_from_row(line: int, row: Mapping[str, str]) -> Enrollment:
-    try:
-        return enrollment_from_json(
-            {
-                "registrationId": row.get("registrationid", ""),
-                "deviceId": row.get("deviceid", ""),
-                "attestation": {"tpm": {"endorsementKey": row.get("endorsementkey", "")}},
-                "iotHubHostName": row.get("iothubhostname", ""),
-                "provisioningStatus": row.get("provisioningstatus", ""),
-            }
-        )
-    except EnrollmentError as error:
-        raise EnrollmentError(f"line {line}: {error}") from None
 
 
 def _text(value: object, name: str) -> str:

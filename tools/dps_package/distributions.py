@@ -12,7 +12,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 COMMAND_DEADLINE_S = 900
-IMPORT_PACKAGES = ("dps_agent", "dps_hal", "dps_emulator")
+IMPORT_PACKAGES = ("dps_agent", "dps_text", "dps_hal", "dps_emulator")
 
 
 class BuildFailed(Exception):
@@ -91,7 +91,7 @@ def check_content(path: Path) -> None:
     found = content_of(path)
     if path.suffix == ".whl":
         wanted = {f"{package}/__init__.py" for package in IMPORT_PACKAGES}
-        wanted |= {f"{package}/py.typed" for package in ("dps_agent", "dps_hal")}
+        wanted |= {f"{package}/py.typed" for package in ("dps_agent", "dps_text", "dps_hal")}
         wanted |= {source for source in _sources() if not source.endswith((".md", ".pyc"))}
         inside = {name for name in found if ".dist-info/" not in name}
         foreign = {name for name in inside if name.partition("/")[0] not in IMPORT_PACKAGES}
@@ -110,7 +110,7 @@ def check_content(path: Path) -> None:
 
 def _sources() -> set[str]:
     """All Python files of the import packages, as the wheel names them."""
-    roots = {"dps_agent": "agent", "dps_hal": "hal", "dps_emulator": "tools"}
+    roots = {"dps_agent": "agent", "dps_text": "agent", "dps_hal": "hal", "dps_emulator": "tools"}
     return {
         str(path.relative_to(CHECKOUT / root))
         for package, root in roots.items()

@@ -25,8 +25,10 @@ from dps_agent.settings import (
 )
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
 from dps_hal.errors import AskOperator
+from dps_hal.regular import open_regular, read_regular
 from dps_hal.tcti import parse_tcti
 from dps_hal.tpm_keys import EK_TEMPLATES
+from dps_text import BYTE_ORDER_MARK, NotText, Secret, secret_of, text_of
 
 SYSTEM_FILE = Path("/etc/dps-agent/config.toml")
 PACKAGE_FILE = Path(__file__).with_name("defaults.toml")  # where a package has other defaults than these
@@ -40,6 +42,8 @@ AZURE_ENDPOINT_SUFFIXES = (
     ".azure-devices-provisioning.cn",
     ".azure-devices-provisioning.us",
 )
+SETTINGS_LIMIT = 1024 * 1024  # bytes; the template with every setting has 1/100
+PASSWORD_FILES = ("tpm.owner_auth_file", "tpm.endorsement_auth_file")
 AUTH_LIMIT = 64  # bytes; an authValue is at most as long as the hierarchy's digest, TPM 2.0 Library Part 1, 13.5
 OWNER_HANDLES = (0x81000000, 0x817FFFFF)  # persistent handles the owner may use, TCG handle registry, table 3
 
@@ -360,12 +364,9 @@ class _Collector:
 
     def take_file(self, path: Path) -> None:
         try:
-            content = tomllib.loads(path.read_bytes().decode())
-        except OSError as error:
-            self.problem(f"{path}: cannot be read: {error.strerror}", "config.unreadable")
-            return
-        except (ValueError, RecursionError) as error:
-            self.problem(f"{path}: expected TOML in UTF-8: {error}", "config.unreadable")
+            content = read_toml(path)
+        except ConfigurationError as error:
+            self.problem(error.problems[0], error.code)
             return
         for name, value in content.items():
             if name not in _TABLES:
@@ -386,6 +387,19 @@ class _Collector:
         nearest = _nearest(name, known)
         hint = f"; the nearest is {nearest}" if nearest else ""
         self.problem(f"{name}: there is no such setting ({origin}){hint}")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a settings file holds; ConfigurationError `config.unreadable` names the file, and the line of the fault."""
+    try:
+        return tomllib.loads(text_of(read_regular(path, SETTINGS_LIMIT)))
+    except OSError as error:
+        problem = f"{path}: cannot be read: {error.strerror}"
+    except NotText as error:
+        problem = f"{path}: {error}"
+    except (ValueError, RecursionError) as error:
+        problem = f"{path}: expected TOML in UTF-8: {error}"
+    raise ConfigurationError("config.unreadable", [problem])
 
 
 def load(
@@ -557,7 +571,7 @@ def check_files(configuration: Configuration) -> None:
         path = configuration.value(key)
         if path and not os.access(path, os.R_OK):
             problems.append(f"{key}: expected a readable file; {path} is none")
-    for key in ("tpm.owner_auth_file", "tpm.endorsement_auth_file"):
+    for key in PASSWORD_FILES:
         try:
             hierarchy_password(key, configuration.value(key))
         except ConfigurationError as error:
@@ -566,31 +580,36 @@ def check_files(configuration: Configuration) -> None:
         raise ConfigurationError("config.invalid", problems)
 
 
-def hierarchy_password(key: str, path: str, environ: "Mapping[str, str] | None" = None) -> bytes:
-    """The password in the file that setting `key` names, without one trailing newline; empty for no file.
+def hierarchy_password(key: str, path: str, environ: "Mapping[str, str] | None" = None) -> Secret:
+    """The password in the file that setting `key` names, without one line end at its end; empty for no file.
 
     A credential of the file's name is taken in its place: the service's user cannot read what root keeps for root.
     AskOperator `config.invalid` where the file is missing, others than its owner may open it (systemd's
     $CREDENTIALS_DIRECTORY excepted: it protects its files itself), or it holds 0 or more than 64 bytes.
     """
     if not path:
-        return b""
+        return Secret()
     environ = os.environ if environ is None else environ
     path, is_credential = password_file(path, environ)
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            password = file.read(AUTH_LIMIT + 2)
+            password = secret_of(file.read(AUTH_LIMIT + len(b"\r\n") + 1))
     except OSError as error:
         raise ConfigurationError("config.invalid", [f"{key}: {path} cannot be read: {error.strerror}"]) from None
     if mode & 0o077 and not is_credential:
         problem = f"{key}: expected a file that only its owner may open (chmod 600 {path}); its mode is {mode:03o}"
         raise ConfigurationError("config.invalid", [problem])
-    password = password.removesuffix(b"\n")
     if not 0 < len(password) <= AUTH_LIMIT:
-        size = "none" if not password else "more"
+        size = f"more; {password.odd}" if password and password.odd else "more" if password else "none"
         raise ConfigurationError("config.invalid", [f"{key}: expected 1 to {AUTH_LIMIT} bytes in {path}; came {size}"])
     return password
+
+
+def odd_passwords(configuration: Configuration) -> list[str]:
+    """A sentence for each password file that may hold more than somebody typed; none shows anything of a password."""
+    files = [(key, configuration.value(key)) for key in PASSWORD_FILES]
+    return [f"{key}: {odd} ({path})" for key, path in files if path and (odd := hierarchy_password(key, path).odd)]
 
 
 def password_file(path: str, environ: Mapping[str, str]) -> tuple[str, bool]:
@@ -598,6 +617,12 @@ def password_file(path: str, environ: Mapping[str, str]) -> tuple[str, bool]:
     folder = environ.get("CREDENTIALS_DIRECTORY", "")
     credential = os.path.join(folder, os.path.basename(path))
     return (credential, True) if folder and os.path.isfile(credential) else (path, False)
+
+
+def marked_files(configuration: Configuration) -> list[str]:
+    """A sentence for each settings file that begins with a byte order mark, over which other programs may not pass."""
+    marked = [path for path in configuration.files if read_regular(path, SETTINGS_LIMIT).startswith(BYTE_ORDER_MARK)]
+    return [f"{path}: begins with a byte order mark, which is passed over" for path in marked]
 
 
 def backend_shown(configuration: Configuration) -> str:

@@ -28,6 +28,7 @@ from dps_hal.errors import AskOperator, DpsError
 from dps_hal.files import FileSlots
 from dps_hal.platform import to_json
 from dps_hal.tpm_keys import object_name
+from dps_text import secret_of
 
 if TYPE_CHECKING:
     from dps_agent.host.checks import Device
@@ -112,10 +113,11 @@ def _password_forms(path: str) -> list[str]:
     """The content of a password file as text, hex and base64; nothing where it cannot be read, nor shown then."""
     try:
         with open(path, "rb") as file:
-            password = file.read(4096).removesuffix(b"\n")
+            password = bytes(secret_of(file.read(4096)))
     except OSError:
         return []
-    return [password.decode(errors="replace"), password.hex(), base64.b64encode(password).decode()]
+    forms = [password.decode(errors="replace"), password.hex(), base64.b64encode(password).decode()]
+    return [*forms, forms[0].strip("\ufeff \t\r\n")]  # as a person shows it who did not type the rest
 
 
 def without_payload(document: Any) -> Any:

@@ -12,10 +12,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from dps_hal.errors import AskOperator, RetryLater
-from dps_hal.platform import from_json, to_json
+from dps_hal.platform import to_json
+from dps_hal.regular import read_regular
+from dps_text import BYTE_ORDER_MARK, text_of
+from dps_text.enrolments import EnrolmentList, ListError, read_enrolments
 
 CSV_HEADER = "registrationId,endorsementKey,backend,ekCertificateSha256"
 LOCK_LIMIT_S = 30.0
+FILE_LIMIT = 64 * 1024 * 1024  # bytes; a hundred thousand devices
 _AZ_COMMAND = "az iot dps enrollment create "
 
 
@@ -30,6 +34,10 @@ class Enrolment(NamedTuple):
     def csv_row(self) -> str:
         """The columns of CSV_HEADER; none of them can hold a comma or a quote."""
         return ",".join(self)
+
+    def cells(self) -> dict[str, str]:
+        """The same by the names of the columns."""
+        return dict(zip(CSV_HEADER.split(","), self, strict=True))
 
     def body(self) -> dict[str, Any]:
         """The body of the service API's "create or update individual enrollment"."""
@@ -47,10 +55,18 @@ class Enrolment(NamedTuple):
         return [*note, command]
 
 
-def append(path: str, form: str, enrolment: Enrolment) -> int:
-    """Adds a device to a file of the form csv, json or az, made where it is missing; returns how many it has then.
+class Appended(NamedTuple):
+    """How many TPMs the file enrols now, and a sentence for each entry in it that is of another kind, or odd."""
 
-    The file is replaced as a whole, so that neither a cut nor another `append` at the same time loses a device.
+    devices: int
+    notes: list[str]
+
+
+def append(path: str, form: str, enrolment: Enrolment) -> Appended:
+    """Adds a device to a file of the form csv, json or az, made where it is missing.
+
+    The file is replaced as a whole, so that neither a cut nor another `append` at the same time loses a device. CSV
+    and JSON are read as the emulator's import reads them, and a CSV file keeps its delimiter and its columns.
     AskOperator `agent.duplicate`: the registration id or the endorsement key is in it already. `agent.file`: it cannot
     be read or written, or is of another form. RetryLater `agent.busy`: others hold it for LOCK_LIMIT_S.
     """
@@ -58,13 +74,16 @@ def append(path: str, form: str, enrolment: Enrolment) -> int:
     try:
         with _locked(os.path.dirname(path)):
             content = _read(path)
-            text, known = _with(content, form, enrolment, path)
+            try:
+                text, known, notes = _with(text_of(content), form, enrolment)
+            except ValueError as error:  # NotText, ListError
+                raise AskOperator("agent.file", f"{path}: {error}") from None
             for registration_id, endorsement_key in known:
                 _refuse_duplicate(path, enrolment, registration_id, endorsement_key)
-            _replace(path, text.encode())
+            _replace(path, _as_it_was(text, content))
     except OSError as error:
         raise AskOperator("agent.file", f"{path} cannot be read or written: {error.strerror}") from None
-    return len(known) + 1
+    return Appended(len(known) + 1, notes)
 
 
 def _refuse_duplicate(path: str, enrolment: Enrolment, registration_id: str, endorsement_key: str) -> None:
@@ -78,49 +97,37 @@ def _refuse_duplicate(path: str, enrolment: Enrolment, registration_id: str, end
         raise AskOperator("agent.duplicate", f"{path} has this TPM already, as '{registration_id}'")
 
 
-def _with(content: str, form: str, enrolment: Enrolment, path: str) -> tuple[str, list[tuple[str, str]]]:
-    """The file with the device in it, and registration id and endorsement key of each that it had."""
-    if form == "json":
-        records = _records(content, path)
-        known = [(record["registrationId"], record["attestation"]["tpm"]["endorsementKey"]) for record in records]
-        return "[\n" + ",\n".join(map(to_json, [*records, enrolment.body()])) + "\n]\n", known
-    if content and not content.endswith("\n"):
+def _with(content: str, form: str, enrolment: Enrolment) -> tuple[str, list[tuple[str, str]], list[str]]:
+    """The file with the device in it, registration id and endorsement key of each that it had, and `notes`."""
+    if content and form != "json" and not content.endswith("\n"):
         content += "\n"
-    if form == "csv":
-        return (content or f"{CSV_HEADER}\n") + f"{enrolment.csv_row()}\n", _rows(content, path)
-    return content + "".join(f"{line}\n" for line in enrolment.az_lines()), _az_commands(content, path)
+    if form == "az":
+        return content + "".join(f"{line}\n" for line in enrolment.az_lines()), _az_commands(content), []
+    listed = read_enrolments(content) if content.strip() else EnrolmentList([], [], [])
+    known = [(entry.registration_id, entry.endorsement_key) for entry in listed.entries]
+    notes = [f"line {line}: '{name}' is an enrolment of the kind {kind}" for line, name, kind in listed.others]
+    notes += [str(odd) for odd in listed.odd]
+    if form == "json":
+        if listed.delimiter:
+            raise ListError("expected a JSON list of enrolments; came CSV")
+        before = content.strip() or "["
+        before = before.removesuffix("]").rstrip() if before[0] == "[" else f"[\n{before}"
+        comma = "," if before.strip() != "[" else ""
+        return f"{before}{comma}\n{to_json(enrolment.body())}\n]\n", known, notes
+    if content.strip() and not listed.delimiter:
+        raise ListError("expected CSV; came JSON")
+    row = listed.row(enrolment.cells()) if listed.delimiter else f"{CSV_HEADER}\n{enrolment.csv_row()}"
+    return f"{content}{row}\n", known, notes
 
 
-def _rows(content: str, path: str) -> list[tuple[str, str]]:
-    found = []
-    lines = content.removeprefix("\ufeff").splitlines()
-    if lines and lines[0] != CSV_HEADER:
-        raise AskOperator("agent.file", f"{path}: expected the header '{CSV_HEADER}'; came {lines[0][:80]!r}")
-    for number, line in enumerate(lines, 1):
-        cells = [cell.strip() for cell in line.split(",")]
-        if line in (CSV_HEADER, ""):  # files that were put together
-            continue
-        if len(cells) < 2:
-            raise AskOperator("agent.file", f"{path}, line {number}: expected {CSV_HEADER}; came {line[:80]!r}")
-        found.append((cells[0], cells[1]))
-    return found
+def _as_it_was(text: str, before: bytes) -> bytes:
+    """The text with the line ends, and behind the byte order mark, that the file had."""
+    if b"\r\n" in before:
+        text = text.replace("\n", "\r\n")
+    return (BYTE_ORDER_MARK if before.startswith(BYTE_ORDER_MARK) else b"") + text.encode()
 
 
-def _records(content: str, path: str) -> list[dict[str, Any]]:
-    try:
-        value = from_json(content) if content.strip() else []
-        records: list[dict[str, Any]] = value if isinstance(value, list) else [value]
-        for record in records:
-            key, name = record["attestation"]["tpm"]["endorsementKey"], record["registrationId"]
-            if not isinstance(key, str) or not isinstance(name, str):
-                raise TypeError
-    except (ValueError, KeyError, TypeError):
-        text = f"{path}: expected a JSON list of individual TPM enrolments, as 'enroll --format json' writes them"
-        raise AskOperator("agent.file", text) from None
-    return records
-
-
-def _az_commands(content: str, path: str) -> list[tuple[str, str]]:
+def _az_commands(content: str) -> list[tuple[str, str]]:
     found = []
     for number, line in enumerate(content.splitlines(), 1):
         if line.startswith(_AZ_COMMAND):
@@ -129,8 +136,7 @@ def _az_commands(content: str, path: str) -> list[tuple[str, str]]:
                 flags = dict(zip(words[5::2], words[6::2], strict=True))
                 found.append((flags["--enrollment-id"], flags["--endorsement-key"]))
             except (ValueError, KeyError):
-                text = f"{path}, line {number}: expected a command as 'enroll --format az' writes it"
-                raise AskOperator("agent.file", text) from None
+                raise ListError(f"line {number}: expected a command as 'enroll --format az' writes it") from None
     return found
 
 
@@ -154,16 +160,11 @@ def _locked(folder: str) -> Iterator[None]:
         os.close(fd)
 
 
-def _read(path: str) -> str:
+def _read(path: str) -> bytes:
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise AskOperator("agent.file", f"{path}: expected a regular file")
-            return file.read().decode()
+        return read_regular(path, FILE_LIMIT)
     except FileNotFoundError:
-        return ""
-    except ValueError:
-        raise AskOperator("agent.file", f"{path}: expected text in UTF-8") from None
+        return b""
 
 
 def _replace(path: str, content: bytes) -> None:

@@ -1,6 +1,7 @@
 """`dps-agent config`: the settings with the origin of each, or only whether they can be used."""
 
 import argparse
+import sys
 from typing import Any
 
 from dps_agent.host.cli.verb import Outcome, Verb, configuration_of
@@ -10,8 +11,11 @@ from dps_agent.host.config import (
     Configuration,
     check_files,
     check_keys_in_hardware,
+    marked_files,
+    odd_passwords,
     without_password,
 )
+from dps_agent.host.progress import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +31,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
         return _show(configuration_of(arguments, need_id_scope=False), arguments.config)
     configuration = configuration_of(arguments)
     check_files(configuration)
+    for note in [*marked_files(configuration), *odd_passwords(configuration)]:
+        print(f"dps-agent: warning: {printable(note)}", file=sys.stderr)
     _check_connection(configuration)
     check_keys_in_hardware(configuration)
     files = list(configuration.files)

@@ -67,10 +67,11 @@ def run(arguments: argparse.Namespace) -> Outcome:
         "backend": configuration.tpm.backend,
     }
     if arguments.append is not None:
-        count = append(arguments.append, form, enrolment)
+        count, notes = append(arguments.append, form, enrolment)
         text = f"{enrolment.registration_id} was added to {arguments.append}, which has {count}"
         text += " device now" if count == 1 else " devices now"
-        return Outcome([text], {**document, "file": arguments.append, "devices": count})
+        lines = [text, *(f"not counted: {note}" for note in notes)]
+        return Outcome(lines, {**document, "file": arguments.append, "devices": count, "notCounted": notes})
     if form == "csv":
         return Outcome([CSV_HEADER, enrolment.csv_row()], document)
     if form == "json":

@@ -1,0 +1,250 @@
+"""Lists of enrolments as programs and people write them: CSV of a spreadsheet, JSON of a service, both with odd lines.
+
+One reader for `dps-agent enroll --append` and for the emulator's import. It says what stands where; whether a key is
+one that a service takes is the emulator's business.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+DELIMITERS = (",", ";", "\t")
+_COLUMNS = {  # what a column's name means, by its letters and digits in lower case
+    "registrationid": "registrationId",
+    "endorsementkey": "endorsementKey",
+    "deviceid": "deviceId",
+    "iothubhostname": "iotHubHostName",
+    "provisioningstatus": "provisioningStatus",
+    "attestationtype": "attestationType",
+    "backend": "backend",
+    "ekcertificatesha256": "ekCertificateSha256",
+}
+_NEEDED = {"registrationId", "endorsementKey"}
+
+
+class ListError(ValueError):
+    """A file in which no list of enrolments can be found; the message says where and why."""
+
+
+class Entry(NamedTuple):
+    """One TPM enrolment, in the service API's form: `{"registrationId", "attestation": {"tpm": …}, …}`."""
+
+    line: int  # at which it begins, from 1
+    record: dict[str, Any]
+
+    @property
+    def registration_id(self) -> str:
+        """Of the enrolment."""
+        return str(self.record["registrationId"])
+
+    @property
+    def endorsement_key(self) -> str:
+        """Base64 of the TPM2B_PUBLIC, unless the list is wrong."""
+        return str(self.record["attestation"]["tpm"]["endorsementKey"])
+
+
+class Other(NamedTuple):
+    """An enrolment of another kind than TPM."""
+
+    line: int
+    registration_id: str
+    kind: str  # symmetricKey, x509, …
+
+
+class Odd(NamedTuple):
+    """A line, or an entry that begins there, of which nothing can be made; `why` is half a sentence."""
+
+    line: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.why}"
+
+
+class EnrolmentList(NamedTuple):
+    """What a file holds; `delimiter` and `columns` are those of the last CSV header, empty for JSON."""
+
+    entries: list[Entry]
+    others: list[Other]
+    odd: list[Odd]
+    delimiter: str = ""
+    columns: tuple[str, ...] = ()  # the names of `_COLUMNS`, "" for a column that is not known
+
+    def row(self, cells: dict[str, str]) -> str:
+        """A line for the end of this CSV file: each cell in the column of its name, in quotes where it needs them."""
+        written = [cells.get(column, "") for column in self.columns]
+        return self.delimiter.join(
+            '"' + cell.replace('"', '""') + '"' if self.delimiter in cell or '"' in cell else cell for cell in written
+        )
+
+
+def read_enrolments(text: str) -> EnrolmentList:
+    """Reads JSON (one record or a list) or CSV with a header; ListError.
+
+    CSV: the header names `registrationId` and `endorsementKey`, in any order, case and spelling (`Registration ID`),
+    cells are separated by comma, semicolon or tab; further columns and repeated headers (files put together) are
+    passed over. Two entries for one registration id that have two keys are both odd.
+    """
+    found = _of_json(text) if text.lstrip()[:1] in ("{", "[") else _of_csv(text)
+    first: dict[str, Entry] = {}
+    contradicted: dict[str, list[int]] = {}
+    for entry in found.entries:
+        key = entry.registration_id.lower()  # as DPS compares them
+        if first.setdefault(key, entry).endorsement_key != entry.endorsement_key:
+            contradicted.setdefault(key, [first[key].line]).append(entry.line)
+    for entry in found.entries:
+        if entry.registration_id.lower() in contradicted:
+            lines = ", ".join(str(line) for line in contradicted[entry.registration_id.lower()])
+            why = f"'{entry.registration_id}' stands there with two endorsement keys, see lines {lines}"
+            found.odd.append(Odd(entry.line, why))
+    found.odd.sort()
+    found.entries[:] = [entry for entry in found.entries if entry.registration_id.lower() not in contradicted]
+    return found
+
+
+def _of_json(text: str) -> EnrolmentList:
+    found = EnrolmentList([], [], [])
+    for line, record in _json_records(text):
+        _sort(found, line, record)
+    return found
+
+
+def _json_records(text: str) -> Iterator[tuple[int, Any]]:
+    """Each record with the line at which it begins."""
+    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    at = _behind_blanks(text, 0)
+    is_list = text[at] == "["
+    at = _behind_blanks(text, at + is_list)
+    try:
+        more = not is_list or text[at : at + 1] != "]"
+        while more:
+            begin = at
+            record, at = decoder.raw_decode(text, at)
+            yield text.count("\n", 0, begin) + 1, record
+            at = _behind_blanks(text, at)
+            more = is_list and text[at : at + 1] == ","
+            at = _behind_blanks(text, at + more)
+        if is_list and text[at : at + 1] != "]":
+            raise json.JSONDecodeError("expected ',' or ']'", text, at)
+        at = _behind_blanks(text, at + is_list)
+        if at < len(text):
+            raise json.JSONDecodeError("something behind the end", text, at)
+    except json.JSONDecodeError as error:
+        raise ListError(f"line {error.lineno}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, NaN, endless nesting
+        raise ListError(f"line {text.count(chr(10), 0, at) + 1}: not valid JSON: {error}") from None
+
+
+def _behind_blanks(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\n", "\r"):
+        at += 1
+    return at
+
+
+def _sort(found: EnrolmentList, line: int, record: Any) -> None:
+    """Puts one record where it belongs."""
+    if not isinstance(record, dict):
+        found.odd.append(Odd(line, "expected an object, an enrolment"))
+        return
+    name, attestation = record.get("registrationId"), record.get("attestation")
+    if isinstance(record.get("enrollmentGroupId"), str):
+        found.others.append(Other(line, record["enrollmentGroupId"], "enrollmentGroup"))
+    elif not isinstance(name, str) or not name:
+        found.odd.append(Odd(line, "registrationId is missing, or no text"))
+    elif not isinstance(attestation, dict):
+        found.odd.append(Odd(line, f"'{name}': attestation is missing"))
+    else:
+        kinds = [kind for kind, value in attestation.items() if isinstance(value, dict)]
+        kind = attestation.get("type") or (kinds[0] if len(kinds) == 1 else "")
+        tpm = attestation.get("tpm")
+        if kind != "tpm" and isinstance(kind, str) and kind:
+            found.others.append(Other(line, name, kind))
+        elif kind != "tpm" or not isinstance(tpm, dict) or not isinstance(tpm.get("endorsementKey"), str):
+            found.odd.append(Odd(line, f"'{name}': expected attestation.tpm.endorsementKey"))
+        elif not tpm["endorsementKey"].strip():
+            found.odd.append(Odd(line, f"'{name}': its endorsement key is missing"))
+        else:
+            found.entries.append(Entry(line, record))
+
+
+def _of_csv(text: str) -> EnrolmentList:
+    found = EnrolmentList([], [], [])
+    lines = _Lines(text)
+    delimiter, columns = ",", tuple[str, ...]()
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+    while True:
+        line = lines.number + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            found.odd.append(Odd(line, f"not valid CSV: {error}"))
+            continue
+        header = _header(lines.last) if lines.number == line else None
+        if header is not None:
+            delimiter, columns = header
+            reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+        elif not any(cell.strip() for cell in row) or (not columns and lines.last.lower().startswith("sep=")):
+            pass  # an empty line; what Excel writes above a header
+        elif not columns:
+            named = " and ".join(sorted(_NEEDED, reverse=True))
+            raise ListError(f"line {line}: expected a header that names the columns {named}; came {lines.last[:80]!r}")
+        else:
+            _sort(found, line, _record(dict(zip(columns, (cell.strip() for cell in row), strict=False))))
+    if not columns and text.strip():
+        raise ListError("expected JSON, or CSV with the columns registrationId and endorsementKey")
+    return found._replace(delimiter=delimiter, columns=columns)
+
+
+class _Lines:
+    """The lines of a text, and how many of them a csv.reader has taken; it takes several where a quote is open."""
+
+    def __init__(self, text: str) -> None:
+        self._lines = iter(text.split("\n"))
+        self.number = 0
+        self.last = ""
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        self.last = next(self._lines)
+        self.number += 1
+        return self.last + "\n"
+
+
+def _header(line: str) -> tuple[str, tuple[str, ...]] | None:
+    """Delimiter and columns of a line that is a header; None for any other."""
+    for delimiter in DELIMITERS:
+        try:
+            cells: Sequence[str] = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+        except csv.Error:
+            continue
+        columns = tuple(_COLUMNS.get("".join(filter(str.isalnum, cell)).lower(), "") for cell in cells)
+        if set(columns) >= _NEEDED:
+            return delimiter, columns
+    return None
+
+
+def _record(cells: dict[str, str]) -> dict[str, Any]:
+    """A row in the service API's form; a cell that is empty is a field that is not there."""
+    kind = cells.get("attestationType", "") or "tpm"
+    tpm = {"endorsementKey": cells.get("endorsementKey", "")}
+    record: dict[str, Any] = {
+        "registrationId": cells.get("registrationId", ""),
+        "attestation": {"type": kind, "tpm": tpm} if kind.lower() == "tpm" else {"type": kind},
+    }
+    if kind.lower() == "tpm":
+        record["attestation"]["type"] = "tpm"
+    for name in ("deviceId", "iotHubHostName", "provisioningStatus"):
+        if cells.get(name):
+            record[name] = cells[name]
+    return record
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
