@@ -13,12 +13,17 @@ class NotText(ValueError):
     """Bytes that are no text in UTF-8; the message says where, what came, and what to do."""
 
 
-def text_of(content: bytes) -> str:
-    """The text in `content`, UTF-8 with or without a byte order mark, its line ends all LF; NotText."""
+def without_mark(content: bytes) -> bytes:
+    """`content` without the byte order mark in front, the same object where there is none; NotText for UTF-16."""
     if _is_utf_16(content):
         raise NotText("expected text in UTF-8; came UTF-16: save the file as UTF-8")
+    return content.removeprefix(BYTE_ORDER_MARK) if content.startswith(BYTE_ORDER_MARK) else content
+
+
+def text_of(content: bytes) -> str:
+    """The text in `content`, UTF-8 with or without a byte order mark, its line ends all LF; NotText."""
     try:
-        return content.removeprefix(BYTE_ORDER_MARK).decode().replace("\r\n", "\n")
+        return without_mark(content).decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         wrong, before = error.object[error.start], error.object[: error.start]
         line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import trustme
 
-from dps_agent.host import config
+from dps_agent.host import config, dial
 from dps_agent.host.cli import main
 from dps_agent.host.config import ConfigurationError
 from dps_agent.host.diag import secrets_of
+from dps_agent.host.dial import tls_context
+from dps_agent.host.proxy import ProxyRule
 from dps_deploy import settings as board_settings
 from dps_hal.errors import AskOperator
 from dps_hal.tpm_errors import RefusedError, error_of
@@ -180,6 +183,26 @@ def test_the_tpms_refusal_names_what_is_odd_in_the_password(of_owner: bool) -> N
 def test_a_board_gives_passwords_that_are_plain_bytes() -> None:
     refused = RefusedError("policy_secret", 0x9A2)
     assert not Passwords(b"x ", b"x ").go_without(refused, BOTH_SET) and refused.odd == ""
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_every_root_in_a_file_is_trusted_however_an_editor_saved_it(
+    mark: bytes, line_end: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "roots.pem"
+    pem = b"".join(trustme.CA(organization_name=name).cert_pem.bytes() for name in ("one", "two"))
+    path.write_bytes(mark + pem.replace(b"\n", line_end) + "Zürich".encode("latin-1"))
+    context = tls_context()
+    dial._trust(context, str(path))
+    assert len(context.get_ca_certs()) == 2
+
+
+def test_roots_in_utf_16_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "roots.pem"
+    path.write_text(trustme.CA().cert_pem.bytes().decode(), encoding="utf-16")
+    with pytest.raises(AskOperator, match=r"hub\.ca_file: expected PEM certificates in '.*roots\.pem': .*came UTF-16"):
+        dial.Dialler(ProxyRule("none"), str(path), "hub.ca_file")
 
 
 def test_config_validate_names_the_mark_and_the_odd_password(

@@ -22,6 +22,8 @@ from dps_agent.effects import (
     Failed,
 )
 from dps_hal.errors import AskOperator
+from dps_hal.regular import read_regular
+from dps_text import NotText, without_mark
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     _Lookup: TypeAlias = "list[tuple[Any, ...]] | OSError | None"  # getaddrinfo's answer, its error, None: abort()
 
 
+CA_FILE_LIMIT = 8 * 1024 * 1024  # bytes; the roots of a distribution have a quarter of one MiB
 # A certificate in ca_file or among the system's roots ends a chain, whether it is a root or not. The form that RFC 5280
 # wants of certificates is not asked for: private authorities and inspecting proxies miss it, and it proves nothing.
 VERIFY_FLAGS = ssl.VERIFY_X509_TRUSTED_FIRST | ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -130,11 +133,11 @@ class Dialler:
         context = tls_context()
         try:
             if self._ca_file:
-                context.load_verify_locations(self._ca_file)
+                _trust(context, self._ca_file)
             else:
                 context.load_default_certs()
-        except OSError as error:  # ssl.SSLError is one: the file holds no certificate
-            reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+        except (OSError, NotText) as error:  # ssl.SSLError is an OSError: the file holds no certificate
+            reason = error.reason if isinstance(error, ssl.SSLError) else getattr(error, "strerror", str(error))
             raise AskOperator(
                 "config.invalid", f"{self._setting}: expected PEM certificates in '{self._ca_file}': {reason}"
             ) from None
@@ -217,6 +220,20 @@ def tls_context() -> ssl.SSLContext:
     context.options |= ssl.OP_NO_RENEGOTIATION  # else a send could have to wait for something to read
     context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # set by Python 3.11.2: a body cut off would look whole
     return context
+
+
+def _trust(context: ssl.SSLContext, ca_file: str) -> None:
+    """Takes the roots in a PEM file; OSError, NotText.
+
+    OpenSSL passes over what stands in front of the first dashes of a line: behind a byte order mark that is a file's
+    first certificate, without a word where there is a second one.
+    """
+    content = read_regular(ca_file, CA_FILE_LIMIT)
+    unmarked = without_mark(content)
+    if unmarked is content:
+        context.load_verify_locations(ca_file)
+    else:
+        context.load_verify_locations(cadata=unmarked.decode("ascii", "ignore"))
 
 
 def say_goodbye(tls: ssl.SSLSocket) -> None:
