@@ -1,29 +1,24 @@
 """HTTPS to one endpoint over one kept connection, with every wait and every size bounded.
 
-`http.client` parses the answers. It takes a head that ends early for a whole one, a Content-Length that is no number
-for none, and has no total deadline; so it reads from `_Stream`, which counts, keeps time and knows where the
-connection ended, and `_body` checks what it parsed. Sources: RFC 9110, RFC 9112.
+What the answers are `dps_agent.http1` reads; here are connection and time. Sources: RFC 9110, RFC 9112.
 """
 
 from __future__ import annotations
 
-import datetime
-import email.utils
-import http.client
 import ssl
 import time
 import urllib.parse
 
-from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_PROTOCOL, NO_REPLY_TOO_LARGE, Failed, NoReply, Reply
+from dps_agent.effects import NO_REPLY_CLOSED, Failed, NoReply, Reply
 from dps_agent.host.dial import Dialler, seconds_until, validity_s
 from dps_agent.host.proxy import NONE, ProxyRule
+from dps_agent.http1 import Reader
 from dps_hal.errors import AskOperator
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from dps_agent.sas import SasToken
 
-HEAD_LIMIT = 16 * 1024  # bytes of status lines and headers of one answer
 BODY_LIMIT = 64 * 1024  # bytes
 _HTTPS_PORT = 443
 _RECEIVE_SIZE = 16 * 1024  # bytes; the largest TLS record
@@ -93,9 +88,9 @@ class DpsConnection:
                 stream = self._stream or self._connect(deadline_s)
                 sent = True
                 stream.send(message, deadline_s)
-                reply, keep = _answer(stream, method)
-            except (OSError, http.client.HTTPException, Failed) as error:
-                failed = self._failed(error)
+                reply, keep = stream.answer(deadline_s)
+            except (OSError, Failed) as error:
+                failed = self._dialler.explain(error, "before the answer was whole")
                 unanswered = self._stream is not None and not self._stream.answered
                 self.close()
                 # A server may close an idle connection while our request is on its way. Every request of this API
@@ -122,6 +117,7 @@ class DpsConnection:
             f"Host: {self._authority}",
             f"User-Agent: {self._user_agent}",
             "Accept: application/json",
+            "Accept-Encoding: identity",
         ]
         if body or method != "GET":
             lines += ["Content-Type: application/json; charset=utf-8", f"Content-Length: {len(body)}"]
@@ -135,48 +131,37 @@ class DpsConnection:
         self._stream = _Stream(self._dialler.dial(self._host, self._dial_host, self._dial_port, deadline_s))
         return self._stream
 
-    def _failed(self, error: Exception) -> Failed:
-        if not isinstance(error, http.client.HTTPException):
-            return self._dialler.explain(error, "before the answer was whole")
-        if self._stream is not None and self._stream.ended:
-            return Failed(NO_REPLY_CLOSED, "the connection ended before the answer was whole")
-        if type(error) is http.client.HTTPException or isinstance(error, http.client.LineTooLong):  # its own bounds
-            return Failed(NO_REPLY_TOO_LARGE, "too many headers, or too long a line")
-        return Failed(NO_REPLY_PROTOCOL, "the answer is not HTTP")
-
 
 class _Stream:
-    """A TLS connection as the file from which http.client reads one answer after the other.
-
-    It keeps what it received beyond an answer, so that nothing is taken for the next answer unseen.
-    """
+    """A TLS connection on which one answer after the other is read."""
 
     def __init__(self, tls: ssl.SSLSocket) -> None:
         self._tls = tls
         self._valid_s = validity_s(tls)
-        self._received = bytearray()
-        self._deadline_s = 0.0
-        self._head_left: int | None = None  # bytes that the head may still have; None: the head is over
+        self._reader = Reader(BODY_LIMIT, end_counts=True)  # a cut is an SSLEOFError
         self.answered = False  # a byte came since the last request
-        self.ended = False  # the server ended the connection, properly, and a reader has run into that
 
     def send(self, message: bytes, deadline_s: float) -> None:
         self.answered = False
-        self._deadline_s = deadline_s
         self._tls.settimeout(seconds_until(deadline_s))
         self._tls.sendall(message)
-        self._head_left = HEAD_LIMIT
 
-    def head_is_over(self) -> None:
-        self._head_left = None
-
-    def is_valid_at(self, utc_s: int) -> bool:
-        """Whether the server's certificate is valid then."""
-        return utc_s in self._valid_s
-
-    def is_clear(self) -> bool:
-        """Whether nothing came beyond what was read."""
-        return not self._received
+    def answer(self, deadline_s: float) -> tuple[Reply, bool]:
+        """The next answer, and whether the connection can take another request."""
+        reading = self._reader.answer()
+        try:
+            next(reading)
+            while True:
+                self._tls.settimeout(seconds_until(deadline_s))
+                received = self._tls.recv(_RECEIVE_SIZE)
+                self.answered = self.answered or bool(received)
+                reading.send(received)
+        except StopIteration as read:
+            reply, keep = read.value
+        date_s = reply.date_s
+        if date_s is not None and date_s not in self._valid_s:
+            date_s = None  # at that time the server would not have been verified
+        return reply._replace(body=bytes(reply.body), date_s=date_s), keep
 
     def is_idle(self) -> bool:
         """Whether the connection still stands with nothing in it, so that it can take a request."""
@@ -188,102 +173,3 @@ class _Stream:
         except OSError:
             return False
         return False  # the server said goodbye, or something nobody asked for
-
-    def makefile(self, _mode: str) -> _Stream:
-        return self
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None:
-        """Called by http.client after each answer; the connection stays."""
-
-    def readline(self, limit: int) -> bytes:
-        if self._head_left is not None:
-            limit = min(limit, self._head_left + 1)
-        while (end := self._received.find(b"\n", 0, limit)) < 0 and len(self._received) < limit and self._receive():
-            pass
-        line = self._take(end + 1 if end >= 0 else limit)
-        if self._head_left is not None:
-            self._head_left -= len(line)
-            if self._head_left < 0:
-                raise Failed(NO_REPLY_TOO_LARGE, f"more than {HEAD_LIMIT} bytes of headers")
-        return line
-
-    def read(self, size: int) -> bytes:
-        if size < 0:  # http.client takes the size of a chunk with any sign
-            raise Failed(NO_REPLY_PROTOCOL, "a chunk of a negative size")
-        while len(self._received) < size and self._receive():
-            pass
-        return self._take(size)
-
-    def _take(self, size: int) -> bytes:
-        taken = bytes(self._received[:size])
-        del self._received[:size]
-        return taken
-
-    def _receive(self) -> bool:
-        """Waits for more; False where the server ended the connection properly. A ragged end raises SSLEOFError."""
-        self._tls.settimeout(seconds_until(self._deadline_s))
-        received = self._tls.recv(_RECEIVE_SIZE)
-        self._received += received
-        self.answered = self.answered or bool(received)
-        self.ended = not received
-        return bool(received)
-
-
-def _answer(stream: _Stream, method: str) -> tuple[Reply, bool]:
-    """The next answer, and whether the connection can take another request."""
-    while True:
-        response = http.client.HTTPResponse(stream, method=method)  # type: ignore[arg-type]
-        response.begin()
-        if stream.ended:
-            raise Failed(NO_REPLY_CLOSED, "the connection ended in the middle of the headers")
-        if response.status >= 200:  # http.client passes over 100 by itself, but not over the other interim answers
-            break
-    stream.head_is_over()
-    body = _body(response, stream)
-    headers: dict[str, str] = {}
-    for name, value in response.headers.items():
-        unfolded = " ".join(value.split())
-        known = headers.get(name.lower())
-        headers[name.lower()] = unfolded if known is None else f"{known}, {unfolded}"
-    date_s = _date_s(headers.get("date", ""))
-    if date_s is not None and not stream.is_valid_at(date_s):
-        date_s = None  # at that time it would not have been verified
-    reply = Reply(response.status, headers, body, date_s)
-    return reply, not response.will_close and stream.is_clear()
-
-
-def _body(response: http.client.HTTPResponse, stream: _Stream) -> bytes:
-    """The whole body, its framing checked by RFC 9112, section 6.3."""
-    lengths = set(response.headers.get_all("content-length", []))
-    codings = response.headers.get_all("transfer-encoding", [])
-    if response.headers.defects:
-        raise Failed(NO_REPLY_PROTOCOL, "a header is malformed")
-    if codings and (not response.chunked or len(codings) > 1 or lengths):
-        raise Failed(NO_REPLY_PROTOCOL, "a Transfer-Encoding other than chunked alone")
-    if lengths and (len(lengths) > 1 or not all(_is_number(length) for length in lengths) or response.length is None):
-        raise Failed(NO_REPLY_PROTOCOL, "a Content-Length that is not one number")
-    if response.length is not None and response.length > BODY_LIMIT:
-        raise Failed(NO_REPLY_TOO_LARGE, f"a body of {response.length} bytes, more than {BODY_LIMIT}")
-    framed = response.chunked or response.length is not None
-    body = response.read(BODY_LIMIT + 1)
-    if len(body) > BODY_LIMIT:
-        raise Failed(NO_REPLY_TOO_LARGE, f"a body of more than {BODY_LIMIT} bytes")
-    if framed and stream.ended:
-        raise Failed(NO_REPLY_CLOSED, "the connection ended in the middle of the body")
-    return body
-
-
-def _is_number(text: str) -> bool:
-    text = text.strip()
-    return text.isascii() and text.isdigit()
-
-
-def _date_s(text: str) -> int | None:
-    """A Date header (RFC 9110, 5.6.7) as UTC seconds; None for anything else."""
-    try:
-        moment = email.utils.parsedate_to_datetime(text)
-        return int((moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp())
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None
