@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gc
+import hashlib
 import os
 import random
 import socket
+import ssl
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -38,7 +41,6 @@ from support.emulator import EmulatorInThread
 from support.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, proxying
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Callable, Iterator
 
     from dps_agent.hub_effects import Event
@@ -884,10 +886,71 @@ def test_frames_come_apart_wherever_they_are_cut(content: bytes, cuts: list[int]
         found += frames.unpack(sent[:cut])
         sent = sent[cut:]
     assert found + frames.unpack(sent) == content
-    pong = bytes(frames.to_answer)
+    pong = frames.pong()
+    assert frames.pong() == b"", "one answer is enough"
     mask = pong[2:6]
     assert (pong[0], pong[1]) == (0x8A, 0x80 | len(ping))
     assert bytes(byte ^ mask[at % 4] for at, byte in enumerate(pong[6:])) == ping
+
+
+class FloodingTls:
+    """A hub that sends one thing for ever, as fast as it is read, and reads nothing."""
+
+    def __init__(self, sent: bytes) -> None:
+        self.sent = sent
+        self.reads = 0
+
+    def recv(self, size: int) -> bytes:
+        self.reads += 1
+        return self.sent[:size]
+
+    def send(self, _content: bytes) -> int:
+        raise ssl.SSLWantWriteError
+
+    def pending(self) -> int:
+        return len(self.sent)
+
+
+def test_pings_of_a_hub_that_does_not_read_are_kept_no_more_than_one() -> None:
+    tls = FloodingTls(_server_frame(0x89, b"p" * 125) * 100)
+    wire = host_mqtt._Wire(tls, Frames(), b"")  # type: ignore[arg-type]
+    for turn in range(1, 50):
+        wire.may_fill = True
+        for _ in range(3):
+            with pytest.raises(BlockingIOError):
+                wire.recv(1)
+        assert tls.reads == turn, "one read for each turn"
+        wire.flush()
+        assert wire.wants_write() and len(wire._unsent) == 2 + 4 + 125
+
+
+def test_one_turn_reads_once_however_many_packets_the_hub_has(serve) -> None:
+    wire = host_mqtt._Wire(FloodingTls(mqtt.connack(0)), None, b"")  # type: ignore[arg-type]
+    assert b"".join(wire.recv(1) for _ in range(3)) == mqtt.connack(0)[:3] and wire.recv(1)
+    with pytest.raises(BlockingIOError):
+        wire.recv(1)
+
+
+def test_pings_without_end_keep_no_time_and_no_program_waiting(serve) -> None:
+    def behave(peer: Peer) -> None:
+        request = peer.request().decode()
+        key = next(line.split(": ")[1] for line in request.split("\r\n") if line.startswith("Sec-WebSocket-Key"))
+        salted = hashlib.sha1(key.encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+        says = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Protocol: mqtt\r\n"
+        says += f"Sec-WebSocket-Accept: {base64.b64encode(salted).decode()}\r\n"
+        peer.send(f"HTTP/1.1 101 Switching Protocols\r\n{says}\r\n".encode() + _server_frame(0x82, mqtt.connack(0)))
+        while True:
+            peer.send(_server_frame(0x89, b"p" * 125) * 200)
+
+    _, hub = serve(behave, transport="websocket")
+    assert hub.connect(connecting()) == ConnAck(0, False)
+    for _ in range(10):
+        began_s = time.monotonic()
+        assert hub.next_event(began_s + 0.05) is None
+        assert time.monotonic() - began_s < SOON_S
+        assert hub.post(MessageDone(7))
+        assert soon(hub) == MessageDone(7)
+        assert hub._wire is not None and len(hub._wire._unsent) <= 131 and len(hub._wire._received) == 0
 
 
 def _server_frame(first_byte: int, payload: bytes) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
@@ -155,6 +156,38 @@ def asked_through(
             return proxy, connection.request("GET", "/", b"", None)
 
 
+@pytest.mark.parametrize(
+    "says",
+    [
+        b"HTTP/1.0 200 Connection established\n\n",
+        b"HTTP/1.1 200\nVia: x\n\n",
+        b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+    ids=["bare lf", "mixed", "an interim answer first", "with a framing, which means nothing here"],
+)
+def test_a_way_is_open_however_the_proxy_says_so(dps: Server, certificates: Certificates, says: bytes) -> None:
+    def behave(peer: Peer) -> None:
+        target = peer.request().decode().split(" ")[1]
+        host, _, port = target.rpartition(":")
+        with socket.create_connection((host, int(port))) as onward:
+            peer.send(says)
+            peer.pump(onward)
+
+    _, outcome = asked_through(behave, dps, certificates)
+    assert isinstance(outcome, Reply), outcome
+
+
+def test_interim_answers_of_a_proxy_have_an_end(dps: Server, certificates: Certificates) -> None:
+    def behave(peer: Peer) -> None:
+        peer.request()
+        while True:
+            peer.send(b"HTTP/1.1 100 Continue\r\n\r\n" * 300)
+
+    _, outcome = asked_through(behave, dps, certificates, timeout_s=600.0)
+    assert isinstance(outcome, NoReply) and outcome.reason.startswith("protocol: the proxy"), outcome
+
+
 @pytest.mark.parametrize("user", ["", "me:", "me:p%20w%2F%40%3A@"])
 def test_a_request_goes_through_the_proxy_and_the_certificate_is_the_endpoint_s(
     dps: Server, certificates: Certificates, user: str
@@ -201,7 +234,8 @@ def saying(head: bytes) -> Callable[[Peer], None]:
     [
         (proxying("user:secret"), "proxy"),
         (saying(answer(b"", "403 Forbidden")), "connect"),
-        (saying(b"HTTP/1.1 504 Gateway Timeout\r\n"), "connect"),
+        (saying(b"HTTP/1.1 504 Gateway Timeout\r\n\r\n"), "connect"),
+        (saying(b"HTTP/1.1 200 OK\r\n\r\nbeforehand"), "protocol"),
         (cutting, "connect"),
         (saying(b"SSH-2.0-OpenSSH_9.2\r\n"), "protocol"),
         (saying(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 30_000), "protocol"),

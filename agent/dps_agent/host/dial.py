@@ -21,6 +21,7 @@ from dps_agent.effects import (
     NO_REPLY_TLS,
     Failed,
 )
+from dps_agent.http1 import Reader
 from dps_hal.errors import AskOperator
 from dps_hal.regular import read_regular
 from dps_text import NotText, without_mark
@@ -38,6 +39,7 @@ CA_FILE_LIMIT = 8 * 1024 * 1024  # bytes; the roots of a distribution have a qua
 # A certificate in ca_file or among the system's roots ends a chain, whether it is a root or not. The form that RFC 5280
 # wants of certificates is not asked for: private authorities and inspecting proxies miss it, and it proves nothing.
 VERIFY_FLAGS = ssl.VERIFY_X509_TRUSTED_FIRST | ssl.VERIFY_X509_PARTIAL_CHAIN
+_HEAD_PIECE = 4096  # bytes
 
 
 class Dialler:
@@ -262,6 +264,22 @@ def validity_s(tls: ssl.SSLSocket) -> range:
     except (ValueError, KeyError):
         return range(0)
     return range(first_s, last_s + 1)
+
+
+def read_head(
+    connection: socket.socket, names: tuple[str, ...], deadline_s: float
+) -> tuple[int, dict[str, str], bytes]:
+    """Status and those headers of the next HTTP answer, and what came behind its head; raises Failed and OSError."""
+    reader = Reader(0, names)
+    reading = reader.final_head()
+    try:
+        next(reading)
+        while True:
+            connection.settimeout(seconds_until(deadline_s))
+            reading.send(connection.recv(_HEAD_PIECE))
+    except StopIteration as read:
+        status, headers, _ = read.value
+    return status, headers, reader.rest
 
 
 def address_text(host: str, port: int) -> str:

@@ -309,6 +309,7 @@ class HubConnection:
     def _exchange(self, wire: _Wire, reads: bool, ready: int) -> None:
         client = self._client
         assert client is not None
+        wire.may_fill = True
         try:
             if reads and (ready or wire.has_unread()) and client.loop_read() == paho.MQTT_ERR_PROTOCOL:
                 wire.fail(Failed(NO_REPLY_PROTOCOL, "the hub sent a malformed packet"))
@@ -428,6 +429,7 @@ class _Wire:
         self.acknowledged: list[int] = []  # packet ids, in the order of their PUBACKs
         self.closed = False
         self.polite = False  # what was sent is to arrive before the end
+        self.may_fill = True  # for once: time and programs are looked at between two reads, however fast the hub sends
         self.received_at_s = self.sent_at_s = time.monotonic()
         self._tls = tls
         self._frames = frames
@@ -454,12 +456,15 @@ class _Wire:
 
     def wants_write(self) -> bool:
         """Whether there is something to write that paho does not know of."""
-        return bool(self._unsent) or self._wants_write
+        owes_pong = self._frames is not None and self._frames.ping is not None
+        return bool(self._unsent) or owes_pong or self._wants_write
 
     def flush(self) -> None:
         """Sends what can be sent now."""
         self._wants_write = False
-        while self._unsent:
+        while self.wants_write():
+            if not self._unsent and self._frames is not None:
+                self._unsent += self._frames.pong()
             try:
                 sent = self._tls.send(self._unsent)
             except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
@@ -471,9 +476,10 @@ class _Wire:
 
     def recv(self, size: int) -> bytes:
         try:
-            while not self._received:
-                if not self._fill():
-                    return b""
+            if not self._received and not self._fill():
+                return b""
+            if not self._received:
+                raise BlockingIOError  # nothing but pings came
             # A head is read byte by byte, and no piece is of two packets.
             piece = bytes(self._received[: min(size, self._left) if self._left else 1])
             del self._received[: len(piece)]
@@ -510,7 +516,10 @@ class _Wire:
     # Reading.
 
     def _fill(self) -> bool:
-        """Takes what has arrived; False at the end, BlockingIOError where nothing has."""
+        """Takes what has arrived; False at the end, BlockingIOError where nothing has or this turn has read already."""
+        if not self.may_fill:
+            raise BlockingIOError
+        self.may_fill = False
         try:
             received = self._tls.recv(_RECEIVE_SIZE)
         except ssl.SSLWantReadError:
@@ -525,8 +534,6 @@ class _Wire:
             self._received += received
         else:
             self._received += self._frames.unpack(received)
-            self._unsent += self._frames.to_answer
-            self._frames.to_answer.clear()
         return bool(received)
 
     def _look_at(self, piece: bytes) -> None:

@@ -11,8 +11,8 @@ import base64
 import os
 import urllib.parse
 
-from dps_agent.effects import NO_REPLY_CONNECT, NO_REPLY_PROTOCOL, NO_REPLY_PROXY, Failed
-from dps_agent.host.dial import address_text, seconds_until
+from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_CONNECT, NO_REPLY_PROTOCOL, NO_REPLY_PROXY, Failed
+from dps_agent.host.dial import address_text, read_head, seconds_until
 from dps_hal.errors import AskOperator
 
 TYPE_CHECKING = False
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = "env"
 NONE = "none"
-HEAD_LIMIT = 16 * 1024  # bytes of a proxy's answer
 _DEFAULT_PORT = 80
 _CREDENTIALS_WANTED = 407
 
@@ -60,25 +59,19 @@ class Proxy:
             lines.append(f"Proxy-Authorization: {self._authorization}")
         connection.settimeout(seconds_until(deadline_s))
         connection.sendall("\r\n".join([*lines, "", ""]).encode())
-        head = b""
-        while not head.endswith(b"\r\n\r\n"):  # nothing follows it: in TLS the client speaks first
-            if len(head) > HEAD_LIMIT:
-                raise Failed(NO_REPLY_PROTOCOL, f"{here} answered with more than {HEAD_LIMIT} bytes")
-            connection.settimeout(seconds_until(deadline_s))
-            received = connection.recv(4096)
-            if not received:
-                raise ConnectionError
-            head += received
-            if b"\n" in head and not 200 <= _status(head) < 300:  # a body may follow, which nobody needs
-                break
-        status = _status(head)
+        try:
+            status, _, rest = read_head(connection, (), deadline_s)  # a body of a refusal nobody needs
+        except Failed as failed:
+            if failed.reason == NO_REPLY_CLOSED:
+                raise ConnectionError from None
+            raise Failed(NO_REPLY_PROTOCOL, f"{here} does not answer as HTTP: {failed}") from None
         if status == _CREDENTIALS_WANTED:
             wants = "refuses the user and password" if self._authorization else "wants a user and a password"
             raise Failed(NO_REPLY_PROXY, f"{here} {wants} (407)")
-        if status == 0:
-            raise Failed(NO_REPLY_PROTOCOL, f"{here} does not speak HTTP")
         if not 200 <= status < 300:
             raise Failed(NO_REPLY_CONNECT, f"{here} answered {status} to CONNECT {target}")
+        if rest:  # in TLS the client speaks first
+            raise Failed(NO_REPLY_PROTOCOL, f"{here} sent more than its answer to CONNECT")
 
 
 class ProxyRule:
@@ -127,11 +120,3 @@ def _is_meant(host: str, port: int, entry: str) -> bool:
             return False
     domain = entry.removeprefix("*").strip(".")
     return bool(domain) and (host == domain or host.endswith("." + domain))
-
-
-def _status(head: bytes) -> int:
-    """The status code in the first line of an answer, 0 where that is none."""
-    words = head.partition(b"\n")[0].split()
-    if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
-        return 0
-    return int(words[1][:4])

@@ -10,19 +10,19 @@ import hashlib
 import os
 import struct
 
-from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_NOT_FOUND, NO_REPLY_PROTOCOL, NO_REPLY_TOO_LARGE, Failed
-from dps_agent.host.dial import seconds_until
+from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_NOT_FOUND, NO_REPLY_PROTOCOL, Failed
+from dps_agent.host.dial import read_head, seconds_until
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ssl
 
 PORT = 443
-HEAD_LIMIT = 16 * 1024  # bytes of the answer to the upgrade
 _PATH = "/$iothub/websocket"
 _SUBPROTOCOL = "mqtt"
 _ACCEPT_SALT = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
-_NOT_FOUND = 404
+_ANSWER_HEADERS = ("upgrade", "sec-websocket-accept", "sec-websocket-protocol")
+_SWITCHING_PROTOCOLS, _NOT_FOUND = 101, 404
 _CONTINUATION, _BINARY, _CLOSE, _PING, _PONG = 0, 2, 8, 9, 10  # opcodes, 5.2
 _FINAL, _MASKED = 0x80, 0x80
 _CONTROL_LIMIT = 125  # bytes of a control frame's payload, 5.5
@@ -45,23 +45,10 @@ def upgrade(tls: ssl.SSLSocket, host: str, deadline_s: float) -> bytes:
     ]
     tls.settimeout(seconds_until(deadline_s))
     tls.sendall("\r\n".join([*lines, "", ""]).encode())
-    received = b""
-    while b"\r\n\r\n" not in received:
-        if len(received) > HEAD_LIMIT:
-            raise Failed(NO_REPLY_TOO_LARGE, f"more than {HEAD_LIMIT} bytes of headers")
-        tls.settimeout(seconds_until(deadline_s))
-        more = tls.recv(4096)
-        if not more:
-            raise Failed(NO_REPLY_CLOSED, "the connection ended in the WebSocket's handshake")
-        received += more
-    head, _, rest = received.partition(b"\r\n\r\n")
-    status_line, *fields = head.decode("latin-1").split("\r\n")
-    status = status_line.split(" ")[1:2]
-    if not status_line.startswith("HTTP/1.1 ") or status != ["101"]:
-        shown = f"was answered {status[0]}" if status and status[0].isdigit() else "got no HTTP answer"
-        reason = NO_REPLY_NOT_FOUND if status == [str(_NOT_FOUND)] else NO_REPLY_PROTOCOL
-        raise Failed(reason, f"the WebSocket {shown}")
-    answered = {name.strip().lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
+    status, answered, rest = read_head(tls, _ANSWER_HEADERS, deadline_s)
+    if status != _SWITCHING_PROTOCOLS:
+        reason = NO_REPLY_NOT_FOUND if status == _NOT_FOUND else NO_REPLY_PROTOCOL
+        raise Failed(reason, f"the WebSocket was answered {status}")
     accept = base64.b64encode(hashlib.sha1(key.encode() + _ACCEPT_SALT, usedforsecurity=False).digest()).decode()
     if (
         answered.get("upgrade", "").lower() != "websocket"
@@ -78,7 +65,12 @@ class Frames:
     def __init__(self) -> None:
         self._head = bytearray()  # of a frame whose head, or control payload, has not arrived in full
         self._left = 0  # bytes of a data frame's payload that are still to come
-        self.to_answer = bytearray()  # pongs that the hub is owed
+        self.ping: bytes | None = None  # what the last one said that is not answered yet; no other needs to be, 5.5.3
+
+    def pong(self) -> bytes:
+        """The answer to the ping that waits for one, b"" where none does."""
+        ping, self.ping = self.ping, None
+        return b"" if ping is None else _frame(_PONG, ping)
 
     def unpack(self, received: bytes) -> bytes:
         """The application's bytes in what was received, whatever frames they came in; Failed for no frames."""
@@ -118,7 +110,7 @@ class Frames:
 
     def _control(self, opcode: int, payload: bytes) -> None:
         if opcode == _PING:
-            self.to_answer += _frame(_PONG, payload)
+            self.ping = payload
         elif opcode == _CLOSE:
             raise Failed(NO_REPLY_CLOSED, "the hub closed the WebSocket")
 
