@@ -231,12 +231,10 @@ class FileSlots:
     def __init__(self, folder: StateFolder, record: str) -> None:
         self._folder = folder
         self._names = (f"{record}.0", f"{record}.1")
-        self._unsynced = {0, 1}
         self._written: dict[int, int] = {}  # slot -> descriptor, kept until sync: it is the one that hears of failures
 
     def read(self, slot: int) -> bytes:
         """See `SlotDevice.read`; empty where there is no file. Needs neither lock nor permission to write."""
-        self._unsynced.add(slot)
         fd = self._folder.open(self._names[slot], os.O_RDONLY)
         if fd is None:
             return b""
@@ -270,14 +268,17 @@ class FileSlots:
 
     def erase(self, slot: int) -> None:
         """Overwrites what the file has; its blocks stay."""
-        if slot not in self._written:
-            fd = self._folder.open(self._names[slot], os.O_RDWR)
-            if fd is None:
-                return
-            self._written[slot] = fd
         with self._closing_on_failure(), self._reporting("erase", slot):
-            size = min(self._folder.calls.file_size(self._written[slot]), self.slot_bytes)
-            self._write(slot, bytes([self.erase_value]) * size)
+            if self._is_open(slot):
+                size = min(self._folder.calls.file_size(self._written[slot]), self.slot_bytes)
+                self._write(slot, bytes([self.erase_value]) * size)
+
+    def renew(self, slot: int) -> None:
+        """See `SlotDevice.renew`."""
+        with self._closing_on_failure(), self._reporting("write", slot):
+            content = self.read(slot)
+            if content and self._is_open(slot):
+                self._write(slot, content)
 
     def program(self, slot: int, content: bytes) -> None:
         """See `SlotDevice.program`; what stays erased is written as well, so that the file keeps its size."""
@@ -290,25 +291,24 @@ class FileSlots:
 
     def sync(self) -> None:
         """Syncs the files, then the folder, for a file's name is durable only then."""
-        found = False
         with self._closing_on_failure():
-            for slot in sorted(self._unsynced):
-                fd = self._written.get(slot)
-                if fd is None:
-                    fd = self._folder.open(self._names[slot], os.O_RDONLY)
-                    if fd is None:
-                        continue
-                    self._written[slot] = fd
-                found = True
+            for slot in sorted(self._written):
                 with self._reporting("sync", slot):
-                    self._folder.calls.fsync(fd)
-            if found:
+                    self._folder.calls.fsync(self._written[slot])
+            if self._written:
                 self._folder.sync()
-        self._unsynced.clear()
         self._close()
 
+    def _is_open(self, slot: int) -> bool:
+        """Opens the file for writing; False where there is none."""
+        if slot not in self._written:
+            fd = self._folder.open(self._names[slot], os.O_RDWR)
+            if fd is None:
+                return False
+            self._written[slot] = fd
+        return True
+
     def _write(self, slot: int, content: bytes, offset: int = 0) -> None:
-        self._unsynced.add(slot)
         done = 0
         while done < len(content):
             taken = self._folder.calls.pwrite(self._written[slot], content[done:], offset + done)

@@ -74,6 +74,9 @@ class MtdSlots:
                     raise OSError("pwrite took nothing")
                 done += taken
 
+    def renew(self, slot: int) -> None:
+        """Nothing: a read comes from the chip."""
+
     def sync(self) -> None:
         """Nothing waits in a cache."""
 

@@ -42,12 +42,16 @@ if TYPE_CHECKING:
             """Writes `content` at the start of a slot that was erased just before; the rest stays erased."""
             ...
 
-        def sync(self) -> None:
-            """Makes durable what was erased, programmed or read since the last sync.
+        def renew(self, slot: int) -> None:
+            """Writes again what `read` shows, where that comes from a cache; nothing where it comes from the medium.
 
-            Read too: where writes wait in a cache, a program that was killed may have left there what the next one
-            reads.
+            A program that was killed may have left it there. After a write that failed Linux shows what was to be
+            written, as if it were stored, and no sync stores it.
             """
+            ...
+
+        def sync(self) -> None:
+            """Makes durable what was erased, programmed or renewed since the last sync."""
             ...
 else:
     from collections import namedtuple
@@ -108,10 +112,14 @@ class SlotStore:
         device = self._device(record)
         slots = _read(device)
         if slots[0].state == EMPTY and slots[1].state == EMPTY:
+            device.renew(0)
+            device.renew(1)
+            device.sync()
             return
         newest = _newest(slots)
         if newest is not None and slots[newest].state == TOMBSTONE:
             tombstone = newest
+            device.renew(tombstone)
             device.sync()
         else:
             tombstone = _write(record, device, slots, None)
@@ -125,6 +133,7 @@ class SlotStore:
         slots = _read_known(record, device)
         newest = _newest(slots)
         if newest is not None and slots[1 - newest].state != EMPTY:
+            device.renew(newest)
             device.sync()
             device.erase(1 - newest)
             device.sync()
@@ -229,8 +238,9 @@ def _write(record: str, device: "SlotDevice", slots: "list[Slot]", payload: "byt
         target = 0
     generation = slots[1 - target].generation or 0  # later than the copy that stays, also where that one is damaged
     content = encode_slot((generation + 1) & 0xFFFFFFFF, payload)
+    device.renew(1 - target)  # it may be in a cache alone, and the medium hold an older copy, or a later one
     if newest is not None:
-        device.sync()  # before the other copy goes: this one may still be in a cache
+        device.sync()  # before the other copy goes
     try:
         device.erase(target)
         device.program(target, content)

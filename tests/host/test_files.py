@@ -15,7 +15,6 @@ import pytest
 from contracts.store import RULES
 from dps_agent.effects import Commit, LoadRecord
 from dps_agent.lifecycle import PROVISIONED, WAITING, Lifecycle
-from dps_hal import files
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.files import FileStore
@@ -59,19 +58,28 @@ def test_the_store_contract_holds_on_the_simulated_disk(rule: Rule) -> None:
 # Power cuts: `tools/powercut --sweep disk` makes them, with writers of other faults.
 
 
-class SyncsOnlyWhatItWrote(files.FileSlots):
-    """Trusts what another process left in the cache."""
-
-    def read(self, slot: int) -> bytes:
-        content = super().read(slot)
-        self._unsynced.discard(slot)
-        return content
+@pytest.mark.parametrize("ended", [disk_cuts.LOST, disk_cuts.FAILED])
+def test_the_sweep_catches_trust_in_what_could_not_be_written(ended: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_cuts, "PLANS", [plan for plan in disk_cuts.PLANS if plan.ended == ended])
+    _, lost = disk_cuts.sweep("believes-its-eyes", at_first=True)
+    assert lost and f"plan={ended}-then-commit" in lost[0], lost
 
 
-def test_the_sweep_catches_trust_in_another_process_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "FileSlots", SyncsOnlyWhatItWrote)
-    _, lost = disk_cuts.sweep(at_first=True)
-    assert lost and "plan=kill-then-commit" in lost[0], lost
+def test_a_reset_whose_sync_fails_costs_no_later_identity() -> None:
+    for number in range(1, 20):
+        disk = disk_with(b"hub A")
+        disk.failing_syncs = (number,)
+        try:
+            erasing(FileStore(FOLDER, disk))
+        except DpsError as error:
+            assert error.code == "store.io"
+        else:
+            assert number > 8, "the last fsync of a reset fails as the first one"
+            return
+        FileStore(FOLDER, disk).commit(IDENTITY, b"hub B")
+        for left in disk.aftermaths(focus=IDENTITY):
+            assert payload_of(FileStore(FOLDER, SimulatedDisk(left))) == b"hub B", f"fsync {number} of the reset failed"
+    raise AssertionError("a reset does not end")
 
 
 def disk_with(*payloads: bytes) -> SimulatedDisk:
@@ -90,10 +98,10 @@ def spent_by(action: Action, disk: SimulatedDisk) -> dict[str, int]:
 def test_what_a_commit_costs() -> None:
     disk = SimulatedDisk()
     # the folder's name; room for two records: two files and their names each; the current files, the file and its name
-    assert spent_by(committing(b"hub A"), disk) == {"mkdir": 1, "pwrite": 6, "fsync": 10}
-    # both files and the folder; the file and the folder; an erase and a program
+    assert spent_by(committing(b"hub A"), disk) == {"mkdir": 1, "pwrite": 7, "fsync": 10}
+    # the file that stays and the folder; the file and the folder; the one that stays again, an erase and a program
     for payload in (b"hub B", b"hub C"):
-        assert spent_by(committing(payload), disk) == {"mkdir": 0, "pwrite": 2, "fsync": 5}
+        assert spent_by(committing(payload), disk) == {"mkdir": 0, "pwrite": 3, "fsync": 4}
     assert spent_by(lambda store: store.load(IDENTITY), disk) == {"mkdir": 0, "pwrite": 0, "fsync": 0}
 
 

@@ -4,9 +4,11 @@ from dps_hal import slots
 from support.lives import (
     CUT_TWICE,
     FAILING_LIVES,
+    FAILING_RESETS,
     KILL_THEN_CUT,
     KILLED_LIVES,
     LIVES,
+    LOSE_THEN_CUT,
     WRITERS,
     Life,
     Sweep,
@@ -48,10 +50,17 @@ def test_a_copy_that_stays_after_its_sync_failed_is_caught() -> None:
     honest = slots._withdraw
     slots._withdraw = lambda device, slot: None
     try:
-        caught = Sweep(tears="few", at_first=True).run(FAILING_LIVES).lost
+        caught = Sweep("believes-its-eyes", tears="few", at_first=True).run(FAILING_LIVES).lost
     finally:
         slots._withdraw = honest
     assert caught and "life=commit-fails-once-at-sync" in caught[0], caught
+
+
+def test_trust_in_what_could_not_be_written_is_caught() -> None:
+    assert_clean(Sweep(tears="few").run(FAILING_RESETS), 100)
+    assert_clean(Sweep(plan=LOSE_THEN_CUT, tears="few").run(FAILING_RESETS[3:4]), 500)
+    caught = Sweep("believes-its-eyes", tears="few").run(FAILING_RESETS).lost
+    assert caught and "life=reset-fails-at-sync-4" in caught[0], caught
 
 
 def test_a_life_that_is_over_leaves_what_it_stored_last_and_needs_no_registration_more() -> None:

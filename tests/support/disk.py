@@ -2,7 +2,8 @@
 
 The model is what POSIX promises and no more: content is durable by fsync of the file, a name by fsync of its folder.
 Until then each write and each name may be there or not, on its own; a write may be torn after any sector or byte, or
-have lengthened the file without its content. A failed fsync leaves the content in the cache as if it were clean.
+have lengthened the file without its content. A failed fsync, or a failed write-back of the kernel's own (`forget`),
+leaves the content in the cache as if it were clean: what of it is on the disk, nobody knows, and no fsync changes that.
 `support.disk_cuts` sweeps it.
 """
 
@@ -20,19 +21,35 @@ _FOLDERS = ("/", "/var", "/var/lib")
 
 
 class Inode:
-    """A file or folder: what is durable, and the writes since."""
+    """A file or folder: what may be durable, and the writes since."""
 
     def __init__(self, content: bytes | None) -> None:
         self.is_folder = content is None
-        self.durable = content or b""
-        self.cached = self.durable
+        self.cached = content or b""
+        self.durable = {self.cached}
         self.pending: list[tuple[int, bytes]] = []
+
+    def store(self) -> None:
+        """The writes become durable."""
+        for offset, part in self.pending:
+            self.durable = {_written(content, offset, part) for content in self.durable}
+        self.pending.clear()
+
+    def forget(self) -> None:
+        """The writes fail, all of them or the later part; the cache shows them."""
+        failed, cut_short = set(self.durable), set(self.durable)
+        for offset, part in self.pending:
+            failed |= {_written(content, offset, part[:512]) for content in cut_short}
+            cut_short = {_written(content, offset, part) for content in cut_short}
+        self.durable = failed | cut_short
+        self.pending.clear()
 
     def contents_after_a_cut(self) -> set[bytes]:
         """Every content that may be left."""
         left = set()
-        for chosen in product((False, True), repeat=len(self.pending)):
-            content = self.durable
+        chosen_ones = product((False, True), repeat=len(self.pending))
+        for durable, chosen in product(self.durable, chosen_ones):
+            content = durable
             survivors = [write for write, survives in zip(self.pending, chosen, strict=True) if survives]
             for offset, part in survivors[:-1]:
                 content = _written(content, offset, part)
@@ -48,6 +65,7 @@ class Inode:
 class SimulatedDisk(SystemCalls):
     """See the module; `cut_at` counts calls that change something, from 1; 0 is never. `failing` is (n-th call, errno).
 
+    `failing_syncs` are those fsyncs, counted from 1, that fail with EIO.
     `room_bytes` is how much all files may grow; None: without end.
     """
 
@@ -61,6 +79,7 @@ class SimulatedDisk(SystemCalls):
         self.changes = 0
         self.cut_at = 0
         self.failing = (0, 0)
+        self.failing_syncs: tuple[int, ...] = ()
         self.room_bytes: int | None = None
         self.counts: dict[str, int] = {}
         self.chowned: list[tuple[str, int, int]] = []
@@ -80,7 +99,13 @@ class SimulatedDisk(SystemCalls):
         disk.calls = disk.changes = 0
         disk.cut_at = cut_at
         disk.failing = (0, 0)
+        disk.failing_syncs = ()
         return disk
+
+    def forget(self) -> None:
+        """The kernel's own write-back fails; the next fsync does not know of it."""
+        for inode in self._inodes.values():
+            inode.forget()
 
     def aftermaths(self, focus: str = "") -> list[Tree]:
         """Every file tree that may be left when the power goes now, none twice.
@@ -96,7 +121,7 @@ class SimulatedDisk(SystemCalls):
                 left.append((path, None))
             else:
                 is_looked_at = os.path.basename(path).startswith(focus)
-                contents = inode.contents_after_a_cut() if is_looked_at else {inode.durable, inode.cached}
+                contents = inode.contents_after_a_cut() if is_looked_at else {*inode.durable, inode.cached}
                 left.extend((path, content) for content in sorted(contents))
             choices.append(left)
         trees: dict[tuple[tuple[str, bytes | None], ...], Tree] = {}
@@ -154,15 +179,15 @@ class SimulatedDisk(SystemCalls):
         inode = self._inode(fd)
         try:
             self._fail("fsync")
+            if self.counts["fsync"] in self.failing_syncs:
+                raise OSError(errno.EIO, "as the test asked")
         except OSError:
-            inode.pending.clear()
+            inode.forget()
             raise
         self._spend()
         if inode.is_folder:
             self._durable_names.update(path for path in self._inodes if os.path.dirname(path) == self._descriptors[fd])
-        for offset, content in inode.pending:
-            inode.durable = _written(inode.durable, offset, content)
-        inode.pending.clear()
+        inode.store()
 
     def flock(self, fd: int) -> None:
         """flock(2)."""

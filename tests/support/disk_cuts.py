@@ -1,14 +1,17 @@
 """Cuts the power of a simulated Linux disk at every system call of the file store that changes something.
 
 `support.disk` is the disk: it keeps no more than POSIX promises, so that it also tells what one file system happens to
-forgive, such as a forgotten fsync of a folder. Two sweeps: a cut; and a process that is killed, which leaves the
-cache, then a cut in the next one.
+forgive, such as a forgotten fsync of a folder. Four sweeps: a cut; a process that is killed, which leaves the cache,
+then a cut in the next one; the same where what the first one left could not be written; and a process whose fsync
+fails, or that one and the next, then a cut in the next process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 from dps_hal.contracts import IDENTITY, PROGRESS
@@ -16,7 +19,7 @@ from dps_hal.errors import DpsError
 from dps_hal.files import FileSlots, FileStore, StateFolder, SystemCalls
 from dps_hal.slots import SlotStore
 from support.disk import SimulatedDisk, Tree
-from support.faulty_writers import InPlace, Naive, SingleSlot, TrustsTheCache
+from support.faulty_writers import BelievesItsEyes, InPlace, Naive, SingleSlot, TrustsTheCache
 from support.flash import PowerCut
 
 Writer = Callable[[str, SystemCalls], Any]
@@ -27,19 +30,25 @@ LIFE: tuple[bytes | None, ...] = (b"hub A", b"hub B" * 300, b"hub C", None, None
 
 
 class Plan(NamedTuple):
-    """A life in `folder`; with `then` each step is killed, and the next process's step `then` is cut."""
+    """A life in `folder`; with `then` each step is ended by `ended`, and the next process's step `then` is cut."""
 
     name: str
     folder: str
     life: tuple[bytes | None, ...]
     then: tuple[bytes | None, ...] = ()
+    ended: str = ""
 
 
+KILLED, LOST, FAILED = "kill", "lose", "fail"  # by a kill; by that, and its writes fail; by an fsync that fails
 PLANS = (
     Plan("cut", FOLDER, LIFE),
     Plan("cut-in-new-folders", NESTED, LIFE[:2]),
-    Plan("kill-then-commit", FOLDER, LIFE[:4], (b"second process",)),
-    Plan("kill-then-reset", FOLDER, LIFE[:4], (None,)),
+    Plan("kill-then-commit", FOLDER, LIFE[:4], (b"second process",), KILLED),
+    Plan("kill-then-reset", FOLDER, LIFE[:4], (None,), KILLED),
+    Plan("lose-then-commit", FOLDER, LIFE, (b"second process",), LOST),
+    Plan("lose-then-reset", FOLDER, LIFE, (None,), LOST),
+    Plan("fail-then-commit", FOLDER, LIFE, (b"second process",), FAILED),
+    Plan("fail-then-reset", FOLDER, LIFE, (None,), FAILED),
 )
 
 
@@ -80,6 +89,7 @@ WRITERS: dict[str, Writer] = {
     "single-slot": partial(OnFiles, SingleSlot),
     "no-directory-fsync": ForgetsTheFolder,
     "trusts-the-cache": partial(OnFiles, TrustsTheCache),
+    "believes-its-eyes": partial(OnFiles, BelievesItsEyes),
 }
 
 
@@ -88,7 +98,7 @@ def sweep(writer: str = "", only: str = "", at_first: bool = False) -> tuple[int
     states = 0
     lost: list[str] = []
     for plan in PLANS:
-        cuts = _killed(plan, WRITERS[writer]) if plan.then else _cut(plan, WRITERS[writer])
+        cuts = _followed(plan, WRITERS[writer]) if plan.then else _cut(plan, WRITERS[writer])
         seen: set[tuple[Any, ...]] = set()
         for name, disk, allowed in cuts:
             if only and not only.startswith(name + " "):
@@ -130,28 +140,48 @@ def _cut(plan: Plan, writer: Writer) -> Iterator[Cut]:
         before = after
 
 
-def _killed(plan: Plan, writer: Writer) -> Iterator[Cut]:
-    """As `_cut`, of the step that the next process does after one was killed."""
+def _followed(plan: Plan, writer: Writer) -> Iterator[Cut]:
+    """As `_cut`, of the step that the next process does after one was ended."""
     disk = SimulatedDisk()
     before = None
     for step, after in enumerate(plan.life):
-        kill = 0
-        while True:
-            kill += 1
-            killed = disk.copy(kill)
-            if _did(writer(plan.folder, killed), after):
-                break
+        for ended, left in _ended(plan, writer, disk, after):
             for then in plan.then:
                 cut = 0
                 finished = False
                 while not finished:
                     cut += 1
-                    one = killed.copy(cut)
+                    one = left.copy(cut)
                     finished = _did(writer(plan.folder, one), then)
                     allowed = (then,) if finished else (before, after, then)
-                    yield f"sweep=disk plan={plan.name} step={step} kill={kill} cut={cut}", one, allowed
-        disk = killed.copy()
+                    yield f"sweep=disk plan={plan.name} step={step} {ended} cut={cut}", one, allowed
+        disk = disk.copy()
+        _did(writer(plan.folder, disk), after)
         before = after
+
+
+def _ended(
+    plan: Plan, writer: Writer, disk: SimulatedDisk, payload: bytes | None
+) -> Iterator[tuple[str, SimulatedDisk]]:
+    """Each way in which one step ends too early, with what it leaves of the disk and the cache."""
+    for number in count(1):
+        one = disk.copy(0 if plan.ended == FAILED else number)
+        if plan.ended == FAILED:
+            one.failing_syncs = (number,)
+        try:
+            if _did(writer(plan.folder, one), payload):
+                return
+        except DpsError:
+            yield f"fail={number}", one
+            again = disk.copy()
+            again.failing_syncs = (number, number + 1)  # what the store does about the first one fails as well
+            with suppress(DpsError):
+                _did(writer(plan.folder, again), payload)
+            yield f"fail={number},{number + 1}", again
+            continue
+        if plan.ended == LOST:
+            one.forget()
+        yield f"kill={number}", one
 
 
 def _did(store: Any, payload: bytes | None) -> bool:

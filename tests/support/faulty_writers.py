@@ -6,6 +6,8 @@ from dps_hal.slots import SlotStore, decode_slot, encode_slot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dps_hal.slots import Slot, SlotDevice
 
 
@@ -132,6 +134,15 @@ class LeavesWhatFailed(TrustsTheCache):
         TrustsTheCache.commit(self, record, payload)
 
 
+class BelievesItsEyes(SlotStore):
+    """Believes that what was read is durable once it was synced: does not write it again."""
+
+    def __init__(self, devices: "Mapping[str, SlotDevice]") -> None:
+        SlotStore.__init__(self, devices)
+        for record in devices:
+            devices[record].renew = lambda slot: None  # type: ignore[method-assign]
+
+
 FAULTY: "dict[str, type[SlotStore]]" = {
     "naive": Naive,
     "in-place": InPlace,
@@ -146,6 +157,7 @@ FAULTY: "dict[str, type[SlotStore]]" = {
 FAULTY_IN_THE_CACHE: "dict[str, type[SlotStore]]" = {
     "trusts-the-cache": TrustsTheCache,
     "leaves-what-failed": LeavesWhatFailed,
+    "believes-its-eyes": BelievesItsEyes,
 }
 
 

@@ -3,7 +3,8 @@
 The model is the worst of flash and of a disk's cache: what was erased or programmed since the last sync may be there
 or not, each operation on its own, and the last one that is there may be torn after any byte. Programming flips bits
 one way only, so a slot that was not erased becomes the mixture. A sync that fails takes what waited for it for written,
-as Linux does: it can be read, and no later sync makes it durable. Runs on both runtimes.
+as Linux does: it can be read, and no later sync makes it durable; nor does one after the kernel's own write-back failed
+(`forget_pending`). Runs on both runtimes.
 """
 
 from dps_hal.errors import DpsError, RetryLater
@@ -42,8 +43,8 @@ class FlashSlots:
     """A `SlotDevice` of two slots in memory.
 
     `failing` names one operation, "erase", "program" or "sync", that raises store.io when its count in
-    `failing_after` has run down, `failing_times` times (None: for ever); "silent" is a program that reports success
-    and writes nothing.
+    `failing_after` has run down, `failing_times` times (None: for ever); "late-sync" is a sync that raises it though
+    all was stored, "silent" a program that reports success and writes nothing.
     """
 
     def __init__(
@@ -58,9 +59,9 @@ class FlashSlots:
         blank = bytes([erase_value]) * slot_bytes
         self._durable = list(content or (blank, blank))
         self._cached = list(self._durable)  # what a reader sees
-        self._pending: list[tuple[int, bytes | None]] = []  # slot, content; no content: an erase
+        self._pending: list[tuple[int, bytes | None, bool]] = []  # slot, content (None: an erase), over what is there
         self.supply = supply or Supply()
-        self.counts = {"read": 0, "erase": 0, "program": 0, "sync": 0}
+        self.counts = {"read": 0, "erase": 0, "program": 0, "renew": 0, "sync": 0}
         self.failing = ""
         self.failing_after = 0
         self.failing_times: int | None = None
@@ -90,16 +91,29 @@ class FlashSlots:
             return
         self._do("program", slot, content)
 
+    def renew(self, slot: int) -> None:
+        """See `SlotDevice.renew`."""
+        self._do("renew", slot, self._cached[slot], True)
+
     def sync(self) -> None:
         """See `SlotDevice.sync`."""
         try:
             self._fail_or_count("sync")
         except RetryLater:
-            self._pending = []
+            if self.failing == "late-sync":
+                self._store_pending()
+            self.forget_pending()
             raise
         self.supply.spend()
-        for slot, program in self._pending:
-            self._durable[slot] = self._changed(self._durable[slot], program, self.slot_bytes)
+        self._store_pending()
+
+    def forget_pending(self) -> None:
+        """What waits for a sync is lost, and still shown: a write-back that failed, of which nobody was told."""
+        self._pending = []
+
+    def _store_pending(self) -> None:
+        for slot, program, over in self._pending:
+            self._durable[slot] = self._changed(self._durable[slot], program, self.slot_bytes, over)
         self._pending = []
 
     def durable(self) -> "Slots":
@@ -115,28 +129,28 @@ class FlashSlots:
         for chosen in range(1 << len(self._pending)):
             slots = list(self._durable)
             survivors = [self._pending[i] for i in range(len(self._pending)) if chosen >> i & 1]
-            for slot, program in survivors[:-1]:
-                slots[slot] = self._changed(slots[slot], program, self.slot_bytes)
+            for slot, program, over in survivors[:-1]:
+                slots[slot] = self._changed(slots[slot], program, self.slot_bytes, over)
             if not survivors:
                 left[(slots[0], slots[1])] = True
-            for slot, program in survivors[-1:]:
+            for slot, program, over in survivors[-1:]:
                 length = self.slot_bytes if program is None else len(program)
                 tears = list(range(length) if torn_at is None else torn_at)
                 tears.append(length)
                 for tear in tears:
                     torn = list(slots)
-                    torn[slot] = self._changed(slots[slot], program, tear)
+                    torn[slot] = self._changed(slots[slot], program, tear, over)
                     left[(torn[0], torn[1])] = True
         return list(left)
 
-    def _do(self, operation: str, slot: int, content: "bytes | None") -> None:
+    def _do(self, operation: str, slot: int, content: "bytes | None", over: bool = False) -> None:
         self._fail_or_count(operation)
-        self._pending.append((slot, content))
-        self._cached[slot] = self._changed(self._cached[slot], content, self.slot_bytes)
+        self._pending.append((slot, content, over))
+        self._cached[slot] = self._changed(self._cached[slot], content, self.slot_bytes, over)
         self.supply.spend()
 
     def _fail_or_count(self, operation: str) -> None:
-        if operation == self.failing:
+        if operation == self.failing or (operation == "sync" and self.failing == "late-sync"):
             if self.failing_after == 0 and self.failing_times != 0:
                 if self.failing_times is not None:
                     self.failing_times -= 1
@@ -144,10 +158,12 @@ class FlashSlots:
             self.failing_after = max(0, self.failing_after - 1)
         self.counts[operation] += 1
 
-    def _changed(self, content: bytes, program: "bytes | None", length: int) -> bytes:
+    def _changed(self, content: bytes, program: "bytes | None", length: int, over: bool) -> bytes:
         if program is None:
             return bytes([self.erase_value]) * length + content[length:]
         length = min(length, len(program))
+        if over:
+            return program[:length] + content[length:]
         if self.erase_value:
             return bytes([content[i] & program[i] for i in range(length)]) + content[length:]
         return bytes([content[i] | program[i] for i in range(length)]) + content[length:]

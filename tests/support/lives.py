@@ -3,8 +3,9 @@
 A life runs in the virtual world of `support.world`. The power goes at its n-th event: an erase, program or sync of
 either record, or an answer of the service that the device does not hear any more. Then every state that may be left of
 the flash is booted without an operator, and must end with a hub token that the service accepts. In a second plan the
-recovery is cut as well, in a third the process alone is killed at an event, and its successor, on the same cache, cut.
-Runs on both runtimes.
+recovery is cut as well, in a third the process alone is killed at an event, and its successor, on the same cache, cut;
+in a fourth the kernel's write-back failed in between, so that the cache shows what is not on the disk. Runs on both
+runtimes.
 
 Each state has a name, `sweep=lives plan=cut tears=all life=other-hub cut=5 late=False left=17`; `only` looks at that
 one alone.
@@ -97,10 +98,16 @@ class FlashWorld(World):
         world.evicts = self.evicts
         return world
 
-    def killed(self, cut_at: int = 0) -> "FlashWorld":
-        """The same world for the next process: what was written and not synced is still in the cache."""
+    def killed(self, cut_at: int = 0, forgetting: bool = False) -> "FlashWorld":
+        """The same world for the next process: what was written and not synced is still in the cache.
+
+        `forgetting`: it is nowhere else, and never will be.
+        """
         world = self.rebooted(self.durable(), cut_at)
         world.flash = {record: self.flash[record].after_a_kill(world.supply) for record in RECORDS}
+        if forgetting:
+            for record in RECORDS:
+                world.flash[record].forget_pending()
         world.slot_store = self.new_store(world.flash)
         return world
 
@@ -175,6 +182,11 @@ def nothing(world: FlashWorld) -> None:
     """A device from the factory."""
 
 
+def once(world: FlashWorld) -> None:
+    """One slot holds an identity, the other was never written."""
+    world.lived()
+
+
 def twice(world: FlashWorld) -> None:
     """Both slots hold an identity, of two hubs."""
     world.dps.hub = "first.azure-devices.net"
@@ -238,6 +250,21 @@ def failing(operation: str, times: "int | None", after: int = 0) -> "Step":
     return step
 
 
+def failing_reset(operation: str, after: int) -> "Step":
+    """A reset that fails once, and a new life after it."""
+
+    def step(world: FlashWorld) -> None:
+        flash = world.flash[IDENTITY]
+        flash.failing, flash.failing_times, flash.failing_after = operation, 1, after
+        try:
+            reset(world)
+        except DpsError as error:
+            assert error.code == "store.io"  # somebody was told, and starts the device all the same
+        world.recover()
+
+    return step
+
+
 NEW, OLD, NONE = "new", "old", "none"
 
 
@@ -272,9 +299,17 @@ FAILING_LIVES = (
     Life("commit-fails-at-its-last-sync", twice, failing("sync", None, 1), OLD),
     Life("commit-writes-nothing", twice, failing("silent", None), OLD),
 )
-LIVES = WHOLE_LIVES + FAILING_LIVES
-# One of each kind for KILL_THEN_CUT: the others write the same.
-KILLED_LIVES = (LIVES[0], LIVES[1], LIVES[5], LIVES[9])
+# A reset syncs four times: its tombstone twice, then each slot.
+FAILING_RESETS = tuple(
+    [
+        Life(f"reset-fails-at-{operation}-{after + 1}", once, failing_reset(operation, after), NEW, True)
+        for operation in ("sync", "late-sync")
+        for after in range(4)
+    ]
+)
+LIVES = WHOLE_LIVES + FAILING_LIVES + FAILING_RESETS
+# One of each kind for the killed ones: the others write the same.
+KILLED_LIVES = (LIVES[0], LIVES[1], LIVES[5], LIVES[9], FAILING_RESETS[3])
 
 
 def new_store(flash: "dict[str, FlashSlots]") -> SlotStore:
@@ -286,11 +321,13 @@ WRITERS: "dict[str, NewStore]" = {"": new_store, "evict-first": new_store}
 WRITERS.update(FAULTY)
 WRITERS.update(FAULTY_IN_THE_CACHE)
 
-CUT, CUT_TWICE, KILL_THEN_CUT = "cut", "cut-twice", "kill-then-cut"
+CUT, CUT_TWICE, KILL_THEN_CUT, LOSE_THEN_CUT = "cut", "cut-twice", "kill-then-cut", "lose-then-cut"
 PLANS = (
     (CUT, "all", WHOLE_LIVES),
     (CUT, "32", FAILING_LIVES),
+    (CUT, "few", FAILING_RESETS),
     (KILL_THEN_CUT, "few", KILLED_LIVES),
+    (LOSE_THEN_CUT, "few", KILLED_LIVES),
     (CUT_TWICE, "few", WHOLE_LIVES + LIVES[9:10]),
 )
 
@@ -298,8 +335,8 @@ PLANS = (
 class Sweep:
     """Cuts lives at every event; `states` were looked at, `lost` names those that were wrong, and why.
 
-    `plan` is CUT, CUT_TWICE (the recovery from each cut is cut as well) or KILL_THEN_CUT. `only` is the name of one
-    state. `at_first` ends with the first lost one.
+    `plan` is CUT, CUT_TWICE (the recovery from each cut is cut as well), KILL_THEN_CUT or LOSE_THEN_CUT. `only` is the
+    name of one state. `at_first` ends with the first lost one.
     """
 
     def __init__(self, writer: str = "", plan: str = CUT, tears: str = "all", only: str = "", at_first: bool = False):
@@ -321,7 +358,7 @@ class Sweep:
                 life.before(world)
                 world.evicts = self._writer == "evict-first"
                 start = world.rebooted(world.durable())
-                if self._plan == KILL_THEN_CUT:
+                if self._plan in (KILL_THEN_CUT, LOSE_THEN_CUT):
                     self._kill(start, life, name)
                 else:
                     self._cut(start, life, 2 if self._plan == CUT_TWICE else 1, name)
@@ -342,7 +379,8 @@ class Sweep:
             ended = lived_through(world, life.step)
             before = [None if held is None else held.payload] + world.offered
             after = Life(life.name, nothing, register_again, NEW, life.forgets)
-            self._cut(world.killed(), after, 1, f"{name} kill={kill}", before)
+            loses = self._plan == LOSE_THEN_CUT
+            self._cut(world.killed(forgetting=loses), after, 1, f"{name} kill={kill}", before)
 
     def _cut(
         self, start: FlashWorld, life: Life, depth: int, name: str, before: "list[bytes | None] | None" = None
