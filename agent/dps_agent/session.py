@@ -302,7 +302,9 @@ class Session:
             if message.packet_id:
                 self._unacknowledged[self.serial] = message.packet_id
             properties = decode_properties(topic[len(devicebound) :])
-            _taken: bool = yield Tell(CloudMessage(self.serial, properties, message.payload))
+            taken: bool = yield Tell(CloudMessage(self.serial, properties, message.payload))
+            if not taken:
+                self._unacknowledged.pop(self.serial, None)  # nobody will be done with it; the hub keeps it
             return ""  # acknowledged once a program is done with it
         if topic.startswith("$iothub/methods/POST/"):
             end = yield from self._call(topic[21:], message.payload)

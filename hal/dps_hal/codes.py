@@ -109,6 +109,7 @@ REMEDIES: dict[str, str] = {
     "agent.interrupted": "run the command again",
     "agent.not_connected": "try again later; 'dps-agent status' says why there is no connection to the hub",
     "agent.not_running": "look at the service with 'systemctl status dps-agent', then run the command again",
+    "agent.not_sent": "send it again: the hub does not have it",
     "agent.out_of_time": "run the command again, with a longer --timeout",
     "agent.too_large": "send less at once; the message says how much fits",
     "agent.unknown_event": "nothing to do: it was answered already, took too long, or will be delivered again",

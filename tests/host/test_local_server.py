@@ -8,6 +8,7 @@ import os
 import resource
 import socket
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +17,15 @@ from typing import Any
 
 import pytest
 
+from dps_agent.host import mqtt
 from dps_agent.host.cli import running
+from dps_agent.host.config import ROOT_SUFFIX
 from dps_agent.host.journal import Journal
 from dps_agent.host.local import events as event_module
-from dps_agent.host.local import routes, server
+from dps_agent.host.local import routes, server, shares
 from dps_agent.host.local.routes import Command, Snapshot
 from dps_agent.host.local.server import LocalServer, listen
+from dps_agent.host.local.shares import Lines, Peer, Places
 from dps_agent.hub_effects import (
     AnswerMethod,
     CloudMessage,
@@ -31,7 +35,7 @@ from dps_agent.hub_effects import (
     SendTelemetry,
     TelemetryDone,
 )
-from dps_agent.session import TELEMETRY_LIMIT
+from dps_agent.session import CALL_LIMIT, IN_FLIGHT_LIMIT, MESSAGE_LIMIT, TELEMETRY_LIMIT
 from dps_hal.errors import RetryLater
 from support.local_client import LocalClient
 
@@ -42,22 +46,28 @@ ASSIGNMENT = {"assignedHub": "h.azure-devices.net", "deviceId": "press-07"}
 class Agent:
     """A socket whose service is this object: it notes what is asked for and answers as it is told."""
 
-    def __init__(self, folder: Path, allow_token: bool = False) -> None:
+    def __init__(self, folder: Path, allow_token: bool = False, start: bool = True) -> None:
+        folder.mkdir(exist_ok=True)
         self.posted: list[Any] = []
         self.commands: list[Command] = []
         self.said = io.StringIO()
         self.accepts: bool | None = True  # None: no answer
+        self.sent = True
+        self.takes_its_time = False  # what is posted waits, and may be taken back
         self.full = False
+        self.waiting: list[Any] = []  # what was posted and nobody has begun with
         self.api = LocalServer(
             str(folder / "run" / "api.sock"),
             allow_token=allow_token,
             post=self._post,
             command=self._command,
+            take_back=self._take_back,
             journal=Journal(self.said, True, {}),
         )
         self.client = LocalClient(self.api.path, 10)
         self.connect()
-        self.api.start()
+        if start:
+            self.api.start()
 
     def connect(self, connected: bool = True, retry_after_s: int = 7) -> None:
         self.api.show(Snapshot(STATUS, ASSIGNMENT, connected, retry_after_s))
@@ -66,9 +76,17 @@ class Agent:
         if self.full:
             return False
         self.posted.append(event)
+        if self.takes_its_time:
+            self.waiting.append(event)
         if isinstance(event, SendTelemetry) and self.accepts is not None:
-            self.api.tell(TelemetryDone(event.request_id, self.accepts, True))
+            self.api.tell(TelemetryDone(event.request_id, self.accepts, self.sent))
         return True
+
+    def _take_back(self, asked: Any) -> bool:
+        found = asked in self.waiting
+        if found:
+            self.waiting.remove(asked)
+        return found
 
     def _command(self, command: Command) -> None:
         self.commands.append(command)
@@ -266,9 +284,9 @@ def test_tokens_are_short_and_few(tmp_path: Path) -> None:
     agent = Agent(tmp_path, allow_token=True)
     assert [agent.client.ask("POST", f"/token?life={life}")[0] for life in ("901", "0", "soon", "-1")] == [400] * 4
     found = [agent.client.ask("POST", "/token?life=60")[0] for _ in range(8)]
-    assert found == [200] * 6 + [429] * 2
+    assert found == [200] * 4 + [429] * 4
     assert 0 < int(agent.client.headers["retry-after"]) <= 61
-    assert [(command.name, command.life_s) for command in agent.commands] == [("token", 60)] * 6
+    assert [(command.name, command.life_s) for command in agent.commands] == [("token", 60)] * 4
     agent.api.close()
 
 
@@ -396,10 +414,10 @@ def test_a_request_that_comes_too_slowly_is_cut_off_at_its_end(agent: Agent, mon
 def test_connections_are_few_and_idle_ones_make_room(agent: Agent) -> None:
     idle = [agent.client.connect() for _ in range(40)]
     assert agent.client.ask("GET", "/status")[0] == 200
-    busy = [agent.client.connect() for _ in range(server.CLIENT_LIMIT)]
+    busy = [agent.client.connect() for _ in range(server.CLIENTS[0])]
     for connection in busy:
         connection.sendall(b"POST /telemetry HTTP/1.1\r\nContent-Length: 9\r\n\r\n")
-    wait_for(lambda: len(agent.api._clients) == server.CLIENT_LIMIT)
+    wait_for(lambda: len(agent.api._clients) == server.CLIENTS[0])
     time.sleep(0.1)
     assert raw(agent, b"").startswith(b"HTTP/1.1 503 ")
     for connection in [*idle, *busy]:
@@ -409,7 +427,7 @@ def test_connections_are_few_and_idle_ones_make_room(agent: Agent) -> None:
 
 
 def test_readers_of_events_are_few(agent: Agent) -> None:
-    readers = [agent.client.events() for _ in range(server.STREAM_LIMIT)]
+    readers = [agent.client.events() for _ in range(server.STREAMS[0])]
     status, document = agent.client.ask("GET", "/events")
     assert (status, document["error"]["code"]) == (503, "agent.busy")
     for reader in readers:
@@ -424,7 +442,8 @@ def test_a_reader_that_does_not_read_loses_its_connection_and_blocks_nobody(agen
         wait_for(lambda: agent.api._streams == 2)
         for number in range(1, 400):
             agent.api.tell(CloudMessage(number, {}, b"x" * 4000))
-            assert quick.next()["id"] == f"0-{number}"
+            event_id = quick.next()["id"]
+            assert event_id.endswith(f"-{number}") and agent.client.ask("POST", f"/events/{event_id}/done")[0] == 200
         wait_for(lambda: agent.api._streams == 1)
         assert slow.status == 200
 
@@ -489,7 +508,11 @@ def test_no_descriptor_left_is_no_end(agent: Agent) -> None:
 
 def test_the_limits_are_the_designed_ones() -> None:
     assert (server.REQUEST_LIMIT_S, server.SEND_LIMIT_S, server.IDLE_LIMIT_S) == (10, 10, 60)
-    assert (server.CLIENT_LIMIT, server.USER_LIMIT, server.KEPT) == (16, 8, 2)
+    for in_all, of_one, kept in (server.CLIENTS, server.STREAMS, server.UNDER_WAY, server.BYTES):
+        assert 4 * of_one <= in_all - kept and kept > 0, "four users at their limits leave the kept places alone"
+    assert server.UNDER_WAY[0] == IN_FLIGHT_LIMIT and server.BYTES[1] >= server.BODY_LIMIT
+    waiting = server.UNDER_WAY[0] + MESSAGE_LIMIT + CALL_LIMIT + 1
+    assert waiting <= mqtt.POSTS_LIMIT, "whatever programs have asked for finds room in the hub's queue"
 
 
 # --- who asks
@@ -499,7 +522,7 @@ def test_the_limits_are_the_designed_ones() -> None:
 def users(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Whoever connects next is this user; by default somebody who is not trusted."""
     user = [1000]
-    monkeypatch.setattr(server, "peer_of", lambda _connection: (4711, user[0], 100))
+    monkeypatch.setattr(server, "peer_of", lambda _connection: Peer(4711, user[0], 100))
     monkeypatch.setattr(server.os, "geteuid", lambda: 990)
     return user
 
@@ -527,26 +550,26 @@ def assert_too_many(agent: Agent) -> None:
 
 
 def test_one_user_cannot_take_every_connection(agent: Agent, users: list[int]) -> None:
-    with half_requests(agent, server.USER_LIMIT):
+    with half_requests(agent, server.CLIENTS[1]):
         assert_too_many(agent)
         users[0] = 1001
         assert agent.client.ask("GET", "/status")[0] == 200
 
 
-def test_all_users_together_leave_room_for_root_and_the_services_own(agent: Agent, users: list[int]) -> None:
-    with half_requests(agent, 7):
-        users[0] = 1001
-        with half_requests(agent, 7):
-            users[0] = 1002
-            assert_too_many(agent)
-            for users[0] in (0, 990):
-                assert agent.client.ask("GET", "/status")[0] == 200
-            with half_requests(agent, server.KEPT):
-                assert_too_many(agent)
+def test_users_at_their_limits_leave_room_for_another_and_for_root(agent: Agent, users: list[int]) -> None:
+    in_all, of_one, kept = server.CLIENTS
+    with contextlib.ExitStack() as crowd:
+        for users[0] in range(1000, 1000 + (in_all - kept) // of_one):
+            crowd.enter_context(half_requests(agent, of_one))
+        for users[0] in (0, 990, 2000):  # the last one makes one of the others lose a request that has not come whole
+            assert agent.client.ask("GET", "/status")[0] == 200
+        users[0] = 0
+        crowd.enter_context(half_requests(agent, kept))
+        assert agent.client.ask("GET", "/status")[0] == 200, "root finds room even then"
 
 
 def test_the_command_line_hears_that_too_many_are_connected(agent: Agent) -> None:
-    with half_requests(agent, server.CLIENT_LIMIT):
+    with half_requests(agent, server.CLIENTS[0]):
         for _ in range(20):  # whether its request is refused before or after it was written
             with pytest.raises(RetryLater) as refused:
                 running._checked(running._post(agent.api.path, "/command/token", 5))
@@ -609,3 +632,252 @@ def test_a_reader_of_events_that_says_no_more_still_reads(agent: Agent) -> None:
 def test_nothing_of_a_body_or_a_token_is_logged(agent: Agent) -> None:
     agent.client.ask("POST", "/telemetry?secret=hunter2", b"hunter2")
     assert "POST /telemetry" in agent.said.getvalue() and "hunter2" not in agent.said.getvalue()
+
+
+# --- what an answer means
+
+
+def test_an_id_is_never_that_of_another_process_connection_or_kind(agent: Agent, tmp_path: Path) -> None:
+    later = Agent(tmp_path / "restarted")
+    assert agent.api.tell(CloudMessage(1, {}, b"B")) and later.api.tell(CloudMessage(1, {}, b"C"))
+    with agent.client.events() as events:
+        before = events.next("message")["id"]
+        agent.api.forget()
+        agent.api.tell(CloudMessage(1, {}, b"B"))
+        wait_for(lambda: agent.api.tell(MethodCall(2, "open", b"{}")))
+        message, call = events.next("message")["id"], events.next("method")["id"]
+    strange = [f"/events/{call}/done", f"/methods/{message}", f"/events/{before}/done", f"/events/{before[:-1]}/done"]
+    assert [agent.client.ask("POST", target)[0] for target in strange] == [404] * 4
+    assert later.client.ask("POST", f"/events/{message}/done")[0] == 404, "it was the other process's"
+    assert agent.posted == later.posted == []
+    later.api.close()
+
+
+def test_what_the_service_does_not_take_is_not_called_done_and_may_be_asked_again(agent: Agent) -> None:
+    with agent.client.events() as events:
+        wait_for(lambda: agent.api.tell(MethodCall(2, "open", b"{}")))
+        agent.api.tell(CloudMessage(1, {}, b"B"))
+        targets = [f"/methods/{events.next('method')['id']}", f"/events/{events.next('message')['id']}/done"]
+    agent.full = True
+    for target in targets:
+        status, document = agent.client.ask("POST", target)
+        assert (status, document["error"]["code"], agent.client.headers["retry-after"]) == (503, "agent.busy", "5")
+    agent.full = False
+    assert [agent.client.ask("POST", target)[0] for target in targets] == [200, 200]
+    assert agent.posted == [AnswerMethod(2, 200, b""), MessageDone(1)]
+
+
+def test_what_was_never_sent_is_not_said_to_be_perhaps_at_the_hub(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent.accepts, agent.sent = False, False
+    status, document = agent.client.ask("POST", "/telemetry", b"{}")
+    assert (status, document["error"]["code"]) == (503, "agent.not_sent") and "not sent" in document["error"]["message"]
+    agent.sent = True
+    assert "may or may not" in agent.client.ask("POST", "/telemetry", b"{}")[1]["error"]["message"]
+    agent.accepts, agent.takes_its_time = None, True
+    monkeypatch.setattr(routes, "TELEMETRY_LIMIT_S", 0.2)
+    status, document = agent.client.ask("POST", "/telemetry", b"{}")
+    assert (status, document["error"]["code"]) == (503, "agent.not_sent")
+    assert agent.waiting == [], "and nobody will send it"
+
+
+def test_what_a_client_that_has_gone_asked_for_is_dropped_unless_it_was_begun(agent: Agent, users: list[int]) -> None:
+    agent.accepts = None
+    for agent.takes_its_time in (True, False):
+        with agent.client.connect() as connection:
+            connection.sendall(b"POST /telemetry HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}")
+            wait_for(lambda: agent.posted)
+        wait_for(lambda: not agent.api._clients)
+        begun = [] if agent.takes_its_time else [agent.posted[-1].request_id]
+        assert list(agent.api._under_way) == begun and agent.waiting == []
+        assert agent.api._bytes.of(users[0]) == 2 * len(begun)
+        agent.posted.clear()
+    agent.api.tell(TelemetryDone(begun[0], False, True))
+    wait_for(lambda: not agent.api._under_way)
+    assert agent.api._bytes.of(users[0]) == agent.api._hub_places.of(users[0]) == 0
+
+
+# --- shares
+
+
+def refusal_of(agent: Agent, head: bytes) -> bytes:
+    """What is answered to a head alone."""
+    with agent.client.connect() as connection:
+        connection.sendall(head + b"\r\n\r\n")
+        return connection.recv(1000)
+
+
+@contextlib.contextmanager
+def under_way(agent: Agent, count: int, size: int) -> Iterator[list[socket.socket]]:
+    """So many telemetry messages of this size that wait for the hub's answer."""
+    before = len(agent.posted)
+    with contextlib.ExitStack() as held:
+        connections = [held.enter_context(agent.client.connect()) for _ in range(count)]
+        for connection in connections:
+            connection.sendall(b"POST /telemetry HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+        wait_for(lambda: len(agent.posted) == before + count)
+        yield connections
+
+
+def test_one_user_cannot_take_every_place_for_telemetry_and_none_takes_those_of_root(
+    agent: Agent, users: list[int]
+) -> None:
+    agent.accepts = None
+    in_all, of_one, kept = server.UNDER_WAY
+    one = b"POST /telemetry HTTP/1.1\r\nContent-Length: 1"
+    with contextlib.ExitStack() as crowd:
+        for users[0] in range(1000, 1000 + (in_all - kept) // of_one):
+            crowd.enter_context(under_way(agent, of_one, 1))
+            agent.api._places = Places(200, 200, 1)  # this is not about connections
+            answer = refusal_of(agent, one)
+            assert answer.startswith(b"HTTP/1.1 503") and b"Retry-After: 5" in answer and b"it was not sent" in answer
+        users[0] = 0
+        with under_way(agent, kept, 1):
+            assert refusal_of(agent, one).startswith(b"HTTP/1.1 503")
+
+
+def test_bytes_under_way_are_a_users_share_and_come_back_with_the_answer(agent: Agent, users: list[int]) -> None:
+    agent.accepts = None
+    large = server.BODY_LIMIT - 100
+    head = b"POST /telemetry HTTP/1.1\r\nContent-Length: %d" % large
+    with under_way(agent, 2, large) as connections:
+        answer = refusal_of(agent, head)
+        assert answer.startswith(b"HTTP/1.1 503") and b"Retry-After: 5" in answer
+        users[0] = 1001
+        with under_way(agent, 1, large):
+            pass
+        users[0] = 1000
+        agent.api.tell(TelemetryDone(agent.posted[0].request_id, True, True))
+        assert connections[0].recv(1000).startswith(b"HTTP/1.1 200")
+        with under_way(agent, 1, large):
+            assert refusal_of(agent, head).startswith(b"HTTP/1.1 503")
+
+
+def test_readers_of_events_are_a_users_share(agent: Agent, users: list[int]) -> None:
+    with contextlib.ExitStack() as readers:
+        for users[0] in range(1000, 1004):
+            for _ in range(server.STREAMS[1]):
+                readers.enter_context(agent.client.events())
+            assert agent.client.ask("GET", "/events")[0] == 503
+        users[0] = 0
+        assert readers.enter_context(agent.client.events()).status == 200
+
+
+def test_a_body_for_an_id_that_is_none_is_not_waited_for_and_not_kept(agent: Agent, users: list[int]) -> None:
+    with agent.client.connect() as connection:
+        connection.sendall(b"POST /methods/0-1-1 HTTP/1.1\r\nContent-Length: 131072\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 404 ")
+        assert agent.api._bytes.of(users[0]) == 0
+        connection.sendall(bytes(131072) + b"GET /status HTTP/1.1\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 "), "what came behind it is a request"
+        connection.sendall(b"GET /status HTTP/1.1\r\nContent-Length: 131072\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+
+
+def test_requests_that_are_refused_may_come_by_the_thousand_at_once(agent: Agent) -> None:
+    answer = raw(agent, b"GET /nothing HTTP/1.1\r\n\r\n" * 3000 + b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 404 ") == 3001
+    assert "agent.bug" not in agent.said.getvalue()
+
+
+def test_requests_by_the_thousand_keep_nobody_else_waiting(agent: Agent) -> None:
+    with agent.client.connect() as connection:
+        connection.sendall(b"GET /nothing HTTP/1.1\r\n\r\n" * 500)
+        wait_for(lambda: agent.api._unfinished or connection.recv(1, socket.MSG_PEEK))
+        assert agent.client.ask("GET", "/status")[0] == 200
+
+
+def test_a_crowd_at_the_socket_does_not_keep_root_out(tmp_path: Path) -> None:
+    agent = Agent(tmp_path, start=False)
+    assert stat.S_IMODE(os.lstat(agent.api.path + ROOT_SUFFIX).st_mode) == 0o600
+    with contextlib.ExitStack() as crowd:
+        with pytest.raises(BlockingIOError):
+            while True:
+                waiting = crowd.enter_context(socket.socket(socket.AF_UNIX))
+                waiting.setblocking(False)
+                waiting.connect(agent.api.path)
+        started = threading.Timer(0.1, agent.api.start)
+        started.start()
+        assert running._checked(running._post(agent.api.path, "/command/status", 10)) == {"did": "status"}
+        started.join()
+    agent.api.close()
+    assert os.listdir(os.path.dirname(agent.api.path)) == []
+
+
+def test_users_are_told_apart_by_what_the_kernel_says_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    others: dict[int, int] = {}  # process -> user, where this one may not become another
+    real = server.peer_of
+
+    def peer_of(connection: socket.socket) -> Peer:
+        peer = real(connection)
+        return peer._replace(user=others.get(peer.process, peer.user))
+
+    monkeypatch.setattr(server, "peer_of", peer_of)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        agent = Agent(Path(folder))
+        os.chmod(agent.api.path, 0o666)  # stands for membership in the group
+        held_by_three_users(agent, others)
+        agent.api.close()
+
+
+def held_by_three_users(agent: Agent, others: dict[int, int]) -> None:
+    """Three users hold all connections that they may, and another one is served."""
+    children = []
+    ready, tell_ready = os.pipe()
+    for user in (10001, 10002, 10003):
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException):
+                if not os.getuid():
+                    os.setgroups([])
+                    os.setgid(user)
+                    os.setuid(user)
+                held = [agent.client.connect() for _ in range(server.CLIENTS[1])]
+                for connection in held:
+                    connection.sendall(b"POST /telemetry HTTP/1.1\r\nContent-Length: 9\r\n\r\nhalf")
+                os.write(tell_ready, b"x")
+                time.sleep(60)
+            os._exit(0)
+        children.append(child)
+        if os.getuid():
+            others[child] = user
+    try:
+        assert b"".join(os.read(ready, 1) for _ in children) == b"xxx"
+        wait_for(lambda: len(agent.api._clients) == 3 * server.CLIENTS[1])
+        assert {client.peer.user for client in agent.api._clients.values()} == {10001, 10002, 10003}
+        assert agent.client.ask("GET", "/status")[0] == 200
+    finally:
+        for child in children:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+        os.close(ready)
+        os.close(tell_ready)
+
+
+# --- lines
+
+
+def test_a_user_is_a_line_an_hour_through_however_many_processes(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = [1]
+    monkeypatch.setattr(server, "peer_of", lambda _connection: Peer(number[0], 1000, 100))
+    for number[0] in range(1, 61):
+        agent.client.ask("POST", "/telemetry", b"1")
+        agent.client.events().close()
+    said = agent.said.getvalue()
+    assert said.count("uses the socket") == said.count("reads the events") == 1
+    assert "process 1 of user 1000 uses the socket" in said
+
+
+def test_what_was_left_out_is_counted_in_the_next_line_and_users_without_end_share_one() -> None:
+    said = io.StringIO()
+    lines = Lines(Journal(said, environ={}))
+    for at_s in range(61):
+        lines.say(1000, "use", "it is used", at_s * 60.0)
+    assert said.getvalue() == "it is used\nit is used; 59 more such lines were left out\n"
+    for user in range(2000, 4000):
+        lines.say(user, "use", f"used by {user}", 3600.0)
+    assert said.getvalue().count("used by") <= shares.LINES_LIMIT + 1
+    lines.say(5000, "use", "later", 1e6)
+    assert said.getvalue().endswith("later\n")

@@ -771,6 +771,9 @@ class Hub:
         self.events.put(event)
         return True
 
+    def take_back(self, event: Any) -> bool:
+        return bool(self._hardware._call("hub.take_back", True, event))
+
     def abort(self) -> None:
         self._hardware.calls.append("hub.abort")
         self.events.put(None)

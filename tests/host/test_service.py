@@ -648,7 +648,7 @@ def test_modes_and_no_secret_in_anything_it_writes(agent: RunningAgent, emulator
     shown = json.dumps([agent.status(), agent.client.ask("GET", "/assignment"), agent.command("status")])
     shown += (agent.runtime_dir / "state.json").read_text() + agent.written
     modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in agent.runtime_dir.iterdir()}
-    assert modes == {"api.sock": 0o600, "state.json": 0o644}
+    assert modes == {"api.sock": 0o600, "api.sock.root": 0o600, "state.json": 0o644}
     assert stat.S_IMODE(agent.state_dir.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in agent.state_dir.iterdir()} == {0o600}
     agent.end()

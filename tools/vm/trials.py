@@ -16,7 +16,7 @@ from vm.cloud import ID_SCOPE, Cloud
 from vm.image import STATE_DISK_MOUNT
 from vm.machine import Machine, VmError
 
-EXPOSURE_LIMIT = 1.3
+EXPOSURE_LIMIT = 1.5
 REACH_DEADLINE_S = 300
 START_DEADLINE_S = 120
 WATCHDOG_DEADLINE_S = 180

@@ -35,6 +35,7 @@ PACKAGE_FILE = Path(__file__).with_name("defaults.toml")  # where a package has 
 SYSTEM_STATE_DIR = "/var/lib/dps-agent"
 SYSTEM_RUNTIME_DIR = "/run/dps-agent"
 SOCKET_NAME = "api.sock"
+ROOT_SUFFIX = ".root"  # behind the path of the socket: that of the one for root and the service's own user alone
 SOCKET_PATH_LIMIT = 100  # bytes; sun_path of unix(7) has 108, and the socket is made under a longer name first
 ENVIRONMENT_PREFIX = "DPS_AGENT_"
 AZURE_ENDPOINT_SUFFIXES = (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import queue
 import select
 import socket
 import ssl
@@ -51,7 +50,7 @@ CONNECT_LIMIT_S = 60.0  # from the name's lookup to CONNACK
 REACH_LIMIT_S = 20.0  # for TCP, where there is another port to try
 PACKET_LIMIT = 256 * 1024 + 65536 + 8  # bytes after the first five: the largest message of a hub, the longest topic
 EVENTS_LIMIT = 64  # of the hub, not yet asked for; then it is not read any more
-POSTS_LIMIT = 1024  # events of programs, not yet asked for
+POSTS_LIMIT = 128  # events of programs, not yet asked for; how many bytes they have is for who posts them to bound
 SILENCE = 1.5  # times the keep-alive without a byte from the hub: MQTT 3.1.1, 3.1.2.10, seen from the other side
 PING_AFTER = 0.75  # times the keep-alive
 FLUSH_LIMIT_S = 0.4  # for what is to be sent before a polite end
@@ -71,7 +70,7 @@ class HubConnection:
     tried first the next time. `proxy` is the setting `network.proxy`. AskOperator `config.invalid` for what makes no
     sense.
 
-    One thread calls the methods; any thread, and any signal handler, may call `post` and `abort`.
+    One thread calls the methods; any thread, and any signal handler, may call `post`, `take_back` and `abort`.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class HubConnection:
         self._keep_alive_s = 0.0
         self._pinged_at_s = 0.0
         self._events: deque[Event] = deque()
-        self._posted: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._posted: deque[Event] = deque()  # without a lock, which a signal handler could not wait for
         self._bell: tuple[socket.socket, socket.socket] | None = None  # written to by `post`, heard while waiting
         self._aborted = False
 
@@ -189,19 +188,27 @@ class HubConnection:
             self._serve(look_until_s)
             if self._events:
                 return self._events.popleft()
-            with contextlib.suppress(queue.Empty):
-                return self._posted.get_nowait()
+            with contextlib.suppress(IndexError):
+                return self._posted.popleft()
             if self._aborted or time.monotonic() >= until_s:
                 return None
             look_until_s = until_s
 
     def post(self, event: Event) -> bool:
         """Queues an event of a program; False, and it is dropped, where too many wait already."""
-        if self._posted.qsize() >= POSTS_LIMIT:
+        if len(self._posted) >= POSTS_LIMIT:
             return False
-        self._posted.put(event)
+        self._posted.append(event)
         self._ring()
         return True
+
+    def take_back(self, event: Event) -> bool:
+        """Drops a posted event, and returns true, if nobody has asked for it yet."""
+        while event in self._posted.copy():
+            with contextlib.suppress(ValueError, IndexError):  # IndexError: another thread took one meanwhile
+                self._posted.remove(event)
+                return True
+        return False
 
     def abort(self) -> None:
         """Makes a blocked `connect` or `next_event` return at once; nothing where none is blocked."""

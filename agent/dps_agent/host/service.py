@@ -178,6 +178,7 @@ class Service:
                 allow_token=configuration.api.allow_token,
                 post=self._post,
                 command=self._take_command,
+                take_back=self._take_back,
                 journal=self._journal,
             )
         except OSError as error:
@@ -206,7 +207,21 @@ class Service:
     # For other threads and signal handlers.
 
     def _post(self, event: Event) -> bool:
-        return self._equipment.runner.post(event)
+        """Whether the session of now gets the event; one of a life that is being left takes nothing more."""
+        runner = self._equipment.runner
+        taken = not self._leaving and runner.post(event)
+        if taken and (self._leaving or runner is not self._equipment.runner):
+            return not runner.take_back(event)  # else `_leave_hub` has found it, and answers
+        return taken
+
+    def _take_back(self, asked: Event | Command) -> bool:
+        """Drops what nobody has begun with; whether it was that."""
+        if not isinstance(asked, Command):
+            return self._equipment.runner.take_back(asked)
+        with contextlib.suppress(ValueError, IndexError):  # the last: the other thread took one at the same time
+            self._commands.remove(asked)
+            return True
+        return False
 
     def _take_command(self, command: Command) -> None:
         self._commands.append(command)

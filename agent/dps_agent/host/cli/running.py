@@ -7,7 +7,7 @@ import socket
 from typing import Any
 
 from dps_agent.host.cli.verb import UsageError
-from dps_agent.host.config import Configuration
+from dps_agent.host.config import ROOT_SUFFIX, Configuration
 from dps_hal.errors import AskOperator, RetryLater
 
 ANSWER_LIMIT = 1 << 20  # bytes
@@ -42,6 +42,8 @@ def ask_service(configuration: Configuration, path: str, timeout_s: float | None
             raise AskOperator("agent.denied", text) from None
         if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
             return None  # it has just ended
+        if error.errno == errno.EAGAIN:
+            raise RetryLater("agent.busy", "too many programs wait at the service's socket") from None
         raise RetryLater("agent.not_running", f"{live['socket']}: {error.strerror}") from None
     return _checked(answer)
 
@@ -56,10 +58,13 @@ def unseen_settings(configuration: Configuration) -> list[str]:
 
 
 def _post(path: str, target: str, timeout_s: float) -> bytes:
-    """The whole answer to one request."""
+    """The whole answer to one request, at the socket that root does not share with the clients' group where it may."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(timeout_s)
-        connection.connect(path)
+        try:
+            connection.connect(path + ROOT_SUFFIX)
+        except (FileNotFoundError, ConnectionRefusedError, PermissionError):
+            connection.connect(path)
         with contextlib.suppress(BrokenPipeError):  # it has answered already: that it is busy
             connection.sendall(f"POST {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         answer = b""

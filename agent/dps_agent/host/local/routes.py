@@ -1,5 +1,8 @@
 """What programs on this device may ask for: a request and the time in, a value out.
 
+`Routes.begin` looks at a request before its body is read: nothing is read for an id, a route or a share that is none.
+What it returns takes the body and gives back one of these:
+
 1. `Reply`: an answer, perhaps with an event that the hub's session is to have first.
 2. `Later`: the answer comes from the hub or the service, for which `asked` is to be handed on.
 3. `Stream`: the lines of GET /events, for as long as the connection stands.
@@ -18,16 +21,19 @@ What is wrong with a request is raised as `Refused`.
 
 from __future__ import annotations
 
-from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dps_agent.host.error_document import error_fields
 from dps_agent.host.local.events import is_json
+from dps_agent.host.local.shares import Rate, is_trusted
 from dps_agent.hub_effects import AnswerMethod, MessageDone, SendTelemetry, TelemetryDone
 from dps_agent.sas import percent_decode
 from dps_agent.session import TELEMETRY_LIMIT, telemetry_topic
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dps_agent.host.local.events import Events
 
 ANSWER_LIMIT = 128 * 1024  # bytes; IoT Hub developer guide: the payload of a direct method
@@ -35,7 +41,9 @@ TELEMETRY_LIMIT_S = 30.0
 COMMAND_LIMIT_S = 60.0
 REGISTRATION_LIMIT_S = 1200.0  # a registration's largest budget that makes sense, and what its steps may overrun
 TOKEN_LIFE_LIMIT_S = 900
-TOKENS_A_MINUTE = 6
+TOKENS_A_MINUTE = 16
+USER_TOKENS_A_MINUTE = 4  # of them for one user
+SMALL_LIMIT = 4096  # bytes of a body that nothing is looked for in
 RETRY_AFTER_S = 5  # where nothing better is known
 _COMMANDS = ("provision", "reset", "token", "status")
 
@@ -50,13 +58,20 @@ class Refused(Exception):
 
 
 class Request(NamedTuple):
-    """One request of a program; whether it is `trusted` with commands."""
+    """One request of a user's without its body, which has `length` bytes."""
 
     method: str
     path: str
     query: str
-    body: bytes
-    trusted: bool
+    length: int
+    user: int
+
+
+class Begun(NamedTuple):
+    """A request that may have its body; `to_hub`: it takes one of the places for telemetry under way."""
+
+    finish: Callable[[bytes], Reply | Later | Stream]
+    to_hub: bool = False
 
 
 class Command(NamedTuple):
@@ -69,11 +84,12 @@ class Command(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """An answer, once `event` was handed to the hub's session where there is one."""
+    """An answer, once the hub's session has taken `event` where there is one; `taken` is called then."""
 
     status: int
     document: dict[str, Any]
     event: MessageDone | AnswerMethod | None = None
+    taken: Callable[[], None] | None = None
 
 
 class Later(NamedTuple):
@@ -84,9 +100,7 @@ class Later(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """The chunks that come first; what the hub sends later follows."""
-
-    chunks: list[bytes]
+    """The chunks of `Events.backlog` come first; what the hub sends later follows."""
 
 
 class Snapshot(NamedTuple):
@@ -105,88 +119,109 @@ class Routes:
         self.snapshot = Snapshot({}, None, False)
         self._events = events
         self._allow_token = allow_token
-        self._tokens: deque[float] = deque()  # when the last ones were asked for
+        self._tokens = Rate(TOKENS_A_MINUTE, USER_TOKENS_A_MINUTE, 60.0)
 
-    def answer(self, request: Request, now_s: float) -> Reply | Later | Stream:
-        """What to answer; Refused where nothing else is."""
+    def begin(self, request: Request, now_s: float) -> Begun:
+        """What is to be done with the request's body; Refused where it is not worth reading."""
         parameters = _query(request.query)
         words = request.path.split("/")[1:]
         match words:
             case ["status" | "assignment" | "events"] if request.method != "GET":
                 raise Refused(405, "agent.usage", f"/{words[0]} is asked for with GET")
+            case ["telemetry" | "token" | "events" | "methods" | "command", *rest] if request.method != "POST" and (
+                rest or words[0] != "events"
+            ):
+                raise Refused(405, "agent.usage", f"/{words[0]} is asked for with POST")
+            case ["telemetry"]:
+                return self._telemetry(parameters, request.length)
+            case ["methods", event_id]:
+                return self._answer_method(event_id, parameters, request.length)
+        if request.length > SMALL_LIMIT:
+            raise Refused(413, "agent.too_large", f"expected a body of at most {SMALL_LIMIT} bytes for /{words[0]}")
+        match words:
             case ["status"]:
-                return Reply(200, {**self.snapshot.status, "connected": self.snapshot.connected})
+                return _begun(Reply(200, {**self.snapshot.status, "connected": self.snapshot.connected}))
             case ["assignment"]:
                 if self.snapshot.assignment is None:
                     raise Refused(404, "record.absent", "this device has no hub yet")
-                return Reply(200, self.snapshot.assignment)
+                return _begun(Reply(200, self.snapshot.assignment))
             case ["events"]:
-                return Stream(self._events.backlog())
-            case ["telemetry" | "token" | "events" | "methods" | "command", *_] if request.method != "POST":
-                raise Refused(405, "agent.usage", f"/{words[0]} is asked for with POST")
-            case ["telemetry"]:
-                return self._telemetry(parameters, request.body)
+                return _begun(Stream())
             case ["events", event_id, "done"]:
-                message_id = self._events.done(event_id)
-                if not message_id:
-                    raise Refused(404, "agent.unknown_event", f"no message {event_id[:40]!r} is held now")
-                return Reply(200, {"done": event_id}, MessageDone(message_id))
-            case ["methods", event_id]:
-                return self._answer_method(event_id, parameters, request.body)
+                return Begun(partial(self._end_message, event_id))
             case ["token"]:
                 if not self._allow_token:
                     raise Refused(403, "agent.denied", "tokens are not given here; [api] allow_token is false")
                 life_s = _number(parameters, "life", TOKEN_LIFE_LIMIT_S, TOKEN_LIFE_LIMIT_S)
-                self._count_token(now_s)
-                return Later(Command(0, "token", False, life_s), COMMAND_LIMIT_S)
+                if wait_s := self._tokens.wait_s(request.user, now_s):
+                    text = f"expected at most {USER_TOKENS_A_MINUTE} tokens a minute, {TOKENS_A_MINUTE} of all users"
+                    raise Refused(429, "agent.busy", text, int(wait_s) + 1)
+                return _begun(Later(Command(0, "token", False, life_s), COMMAND_LIMIT_S))
             case ["command", name] if name in _COMMANDS:
-                if not request.trusted:
+                if not is_trusted(request.user):
                     raise Refused(403, "agent.denied", f"/{'/'.join(words)} is for root and the service's own user")
                 life_s = _number(parameters, "life", TOKEN_LIFE_LIMIT_S, 365 * 86400)
                 limit_s = REGISTRATION_LIMIT_S if name == "provision" else COMMAND_LIMIT_S
-                return Later(Command(0, name, parameters.get("force") == "true", life_s), limit_s)
+                return _begun(Later(Command(0, name, parameters.get("force") == "true", life_s), limit_s))
         raise Refused(404, "agent.usage", f"there is nothing at {request.path[:80]!r}")
 
-    def _telemetry(self, properties: dict[str, str], body: bytes) -> Later:
+    def _telemetry(self, properties: dict[str, str], length: int) -> Begun:
         snapshot = self.snapshot
         if "" in properties:
             raise Refused(400, "agent.usage", "expected properties as name=value pairs in the query")
         if not snapshot.connected:
-            raise Refused(503, "agent.not_connected", "the device is not connected to its hub", snapshot.retry_after_s)
+            text = "it was not sent: the device is not connected to its hub"
+            raise Refused(503, "agent.not_connected", text, snapshot.retry_after_s)
         device_id = snapshot.assignment["deviceId"] if snapshot.assignment is not None else ""
         try:
             room = TELEMETRY_LIMIT - len(telemetry_topic(device_id, properties))
         except ValueError:
             raise Refused(400, "agent.usage", "expected properties in UTF-8") from None
-        if len(body) > room:
-            text = f"expected at most {room} bytes beside the device id and these properties; came {len(body)}"
+        if length > room:
+            text = f"expected at most {room} bytes beside the device id and these properties; came {length}"
             raise Refused(413, "agent.too_large", text)
-        return Later(SendTelemetry(0, properties, body), TELEMETRY_LIMIT_S)
+        return Begun(lambda body: Later(SendTelemetry(0, properties, body), TELEMETRY_LIMIT_S), to_hub=True)
 
-    def _answer_method(self, event_id: str, parameters: dict[str, str], body: bytes) -> Reply:
+    def _end_message(self, event_id: str, _body: bytes) -> Reply:
+        message_id = self._events.message_of(event_id)
+        if not message_id:
+            raise Refused(404, "agent.unknown_event", f"no message {event_id[:60]!r} is held now")
+        done = MessageDone(message_id)
+        return Reply(200, {"done": event_id}, done, partial(self._events.end_message, message_id))
+
+    def _answer_method(self, event_id: str, parameters: dict[str, str], length: int) -> Begun:
         status = _number(parameters, "status", 200, 999)
-        if len(body) > ANSWER_LIMIT:
+        if length > ANSWER_LIMIT:
             raise Refused(413, "agent.too_large", f"expected an answer of at most {ANSWER_LIMIT} bytes")
-        if body and not is_json(body):
-            raise Refused(400, "agent.usage", "expected the method's answer as JSON")
-        call_id = self._events.answered(event_id)
-        if not call_id:
-            raise Refused(404, "agent.unknown_event", f"no call {event_id[:40]!r} waits for an answer now")
-        return Reply(200, {"answered": event_id}, AnswerMethod(call_id, status, body))
+        self._waiting_call(event_id)
 
-    def _count_token(self, now_s: float) -> None:
-        while self._tokens and self._tokens[0] <= now_s - 60:
-            self._tokens.popleft()
-        if len(self._tokens) >= TOKENS_A_MINUTE:
-            wait_s = int(self._tokens[0] + 61 - now_s)
-            raise Refused(429, "agent.busy", f"expected at most {TOKENS_A_MINUTE} tokens a minute", wait_s)
-        self._tokens.append(now_s)
+        def finish(body: bytes) -> Reply:
+            if body and not is_json(body):
+                raise Refused(400, "agent.usage", "expected the method's answer as JSON")
+            call_id = self._waiting_call(event_id)
+            answer = AnswerMethod(call_id, status, body)
+            return Reply(200, {"answered": event_id}, answer, partial(self._events.end_call, call_id))
+
+        return Begun(finish)
+
+    def _waiting_call(self, event_id: str) -> int:
+        call_id = self._events.call_of(event_id)
+        if not call_id:
+            raise Refused(404, "agent.unknown_event", f"no call {event_id[:60]!r} waits for an answer now")
+        return call_id
+
+
+def _begun(outcome: Reply | Later | Stream) -> Begun:
+    """For a request whose body says nothing."""
+    return Begun(lambda _body: outcome)
 
 
 def outcome_of(telemetry: TelemetryDone) -> Reply:
     """What is answered to whoever has sent the telemetry."""
     if telemetry.accepted:
         return Reply(200, {"accepted": True})
+    if not telemetry.sent:
+        return NOT_SENT
     text = "the hub did not acknowledge it: it may or may not have it"
     return Reply(503, error_document("agent.not_connected", text, RETRY_AFTER_S))
 
@@ -194,6 +229,9 @@ def outcome_of(telemetry: TelemetryDone) -> Reply:
 def error_document(code: str, message: str, retry_after_s: int | None = None) -> dict[str, Any]:
     """The body of an answer that is an error."""
     return {"error": error_fields(code, message, retry_after_s)}
+
+
+NOT_SENT = Reply(503, error_document("agent.not_sent", "it was not sent: the hub does not have it", RETRY_AFTER_S))
 
 
 def _query(text: str) -> dict[str, str]:

@@ -3,6 +3,10 @@
 One thread serves all of them and waits for none: every size, count and time has a bound, and a program that is too slow
 loses its connection. What may be asked for stands in `routes`. Nothing is queued here: telemetry is accepted once the
 hub has it, and a cloud-to-device message stays the hub's until a program says that it is done with it.
+
+Who may use the socket is not trusted: each user has a share of everything that is counted (`shares`), and what a client
+that has gone asked for is taken back where nobody has begun with it. A second socket, `path` with ROOT_SUFFIX, is open
+to root and the service's own user alone: no crowd at the first one keeps them waiting.
 """
 
 from __future__ import annotations
@@ -11,19 +15,21 @@ import contextlib
 import errno
 import os
 import select
-import selectors
 import socket
 import stat
 import struct
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dps_agent.host.journal import INFO, NOTICE, WARNING, Journal
+from dps_agent.host.config import ROOT_SUFFIX
+from dps_agent.host.journal import NOTICE, WARNING, Journal
 from dps_agent.host.local.events import Events, chunk
 from dps_agent.host.local.routes import (
+    NOT_SENT,
     RETRY_AFTER_S,
+    Begun,
     Command,
     Later,
     Refused,
@@ -35,31 +41,38 @@ from dps_agent.host.local.routes import (
     error_document,
     outcome_of,
 )
+from dps_agent.host.local.shares import Lines, Peer, Places, is_trusted
 from dps_agent.host.local.statefile import make_runtime_folder
 from dps_agent.host.runner import bug
-from dps_agent.hub_effects import MethodCall, TelemetryDone
+from dps_agent.hub_effects import MethodCall, SendTelemetry, TelemetryDone
+from dps_agent.session import IN_FLIGHT_LIMIT
 from dps_hal.platform import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dps_agent.hub_effects import Event, Message, SendTelemetry
+    from dps_agent.hub_effects import Event, Message
 
 CLIENT_GROUP = "dps-agent-clients"
 GROUP_FILE = "/etc/group"
-CLIENT_LIMIT = 16  # connections
-USER_LIMIT = 8  # of them of one user who is not trusted with commands
-KEPT = 2  # of them for who is
 BACKLOG = 128  # connections that wait to be looked at
-STREAM_LIMIT = 8  # of them with GET /events
+ACCEPTS_A_TURN = 64  # connections
+REQUESTS_A_TURN = 16  # of one client, then come the others
+READ_SIZE = 16 * 1024  # bytes of heads, in one go
 HEAD_LIMIT = 8192  # bytes of request line and headers
 BODY_LIMIT = 256 * 1024  # bytes; IoT Hub quotas: a device-to-cloud message
-PEERS_LIMIT = 256  # processes remembered as seen before
 LINES_LIMIT = 128  # events that a reader may be behind
+READERS_LIMIT = 2 * 1024 * 1024  # bytes that all readers together may be behind, beside what is held anyway
 REQUEST_LIMIT_S = 10.0  # from a request's first byte to its last
 IDLE_LIMIT_S = 60.0  # between two requests
 SEND_LIMIT_S = 10.0  # without any byte taken
 HEARTBEAT_S = 60.0  # an empty line, so that both sides notice when the other is gone
+
+# In all, of one user who is not trusted, kept for those who are: four users at their limits leave the kept ones alone.
+CLIENTS = (32, 7, 4)  # connections
+STREAMS = (16, 3, 4)  # of them with GET /events
+UNDER_WAY = (IN_FLIGHT_LIMIT, 7, 4)  # telemetry messages, from the end of their heads until the hub has answered
+BYTES = (10 * BODY_LIMIT, 2 * BODY_LIMIT, 2 * BODY_LIMIT)  # of bodies, for as long
 
 _REASONS = {
     200: "OK",
@@ -78,31 +91,60 @@ _REASONS = {
     503: "Service Unavailable",
     504: "Gateway Timeout",
 }
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+class _Body(NamedTuple):
+    """A request whose head was read, and what has come of its body; `size` bytes are taken of its user's share."""
+
+    begun: Begun
+    size: int
+    closes: bool  # the connection, once this was answered
+    content: bytearray
+
+
+class _UnderWay(NamedTuple):
+    """Telemetry that was handed to the hub's session and was not answered yet; it takes `size` bytes of a share."""
+
+    event: SendTelemetry
+    user: int
+    size: int
 
 
 class _Client:
     """One connection."""
 
-    def __init__(self, connection: socket.socket, peer: tuple[int, int, int], now_s: float) -> None:
+    def __init__(self, connection: socket.socket, peer: Peer, now_s: float) -> None:
         self.socket = connection
-        self.peer = peer  # process, user and group number
-        self.received = bytearray()
+        self.peer = peer
+        self.received = bytearray()  # heads, and what is behind them
+        self.body: _Body | None = None
+        self.ignored = 0  # bytes still to come of a body that nobody wants
         self.lines: deque[bytes] = deque()  # to send; the same objects for all readers of events
         self.sent = 0  # bytes of the first of them
         self.deadline_s = now_s + IDLE_LIMIT_S
         self.pending: int | None = None  # the request that waits for an answer
+        self.asked: Event | Command | None = None  # what waits for it
         self.streams = False
         self.ends = False  # once all is sent
-        self.continued = False  # "100 Continue" was said
         self.over = False  # it sends nothing more, and may wait for an answer
+
+    def is_idle(self) -> bool:
+        return not (self.pending or self.streams or self.lines or self.received or self.body)
+
+    def waits_for_us(self) -> bool:
+        """Whether nothing of it is to be read now."""
+        return bool(self.pending or self.streams or self.lines or (self.ends and not self.ignored))
 
 
 class LocalServer:
     """The socket at `path`; OSError where it cannot be made.
 
     The service calls `show`, `tell`, `answer` and `forget` from its own thread.
-    `post` takes an event for the hub's session, or returns False, and `command` takes a `Command`; both are called from
-    the socket's thread and return at once.
+    `post` takes an event for the hub's session, or returns False; `command` takes a `Command`; `take_back` drops one of
+    either that nobody has begun with, and says whether it did. They are called from the socket's thread and return at
+    once.
     """
 
     def __init__(
@@ -112,6 +154,7 @@ class LocalServer:
         allow_token: bool,
         post: Callable[[Event], bool],
         command: Callable[[Command], None],
+        take_back: Callable[[Event | Command], bool],
         journal: Journal,
     ) -> None:
         self.path = path
@@ -119,19 +162,33 @@ class LocalServer:
         self._routes = Routes(self._events, allow_token)
         self._post = post
         self._command = command
+        self._take_back = take_back
         self._journal = journal
+        self._lines = Lines(journal)
         self._clients: dict[int, _Client] = {}  # by descriptor
-        self._streams = 0
+        self._unfinished: list[_Client] = []  # with requests that were received and wait for their turn
         self._inbox: deque[Callable[[], None]] = deque()  # work from other threads
         self._serial = 0
         self._pending: dict[int, _Client] = {}
-        self._peers: deque[tuple[int, int]] = deque(maxlen=PEERS_LIMIT)  # processes with their users, seen before
-        self._listener = listen(path, journal)
-        self._selector = selectors.DefaultSelector()
+        self._under_way: dict[int, _UnderWay] = {}
+        self._places = Places(*CLIENTS)
+        self._stream_places = Places(*STREAMS)
+        self._streams = 0  # connections with GET /events
+        self._hub_places = Places(*UNDER_WAY)
+        self._bytes = Places(*BYTES)
+        self._poll = select.epoll()
+        self._listeners: dict[int, socket.socket] = {}
+        try:
+            self._listen(listen(path, journal))
+            self._listen(listen_for_root(path))
+        except BaseException:
+            self._close_listeners()
+            self._poll.close()
+            raise
         self._alarm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._selector.register(self._alarm, selectors.EVENT_READ)
+        self._poll.register(self._alarm, select.EPOLLIN)
         self._ended = False
+        # Started by `start`, ends after `close`; it waits for nothing but its sockets and the alarm.
         self._thread = threading.Thread(target=self._serve, name="dps-api", daemon=True)
 
     def start(self) -> None:
@@ -145,8 +202,9 @@ class LocalServer:
         self._ended = True
         self._wake()
         self._thread.join(1.0)
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
+        for path in (self.path, self.path + ROOT_SUFFIX):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
     # For the service's own thread.
 
@@ -154,12 +212,20 @@ class LocalServer:
         """What GET /status and GET /assignment answer from now on."""
         self._routes.snapshot = snapshot
 
+    def is_read(self) -> bool:
+        """Whether a program reads the events."""
+        return self._streams > 0
+
     def tell(self, message: Message) -> bool:
-        """Hands a message of the hub's session to whom it may concern; False where no program would see it."""
-        if isinstance(message, MethodCall) and not self._streams:
+        """Hands a message of the hub's session to whom it may concern; False where nobody can take it."""
+        if isinstance(message, TelemetryDone):
+            self._later(lambda: self._end_telemetry(message))
+            return True
+        if isinstance(message, MethodCall) and not self.is_read():
             return False
-        self._later(lambda: self._take(message))
-        return True
+        taken = self._events.take(message, time.monotonic())
+        self._wake()
+        return taken
 
     def answer(self, request_id: int, status: int, document: dict[str, Any]) -> None:
         """The answer to a `Command`."""
@@ -167,7 +233,7 @@ class LocalServer:
 
     def forget(self) -> None:
         """The connection to the hub has ended: what was held of it will be delivered again."""
-        self._later(self._events.forget)
+        self._events.forget()
 
     def _later(self, call: Callable[[], None]) -> None:
         self._inbox.append(call)
@@ -181,21 +247,37 @@ class LocalServer:
 
     def _serve(self) -> None:
         while not self._ended:
-            for key, events in self._selector.select(self._patience_s()):
-                if key.fileobj is self._listener:
-                    self._accept(self._listener)
-                elif key.fileobj == self._alarm:
-                    os.eventfd_read(self._alarm)
-                elif (client := self._clients.get(key.fd)) is not None:
+            ready = self._poll.poll(self._patience_s())
+            # Looked up before anything is done: a descriptor that is closed may be the next connection's in this turn.
+            moved = [(client, events) for number, events in ready if (client := self._clients.get(number)) is not None]
+            for client, events in moved:
+                if client.socket.fileno() >= 0:
                     self._guarded(client, self._move, client, events)
+            for number, _ in ready:
+                if (listener := self._listeners.get(number)) is not None:
+                    self._accept(listener)
+                elif number == self._alarm:
+                    os.eventfd_read(self._alarm)
+            unfinished, self._unfinished = self._unfinished, []
+            for client in unfinished:
+                self._guarded(client, self._advance, client)
             while self._inbox:
                 self._guarded(None, self._inbox.popleft())
+            self._guarded(None, self._broadcast)
             self._guarded(None, self._expire, time.monotonic())
         for client in list(self._clients.values()):
             self._drop(client)
-        self._selector.close()
-        self._listener.close()
+        self._poll.close()
+        self._close_listeners()
         os.close(self._alarm)
+
+    def _listen(self, listener: socket.socket) -> None:
+        self._listeners[listener.fileno()] = listener
+        self._poll.register(listener, select.EPOLLIN)
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners.values():
+            listener.close()
 
     def _guarded(self, client: _Client | None, work: Callable[..., None], *arguments: object) -> None:
         """Does `work`; an error in it costs that client its connection and nobody else anything."""
@@ -205,113 +287,176 @@ class LocalServer:
             if client is not None:
                 self._drop(client)
         except Exception as error:
-            self._journal.event("warning", bug(error).message, WARNING, code="agent.bug")
+            user = -1 if client is None else client.peer.user
+            self._lines.say(user, "bug", bug(error).message, time.monotonic(), WARNING, "agent.bug")
             if client is not None:
                 self._drop(client)
 
     def _patience_s(self) -> float | None:
-        ends = [client.deadline_s for client in self._clients.values()]
-        ends += self._events.ends_s()
+        if self._unfinished:
+            return 0.0
+        ends = [client.deadline_s for client in self._clients.values()] + self._events.ends_s()
         return max(min(ends) - time.monotonic(), 0.0) + 0.01 if ends else None
 
     def _expire(self, now_s: float) -> None:
         self._events.expire(now_s)
         for client in [client for client in self._clients.values() if client.deadline_s <= now_s]:
             if client.pending is not None:
-                outcome = error_document("agent.out_of_time", "no answer yet: whether it will be done is not known")
-                self._finish(client.pending, 504, outcome)
-            elif client.lines or not (client.streams or client.received):
+                self._give_up(client, client.pending)
+            elif client.lines or not (client.streams or client.received or client.body):
                 self._drop(client)
             elif client.streams:
                 client.deadline_s = now_s + HEARTBEAT_S
                 self._line(client, chunk(b"\n"))
             else:
-                self._reply(client, 408, error_document("agent.usage", "the request did not come to its end in time"))
                 client.ends = True
+                self._reply(client, 408, error_document("agent.usage", "the request did not come to its end in time"))
+
+    def _give_up(self, client: _Client, request_id: int) -> None:
+        """Answers a request that had its time: whoever is told that it was not done can rely on it."""
+        begun = not self._was_taken_back(client)
+        self._release(request_id, begun)
+        if isinstance(client.asked, SendTelemetry) and not begun:
+            self._finish(request_id, NOT_SENT.status, NOT_SENT.document)
+        else:
+            text = "no answer yet: whether it will be done is not known" if begun else "it was not begun in time"
+            self._finish(request_id, 504, error_document("agent.out_of_time", text))
+
+    def _was_taken_back(self, client: _Client) -> bool:
+        return client.asked is not None and self._take_back(client.asked)
+
+    # Connections.
 
     def _accept(self, listener: socket.socket) -> None:
-        try:
-            connection, _ = listener.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(0.1)  # no descriptor is left, and the next select would say the same at once
-            return
-        connection.setblocking(False)
-        peer = peer_of(connection)
-        if not self._has_room(peer[1]):
-            document = error_document("agent.busy", "too many programs are connected", RETRY_AFTER_S)
-            with contextlib.suppress(OSError), connection:
-                connection.send(_answer(503, document, "Connection: close\r\n"))
-            return
-        client = _Client(connection, peer, time.monotonic())
-        self._clients[connection.fileno()] = client
-        self._selector.register(connection, selectors.EVENT_READ)
+        for _ in range(ACCEPTS_A_TURN):
+            try:
+                connection, _ = listener.accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    time.sleep(0.1)  # no descriptor is left, and the next poll would say the same at once
+                return
+            connection.setblocking(False)
+            peer = peer_of(connection)
+            if not self._make_room(peer.user):
+                document = error_document("agent.busy", "too many programs are connected", RETRY_AFTER_S)
+                with contextlib.suppress(OSError), connection:
+                    connection.send(_answer(503, document, "Connection: close\r\n"))
+                continue
+            self._places.take(peer.user)
+            self._clients[connection.fileno()] = _Client(connection, peer, time.monotonic())
+            self._poll.register(connection, select.EPOLLIN)
 
-    def _has_room(self, user: int) -> bool:
-        """Whether one more connection of this user may stay, perhaps because an idle one has just made room."""
-        if not _is_trusted(user):
-            ours = [client for client in self._clients.values() if client.peer[1] == user]
-            if len(ours) >= USER_LIMIT and not self._drop_idle(ours):
+    def _make_room(self, user: int) -> bool:
+        """Whether one more connection of this user may stay, perhaps because another one has just made room.
+
+        A user's own connections make room for it where they are idle. Where there are too many in all, the users with
+        the most lose one: the longest idle, else the youngest that has not sent its request yet.
+        """
+        while not self._places.has_room(user):
+            clients = list(self._clients.values())
+            own = [client for client in clients if client.peer.user == user]
+            others = [client for client in clients if not is_trusted(client.peer.user)]
+            most = max((self._places.of(client.peer.user) for client in others), default=0)
+            if len(own) + 1 < most:
+                largest = [client for client in others if self._places.of(client.peer.user) == most]
+                if self._drop_idle(largest) or self._drop_unfinished(largest):
+                    continue
+            if not self._drop_idle(own):
                 return False
-            others = [client for client in self._clients.values() if not _is_trusted(client.peer[1])]
-            if len(others) >= CLIENT_LIMIT - KEPT and not self._drop_idle(others):
-                return False
-        clients = list(self._clients.values())
-        return len(clients) < CLIENT_LIMIT or self._drop_idle(clients)
+        return True
 
     def _drop_idle(self, clients: list[_Client]) -> bool:
         """Drops who of these waits longest between two requests; False where none does."""
-        idle = [c for c in clients if c.pending is None and not (c.streams or c.lines or c.received)]
+        idle = [client for client in clients if client.is_idle()]
         if idle:
             self._drop(min(idle, key=lambda client: client.deadline_s))
         return bool(idle)
 
+    def _drop_unfinished(self, clients: list[_Client]) -> bool:
+        """Drops who of these has begun a request last and not ended it; False where there is none."""
+        unfinished = [client for client in clients if not client.waits_for_us()]
+        if unfinished:
+            self._drop(max(unfinished, key=lambda client: client.deadline_s))
+        return bool(unfinished)
+
     def _drop(self, client: _Client) -> None:
+        """Ends a connection; what was asked for through it, and nobody has begun with, is not done."""
         if self._clients.pop(client.socket.fileno(), None) is None:
             return
-        self._watch(client, 0)
+        self._poll.unregister(client.socket)
         client.socket.close()
+        client.lines.clear()
+        self._places.give_back(client.peer.user)
         if client.streams:
+            self._stream_places.give_back(client.peer.user)
             self._streams -= 1
+        if client.body is not None:
+            self._give_back(client, client.body)
         if client.pending is not None:
             self._pending.pop(client.pending, None)
+            self._release(client.pending, not self._was_taken_back(client))
 
     def _move(self, client: _Client, events: int) -> None:
-        if events & selectors.EVENT_WRITE:
+        if events & (select.EPOLLHUP | select.EPOLLERR):
+            self._drop(client)  # it is gone, not only its way to us, and nobody would read an answer
+            return
+        if events & select.EPOLLOUT:
             self._send(client)
-        if events & selectors.EVENT_READ and client.socket.fileno() >= 0:
-            content = client.socket.recv(65536)
-            if not content:
-                if _is_gone(client.socket):
-                    self._drop(client)
-                    return
-                client.over = True
-                self._watch(client, selectors.EVENT_WRITE if client.lines else 0)
-            elif client.streams:
-                return  # a reader has nothing more to say
-            elif not client.received and client.pending is None:
+        if events & select.EPOLLIN and not client.waits_for_us() and not client.over:
+            body = client.body
+            content = client.socket.recv(READ_SIZE if body is None else _missing(body))
+            client.over = not content
+            if client.is_idle():
                 client.deadline_s = time.monotonic() + REQUEST_LIMIT_S
-            client.received += content
-            if len(client.received) > HEAD_LIMIT + BODY_LIMIT:
-                self._drop(client)  # it sends on without waiting for an answer
-                return
+            if body is None:
+                client.received += content
+            else:
+                body.content.extend(content)
         self._advance(client)
 
     # Requests.
 
     def _advance(self, client: _Client) -> None:
         """Answers what was received, one request after the other, each once the answer before has gone."""
+        if client.socket.fileno() < 0:
+            return  # dropped meanwhile
+        for _ in range(REQUESTS_A_TURN):
+            if client.waits_for_us() or not self._take_request(client):
+                break
+            if client.socket.fileno() < 0:
+                return
+        else:
+            self._unfinished.append(client)
+        if client.over and not (client.pending or client.lines or client.streams or client in self._unfinished):
+            self._drop(client)
+        self._watch(client)
+
+    def _take_request(self, client: _Client) -> bool:
+        """Takes the first request out of what was received; False where more has to come first."""
         try:
-            while not (client.pending or client.ends or client.streams or client.lines) and self._parse(client):
-                pass
+            if client.ignored:
+                ignored = min(client.ignored, len(client.received))
+                client.ignored -= ignored
+                del client.received[:ignored]
+                if client.ends and not client.ignored:
+                    self._drop(client)
+            if client.body is None and (client.ignored or client.ends or not self._take_head(client)):
+                return False
+            body = client.body
+            assert body is not None
+            more = client.received[: _missing(body)]
+            body.content.extend(more)
+            del client.received[: len(more)]
+            if _missing(body):
+                return False
+            client.body = None
+            self._do(client, body)
         except Refused as refused:
             self._reply(client, refused.status, refused.document)
-            self._advance(client)
-        if client.over and not (client.pending or client.lines or client.streams):
-            self._drop(client)
+        return True
 
-    def _parse(self, client: _Client) -> bool:
-        """Takes the first request out of what was received; False where it is not whole yet."""
+    def _take_head(self, client: _Client) -> bool:
+        """Takes a head out of what was received and begins with its request; False where it is not whole."""
         head_end = client.received.find(b"\r\n\r\n", 0, HEAD_LIMIT)
         if head_end < 0:
             if len(client.received) >= HEAD_LIMIT:
@@ -324,45 +469,84 @@ class LocalServer:
         except Refused:
             client.ends = True
             raise
-        whole = head_end + 4 + length
-        if len(client.received) < whole:
-            if headers.get("expect", "").lower() == "100-continue" and not client.continued:
-                client.continued = True
-                self._line(client, b"HTTP/1.1 100 Continue\r\n\r\n")
-            return False
-        body = bytes(client.received[head_end + 4 : whole])
-        del client.received[:whole]
-        client.continued = False
-        client.ends = headers.get("connection", "").lower() == "close"
-        self._route(client, method, target, body)
+        del client.received[: head_end + 4]
+        closes = headers.get("connection", "").lower() == "close"
+        expects = headers.get("expect", "").lower() == "100-continue" and len(client.received) < length
+        path, _, query = target.partition("?")
+        user = client.peer.user
+        now_s = time.monotonic()
+        self._lines.say(user, "use", f"{client.peer} uses the socket", now_s)
+        self._journal.detail(f"{client.peer}: {method} {path}, {length} bytes")
+        try:
+            begun = self._routes.begin(Request(method, path, query, length, user), now_s)
+            if begun.to_hub and not self._hub_places.has_room(user):
+                raise Refused(503, "agent.busy", "it was not sent: too much is under way to the hub", RETRY_AFTER_S)
+            if not self._bytes.take(user, length):
+                raise Refused(503, "agent.busy", "it was not read: too much is under way", RETRY_AFTER_S)
+        except Refused:
+            client.ends = closes or expects
+            client.ignored = 0 if expects else length  # who is not told to go on need not send it
+            raise
+        if begun.to_hub:
+            self._hub_places.take(user)
+        client.body = _Body(begun, length, closes, bytearray())
+        if expects:
+            self._line(client, _CONTINUE)
         return True
 
-    def _route(self, client: _Client, method: str, target: str, body: bytes) -> None:
-        path, _, query = target.partition("?")
-        if client.peer[:2] not in self._peers:
-            self._peers.append(client.peer[:2])
-            self._journal.event("local", f"{_described(client)} uses the socket", INFO)
-        self._journal.detail(f"{_described(client)}: {method} {path}, {len(body)} bytes")
-        request = Request(method, path, query, body, _is_trusted(client.peer[1]))
-        match self._routes.answer(request, time.monotonic()):
-            case Reply(status, document, event):
-                if event is not None:
-                    self._post(event)
+    def _do(self, client: _Client, body: _Body) -> None:
+        """Does what a whole request asks for."""
+        client.ends = body.closes
+        try:
+            outcome = body.begun.finish(bytes(body.content))
+        except BaseException:
+            self._give_back(client, body)
+            raise
+        if isinstance(outcome, Later) and isinstance(outcome.asked, SendTelemetry):
+            self._send_telemetry(client, outcome.asked, outcome.limit_s, body.size)
+            return
+        self._give_back(client, body)
+        match outcome:
+            case Reply(status, document, event, taken):
+                if event is not None and not self._post(event):
+                    raise Refused(503, "agent.busy", "it was not taken: ask again", RETRY_AFTER_S)
+                if taken is not None:
+                    taken()
                 self._reply(client, status, document)
             case Later(asked, limit_s):
-                self._ask(client, asked, limit_s)
-            case Stream(chunks):
-                self._stream(client, chunks)
+                assert isinstance(asked, Command)
+                text = f"{client.peer} asks for: {asked.name}"
+                self._lines.say(client.peer.user, asked.name, text, time.monotonic(), NOTICE)
+                client.asked = asked = asked._replace(request_id=self._await(client, limit_s))
+                self._command(asked)
+            case Stream():
+                self._stream(client)
 
-    def _ask(self, client: _Client, asked: SendTelemetry | Command, limit_s: float) -> None:
-        if isinstance(asked, Command):
-            self._journal.event("local", f"{_described(client)} asks for: {asked.name}", NOTICE)
-            self._command(asked._replace(request_id=self._await(client, limit_s)))
-            return
+    def _send_telemetry(self, client: _Client, event: SendTelemetry, limit_s: float, size: int) -> None:
+        """Hands telemetry on; its share is given back once the hub's session has answered, or never had it."""
         request_id = self._await(client, limit_s)
-        if not self._post(asked._replace(request_id=request_id)):
-            text = "too much waits to be sent"
+        client.asked = event = event._replace(request_id=request_id)
+        self._under_way[request_id] = _UnderWay(event, client.peer.user, size)
+        if not self._post(event):
+            self._release(request_id, False)
+            text = "it was not sent: too much waits to be sent"
             self._finish(request_id, 503, error_document("agent.busy", text, RETRY_AFTER_S))
+
+    def _give_back(self, client: _Client, body: _Body) -> None:
+        self._bytes.give_back(client.peer.user, body.size)
+        if body.begun.to_hub:
+            self._hub_places.give_back(client.peer.user)
+
+    def _release(self, request_id: int, begun: bool) -> None:
+        """Gives back the share of telemetry that is not begun; what was begun keeps it until it is answered."""
+        if not begun and (under_way := self._under_way.pop(request_id, None)) is not None:
+            self._bytes.give_back(under_way.user, under_way.size)
+            self._hub_places.give_back(under_way.user)
+
+    def _end_telemetry(self, done: TelemetryDone) -> None:
+        self._release(done.request_id, False)
+        outcome = outcome_of(done)
+        self._finish(done.request_id, outcome.status, outcome.document)
 
     def _await(self, client: _Client, limit_s: float) -> int:
         """The id under which `client` is answered later."""
@@ -375,48 +559,52 @@ class LocalServer:
     def _finish(self, request_id: int, status: int, document: dict[str, Any]) -> None:
         client = self._pending.pop(request_id, None)
         if client is not None:
-            client.pending = None
+            client.pending = client.asked = None
             self._guarded(client, self._reply, client, status, document)
             self._guarded(client, self._advance, client)
 
-    # What the hub sends.
+    # Readers of events.
 
-    def _take(self, message: Message) -> None:
-        if isinstance(message, TelemetryDone):
-            outcome = outcome_of(message)
-            self._finish(message.request_id, outcome.status, outcome.document)
-        elif (content := self._events.take(message)) is not None:
-            self._broadcast(content)
-
-    def _stream(self, client: _Client, chunks: list[bytes]) -> None:
-        if self._streams >= STREAM_LIMIT:
-            raise Refused(503, "agent.busy", f"{STREAM_LIMIT} programs read the events already", RETRY_AFTER_S)
-        self._journal.event("local", f"{_described(client)} reads the events", INFO)
-        self._streams += 1
+    def _stream(self, client: _Client) -> None:
+        if not self._stream_places.take(client.peer.user):
+            raise Refused(503, "agent.busy", "too many programs read the events already", RETRY_AFTER_S)
+        self._broadcast()  # what is news to the others is in the backlog of this one
+        self._lines.say(client.peer.user, "events", f"{client.peer} reads the events", time.monotonic())
         client.streams = True
+        self._streams += 1
+        client.ends = False
         client.received.clear()
         client.deadline_s = time.monotonic() + HEARTBEAT_S
-        head = "HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
-        client.lines.append(head.encode())
-        client.lines.extend(chunks)
+        client.lines.append(_STREAM_HEAD)
+        client.lines.extend(self._events.backlog())
         self._send(client)
 
-    def _broadcast(self, content: bytes) -> None:
-        for client in [client for client in self._clients.values() if client.streams]:
-            if len(client.lines) >= LINES_LIMIT:
-                self._drop(client)  # too slow; whoever connects again gets what is held
-            else:
-                self._guarded(client, self._line, client, content)
+    def _broadcast(self) -> None:
+        """Sends what is new to all readers; who is too slow is dropped, and gets what is held when it comes again."""
+        for content in self._events.news():
+            for client in [client for client in self._clients.values() if client.streams]:
+                if len(client.lines) >= LINES_LIMIT:
+                    self._drop(client)
+                else:
+                    self._guarded(client, self._line, client, content)
+            while self._behind() > READERS_LIMIT:
+                slow = [client for client in self._clients.values() if client.streams]
+                self._drop(max(slow, key=lambda client: sum(map(len, client.lines))))
+
+    def _behind(self) -> int:
+        """Bytes that readers were not sent yet, each object once, for they share them."""
+        kept = set(map(id, self._events.backlog()))
+        lines = {id(line): line for client in self._clients.values() if client.streams for line in client.lines}
+        return sum(len(line) for number, line in lines.items() if number not in kept)
 
     # Answers.
 
     def _reply(self, client: _Client, status: int, document: dict[str, Any]) -> None:
         client.ends = client.ends or status in (408, 413, 431)
         ending = "Connection: close\r\n" if client.ends else ""
-        if client.pending is None and not client.streams:
-            client.deadline_s = time.monotonic() + IDLE_LIMIT_S
+        client.deadline_s = time.monotonic() + IDLE_LIMIT_S
         if status >= 400:
-            self._journal.detail(f"{_described(client)}: answered {status}")
+            self._journal.detail(f"{client.peer}: answered {status}")
         self._line(client, _answer(status, document, ending))
 
     def _line(self, client: _Client, content: bytes) -> None:
@@ -445,32 +633,26 @@ class LocalServer:
         if client.lines:
             if progress or client.deadline_s > now_s + SEND_LIMIT_S:
                 client.deadline_s = now_s + SEND_LIMIT_S
-            self._watch(client, selectors.EVENT_READ | selectors.EVENT_WRITE)
-            return
-        self._watch(client, selectors.EVENT_READ)
-        if client.streams:
+        elif client.streams:
             client.deadline_s = now_s + HEARTBEAT_S
-        elif client.ends and client.pending is None:
+        elif client.ends and client.pending is None and not client.ignored:
             self._drop(client)
+        self._watch(client)
 
-    def _watch(self, client: _Client, events: int) -> None:
-        """Waits for these events of the client from now on; 0: for none."""
-        if client.over:
-            events &= ~selectors.EVENT_READ  # its end could be read for ever
-        known = client.socket.fileno() in self._selector.get_map()
-        if known and not events:
-            self._selector.unregister(client.socket)
-        elif known:
-            self._selector.modify(client.socket, events)
-        elif events:
-            self._selector.register(client.socket, events)
+    def _watch(self, client: _Client) -> None:
+        """Waits for what the client is to do next; that it is gone is told in any case."""
+        if client.socket.fileno() >= 0:
+            reads = not (client.waits_for_us() or client.over or client in self._unfinished)
+            self._poll.modify(
+                client.socket, (select.EPOLLIN if reads else 0) | (select.EPOLLOUT if client.lines else 0)
+            )
 
 
-def peer_of(connection: socket.socket) -> tuple[int, int, int]:
-    """Process, user and group number of who has connected; unix(7), SO_PEERCRED."""
+def peer_of(connection: socket.socket) -> Peer:
+    """Who has connected; unix(7), SO_PEERCRED."""
     packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     process, user, group = struct.unpack("3i", packed)
-    return process, user, group
+    return Peer(process, user, group)
 
 
 def listen(path: str, journal: Journal) -> socket.socket:
@@ -478,9 +660,17 @@ def listen(path: str, journal: Journal) -> socket.socket:
 
     It gets its mode and group before it gets its name. OSError; EADDRINUSE where somebody listens there already.
     """
+    return _listening(path, f"{path}.new", lambda made: _open_to_clients(made, journal))
+
+
+def listen_for_root(path: str) -> socket.socket:
+    """The same at `path` with ROOT_SUFFIX, open to its owner, and to root, alone."""
+    return _listening(path + ROOT_SUFFIX, f"{path}.new", lambda _made: None)
+
+
+def _listening(path: str, made: str, prepare: Callable[[str], None]) -> socket.socket:
     make_runtime_folder(os.path.dirname(path))
     _check_free(path)
-    made = f"{path}.new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(made)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -488,23 +678,27 @@ def listen(path: str, journal: Journal) -> socket.socket:
         listener.setblocking(False)
         listener.bind(made)
         os.chmod(made, 0o600)
-        try:
-            group = client_group()
-            if group is None:
-                journal.detail(f"there is no group {CLIENT_GROUP}: the socket is the service's own user's")
-            else:
-                if os.stat(made).st_gid != group:  # as a rule it is the process's own: chown is no call for a service
-                    os.chown(made, -1, group)
-                os.chmod(made, 0o660)
-        except OSError as error:
-            text = f"the socket stays the service's own user's: its group cannot be {CLIENT_GROUP}: {error.strerror}"
-            journal.event("warning", text, NOTICE)
+        prepare(made)
         listener.listen(BACKLOG)
         os.rename(made, path)
     except BaseException:
         listener.close()
         raise
     return listener
+
+
+def _open_to_clients(path: str, journal: Journal) -> None:
+    try:
+        group = client_group()
+        if group is None:
+            journal.detail(f"there is no group {CLIENT_GROUP}: the socket is the service's own user's")
+        else:
+            if os.stat(path).st_gid != group:  # as a rule it is the process's own: chown is no call for a service
+                os.chown(path, -1, group)
+            os.chmod(path, 0o660)
+    except OSError as error:
+        text = f"the socket stays the service's own user's: its group cannot be {CLIENT_GROUP}: {error.strerror}"
+        journal.event("warning", text, NOTICE)
 
 
 def client_group() -> int | None:
@@ -536,6 +730,13 @@ def _check_free(path: str) -> None:
         except (ConnectionRefusedError, FileNotFoundError):
             return
     raise OSError(errno.EADDRINUSE, "another dps-agent listens there", path)
+
+
+# Bytes.
+
+
+def _missing(body: _Body) -> int:
+    return body.size - len(body.content)
 
 
 def _answer(status: int, document: dict[str, Any], more: str = "") -> bytes:
@@ -573,20 +774,3 @@ def _content_length(headers: dict[str, str]) -> int:
     if len(text) > 9 or int(text) > BODY_LIMIT:
         raise Refused(413, "agent.too_large", f"expected a body of at most {BODY_LIMIT} bytes")
     return int(text)
-
-
-def _is_trusted(user: int) -> bool:
-    """Whether commands are for this user: root, and the service's own."""
-    return user in (0, os.geteuid())
-
-
-def _is_gone(connection: socket.socket) -> bool:
-    """Whether the other side is closed, not only its way to us."""
-    poll = select.poll()
-    poll.register(connection, 0)
-    return bool(poll.poll(0))  # POLLHUP
-
-
-def _described(client: _Client) -> str:
-    process, user, _ = client.peer
-    return f"process {process} of user {user}"

@@ -1,0 +1,116 @@
+"""How much of a thing one user of the socket may have, and what is kept for whom it trusts.
+
+A member of the clients' group is not trusted: it may use its share and no more, whatever it does and through however
+many programs. Root and the service's own user are trusted with commands; the last places of each kind are theirs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from dps_agent.host.journal import INFO
+
+if TYPE_CHECKING:
+    from dps_agent.host.journal import Journal
+
+LINE_EVERY_S = 3600.0  # a program that is started once a minute is no line a minute
+LINES_LIMIT = 256  # users and kinds of lines remembered; what is beyond shares one line
+
+
+class Peer(NamedTuple):
+    """Who has connected: process, user and group number, as the kernel knows them."""
+
+    process: int
+    user: int
+    group: int
+
+    def __str__(self) -> str:
+        return f"process {self.process} of user {self.user}"
+
+
+def is_trusted(user: int) -> bool:
+    """Whether commands are for this user: root, and the service's own."""
+    return user in (0, os.geteuid())
+
+
+class Places:
+    """So many of one thing `in_all`, `of_one` user who is not trusted, and the last `kept` for those who are."""
+
+    def __init__(self, in_all: int, of_one: int, kept: int) -> None:
+        self._in_all = in_all
+        self._of_one = of_one
+        self._kept = kept
+        self._taken: dict[int, int] = {}  # by user
+
+    def has_room(self, user: int, count: int = 1) -> bool:
+        """Whether this user may have so many more."""
+        free = self._in_all - sum(self._taken.values())
+        if is_trusted(user):
+            return count <= free
+        others = sum(taken for other, taken in self._taken.items() if not is_trusted(other))
+        return self.of(user) + count <= self._of_one and count <= min(free, self._in_all - self._kept - others)
+
+    def take(self, user: int, count: int = 1) -> bool:
+        """Takes so many for this user; False, and none is taken, where there is no room."""
+        if not self.has_room(user, count):
+            return False
+        self._taken[user] = self.of(user) + count
+        return True
+
+    def give_back(self, user: int, count: int = 1) -> None:
+        """This user has so many less."""
+        left = self.of(user) - count
+        if left:
+            self._taken[user] = left
+        else:
+            self._taken.pop(user, None)
+
+    def of(self, user: int) -> int:
+        """How many this user has."""
+        return self._taken.get(user, 0)
+
+
+class Rate:
+    """Something that may happen `in_all` times, and for `of_one` user so many times, within `period_s`."""
+
+    def __init__(self, in_all: int, of_one: int, period_s: float) -> None:
+        self._in_all = in_all
+        self._of_one = of_one
+        self._period_s = period_s
+        self._times: deque[tuple[float, int]] = deque()  # when, and for whom
+
+    def wait_s(self, user: int, now_s: float) -> float:
+        """Counts once more for this user and returns 0; else how long it has to wait, and nothing is counted."""
+        while self._times and self._times[0][0] <= now_s - self._period_s:
+            self._times.popleft()
+        own = [at_s for at_s, whose in self._times if whose == user]
+        for times, limit in ((own, self._of_one), ([at_s for at_s, _ in self._times], self._in_all)):
+            if len(times) >= limit:
+                return times[0] + self._period_s - now_s
+        self._times.append((now_s, user))
+        return 0.0
+
+
+class Lines:
+    """Lines about users for the journal: one of each kind in LINE_EVERY_S for a user; what is left out is counted."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._next: dict[tuple[int, str], tuple[float, int]] = {}  # when the next line is due, how many were left out
+
+    def say(self, user: int, kind: str, text: str, now_s: float, level: int = INFO, code: str = "") -> None:
+        """One line, or none; the event is `local`, or `warning` where there is a `code`."""
+        key = (user, kind)
+        if key not in self._next and len(self._next) >= LINES_LIMIT:
+            self._next = {known: due for known, due in self._next.items() if due[0] > now_s}
+            if len(self._next) >= LINES_LIMIT:
+                key = (-1, "")
+        due_s, left_out = self._next.get(key, (now_s, 0))
+        if now_s < due_s:
+            self._next[key] = (due_s, left_out + 1)
+            return
+        self._next[key] = (now_s + LINE_EVERY_S, 0)
+        more = f"; {left_out} more such lines were left out" if left_out else ""
+        self._journal.event("warning" if code else "local", text + more, level, code=code)
