@@ -53,7 +53,7 @@ from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_
 from dps_agent.settings import POLL_LOOKUP
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import from_base64
-from dps_hal.tpm_keys import check_id_key_public, object_name, unwrap
+from dps_hal.tpm_keys import check_id_key_public, object_name, take_sized
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -340,8 +340,11 @@ def _check_answer(state: DeviceRegistrationResult, registration_id: str, setting
 
 def _check_hub_key(wrapped_key: bytes) -> None:
     """AskOperator `dps.key_unsuitable` unless the key is an HMAC-SHA256 key for signing and nothing else."""
-    public, _ = unwrap(wrapped_key)
-    check_id_key_public(public)
+    try:
+        _, end = take_sized(wrapped_key, 0, "public area")
+        check_id_key_public(wrapped_key[:end])
+    except ValueError as error:
+        raise AskOperator("dps.key_unsuitable", f"the hub key: {error}")
 
 
 def activation_of(text: "str | None", what: str) -> bytes:

@@ -66,7 +66,8 @@ REMEDIES: dict[str, str] = {
     "dps.ek_mismatch": "the enrolment holds another endorsement key: enrol the one that 'dps-agent enroll' prints",
     "dps.enrollment_disabled": "enable the enrolment in DPS",
     "dps.forbidden": "check that the enrolment is enabled, and the service's network rules",
-    "dps.key_unsuitable": "DPS sent a key that is no HMAC-SHA256 signing key; report it to the service",
+    "dps.key_unsuitable": "DPS sent a key that is no HMAC-SHA256 signing key, or has a password of its own; report it"
+    " to the service",
     "dps.malformed_answer": "the answer is not DPS's; look for a proxy or captive portal between device and service",
     "dps.not_found": "check id_scope, and that an enrolment for this registration id exists",
     "dps.operation_unknown": "DPS lost track of the registration; the agent tries again by itself",

@@ -53,7 +53,9 @@ if TYPE_CHECKING:
             """Decrypts DPS's activation blob (raw bytes, not base64) and returns the key in it as a wrapped key.
 
             RetryLater `dps.blob_malformed`: the blob is not of the documented layout. AskOperator `dps.key_unsuitable`:
-            the key in it is not an HMAC-SHA256 signing key that can be imported. IdentityStale `tpm.blob_refused`: made
+            the key in it is not an HMAC-SHA256 signing key that can be imported, or has a password of its own; one
+            without noDA is used once to find that out, which a TPM counts as a failed guess: RetryLater
+            `tpm.locked_out` where it has counted any before. IdentityStale `tpm.blob_refused`: made
             for another EK or SRK, or altered. AskOperator `tpm.key_refused`: the TPM does not take the key.
             """
             ...
@@ -61,7 +63,8 @@ if TYPE_CHECKING:
         def sign(self, wrapped_key: bytes, message: bytes) -> bytes:
             """HMAC-SHA256 of `message` (at most 4096 bytes) by the wrapped key, 32 bytes.
 
-            IdentityStale `tpm.key_stale`: the key was wrapped by another SRK, or altered.
+            IdentityStale `tpm.key_stale`: the key was wrapped by another SRK, or altered. AskOperator
+            `dps.key_unsuitable`: it has a password of its own.
             """
             ...
 
@@ -113,7 +116,7 @@ if TYPE_CHECKING:
             ...
 
         def try_passwords(self) -> None:
-            """Uses the hierarchies' passwords that are set once, for nothing else; a wrong one is no step to a lockout.
+            """Uses the hierarchies' passwords that are set, for nothing else; a wrong one is no step to a lockout.
 
             AskOperator `tpm.hierarchy_auth` names the one that is wrong.
             """

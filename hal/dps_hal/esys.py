@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from dps_hal.activation import Activation, parse_activation
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
-from dps_hal.errors import AskOperator, DpsError, RetryLater
+from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.tpm_device import is_managed, open_device
 from dps_hal.tpm_errors import (
     LAYER_ESYS,
@@ -28,9 +28,11 @@ from dps_hal.tpm_errors import (
     RC_NV_UNINITIALIZED,
     RC_RESEND,
     RC_SEQUENCE,
+    Doubts,
     RefusedError,
     check_duplicate_fits,
     error_of,
+    own_password,
 )
 from dps_hal.tpm_keys import (
     ALG_SHA256,
@@ -64,6 +66,7 @@ from dps_hal.tpm_rules import (
     kind_of,
     locked_out,
     refuse_at_the_brink,
+    refuse_untried,
 )
 from dps_hal.tpm_upkeep import (
     EK_CERTIFICATE_INDEX,
@@ -197,10 +200,7 @@ class EsysTpm:
                 if not has_no_da(public):
                     refuse_at_the_brink(self._properties(PT_LOCKOUT_COUNTER, PT_LOCKOUT_INTERVAL))
                     self._shutdown_due = True
-                signature = self._hmac(key, message, session)
-            with contextlib.suppress(RefusedError):  # the signature is good, and release() announces it
-                self._announce_power_off()  # now: the next release may be a whole request away
-            return signature
+                return self._hmac(key, message, session)
 
         return self._operate(load_and_sign)
 
@@ -305,21 +305,30 @@ class EsysTpm:
         self._began_s = time.monotonic()
         self._until_s = self._began_s + COMMAND_LIMIT_S
         self.creates_key = False
-        rebuilt = False
+        doubts = Doubts()
         while True:
+            error: DpsError
+            stale = lost = again = counted = False
             try:
                 self._open()
-                return operation()
+                answer = operation()
+                with contextlib.suppress(RefusedError):  # the answer is good, and release() announces it
+                    self._announce_power_off()  # now: the next release may be a whole request away
+                return answer
             except RefusedError as refused:
                 self._altered = self._altered or refused.altered
                 if refused.wrong_password and self._goes_without(refused):
                     continue
-                if refused.stale:
-                    self._drop(refused.connection_lost)
-                    if not rebuilt:
-                        rebuilt = True
-                        continue
-                raise error_of(refused, self._locked_out) from None
+                stale, lost, counted = refused.stale, refused.connection_lost, refused.counted
+                error = error_of(refused, self._locked_out)
+            except (AskOperator, IdentityStale) as verdict:
+                error = verdict
+            if not counted:
+                error, again = doubts.weigh(error, stale)
+            if self._esapi is not None and (lost or stale or again):
+                self._drop(lost)
+            if not again:
+                raise error
 
     def _open(self) -> None:
         if self._esapi is not None:
@@ -742,7 +751,22 @@ class EsysTpm:
         except RefusedError as refused:
             check_duplicate_fits(refused, activation.duplicate)
             raise
-        return wrap(activation.id_key_public, bytes(private.marshal()))
+        wrapped_private = bytes(private.marshal())
+        if not has_no_da(activation.id_key_public):
+            self._try_out(activation.id_key_public, wrapped_private, session)
+        return wrap(activation.id_key_public, wrapped_private)
+
+    def _try_out(self, public: bytes, private: bytes, session: int) -> None:
+        """The first use of a key without noDA: AskOperator `dps.key_unsuitable` where it has a password of its own."""
+        with self._loaded(public, private, session) as key:
+            refuse_untried(self._properties(PT_LOCKOUT_COUNTER, PT_LOCKOUT_INTERVAL))
+            self._shutdown_due = True
+            try:
+                self._hmac(key, b"", session)
+            except RefusedError as refused:
+                if refused.by_key:
+                    raise own_password(refused) from None
+                raise
 
     def _start_policy(self) -> int:
         tss = self._tss

@@ -76,9 +76,11 @@ class SimulatedTpm:
             object_type, auth_value, seed_value, hmac_key = _parse_sensitive(sensitive)
         except ValueError as error:
             raise IdentityStale("tpm.blob_refused", f"{_NOT_FOR_THIS_TPM}: {error}") from None
+        if auth_value:
+            text = f"the key's password: expected an empty one; came one of {len(auth_value)} bytes"
+            raise AskOperator("dps.key_unsuitable", text)
         for what, came, expected, fits in (
             ("type", object_type, ALG_KEYEDHASH, object_type == ALG_KEYEDHASH),
-            ("password's length", len(auth_value), 0, not auth_value),  # nobody could give it
             ("seed value's length", len(seed_value), SHA256_BYTES, len(seed_value) == SHA256_BYTES),
             ("length", len(hmac_key), f"at most {MAX_HMAC_KEY_BYTES}", len(hmac_key) <= MAX_HMAC_KEY_BYTES),
         ):

@@ -38,7 +38,8 @@ _FMT1_SIZE = 0x95
 _FMT1_INSUFFICIENT = 0x9A
 _FMT1_POLICY_FAIL = 0x9D
 _FMT1_INTEGRITY = 0x9F
-_FMT1_AUTH = (0x8E, 0xA2)  # AUTH_FAIL, BAD_AUTH: a wrong password, or a command that was altered on its way
+_FMT1_AUTH_FAIL = 0x8E
+_FMT1_AUTH = (_FMT1_AUTH_FAIL, 0xA2)  # and BAD_AUTH: a wrong password, or a command that was altered on its way
 
 LAYER_ESYS: "Final" = 7
 LAYER_SYS: "Final" = 8
@@ -50,8 +51,10 @@ RC_CONNECTION_LOST: "Final" = 0xA000A  # TSS2_TCTI_RC_IO_ERROR
 RC_ALTERED: "Final" = 0x7001B  # TSS2_ESYS_RC_RSP_AUTH_FAILED: the answer is not what the TPM sent
 
 _ON_HIERARCHIES = ("policy_secret", "create_primary", "evict_control")
+_BY_KEY = ("hmac", "hmac_start")  # the session is for the key that is used
 _BY_SRK = ("activate_credential", "import", "load")  # the first session is for the storage root key
 # Two integrity digests and a seed value with their sizes, type, empty authorisation, the key's size, the key.
+_VERDICTS = 3  # of which no two agree, and we give up
 _LONGEST_DUPLICATE = 3 * (2 + SHA256_BYTES) + 2 + 2 + 2 + 2 + MAX_HMAC_KEY_BYTES
 
 
@@ -97,6 +100,16 @@ class RefusedError(Exception):
         if self.altered or (self.base == _FMT1_HANDLE and not self.parameter):
             return True
         return self.base in _FMT1_AUTH and self.command not in _ON_HIERARCHIES and self.command != "nv_read"
+
+    @property
+    def counted(self) -> bool:
+        """Whether the TPM took it for a failed guess and counted that towards its lockout: it is not tried again."""
+        return self.base == _FMT1_AUTH_FAIL and self.command in _BY_KEY
+
+    @property
+    def by_key(self) -> bool:
+        """Whether the key that is used refused its empty password."""
+        return self.base in _FMT1_AUTH and self.command in _BY_KEY
 
     @property
     def wrong_password(self) -> bool:
@@ -159,6 +172,10 @@ def error_of(refused: RefusedError, locked_out: "Callable[[str], RetryLater]") -
         if refused.odd:
             message += f"; what is in there may not be what was meant: {refused.odd}"
         return AskOperator("tpm.hierarchy_auth", message)
+    if refused.counted:  # by a key that has shown when it was imported that it has no password
+        return RetryLater("tpm.bus_altered", f"{message}: expected it to take the command; it was altered on its way")
+    if refused.by_key:
+        return own_password(refused)
     if command in _BY_SRK and base in _FMT1_AUTH:
         return AskOperator(
             "tpm.srk_unsuitable", f"{message}: the key at srk_handle has a password of its own: set another srk_handle"
@@ -172,6 +189,42 @@ def error_of(refused: RefusedError, locked_out: "Callable[[str], RetryLater]") -
     if base == _FMT1_HANDLE or _RC_REFERENCE_H0 <= code <= _RC_REFERENCE_S6:
         return AskOperator("tpm.failed", f"{message}: a key or session was gone twice; does another program clear it?")
     return AskOperator("tpm.failed", message)
+
+
+def own_password(refused: RefusedError) -> AskOperator:
+    """The error for a key whose empty password the TPM refused: nobody was told another one."""
+    return AskOperator(
+        "dps.key_unsuitable",
+        f"the key's password: expected an empty one; the TPM refused that in {refused.command} (0x{refused.rc:x})",
+    )
+
+
+class Doubts:
+    """What the TPM has said in one operation that would stop us, and is asked again before it is believed.
+
+    Most of a TPM's refusals, and what it shows of its keys, prove nothing, and neither SPI nor a socket notices a
+    flipped bit: so a verdict counts when the same one has come twice, the second time over a new session.
+    """
+
+    def __init__(self) -> None:
+        self._said: list[tuple[str, str]] = []
+
+    def weigh(self, error: "DpsError", stale: bool) -> "tuple[DpsError, bool]":
+        """What to raise, and whether the operation is tried again instead.
+
+        `stale`: what it refused was a session or handle that is no longer what it was, or an altered answer.
+        """
+        said = (error.code, error.message)
+        known = said in self._said
+        self._said.append(said)
+        if isinstance(error, RetryLater):
+            return error, stale and len(self._said) == 1
+        if known or not (stale or error.code.startswith("tpm.")):
+            return error, False
+        if len(self._said) < _VERDICTS:
+            return error, True
+        text = f"the TPM gave {_VERDICTS} different verdicts, the last: {error.message}"
+        return RetryLater("tpm.bus_altered", text), False
 
 
 def check_duplicate_fits(refused: RefusedError, duplicate: bytes) -> None:

@@ -100,6 +100,20 @@ def refuse_at_the_brink(properties: "dict[int, int]") -> None:
         raise locked_out(f"the TPM has counted {counter} of {maximum} failures", properties)
 
 
+def refuse_untried(properties: "dict[int, int]") -> None:
+    """RetryLater `tpm.locked_out` where the TPM has counted any failure: then no new key without noDA is tried out.
+
+    A key without noDA may have a password of its own, and only a guess shows it. One that fails is counted, so this
+    keeps whoever hands such keys out, however often, from bringing the TPM more than one step towards its lockout.
+    """
+    counter, maximum = properties.get(PT_LOCKOUT_COUNTER, 0), properties.get(PT_LOCKOUT_COUNTER + 1, 0)
+    if counter:
+        what = (
+            f"the TPM has counted {counter} of {maximum} failures, and a new key without noDA waits until it has none"
+        )
+        raise locked_out(what, properties)
+
+
 def locked_out(what: str, properties: "dict[int, int]") -> RetryLater:
     """The error that `what` is, with the TPM's own recovery time."""
     recovery_s = properties.get(PT_LOCKOUT_INTERVAL)

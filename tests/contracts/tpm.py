@@ -100,6 +100,7 @@ def badly_built_blob(
     *,
     inner_key: bytes = bytes(16),
     object_type: int = ALG_KEYEDHASH,
+    attributes: int = ID_KEY_ATTRIBUTES,
     auth_value: bytes = b"",
     seed_value: bytes = bytes(32),
     unique: bytes = b"",
@@ -110,7 +111,7 @@ def badly_built_blob(
 ) -> bytes:
     """An activation blob for `tpm` with every HMAC right, as built by a service with a mistake in it."""
     ek, srk = tpm.endorsement_key(), tpm.storage_root_key()
-    good = split_activation(make_activation(ek, srk, KEY))
+    good = split_activation(make_activation(ek, srk, KEY, attributes=attributes))
     public = good.id_key_public[:-32] + (unique or sha256(seed_value + KEY))
     key_name = object_name(public)
     fields = sized(auth_value) + sized(seed_value) + sized(KEY) + behind_the_key
@@ -247,6 +248,13 @@ def test_a_key_that_is_no_importable_signing_key_is_unsuitable(tpm: "Tpm", other
         _assert_import_refused(tpm, blob_for(tpm, attributes=attributes), UNSUITABLE, f"attributes={attributes:#x}")
 
 
+def test_a_key_with_a_password_of_its_own_is_unsuitable(tpm: "Tpm", other_tpm: "Tpm") -> None:
+    for password in (b"p", b"password", bytes(31) + b"p"):
+        activation = badly_built_blob(tpm, auth_value=password)
+        _assert_unsuitable(tpm, activation, f"password={password!r}")
+    assert tpm.sign(tpm.import_key(blob_for(tpm)), b"message") == hmac_sha256(KEY, b"message")
+
+
 def test_a_key_of_65_bytes_or_more_is_refused(tpm: "Tpm", other_tpm: "Tpm") -> None:
     for length in (65, 128, 129, 200):
         reproduce = f"key length={length}"
@@ -313,6 +321,11 @@ def _assert_import_refused(
     tpm: "Tpm", activation: bytes, expected: "tuple[type[DpsError], str]", reproduce: str
 ) -> None:
     assert_refused(lambda: tpm.import_key(activation), expected[0], expected[1], reproduce)
+
+
+def _assert_unsuitable(tpm: "Tpm", activation: bytes, reproduce: str) -> None:
+    """A key that is taken may show it when it is used first."""
+    assert_refused(lambda: tpm.sign(tpm.import_key(activation), b"message"), UNSUITABLE[0], UNSUITABLE[1], reproduce)
 
 
 def _assert_stale(tpm: "Tpm", wrapped_key: bytes, reproduce: str) -> None:

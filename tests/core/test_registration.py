@@ -6,6 +6,7 @@ from dps_agent.registration import register
 from dps_agent.settings import POLL_OPERATION
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import hmac_sha256, to_base64
+from dps_hal.tpm_keys import DECRYPT, ID_KEY_ATTRIBUTES, RESTRICTED
 from support.claims import assert_refused
 from support.world import (
     DEVICE,
@@ -562,6 +563,26 @@ def test_a_hub_key_of_another_kind_is_refused() -> None:
         world.dps.script[1] = damage
         choice = settings(poll=POLL_OPERATION)
         assert_refused(lambda: enrol(world, choice), AskOperator, "dps.key_unsuitable", hex(attributes))
+
+
+def test_a_hub_key_that_comes_out_of_the_tpm_as_another_kind_is_refused() -> None:
+    for attributes in (ID_KEY_ATTRIBUTES | DECRYPT, ID_KEY_ATTRIBUTES | RESTRICTED, 0):
+        world = World()
+        import_key = world.tpm.import_key
+        imported: list[bytes] = []
+
+        def another_kind(
+            activation: bytes,
+            take: "Any" = import_key,
+            done: "list[bytes]" = imported,
+            a: int = attributes,
+        ) -> bytes:
+            done.append(take(activation))
+            return done[-1] if len(done) == 1 else done[-1][:6] + a.to_bytes(4, "big") + done[-1][10:]
+
+        world.tpm.import_key = another_kind  # type: ignore[method-assign]
+        assert_refused(lambda: enrol(world), AskOperator, "dps.key_unsuitable", hex(attributes))
+        assert len(imported) == 2
 
 
 def test_a_hub_key_that_does_not_sign_is_refused() -> None:

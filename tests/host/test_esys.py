@@ -513,7 +513,7 @@ def test_a_key_that_cannot_be_loaded_or_stored_costs_no_other(machine: Swtpm, ta
         (swtpm.ENDORSEMENT, {"endorsement_auth": b"wrong"}, False),
     ],
 )
-def test_passwords_are_tried_once_and_never_cross_the_bus(
+def test_passwords_are_tried_and_never_cross_the_bus(
     kind: int, given: dict[str, bytes], fits: bool, machine: Swtpm, tap: TpmTap, open_tpm: OpenTpm
 ) -> None:
     before = open_tpm(machine.tcti)
@@ -527,7 +527,7 @@ def test_passwords_are_tried_once_and_never_cross_the_bus(
         error = assert_refused(tpm.try_passwords, AskOperator, "tpm.hierarchy_auth")
         assert next(iter(given)) + "_file" in error.message
     tpm.release()
-    assert tap.names.count("PolicySecret") == len(given)
+    assert tap.names.count("PolicySecret") == (len(given) if fits else 2)  # a refusal is believed the second time
     assert not tap.seen(b"right") and not tap.seen(b"wrong")
     assert machine.property(swtpm.LOCKOUT_COUNTER) == 0
     assert machine.leftovers() == []

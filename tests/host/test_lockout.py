@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from contracts.tpm import KEY, blob_for
+from contracts.tpm import KEY, badly_built_blob, blob_for
 from dps_agent.host import hub_token
 from dps_agent.host.https import DpsConnection
-from dps_hal.errors import DpsError, RetryLater
+from dps_emulator import service
+from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.platform import hmac_sha256
+from dps_hal.tpm_keys import SIGN, USER_WITH_AUTH
 from support.backends import BACK_ENDS
 from support.claims import assert_refused
 from support.device import Device
@@ -25,6 +28,8 @@ MAXIMUM = 3
 LONG_S = 7200
 SHORT_S = 1
 RC_LOCKOUT = 0x921
+RC_RETRY = 0x922
+RC_AUTH_FAIL = 0x98E
 
 
 @pytest.fixture(params=BACK_ENDS)
@@ -176,3 +181,97 @@ def test_before_a_cut_can_lock_the_tpm_the_device_waits_as_long_as_the_tpm_says_
     assert hub_token(device.settings).startswith("SharedAccessSignature ")
     assert device.provision(force=False).already_provisioned
     assert lockout_answers(device.tap) == []
+
+
+# --- keys with a password of their own, which only a guess shows
+
+COUNTED = USER_WITH_AUTH | SIGN  # no noDA
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_keys_with_a_password_cost_one_counted_guess_however_often_they_come(back_end: str, tmp_path: Path) -> None:
+    with Swtpm(tmp_path / "tpm") as machine, TpmTap(machine.port) as tap:
+        machine.set_lockout(10, LONG_S)
+        tpm = BACK_ENDS[back_end](tap.tcti)
+        good = tpm.import_key(blob_for(tpm, attributes=COUNTED))
+        tap.forget()
+        unsuitable = badly_built_blob(tpm, attributes=COUNTED, auth_value=b"password")
+        assert_refused(lambda: tpm.import_key(unsuitable), AskOperator, "dps.key_unsuitable")
+        for number in range(5):
+            tpm.release()
+            tpm = BACK_ENDS[back_end](tap.tcti) if number % 2 else tpm  # as after a restart
+            another = badly_built_blob(tpm, attributes=COUNTED, auth_value=b"password", seed_value=bytes([number] * 32))
+            refused = partial(tpm.import_key, another)
+            assert assert_refused(refused, RetryLater, "tpm.locked_out", f"number={number}").retry_after_s == LONG_S
+        guesses = [passed.return_code for passed in tap.exchanges if passed.name == "HMAC"]
+        assert [return_code for return_code in guesses if return_code != RC_RETRY] == [RC_AUTH_FAIL]
+        assert tpm.sign(good, MESSAGE) == hmac_sha256(KEY, MESSAGE)  # one that was tried before is not affected
+        assert tpm.sign(tpm.import_key(blob_for(tpm)), MESSAGE) == hmac_sha256(KEY, MESSAGE)
+        tpm.release()
+        assert machine.property(LOCKOUT_COUNTER) == 1
+        assert machine.leftovers() == []
+
+
+@pytest.mark.parametrize("answer", ["lost", "altered"])
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_a_guess_whose_answer_does_not_come_is_not_made_again(back_end: str, answer: str, tmp_path: Path) -> None:
+    with Swtpm(tmp_path / "tpm") as machine, TpmTap(machine.port) as tap:
+        machine.set_lockout(10, LONG_S)
+        tpm = BACK_ENDS[back_end](tap.tcti)
+        unsuitable = badly_built_blob(tpm, attributes=COUNTED, auth_value=b"password")
+        if answer == "lost":
+            tap.drop(command="HMAC", after_execution=True)
+        else:
+            tap.alter(command="HMAC", place=9)
+        with pytest.raises(DpsError) as raised:
+            tpm.import_key(unsuitable)
+        assert raised.value.code in ("tpm.locked_out", "dps.key_unsuitable")
+        tpm.release()
+        assert machine.property(LOCKOUT_COUNTER) == 1
+        assert machine.leftovers() == []
+
+
+def test_a_service_that_hands_such_keys_out_changes_neither_identity_nor_counter(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Shown:
+        """The keys that the service knows, as `badly_built_blob` asks for them."""
+
+        def __init__(self, ek: Any, srk: Any) -> None:
+            self.endorsement_key = lambda: ek.marshalled
+            self.storage_root_key = lambda: srk.marshalled
+
+    def with_password(ek: Any, srk: Any, *_words: Any, **_named: Any) -> bytes:
+        return badly_built_blob(Shown(ek, srk), attributes=COUNTED, auth_value=b"password")  # type: ignore[arg-type]
+
+    kept = device.stored()
+    monkeypatch.setattr(service, "activation_blob", with_password)
+    assert_refused(device.provision, AskOperator, "dps.key_unsuitable")
+    for _ in range(2):
+        error = assert_refused(device.provision, RetryLater, "tpm.locked_out")
+        assert error.retry_after_s == LONG_S
+    assert device.swtpm.property(LOCKOUT_COUNTER) == 1
+    assert device.stored() == kept
+    assert device.provision(force=False).already_provisioned
+    assert device.swtpm.leftovers() == []
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_a_proved_key_that_the_tpm_refuses_once_costs_one_count_and_no_operator(back_end: str, tmp_path: Path) -> None:
+    with Swtpm(tmp_path / "tpm") as machine, TpmTap(machine.port) as tap:
+        machine.set_lockout(10, LONG_S)
+        tpm = BACK_ENDS[back_end](tap.tcti)
+        wrapped_key = tpm.import_key(blob_for(tpm, attributes=COUNTED))
+        tpm.sign(wrapped_key, MESSAGE)
+        hmac = bytes.fromhex("00000155")
+        tap.redirect = lambda sent: sent[:-3] + bytes([sent[-3] ^ 1]) + sent[-2:] if sent[6:10] == hmac else sent
+        assert_refused(lambda: tpm.sign(wrapped_key, MESSAGE), RetryLater, "tpm.bus_altered")
+        tap.redirect = lambda sent: sent
+        assert machine_counts(machine, tpm) == 1
+        assert tpm.sign(wrapped_key, MESSAGE) == hmac_sha256(KEY, MESSAGE)
+        assert machine_counts(machine, tpm) == 1
+
+
+def machine_counts(machine: Swtpm, tpm: Any) -> int:
+    tpm.release()
+    return machine.property(LOCKOUT_COUNTER)

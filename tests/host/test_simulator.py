@@ -131,8 +131,8 @@ def test_a_message_over_4096_bytes_is_our_own_bug(tpm: SimulatedTpm) -> None:
 
 def test_a_key_with_a_password_is_refused(tpm: SimulatedTpm) -> None:
     activation = badly_built_blob(tpm, auth_value=b"pw")
-    error = assert_refused(lambda: tpm.import_key(activation), AskOperator, "tpm.key_refused")
-    assert error.message == "the key's password's length: expected 0; came 2"
+    error = assert_refused(lambda: tpm.import_key(activation), AskOperator, "dps.key_unsuitable")
+    assert error.message == "the key's password: expected an empty one; came one of 2 bytes"
 
 
 def test_no_repr_and_no_error_shows_a_key(tpm: SimulatedTpm) -> None:

@@ -125,7 +125,9 @@ def read_it(tpm: TpmService, activation: bytes, wrapped_key: bytes) -> object:
         (import_it, "ActivateCredential", 0x12F, AskOperator, "tpm.failed"),  # AUTH_UNAVAILABLE
         (import_it, "ActivateCredential", 0xA9D, AskOperator, "tpm.failed"),  # POLICY_FAIL
         (sign_it, "HMAC", 0x18B, AskOperator, "tpm.failed"),  # HANDLE, rebuilt once in vain
-        (sign_it, "HMAC", 0x9A2, AskOperator, "tpm.failed"),  # BAD_AUTH on no hierarchy: tampering
+        (sign_it, "HMAC", 0x9A2, AskOperator, "dps.key_unsuitable"),  # BAD_AUTH: the key has a password of its own
+        (sign_it, "HMAC", 0x98E, RetryLater, "tpm.bus_altered"),  # AUTH_FAIL: a key that had none when it came
+        (sign_much, "HMAC_Start", 0x9A2, AskOperator, "dps.key_unsuitable"),
         (sign_it, "HMAC", 0x918, AskOperator, "tpm.failed"),  # REFERENCE_S0, rebuilt once in vain
         (sign_much, "SequenceUpdate", 0x101, AskOperator, "tpm.failure_mode"),
         (sign_much, "SequenceComplete", 0x921, RetryLater, "tpm.locked_out"),
@@ -263,7 +265,8 @@ def test_any_return_code_at_any_command_ends_in_one_of_the_four_classes(
             tpm.release()
             with pytest.raises(DpsError) as raised:
                 operation(tpm, activation, wrapped_key)
-            assert raised.value.code.startswith("tpm."), f"{command} answered 0x{return_code:x}"
+            code = raised.value.code
+            assert code.startswith("tpm.") or code == "dps.key_unsuitable", f"{command} answered 0x{return_code:x}"
 
 
 # Command, the return code that it ends with, who must act, words of the sentence.
@@ -296,7 +299,10 @@ KNOWN_RETURN_CODES = (
     ("hmac", 0x100, AskOperator, "tpm.not_started", "started anew"),
     ("hmac", 0x130, AskOperator, "tpm.not_started", "started anew"),
     ("hmac", 0x12D, AskOperator, "tpm.upgrading", "upgrade of its own firmware"),
-    ("hmac", 0x9A2, AskOperator, "tpm.failed", "the proof that the command is ours"),
+    ("hmac", 0x9A2, AskOperator, "dps.key_unsuitable", "expected an empty one"),
+    ("hmac_start", 0x9A2, AskOperator, "dps.key_unsuitable", "expected an empty one"),
+    ("hmac", 0x98E, RetryLater, "tpm.bus_altered", "altered on its way"),
+    ("sequence_update", 0x9A2, AskOperator, "tpm.failed", "the proof that the command is ours"),
     ("nv_read", 0x98E, AskOperator, "tpm.certificate_locked", "has a password"),
     ("read_public", 0x01E, AskOperator, "tpm.unsupported", "this is a TPM 1.2"),
     ("create_primary", 0x185, AskOperator, "tpm.disabled", "firmware setup"),

@@ -8,7 +8,7 @@ import struct
 from dps_hal.activation import parse_activation
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
 from dps_hal.errors import AskOperator
-from dps_hal.tpm_errors import RC_ALTERED, RC_NV_SPACE, RefusedError, check_duplicate_fits
+from dps_hal.tpm_errors import RC_ALTERED, RC_NV_SPACE, RefusedError, check_duplicate_fits, own_password
 from dps_hal.tpm_keys import (
     ALG_AES,
     ALG_CFB,
@@ -33,6 +33,7 @@ from dps_hal.tpm_rules import (
     Passwords,
     is_srk,
     refuse_at_the_brink,
+    refuse_untried,
 )
 from dps_hal.wire.commands import (
     ACTIVATE_CREDENTIAL,
@@ -420,7 +421,18 @@ class WireTpm(Operations):
         except RefusedError as refused:
             check_duplicate_fits(refused, activation.duplicate)
             raise refused
+        if not has_no_da(activation.id_key_public):
+            self._with_loaded(activation.id_key_public, private, self._try_out)
         return wrap(activation.id_key_public, private)
+
+    def _try_out(self, key: Key) -> None:
+        """The first use of a key without noDA: AskOperator `dps.key_unsuitable` where it has a password of its own."""
+        refuse_untried(self._properties(PT_LOCKOUT_COUNTER, PT_LOCKOUT_INTERVAL))
+        self._shutdown_due = True
+        try:
+            self._hmac(key, b"")
+        except RefusedError as refused:
+            raise own_password(refused) if refused.by_key else refused
 
     def _hmac(self, key: Key, message: bytes) -> bytes:
         session = self._salted_session()

@@ -5,8 +5,8 @@ Handles and their ranges: TPM 2.0 Library Part 2, 7.2 and 7.4.
 
 import struct
 
-from dps_hal.errors import DpsError, RetryLater
-from dps_hal.tpm_errors import RC_ALTERED, RC_SEQUENCE, RefusedError, error_of
+from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
+from dps_hal.tpm_errors import RC_ALTERED, RC_SEQUENCE, Doubts, RefusedError, error_of
 from dps_hal.tpm_keys import SHA256_BYTES, sized
 from dps_hal.tpm_rules import (
     COMMAND_LIMIT_S,
@@ -100,8 +100,10 @@ class Operations:
     def _operate(self, operation: "Callable[[], Answer]") -> "Answer":
         self._connection.begin(COMMAND_LIMIT_S)
         self.creates_key = False
-        rebuilt = False
+        doubts = Doubts()
         while True:
+            error: DpsError
+            stale = lost = again = counted = False
             try:
                 self._open()
                 answer = operation()
@@ -111,15 +113,18 @@ class Operations:
                 self._altered = self._altered or refused.altered
                 if refused.wrong_password and self._goes_without(refused):
                     continue
-                if not refused.stale:
-                    raise error_of(refused, self._locked_out)
-                if refused.connection_lost:
-                    self._close()
-                else:
-                    self._end_connection()
-                if rebuilt:
-                    raise error_of(refused, self._locked_out)
-                rebuilt = True
+                stale, lost, counted = refused.stale, refused.connection_lost, refused.counted
+                error = error_of(refused, self._locked_out)
+            except (AskOperator, IdentityStale) as verdict:
+                error = verdict
+            if not counted:
+                error, again = doubts.weigh(error, stale)
+            if lost:
+                self._close()
+            elif stale or again:
+                self._end_connection()
+            if not again:
+                raise error
 
     def _goes_without(self, refused: RefusedError) -> bool:
         """Whether the hierarchy that refused its password has none; see `Passwords`."""

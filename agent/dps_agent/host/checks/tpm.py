@@ -67,7 +67,7 @@ def auth(device: Device) -> Finding:
         except AskOperator as error:
             if error.code != "tpm.hierarchy_auth":
                 raise
-            counted = f"{error.message}; it was tried once, and the TPM counts a wrong one of these towards no lockout"
+            counted = f"{error.message}; it was tried, and the TPM counts a wrong one of these towards no lockout"
             return failed(AskOperator(error.code, counted))
     unneeded = [
         f"{hierarchy}_auth_file is set, but the {hierarchy} hierarchy has no password"
