@@ -50,7 +50,8 @@ REMEDIES: dict[str, str] = {
     "store.read_only": "make the state folder's file system writable",
     "store.too_large": "the assignment does not fit into its slot; send a smaller custom payload from DPS",
     "store.unknown_version": "a newer dps-agent wrote this record: install that version, or run 'dps-agent reset'",
-    "store.unsuitable": "name a NOR flash partition of four slots; on NAND put UBIFS over UBI and name a folder there",
+    "store.unsuitable": "name a NOR flash partition of four slots; on NAND put UBIFS over UBI and name a folder there;"
+    " on a board make the file system under state_dir a littlefs, or give the agent a block_store",
     # record
     "record.absent": "run 'dps-agent provision'",
     "record.damaged": "run 'dps-agent provision'; the agent registers again by itself",

@@ -1,7 +1,7 @@
 """The record store on littlefs: one file per record, written beside it and renamed over it.
 
-There a closed file is durable and a rename is atomic, so one copy is enough. On other file systems it is not:
-`dps_hal.files` is the store for Linux.
+There a closed file is durable and a rename is atomic, so one copy is enough. On other file systems it is not, such as
+the FAT that some ports make of their flash: they are refused. `dps_hal.files` is the store for Linux.
 """
 
 from dps_hal.contracts import IDENTITY, PROGRESS, StoredRecord
@@ -22,11 +22,15 @@ _EROFS = 30
 
 
 class LittleFsStore:
-    """The `Store` in a folder of a littlefs; `system` is the module `os`. The first commit makes the folder."""
+    """The `Store` in a folder of a littlefs; `system` is the module `os`. The first commit makes the folder.
+
+    AskOperator `store.unsuitable` where something else than a littlefs is mounted there.
+    """
 
     max_payload = 4096 - OVERHEAD_BYTES
 
     def __init__(self, folder: str, system: "Any") -> None:
+        refuse_unless_littlefs(folder, system)
         self._folder = folder
         self._system = system
 
@@ -98,6 +102,29 @@ class LittleFsStore:
         except OSError as error:
             if not ignoring_failure and error.errno != _ENOENT:
                 raise _failure("erase", path, error)
+
+
+def refuse_unless_littlefs(folder: str, system: "Any") -> None:
+    """AskOperator `store.unsuitable` unless `folder` lies on a littlefs; `system` is the module `os`."""
+    vfs = system
+    if not hasattr(system, "mount"):
+        import vfs  # type: ignore[import-not-found,no-redef]  # where `os` has only what CPython's has
+    try:
+        mounts = vfs.mount()
+    except TypeError:
+        mounts = ()  # MicroPython before 1.25 does not say
+    path = folder if folder[:1] == "/" else system.getcwd().rstrip("/") + "/" + folder
+    kind = "nothing"
+    for file_system, place in mounts:  # the first that fits is used
+        if (path + "/").startswith(place if place == "/" else place + "/"):
+            kind = type(file_system).__name__
+            break
+    if kind not in ("VfsLfs2", "VfsLfs1"):
+        raise AskOperator(
+            "store.unsuitable",
+            f"expected a littlefs at {folder}, where a power cut loses no record; came {kind}: make its file system a"
+            " littlefs, or give the agent a block_store",
+        )
 
 
 def _failure(action: str, what: str, error: OSError) -> "DpsError":

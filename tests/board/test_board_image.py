@@ -171,19 +171,23 @@ class Bench:
             f'[board]\nntp_server = "{self.ntp.address}"\n{more}'
         )
 
-    def deploy(self, *words: str) -> str:
-        """What tools/deploy prints."""
+    def deployed(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        """What tools/deploy prints, and its exit status."""
         built_at_s = int(time.time()) - 30 * 86400
-        done = subprocess.run(
+        return subprocess.run(
             [sys.executable, "tools/deploy", str(self.settings), *words],
             env={**os.environ, "SOURCE_DATE_EPOCH": str(built_at_s)},
             cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
+
+    def deploy(self, *words: str) -> str:
+        """What tools/deploy prints."""
+        done = self.deployed(*words)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def serial_board(self, cut_after: int = -1) -> SerialBoard:
-        return SerialBoard(self.flash, self.swtpm.port, cut_after)
+    def serial_board(self, cut_after: int = -1, fat: bool = False) -> SerialBoard:
+        return SerialBoard(self.flash, self.swtpm.port, cut_after, fat)
 
     def boot(self, until: str = "") -> str:
         return boot(self.flash, self.swtpm.port, until)
@@ -251,6 +255,42 @@ def test_a_copy_over_the_console_runs_and_a_second_one_finds_nothing_to_do(bench
         copied = [line.removeprefix("copied ") for line in said.splitlines() if line.startswith("copied ")]
         assert copied == ["config.json", "main.py"], "what is there already is left alone"
     bench.boot(until=CONNECTED)
+
+
+def test_no_copy_begins_on_a_board_whose_file_system_loses_records(bench: Bench) -> None:
+    bench.flash.write_bytes(bytes(IMAGE_BYTES))
+    with bench.serial_board(fat=True) as board:
+        before = bench.flash.read_bytes()
+        done = bench.deployed("--port", board.device)
+        assert done.returncode == 2 and "came VfsFat" in done.stderr, done.stdout + done.stderr
+        assert "[store.unsuitable]. Nothing was changed" in done.stderr and "copied" not in done.stdout
+        assert bench.flash.read_bytes() == before
+        # A program whose store is on a block device of its own needs no file system for it.
+        (bench.folder / "own.py").write_text("from dps_hal.block import block_store\n")
+        done = bench.deployed("--port", board.device, "--app", str(bench.folder / "own.py"))
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_board_on_fat_is_told_at_its_start(image: Image) -> None:
+    code = (
+        "import vfs\n"
+        "from dps_board import parts\n"
+        "from tests.support.littlefs_cuts import Flash\n"
+        "class Config:\n values = {'state_dir': '/fat/dps-agent'}\n"
+        "flash = Flash(bytes(131072))\n"
+        "flash.ioctl = lambda operation, argument: {4: 256, 5: 512}.get(operation, 0)\n"
+        "flash.writeblocks = lambda block, content, offset=0: flash._write(block * 512 + offset, content)\n"
+        "vfs.VfsFat.mkfs(flash)\n"
+        "vfs.mount(vfs.VfsFat(flash), '/fat')\n"
+        "try:\n parts.make_store(Config)\n"
+        "except Exception as error:\n print(error.code, error.message)\n"
+    )
+    done = subprocess.run(
+        [MICROPYTHON, "-c", code],
+        env={**os.environ, "MICROPYPATH": f"{image.folder}:{CHECKOUT}:.frozen"},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stdout.startswith("store.unsuitable expected a littlefs at /fat/dps-agent"), done.stdout + done.stderr
 
 
 def test_the_program_of_the_readme_runs_in_the_examples_place(bench: Bench) -> None:

@@ -276,7 +276,7 @@ RULES: list[tuple[str, Rule, list[Path], str, str]] = [
     (
         "dps_hal imports what a board has",
         only_these_imports(HAL_IMPORTS),
-        [path for path in SHARED_HAL if path.name not in ("platform.py", "tcp.py")],
+        [path for path in SHARED_HAL if path.name not in ("platform.py", "tcp.py", "littlefs.py")],
         "import os",
         "from dps_hal import errors",
     ),
@@ -293,6 +293,13 @@ RULES: list[tuple[str, Rule, list[Path], str, str]] = [
         [HAL / "wire" / "tcp.py"],
         "import time",
         "import socket",
+    ),
+    (
+        "littlefs.py imports what says which file systems there are",
+        only_these_imports(HAL_IMPORTS | {"vfs"}),
+        [HAL / "littlefs.py"],
+        "import os",
+        "import vfs",
     ),
     (
         "dps_hal never imports upwards",

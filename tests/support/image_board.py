@@ -65,7 +65,11 @@ def main() -> None:
         if name.split(".")[0] in ("dps_agent", "dps_hal", "dps_board", "support"):
             del sys.modules[name]
     sys.modules["machine"] = Machine  # type: ignore[assignment]
-    vfs.mount(vfs.VfsLfs2(flash, progsize=256, readsize=256), "/")
+    if sys.argv[3:] == ["fat"]:  # as the firmware of an STM32 makes it
+        vfs.VfsFat.mkfs(flash)
+        vfs.mount(vfs.VfsFat(flash), "/")
+    else:
+        vfs.mount(vfs.VfsLfs2(flash, progsize=256, readsize=256), "/")
     os.chdir("/")
     sys.path[:] = ["", ".frozen", "/lib"]
     gc.collect()

@@ -48,10 +48,10 @@ def boot(image: Path, tpm_port: int, until: str = "", timeout_s: float = 60) -> 
 class SerialBoard:
     """The board while its power is on; `device` is the port, `received` counts the bytes that it got.
 
-    `cut_after` bytes it dies, and the port with it.
+    `cut_after` bytes it dies, and the port with it. `fat`: its flash is made an empty FAT first.
     """
 
-    def __init__(self, image: Path, tpm_port: int, cut_after: int = -1) -> None:
+    def __init__(self, image: Path, tpm_port: int, cut_after: int = -1, fat: bool = False) -> None:
         self.received = 0
         self._cut_after = cut_after
         self._board_end, board_side = pty.openpty()
@@ -60,6 +60,7 @@ class SerialBoard:
             tty.setraw(end)
         self.device = os.ttyname(self._port)
         words = [MICROPYTHON, "-X", f"heapsize={HEAP}", "-i", "tests/support/image_board.py", str(image), str(tpm_port)]
+        words += ["fat"] if fat else []
         self._process = subprocess.Popen(
             words, cwd=CHECKOUT, env=ENVIRONMENT, stdin=board_side, stdout=board_side, stderr=board_side
         )

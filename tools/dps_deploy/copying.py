@@ -6,6 +6,9 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dps_hal.errors import AskOperator
+from dps_hal.littlefs import refuse_unless_littlefs
+
 ANSWER_LIMIT_S = 10
 CHUNK_BYTES = 512  # the board needs several times that
 _LAST = "main.py"
@@ -29,17 +32,22 @@ class CopyError(Exception):
     """The copy did not come to its end; the text says where, and what the board does now."""
 
 
+class Unsuitable(Exception):
+    """The board has no file system for the agent's records, and nothing was changed on it; the text says which."""
+
+
 def guard(files: Mapping[str, bytes]) -> bytes:
     """A main.py that prints which of `files` are missing or differ; it loads and starts nothing else."""
     digests = tuple((path, hashlib.sha256(files[path]).hexdigest()[:16]) for path in sorted(files) if path != _LAST)
     return _GUARD.format(digests=digests).encode()
 
 
-def copy(files: Mapping[str, bytes], device: str, show: Callable[[str], None]) -> int:
+def copy(files: Mapping[str, bytes], device: str, show: Callable[[str], None], records: str = "") -> int:
     """Makes the files on the board at `device` those of `files`, by path; returns how many differed.
 
     main.py is written first, as the guard, and last, as itself. A file that is there already is left alone; a source
-    beside a module is removed, because the board would load it instead. CopyError.
+    beside a module is removed, because the board would load it instead. CopyError; Unsuitable where the folder
+    `records`, if one is named, does not lie on a littlefs.
     """
     from mpremote.transport import TransportError
     from mpremote.transport_serial import SerialTransport
@@ -51,6 +59,8 @@ def copy(files: Mapping[str, bytes], device: str, show: Callable[[str], None]) -
             doing = "reach MicroPython's prompt (does a firmware run there? does another program use the port?)"
             board.enter_raw_repl(soft_reset=False)
             doing = "look at what is there"
+            if records:
+                refuse_unless_littlefs(records, _Mounts(board))
             differing = [path for path in sorted(files) if not _is_there(board, path, files[path])]
             shadows = [f"{path[:-4]}.py" for path in sorted(files) if path.endswith(".mpy")]
             shadows = [path for path in shadows if board.fs_exists(path)]
@@ -79,7 +89,26 @@ def copy(files: Mapping[str, bytes], device: str, show: Callable[[str], None]) -
         until_then = "until all is copied, the board starts what it had, or says at its start what is missing"
         now = f"Run this again; {until_then}" if begun else "Nothing was changed"
         raise CopyError(f"could not {doing}: {lines[-1]}. {now}") from None
+    except AskOperator as error:
+        raise Unsuitable(f"{error.message} [{error.code}]. Nothing was changed") from None
     return len(differing)
+
+
+class _Mounts:
+    """What the board's module `os` says of its file systems, before any code of the agent is there."""
+
+    def __init__(self, board: Any) -> None:
+        board.exec("import os, vfs\ntry:\n m = vfs.mount()\nexcept TypeError:\n m = []  # before MicroPython 1.25")
+        self._mounts = board.eval("[(type(file_system).__name__, place) for file_system, place in m]")
+        self._folder = board.eval("os.getcwd()")
+
+    def mount(self) -> list[tuple[object, str]]:
+        """As `vfs.mount()`: objects of classes with these names, and where they are mounted."""
+        return [(type(kind, (), {})(), place) for kind, place in self._mounts]
+
+    def getcwd(self) -> str:
+        """As `os.getcwd()`."""
+        return str(self._folder)
 
 
 def _is_there(board: Any, path: str, content: bytes) -> bool:
