@@ -688,6 +688,20 @@ def test_too_many_events_of_programs_are_refused() -> None:
     assert taken == host_mqtt.POSTS_LIMIT
 
 
+def test_an_event_is_taken_back_once_and_only_while_it_waits_whoever_takes_others_meanwhile() -> None:
+    hub = HubConnection()
+    events = [MessageDone(number) for number in range(100)]
+    assert all(map(hub.post, events))
+    assert soon(hub, 0.01) == events[0] and not hub.take_back(events[0])
+    got: list[Any] = []
+    taker = threading.Thread(target=lambda: got.extend(iter(lambda: hub.next_event(0.0), None)))
+    taker.start()
+    taken_back = [event for event in reversed(events) if hub.take_back(event)]
+    taker.join(10)
+    assert sorted(got + taken_back) == events[1:] and not any(map(hub.take_back, events))
+    hub.close()
+
+
 def test_programs_that_post_without_end_do_not_starve_the_hub(serve) -> None:
     _, hub = serve(accepting())
     hub.connect(connecting())

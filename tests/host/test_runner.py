@@ -844,6 +844,13 @@ def test_an_exception_of_the_hub_never_reaches_the_logic(effect: Any, call: str)
     assert reached == []
 
 
+def test_a_posted_event_is_taken_back_from_the_hub_that_has_it() -> None:
+    hardware = Hardware()
+    one = runner_on(hardware, hub=Hub(hardware))
+    assert one.take_back(RegisterAgain()) and "hub.take_back" in str(hardware.calls)
+    assert not runner_on(Hardware()).take_back(RegisterAgain())
+
+
 def test_a_posted_event_ends_a_wait() -> None:
     hardware = Hardware()
     one = runner_on(hardware, hub=Hub(hardware))

@@ -553,6 +553,35 @@ def test_an_id_of_the_life_before_means_nothing_in_the_next_one(tmp_path: Path) 
     assert (service._life.serial, service._life.dps_not_before_s) == (7, 1e9)
 
 
+def test_what_is_posted_while_a_life_ends_is_refused_or_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = bare_service(tmp_path)
+    service._begin_life()
+    queued: list[Any] = []
+    event = SendTelemetry(5, {}, b"x")
+    runner = service._equipment.runner
+    monkeypatch.setattr(runner, "take_back", lambda found: found in queued and not queued.remove(found))
+    for leaves, found in ((False, False), (True, False), (True, True)):
+        service._leaving = False
+        queued.clear()
+
+        def post(posted: Any, leaves: bool = leaves, found: bool = found) -> bool:
+            service._leaving = leaves  # in this moment
+            queued.extend([] if found else [posted])  # what `_leave_hub` has found it answers itself
+            return True
+
+        monkeypatch.setattr(runner, "post", post)
+        assert service._post(event) == (not leaves or found)
+        assert queued == ([] if leaves else [event])
+    assert not service._post(event), "it is being left"
+
+
+def test_a_command_is_taken_back_once_and_only_before_it_was_begun(tmp_path: Path) -> None:
+    service = bare_service(tmp_path)
+    command = Command(1, "token")
+    service._take_command(command)
+    assert service._take_back(command) and not service._take_back(command) and not service._commands
+
+
 def test_what_is_queued_for_the_hub_ends_with_the_life(tmp_path: Path) -> None:
     service = bare_service(tmp_path)
     told: list[Message] = []

@@ -23,9 +23,11 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dps_agent.effects import NO_REPLY_TOO_LARGE, Failed
 from dps_agent.host.config import ROOT_SUFFIX
 from dps_agent.host.journal import NOTICE, WARNING, Journal
 from dps_agent.host.local.events import Events, chunk
+from dps_agent.host.local.heads import REQUEST_HEADERS, Head, read_head
 from dps_agent.host.local.routes import (
     NOT_SENT,
     RETRY_AFTER_S,
@@ -44,6 +46,7 @@ from dps_agent.host.local.routes import (
 from dps_agent.host.local.shares import Lines, Peer, Places, is_trusted
 from dps_agent.host.local.statefile import make_runtime_folder
 from dps_agent.host.runner import bug
+from dps_agent.http1 import Reader
 from dps_agent.hub_effects import MethodCall, SendTelemetry, TelemetryDone
 from dps_agent.session import IN_FLIGHT_LIMIT
 from dps_hal.platform import to_json
@@ -51,6 +54,7 @@ from dps_hal.platform import to_json
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from dps_agent.http1 import Reading
     from dps_agent.hub_effects import Event, Message
 
 CLIENT_GROUP = "dps-agent-clients"
@@ -58,8 +62,7 @@ GROUP_FILE = "/etc/group"
 BACKLOG = 128  # connections that wait to be looked at
 ACCEPTS_A_TURN = 64  # connections
 REQUESTS_A_TURN = 16  # of one client, then come the others
-READ_SIZE = 16 * 1024  # bytes of heads, in one go
-HEAD_LIMIT = 8192  # bytes of request line and headers
+READ_SIZE = 20 * 1024  # bytes of heads in one go: one that is too long is read, so that its answer arrives
 BODY_LIMIT = 256 * 1024  # bytes; IoT Hub quotas: a device-to-cloud message
 LINES_LIMIT = 128  # events that a reader may be behind
 READERS_LIMIT = 2 * 1024 * 1024  # bytes that all readers together may be behind, beside what is held anyway
@@ -87,7 +90,6 @@ _REASONS = {
     429: "Too Many Requests",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
-    501: "Not Implemented",
     503: "Service Unavailable",
     504: "Gateway Timeout",
 }
@@ -118,7 +120,9 @@ class _Client:
     def __init__(self, connection: socket.socket, peer: Peer, now_s: float) -> None:
         self.socket = connection
         self.peer = peer
-        self.received = bytearray()  # heads, and what is behind them
+        self.reader = Reader(0, REQUEST_HEADERS)
+        self.came = b""  # and not given to the reader yet
+        self.head: Reading[Head] | None = None  # that has begun and is not whole
         self.body: _Body | None = None
         self.ignored = 0  # bytes still to come of a body that nobody wants
         self.lines: deque[bytes] = deque()  # to send; the same objects for all readers of events
@@ -131,7 +135,11 @@ class _Client:
         self.over = False  # it sends nothing more, and may wait for an answer
 
     def is_idle(self) -> bool:
-        return not (self.pending or self.streams or self.lines or self.received or self.body)
+        return not (self.pending or self.streams or self.lines or self.has_begun())
+
+    def has_begun(self) -> bool:
+        """Whether something of a request has come."""
+        return bool(self.came or self.reader.rest or self.head or self.body)
 
     def waits_for_us(self) -> bool:
         """Whether nothing of it is to be read now."""
@@ -303,7 +311,7 @@ class LocalServer:
         for client in [client for client in self._clients.values() if client.deadline_s <= now_s]:
             if client.pending is not None:
                 self._give_up(client, client.pending)
-            elif client.lines or not (client.streams or client.received or client.body):
+            elif client.lines or not (client.streams or client.has_begun()):
                 self._drop(client)
             elif client.streams:
                 client.deadline_s = now_s + HEARTBEAT_S
@@ -409,7 +417,7 @@ class LocalServer:
             if client.is_idle():
                 client.deadline_s = time.monotonic() + REQUEST_LIMIT_S
             if body is None:
-                client.received += content
+                client.came += content
             else:
                 body.content.extend(content)
         self._advance(client)
@@ -433,20 +441,24 @@ class LocalServer:
 
     def _take_request(self, client: _Client) -> bool:
         """Takes the first request out of what was received; False where more has to come first."""
+        reader = client.reader
+        if client.head is None:
+            reader.rest += client.came
+            client.came = b""
         try:
             if client.ignored:
-                ignored = min(client.ignored, len(client.received))
+                ignored = min(client.ignored, len(reader.rest))
                 client.ignored -= ignored
-                del client.received[:ignored]
+                reader.rest = reader.rest[ignored:]
                 if client.ends and not client.ignored:
                     self._drop(client)
             if client.body is None and (client.ignored or client.ends or not self._take_head(client)):
                 return False
             body = client.body
             assert body is not None
-            more = client.received[: _missing(body)]
-            body.content.extend(more)
-            del client.received[: len(more)]
+            missing = _missing(body)
+            body.content.extend(reader.rest[:missing])
+            reader.rest = reader.rest[missing:]
             if _missing(body):
                 return False
             client.body = None
@@ -457,42 +469,54 @@ class LocalServer:
 
     def _take_head(self, client: _Client) -> bool:
         """Takes a head out of what was received and begins with its request; False where it is not whole."""
-        head_end = client.received.find(b"\r\n\r\n", 0, HEAD_LIMIT)
-        if head_end < 0:
-            if len(client.received) >= HEAD_LIMIT:
-                client.ends = True
-                raise Refused(431, "agent.usage", f"expected at most {HEAD_LIMIT} bytes of headers")
+        head = self._read_head(client)
+        if head is None:
             return False
-        try:
-            method, target, headers = _parse_head(bytes(client.received[:head_end]))
-            length = _content_length(headers)
-        except Refused:
+        if head.length > BODY_LIMIT:
             client.ends = True
-            raise
-        del client.received[: head_end + 4]
-        closes = headers.get("connection", "").lower() == "close"
-        expects = headers.get("expect", "").lower() == "100-continue" and len(client.received) < length
-        path, _, query = target.partition("?")
+            raise Refused(413, "agent.too_large", f"expected a body of at most {BODY_LIMIT} bytes")
+        expects = head.expects and len(client.reader.rest) < head.length
         user = client.peer.user
         now_s = time.monotonic()
         self._lines.say(user, "use", f"{client.peer} uses the socket", now_s)
-        self._journal.detail(f"{client.peer}: {method} {path}, {length} bytes")
+        self._journal.detail(f"{client.peer}: {head.method} {head.path}, {head.length} bytes")
         try:
-            begun = self._routes.begin(Request(method, path, query, length, user), now_s)
+            begun = self._routes.begin(Request(head.method, head.path, head.query, head.length, user), now_s)
             if begun.to_hub and not self._hub_places.has_room(user):
                 raise Refused(503, "agent.busy", "it was not sent: too much is under way to the hub", RETRY_AFTER_S)
-            if not self._bytes.take(user, length):
+            if not self._bytes.take(user, head.length):
                 raise Refused(503, "agent.busy", "it was not read: too much is under way", RETRY_AFTER_S)
         except Refused:
-            client.ends = closes or expects
-            client.ignored = 0 if expects else length  # who is not told to go on need not send it
+            client.ends = head.closes or expects
+            client.ignored = 0 if expects else head.length  # who is not told to go on need not send it
             raise
         if begun.to_hub:
             self._hub_places.take(user)
-        client.body = _Body(begun, length, closes, bytearray())
+        client.body = _Body(begun, head.length, head.closes, bytearray())
         if expects:
             self._line(client, _CONTINUE)
         return True
+
+    def _read_head(self, client: _Client) -> Head | None:
+        """The next head, None where more has to come; Refused, and the connection ends, where it is none."""
+        came: bytes | None = None  # begins the reading of what is there already
+        if client.head is None and client.reader.rest:
+            client.head = read_head(client.reader)
+        elif client.head is not None and client.came:
+            came, client.came = client.came, b""
+        else:
+            return None
+        try:
+            client.head.send(came)  # type: ignore[arg-type]
+        except StopIteration as end:
+            client.head = None
+            head: Head = end.value
+            return head
+        except Failed as failed:
+            client.head = None
+            client.ends = True
+            raise Refused(431 if failed.reason == NO_REPLY_TOO_LARGE else 400, "agent.usage", str(failed)) from None
+        return None
 
     def _do(self, client: _Client, body: _Body) -> None:
         """Does what a whole request asks for."""
@@ -573,7 +597,7 @@ class LocalServer:
         client.streams = True
         self._streams += 1
         client.ends = False
-        client.received.clear()
+        client.reader.rest = b""
         client.deadline_s = time.monotonic() + HEARTBEAT_S
         client.lines.append(_STREAM_HEAD)
         client.lines.extend(self._events.backlog())
@@ -746,31 +770,3 @@ def _answer(status: int, document: dict[str, Any], more: str = "") -> bytes:
     kind = "Content-Type: application/json\r\n"
     head = f"HTTP/1.1 {status} {_REASONS[status]}\r\n{kind}Content-Length: {len(body)}\r\n{retry}{more}\r\n"
     return head.encode() + body
-
-
-def _parse_head(head: bytes) -> tuple[str, str, dict[str, str]]:
-    """Method, target and headers (names in lower case) of a request; Refused where it is none."""
-    lines = head.decode("latin-1").split("\r\n")
-    words = lines[0].split(" ")
-    if len(words) != 3 or words[2] not in ("HTTP/1.1", "HTTP/1.0") or not words[1].startswith("/"):
-        raise Refused(400, "agent.usage", "expected a request of HTTP/1.1")
-    headers: dict[str, str] = {}
-    for line in lines[1:]:
-        name, colon, value = line.partition(":")
-        if not colon or not name or name != name.strip() or name.lower() in headers:
-            raise Refused(400, "agent.usage", f"expected each header once, as 'name: value'; came {line[:60]!r}")
-        headers[name.lower()] = value.strip()
-    if words[2] == "HTTP/1.0":
-        headers["connection"] = "close"
-    return words[0], words[1], headers
-
-
-def _content_length(headers: dict[str, str]) -> int:
-    if "transfer-encoding" in headers:
-        raise Refused(501, "agent.usage", "expected a body with Content-Length")
-    text = headers.get("content-length", "0")
-    if not (text.isascii() and text.isdecimal()):
-        raise Refused(400, "agent.usage", f"Content-Length: expected a number; came {text[:20]!r}")
-    if len(text) > 9 or int(text) > BODY_LIMIT:
-        raise Refused(413, "agent.too_large", f"expected a body of at most {BODY_LIMIT} bytes")
-    return int(text)
