@@ -1,6 +1,7 @@
 """How long to wait: Retry-After as DPS sends it, and our own jittered exponential."""
 
 from dps_agent.effects import Random
+from dps_agent.utc import http_date_s
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,13 +23,20 @@ HUB_LIMIT_S = 300
 HALTED_S = 3600  # a refused device asks again hourly
 
 
-def retry_after_s(header: "str | None", limit_s: int) -> "int | None":
-    """The Retry-After header in seconds, at most `limit_s`; None where it is no whole number (a date, text, none)."""
-    text = (header or "").strip()
-    for character in text:
-        if character not in "0123456789":
-            return None
-    return min(int(text[:12]), limit_s) if text else None
+def retry_after_s(headers: "dict[str, str]", limit_s: int) -> "int | None":
+    """What an answer's Retry-After asks for, in seconds rounded up, at most `limit_s`; None where nobody can tell.
+
+    It is a number of seconds or a date: RFC 9110, 10.2.3. A date is measured against the Date of the same answer, since
+    no clock of ours need agree with the service's.
+    """
+    text = headers.get("retry-after", "").strip()
+    whole, point, fraction = text.partition(".")
+    if whole and bool(point) == bool(fraction) and not (whole + fraction).strip("0123456789"):
+        return min(int(whole.lstrip("0")[:12] or "0") + bool(fraction.strip("0")), limit_s)
+    until_s, now_s = http_date_s(text), http_date_s(headers.get("date"))
+    if until_s is None or now_s is None:
+        return None
+    return min(max(until_s - now_s, 0), limit_s)
 
 
 def after_request_s(seconds: int) -> "Generator[Effect, Any, float]":

@@ -250,7 +250,7 @@ def _wait_to_poll(reply: Reply, polls: int, requests: int, deadline_s: float) ->
     `polls` were made so far, the last one of `requests` requests. From the second poll on never faster than DPS lets
     a device poll: 5 requests in 10 s.
     """
-    asked_s = retry_after_s(reply.headers.get("retry-after"), POLL_LIMIT_S)
+    asked_s = retry_after_s(reply.headers, POLL_LIMIT_S)
     if asked_s is None:
         asked_s = min(POLL_DEFAULT_S * (1 + polls // 10), POLL_DEFAULT_LIMIT_S)
     delay_s: float = yield from after_request_s(asked_s)
@@ -391,7 +391,7 @@ def refusal_of(reply: Reply) -> "DpsError":
         details.error_code,
         text,
         _printable(details.tracking_id) or _printable(reply.headers.get(REQUEST_ID_HEADER)),
-        retry_after_s(reply.headers.get("retry-after"), limit_s),
+        retry_after_s(reply.headers, limit_s),
     )
 
 

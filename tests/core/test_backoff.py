@@ -16,9 +16,49 @@ def answered(generator: "Any", random: float) -> float:
     raise AssertionError("more than one random number for one delay")
 
 
-def test_whole_seconds_within_the_limit_are_obeyed() -> None:
+DATE = "Wed, 21 Oct 2026 07:28:00 GMT"
+
+
+def asked_s(text: "str | None", date: "str | None" = DATE, limit_s: int = 300) -> "int | None":
+    """What a Retry-After of that text asks for in an answer of that Date; None: there is no such header."""
+    headers = {}
+    if text is not None:
+        headers["retry-after"] = text
+    if date is not None:
+        headers["date"] = date
+    return retry_after_s(headers, limit_s)
+
+
+def test_seconds_within_the_limit_are_obeyed() -> None:
     for text, wanted in (("0", 0), ("3", 3), (" 300 ", 300), ("007", 7), ("301", 300), ("9" * 40, 300)):
-        assert retry_after_s(text, 300) == wanted, text
+        assert asked_s(text) == asked_s(text, None) == wanted, text
+    assert asked_s("0" * 20 + "7") == 7
+
+
+def test_a_fraction_of_a_second_is_a_second_more() -> None:
+    for text, wanted in (("8.0", 8), ("8.000", 8), ("0.0", 0), ("1.5", 2), ("8.01", 9), ("300.5", 300)):
+        assert asked_s(text) == wanted, text
+
+
+def test_a_date_is_as_many_seconds_as_it_lies_behind_the_date_of_the_same_answer() -> None:
+    for text, wanted in (
+        ("Wed, 21 Oct 2026 07:28:00 GMT", 0),
+        ("Wed, 21 Oct 2026 07:28:01 GMT", 1),
+        (" Wed, 21 Oct 2026 07:29:10 GMT ", 70),
+        ("Wed, 21 Oct 2026 07:33:00 GMT", 300),
+        ("Wed, 21 Oct 2026 07:33:01 GMT", 300),
+        ("Thu, 31 Dec 9999 23:59:59 GMT", 300),
+        ("Wed, 21 Oct 2026 07:27:59 GMT", 0),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
+    ):
+        assert asked_s(text) == wanted, text
+    assert asked_s("Thu, 22 Oct 2026 07:27:59 GMT", DATE, 86400) == 86399
+    assert asked_s("Thu, 01 Jan 1970 00:00:07 GMT", "Thu, 01 Jan 1970 00:00:00 GMT") == 7, "whatever time it is"
+
+
+def test_a_date_without_a_readable_date_beside_it_is_not_obeyed() -> None:
+    for date in (None, "", "soon", "Wed, 21 Oct 2026 07:28:00", "Wed, 21 Oct 2026 07:28:00 CET", "1792567680"):
+        assert asked_s("Wed, 21 Oct 2026 07:28:30 GMT", date) is None, date
 
 
 def test_anything_else_is_not_obeyed() -> None:
@@ -27,13 +67,20 @@ def test_anything_else_is_not_obeyed() -> None:
         "",
         "-1",
         "+1",
-        "1.5",
+        "8.",
+        ".5",
+        ".",
+        "1.2.3",
+        "8,0",
         "1e2",
+        "3, 3",
         "soon",
         "\u0663",
-        "Wed, 21 Oct 2026 07:28:00 GMT",
+        "Wed, 32 Oct 2026 07:28:00 GMT",
+        "Wed, 21 Oct 2026 07:28:00 CET",
+        "2026-10-21T07:28:00Z",
     ):
-        assert retry_after_s(text, 300) is None, repr(text)
+        assert asked_s(text) is None, repr(text)
 
 
 def test_a_requested_delay_is_never_shortened_and_a_little_spread() -> None:

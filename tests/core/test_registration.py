@@ -113,8 +113,24 @@ def test_retry_after_is_honoured_between_polls() -> None:
     assert len(delays) == 2 and all(17 <= delay < 19 for delay in delays), delays
 
 
-def test_a_retry_after_that_is_no_number_of_seconds_means_the_default() -> None:
-    for text in ("soon", "Wed, 21 Oct 2026 07:28:00 GMT", "-1", "1.5", ""):
+def test_a_retry_after_that_is_a_date_is_honoured_like_seconds() -> None:
+    world = World()
+    world.dps.retry_after = "Fri, 15 Jan 2027 08:00:17 GMT"
+    enrol(world)
+    delays = world.slept("assigning")
+    assert len(delays) == 2 and all(17 <= delay < 19 for delay in delays), delays
+    throttled = error_reply(429, 429001, retry_after="Fri, 15 Jan 2027 08:00:40 GMT")
+    world = scripted(throttled, SERVICE, throttled)
+    enrol(world)
+    assert len(world.slept("429")) == 2 and all(40 <= delay < 45 for delay in world.slept("429")), world.sleeps
+    for text, wanted_s in (("Fri, 15 Jan 2027 10:00:00 GMT", 7200), ("Mon, 15 Feb 2027 08:00:00 GMT", 86400)):
+        world = scripted(error_reply(503, 503000, retry_after=text))
+        error = assert_refused(lambda: enrol(world), RetryLater, "dps.unavailable")
+        assert error.retry_after_s == wanted_s and world.sleeps == []
+
+
+def test_a_retry_after_that_nobody_can_read_means_the_default() -> None:
+    for text in ("soon", "Wed, 32 Oct 2026 07:28:00 GMT", "-1", "8,5", ""):
         world = World()
         world.dps.retry_after = text
         enrol(world)

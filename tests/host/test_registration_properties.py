@@ -54,7 +54,9 @@ CODES_TO_REACH = {
     "clock.not_set",
 }
 
-retry_after = st.sampled_from((None, None, "0", "3", "300", "301", "86400", "soon", "-1", "9" * 30))
+retry_after = st.sampled_from(
+    (None, None, "0", "3", "300", "301", "86400", "soon", "-1", "9" * 30, "8.5", "Fri, 15 Jan 2027 08:01:00 GMT")
+)
 no_reply = st.builds(
     NoReply,
     st.sampled_from(("dns: no", "connect: no", "tls: no", "timeout", "closed: half", "too_large: much", "protocol: x")),

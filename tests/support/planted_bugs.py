@@ -22,7 +22,7 @@ http1: Any = dps_agent.http1
 
 def ignore_retry_after() -> None:
     """The header is never read; every wait is our own."""
-    registration.retry_after_s = lambda header, limit_s: None
+    registration.retry_after_s = lambda headers, limit_s: None
 
 
 def accept_a_truncated_body() -> None:

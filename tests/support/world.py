@@ -57,6 +57,7 @@ if MICROPYTHON:  # or what a long life keeps lies scattered over the heap, and n
 
 EFFECT_LIMIT = 20000
 NOW_S = 1800000000  # 2027-01-15
+NOW_DATE = "Fri, 15 Jan 2027 08:00:00 GMT"
 LATENCY_S = 0.05
 HUB = "emulator.azure-devices.net"
 DEVICE = "press-07"
@@ -240,6 +241,7 @@ def without(value: "dict[str, Any]", name: str) -> "dict[str, Any]":
 def reply(status: int, body: "Any", retry_after: "str | None" = None) -> Reply:
     """An answer whose body is bytes as they are, or JSON."""
     headers = {"content-type": "application/json; charset=utf-8", "x-ms-request-id": "request-1"}
+    headers["date"] = NOW_DATE
     if retry_after is not None:
         headers["retry-after"] = retry_after
     return Reply(status, headers, body if isinstance(body, bytes) else to_json(body).encode(), NOW_S)
