@@ -14,6 +14,7 @@ import trustme
 
 import dps_emulator.server
 import support.emulator
+from dps_emulator.faults import Fault
 from dps_emulator.service import Settings
 from support.board import Image, der, micropython
 from support.emulator import EmulatorInThread
@@ -122,6 +123,14 @@ def test_a_registration_takes_one_tls_handshake(desk: Desk) -> None:
     life = desk.live()
     assert life["state"] == "provisioned" and life["handshakes"] == 1, life
     assert life["now"][1:] == [True, "ntp"] and desk.ntp.asked == 1
+
+
+def test_a_retry_after_that_is_a_date_is_obeyed(desk: Desk) -> None:
+    desk.serve(retry_after_s=0)
+    desk.emulator.script(Fault(operation="register", request=1, status=429, retry_after_date_s=4))
+    assert desk.live()["state"] == "provisioned"
+    refused, again = [datetime.datetime.fromisoformat(line.time[:26]) for line in desk.emulator.log[:2]]
+    assert desk.asked()[:2] == ["register", "register"] and (again - refused).total_seconds() >= 3.9
 
 
 def test_a_connection_that_the_service_closed_while_idle_costs_one_handshake_more(

@@ -9,6 +9,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,13 @@ def test_headers_are_replaced_and_taken_away(emulator: EmulatorInThread, client:
     assert (status, headers["retry-after"], "date" in headers) == (202, "soon", False)
 
 
+def test_retry_after_can_be_a_date_behind_the_answer_s_own(emulator: EmulatorInThread, client: Client) -> None:
+    emulator.script(Fault(status=429, retry_after_date_s=90), Fault())
+    status, headers, _ = client.call("PUT", register_path(RID), BODY)
+    until_s, now_s = (parsedate_to_datetime(headers[name]).timestamp() for name in ("retry-after", "date"))
+    assert (status, until_s - now_s) == (429, 90) and headers["retry-after"].endswith(" GMT")
+
+
 @pytest.mark.parametrize("count", [0, 1, 100])
 def test_a_cut_leaves_the_promised_rest_unsent(emulator: EmulatorInThread, client: Client, count: int) -> None:
     emulator.script(Fault(request=1, cut_after_bytes=count))
@@ -300,8 +308,9 @@ def test_every_field_of_a_script_reaches_the_fault() -> None:
         "chunked": True,
         "cutAfterBytes": -1,
         "reset": True,
+        "retryAfterDateS": 30,
     }
-    expected = Fault(3, "PUT", "register", 500, [], {"a": None}, 0.5, 1, True, -1, True)
+    expected = Fault(3, "PUT", "register", 500, [], {"a": None}, 0.5, 1, True, -1, True, retry_after_date_s=30)
     assert read_fault_script(json.dumps([entry])).faults == FaultScript([expected]).faults
 
 

@@ -6,6 +6,7 @@ requests or over those of the same `method` ("PUT") and `operation` ("register",
 
 - `status`, `body` (text, or JSON of any shape): answered instead of asking the service;
 - `headers`: names and values that replace the answer's, null takes one away;
+- `retryAfterDateS`: Retry-After is a date, so many seconds behind the answer's own Date;
 - `delayS`: seconds before the service is asked;
 - `drip`: bytes of the body each second; `chunked`: true sends the body without a Content-Length;
 - `cutAfterBytes`: the connection ends after so many bytes of the body, the promised rest unsent; -1: before the
@@ -27,6 +28,8 @@ The first entry that fits a request or packet is taken.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from email.utils import format_datetime, parsedate_to_datetime
 from typing import Any
 
 from dps_emulator.service import RefusalError, Response, json_response, refusal_response, standard_headers
@@ -72,6 +75,7 @@ class Fault:
     connack: int | None = None
     drop: str | None = None  # before or after
     silent: str | None = None  # before or after
+    retry_after_date_s: int | None = None
 
     @property
     def is_hubs(self) -> bool:
@@ -98,9 +102,14 @@ class Fault:
 
     def altered(self, headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         """The answer's headers with this entry's in their place."""
-        own = {name.lower() for name in self.headers}
+        changes = dict(self.headers)
+        if self.retry_after_date_s is not None:
+            date = next(value for name, value in headers if name.lower() == "date")
+            until = parsedate_to_datetime(date) + timedelta(seconds=self.retry_after_date_s)
+            changes["Retry-After"] = format_datetime(until, usegmt=True)
+        own = {name.lower() for name in changes}
         kept = [(name, value) for name, value in headers if name.lower() not in own]
-        return kept + [(name, value) for name, value in self.headers.items() if value is not None]
+        return kept + [(name, value) for name, value in changes.items() if value is not None]
 
 
 class FaultScript:
@@ -133,6 +142,7 @@ _FIELDS: dict[str, tuple[str, type | tuple[type, ...], str]] = {
     "status": ("status", int, "an HTTP status from 200 to 599"),
     "body": ("body", object, "anything"),
     "headers": ("headers", dict, "an object of text or null"),
+    "retryAfterDateS": ("retry_after_date_s", int, "a number of seconds from 0"),
     "delayS": ("delay_s", (int, float), "seconds"),
     "drip": ("drip", (int, float), "bytes a second, more than 0"),
     "chunked": ("chunked", bool, "true or false"),
@@ -144,11 +154,12 @@ _FIELDS: dict[str, tuple[str, type | tuple[type, ...], str]] = {
     "drop": ("drop", str, "before or after"),
     "silent": ("silent", str, "before or after"),
 }
-_ONLY_DPS = ("body", "headers", "drip", "chunked", "cutAfterBytes")
+_ONLY_DPS = ("body", "headers", "retryAfterDateS", "drip", "chunked", "cutAfterBytes")
 _ONLY_HUBS = ("device", "connack", "drop", "silent")
 _RANGES: dict[str, tuple[float, float]] = {
     "request": (1, 10**9),
     "status": (200, 599),
+    "retryAfterDateS": (0, 10**9),
     "delayS": (0, 86_400),
     "drip": (0.01, 10**9),
     "cutAfterBytes": (-1, 10**9),
