@@ -13,7 +13,7 @@ from typing import Any
 
 from azure.iot.device import IoTHubDeviceClient, Message, MethodResponse
 
-PATIENCE_S = 20
+PATIENCE_S = 90
 
 
 def say(event: str, content: object = None) -> None:

@@ -15,7 +15,7 @@ import paho.mqtt.client as paho
 
 from support.emulator import DeviceCredentials, HubCommands
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 HUB_SUBSCRIPTIONS = ("$iothub/methods/POST/#", "$iothub/twin/res/#", "$iothub/twin/PATCH/properties/desired/#")
 
 

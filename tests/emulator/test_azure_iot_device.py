@@ -20,7 +20,7 @@ from support.emulator import EmulatorInThread
 CLIENT = Path(__file__).with_name("azure_iot_device_client.py")
 REQUIREMENT = "azure-iot-device>=2.14,<3"
 PIP_DEADLINE_S = 300
-PATIENCE_S = 30
+PATIENCE_S = 120
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PATH = "/0ne00000000/registrations/press-07/register?api-version=2021-06-01"
-SOON_S = 5.0  # a wait that should not happen at all is shorter than this on any machine
+SOON_S = 30.0  # a wait that should not happen at all is shorter than this on any machine
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ from support.swtpm import Swtpm
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-SOON_S = 5.0  # a wait that should not happen at all is shorter than this on any machine
+SOON_S = 30.0  # a wait that should not happen at all is shorter than this on any machine
 GET = Http("GET", "/", b"", None)
 WHOLE = Reply(200, {}, b"{}", None)
 SECRET = "c2VjcmV0"

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 HUB = "emulator.azure-devices.net"
 Item = TypeVar("Item")
 _TOOLS = Path(__file__).parents[2] / "tools"
-_PATIENCE_S = 15.0
+_PATIENCE_S = 90.0
 
 
 class DeviceCredentials(NamedTuple):
@@ -87,7 +87,7 @@ class HubCommands:
         """What has happened at the hubs so far; `HubLine.event` is connected, refused, closed, telemetry, …"""
         raise NotImplementedError
 
-    def hub_command(self, command: str, deadline_s: float = 10.0, **request: Any) -> dict[str, Any]:
+    def hub_command(self, command: str, deadline_s: float = 60.0, **request: Any) -> dict[str, Any]:
         """Any command of `dps_emulator.control.Control`."""
         raise NotImplementedError
 
@@ -230,7 +230,7 @@ class EmulatorInThread(HubCommands):
         """See HubCommands."""
         return list(self._hub_log)
 
-    def hub_command(self, command: str, deadline_s: float = 10.0, **request: Any) -> dict[str, Any]:
+    def hub_command(self, command: str, deadline_s: float = 60.0, **request: Any) -> dict[str, Any]:
         """See HubCommands."""
         return unwrap(self._server.command({"command": command, **request}, deadline_s))
 
@@ -297,7 +297,7 @@ class EmulatorProcess(HubCommands):
         """See HubCommands."""
         return [line for line in map(HubLine.parse, self.stderr.splitlines()) if line]
 
-    def hub_command(self, command: str, deadline_s: float = 10.0, **request: Any) -> dict[str, Any]:
+    def hub_command(self, command: str, deadline_s: float = 60.0, **request: Any) -> dict[str, Any]:
         """See HubCommands; the way the command line takes."""
         return call(self.state_dir, {"command": command, **request}, deadline_s)
 

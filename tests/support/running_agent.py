@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "dps_agent.host.cli"]
-PATIENCE_S = 20.0
+PATIENCE_S = 120.0
 
 
 class RunningAgent:
@@ -73,7 +73,7 @@ class RunningAgent:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
         )
         said = (

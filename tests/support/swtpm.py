@@ -12,7 +12,6 @@ import shutil
 import socket
 import struct
 import subprocess
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,6 @@ INPUT_BUFFER = 0x10D  # TPM_PT_INPUT_BUFFER
 
 _LISTEN = "127.0.0.1"
 _STARTS = 10  # another program may take a port between our look and swtpm's bind
-_READY_S = 10.0
 _ANSWER_S = 60.0
 _CTRL_GET_CAPABILITY = struct.pack(">I", 1)  # swtpm_ioctls(3), CMD_GET_CAPABILITY
 
@@ -88,34 +86,40 @@ class Swtpm:
         self.kill()
         for _ in range(_STARTS):
             port = self.port or free_port_pair()
-            process = subprocess.Popen(
-                [
-                    *(*self._prefix, "swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self.state_dir}"),
-                    *("--server", f"type=tcp,port={port},bindaddr={_LISTEN}"),
-                    *("--ctrl", f"type=tcp,port={port + 1},bindaddr={_LISTEN}"),
-                    *("--flags", "not-need-init,startup-clear"),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            self._process = process
+            try:
+                control = socket.create_server((_LISTEN, port + 1))
+            except OSError:
+                continue
+            with control:  # ours until swtpm has it: no other program's answer there is taken for that of this one
+                self._process = subprocess.Popen(
+                    [
+                        *(*self._prefix, "swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self.state_dir}"),
+                        *("--server", f"type=tcp,port={port},bindaddr={_LISTEN}"),
+                        *("--ctrl", f"type=tcp,fd={control.fileno()}"),
+                        *("--flags", "not-need-init,startup-clear"),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=(control.fileno(),),
+                )
             atexit.register(self.kill)
-            if self._ready(process, port):
+            if self._ready(port):
                 self.port = port
                 return
             self.kill()
         raise RuntimeError(f"swtpm did not start {_STARTS} times; run: swtpm socket --tpm2 --tpmstate dir=…")
 
     @staticmethod
-    def _ready(process: subprocess.Popen[bytes], port: int) -> bool:
-        until_s = time.monotonic() + _READY_S
-        while time.monotonic() < until_s and process.poll() is None:
-            with contextlib.suppress(OSError, EOFError), socket.create_connection((_LISTEN, port + 1), 1) as control:
-                control.sendall(_CTRL_GET_CAPABILITY)
-                read_exactly(control, 4)
-                return process.poll() is None  # not another program's answer on a port that ours could not have
-            time.sleep(0.01)
+    def _ready(port: int) -> bool:
+        """Whether it answers, which it does once it has both ports; without the other one it ends."""
+        with (
+            contextlib.suppress(OSError, EOFError),
+            socket.create_connection((_LISTEN, port + 1), _ANSWER_S) as control,
+        ):
+            control.sendall(_CTRL_GET_CAPABILITY)
+            read_exactly(control, 4)
+            return True
         return False
 
     def kill(self) -> None:

@@ -62,7 +62,7 @@ SHOWS_IN = {
     "single-slot": "same-key",
     FORGETS: "persist-wire",
 }
-PATIENCE_S = 60.0  # for the agent's next word
+PATIENCE_S = 180.0  # for the agent's next word
 
 
 class DurableCalls(SystemCalls):

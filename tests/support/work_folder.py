@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX = "powercut-"
-PATIENCE_S = 5.0
+PATIENCE_S = 30.0
 
 
 @contextmanager
