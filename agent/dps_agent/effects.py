@@ -152,7 +152,11 @@ else:
 
 NO_REPLY_DNS = "dns"  # nobody answered what the name stands for
 NO_REPLY_CONNECT = "connect"  # refused, unreachable, timed out before a connection stood
-NO_REPLY_TLS = "tls"  # the peer's certificate or name was not verified, or the handshake failed
+NO_REPLY_TLS = "tls"  # the peer's certificate or name was not verified; of the next four no verdict came
+NO_REPLY_NOT_TLS = "not_tls"  # what answers speaks something else
+NO_REPLY_TLS_VERSION = "tls_version"  # it speaks nothing newer than TLS 1.1
+NO_REPLY_TLS_CLIENT = "tls_client_certificate"  # it wants a certificate from the device
+NO_REPLY_TLS_FAILED = "tls_failed"  # no cipher in common, or whatever else
 NO_REPLY_TIMEOUT = "timeout"  # the request's total deadline passed
 NO_REPLY_CLOSED = "closed"  # the connection ended before the answer was whole (also a body cut off half way)
 NO_REPLY_TOO_LARGE = "too_large"  # headers or body over the bound

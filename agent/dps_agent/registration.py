@@ -233,7 +233,8 @@ def _step(
             except MemoryError:
                 error = no_reply_error(NoReply("too_large: no memory for the answer", True))
         failures += 1
-        senseless = error.code in ("dps.malformed_answer", "network.protocol", "network.too_large")
+        senseless = error.code in ("dps.malformed_answer", "network.protocol", "network.too_large", "network.not_tls")
+        senseless = senseless or "tls_" in error.code  # a handshake that failed, though not for a certificate
         unreadable = unreadable + 1 if senseless else 0
         if unreadable >= UNREADABLE_LIMIT or error.code == "network.tls":
             raise error

@@ -80,12 +80,21 @@ REMEDIES: dict[str, str] = {
     "dps.unavailable": "DPS has an outage; the agent tries again later",
     "dps.unexpected_status": "DPS answered with a status that the API does not have; check endpoint",
     # network
-    "network.closed": "the connection broke; the agent tries again later",
+    "network.closed": "the other end, or something between, ended the connection; the agent tries again by itself; if"
+    " it lasts, look for a proxy or firewall that lets nothing to this name through",
     "network.dns": "the endpoint's name did not resolve: check endpoint, DNS and the network cable",
     "network.protocol": "the peer does not speak HTTP: check endpoint and connect_to",
     "network.proxy": "put the proxy's user and password into network.proxy, or into the variable https_proxy",
     "network.timeout": "no answer in time; check the network and the firewall (outgoing TCP 443)",
     "network.tls": "the server's certificate was not verified: check ca_file, the endpoint's name and the clock",
+    "network.not_tls": "look for what answers there instead of the service: check endpoint and connect_to, and whether"
+    " a proxy, a captive portal or a firewall stands on the way",
+    "network.tls_version": "look for a proxy, firewall or gateway on the way that opens TLS: it has to speak TLS 1.2 or"
+    " newer, or to let this device through",
+    "network.tls_client_certificate": "the agent shows no certificate, and the service wants none: look for a gateway"
+    " on the way that does, and have it let this device through",
+    "network.tls_failed": "look for a proxy, firewall or gateway on the way that opens TLS, and have it let this device"
+    " through; the message says what it did not take",
     "network.too_large": "the answer is larger than any DPS answer; check endpoint",
     "network.unreachable": "no connection to the endpoint; check the network and the firewall (outgoing TCP 443)",
     # clock

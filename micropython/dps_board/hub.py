@@ -132,7 +132,7 @@ class Hub:
             failure = await self.connection.reach(hub)
             if failure is None:
                 self._clock.verified(None)
-            elif not failure.reason.startswith(NO_REPLY_TLS) or not self._clock.refused():
+            elif not failure.reason.startswith(NO_REPLY_TLS + ":") or not self._clock.refused():
                 break
         return failure
 

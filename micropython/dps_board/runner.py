@@ -297,7 +297,7 @@ class Agent:
                 self.date_heard = self.date_heard or reply.date_s is not None
                 if self._clock.verified(reply.date_s):
                     break
-            elif not reply.reason.startswith(NO_REPLY_TLS) or not self._clock.refused():
+            elif not reply.reason.startswith(NO_REPLY_TLS + ":") or not self._clock.refused():
                 break
             self.connection.close()
         return reply

@@ -18,8 +18,11 @@ from dps_agent.effects import (
     NO_REPLY_CONNECT,
     NO_REPLY_DNS,
     NO_REPLY_NOT_FOUND,
+    NO_REPLY_NOT_TLS,
     NO_REPLY_TIMEOUT,
     NO_REPLY_TLS,
+    NO_REPLY_TLS_FAILED,
+    NO_REPLY_TLS_VERSION,
     Failed,
 )
 from dps_hal.platform import ms_since, ticks_ms
@@ -31,11 +34,12 @@ if TYPE_CHECKING:
 
 POLL_S = 0.005
 _IS_BARE = ssl.__name__ == "tls"  # takes no keyword for roots
-_MBEDTLS_CONN_EOF = -0x7280  # mbedtls/ssl.h: the peer has gone without a goodbye
-_MBEDTLS_ALLOC_FAILED = -0x7F00
-# Where MicroPython returns None, CPython raises one of these; and what TLS refuses is no ValueError there.
+_MBEDTLS_ENDS = (-0x7280, -0x7880, -0x7F00)  # mbedtls/ssl.h: no goodbye, a goodbye, no memory
+_MBEDTLS_X509 = (-0x3000, -0x2080)  # mbedtls/x509.h: from, to; a certificate that cannot be read
+_MBEDTLS_REASONS = {-0x7200: NO_REPLY_NOT_TLS, -0x6E80: NO_REPLY_TLS_VERSION}  # a record, a version of no TLS
+# Where MicroPython returns None, CPython raises one of these; and it has no numbers for what fails in TLS.
 _NOT_YET = (ssl.SSLWantReadError, ssl.SSLWantWriteError) if hasattr(ssl, "SSLError") else ()
-_REFUSED = (ValueError, ssl.SSLError) if hasattr(ssl, "SSLError") else ValueError
+_UNNUMBERED = ssl.SSLError if hasattr(ssl, "SSLError") else ()
 
 
 class Link:
@@ -179,12 +183,16 @@ class Link:
 
     def _broken(self, error: Exception) -> Failed:
         """What a failure of the TLS module means: it raises ValueError for certificates, its own codes below 0."""
-        number = 0 if isinstance(error, _REFUSED) else getattr(error, "errno", 0)
+        number = -1 if isinstance(error, _UNNUMBERED) else getattr(error, "errno", 0)
         text = " ".join(str(error).split())  # mbedTLS ends each of its reasons with a line feed
-        if not self.is_shaken and number <= 0 and number not in (_MBEDTLS_CONN_EOF, _MBEDTLS_ALLOC_FAILED):
+        if isinstance(error, ValueError):
+            number = _MBEDTLS_X509[0]
+        if self.is_shaken or number >= 0 or number in _MBEDTLS_ENDS:
+            at = "" if self.is_shaken else " in the TLS handshake"
+            return Failed(NO_REPLY_CLOSED, f"the connection ended{at}: {text}")
+        if _MBEDTLS_X509[0] <= number <= _MBEDTLS_X509[1]:
             return Failed(NO_REPLY_TLS, text)
-        at = "" if self.is_shaken else " in the TLS handshake"
-        return Failed(NO_REPLY_CLOSED, f"the connection ended{at}: {text}")
+        return Failed(_MBEDTLS_REASONS.get(number, NO_REPLY_TLS_FAILED), text)
 
 
 def split_address(text: str, default_port: int) -> "tuple[str, int]":

@@ -110,20 +110,46 @@ def validity(not_before: datetime.timedelta, not_after: datetime.timedelta) -> C
 
 
 def context_of(desk: Desk, kind: str) -> ssl.SSLContext:
-    if kind in ("of another name", "of another authority", "expired", "self signed", "of tls 1 1"):
+    if kind in ("of another name", "of another authority", "expired", "self signed"):
         made: ssl.SSLContext = getattr(desk.certificates, kind.replace(" ", "_"))()
         return made
     leaf = validity(DAY, 2 * DAY)(desk.certificates._authority)
     return desk.certificates._serving(leaf)
 
 
-@pytest.mark.parametrize(
-    "kind", ["of another name", "of another authority", "expired", "not yet valid", "self signed", "of tls 1 1"]
-)
+@pytest.mark.parametrize("kind", ["of another name", "of another authority", "expired", "not yet valid", "self signed"])
 def test_a_server_that_cannot_be_verified_gets_no_request(desk: Desk, kind: str) -> None:
     replies, server = desk.served(answering(answer(b"{}")), context=context_of(desk, kind))
     assert replies[0]["reason"].startswith("tls: "), replies
     assert replies[0]["sent"] is False and server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (answer(b"", "400 Bad Request"), "not_tls"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "not_tls"),
+        (bytes.fromhex("15 0303 0002 02 28"), "tls_failed"),  # the fatal alerts handshake_failure and protocol_version:
+        (bytes.fromhex("15 0303 0002 02 46"), "tls_failed"),  # mbedTLS does not tell which it was
+        (bytes.fromhex("15 0303 0002 01 00"), "closed"),  # a goodbye
+        (b"", "closed"),
+    ],
+)
+def test_a_handshake_without_a_verdict_on_a_certificate_is_no_matter_of_trust(
+    desk: Desk, first: bytes, reason: str
+) -> None:
+    def behave(peer: Peer) -> None:
+        peer.receive()
+        peer.send(first)
+
+    with Server(behave, None) as server:
+        replies = desk.ask(server.address, "get")
+    assert replies[0]["reason"].startswith(f"{reason}: ") and replies[0]["sent"] is False, replies
+
+
+def test_a_server_of_tls_1_1_is_told_from_one_that_cannot_be_verified(desk: Desk) -> None:
+    replies, server = desk.served(answering(answer(b"{}")), context=desk.certificates.of_tls_1_1())
+    assert replies[0]["reason"].startswith("tls_version: ") and server.requests == [], replies
 
 
 @pytest.mark.parametrize("name", CHAINS)

@@ -2,7 +2,7 @@
 
 from dps_agent.assignment import decode, seal_message
 from dps_agent.effects import NoReply
-from dps_agent.registration import register
+from dps_agent.registration import UNREADABLE_LIMIT, register
 from dps_agent.settings import POLL_OPERATION
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import hmac_sha256, to_base64
@@ -207,6 +207,13 @@ def test_no_answer_is_repeated_inside_the_budget_and_then_reported() -> None:
 def test_an_unverified_server_is_not_asked_again() -> None:
     world = ended((NoReply("tls: certificate verify failed", False),), RetryLater, "network.tls")
     assert len(world.dps.requests) == 1
+
+
+def test_what_fails_in_tls_without_a_verdict_is_tolerated_like_an_answer_without_sense() -> None:
+    for reason in ("not_tls", "tls_version", "tls_client_certificate", "tls_failed"):
+        enrol(scripted(NoReply(reason + ": x", False), SERVICE))
+        world = ended(tuple([NoReply(reason + ": x", False)] * 9), RetryLater, "network." + reason)
+        assert len(world.dps.requests) == UNREADABLE_LIMIT, reason
 
 
 def test_refusals_of_the_first_put_say_who_must_act() -> None:

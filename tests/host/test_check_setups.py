@@ -355,7 +355,6 @@ def test_a_clock_that_dps_speaks_against_is_named(
         ("expired", r"certificate has expired by the device's clock, which says 20\d\d-"),
         ("of_another_name", r"Hostname mismatch.*not valid for 'dps\.example'"),
         ("self_signed", r"self-signed certificate.* issued by 'Testing CA"),
-        ("of_tls_1_1", r"no TLS connection to DPS"),
     ],
 )
 def test_what_is_wrong_with_a_certificate_is_said(
@@ -367,6 +366,32 @@ def test_what_is_wrong_with_a_certificate_is_said(
     assert (status, found["dps-tls"]["code"]) == (3, "network.tls")
     assert re.search(says, found["dps-tls"]["detail"]), found["dps-tls"]["detail"]
     assert found["dps-answers"]["detail"] == "not possible without dps-tls"
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "says"),
+    [
+        ("http", "network.not_tls", "does not speak TLS"),
+        ("tls 1.1", "network.tls_version", "speaks no TLS 1.2 or newer"),
+        ("an end", "network.closed", "the connection ended in the TLS handshake"),
+    ],
+)
+def test_where_no_certificate_was_judged_none_is_blamed(
+    what: str, code: str, says: str, bench: Bench, quiet: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def in_http(peer: Peer) -> None:
+        peer.receive()
+        if what == "http":
+            peer.send(answer(b"", "400 Bad Request"))
+
+    certificates = Certificates(bench.folder)
+    with Server(in_http, certificates.of_tls_1_1() if what == "tls 1.1" else None) as server:
+        status, found = found_by(bench, capsys, *at_server(server, certificates))
+    assert (status, found["dps-tls"]["code"]) == (3, code)
+    assert found["dps-tls"]["detail"].startswith(f"no TLS connection to DPS at {server.address}: ")
+    assert says in found["dps-tls"]["detail"]
+    for blamed in ("verified", "ca_file", "clock", "roots"):
+        assert blamed not in found["dps-tls"]["detail"] + found["dps-tls"]["remedy"]
 
 
 def test_the_chain_and_the_root_are_named(bench: Bench, quiet: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,7 +118,11 @@ event = st.one_of(
 connections = st.lists(
     st.tuples(
         st.sampled_from((ConnAck(0, True),) * 9 + (ConnAck(5, False), ConnAck(2, False), ConnAck(3, False)))
-        | st.builds(NoReply, st.sampled_from(("dns: x", "not_found", "connect", "tls: y", "timeout")), st.booleans()),
+        | st.builds(
+            NoReply,
+            st.sampled_from(("dns: x", "not_found", "connect", "tls: y", "not_tls: y", "timeout")),
+            st.booleans(),
+        ),
         st.booleans() | st.just(True),  # whether the subscriptions are granted
         st.lists(event, max_size=40),
     ),

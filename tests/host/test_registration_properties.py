@@ -59,7 +59,18 @@ retry_after = st.sampled_from(
 )
 no_reply = st.builds(
     NoReply,
-    st.sampled_from(("dns: no", "connect: no", "tls: no", "timeout", "closed: half", "too_large: much", "protocol: x")),
+    st.sampled_from(
+        (
+            "dns: no",
+            "connect: no",
+            "tls: no",
+            "tls_failed: no",
+            "timeout",
+            "closed: half",
+            "too_large: much",
+            "protocol: x",
+        )
+    ),
     st.booleans(),
 )
 json_value = st.recursive(

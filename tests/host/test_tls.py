@@ -6,17 +6,20 @@ import ast
 import contextlib
 import datetime
 import ssl
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dps_agent.effects import Reply
+from dps_agent.effects import NoReply, Reply
 from dps_agent.host import dial
 from dps_agent.host.dial import Dialler, tls_context, validity_s
 from dps_agent.host.https import DpsConnection
 from dps_agent.host.proxy import ProxyRule
+from dps_hal.codes import REMEDIES
 from support.chains import (
     CHAINS,
     FOR_PEER,
@@ -34,7 +37,10 @@ from support.chains import (
     serving,
     shaken,
 )
-from support.servers import Server, answer, answering
+from support.servers import Peer, Server, answer, answering
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NOW = datetime.datetime(2026, 11, 29)
 AGENT = Path(dial.__file__).parents[1]
@@ -106,6 +112,111 @@ def test_the_server_s_own_certificate_may_be_all_that_is_trusted(tmp_path: Path)
 def test_another_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
         shaken(trusting(tmp_path, ROOT), tmp_path, SERVER, INTERMEDIATE, name="other.example")
+
+
+# what fails before a certificate counts
+
+
+def alert(number: int) -> Callable[[Peer], None]:
+    """A peer that ends the handshake with that fatal alert; RFC 8446, 6."""
+    return saying(bytes.fromhex("15 0303 0002 02") + bytes([number]))
+
+
+def saying(first: bytes) -> Callable[[Peer], None]:
+    """A peer that answers a ClientHello with those bytes, and waits."""
+
+    def behave(peer: Peer) -> None:
+        peer.receive()
+        peer.send(first)
+        peer.wait_until_gone()
+
+    return behave
+
+
+def leaving(peer: Peer) -> None:
+    peer.receive()
+
+
+def resetting(peer: Peer) -> None:
+    peer.receive()
+    peer.reset()
+
+
+FOREIGN = "what answers there does not speak TLS"
+OLD = "what answers there speaks no TLS 1.2 or newer"
+WANTING = "what answers there wants a certificate from this device"
+NOTHING_IN_COMMON = "no cipher, curve or signature in common with this device, or wants its certificate"
+ENDED = "the connection ended in the TLS handshake"
+WITHOUT_VERDICT = {
+    "HTTP": (saying(answer(b"", "400 Bad Request")), "not_tls", FOREIGN),
+    "HTML alone": (saying(b"<html>400 Bad Request</html>"), "not_tls", FOREIGN),
+    "SSH": (saying(b"SSH-2.0-OpenSSH_9.2\r\n"), "not_tls", FOREIGN),
+    "zeros": (saying(bytes(64)), "not_tls", FOREIGN),
+    "alert protocol_version": (alert(70), "tls_version", OLD),
+    "alert handshake_failure": (alert(40), "tls_failed", NOTHING_IN_COMMON),
+    "alert insufficient_security": (alert(71), "tls_failed", "takes none of this device's ciphers"),
+    "alert bad_certificate": (alert(42), "tls_client_certificate", WANTING),
+    "alert certificate_required": (alert(116), "tls_client_certificate", WANTING),
+    "alert unrecognized_name": (alert(112), "tls_failed", "does not answer for this name"),
+    "alert internal_error": (alert(80), "tls_failed", "TLS failed: tlsv1 alert internal error"),
+    "alert that Python does not know": (alert(120), "tls_failed", "no application protocol"),
+    "a goodbye": (saying(bytes.fromhex("15 0303 0002 01 00")), "closed", ENDED),
+    "an end": (leaving, "closed", ENDED),
+    "a reset": (resetting, "closed", ENDED),
+    "silence": (Peer.wait_until_gone, "timeout", "in the TLS handshake"),
+}
+
+
+def failure_of(server: Server, ca_file: str, timeout_s: float = 10.0) -> tuple[str, str]:
+    """Reason and words of a request that gets no answer."""
+    with contextlib.closing(DpsConnection(f"https://{PEER}", server.address, ca_file, timeout_s)) as connection:
+        outcome = connection.request("GET", "/", b"", None)
+    assert isinstance(outcome, NoReply), outcome
+    reason, _, words = outcome.reason.partition(": ")
+    return reason, words
+
+
+@pytest.fixture
+def root_file(tmp_path: Path) -> str:
+    file = tmp_path / "root.pem"
+    file.write_text(ROOT.pem)
+    return str(file)
+
+
+@pytest.mark.parametrize("name", WITHOUT_VERDICT)
+def test_a_handshake_without_a_verdict_on_a_certificate_says_what_it_met(name: str, root_file: str) -> None:
+    behave, reason, words = WITHOUT_VERDICT[name]
+    with Server(behave, None) as server:
+        found = failure_of(server, root_file, 0.5 if name == "silence" else 10.0)
+    assert found[0] == reason and words in found[1], found
+    assert "verif" not in found[1]
+    if reason.startswith(("not_", "tls_")):
+        assert f"network.{reason}" in REMEDIES and "ca_file" not in REMEDIES[f"network.{reason}"]
+
+
+def serving_only(folder: Path, version: str, ciphers: str = "DEFAULT") -> ssl.SSLContext:
+    """The context of a server that verifies well, and speaks nothing but that."""
+    context = serving(folder, party(PEER, ROOT, FOR_PEER))
+    context.set_ciphers(f"{ciphers}:@SECLEVEL=0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the version may be old: that is the point
+        context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    return context
+
+
+def test_real_servers_are_told_apart(tmp_path: Path, root_file: str) -> None:
+    old, nothing = serving_only(tmp_path, "TLSv1_1", "ALL"), serving_only(tmp_path, "TLSv1_2", "ADH-AES128-SHA256")
+    found = []
+    for context in (old, nothing):
+        with Server(answering(answer(b"{}")), context) as server:
+            found.append(failure_of(server, root_file)[0])
+    for version in ("TLSv1_2", "TLSv1_3"):
+        context = serving_only(tmp_path, version)
+        context.load_verify_locations(root_file)
+        context.verify_mode = ssl.CERT_REQUIRED
+        with Server(answering(answer(b"{}")), context) as server:
+            found.append(failure_of(server, root_file)[0])
+    assert found == ["tls_version", "tls_failed", "tls_failed", "tls_client_certificate"]
 
 
 # dates

@@ -17,8 +17,12 @@ from dps_agent.effects import (
     NO_REPLY_CONNECT,
     NO_REPLY_DNS,
     NO_REPLY_NOT_FOUND,
+    NO_REPLY_NOT_TLS,
     NO_REPLY_TIMEOUT,
     NO_REPLY_TLS,
+    NO_REPLY_TLS_CLIENT,
+    NO_REPLY_TLS_FAILED,
+    NO_REPLY_TLS_VERSION,
     Failed,
 )
 from dps_agent.http1 import Reader
@@ -40,6 +44,24 @@ CA_FILE_LIMIT = 8 * 1024 * 1024  # bytes; the roots of a distribution have a qua
 # wants of certificates is not asked for: private authorities and inspecting proxies miss it, and it proves nothing.
 VERIFY_FLAGS = ssl.VERIFY_X509_TRUSTED_FIRST | ssl.VERIFY_X509_PARTIAL_CHAIN
 _HEAD_PIECE = 4096  # bytes
+
+# How OpenSSL's name for a failure without a verdict on a certificate ends, the reason, and what it says of the peer.
+# Alerts: RFC 8446, 6.2. A peer that dislikes our certificate wants one, for it was shown none.
+_WITHOUT_VERDICT = (
+    ("WRONG_VERSION_NUMBER", NO_REPLY_NOT_TLS, "what answers there does not speak TLS"),
+    ("PACKET_LENGTH_TOO_LONG", NO_REPLY_NOT_TLS, "what answers there does not speak TLS"),  # the same by OpenSSL 3.2
+    ("ALERT_PROTOCOL_VERSION", NO_REPLY_TLS_VERSION, "what answers there speaks no TLS 1.2 or newer"),
+    ("UNSUPPORTED_PROTOCOL", NO_REPLY_TLS_VERSION, "what answers there speaks no TLS 1.2 or newer"),
+    ("ALERT_CERTIFICATE_REQUIRED", NO_REPLY_TLS_CLIENT, "what answers there wants a certificate from this device"),
+    ("ALERT_BAD_CERTIFICATE", NO_REPLY_TLS_CLIENT, "what answers there wants a certificate from this device"),
+    (
+        "ALERT_HANDSHAKE_FAILURE",
+        NO_REPLY_TLS_FAILED,
+        "what answers there has no cipher, curve or signature in common with this device, or wants its certificate",
+    ),
+    ("ALERT_INSUFFICIENT_SECURITY", NO_REPLY_TLS_FAILED, "what answers there takes none of this device's ciphers"),
+    ("UNRECOGNIZED_NAME", NO_REPLY_TLS_FAILED, "what answers there does not answer for this name"),
+)
 
 
 class Dialler:
@@ -100,10 +122,12 @@ class Dialler:
             return error
         if isinstance(error, TimeoutError):
             return Failed(NO_REPLY_TIMEOUT, f"nothing came in time {where}")
+        if _is_end(error) and isinstance(self._socket, ssl.SSLSocket):
+            error = _last_words(self._socket) or error
         if isinstance(error, ssl.SSLCertVerificationError):
             return Failed(NO_REPLY_TLS, error.verify_message)
-        if isinstance(error, ssl.SSLError) and not _is_ragged_end(error):
-            return Failed(NO_REPLY_TLS, (error.reason or "failed").lower().replace("_", " "))
+        if isinstance(error, ssl.SSLError) and not _is_end(error):
+            return _without_verdict(error)
         return Failed(NO_REPLY_CLOSED, f"the connection ended {where}")
 
     def abort(self) -> None:
@@ -287,9 +311,33 @@ def address_text(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _is_ragged_end(error: ssl.SSLError) -> bool:
-    """Whether the connection ended without close_notify; Python 3.11.2 has no class for it on OpenSSL 3."""
-    return isinstance(error, ssl.SSLEOFError) or error.reason == "UNEXPECTED_EOF_WHILE_READING"
+def _without_verdict(error: ssl.SSLError) -> Failed:
+    """What a failure of TLS means that is no verdict on a certificate."""
+    name = error.reason or ""
+    for ending, reason, words in _WITHOUT_VERDICT:
+        if name.endswith(ending):
+            return Failed(reason, words)
+    # Python has no name for each reason of OpenSSL's: "[SSL] legacy sigalg disallowed or unsupported (_ssl.c:992)".
+    text = name.lower().replace("_", " ") or str(error).partition("] ")[2].partition(" (_ssl")[0]
+    return Failed(NO_REPLY_TLS_FAILED, f"TLS failed: {text or 'no reason is known'}")
+
+
+def _last_words(tls: ssl.SSLSocket) -> ssl.SSLError | None:
+    """The alert that a peer sent before it ended the connection: in TLS 1.3 it may refuse us after the handshake."""
+    try:
+        tls.settimeout(0)
+        tls.recv(1)
+    except ssl.SSLError as error:
+        return None if isinstance(error, ssl.SSLWantReadError) else error
+    except (OSError, ValueError):
+        return None
+    return None
+
+
+def _is_end(error: Exception) -> bool:
+    """Whether the connection ended, with close_notify or without; Python 3.11.2 has no class for the latter."""
+    ends = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+    return isinstance(error, ends) or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"
 
 
 def _lookup_reason(error: OSError) -> str:
