@@ -20,6 +20,8 @@ REMEDIES: dict[str, str] = {
     " the TPM has now; empty the setting where its hierarchy has none",
     "tpm.ek_unsuitable": "the object at ek_handle is no RSA-2048 endorsement key of the TCG template: set another"
     " ek_handle, or have the TPM's owner free it",
+    "tpm.ek_template_unsuitable": "none is needed to register; neither value of ek_template gives the key that this"
+    " TPM's certificate is for",
     "tpm.srk_unsuitable": "the object at srk_handle is no RSA-2048 storage key of the TCG template, or has a"
     " password: set another srk_handle, or have the TPM's owner free it",
     "tpm.ek_changed": "this is another TPM than the one the record was made for: enrol the new endorsement key and"

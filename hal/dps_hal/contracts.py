@@ -92,12 +92,28 @@ if TYPE_CHECKING:
         def endorsement_certificate(self) -> "bytes | None":
             """The manufacturer's EK certificate in DER from NV index 0x01C00002, or None where there is none.
 
-            AskOperator `tpm.certificate_locked`: reading it takes a password, or could count as a failed guess.
+            Empty where the index holds something else, such as padding. AskOperator `tpm.certificate_locked`: reading
+            it takes a password, or could count as a failed guess; `tpm.hierarchy_auth`: the owner's, which is not set.
             """
             ...
 
+        def makers_template(self) -> bytes:
+            """How NV indices 0x01C00004 and 0x01C00003 say that the certified EK is made, a TPM2B_PUBLIC.
+
+            Empty where neither is there: then it is made by template L-1. AskOperator `tpm.ek_template_unsuitable`:
+            such a key is no EK of the TCG template; `tpm.certificate_locked`, `tpm.hierarchy_auth` as above.
+            """
+            ...
+
+        def ek_indices(self) -> "tuple[int, ...]":
+            """The NV indices with EK certificates, nonces and templates that are there, 0x01C00002 to 0x01C000FF."""
+            ...
+
         def template_of_endorsement_key(self) -> str:
-            """Which of `EK_TEMPLATES` the EK was made from; empty: from neither. Makes keys, which takes seconds."""
+            """Which of `EK_TEMPLATES` gives the EK; empty: neither. Makes keys, which takes seconds.
+
+            `tcg-l1` gives the key that `makers_template` says; `PLAIN_L1`: the EK is of L-1, and that says another.
+            """
             ...
 
         def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:

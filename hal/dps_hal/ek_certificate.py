@@ -6,16 +6,53 @@ takes the manufacturer's roots, and whoever enrols the key has to decide which o
 
 import binascii
 
+from dps_hal.errors import AskOperator
+from dps_hal.platform import sha256
 from dps_hal.tpm_keys import rsa_modulus
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Final
+    from typing import Final, NamedTuple
 
-MATCH: "Final" = "match"  # then the key is of template L-1, as what the index 0x01C00002 certifies always is
+    from dps_hal.contracts import TpmService
+
+    class Certified(NamedTuple):
+        """What a TPM says of the endorsement key that its maker has certified."""
+
+        verdict: str  # one of the words below, on this endorsement key
+        sha256: str  # of the certificate in DER, hex; empty where there is none that could be read as one
+        locked: str  # why it cannot be read, else empty
+        template: str  # how the certified key is made, in words
+        usable: bool  # whether `ek_template = "tcg-l1"` makes it so
+        by_maker: bool  # whether NV says something else than template L-1
+else:
+    from collections import namedtuple
+
+    Certified = namedtuple("Certified", ("verdict", "sha256", "locked", "template", "usable", "by_maker"))
+
+MATCH: "Final" = "match"  # then the key is what `ek_template = "tcg-l1"` gives
 MISMATCH: "Final" = "mismatch"
 ABSENT: "Final" = "absent"
+LOCKED: "Final" = "locked"  # the TPM does not let us read it
 UNREADABLE: "Final" = "unreadable"  # no X.509 certificate of an RSA key
+
+SAYS: "Final" = {
+    MATCH: "match: it names this endorsement key",
+    MISMATCH: "mismatch: it names another key than this endorsement key",
+    ABSENT: "absent: the TPM holds none",
+    LOCKED: "locked: the TPM does not let it be read",
+    UNREADABLE: "unreadable: what the TPM holds is no X.509 certificate of an RSA key",
+}
+OTHER_CERTIFICATES: "Final" = {  # NV indices, EK Credential Profile, 2.2.1.4 and 2.2.1.5
+    0x01C0000A: "ECC P-256 (L-2)",
+    0x01C00012: "RSA-2048 (H-1)",
+    0x01C00014: "ECC P-256 (H-2)",
+    0x01C00016: "ECC P-384 (H-3)",
+    0x01C00018: "ECC P-521 (H-4)",
+    0x01C0001A: "ECC SM2 (H-5)",
+    0x01C0001C: "RSA-3072 (H-6)",
+    0x01C0001E: "RSA-4096 (H-7)",
+}
 
 _INTEGER = 0x02  # X.690, 8.1.2
 _BIT_STRING = 0x03
@@ -27,6 +64,35 @@ _RSA_ALGORITHMS = (
     binascii.unhexlify("2a864886f70d010107"),  # id-RSAES-OAEP, as the EK Credential Profile has it
 )
 _EXPONENT = 65537
+
+
+def certified(tpm: "TpmService", ek: bytes) -> Certified:
+    """What the TPM's NV memory says of the certified key, and whether `ek` is it; one reader for all who show it.
+
+    What cannot be read says nothing about whether this TPM can register, so AskOperator is an answer here.
+    """
+    certificate, locked = None, ""
+    try:
+        certificate = tpm.endorsement_certificate()
+    except AskOperator as error:
+        locked = error.message
+    verdict = LOCKED if locked else compare(certificate, ek)
+    template, usable, by_maker = "it is made by the template L-1", True, False
+    try:
+        if tpm.makers_template():
+            template, by_maker = "it is made by the template and nonce in NV (0x01c00004, 0x01c00003)", True
+    except AskOperator as error:
+        template = f"it is made by a template in NV (0x01c00004, 0x01c00003) that is not used: {error.message}"
+        usable, by_maker = False, True
+    digest = sha256(certificate).hex() if certificate and verdict in (MATCH, MISMATCH) else ""
+    return Certified(verdict, digest, locked, template, usable, by_maker)
+
+
+def certified_elsewhere(tpm: "TpmService") -> str:
+    """The other endorsement keys that the TPM has certificates for, in words; empty where there are none."""
+    return ", ".join(
+        f"{OTHER_CERTIFICATES[index]} at {index:#010x}" for index in tpm.ek_indices() if index in OTHER_CERTIFICATES
+    )
 
 
 def compare(certificate: "bytes | None", ek: bytes) -> str:

@@ -11,6 +11,7 @@ import os
 import struct
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dps_hal.activation import Activation, parse_activation
@@ -70,15 +71,19 @@ from dps_hal.tpm_rules import (
 )
 from dps_hal.tpm_upkeep import (
     EK_CERTIFICATE_INDEX,
+    LAST_EK_INDEX,
     PT_FIRMWARE_VERSION_1,
     PT_MANUFACTURER,
     PT_NV_BUFFER_MAX,
     check_owner_handle,
-    check_readable,
     check_replaceable,
     condition_of,
     nv_chunk_bytes,
+    nv_locked,
+    template_in,
     template_of,
+    template_to_use,
+    ways_to_read,
     without_padding,
 )
 
@@ -238,7 +243,17 @@ class EsysTpm:
 
     def endorsement_certificate(self) -> bytes | None:
         """As `TpmService.endorsement_certificate`; what follows the DER in the index is cut off."""
-        return self._operate(self._endorsement_certificate)
+        content = self._operate(lambda: self._nv_content(EK_CERTIFICATE_INDEX, self._salted_session))
+        return None if content is None else without_padding(content)
+
+    def makers_template(self) -> bytes:
+        """As `TpmService.makers_template`."""
+        return self._operate(lambda: self._makers_template(self._salted_session))
+
+    def ek_indices(self) -> tuple[int, ...]:
+        """As `TpmService.ek_indices`."""
+        found = self._operate(lambda: self._handles(EK_CERTIFICATE_INDEX, 254))
+        return tuple(index for index in found if index <= LAST_EK_INDEX)
 
     def template_of_endorsement_key(self) -> str:
         """As `TpmService.template_of_endorsement_key`."""
@@ -249,7 +264,14 @@ class EsysTpm:
             with self._flushed(made.handle):
                 return made.public
 
-        return self._operate(lambda: template_of(self._endorsement_key().public, self._ek_template, made_from))
+        def found() -> str:
+            try:
+                maker = self._makers_template(self._salted_session)
+            except AskOperator:
+                maker = b""
+            return template_of(self._endorsement_key().public, self._ek_template, maker, made_from)
+
+        return self._operate(found)
 
     def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
         """As `TpmService.persist`."""
@@ -568,7 +590,8 @@ class EsysTpm:
             if ek is None:
                 with self._creation_session() as session:
                     hierarchy = self._tss.ESYS_TR.ENDORSEMENT
-                    created = self._create_primary(hierarchy, self._ek_template, check_ek_public, session)
+                    template = template_to_use(self._ek_template, partial(self._makers_template, lambda: session))
+                    created = self._create_primary(hierarchy, template, check_ek_public, session)
                     with self._flushed(created.handle):
                         ek = _Key(self._evict_control(created.handle, self._ek_handle, session), created.public)
             else:
@@ -829,18 +852,27 @@ class EsysTpm:
             self._held.remove(sequence)  # the TPM frees a completed sequence
         return bytes(digest)
 
-    def _endorsement_certificate(self) -> bytes | None:
+    def _nv_content(self, tpm_index: int, session_of: Callable[[], int]) -> bytes | None:
+        """What an NV index holds, None where there is none or nothing was written to it.
+
+        Read by its own empty password, else by the owner's, in the session. AskOperator `tpm.certificate_locked`.
+        """
         try:
-            index = self._command("tr_from_tpmpublic", handle=EK_CERTIFICATE_INDEX)
+            index = self._command("tr_from_tpmpublic", handle=tpm_index)
         except RefusedError as refused:
             if refused.unknown_handle:
                 return None
             raise
-        public, _ = self._command("nv_read_public", nv_index=index)
-        check_readable(int(public.nvPublic.attributes))
+        public, name = self._command("nv_read_public", nv_index=index)
+        marshalled = bytes(public.marshal())
+        if marshalled[6:8] == _SHA256 and bytes(name) != object_name(marshalled):
+            raise RefusedError("nv_read_public", RC_ALTERED)
+        ways = ways_to_read(tpm_index, int(public.nvPublic.attributes))
         size = int(public.nvPublic.dataSize)
         most_bytes = nv_chunk_bytes(self._properties(PT_NV_BUFFER_MAX, PT_NV_BUFFER_MAX))
+        session = session_of()
         content = b""
+        by_owner = ways[0]
         while len(content) < size:
             chunk_bytes = min(most_bytes, size - len(content))
             try:
@@ -849,17 +881,26 @@ class EsysTpm:
                     nv_index=index,
                     size=chunk_bytes,
                     offset=len(content),
-                    auth_handle=index,
-                    session1=self._tss.ESYS_TR.PASSWORD,  # the index's empty password: the certificate is public
+                    auth_handle=self._tss.ESYS_TR.OWNER if by_owner else index,
+                    session1=session,
                 )
             except RefusedError as refused:
                 if refused.code == RC_NV_UNINITIALIZED:
                     return None
+                if refused.wrong_auth and not by_owner:
+                    if ways[-1]:
+                        by_owner = True
+                        continue
+                    raise nv_locked(tpm_index, "it has a password") from None
+                refused.of_owner = by_owner
                 raise
             if len(chunk) != chunk_bytes:
                 raise RefusedError("nv_read", RC_ALTERED)
             content += bytes(chunk)
-        return without_padding(content)
+        return content
+
+    def _makers_template(self, session_of: Callable[[], int]) -> bytes:
+        return template_in(lambda index: self._nv_content(index, session_of))
 
     def _handles(self, first: int, count: int) -> list[int]:
         """At most `count` handles in use from `first` on, of its kind."""

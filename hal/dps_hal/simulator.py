@@ -104,6 +104,14 @@ class SimulatedTpm:
         """None: no manufacturer vouches for a simulated TPM."""
         return None
 
+    def makers_template(self) -> bytes:
+        """Empty: there is no maker."""
+        return b""
+
+    def ek_indices(self) -> tuple[int, ...]:
+        """None: it has no NV memory."""
+        return ()
+
     def template_of_endorsement_key(self) -> str:
         """The one that it was opened with: each has a key of its own."""
         return self._ek_template

@@ -114,7 +114,12 @@ class RefusedError(Exception):
     @property
     def wrong_password(self) -> bool:
         """Whether what we gave is not the password of the owner's or the endorsement hierarchy, see `of_owner`."""
-        return self.base in _FMT1_AUTH and self.command in _ON_HIERARCHIES
+        return self.wrong_auth and (self.command in _ON_HIERARCHIES or self.of_owner)
+
+    @property
+    def wrong_auth(self) -> bool:
+        """Whether the TPM did not take a password, or a command that was altered."""
+        return self.base in _FMT1_AUTH
 
 
 def error_of(refused: RefusedError, locked_out: "Callable[[str], RetryLater]") -> "DpsError":

@@ -138,6 +138,26 @@ def check_srk_public(public: bytes) -> None:
     _check_rsa_public(public, SRK_ATTRIBUTES, b"", "storage root key", "tpm.srk_unsuitable")
 
 
+def makers_template(template: bytes, nonce: bytes) -> bytes:
+    """The EK's template, a TPM2B_PUBLIC, from what the TPM's maker left in NV memory; either may be empty.
+
+    Without a template, a TPMT_PUBLIC, it is L-1; a nonce is the start of `unique`, zeros behind it (EK Credential
+    Profile, 2.2.1). AskOperator `tpm.ek_template_unsuitable` where it would give a key that `check_ek_public` refuses.
+    """
+    code = "tpm.ek_template_unsuitable"
+    public = sized(template or ek_template("tcg-l1")[2:])
+    offset = _check_rsa_fields(public, EK_ATTRIBUTES, EK_AUTH_POLICY, "maker's template", code)
+    try:
+        unique, _ = take_sized(public, offset, "unique")  # what follows is padding of its NV index
+    except ValueError as error:
+        raise AskOperator(code, f"the maker's template: {error}")
+    if len(nonce) > RSA_BYTES or len(unique) > RSA_BYTES:
+        raise AskOperator(code, f"the maker's nonce: expected at most {RSA_BYTES} bytes; came {len(nonce or unique)}")
+    if nonce:
+        unique = nonce + bytes(RSA_BYTES - len(nonce))
+    return _rsa_public(EK_ATTRIBUTES, EK_AUTH_POLICY, unique)
+
+
 def rsa_modulus(public: bytes) -> bytes:
     """The modulus of a checked EK or SRK, 256 bytes."""
     return public[-RSA_BYTES:]
@@ -161,7 +181,8 @@ def _rsa_public(attributes: int, auth_policy: bytes, modulus: bytes) -> bytes:
     return sized(b"".join([field for _, field in _rsa_fields(attributes, auth_policy)]) + sized(modulus))
 
 
-def _check_rsa_public(public: bytes, attributes: int, auth_policy: bytes, key: str, code: str) -> None:
+def _check_rsa_fields(public: bytes, attributes: int, auth_policy: bytes, key: str, code: str) -> int:
+    """AskOperator `code` unless the fields before the unique are those of the template; the offset behind them."""
     if len(public) < 2 or int.from_bytes(public[:2], "big") != len(public) - 2:
         raise AskOperator(code, f"the {key}: expected a TPM2B_PUBLIC; came {len(public)} bytes of another size")
     offset = 2
@@ -170,6 +191,11 @@ def _check_rsa_public(public: bytes, attributes: int, auth_policy: bytes, key: s
         if came != expected and not (name == "exponent" and came == b"\x00\x01\x00\x01"):
             raise AskOperator(code, f"the {key}'s {name}: expected {_hex(expected)}; came {_hex(came) or 'nothing'}")
         offset += len(expected)
+    return offset
+
+
+def _check_rsa_public(public: bytes, attributes: int, auth_policy: bytes, key: str, code: str) -> None:
+    offset = _check_rsa_fields(public, attributes, auth_policy, key, code)
     modulus = public[offset + 2 :]
     if public[offset : offset + 2] != struct.pack(">H", RSA_BYTES) or len(modulus) != RSA_BYTES:
         raise AskOperator(code, f"the {key}'s modulus: expected {RSA_BYTES} bytes; came {len(modulus)}")

@@ -4,7 +4,8 @@ import struct
 
 from dps_hal.contracts import TpmCondition
 from dps_hal.errors import AskOperator
-from dps_hal.tpm_keys import EK_TEMPLATES, ek_template, object_name
+from dps_hal.tpm_errors import RC_ALTERED, RefusedError
+from dps_hal.tpm_keys import EK_TEMPLATES, ek_template, makers_template, object_name
 from dps_hal.tpm_rules import (
     ENDORSEMENT_AUTH_SET,
     OWNER_AUTH_SET,
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from typing import Final
 
 EK_CERTIFICATE_INDEX: "Final" = 0x01C00002  # TCG EK Credential Profile, 2.2.1.4: RSA-2048 EK certificate
+EK_NONCE_INDEX: "Final" = 0x01C00003  # what of it decides how the certified key is made, with the next
+EK_TEMPLATE_INDEX: "Final" = 0x01C00004
+LAST_EK_INDEX: "Final" = 0x01C000FF  # of the low and the high range; behind it are the certificates of issuers
+PLAIN_L1: "Final" = "tcg-l1 without the maker's template"  # what `template_of` says where NV has another for tcg-l1
 _NV_CHUNK_BYTES = 512  # where the TPM does not say; TPM_PT_NV_BUFFER_MAX of the PC Client profile is no smaller
 _LEAST_NV_CHUNK_BYTES = 32  # a TPM that states less would take thousands of commands
 _MOST_NV_CHUNK_BYTES = 2048  # a response has 4096 bytes at most
@@ -27,7 +32,8 @@ PT_MANUFACTURER: "Final" = 0x105  # TPM_PT, TPM 2.0 Library Part 2, table 24, wi
 PT_FIRMWARE_VERSION_1: "Final" = 0x10B
 PT_NV_BUFFER_MAX: "Final" = 0x12C
 PT_HR_TRANSIENT_AVAIL: "Final" = 0x207
-_NV_AUTHREAD = 1 << 18  # TPMA_NV, Part 2, table 217, with the next: its own password suffices for reading
+_NV_OWNERREAD = 1 << 17  # TPMA_NV, Part 2, table 217, with the next two: the owner's password suffices for reading
+_NV_AUTHREAD = 1 << 18  # or its own
 _NV_NO_DA = 1 << 25  # a wrong password is not counted as a failed guess
 
 
@@ -49,16 +55,44 @@ def check_replaceable(public: bytes, handle: int, former: bytes) -> None:
         )
 
 
-def template_of(ek: bytes, likely: bytes, made_from: "Callable[[bytes], bytes]") -> str:
-    """Which of EK_TEMPLATES gives this EK, empty for none; the template `likely` is tried first.
+def template_of(ek: bytes, likely: bytes, maker: bytes, made_from: "Callable[[bytes], bytes]") -> str:
+    """Which of EK_TEMPLATES gives this EK, or PLAIN_L1, empty for none; the template `likely` is tried first.
 
-    `made_from(template)` is the public area of the key that the TPM makes: always the same from the same template.
+    `maker` is what `TpmService.makers_template` says; `made_from(template)` is the public area of the key that the TPM
+    makes: always the same from the same template.
     """
     templates = [(name, ek_template(name)) for name in EK_TEMPLATES]
+    if maker:
+        templates = [(PLAIN_L1 if name == "tcg-l1" else name, template) for name, template in templates]
+        templates.append(("tcg-l1", maker))
     for name, template in sorted(templates, key=lambda named: named[1] != likely):
         if made_from(template) == ek:
             return name
     return ""
+
+
+def template_to_use(settings: bytes, maker: "Callable[[], bytes]") -> bytes:
+    """The template by which a missing EK is made: for tcg-l1 that of the maker, where it is there and can be used.
+
+    `maker()` reads it without a proof that it is the TPM's own, and the key stays: so it is read twice.
+    """
+    if settings != ek_template("tcg-l1"):
+        return settings
+    found = []
+    for _ in range(2):
+        try:
+            found.append(maker())
+        except AskOperator:  # `check` names it; without a certified key the device registers as well
+            found.append(b"")
+    if found[0] != found[1]:
+        raise RefusedError("nv_read", RC_ALTERED)
+    return found[0] or settings
+
+
+def template_in(content: "Callable[[int], bytes | None]") -> bytes:
+    """As `TpmService.makers_template`; `content(index)` reads an NV index, None where there is none."""
+    template, nonce = content(EK_TEMPLATE_INDEX), content(EK_NONCE_INDEX)
+    return makers_template(template or b"", nonce or b"") if template or nonce else b""
 
 
 def nv_chunk_bytes(properties: "dict[int, int]") -> int:
@@ -67,25 +101,31 @@ def nv_chunk_bytes(properties: "dict[int, int]") -> int:
     return min(max(stated, _LEAST_NV_CHUNK_BYTES), _MOST_NV_CHUNK_BYTES)
 
 
-def check_readable(attributes: int) -> None:
-    """AskOperator `tpm.certificate_locked` unless trying an empty password on an index of these TPMA_NV is harmless."""
-    if attributes & _NV_AUTHREAD == 0:
-        raise AskOperator(
-            "tpm.certificate_locked", "the index of the EK certificate cannot be read by its own password (no AUTHREAD)"
+def ways_to_read(index: int, attributes: int) -> "tuple[bool, ...]":
+    """By whose password an NV index of these TPMA_NV is read: False for its own, an empty one, True for the owner's.
+
+    No wrong one is counted as a failed guess. AskOperator `tpm.certificate_locked` where there is no such way.
+    """
+    own = attributes & _NV_AUTHREAD and attributes & _NV_NO_DA
+    ways = ((False,) if own else ()) + ((True,) if attributes & _NV_OWNERREAD else ())
+    if not ways:
+        raise nv_locked(
+            index,
+            "its own password could count as a failed guess (no AUTHREAD with NO_DA), and the owner"
+            " may not read it (no OWNERREAD)",
         )
-    if attributes & _NV_NO_DA == 0:
-        raise AskOperator(
-            "tpm.certificate_locked",
-            "the EK certificate is not read: if its index has a password, the try would count as a failed guess (no"
-            " NO_DA)",
-        )
+    return ways
+
+
+def nv_locked(index: int, why: str) -> AskOperator:
+    """The error for an NV index that cannot be read."""
+    return AskOperator("tpm.certificate_locked", f"NV index 0x{index:08x} is not read: {why}")
 
 
 def without_padding(certificate: bytes) -> bytes:
-    """The DER at the start of what an NV index holds."""
-    if certificate[:2] == b"\x30\x82":  # an ASN.1 SEQUENCE that says its own length in two bytes
-        return certificate[: 4 + int.from_bytes(certificate[2:4], "big")]
-    return certificate
+    """The DER at the start of what an NV index holds; empty where that is no certificate, such as padding alone."""
+    end = 4 + int.from_bytes(certificate[2:4], "big")  # an ASN.1 SEQUENCE that says its own length in two bytes
+    return certificate[:end] if certificate[:2] == b"\x30\x82" and end <= len(certificate) else b""
 
 
 def condition_of(properties: "dict[int, int]") -> TpmCondition:

@@ -9,6 +9,7 @@ import binascii
 import os
 
 from dps_agent.settings import AUTO
+from dps_hal.errors import AskOperator
 from dps_hal.platform import declare_random_source, sha256
 from dps_hal.tpm_keys import registration_id_from_ek
 
@@ -20,9 +21,12 @@ CSV_HEADER = "registrationId,endorsementKey,backend,ekCertificateSha256"
 
 
 def enrolment_line(tpm: "TpmService", registration_id: str = AUTO) -> str:
-    """Registration id, EK (base64 of its TPM2B_PUBLIC), "wire", and the SHA-256 of the EK certificate or nothing."""
+    """Registration id, EK (base64 of its TPM2B_PUBLIC), "wire", and the SHA-256 of the EK certificate if it is read."""
     endorsement_key = tpm.endorsement_key()
-    certificate = tpm.endorsement_certificate()
+    try:
+        certificate = tpm.endorsement_certificate()
+    except AskOperator:  # it is locked, which says nothing about whether this TPM can register
+        certificate = None
     if registration_id == AUTO:
         registration_id = registration_id_from_ek(endorsement_key)
     encoded = binascii.b2a_base64(endorsement_key).decode().strip()

@@ -17,9 +17,8 @@ from contracts.tpm import blob_for
 from dps_agent.assignment import Assignment, encode, seal_message
 from dps_agent.host import checks, runner
 from dps_agent.host.cli import main
-from dps_agent.host.device import certificate_of
 from dps_hal.contracts import EK_HANDLE, IDENTITY, SRK_HANDLE, Tpm, TpmCondition
-from dps_hal.errors import AskOperator, IdentityStale
+from dps_hal.errors import IdentityStale
 from dps_hal.files import FileStore
 from dps_hal.simulator import SimulatedTpm
 from dps_hal.tpm_keys import SIGN, USER_WITH_AUTH, ek_public, object_name
@@ -518,12 +517,3 @@ def test_ctrl_c_is_exit_3(simulated: Desk, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(runner.Runner, "ask_tpm", interrupted)
     assert main(["--config", str(simulated.settings), "check", "--offline", "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "agent.interrupted"
-
-
-def test_a_certificate_that_may_not_be_read_is_no_failure() -> None:
-    class Refusing:
-        def endorsement_certificate(self) -> bytes:
-            raise AskOperator("tpm.failed", "the TPM refused nv_read with 0x98e")
-
-    refusing: Any = Refusing()
-    assert certificate_of(refusing) == b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from dps_agent.host.cli import main
+from dps_board import factory
 from dps_hal.ek_certificate import ABSENT, MATCH, MISMATCH, UNREADABLE, certified_key, compare
 from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.tpm_keys import ek_public
@@ -25,7 +27,7 @@ from support import swtpm
 from support.backends import BACK_ENDS
 from support.claims import assert_refused
 from support.swtpm import Swtpm
-from support.tpm_maker import certify
+from support.tpm_maker import certificate_for, certify, template
 from support.tpm_tap import TpmTap
 
 MODULUS = bytes([0xC1]) + bytes(range(1, 256))
@@ -238,7 +240,28 @@ def test_an_empty_chunk_is_refused_and_ends_the_reading(name: str, certified: Sw
 
 # --- indices that somebody made otherwise
 
-OWNERWRITE, AUTHWRITE, OWNERREAD, AUTHREAD, NO_DA = 1 << 1, 1 << 2, 1 << 17, 1 << 18, 1 << 25  # TPMA_NV
+OWNERWRITE, PPREAD, OWNERREAD, AUTHREAD, NO_DA = 1 << 1, 1 << 16, 1 << 17, 1 << 18, 1 << 25  # TPMA_NV
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Swtpm]:
+    with Swtpm(tmp_path / "tpm") as new:
+        yield new
+
+
+@pytest.fixture(params=BACK_ENDS)
+def back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    for variable in [variable for variable in os.environ if variable.startswith("DPS_AGENT_")]:
+        monkeypatch.delenv(variable)
+    return str(request.param)
+
+
+def ek_on(machine: Swtpm, back_end: str) -> bytes:
+    tpm = BACK_ENDS[back_end](machine.tcti)
+    try:
+        return tpm.endorsement_key()
+    finally:
+        tpm.release()
 
 
 def define_index(machine: Swtpm, attributes: int, password: bytes) -> None:
@@ -255,33 +278,241 @@ def define_index(machine: Swtpm, attributes: int, password: bytes) -> None:
 @pytest.mark.parametrize(
     ("attributes", "password", "words"),
     [
-        (OWNERREAD | NO_DA, b"", "no AUTHREAD"),
-        (OWNERREAD | AUTHREAD, b"secret", "no NO_DA"),
-        (OWNERREAD | AUTHREAD, b"", "no NO_DA"),
-        (OWNERREAD | AUTHREAD | NO_DA, b"secret", "has a password"),
+        (PPREAD | NO_DA, b"", "the owner may not read it"),
+        (AUTHREAD, b"secret", "no AUTHREAD with NO_DA"),
+        (AUTHREAD, b"", "no AUTHREAD with NO_DA"),
+        (AUTHREAD | NO_DA, b"secret", "has a password"),
     ],
 )
-@pytest.mark.parametrize("name", BACK_ENDS)
 def test_a_certificate_behind_a_password_is_named_and_costs_no_failed_guess(
-    name: str,
+    back_end: str,
     attributes: int,
     password: bytes,
     words: str,
+    machine: Swtpm,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for variable in [variable for variable in os.environ if variable.startswith("DPS_AGENT_")]:
-        monkeypatch.delenv(variable)
-    with Swtpm(tmp_path / "tpm") as machine:
-        define_index(machine, attributes, password)
-        tpm = BACK_ENDS[name](machine.tcti)
-        error = assert_refused(tpm.endorsement_certificate, AskOperator, "tpm.certificate_locked")
-        assert words in error.message
+    define_index(machine, attributes, password)
+    tpm = BACK_ENDS[back_end](machine.tcti)
+    error = assert_refused(tpm.endorsement_certificate, AskOperator, "tpm.certificate_locked")
+    assert words in error.message
+    tpm.release()
+    device = Device(machine, back_end, tmp_path / "state", capsys)
+    found = device.finding()
+    assert (found["result"], words in found["detail"]) == ("warning", True), found
+    assert found["detail"].startswith("locked")
+    answer = device.document("enroll")
+    assert (answer["ekCertificate"], answer["ekCertificateSha256"]) == ("locked", "")
+    assert "EK certificate   locked: " in device.text("enroll") and words in device.text("enroll")
+    assert factory_digest(machine, back_end) == ""
+    assert machine.property(swtpm.LOCKOUT_COUNTER) == 0
+    assert machine.leftovers() == []
+
+
+def factory_digest(machine: Swtpm, back_end: str) -> str:
+    """The last column of what a board prints for its factory."""
+    tpm = BACK_ENDS[back_end](machine.tcti)
+    try:
+        return factory.enrolment_line(tpm).split(",")[-1]
+    finally:
         tpm.release()
-        device = Device(machine, name, tmp_path / "state", capsys)
-        found = device.finding()
-        assert (found["result"], words in found["detail"]) == ("warning", True), found
-        assert device.document("enroll")["ekCertificate"] == "unreadable"
-        assert machine.property(swtpm.LOCKOUT_COUNTER) == 0
-        assert machine.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    ("attributes", "password"),
+    [(OWNERREAD, b""), (OWNERREAD | NO_DA, b"hunter2"), (OWNERREAD | PPREAD | NO_DA, b""), (OWNERREAD | AUTHREAD, b"")],
+)
+def test_what_the_owner_may_read_is_read_by_the_owner_and_his_password_stays_off_the_bus(
+    attributes: int,
+    password: bytes,
+    back_end: str,
+    machine: Swtpm,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    certificate = certificate_for(ek_on(machine, back_end))
+    machine.write_nv(EK_CERTIFICATE_INDEX, certificate + bytes(100), attributes | OWNERWRITE)
+    device = Device(machine, back_end, tmp_path / "state", capsys)
+    words: tuple[str, ...] = ()
+    if password:
+        machine.set_hierarchy_auth(swtpm.OWNER, password)
+        assert device.document("enroll")["ekCertificate"] == "locked"
+        assert "owner_auth_file" in device.finding()["detail"]
+        (tmp_path / "password").write_bytes(password)
+        (tmp_path / "password").chmod(0o600)
+        words = ("--set", f"tpm.owner_auth_file={tmp_path}/password")
+        with TpmTap(machine.port) as tap:
+            tpm = BACK_ENDS[back_end](tap.tcti, owner_auth=password)
+            assert tpm.endorsement_certificate() == certificate
+            tpm.release()
+            assert not tap.seen(password)
+    answer = device.document("enroll", *words)
+    assert (answer["ekCertificate"], answer["ekCertificateSha256"]) == (
+        "match",
+        hashlib.sha256(certificate).hexdigest(),
+    )
+    assert device.finding(*words)["detail"].startswith("match")
+    assert machine.property(swtpm.LOCKOUT_COUNTER) == 0
+    assert machine.leftovers() == []
+
+
+def test_where_the_index_has_a_password_of_its_own_the_owner_reads_it(back_end: str, machine: Swtpm) -> None:
+    define_index(machine, OWNERREAD | AUTHREAD | NO_DA, b"secret")
+    tpm = BACK_ENDS[back_end](machine.tcti)
+    assert tpm.endorsement_certificate() == b""
+    tpm.release()
+    assert machine.property(swtpm.LOCKOUT_COUNTER) == 0
+
+
+@pytest.mark.parametrize(
+    "content", [bytes(900), b"\xff" * 900, b"\x30\x82\x04\x00" + bytes(900), b"\x30\x82\x01\x00" + bytes(256), b"\x30"]
+)
+def test_what_is_no_certificate_has_no_fingerprint(
+    content: bytes, back_end: str, machine: Swtpm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.write_nv(EK_CERTIFICATE_INDEX, content)
+    device = Device(machine, back_end, tmp_path / "state", capsys)
+    answer = device.document("enroll")
+    assert (answer["ekCertificate"], answer["ekCertificateSha256"]) == ("unreadable", "")
+    assert device.text("enroll", "--format", "csv").splitlines()[1].endswith(",")
+    assert device.finding()["detail"].startswith("unreadable")
+    if content[:4] != b"\x30\x82\x01\x00":  # a board looks no further than where DER ends
+        assert factory_digest(machine, back_end) == ""
+
+
+def test_a_false_answer_to_the_reading_of_a_certificate_is_no_certificate(back_end: str, machine: Swtpm) -> None:
+    machine.write_nv(EK_CERTIFICATE_INDEX, certificate_for(ek_on(machine, back_end)))
+    with TpmTap(machine.port) as tap:
+        tpm = BACK_ENDS[back_end](tap.tcti)
+        for command, place in (("NV_Read", 40), ("NV_Read", -1), ("NV_ReadPublic", 22), ("NV_ReadPublic", -1)):
+            tap.forget()
+            tap.alter(command=command, place=place, times=1000)
+            assert_refused(tpm.endorsement_certificate, RetryLater, "tpm.bus_altered", f"{command} {place}")
+            tpm.release()
+
+
+# --- makers whose certified key is of another template
+
+NONCE_INDEX, TEMPLATE_INDEX = 0x01C00003, 0x01C00004
+UNIQUE = bytes(range(1, 21)) + bytes(236)
+
+
+@pytest.mark.parametrize(
+    ("in_nv", "unique"),
+    [
+        ({TEMPLATE_INDEX: template(UNIQUE)}, UNIQUE),
+        ({TEMPLATE_INDEX: template(UNIQUE) + b"\xff" * 40}, UNIQUE),
+        ({TEMPLATE_INDEX: template(b"")}, b""),
+        ({NONCE_INDEX: b"nonce"}, b"nonce" + bytes(251)),
+        ({TEMPLATE_INDEX: template(UNIQUE), NONCE_INDEX: b"nonce"}, b"nonce" + bytes(251)),
+        ({TEMPLATE_INDEX: template(bytes(256))}, bytes(256)),
+    ],
+    ids=["template", "padded", "empty unique", "nonce", "both", "as L-1"],
+)
+def test_the_certified_key_is_made_as_the_makers_template_and_nonce_say(
+    in_nv: dict[int, bytes],
+    unique: bytes,
+    back_end: str,
+    machine: Swtpm,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    public = template(unique)
+    machine.persist_primary(swtpm.ENDORSEMENT, struct.pack(">H", len(public)) + public, 0x81010009)  # the maker's side
+    area = machine.public_areas()[0x81010009]
+    makers = area[: 2 + int.from_bytes(area[:2], "big")]
+    machine.write_nv(EK_CERTIFICATE_INDEX, certificate_for(makers))
+    for index, content in in_nv.items():
+        machine.write_nv(index, content)
+    assert ek_on(machine, back_end) == makers
+    device = Device(machine, back_end, tmp_path / "state", capsys)
+    answer = device.document("enroll")
+    assert (answer["ekCertificate"], answer["ekTemplate"], answer["ekTemplateInNv"]) == ("match", "tcg-l1", True)
+    assert "0x01c00004" in device.text("enroll")
+    found = device.finding()
+    assert (found["result"], "0x01c00004" in found["detail"]) == ("ok", True)
+    assert machine.leftovers() == []
+
+
+def test_a_key_that_was_made_before_the_makers_template_was_heeded_stays(
+    back_end: str, machine: Swtpm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = ek_on(machine, back_end)
+    machine.write_nv(EK_CERTIFICATE_INDEX, certificate_for(ek_public(MODULUS)))
+    machine.write_nv(TEMPLATE_INDEX, template(UNIQUE))
+    assert ek_on(machine, back_end) == before
+    found = Device(machine, back_end, tmp_path / "state", capsys).finding()
+    assert found["result"] == "warning"
+    assert "this key by the template tcg-l1 without the maker's template" in found["detail"]
+    assert found["remedy"].startswith("nothing, if this key is enrolled; else set ek_handle to a free handle")
+    assert "azure-c-sdk" not in found["remedy"]
+    assert machine.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        template(UNIQUE, 0x000300F2),  # userWithAuth, as in the high range
+        template(UNIQUE, 0x000300B2 & ~0x00010000),
+        template(UNIQUE, 0x000300B2 & ~0x2),
+        template(UNIQUE, 0x000300B2 & ~0x10),
+        template(bytes(257)),
+        template(UNIQUE)[:-1],
+        bytes(314),
+        b"\0\x23" + bytes(100),
+    ],
+    ids=["userWithAuth", "unrestricted", "not fixedTPM", "not fixedParent", "long", "short", "zeros", "ECC"],
+)
+def test_a_makers_template_that_gives_no_ek_of_ours_is_named_and_not_used(
+    content: bytes, back_end: str, machine: Swtpm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = ek_on(machine, back_end)
+    machine.clear()
+    machine.write_nv(TEMPLATE_INDEX, content)
+    machine.write_nv(EK_CERTIFICATE_INDEX, certificate_for(ek_public(MODULUS)))
+    assert ek_on(machine, back_end) == plain
+    tpm = BACK_ENDS[back_end](machine.tcti)
+    assert_refused(tpm.makers_template, AskOperator, "tpm.ek_template_unsuitable")
+    tpm.release()
+    device = Device(machine, back_end, tmp_path / "state", capsys)
+    found = device.finding()
+    assert (found["result"], "not used: the maker's" in found["detail"]) == ("warning", True), found
+    assert "neither value of ek_template" in found["remedy"]
+    assert "not used" in device.text("enroll")
+
+
+def test_a_makers_template_that_reads_otherwise_each_time_makes_no_key(back_end: str, machine: Swtpm) -> None:
+    machine.write_nv(TEMPLATE_INDEX, template(UNIQUE))
+    with TpmTap(machine.port) as tap:
+        tpm = BACK_ENDS[back_end](tap.tcti)
+        tap.alter(command="NV_Read", place=80)
+        tap.alter(command="NV_Read", place=80, skip=2)
+        assert_refused(tpm.endorsement_key, RetryLater, "tpm.bus_altered")
+        assert "CreatePrimary" not in tap.names
+        tap.forget()
+        tpm.release()
+    assert machine.handles(swtpm.PERSISTENT) == []
+
+
+def test_certificates_of_other_keys_are_named(
+    back_end: str, machine: Swtpm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in (0x01C0000A, 0x01C00012, 0x01C00100):
+        machine.write_nv(index, b"anything")
+    found = Device(machine, back_end, tmp_path / "state", capsys).finding()
+    assert found["detail"].startswith("absent") and found["result"] == "ok"
+    assert "ECC P-256 (L-2) at 0x01c0000a, RSA-2048 (H-1) at 0x01c00012;" not in found["detail"]
+    assert "ECC P-256 (L-2) at 0x01c0000a, RSA-2048 (H-1) at 0x01c00012" in found["detail"]
+    assert "0x01c00100" not in found["detail"]
+
+
+def test_microsofts_template_is_made_whatever_the_maker_says(back_end: str, machine: Swtpm) -> None:
+    tpm = BACK_ENDS[back_end](machine.tcti, ek_template="azure-c-sdk")
+    before = tpm.endorsement_key()
+    tpm.release()
+    machine.clear()
+    machine.write_nv(TEMPLATE_INDEX, template(UNIQUE))
+    tpm = BACK_ENDS[back_end](machine.tcti, ek_template="azure-c-sdk")
+    assert tpm.endorsement_key() == before
+    tpm.release()

@@ -31,6 +31,7 @@ from dps_text import text_of
 from dps_text.enrolments import read_enrolments
 from support.running_agent import PROGRAM, _environ
 from support.swtpm import Swtpm
+from support.tpm_maker import certificate_for
 from support.tpm_states import copy_state
 
 # `az iot dps enrollment create`, extension azure-iot: the options of an individual enrolment.
@@ -274,7 +275,7 @@ def test_a_file_without_a_form_is_exit_2(
 def test_the_digest_of_the_tpms_certificate_is_in_its_column(
     line: dict[str, Words], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    certificate = b"\x30\x82\x01\x00" + bytes(256)  # its length is all that is looked at
+    certificate = certificate_for(ek_of("press-07", tmp_path))  # of another TPM, but it is one
     with Swtpm(tmp_path / "swtpm") as machine:
         machine.write_nv(0x01C00002, certificate)
         flags = ("--format", "csv", "--set", "tpm.backend=wire", "--set", f"tpm.tcti={machine.tcti}")

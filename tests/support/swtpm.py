@@ -221,14 +221,16 @@ class Swtpm:
         """The public area and names of every persistent object, by handle."""
         return {handle: self.command(0x173, struct.pack(">I", handle)) for handle in self.handles(PERSISTENT)}
 
-    def write_nv(self, index: int, content: bytes) -> None:
-        """Defines an NV index as TPM makers define those of EK certificates, and writes it (up to 1024 bytes)."""
-        attributes = 0x02060006  # OWNERWRITE AUTHWRITE, OWNERREAD AUTHREAD, NO_DA
+    def write_nv(self, index: int, content: bytes, attributes: int = 0x02060006) -> None:
+        """Defines an NV index as TPM makers define those of EK certificates, and writes it (up to 1024 bytes).
+
+        `attributes`, a TPMA_NV: by default OWNERWRITE AUTHWRITE, OWNERREAD AUTHREAD, NO_DA; the first is needed.
+        """
         public = struct.pack(">IHIHH", index, 0x000B, attributes, 0, len(content))
         self._with_empty_password(0x12A, [OWNER], bytes(2) + struct.pack(">H", len(public)) + public)
         if content:
             write = struct.pack(">H", len(content)) + content + bytes(2)
-            self._with_empty_password(0x137, [index, index], write)
+            self._with_empty_password(0x137, [OWNER, index], write)
 
     def _with_empty_password(self, code: int, handles: list[int], parameters: bytes = b"") -> bytes:
         password_session = struct.pack(">IHBH", 0x40000009, 0, 0, 0)

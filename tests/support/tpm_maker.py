@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
+import struct
 import subprocess
 from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+from dps_hal.tpm_keys import EK_ATTRIBUTES, EK_AUTH_POLICY, rsa_modulus, sized
 
 _LIMIT_S = 60
 
@@ -33,3 +41,19 @@ def certify(folder: Path) -> Path:
     if ended.returncode != 0:
         raise RuntimeError(f"{' '.join(words)} ended with {ended.returncode}:\n{ended.stdout}{ended.stderr}")
     return state
+
+
+def certificate_for(ek: bytes) -> bytes:
+    """A certificate in DER for an endorsement key, by its TPM2B_PUBLIC."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a TPM's maker")])
+    key = rsa.RSAPublicNumbers(65537, int.from_bytes(rsa_modulus(ek), "big")).public_key()
+    now = datetime.datetime(2026, 1, 1)
+    builder = x509.CertificateBuilder(name, name, key, x509.random_serial_number(), now, now)
+    made = builder.sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())
+    return made.public_bytes(serialization.Encoding.DER)
+
+
+def template(unique: bytes, attributes: int = EK_ATTRIBUTES) -> bytes:
+    """A TPMT_PUBLIC as a maker leaves it in NV memory."""
+    head = struct.pack(">HHI", 1, 11, attributes) + sized(EK_AUTH_POLICY)
+    return head + struct.pack(">HHHHHI", 6, 128, 0x43, 16, 2048, 0) + sized(unique)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dps_agent.host.mqtt import HubConnection
     from dps_agent.sas import SasToken
     from dps_hal.contracts import Store, StoredRecord, TpmService
+    from dps_hal.ek_certificate import Certified
     from dps_hal.files import LockedStore
 
 TRANSIENT_SRK = (
@@ -190,22 +191,18 @@ def kept_to_ourselves(store: LockedStore) -> Iterator[None]:
         yield
 
 
-def endorsement(configuration: Configuration) -> tuple[bytes, bytes | None]:
-    """The TPM's endorsement key, marshalled, and its certificate in DER, None where there is none."""
+def endorsement(configuration: Configuration) -> tuple[bytes, Certified]:
+    """The TPM's endorsement key, marshalled, and what the TPM says of its certificate."""
+    from dps_hal.ek_certificate import certified
+
     tpm = open_tpm(configuration)
     runner = offline_runner(configuration, tpm)
-    return runner.ask_tpm(lambda: (tpm.endorsement_key(), certificate_of(tpm)))
 
+    def both() -> tuple[bytes, Certified]:
+        endorsement_key = tpm.endorsement_key()
+        return endorsement_key, certified(tpm, endorsement_key)
 
-def certificate_of(tpm: TpmService) -> bytes | None:
-    """The EK certificate as `TpmService.endorsement_certificate`; empty where the TPM does not let it be read.
-
-    A certificate that somebody put behind a password says nothing about whether this TPM can register.
-    """
-    try:
-        return tpm.endorsement_certificate()
-    except AskOperator:
-        return b""
+    return runner.ask_tpm(both)
 
 
 def offline_runner(configuration: Configuration, tpm: TpmService) -> Runner:

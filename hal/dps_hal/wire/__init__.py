@@ -155,20 +155,46 @@ class WireTpm(Operations):
 
     def endorsement_certificate(self) -> "bytes | None":
         """As `TpmService.endorsement_certificate`; what follows the DER in the index is cut off."""
-        from dps_hal.wire.upkeep import endorsement_certificate
+        from dps_hal.tpm_upkeep import EK_CERTIFICATE_INDEX, without_padding
 
-        return self._operate(lambda: endorsement_certificate(self._connection, self._properties))
+        content = self._operate(lambda: self._nv_content(EK_CERTIFICATE_INDEX))
+        return None if content is None else without_padding(content)
+
+    def makers_template(self) -> bytes:
+        """As `TpmService.makers_template`."""
+        from dps_hal.tpm_upkeep import template_in
+
+        return self._operate(lambda: template_in(self._nv_content))
+
+    def ek_indices(self) -> "tuple[int, ...]":
+        """As `TpmService.ek_indices`."""
+        from dps_hal.tpm_upkeep import EK_CERTIFICATE_INDEX, LAST_EK_INDEX
+
+        found = self._operate(lambda: self._handles(EK_CERTIFICATE_INDEX))
+        return tuple([index for index in found if index <= LAST_EK_INDEX])
+
+    def _nv_content(self, index: int) -> "bytes | None":
+        from dps_hal.wire.upkeep import nv_content
+
+        return nv_content(self, index, self._salted_session)
 
     def template_of_endorsement_key(self) -> str:
         """As `TpmService.template_of_endorsement_key`."""
-        from dps_hal.tpm_upkeep import template_of
+        from dps_hal.tpm_upkeep import template_in, template_of
 
         def made_from(template: bytes) -> bytes:
             made = self._create_primary(ENDORSEMENT, template, self._salted_session())
             self._flush(made.handle)
             return made.public
 
-        return self._operate(lambda: template_of(self._endorsement_key().public, self._ek_template, made_from))
+        def found() -> str:
+            try:
+                maker = template_in(self._nv_content)
+            except AskOperator:
+                maker = b""
+            return template_of(self._endorsement_key().public, self._ek_template, maker, made_from)
+
+        return self._operate(found)
 
     def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
         """As `TpmService.persist`."""
@@ -238,14 +264,20 @@ class WireTpm(Operations):
         A password is only ever given to a session salted to a key of the NULL hierarchy; where both are empty there
         is nothing to hide.
         """
-        session = None
+        from dps_hal.tpm_upkeep import template_in, template_to_use
+        from dps_hal.wire.upkeep import nv_content
+
+        session: SaltedSession | None = None
         held = len(self._held)
         try:
             if self._auth(OWNER) or self._auth(ENDORSEMENT):
                 primary = self._create_primary(NULL, srk_template(), None)
                 check_srk_public(primary.public)
                 session = self._start_session(primary)
-            created = self._create_primary(ENDORSEMENT, self._ek_template, session)
+            template = template_to_use(
+                self._ek_template, lambda: template_in(lambda index: nv_content(self, index, lambda: session))
+            )
+            created = self._create_primary(ENDORSEMENT, template, session)
             check_ek_public(created.public)
             return self._evict_control(created, self._ek_handle, session)
         finally:

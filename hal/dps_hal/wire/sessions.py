@@ -4,7 +4,7 @@ import struct
 
 from dps_hal.platform import aes128_cfb, hmac_sha256, random_bytes, same_bytes, sha256
 from dps_hal.tpm_keys import ALG_AES, ALG_CFB, ALG_NULL, ALG_SHA256, SHA256_BYTES, kdfa, oaep_encrypt, sized, take_sized
-from dps_hal.wire.commands import EVICT_CONTROL, HMAC_START, SEQUENCE_UPDATE
+from dps_hal.wire.commands import EVICT_CONTROL, HMAC_START, NV_READ, SEQUENCE_UPDATE
 
 _NONCE_BYTES = 16
 _CONTINUE = 0x01  # TPMA_SESSION, Part 2, table 34, with the next two
@@ -51,7 +51,7 @@ class SaltedSession:
         self._attributes = _CONTINUE
         self._auth = auth or b""
         if code != EVICT_CONTROL:  # of our commands the one whose parameters are no TPM2B; two more answer none
-            if auth is not None:
+            if auth is not None and code != NV_READ:  # whose first parameter is no TPM2B either
                 self._attributes |= _DECRYPT
                 parameters = self._crypted(self._nonce_caller, self._nonce_tpm, parameters, False)
             if code not in (HMAC_START, SEQUENCE_UPDATE):

@@ -3,21 +3,20 @@
 import struct
 
 from dps_hal.tpm_errors import RC_ALTERED, RC_NV_UNINITIALIZED, RefusedError
-from dps_hal.tpm_keys import unwrap
+from dps_hal.tpm_keys import ALG_SHA256, object_name, unwrap
 from dps_hal.tpm_rules import PT_LOCKOUT_INTERVAL, PT_PERMANENT
 from dps_hal.tpm_upkeep import (
-    EK_CERTIFICATE_INDEX,
     PT_FIRMWARE_VERSION_1,
     PT_MANUFACTURER,
     PT_NV_BUFFER_MAX,
     check_owner_handle,
-    check_readable,
     check_replaceable,
     condition_of,
     nv_chunk_bytes,
-    without_padding,
+    nv_locked,
+    ways_to_read,
 )
-from dps_hal.wire.commands import NV_READ, NV_READ_PUBLIC, take_field
+from dps_hal.wire.commands import NV_READ, NV_READ_PUBLIC, OWNER, take_field
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,41 +24,60 @@ if TYPE_CHECKING:
 
     from dps_hal.contracts import TpmCondition
     from dps_hal.wire import Key, WireTpm
-    from dps_hal.wire.commands import Connection
+    from dps_hal.wire.sessions import SaltedSession
 
 
-def endorsement_certificate(
-    connection: "Connection", properties: "Callable[[int, int], dict[int, int]]"
-) -> "bytes | None":
-    """As `TpmService.endorsement_certificate`; `properties(first, last)` asks the TPM."""
-    index = EK_CERTIFICATE_INDEX
+def nv_content(tpm: "WireTpm", index: int, session_of: "Callable[[], SaltedSession | None]") -> "bytes | None":
+    """What an NV index holds, None where there is none or nothing was written to it.
+
+    Read by its own empty password, else by the owner's, in `session_of()`, which proves it; where that is None, by
+    passwords, which have to be empty. AskOperator `tpm.certificate_locked`.
+    """
+    run = tpm._connection.run
     try:
-        _, answer = connection.run(NV_READ_PUBLIC, (index,))
+        _, answer = run(NV_READ_PUBLIC, (index,))
     except RefusedError as refused:
         if refused.unknown_handle:
             return None
         raise refused
-    public, _ = take_field("nv_read_public", answer, 0)  # index, hash, attributes, policy, size
-    if len(public) < 14:
+    public, end = take_field("nv_read_public", answer, 0)  # index, hash, attributes, policy, size
+    name, _ = take_field("nv_read_public", answer, end)
+    by_sha256 = public[4:6] == struct.pack(">H", ALG_SHA256)
+    if len(public) < 14 or (by_sha256 and name != object_name(answer[:end])):
         raise RefusedError("nv_read_public", RC_ALTERED)
-    check_readable(int.from_bytes(public[6:10], "big"))
+    ways = ways_to_read(index, int.from_bytes(public[6:10], "big"))
     size = int.from_bytes(public[-2:], "big")
-    most_bytes = nv_chunk_bytes(properties(PT_NV_BUFFER_MAX, PT_NV_BUFFER_MAX))
+    most_bytes = nv_chunk_bytes(tpm._properties(PT_NV_BUFFER_MAX, PT_NV_BUFFER_MAX))
+    session = session_of()
     content = b""
+    by_owner = ways[0]
     while len(content) < size:
         chunk_bytes = min(most_bytes, size - len(content))
-        try:  # by the index's empty password: the certificate is public
-            parameters = struct.pack(">HH", chunk_bytes, len(content))
-            _, answer = connection.run(NV_READ, (index, index), parameters, password=True)
+        try:
+            _, answer = run(
+                NV_READ,
+                (OWNER if by_owner else index, index),
+                struct.pack(">HH", chunk_bytes, len(content)),
+                session=session,
+                names=(struct.pack(">I", OWNER) if by_owner else name, name),
+                auth=tpm._auth(OWNER) if by_owner else b"",
+                password=session is None,
+            )
         except RefusedError as refused:
             if refused.code == RC_NV_UNINITIALIZED:
                 return None
+            if refused.wrong_auth and not by_owner:
+                if ways[-1]:
+                    by_owner = True
+                    continue
+                raise nv_locked(index, "it has a password")
+            refused.of_owner = by_owner
             raise refused
         chunk, _ = take_field("nv_read", answer, 0)
         if len(chunk) != chunk_bytes:
             raise RefusedError("nv_read", RC_ALTERED)
         content += chunk
-    return without_padding(content)
+    return content
 
 
 def persist(tpm: "WireTpm", wrapped_key: bytes, handle: int, former: bytes) -> None:

@@ -109,42 +109,63 @@ def srk(device: Device) -> Finding:
 
 
 def certificate(device: Device) -> Finding:
-    try:
-        certificate = device.ask(lambda tpm: tpm.endorsement_certificate())
-    except AskOperator as error:  # it says nothing about whether this TPM can register
-        return Finding(WARNING, f"unreadable: {error.message}", REMEDIES.get(error.code, ""))
-    verdict = ek_certificate.compare(certificate, device.endorsement_key)
-    template = device.configuration.tpm.ek_template
-    if verdict == ek_certificate.MATCH:
+    """The certificate says nothing about whether this TPM can register, so nothing here is a failure."""
+    ek, template = device.endorsement_key, device.configuration.tpm.ek_template
+    found = device.ask(lambda tpm: ek_certificate.certified(tpm, ek))
+    says = ek_certificate.SAYS[found.verdict]
+    if found.verdict == ek_certificate.MATCH:
         if template == "tcg-l1":
-            return Finding(OK, "match: this endorsement key is of the template tcg-l1")
+            made = f"; {found.template}" if found.by_maker else ""
+            return Finding(OK, f"{says}, which is of the template tcg-l1{made}")
         return Finding(
             WARNING,
-            f"match: this endorsement key is of the template tcg-l1, though ek_template is {template}",
+            f"{says}, which is of the template tcg-l1, though ek_template is {template}",
             "set ek_template to tcg-l1, or ek_handle to the handle of the other key",
         )
-    if verdict == ek_certificate.MISMATCH:
-        if template == "azure-c-sdk":
-            return Finding(OK, "mismatch: it is for the template tcg-l1, and ek_template is azure-c-sdk")
-        return Finding(
-            WARNING,
-            "mismatch: the certificate names another key than this endorsement key",
-            'the key at ek_handle is of another template: set ek_template = "azure-c-sdk" if it is enrolled as it is,'
-            " else another ek_handle",
-        )
-    if verdict == ek_certificate.ABSENT:
-        return _without_certificate(device)
+    if found.verdict == ek_certificate.MISMATCH:
+        return _of_another_key(device, found)
+    if found.verdict == ek_certificate.ABSENT:
+        return _without_certificate(device, found)
+    if found.verdict == ek_certificate.LOCKED:
+        return Finding(WARNING, f"{says}: {found.locked}", REMEDIES["tpm.certificate_locked"])
+    return Finding(WARNING, says, "ask the TPM's manufacturer")
+
+
+def _of_another_key(device: Device, found: ek_certificate.Certified) -> Finding:
+    """Which key the certificate is for, and what gives that; never advice that makes yet another one."""
+    says = ek_certificate.SAYS[found.verdict]
+    if device.configuration.tpm.ek_template == "azure-c-sdk":
+        return Finding(OK, f"{says}: it is for the template tcg-l1, and ek_template is azure-c-sdk")
+    if not found.usable:
+        return Finding(WARNING, f"{says}; {found.template}", REMEDIES["tpm.ek_template_unsuitable"])
+    try:
+        made_by = device.ask(lambda tpm: tpm.template_of_endorsement_key())
+    except DpsError as error:
+        text = f"{says}; the template of this key could not be found out: {error.message}"
+        return Finding(WARNING, text, "nothing, if this key is enrolled")
+    if made_by == "tcg-l1":
+        text = f"{says}, though {found.template}, as this key is: neither value of ek_template gives the certified key"
+        return Finding(WARNING, text, "nothing, if this key is enrolled; else ask the TPM's manufacturer")
+    remedy = "nothing, if this key is enrolled"
+    if made_by == "azure-c-sdk":
+        remedy += ', but ek_template = "azure-c-sdk", which it is of'
     return Finding(
         WARNING,
-        "unreadable: what the TPM holds is no X.509 certificate of an RSA key",
-        "ask the TPM's manufacturer",
+        f"{says}; {found.template}, and this key by {f'the template {made_by}' if made_by else 'neither template'}",
+        f"{remedy}; else set ek_handle to a free handle, where the agent makes the key of the template tcg-l1",
     )
 
 
-def _without_certificate(device: Device) -> Finding:
+def _without_certificate(device: Device, certified: ek_certificate.Certified) -> Finding:
     """Of which template the EK is then, the TPM itself tells, by making it anew."""
     wanted = device.configuration.tpm.ek_template
-    absent_and = "absent: the TPM holds none, and none is needed to register; this endorsement key is of"
+    says = ek_certificate.SAYS[certified.verdict]
+    others = device.ask(ek_certificate.certified_elsewhere)
+    if others:
+        says += f" for an RSA-2048 key of the low range, and others that this agent does not use, {others}"
+    if certified.by_maker:
+        says += f"; where one is issued, {certified.template}"
+    absent_and = f"{says}, and none is needed to register; this endorsement key is of"
     try:
         found = device.ask(lambda tpm: tpm.template_of_endorsement_key())
     except DpsError as error:  # a slow TPM, or a password that the settings lack: it can register all the same

@@ -9,13 +9,6 @@ from dps_agent.settings import AUTO
 
 FORMATS = ("text", "csv", "json", "az")
 
-CERTIFICATE_SAYS = {  # by the words of dps_hal.ek_certificate
-    "match": "match: it names this endorsement key, which is therefore of the template tcg-l1",
-    "mismatch": "mismatch: it names another key, as for a key of the template azure-c-sdk",
-    "absent": "absent: the TPM holds none",
-    "unreadable": "unreadable: what the TPM holds is no X.509 certificate of an RSA key",
-}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The form of the output, and where it goes."""
@@ -47,23 +40,23 @@ def run(arguments: argparse.Namespace) -> Outcome:
     elif arguments.json and form not in ("", "json"):
         raise UsageError(f"--json and --format {form} exclude each other")
     configuration = configuration_of(arguments, need_id_scope=False)
-    endorsement_key, certificate = endorsement(configuration)
-    verdict = ek_certificate.compare(certificate, endorsement_key)
+    endorsement_key, certified = endorsement(configuration)
     derived = registration_id_from_ek(endorsement_key)
     fingerprint = sha256(endorsement_key).hex()
     enrolment = Enrolment(
         derived if configuration.registration_id == AUTO else configuration.registration_id,
         to_base64(endorsement_key),
         configuration.tpm.backend,
-        sha256(certificate).hex() if certificate else "",
+        certified.sha256,
     )
     document: dict[str, Any] = {
         "registrationId": enrolment.registration_id,
         "endorsementKey": enrolment.endorsement_key,
         "derivedIds": {"base32": derived, "hex": fingerprint},
-        "ekCertificate": verdict,
+        "ekCertificate": certified.verdict,
         "ekCertificateSha256": enrolment.certificate_sha256,
-        "ekTemplate": "tcg-l1" if verdict == ek_certificate.MATCH else None,
+        "ekTemplate": "tcg-l1" if certified.verdict == ek_certificate.MATCH else None,
+        "ekTemplateInNv": certified.by_maker,
         "backend": configuration.tpm.backend,
     }
     if arguments.append is not None:
@@ -83,7 +76,9 @@ def run(arguments: argparse.Namespace) -> Outcome:
         ("endorsement key", enrolment.endorsement_key),
         ("derived ids", f"{derived} (base32 of SHA-256, as Microsoft's tools)"),
         ("", f"{fingerprint} (hex of SHA-256, as the IoT Edge script)"),
-        ("EK certificate", CERTIFICATE_SAYS[verdict]),
+        ("EK certificate", ek_certificate.SAYS[certified.verdict]),
+        *([("", certified.locked)] if certified.locked else []),
+        *([("certified key", certified.template)] if certified.by_maker else []),
         ("TPM", backend_shown(configuration)),
     ]
     return Outcome(table(rows), document)
