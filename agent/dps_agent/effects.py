@@ -163,6 +163,7 @@ NO_REPLY_TOO_LARGE = "too_large"  # headers or body over the bound
 NO_REPLY_PROTOCOL = "protocol"  # not HTTP, or not MQTT
 NO_REPLY_NOT_FOUND = "not_found"  # there is no such name, or the WebSocket was refused with 404: no such hub
 NO_REPLY_PROXY = "proxy"  # the HTTP proxy on the way wants other credentials
+NO_REPLY_PROXY_SCHEME = "proxy_scheme"  # it wants them in a way that this agent has not
 
 
 class Failed(Exception):

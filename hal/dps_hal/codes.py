@@ -86,7 +86,10 @@ REMEDIES: dict[str, str] = {
     " it lasts, look for a proxy or firewall that lets nothing to this name through",
     "network.dns": "the endpoint's name did not resolve: check endpoint, DNS and the network cable",
     "network.protocol": "the peer does not speak HTTP: check endpoint and connect_to",
-    "network.proxy": "put the proxy's user and password into network.proxy, or into the variable https_proxy",
+    "network.proxy": "put the proxy's URL with user and password into a file of mode 0600 and name it in proxy_file of"
+    " [network]; the service gets it by LoadCredential; other settings and the environment may be read by all",
+    "network.proxy_scheme": "this agent has Basic only: have the proxy let this device through without credentials, or"
+    " put a relay before it that has the scheme which the message names",
     "network.timeout": "no answer in time; check the network and the firewall (outgoing TCP 443)",
     "network.tls": "the server's certificate was not verified: check ca_file, the endpoint's name and the clock",
     "network.not_tls": "look for what answers there instead of the service: check endpoint and connect_to, and whether"

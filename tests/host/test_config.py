@@ -50,6 +50,7 @@ GOLDEN: dict[str, tuple[Any, str, Any]] = {
         (".example.test", "hub.test"),
     ),
     "network.proxy": ("env", '"http://proxy:3128"', "http://proxy:3128"),
+    "network.proxy_file": ("", '"/etc/proxy"', "/etc/proxy"),
     "api.socket": ("", '"/run/other.sock"', "/run/other.sock"),
     "api.allow_token": (False, "true", True),
 }
@@ -510,3 +511,80 @@ def test_the_socket_can_be_elsewhere_or_nowhere(tmp_path: Path) -> None:
     assert read(f'runtime_dir = "{long}"\n', tmp_path).socket == ""
     assert problems_of(f'[api]\nsocket = "{long}"\n', tmp_path)[0].startswith("api.socket: expected a path")
     assert problems_of('[api]\nsocket = "x.sock"\n', tmp_path)[0].startswith("api.socket: expected a path")
+
+
+# --- a proxy's password
+
+
+def with_proxy(path: Path, text: str, mode: int = 0o600) -> Configuration:
+    path.write_text(text)
+    path.chmod(mode)
+    return load(overrides=[f"network.proxy_file={path}"], environ=ENVIRON, system_file=NO_FILE)
+
+
+URL = "http://user:hunter2@proxy:3128"
+
+
+def test_a_proxy_s_url_comes_from_its_file_or_the_credential_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = with_proxy(tmp_path / "proxy", URL + "\r\n")
+    assert config.proxy_of(loaded) == URL
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    (credentials / "proxy").write_text("http://other@proxy:1")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(credentials))
+    assert config.proxy_of(loaded) == "http://other@proxy:1"
+
+
+@pytest.mark.parametrize("text", ["", "env", "https://me:hunter2@p", f"{URL}\n{URL}\n", f" {URL}", "http://[:hunter2@"])
+def test_a_file_without_a_proxy_s_url_is_named_and_not_shown(text: str, tmp_path: Path) -> None:
+    loaded = with_proxy(tmp_path / "proxy", text)
+    with pytest.raises(ConfigurationError, match=r"network\.proxy_file: expected ") as caught:
+        config.check_files(loaded)
+    assert "hunter2" not in caught.value.message
+
+
+def test_a_proxy_s_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="chmod 600"):
+        config.check_files(with_proxy(tmp_path / "proxy", URL, 0o640))
+
+
+def test_a_proxy_is_set_in_one_place(tmp_path: Path) -> None:
+    (problem,) = problems_of('[network]\nproxy = "none"\nproxy_file = "/x"\n', tmp_path)
+    assert "expected either this or network.proxy" in problem
+
+
+def test_brackets_that_do_not_pair_are_no_proxy(tmp_path: Path) -> None:
+    (problem,) = problems_of('[network]\nproxy = "http://[::1"\n', tmp_path)
+    assert problem.startswith("network.proxy: expected")
+
+
+def test_a_proxy_s_password_that_others_may_read_is_told_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "UNIT_DROP_INS", (str(tmp_path / "units"),))
+    loaded = read(f'[network]\nproxy = "{URL}"\n', tmp_path)
+    file = tmp_path / "given.toml"
+    monkeypatch.setattr(config, "_readers", lambda path: "every user" if os.stat(path).st_mode & 0o004 else "")
+    for mode, expected in ((0o644, 1), (0o600, 0)):
+        file.chmod(mode)
+        assert len(config.readable_proxy_passwords(loaded)) == expected
+    (tmp_path / "units").mkdir()
+    unit = tmp_path / "units" / "proxy.conf"
+    unit.write_text(f"[Service]\nEnvironment=https_proxy={URL}\n")
+    (said,) = config.readable_proxy_passwords(loaded)
+    assert "systemctl show" in said and "hunter2" not in said
+    unit.write_text("[Service]\nEnvironment=https_proxy=http://proxy:3128\n")
+    assert config.readable_proxy_passwords(loaded) == []
+
+
+def test_who_may_read_a_file_depends_on_the_folders_above_it(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir(0o700)
+    file = folder / "file"
+    file.touch()
+    file.chmod(0o644)
+    assert config._readers(str(file)) == ""
+    outside = Path("/etc/passwd")
+    assert config._readers(str(outside)) == "every user"

@@ -8,11 +8,13 @@ import socket
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dps_agent.effects import NoReply, Reply
 from dps_agent.host.config import without_password
 from dps_agent.host.https import DpsConnection
-from dps_agent.host.proxy import Proxy, ProxyRule
+from dps_agent.host.proxy import Proxy, ProxyRule, schemes_of
 from dps_hal.errors import AskOperator
 from support.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering, proxying
 
@@ -252,6 +254,61 @@ def test_a_proxy_that_does_not_open_the_way_has_its_reason(
     assert "the proxy 127.0.0.1:" in outcome.reason
     assert SECRET not in outcome.reason
     assert dps.connections == 0
+
+
+def challenging(*challenges: str) -> Callable[[Peer], None]:
+    """A proxy that answers every CONNECT with 407 and these lines of Proxy-Authenticate."""
+    lines = "".join(f"Proxy-Authenticate: {challenge}\r\n" for challenge in challenges)
+
+    def behave(peer: Peer) -> None:
+        peer.request()
+        peer.send(answer(b"no", "407 authenticationrequired", lines))
+
+    return behave
+
+
+@pytest.mark.parametrize(
+    ("challenges", "reason", "says"),
+    [
+        (["Negotiate", "NTLM"], "proxy_scheme", "wants Negotiate or NTLM (407); this agent has Basic only"),
+        (["negotiate, ntlm"], "proxy_scheme", "wants Negotiate or NTLM"),
+        (["NTLM TlRMTVNTUAAC=="], "proxy_scheme", "wants NTLM"),
+        (['Digest realm="a, Basic b", qop="auth", nonce=x'], "proxy_scheme", "wants Digest"),
+        (['Bearer realm = "x" , error = "y"'], "proxy_scheme", "wants Bearer"),
+        (["Evil\x1b[2J realm=x"], "proxy_scheme", "wants another scheme"),
+        ([], "proxy_scheme", "does not say of which kind"),
+        (['basic realm="x"'], "proxy", "refuses the user and password"),
+        (["Negotiate", 'NTLM, Basic realm="x", charset="UTF-8"'], "proxy", "refuses the user and password"),
+    ],
+)
+def test_only_a_proxy_that_offers_basic_is_sent_the_password(
+    challenges: list[str], reason: str, says: str, dps: Server, certificates: Certificates
+) -> None:
+    proxy, outcome = asked_through(challenging(*challenges), dps, certificates, f"user:{SECRET}@")
+    assert isinstance(outcome, NoReply)
+    assert outcome.reason.startswith(f"{reason}: ") and says in outcome.reason, outcome
+    with_credentials = [b"Proxy-Authorization: Basic " in request for request in proxy.requests]
+    assert with_credentials == ([False, True] if reason == "proxy" else [False])
+
+
+def test_a_proxy_that_wants_no_password_is_sent_none(dps: Server, certificates: Certificates) -> None:
+    proxy, outcome = asked_through(proxying(), dps, certificates, f"user:{SECRET}@")
+    assert isinstance(outcome, Reply) and proxy.connections == 1
+    assert b"authorization" not in b"".join(proxy.requests).lower()
+
+
+def test_without_a_password_the_proxy_is_asked_once(dps: Server, certificates: Certificates) -> None:
+    proxy, outcome = asked_through(challenging('Basic realm="x"'), dps, certificates)
+    assert isinstance(outcome, NoReply)
+    assert outcome.reason.startswith("proxy: ") and "wants a user and a password (407)" in outcome.reason
+    assert proxy.connections == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=80))
+def test_no_challenge_does_harm_and_no_word_of_the_proxy_s_is_repeated(challenges: str) -> None:
+    known = {"Basic", "Digest", "NTLM", "Negotiate", "Kerberos", "Bearer", "another scheme"}
+    assert set(schemes_of(challenges)) <= known
 
 
 def test_a_proxy_that_is_not_there_is_named(dps: Server, certificates: Certificates) -> None:

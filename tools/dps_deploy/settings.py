@@ -25,6 +25,7 @@ NOT_ON_A_BOARD = {
     "tpm.exclusive": "the TPM of a board always belongs to the agent alone",
     "tpm.i_know_keys_are_in_files": "there is no simulator on a board",
     "network.proxy": "a board dials the service itself",
+    "network.proxy_file": "a board dials the service itself",
     "api.socket": "a program on a board uses dps_board.runner.Agent",
     "api.allow_token": "a program on a board uses dps_board.runner.Agent",
 }

@@ -44,8 +44,13 @@ AZURE_ENDPOINT_SUFFIXES = (
     ".azure-devices-provisioning.us",
 )
 SETTINGS_LIMIT = 1024 * 1024  # bytes; the template with every setting has 1/100
-PASSWORD_FILES = ("tpm.owner_auth_file", "tpm.endorsement_auth_file")
 AUTH_LIMIT = 64  # bytes; an authValue is at most as long as the hierarchy's digest, TPM 2.0 Library Part 1, 13.5
+PASSWORD_FILES = {
+    "tpm.owner_auth_file": AUTH_LIMIT,
+    "tpm.endorsement_auth_file": AUTH_LIMIT,
+    "network.proxy_file": 2048,
+}
+UNIT_DROP_INS = ("/etc/systemd/system/dps-agent.service.d", "/run/systemd/system/dps-agent.service.d")
 OWNER_HANDLES = (0x81000000, 0x817FFFFF)  # persistent handles the owner may use, TCG handle registry, table 3
 
 
@@ -149,7 +154,14 @@ def _is_address(text: str) -> bool:
 
 
 def _is_proxy(text: str) -> bool:
-    return text in ("env", "none") or (text.startswith("http://") and bool(urlsplit(text).hostname))
+    return text in ("env", "none") or _is_proxy_url(text)
+
+
+def _is_proxy_url(text: str) -> bool:
+    try:
+        return text.startswith("http://") and bool(urlsplit(text).hostname) and urlsplit(text).port != 0
+    except ValueError:  # brackets that do not pair, a port that is none
+        return False
 
 
 def _is_socket(text: str) -> bool:
@@ -225,6 +237,7 @@ class NetworkSettings(_Settings):
     """[network]: what lies between the device and the service."""
 
     proxy: str = _text("env", '"env", "none" or "http://host:port"', _is_proxy)
+    proxy_file: str = _text("", "the path of a file, or empty")
 
 
 class ApiSettings(_Settings):
@@ -507,6 +520,9 @@ def _check_together(collector: _Collector) -> None:
             "tpm.exclusive: expected false for a TPM that other programs may use, as through a device node or tabrmd;"
             f" came true with tpm.tcti = {_shortened(tcti)} ({origins['tpm.exclusive']})"
         )
+    if values["network.proxy_file"] and values["network.proxy"] != default_of("network.proxy"):
+        both = f"{origins['network.proxy']}; {origins['network.proxy_file']}"
+        collector.problem(f"network.proxy_file: expected either this or network.proxy; both are set ({both})")
     handles = ("tpm.ek_handle", "tpm.srk_handle", "tpm.persist_at")
     for at, key in enumerate(handles):
         for other in handles[:at]:
@@ -577,33 +593,78 @@ def check_files(configuration: Configuration) -> None:
             hierarchy_password(key, configuration.value(key))
         except ConfigurationError as error:
             problems.extend(error.problems)
+    if not problems:
+        proxy_of(configuration)
     if problems:
         raise ConfigurationError("config.invalid", problems)
 
 
+def proxy_of(configuration: Configuration) -> str:
+    """The setting network.proxy, or the URL in network.proxy_file; ConfigurationError where that holds none."""
+    path = configuration.network.proxy_file
+    if not path:
+        return configuration.network.proxy
+    content = hierarchy_password("network.proxy_file", path)
+    url = content.decode("latin-1")
+    if not _is_proxy_url(url) or not url.isascii() or not url.isprintable():
+        odd = f"; {content.odd}" if content.odd else ""
+        problem = f'network.proxy_file: expected "http://[user:password@]host:port" in {path}; came something else{odd}'
+        raise ConfigurationError("config.invalid", [problem])
+    return url
+
+
+def readable_proxy_passwords(configuration: Configuration) -> list[str]:
+    """A sentence for each place that holds a proxy's password and that others may read; none shows anything of it."""
+    found = []
+    origin = configuration.origins["network.proxy"]
+    if "@" in configuration.network.proxy and origin in configuration.files and (readers := _readers(origin)):
+        found.append(f"{origin} holds a proxy's password, and {readers} may read it")
+    for folder in UNIT_DROP_INS:
+        for path in sorted(Path(folder).glob("*.conf")):
+            try:
+                lines = text_of(read_regular(path, SETTINGS_LIMIT)).splitlines()
+            except (OSError, NotText):
+                continue
+            if any(line.startswith("Environment=") and "proxy" in line.lower() and "@" in line for line in lines):
+                found.append(f"{path} holds a proxy's password, and 'systemctl show' shows it to every user")
+    return found
+
+
+def _readers(path: str) -> str:
+    """Who else may read a file, "" for nobody; the folders above it count."""
+    try:
+        modes = [os.stat(each).st_mode for each in (Path(path), *Path(os.path.abspath(path)).parents)]
+    except OSError:
+        return ""
+    if modes[0] & 0o004 and all(mode & 0o001 for mode in modes[1:]):
+        return "every user"
+    return "its group" if modes[0] & 0o040 and all(mode & 0o011 for mode in modes[1:]) else ""
+
+
 def hierarchy_password(key: str, path: str, environ: "Mapping[str, str] | None" = None) -> Secret:
-    """The password in the file that setting `key` names, without one line end at its end; empty for no file.
+    """The secret in the file that setting `key` names, without one line end at its end; empty for no file.
 
     A credential of the file's name is taken in its place: the service's user cannot read what root keeps for root.
     AskOperator `config.invalid` where the file is missing, others than its owner may open it (systemd's
-    $CREDENTIALS_DIRECTORY excepted: it protects its files itself), or it holds 0 or more than 64 bytes.
+    $CREDENTIALS_DIRECTORY excepted: it protects its files itself), or it holds nothing, or more than it may.
     """
     if not path:
         return Secret()
     environ = os.environ if environ is None else environ
+    limit = PASSWORD_FILES.get(key, AUTH_LIMIT)
     path, is_credential = password_file(path, environ)
     try:
         with open(open_regular(path), "rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            password = secret_of(file.read(AUTH_LIMIT + len(b"\r\n") + 1))
+            password = secret_of(file.read(limit + len(b"\r\n") + 1))
     except OSError as error:
         raise ConfigurationError("config.invalid", [f"{key}: {path} cannot be read: {error.strerror}"]) from None
     if mode & 0o077 and not is_credential:
         problem = f"{key}: expected a file that only its owner may open (chmod 600 {path}); its mode is {mode:03o}"
         raise ConfigurationError("config.invalid", [problem])
-    if not 0 < len(password) <= AUTH_LIMIT:
+    if not 0 < len(password) <= limit:
         size = f"more; {password.odd}" if password and password.odd else "more" if password else "none"
-        raise ConfigurationError("config.invalid", [f"{key}: expected 1 to {AUTH_LIMIT} bytes in {path}; came {size}"])
+        raise ConfigurationError("config.invalid", [f"{key}: expected 1 to {limit} bytes in {path}; came {size}"])
     return password
 
 

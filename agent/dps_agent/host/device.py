@@ -12,7 +12,7 @@ from dps_agent.assignment import decode, hub_token, load_held
 from dps_agent.effects import LoadRecord
 from dps_agent.host import Provisioned, kept_key
 from dps_agent.host.clock import SystemClock
-from dps_agent.host.config import Configuration, check_keys_in_hardware, hierarchy_password
+from dps_agent.host.config import Configuration, check_keys_in_hardware, hierarchy_password, proxy_of
 from dps_agent.host.progress import StepLines
 from dps_agent.host.runner import ConfirmClock, Runner
 from dps_agent.lifecycle import PROVISIONED, Lifecycle, decode_progress
@@ -86,7 +86,7 @@ def dps_connection(configuration: Configuration) -> DpsConnection:
         configuration.connect_to,
         configuration.ca_file,
         user_agent=f"dps-agent/{__version__}",
-        proxy=configuration.network.proxy,
+        proxy=proxy_of(configuration),
     )
 
 
@@ -110,7 +110,7 @@ def hub_connection(configuration: Configuration) -> HubConnection:
         connect_to=hub.connect_to,
         ca_file=hub.ca_file,
         transport=hub.transport,
-        proxy=configuration.network.proxy,
+        proxy=proxy_of(configuration),
     )
 
 

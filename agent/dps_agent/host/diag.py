@@ -7,6 +7,7 @@ No secret goes in. What holds one is left out by name (passwords, the wrapped ke
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
 import platform
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
-from dps_agent.host.config import environment_name, password_file
+from dps_agent.host.config import PASSWORD_FILES, environment_name, password_file, proxy_of
 from dps_agent.host.progress import utc_text
 from dps_hal import slots
 from dps_hal.contracts import IDENTITY, PROGRESS
@@ -100,9 +101,10 @@ def secrets_of(configuration: Configuration | None, environ: Mapping[str, str]) 
     names = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", environment_name("network.proxy"))
     proxies = [environ.get(name, "") for name in names]
     if configuration is not None:
-        proxies.append(configuration.network.proxy)
-        for path in (configuration.tpm.owner_auth_file, configuration.tpm.endorsement_auth_file):
+        for path in map(configuration.value, PASSWORD_FILES):
             words += _password_forms(password_file(path, environ)[0]) if path else []
+        with contextlib.suppress(DpsError):
+            proxies.append(proxy_of(configuration))
     for url in proxies:
         credentials = (url.partition("://")[2] or url).rpartition("@")[0]
         words += [credentials.partition(":")[2], credentials]

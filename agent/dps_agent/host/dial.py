@@ -175,8 +175,12 @@ class Dialler:
         if proxy is None:
             return self._connect(self.addresses(host, port, deadline_s), deadline_s)
         try:
-            raw = self._connect(self.addresses(proxy.host, proxy.port, deadline_s), deadline_s)
-            proxy.open_tunnel(raw, host, port, deadline_s)
+            there = self.addresses(proxy.host, proxy.port, deadline_s)
+            raw = self._connect(there, deadline_s)
+            if not proxy.open_tunnel(raw, host, port, deadline_s):
+                self.close()
+                raw = self._connect(there, deadline_s)
+                proxy.open_tunnel(raw, host, port, deadline_s, with_credentials=True)
         except TimeoutError:
             raise Failed(NO_REPLY_CONNECT, f"the proxy {proxy} did not answer in time") from None
         except OSError:

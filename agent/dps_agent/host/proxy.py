@@ -11,7 +11,14 @@ import base64
 import os
 import urllib.parse
 
-from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_CONNECT, NO_REPLY_PROTOCOL, NO_REPLY_PROXY, Failed
+from dps_agent.effects import (
+    NO_REPLY_CLOSED,
+    NO_REPLY_CONNECT,
+    NO_REPLY_PROTOCOL,
+    NO_REPLY_PROXY,
+    NO_REPLY_PROXY_SCHEME,
+    Failed,
+)
 from dps_agent.host.dial import address_text, read_head, seconds_until
 from dps_hal.errors import AskOperator
 
@@ -24,6 +31,8 @@ ENVIRONMENT = "env"
 NONE = "none"
 _DEFAULT_PORT = 80
 _CREDENTIALS_WANTED = 407
+_CHALLENGES = "proxy-authenticate"
+_SCHEMES = {name.lower(): name for name in ("Basic", "Digest", "NTLM", "Negotiate", "Kerberos", "Bearer")}  # as written
 
 
 class Proxy:
@@ -51,27 +60,46 @@ class Proxy:
     def __repr__(self) -> str:
         return address_text(self.host, self.port)
 
-    def open_tunnel(self, connection: socket.socket, host: str, port: int, deadline_s: float) -> None:
-        """Makes `connection`, which leads to the proxy, one that leads to `host`; raises Failed and OSError."""
+    def open_tunnel(
+        self, connection: socket.socket, host: str, port: int, deadline_s: float, with_credentials: bool = False
+    ) -> bool:
+        """Makes `connection`, which leads to the proxy, one that leads to `host`; raises Failed and OSError.
+
+        False where the proxy wants user and password as Basic, and there are some, for another connection to it:
+        nobody is sent them who did not ask for them in this way.
+        """
         target, here = address_text(host, port), f"the proxy {self}"
         lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
-        if self._authorization:
+        if with_credentials:
             lines.append(f"Proxy-Authorization: {self._authorization}")
         connection.settimeout(seconds_until(deadline_s))
         connection.sendall("\r\n".join([*lines, "", ""]).encode())
         try:
-            status, _, rest = read_head(connection, (), deadline_s)  # a body of a refusal nobody needs
+            status, headers, rest = read_head(
+                connection, (_CHALLENGES,), deadline_s
+            )  # a body of a refusal nobody needs
         except Failed as failed:
             if failed.reason == NO_REPLY_CLOSED:
                 raise ConnectionError from None
             raise Failed(NO_REPLY_PROTOCOL, f"{here} does not answer as HTTP: {failed}") from None
         if status == _CREDENTIALS_WANTED:
-            wants = "refuses the user and password" if self._authorization else "wants a user and a password"
-            raise Failed(NO_REPLY_PROXY, f"{here} {wants} (407)")
+            offered = schemes_of(headers.get(_CHALLENGES, ""))
+            if "Basic" in offered and self._authorization and not with_credentials:
+                return False
+            raise self._refusal(offered, with_credentials)
         if not 200 <= status < 300:
             raise Failed(NO_REPLY_CONNECT, f"{here} answered {status} to CONNECT {target}")
         if rest:  # in TLS the client speaks first
             raise Failed(NO_REPLY_PROTOCOL, f"{here} sent more than its answer to CONNECT")
+        return True
+
+    def _refusal(self, offered: list[str], sent: bool) -> Failed:
+        """What a 407 means that offers those schemes, to a request with user and password or without."""
+        if "Basic" in offered:
+            wants = "refuses the user and password" if sent else "wants a user and a password"
+            return Failed(NO_REPLY_PROXY, f"the proxy {self} {wants} (407)")
+        kinds = " or ".join(offered) or "credentials, and does not say of which kind"
+        return Failed(NO_REPLY_PROXY_SCHEME, f"the proxy {self} wants {kinds} (407); this agent has Basic only")
 
 
 class ProxyRule:
@@ -99,6 +127,22 @@ class ProxyRule:
         if host in ("localhost", "::1") or host.startswith("127."):
             return None
         return None if any(_is_meant(host, port, entry) for entry in self._exceptions) else self._proxy
+
+
+def schemes_of(challenges: str) -> list[str]:
+    """The schemes in Proxy-Authenticate, each once, in its order: challenges and their parameters share the commas.
+
+    A scheme nobody has heard of is "another scheme": a name of the proxy's choice is not repeated.
+    """
+    found: list[str] = []
+    parts = challenges.split('"')
+    for element in "".join(parts[::2]).split(","):  # without quoted values, in which there may be commas
+        scheme, _, rest = element.strip().partition(" ")
+        if scheme and "=" not in scheme and not rest.lstrip().startswith("="):
+            name = _SCHEMES.get(scheme.lower(), "another scheme")
+            if name not in found:
+                found.append(name)
+    return found
 
 
 def _is_meant(host: str, port: int, entry: str) -> bool:

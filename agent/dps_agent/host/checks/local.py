@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dps_agent.assignment import difference, load_held
 from dps_agent.host.checks.device import OK, SKIPPED, WARNING, Finding
 from dps_agent.host.clock import SystemClock, is_synchronised
-from dps_agent.host.config import check_files, odd_passwords
+from dps_agent.host.config import check_files, odd_passwords, readable_proxy_passwords
 from dps_agent.host.progress import utc_text
 from dps_hal.codes import REMEDIES
 from dps_hal.contracts import IDENTITY, PROGRESS
@@ -33,6 +33,9 @@ def used_settings(device: Device) -> Finding:
     if odd := odd_passwords(configuration):
         remedy = "nothing, where that belongs to the password; else write the file again, for example with printf"
         return Finding(WARNING, "; ".join([detail, *odd]), remedy)
+    if readable := readable_proxy_passwords(configuration):
+        remedy = "move the proxy's URL into a file of mode 0600, name that in proxy_file, and change the password"
+        return Finding(WARNING, "; ".join([detail, *readable]), remedy)
     if not configuration.id_scope:
         return Finding(WARNING, f"{detail}; id_scope is not set", "set id_scope before 'dps-agent provision'")
     return Finding(OK, detail)

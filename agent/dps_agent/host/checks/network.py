@@ -25,6 +25,7 @@ from dps_agent.host import websocket
 from dps_agent.host.checks.device import OK, SKIPPED, WARNING, Finding, failed
 from dps_agent.host.checks.local import NOTHING_STORED
 from dps_agent.host.clock import is_synchronised
+from dps_agent.host.config import proxy_of
 from dps_agent.host.dial import Dialler, address_text, tls_context
 from dps_agent.host.https import DpsConnection, host_and_port
 from dps_agent.host.progress import utc_text
@@ -62,7 +63,7 @@ class Network:
 
     def __init__(self, configuration: Configuration) -> None:
         self._configuration = configuration
-        self.proxies = ProxyRule(configuration.network.proxy)
+        self.proxies = ProxyRule(proxy_of(configuration))
         self._hub_ways: dict[str, Failed | None] = {}
         self.reply: Reply | None = None  # DPS's
 
@@ -107,10 +108,10 @@ def proxy(device: Device) -> Finding:
     network = device.network
     target = network.dps
     found = network.proxies.proxy_for(target.host, target.port)
-    setting = device.configuration.network.proxy
+    setting = device.configuration.network
     if found is None:
         return Finding(
-            OK, f"none on the way to {address_text(target.host, target.port)} (network.proxy is {setting!r})"
+            OK, f"none on the way to {address_text(target.host, target.port)} (network.proxy is {setting.proxy!r})"
         )
     dialler = Dialler(network.proxies, "")
     dialler.begin()
@@ -118,7 +119,8 @@ def proxy(device: Device) -> Finding:
         dialler.reach(target.host, target.port, time.monotonic() + DIAL_LIMIT_S).close()
     except (Failed, OSError) as error:
         failure = dialler.explain(error, "at the proxy")
-        shown = "network.proxy" if setting != "env" else "https_proxy in the environment"
+        shown = "network.proxy" if setting.proxy != "env" else "https_proxy in the environment"
+        shown = "network.proxy_file" if setting.proxy_file else shown
         remedy = (
             "" if failure.reason != NO_REPLY_CONNECT else f"correct {shown}, or the proxy; no_proxy names exceptions"
         )
@@ -174,7 +176,7 @@ def dps_answers(device: Device) -> Finding:
         configuration.ca_file,
         ANSWER_LIMIT_S,
         f"dps-agent/{__version__}",
-        configuration.network.proxy,
+        proxy_of(configuration),
     )
     try:
         reply = connection.request("POST", path + query, body, None)
