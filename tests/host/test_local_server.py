@@ -642,6 +642,7 @@ def test_nothing_of_a_body_or_a_token_is_logged(agent: Agent) -> None:
 
 def test_an_id_is_never_that_of_another_process_connection_or_kind(agent: Agent, tmp_path: Path) -> None:
     later = Agent(tmp_path / "restarted")
+    later.api.forget()  # the same connection and the same number in both
     assert agent.api.tell(CloudMessage(1, {}, b"B")) and later.api.tell(CloudMessage(1, {}, b"C"))
     with agent.client.events() as events:
         before = events.next("message")["id"]

@@ -130,3 +130,19 @@ def test_a_link_in_the_place_of_the_file_is_not_followed(tmp_path: Path) -> None
     show(tmp_path, StateFile(str(tmp_path / "run")))
     assert (tmp_path / "mine").read_text() == "mine"
     assert read_live(settings(tmp_path)) is not None
+
+
+def test_what_is_no_file_of_the_service_is_no_service_and_holds_nobody_up(tmp_path: Path) -> None:
+    show(tmp_path, StateFile(str(tmp_path / "run")))
+    path = tmp_path / "run" / "state.json"
+    content = path.read_bytes()
+    (tmp_path / "elsewhere").write_bytes(content)
+    path.unlink()
+    path.symlink_to(tmp_path / "elsewhere")
+    assert read_live(settings(tmp_path)) is None, "a link"
+    path.unlink()
+    path.write_bytes(content + b" " * statefile.SIZE_LIMIT)
+    assert read_live(settings(tmp_path)) is None, "without end"
+    path.unlink()
+    os.mkfifo(path)
+    assert read_live(settings(tmp_path)) is None, "nobody writes into it"

@@ -13,6 +13,7 @@ from dps_agent.assignment import Assignment
 from dps_agent.host.config import SYSTEM_RUNTIME_DIR, Configuration
 from dps_agent.host.progress import utc_text
 from dps_hal.platform import from_json, to_json
+from dps_hal.regular import read_regular
 
 SCHEMA = "dps-agent-state/1"
 FILE_NAME = "state.json"
@@ -71,8 +72,7 @@ def read_live(configuration: Configuration) -> dict[str, Any] | None:
     """What the service that runs with this state folder says of itself; None where none runs."""
     path = os.path.join(configuration.runtime_dir, FILE_NAME)
     try:
-        with open(path, "rb") as file:
-            document = from_json(file.read(SIZE_LIMIT))
+        document = from_json(read_regular(path, SIZE_LIMIT, follow=False))  # the folder is the service's user's
     except (OSError, ValueError):
         return None
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
