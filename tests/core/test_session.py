@@ -247,6 +247,19 @@ def test_no_more_messages_are_held_than_a_hub_queues() -> None:
     assert len(world.program.messages()) == MESSAGE_LIMIT and len(hub.queued) == MESSAGE_LIMIT + 5
 
 
+def test_a_message_that_was_not_taken_holds_no_place() -> None:
+    world = provisioned()
+    start_s = world.uptime_s
+    world.at(start_s + 9, lambda: setattr(world.program, "takes", False))
+    for _ in range(MESSAGE_LIMIT + 5):
+        world.at(start_s + 10, lambda: world.hub.send_c2d(world.uptime_s, {}, b"no room"))
+    world.at(start_s + 11, lambda: setattr(world.program, "takes", True))
+    world.at(start_s + 12, lambda: world.hub.send_c2d(world.uptime_s, {}, b"room again"))
+    live(world, 30)
+    assert world.program.messages()[-1].payload == b"room again"
+    assert len(world.hub.queued) == MESSAGE_LIMIT + 6, "the hub keeps them all"
+
+
 def test_a_repeated_packet_id_is_the_same_message_and_one_without_is_not_kept() -> None:
     world = provisioned()
     start_s = world.uptime_s
