@@ -792,7 +792,8 @@ def test_requests_by_the_thousand_keep_nobody_else_waiting(agent: Agent) -> None
         assert agent.client.ask("GET", "/status")[0] == 200
 
 
-def test_a_crowd_at_the_socket_does_not_keep_root_out(tmp_path: Path) -> None:
+def test_a_crowd_at_the_socket_does_not_keep_root_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "BACKLOG", 16)
     agent = Agent(tmp_path, start=False)
     assert stat.S_IMODE(os.lstat(agent.api.path + ROOT_SUFFIX).st_mode) == 0o600
     with contextlib.ExitStack() as crowd:

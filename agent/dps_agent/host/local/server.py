@@ -59,8 +59,8 @@ if TYPE_CHECKING:
 
 CLIENT_GROUP = "dps-agent-clients"
 GROUP_FILE = "/etc/group"
-BACKLOG = 128  # connections that wait to be looked at
-ACCEPTS_A_TURN = 64  # connections
+BACKLOG = 4096  # connections that wait to be looked at; who finds no room among them gets EAGAIN, whoever filled it
+ACCEPTS_A_TURN = 256  # connections
 REQUESTS_A_TURN = 16  # of one client, then come the others
 READ_SIZE = 20 * 1024  # bytes of heads in one go: one that is too long is read, so that its answer arrives
 BODY_LIMIT = 256 * 1024  # bytes; IoT Hub quotas: a device-to-cloud message
