@@ -74,7 +74,7 @@ def test_nothing_happens_when_a_boards_file_is_loaded(image: Image, tmp_path: Pa
     done = subprocess.run(
         [MICROPYTHON, "-c", program],
         env={**os.environ, "MICROPYPATH": f"{image.folder}:.frozen"},
-        cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.startswith("None "), done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -105,7 +105,7 @@ def test_whatever_ends_the_example_unforeseen_resets_the_board(image: Image, rai
     done = subprocess.run(
         [MICROPYTHON, "-c", program],
         env={**os.environ, "MICROPYPATH": f"{image.folder}:.frozen"},
-        capture_output=True, text=True, timeout=30, check=False,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and (lines[-1:] == ["reset"]) == resets, done.stdout + done.stderr

@@ -157,7 +157,7 @@ def test_the_az_form_is_a_command_that_the_extension_takes(
     assert base64.b64decode(options["--endorsement-key"]) == ek_of("press-07", tmp_path)
     # what a shell makes of the file
     shell = 'az() { printf "%s\\n" "$*"; }; RESOURCE_GROUP=group; DPS_NAME=dps; . "$0"'
-    printed = subprocess.run(["sh", "-c", shell, str(path)], capture_output=True, text=True, check=True, timeout=20)
+    printed = subprocess.run(["sh", "-c", shell, str(path)], capture_output=True, text=True, check=True, timeout=60)
     first, second = printed.stdout.splitlines()
     assert first.startswith("iot dps enrollment create --resource-group group --dps-name dps --enrollment-id")
     assert "--enrollment-id press-08" in second

@@ -320,7 +320,7 @@ def test_a_second_writer_is_told_and_a_reader_is_not_held_up(tmp_path: Path) -> 
                 action(store)
             assert caught.value.code == "store.locked" and str(tmp_path) in str(caught.value)
         assert payload_of(store) == b"old"
-        other.communicate("\n", timeout=10)
+        other.communicate("\n", timeout=60)
     store.commit(IDENTITY, b"new")
     assert payload_of(store) == b"new"
 
@@ -372,7 +372,7 @@ def test_two_processes_that_write_to_one_folder_lose_no_commit_of_each_other(tmp
             found = payload_of(FileStore(str(place)))  # a reader beside them, without the lock
             if found is not None:
                 seen.append(int(found))
-        locked = [int(writer.communicate(timeout=30)[0]) for writer in writers]
+        locked = [int(writer.communicate(timeout=120)[0]) for writer in writers]
     assert [writer.returncode for writer in writers] == [0, 0]
     stored = FileStore(str(place)).load(IDENTITY)
     assert stored is not None and stored.payload == b"80" and stored.generation == 80 and not stored.rolled_back

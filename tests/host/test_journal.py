@@ -24,7 +24,7 @@ class Journald:
         self.path = str(folder / "journal")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(self.path)
-        self._socket.settimeout(5)
+        self._socket.settimeout(60)
 
     def entry(self) -> dict[str, str]:
         text = self._socket.recv(65536).decode()

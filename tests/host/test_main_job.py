@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -264,7 +263,6 @@ def test_a_failure_at_any_tpm_command_leaves_nothing_in_the_tpm(desk: Desk) -> N
 def test_a_tpm_that_never_answers_does_not_keep_the_process_alive(desk: Desk) -> None:
     desk.serve("--retry-after", "0")
     desk.agent("provision")
-    desk.tap.delay(8, command="Load", times=9)
-    began_s = time.monotonic()
+    desk.tap.hang(command="Load")
     answer = desk.agent("provision", "--force", "--timeout", "2", exit_status=3)
-    assert answer["error"]["code"] == "agent.out_of_time" and time.monotonic() - began_s < 7
+    assert answer["error"]["code"] == "agent.out_of_time"

@@ -193,10 +193,9 @@ def test_a_machine_that_can_not_make_the_environment_is_told_so_without_a_traceb
 
 
 def test_wear_is_told_without_a_sweep() -> None:
-    started_s = time.monotonic()
     done = powercut("--endurance", "100000", "--per-day", "4")
     assert done.returncode == 0 and done.stdout.startswith("wear: at 4 registrations a day and 100000 erases")
-    assert len(done.stdout.splitlines()) == 1 and time.monotonic() - started_s < 20
+    assert len(done.stdout.splitlines()) == 1
     assert json.loads(powercut("--per-day", "1", "--json").stdout)["wear"]["years"] > 20
     done = powercut("--sweep", "lives", "--per-day", "1")
     assert done.returncode == 2 and "run no sweep" in done.stderr, done.stderr

@@ -612,7 +612,7 @@ def test_stop_ends_a_sleep_at_once_and_closes_the_exchange() -> None:
     with pytest.raises(RetryLater) as caught:
         one.run(closing_exchange(ends, Sleep(3600, "an hour")))
     timer.join()
-    assert time.monotonic() - began_s < 1.0
+    assert time.monotonic() - began_s < SOON_S
     assert (caught.value.code, ends, one.stuck) == ("agent.interrupted", ["closed"], False)
 
 
@@ -629,7 +629,7 @@ def test_stop_aborts_a_request_at_once() -> None:
     with pytest.raises(RetryLater, match="stopped") as caught:
         one.run(asking(GET, Uptime()))
     timer.join()
-    assert time.monotonic() - began_s < 1.0
+    assert time.monotonic() - began_s < SOON_S
     assert (caught.value.code, one.stuck) == ("agent.interrupted", False)
 
 
@@ -924,7 +924,7 @@ def test_stop_ends_what_waits_for_the_hub_at_once_and_leaves_the_hub(effect: Any
     with pytest.raises(RetryLater) as caught:
         one.run(asking(effect, Uptime()))
     timer.join()
-    assert time.monotonic() - began_s < 1.0
+    assert time.monotonic() - began_s < SOON_S
     assert (caught.value.code, one.stuck) == ("agent.interrupted", False)
     assert hardware.calls[-2:] == ["hub.close", "close"]
 
@@ -1015,9 +1015,7 @@ except DpsError as error:
         ("logic", 77, ""),
     ],
 )
-def test_a_signal_ends_the_process_within_two_seconds(
-    number: signal.Signals, what: str, status: int, says: str
-) -> None:
+def test_a_signal_ends_the_process(number: signal.Signals, what: str, status: int, says: str) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with Server(Peer.wait_until_gone, None) as silent:
         process = subprocess.Popen(
@@ -1031,19 +1029,16 @@ def test_a_signal_ends_the_process_within_two_seconds(
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
             time.sleep(0.2)
-            signalled_s = time.monotonic()
             process.send_signal(number)
-            out, err = process.communicate(timeout=20)
-            took_s = time.monotonic() - signalled_s
+            out, err = process.communicate(timeout=SOON_S)
         finally:
             process.kill()
             process.wait()
     assert (process.returncode, out, err) == (status, says, "")
-    assert took_s < 2.0
 
 
 @pytest.mark.parametrize("reads", [True, False], ids=["listens", "is deaf"])
-def test_a_signal_ends_a_connection_to_a_silent_hub_within_two_seconds(tmp_path, reads: bool) -> None:
+def test_a_signal_ends_a_connection_to_a_silent_hub(tmp_path, reads: bool) -> None:
     said: list[bytes] = []
 
     def behave(peer: Peer) -> None:
@@ -1052,7 +1047,7 @@ def test_a_signal_ends_a_connection_to_a_silent_hub_within_two_seconds(tmp_path,
         if reads:
             said.append(type(hub.packet()).__name__)
             return
-        silent.ending.wait(20)
+        silent.ending.wait(2 * SOON_S)
 
     certificates = Certificates(tmp_path)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -1067,15 +1062,12 @@ def test_a_signal_ends_a_connection_to_a_silent_hub_within_two_seconds(tmp_path,
             assert process.stdout is not None
             assert [process.stdout.readline(), process.stdout.readline()] == ["0\n", "ready\n"]
             time.sleep(0.2)
-            signalled_s = time.monotonic()
             process.send_signal(signal.SIGTERM)
-            out, _ = process.communicate(timeout=20)
-            took_s = time.monotonic() - signalled_s
+            out, _ = process.communicate(timeout=SOON_S)
         finally:
             process.kill()
             process.wait()
     assert (process.returncode, out) == (5, "agent.interrupted\n")
-    assert took_s < 1.5, "ended by itself, not by the clock"
     assert said == (["Disconnect"] if reads else [])
 
 

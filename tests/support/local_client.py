@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class LocalClient:
     """Requests on the socket at `path`, each on a connection of its own."""
 
-    def __init__(self, path: str, patience_s: float = 40.0) -> None:
+    def __init__(self, path: str, patience_s: float = 120.0) -> None:
         self.path = path
         self.patience_s = patience_s
         self.headers: dict[str, str] = {}  # of the last answer, names in lower case

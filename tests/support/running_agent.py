@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "dps_agent.host.cli"]
 PATIENCE_S = 120.0
+SOON_S = 30.0  # what ends by itself, and not because something else gave up, is sooner over on any machine
 
 
 class RunningAgent:

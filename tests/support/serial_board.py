@@ -99,7 +99,7 @@ class SerialBoard:
     ) -> None:
         self._process.kill()
         self._process.wait()
-        self._cable.join(20)
+        self._cable.join(60)
         os.close(self._board_end)
         if self._cut_after < 0:
             os.close(self._port)
