@@ -6,6 +6,7 @@ The messages at the places that raise say what was expected and what came; the r
 REMEDIES: dict[str, str] = {
     # tpm
     "tpm.absent": "check that the TPM device or socket named by [tpm] tcti exists and that its service runs",
+    "tpm.no_node": "the kernel has the TPM, its device node is not here: hand it in, as the message says",
     "tpm.denied": "give the agent's user access to the TPM, as the message says, and start a new session",
     "tpm.locked_out": "wait for the TPM's own recovery time; do not retry by hand, each failure prolongs it",
     "tpm.busy": "another program holds the TPM; use /dev/tpmrm0, or stop the other program",

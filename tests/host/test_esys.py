@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from contracts.tpm import CLAIMS, KEY, blob_for
+from dps_hal import tpm_device
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE, Tpm
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.esys import EsysTpm
@@ -606,10 +607,15 @@ def test_a_forbidden_device_names_file_group_and_command(
 
 
 def refuse_to_open(
-    monkeypatch: pytest.MonkeyPatch, node: str, mode: int, group: str, groups: tuple[int, ...] = ()
+    monkeypatch: pytest.MonkeyPatch,
+    node: str,
+    mode: int,
+    group: str,
+    groups: tuple[int, ...] = (),
+    gid: int | None = None,
 ) -> None:
     """Makes `node` a device of this mode and group that this user may not open."""
-    gid = {"root": 0, "nogroup": 65534}.get(group, 987654)
+    gid = {"root": 0, "nogroup": 65534}.get(group, 987654) if gid is None else gid
     real_stat = os.stat
 
     def refuse(path: str, flags: int) -> int:
@@ -623,6 +629,7 @@ def refuse_to_open(
     monkeypatch.delenv("INVOCATION_ID", False)
     monkeypatch.setattr(os, "open", refuse)
     monkeypatch.setattr(os, "stat", stat_of)
+    monkeypatch.setattr(tpm_device, "in_container", lambda: False)  # wherever this test runs
     monkeypatch.setattr(os, "getgroups", lambda: list(groups))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr("grp.getgrgid", lambda number: grp.struct_group((group, "x", number, [])))
@@ -635,7 +642,7 @@ def refuse_to_open(
         ("/dev/tpmrm9", 0o600, "tss", (), 'GROUP="tss"', "tcti ="),  # the group may not
         ("/dev/tpmrm9", 0o660, "root", (), "udev", "usermod -aG root"),  # nobody should be in that one
         ("/dev/tpmrm9", 0o640, "tss", (), "udev", "tcti ="),
-        ("/dev/tpmrm9", 0o660, "tss", (987654,), "DeviceAllow", "usermod"),  # it is in the group already
+        ("/dev/tpmrm9", 0o660, "tss", (987654,), "AppArmor", "usermod"),  # it is in the group already
         ("/dev/tpm9", 0o600, "root", (), 'tcti = "device:/dev/tpmrm9"', "usermod"),
         ("/dev/tpm9", 0o660, "tss", (), "sudo usermod -aG tss", "tcti ="),
     ],
@@ -675,7 +682,63 @@ def test_root_is_not_sent_to_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_to_open(monkeypatch, "/dev/tpmrm9", 0o660, "tss")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     error = assert_refused(lambda: open_device("/dev/tpmrm9"), AskOperator, "tpm.denied")
-    assert "container" in error.message and "usermod" not in error.message
+    assert "though root may do all" in error.message
+    for word in ("usermod", "container", "unit"):
+        assert word not in error.message, word
+
+
+@pytest.mark.parametrize(("gid", "says"), [(987, "--group-add 987"), (65534, "stat -c %g /dev/tpmrm9"), (0, "stat -c")])
+@pytest.mark.parametrize("user", [0, 1000])
+def test_in_a_container_the_advice_is_how_to_start_it(
+    gid: int, says: str, user: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_open(monkeypatch, "/dev/tpmrm9", 0o660, "tss", gid=gid)
+    monkeypatch.setattr(tpm_device, "in_container", lambda: True)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    error = assert_refused(lambda: open_device("/dev/tpmrm9"), AskOperator, "tpm.denied")
+    assert "--device /dev/tpmrm9" in error.message and says in error.message
+    for word in ("usermod", "udev", "systemctl", "AppArmor"):
+        assert word not in error.message, word
+
+
+def test_a_group_without_a_name_is_given_one_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_to_open(monkeypatch, "/dev/tpmrm9", 0o660, "987")
+    error = assert_refused(lambda: open_device("/dev/tpmrm9"), AskOperator, "tpm.denied")
+    assert "groupadd --gid 987 tpm" in error.message and "usermod -aG tpm" in error.message
+
+
+@pytest.mark.parametrize("name", ["tpmrm9", "tpm9"])
+@pytest.mark.parametrize(
+    ("place", "advice"), [("container", "--device /dev/"), ("unit", "PrivateDevices"), ("host", "udevadm trigger")]
+)
+def test_a_tpm_that_the_kernel_has_and_nobody_handed_in_is_told(
+    place: str, advice: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / name.rstrip("9") / name).mkdir(parents=True)
+    monkeypatch.setattr(tpm_device, "_SYSFS", str(tmp_path))
+    monkeypatch.setattr(tpm_device, "in_container", lambda: place == "container")
+    monkeypatch.delenv("INVOCATION_ID", raising=False)
+    if place == "unit":
+        monkeypatch.setenv("INVOCATION_ID", "0" * 32)
+    error = assert_refused(lambda: open_device(f"/dev/{name}"), RetryLater, "tpm.no_node")
+    assert advice in error.message and str(tmp_path / name.rstrip("9") / name) in error.message
+    assert_refused(lambda: open_device("/dev/tpmrm8"), RetryLater, "tpm.absent")
+
+
+@pytest.mark.parametrize("mark", ["file", "variable", "kubernetes", "mount", "nothing"])
+def test_a_container_is_known_by_its_marks(mark: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("container", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "mark"
+    monkeypatch.setattr(tpm_device, "_CONTAINER_MARKS", (str(file),))
+    monkeypatch.setattr(tpm_device, "_CONTAINER_ROOTS", (" / ",) if mark == "mount" else ())
+    if mark == "file":
+        file.touch()
+    elif mark == "variable":
+        monkeypatch.setenv("container", "podman")
+    elif mark == "kubernetes":
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert tpm_device.in_container() is (mark != "nothing")
 
 
 def test_without_the_package_the_operator_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
