@@ -30,7 +30,8 @@ REMEDIES: dict[str, str] = {
     "tpm.blob_refused": "the service's answer was not made for this TPM: compare the enrolled endorsement key with"
     " 'dps-agent enroll'",
     "tpm.key_refused": "the TPM does not take the key that the service sent; the message has its return code",
-    "tpm.key_stale": "the TPM was cleared or the record came from another device; the agent registers again by itself",
+    "tpm.key_stale": "the stored key is not of this TPM's storage root key, as after TPM2_Clear; the agent registers"
+    " again by itself",
     "tpm.handle_taken": "what is at persist_at is not known as an earlier key of this agent's, and stays: set another"
     " handle, or have the TPM's owner free it",
     "tpm.nv_full": "the TPM has no room for another persistent object: free one with its owner's tools",
@@ -66,7 +67,7 @@ REMEDIES: dict[str, str] = {
     "dps.allocation_failed": "the enrolment's allocation failed: check its linked hubs and its webhook",
     "dps.bad_request": "DPS did not take the request; compare id_scope, registration_id and payload with the enrolment",
     "dps.blob_malformed": "DPS sent a damaged key; if it repeats, look for a proxy that alters answers",
-    "dps.conflict": "another registration of this device was under way; the agent tries again by itself",
+    "dps.conflict": "DPS refused it beside another change of this registration; the agent tries again by itself",
     "dps.ek_mismatch": "the enrolment holds another endorsement key: enrol the one that 'dps-agent enroll' prints",
     "dps.enrollment_disabled": "enable the enrolment in DPS",
     "dps.forbidden": "check that the enrolment is enabled, and the service's network rules",
@@ -78,15 +79,15 @@ REMEDIES: dict[str, str] = {
     "dps.redirected": "DPS never redirects; check endpoint, and look for a proxy or captive portal",
     "dps.refused": "DPS refused the registration; the message has its code",
     "dps.still_assigning": "DPS did not finish in time; the agent asks again later",
-    "dps.throttled": "DPS is busy; the agent waits as long as it asks for",
+    "dps.throttled": "DPS takes no more requests now; the agent waits as long as it asks for",
     "dps.token_refused": "DPS did not accept this TPM's proof: check the device's clock and the enrolled key",
-    "dps.unavailable": "DPS has an outage; the agent tries again later",
+    "dps.unavailable": "DPS, or something before it, could not answer; the agent tries again later",
     "dps.unexpected_status": "DPS answered with a status that the API does not have; check endpoint",
     # network
     "network.closed": "the other end, or something between, ended the connection; the agent tries again by itself; if"
     " it lasts, look for a proxy or firewall that lets nothing to this name through",
     "network.dns": "the endpoint's name did not resolve: check endpoint, DNS and the network cable",
-    "network.protocol": "the peer does not speak HTTP: check endpoint and connect_to",
+    "network.protocol": "what answers there does not speak as DPS or a hub does: check endpoint and connect_to",
     "network.proxy": "put the proxy's URL with user and password into a file of mode 0600 and name it in proxy_file of"
     " [network]; the service gets it by LoadCredential; other settings and the environment may be read by all",
     "network.proxy_scheme": "this agent has Basic only: have the proxy let this device through without credentials, or"
