@@ -2,13 +2,15 @@
 
 import base64
 import json
+import os
 import stat
 from pathlib import Path
 
 import pytest
 
 from dps_emulator.enrollments import Enrollment, Imported, enrollment_from_json, read_enrollments
-from dps_emulator.state import StateError, certificate_authority, enrollment_folder, make_private_folder
+from dps_emulator.registrations import StateError
+from dps_emulator.state import certificate_authority, damaged_files, enrollment_folder, make_private_folder
 from dps_text import text_of
 from dps_text.enrolments import ListError, Other
 from emulator.device import Device
@@ -163,8 +165,45 @@ def test_the_ca_is_the_same_after_a_restart(tmp_path: Path) -> None:
     second.issue_cert("localhost")
 
 
-def test_a_damaged_state_file_is_named(tmp_path: Path) -> None:
-    enrollment_folder(tmp_path)
-    (tmp_path / "enrollments" / "x.json").write_text("{")
-    with pytest.raises(StateError, match=r"x\.json can't be read back"):
-        enrollment_folder(tmp_path)["x"]
+def test_a_damaged_state_file_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+    folder = enrollment_folder(tmp_path)
+    folder["press-07"] = Enrollment("press-07", DEVICE.ek_public)
+    damages = {"x": "{", "deep": "[" * 100_000, "list": "[1]", "null": "null", "binary": "\xff\0"}
+    for name, content in damages.items():
+        (tmp_path / "enrollments" / f"{name}.json").write_text(content, encoding="latin-1")
+        with pytest.raises(StateError, match=rf"{name}\.json can't be read back"):
+            folder[name]
+        assert name in folder, "an import replaces it"
+    assert [Path(said.partition(" ")[0]).stem for said in damaged_files(tmp_path)] == sorted(damages)
+    assert folder["press-07"].endorsement_key == DEVICE.ek_public
+    folder["x"] = folder["press-07"]
+    assert len(list(damaged_files(tmp_path))) == len(damages) - 1
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o750, 0o500])
+def test_a_folder_of_ours_is_used_as_it_is(mode: int, tmp_path: Path) -> None:
+    folder = tmp_path / "there"
+    folder.mkdir()
+    folder.chmod(mode)
+    make_private_folder(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o777, 0o770, 0o707, 0o2775])
+def test_a_folder_in_which_others_may_write_is_refused_and_not_changed(mode: int, tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(StateError, match=rf"others may write in .*shared, whose mode is {mode:o}: name a folder"):
+        make_private_folder(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == mode and not list(folder.iterdir())
+
+
+def test_a_folder_of_another_user_is_refused_and_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StateError, match="is no folder"):
+        make_private_folder(tmp_path / "file")
+    other = tmp_path.stat().st_uid + 1
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    with pytest.raises(StateError, match=r"belongs to user \d+, this is user \d+: name another folder"):
+        make_private_folder(tmp_path)

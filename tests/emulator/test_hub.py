@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -139,13 +140,37 @@ def test_only_a_right_token_of_this_device_gets_in(emulator: EmulatorInThread, d
     assert emulator.telemetry(device.device_id) == []
 
 
+@pytest.mark.parametrize("device_id", ["plain-1", "AC:DE:48:00:11:22", "n@m.et", "50%off"])
+def test_a_hub_takes_every_spelling_that_clients_use(emulator: EmulatorInThread, device_id: str) -> None:
+    device = emulator.add_device(device_id)
+    once = f"{device.hub}/devices/{device_id}"
+    twice = f"{device.hub}/devices/{quote(device_id, safe='')}"
+    user = f"{device.hub}/{device_id}"
+    spellings: dict[str, dict[str, Any]] = {
+        "as documented": {},
+        "the device id encoded once more in sr": {"token": device.token(resource=twice)},
+        "in lower case": {"token": device.token(resource=once.lower())},
+        "no api-version": {"user_name": user},
+        "a slash alone": {"user_name": f"{user}/"},
+        "a question mark alone": {"user_name": f"{user}/?"},
+        "no question mark": {"user_name": f"{user}/api-version=2018-06-30"},
+        "only a client type": {"user_name": f"{user}/?DeviceClientType=x%2F1"},
+        "TLS to an address": {"server_name": "127.0.0.1"},
+    }
+    for what, how in spellings.items():
+        with PahoDevice(emulator, device, **how) as client:
+            assert client.connect() == 0, what
+    other = emulator.add_device(f"{device_id}-b")
+    with PahoDevice(emulator, device, token=device._replace(key=other.key).token(resource=twice)) as client:
+        assert client.connect() == 5
+
+
 def test_what_is_no_credential_at_all_has_codes_of_its_own(
     emulator: EmulatorInThread, device: DeviceCredentials
 ) -> None:
     for how, code in (
         ({"user_name": device.device_id}, 4),
-        ({"user_name": f"{device.hub}/{device.device_id}"}, 4),
-        ({"user_name": f"{device.hub}/{device.device_id}/?DeviceClientType=x"}, 4),
+        ({"user_name": f"{device.hub}?{device.device_id}"}, 4),
         ({"client_id": "a b"}, 2),
     ):
         with PahoDevice(emulator, device, **how) as client:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dps_emulator import service
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.registrations import Registration
 from dps_emulator.service import DpsService, Request, Response, Settings
@@ -362,11 +363,87 @@ def test_an_enrolment_deleted_meanwhile_fails_the_operation() -> None:
 def test_enroll_any_takes_a_stranger_once_and_then_holds_on_to_its_ek() -> None:
     cloud = Cloud(enroll_any=True)
     stranger = another()
-    answer = cloud.send("PUT", register_path("new"), {"tpm": stranger.attestation()})
-    assert answer.status == 401 and "new" in answer.notice
+    body = {"tpm": stranger.attestation()}
+    answer = cloud.send("PUT", register_path("new"), body)
+    assert answer.status == 401 and "new" not in cloud.service.enrollments, "anybody can claim to be a TPM"
+    cloud.key = stranger.activate(content(answer)["authenticationKey"])
+    answer = cloud.send("PUT", register_path("new"), body, cloud.token("0ne00000000%2Fregistrations%2Fnew"))
+    assert answer.status == 202 and "new" in answer.notice
     assert cloud.service.enrollments["new"].endorsement_key == stranger.ek_public
     assert_refused(cloud.send("PUT", register_path("new"), {"tpm": DEVICE.attestation()}), 400004)
     assert_refused(cloud.send("POST", lookup_path("newer"), {"tpm": DEVICE.attestation()}), 404201)
+
+
+class Counted(dict[str, Any]):
+    """Counts what is read of it."""
+
+    reads = 0
+
+    def __getitem__(self, key: str) -> Any:
+        self.reads += 1
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.reads += 1
+        return super().get(key, default)
+
+
+def test_a_token_is_verified_before_anything_is_looked_up() -> None:
+    cloud = Cloud()
+    cloud.challenge()
+    cloud.service.enrollments, cloud.service.registrations = Counted(cloud.service.enrollments), Counted()
+    for registration_id in (RID, "nobody"):
+        resource = f"0ne00000000%2Fregistrations%2F{registration_id}"
+        for token in ("nonsense", cloud.token(resource)[:-1] + "x", cloud.token(resource).replace("sig=", "sig=AAAA")):
+            for method, path in (
+                ("PUT", register_path(registration_id)),
+                ("POST", lookup_path(registration_id)),
+                ("GET", operation_path(registration_id, "4.x.y")),
+            ):
+                body = None if method == "GET" else {"tpm": DEVICE.attestation()}
+                assert_refused(cloud.send(method, path, body, token), 401002)
+    assert (cloud.service.enrollments.reads, cloud.service.registrations.reads) == (0, 0)
+
+
+def test_a_hubs_key_is_found_without_reading_the_registrations_of_others() -> None:
+    cloud = Cloud()
+    others = Counted()
+    cloud.service.registrations = others
+    state = cloud.provision()
+    for number in range(50):
+        others[f"other-{number}"] = others[RID]
+    hub, device_id = state["assignedHub"], state["deviceId"]
+    assert cloud.service.hub_key(hub, device_id)  # makes the index
+    others.reads = 0
+    assert cloud.service.hub_key(hub.upper(), device_id.upper()) and cloud.service.hub_key(hub, "nobody") is None
+    assert others.reads <= 1
+    cloud.service.move(RID, HUBS[1])
+    assert cloud.provision()["assignedHub"] == HUBS[1]
+    assert cloud.service.hub_key(HUBS[1], device_id)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"payload": {"a": "\\ud800"}}',
+        b'{"payload": {"a": 1e999}}',
+        b'{"payload": {"a": NaN}}',
+        b'{"payload": {"a": ' + b"9" * 5000 + b"}}",
+        b'{"payload": {"a": ' + b"[" * 600 + b"]" * 600 + b"}}",
+        b'{"a": ' + b"[" * 90_000,
+        b'{"registrationId": "\xff"}',
+    ],
+)
+def test_json_that_could_not_be_sent_back_is_refused(body: bytes) -> None:
+    assert_refused(Cloud().send("PUT", register_path(RID), body), 400001)
+
+
+def test_challenges_that_nobody_answers_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "CHALLENGES_KEPT", 3)
+    cloud = Cloud(enroll_any=True)
+    for number in range(20):
+        assert cloud.send("PUT", register_path(f"r{number}"), {"tpm": DEVICE.attestation()}).status == 401
+    assert list(cloud.service._challenges) == ["r17", "r18", "r19"]
 
 
 # --- reprovisioning

@@ -8,10 +8,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from dps_text import NotText, text_of
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         from dps_emulator.control import ControlError
-        from dps_emulator.state import StateError
+        from dps_emulator.registrations import StateError
     except ModuleNotFoundError as error:
         return _complain(f"needs '{error.name}', which is not installed: it comes with the extra 'emulator'", USAGE)
     try:
@@ -168,11 +168,19 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--clock-skew", type=_number(0, 86_400), default=300, metavar="S", help="accept tokens expired so long ago")
     add("--faults", type=Path, metavar="FILE", help="fault script, a JSON list; see dps_emulator/faults.py")
     add("--log-file", type=Path, metavar="FILE", help="append the request log here too")
+    add(
+        "--file-limit",
+        type=_number(1, 100_000),
+        default=64,
+        metavar="MIB",
+        help="of messages.jsonl in the state folder and of the log file, each; one more is kept as NAME.1; default 64",
+    )
     command.set_defaults(run=_serve)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     from dps_emulator.hub import HubLine
+    from dps_emulator.hub_devices import BoundedFile
     from dps_emulator.server import EmulatorServer, LogLine
     from dps_emulator.state import certificate_authority, claimed, make_private_folder
 
@@ -196,8 +204,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     listed = _read_enrollments(arguments.enrollments) if arguments.enrollments else None
     if state_dir:
         make_private_folder(state_dir)
-    with claimed(state_dir) if state_dir else contextlib.nullcontext(), _log_file(arguments.log_file) as log_file:
+    limit_bytes = arguments.file_limit * 1024 * 1024
+    log_file = BoundedFile(arguments.log_file, limit_bytes) if arguments.log_file else None
+    with claimed(state_dir) if state_dir else contextlib.nullcontext():
         service = _service(_settings(arguments), state_dir)
+        if state_dir:
+            _warn_of_damage(state_dir)
         if listed:
             for enrollment in listed.enrollments:
                 service.enroll(enrollment)
@@ -206,9 +218,10 @@ def _serve(arguments: argparse.Namespace) -> int:
         ca_file.write_bytes(authority.cert_pem.bytes())
 
         def log(line: LogLine | HubLine) -> None:
-            for file in (sys.stderr, log_file):
-                if file:
-                    print(line.text(), file=file, flush=True)
+            text = line.text()
+            print(text, file=sys.stderr, flush=True)
+            if log_file:
+                log_file.append(text.encode())
 
         listen = arguments.listen
         server = EmulatorServer(
@@ -218,6 +231,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             port=arguments.port,
             hub_port=arguments.hub_port,
             state_dir=state_dir,
+            messages_limit_bytes=limit_bytes,
             faults=faults,
             log=log,
             hub_log=log,
@@ -263,6 +277,7 @@ def _enroll_import(arguments: argparse.Namespace) -> int:
 
     listed = _read_enrollments(arguments.file)
     make_private_folder(arguments.state_dir)
+    _warn_of_damage(arguments.state_dir)
     folder = enrollment_folder(arguments.state_dir)
     replaced = 0
     for enrollment in listed.enrollments:
@@ -337,6 +352,7 @@ def _ask(arguments: argparse.Namespace, command: str, deadline_s: float = 10.0, 
 
     if not arguments.state_dir.is_dir():
         raise _UsageError(f"no state folder at {arguments.state_dir}")
+    _warn_of_damage(arguments.state_dir)
     device = {"device": arguments.device_id, "hub": arguments.hub} if "hub" in arguments else {}
     return call(arguments.state_dir, {"command": command, **device, **request}, deadline_s)
 
@@ -439,12 +455,23 @@ def _breakage(arguments: argparse.Namespace) -> Any:
     ]
 
 
+def _warn_of_damage(state_dir: Path) -> None:
+    """Names what can't be read back of a state folder; the rest is used all the same."""
+    from dps_emulator.state import damaged_files
+
+    for sentence in damaged_files(state_dir):
+        _warn(sentence)
+
+
 def _service_of(state_dir: Path) -> "DpsService":
     """A service over an existing state folder, for what it knows."""
     from dps_emulator.service import Settings
+    from dps_emulator.state import make_private_folder
 
     if not state_dir.is_dir():
         raise _UsageError(f"no state folder at {state_dir}")
+    make_private_folder(state_dir)
+    _warn_of_damage(state_dir)
     return _service(Settings(), state_dir)
 
 
@@ -490,15 +517,6 @@ def _read_bytes(path: Path | str) -> bytes:
         return sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
     except OSError as error:
         raise _UsageError(f"can't read {path}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _log_file(path: Path | None) -> Iterator[IO[str] | None]:
-    if path is None:
-        yield None
-        return
-    with path.open("a", encoding="utf-8") as file:
-        yield file
 
 
 def _say(arguments: argparse.Namespace, content: dict[str, Any], text: str) -> int:

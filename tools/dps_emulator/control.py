@@ -1,7 +1,7 @@
 """Commands to a running emulator: what they do, and the socket in the state folder through which they come.
 
 A request is one JSON object on a line: `{"command": …, …}`; so is the answer: `{"result": {…}}` or
-`{"error": {"code": …, "message": …}}`. The socket stands in a folder that only its owner can enter.
+`{"error": {"code": …, "message": …}}`. Only its owner can use the socket.
 """
 
 import asyncio
@@ -18,12 +18,14 @@ from dps_emulator.enrollments import is_device_id
 from dps_emulator.faults import FaultScriptError, fault_script
 from dps_emulator.hub import ARGUMENT_INVALID, MESSAGE_LIFE_S, METHOD_TIMEOUT, Hub, HubError, MethodAnswer
 from dps_emulator.hub_server import HubServer
+from dps_emulator.registrations import StateError
 from dps_emulator.twin import PatchError
 
 SOCKET_NAME = "control.sock"
 MAX_REQUEST_BYTES = 1024 * 1024
 ANSWER_DEADLINE_S = 10.0
 KEY_BYTES = 32
+STATE_FAILED = 500001
 
 Request = dict[str, Any]
 Result = dict[str, Any]
@@ -74,6 +76,8 @@ class Control:
             return {"result": await command(request)}
         except HubError as error:
             return _failed(error.code, str(error))
+        except (StateError, OSError) as error:
+            return _failed(STATE_FAILED, str(error))
         except (PatchError, FaultScriptError) as error:
             return _failed(ARGUMENT_INVALID, str(error))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -90,7 +94,7 @@ class Control:
                 async with asyncio.timeout(ANSWER_DEADLINE_S):
                     line = await reader.readline()
                 answer = await self.answer(json.loads(line))
-            except ValueError:  # also of readline, for a line that is too long
+            except (ValueError, RecursionError):  # also of readline, for a line that is too long
                 answer = _failed(ARGUMENT_INVALID, "the request is no JSON object on one line of at most 1 MiB")
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()
@@ -214,6 +218,7 @@ def control_socket(state_dir: Path) -> socket.socket:
     path.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        os.fchmod(listening.fileno(), 0o600)  # of the name that bind() makes: others may be able to enter the folder
         with _reachable(path) as address:
             listening.bind(address)
         listening.listen()

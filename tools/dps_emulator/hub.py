@@ -6,17 +6,20 @@ and who may connect is decided before anything else. Sources: "Use MQTT to estab
 real service, the choice made here is marked as ours.
 """
 
+import contextlib
+import ipaddress
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
-from urllib.parse import parse_qs, quote, unquote
+from urllib.parse import quote, unquote
 
 from dps_emulator import mqtt, topics
 from dps_emulator.enrollments import is_device_id
 from dps_emulator.hub_devices import CloudMessage, HubDevice, MessageLog, Telemetry
-from dps_emulator.registrations import Assignment, utc_text
+from dps_emulator.json_text import parse_json
+from dps_emulator.registrations import Assignment, StateError, utc_text
 from dps_emulator.service import DpsService
 from dps_emulator.tokens import Token, TokenError, device_token_refusal, parse_token
 from dps_emulator.tpm_keys import RandomBytes
@@ -43,8 +46,12 @@ THROTTLED = 429001
 METHOD_TIMEOUT = 504101
 _CODES = {400: ARGUMENT_INVALID, 413: TOO_LARGE, 429: THROTTLED}
 
+_DETAIL_LIMIT = 400  # characters of a line that a client may have chosen
 _READABLE = "/:=,;$#'"  # in the log, besides what a URL leaves as it is
-_USER_NAME = re.compile(r"(?P<hub>[^/?]+)/(?P<client_id>[^/?]+)/\?(?P<query>.+)")
+# Documented is `{hub}/{deviceId}/?api-version=…`; a hub takes it without the version, the question mark, or both.
+_USER_NAME = re.compile(r"(?P<hub>[^/?]+)/(?P<client_id>[^/?]+)(?:/.*)?", re.DOTALL)
+MAX_IN_FLIGHT = 1000  # unacknowledged messages of QoS 1 to one device, its queue apart; ours
+_MAX_TOPIC_BYTES = 0xFFFF
 
 
 class HubError(Exception):
@@ -80,7 +87,7 @@ class HubLine:
         """The line: the time, then name=value, `-` for what is not there, percent-encoded."""
         return (
             f"{self.time} hub={quote(self.hub, safe='') or '-'} device={quote(self.device_id, safe='') or '-'}"
-            f" event={self.event} code={self.code} detail={quote(self.detail, safe=_READABLE) or '-'}"
+            f" event={self.event} code={self.code} detail={quote(self.detail[:_DETAIL_LIMIT], safe=_READABLE) or '-'}"
         )
 
     @classmethod
@@ -135,10 +142,25 @@ class Hub:
 
     def device(self, device_id: str) -> HubDevice:
         """The device; raises HubError where this hub has none of that name."""
-        device = self._record(device_id)
+        device = self.find(device_id)
         if device is None or self.key_of(device) is None:
             raise HubError(DEVICE_NOT_FOUND, f"{self.name} has no device '{device_id}'")
         return device
+
+    def find(self, device_id: str) -> HubDevice | None:
+        """The device's record, made for one that DPS has assigned and that nothing is known of yet; raises StateError.
+
+        It may have no key any more.
+        """
+        key = device_id.lower()
+        if key not in self._devices:
+            stored = self._stored.get(key)
+            if stored is None:
+                if self._issued_key(device_id) is None:
+                    return None
+                stored = HubDevice(device_id)
+            self._devices[key] = stored
+        return self._devices[key]
 
     def key_of(self, device: HubDevice) -> bytes | None:
         """The key that this device's tokens are signed with, or None where it has none any more."""
@@ -148,7 +170,7 @@ class Hub:
 
     def add(self, device_id: str, key: bytes) -> None:
         """Registers a device with a symmetric key, as a service would without DPS; raises HubError if it is there."""
-        known = self._record(device_id)
+        known = self.find(device_id)
         if known and self.key_of(known) is not None:
             raise HubError(DEVICE_EXISTS, f"{self.name} already has a device '{known.device_id}'")
         self._adopt(HubDevice(device_id, key))
@@ -157,9 +179,15 @@ class Hub:
         """Writes the device down."""
         self._stored[device.device_id.lower()] = device
 
+    def change(self, device: HubDevice, **changes: Any) -> None:
+        """Writes the device down with other values, and only then gives it those; raises StateError."""
+        self.save(replace(device, **changes))
+        for name, value in changes.items():
+            setattr(device, name, value)
+
     def remove(self, device_id: str, now: float) -> HubDevice | None:
         """Forgets a device and ends its connection; what was known of it, or None."""
-        device = self._record(device_id)
+        device = self.find(device_id)
         self.disconnect(device_id, "the device was removed from the hub", now)
         self._devices.pop(device_id.lower(), None)
         if device_id.lower() in self._stored:
@@ -172,7 +200,7 @@ class Hub:
 
     def admit(self, device_id: str) -> None:
         """Takes a device that DPS has assigned here; of one that was withdrawn nothing of before is left."""
-        device = self._record(device_id)
+        device = self.find(device_id)
         if device is None or device.withdrawn:
             device = HubDevice(device_id, enabled=device is None or device.enabled)
         device.own_key = None  # DPS's key counts from now on
@@ -184,15 +212,13 @@ class Hub:
         if device.own_key is not None:
             self.remove(device_id, now)
             return
-        device.withdrawn = True
-        self.save(device)
+        self.change(device, withdrawn=True)
         self.disconnect(device_id, "the device was withdrawn", now)
 
     def enable(self, device_id: str, enabled: bool, now: float) -> None:
         """Lets the device in again, or refuses it and ends its connection."""
         device = self.device(device_id)
-        device.enabled = enabled
-        self.save(device)
+        self.change(device, enabled=enabled)
         if not enabled:
             self.disconnect(device_id, "the device was disabled", now)
 
@@ -213,8 +239,7 @@ class Hub:
             raise HubError(QUEUE_FULL, f"{MAX_QUEUE} messages are waiting for '{device_id}' already")
         message_id = properties.get("$.mid") or self.context.random_bytes(16).hex()
         named = {**properties, "$.mid": message_id, "$.to": f"/devices/{device.device_id}/messages/devicebound"}
-        device.queue.append(CloudMessage(message_id, payload, named, now + life_s))
-        self.save(device)
+        self.change(device, queue=[*device.queue, CloudMessage(message_id, payload, named, now + life_s)])
         link = self.links.get(device_id.lower())
         if link:
             link.deliver(now)
@@ -234,8 +259,9 @@ class Hub:
     def set_desired(self, device_id: str, changes: dict[str, Any]) -> int:
         """Patches the desired properties and tells the device; the new version. Raises HubError, PatchError."""
         device = self.device(device_id)
-        version = device.twin.patch("desired", changes)
-        self.save(device)
+        twin = device.twin.patched("desired", changes)
+        self.change(device, twin=twin)
+        version = twin.desired_version
         link = self.links.get(device_id.lower())
         if link:
             content = json.dumps({**changes, "$version": version}, separators=(",", ":")).encode()
@@ -275,27 +301,16 @@ class Hub:
         self.context.note(HubLine(utc_text(now), self.name, device_id, event, code, detail))
 
     def known_devices(self) -> Iterator[HubDevice]:
-        """The devices that this hub has a record of."""
+        """The devices that this hub has a record of, without those whose record is damaged."""
         for key in list(self._stored):
-            device = self._record(key)
-            if device:
-                yield device
+            with contextlib.suppress(StateError):  # who keeps the records names it
+                device = self.find(key)
+                if device:
+                    yield device
 
     def _adopt(self, device: HubDevice) -> None:
         self._devices[device.device_id.lower()] = device
         self.save(device)
-
-    def _record(self, device_id: str) -> HubDevice | None:
-        """The device's record; made for one that DPS has assigned and that nothing is known of yet."""
-        key = device_id.lower()
-        if key not in self._devices:
-            stored = self._stored.get(key)
-            if stored is None:
-                if self._issued_key(device_id) is None:
-                    return None
-                stored = HubDevice(device_id)
-            self._devices[key] = stored
-        return self._devices[key]
 
     def expire(
         self, device: HubDevice, now: float, given_up: Callable[[CloudMessage], bool] = lambda message: False
@@ -375,6 +390,9 @@ class Link:
         """Sends to the device if it has subscribed, at the QoS granted."""
         qos = self.subscriptions.get(topic_filter)
         if qos is None:
+            return
+        if len(self._in_flight) >= MAX_IN_FLIGHT or len(topic.encode()) > _MAX_TOPIC_BYTES:
+            self._wire.drop()  # which the link learns of when the connection has ended
             return
         packet_id = self._next_packet_id() if qos else 0
         if packet_id:
@@ -466,13 +484,13 @@ class Link:
 
     def _patch_reported(self, content: bytes, request_id: str, now: float) -> None:
         try:
-            version = self.device.twin.patch("reported", parse_patch(content))
+            twin = self.device.twin.patched("reported", parse_patch(content))
         except PatchError as error:
             self._answer_twin(error.status, request_id, error=_error(error.status, str(error)))
             self.hub.note("twin-patch", self.device.device_id, now, error.status, str(error))
             return
-        self.hub.save(self.device)
-        self._answer_twin(204, f"{request_id}&$version={version}")
+        self.hub.change(self.device, twin=twin)
+        self._answer_twin(204, f"{request_id}&$version={twin.reported_version}")
         self.hub.note("twin-patch", self.device.device_id, now, 204)
 
     def _answer_twin(self, status: int, request_id: str, content: bytes = b"", error: bytes = b"") -> None:
@@ -484,8 +502,8 @@ class Link:
         if answered is None:
             return  # too late, or not asked
         try:
-            answered(MethodAnswer(purpose.status, json.loads(content.decode()) if content else None))
-        except (ValueError, RecursionError):
+            answered(MethodAnswer(purpose.status, parse_json(content) if content else None))
+        except ValueError:
             answered(HubError(ARGUMENT_INVALID, "the device's answer is not valid JSON"))
 
     def _acknowledged(self, packet_id: int, now: float) -> None:
@@ -511,8 +529,7 @@ class Link:
 
     def _keep_subscriptions(self) -> None:
         if self._persistent and self.device.subscriptions != self.subscriptions:
-            self.device.subscriptions = dict(self.subscriptions)
-            self.hub.save(self.device)
+            self.hub.change(self.device, subscriptions=dict(self.subscriptions))
 
     def _delivery(self, message: CloudMessage) -> mqtt.Publish:
         topic = f"devices/{self.device.device_id}/messages/devicebound/{topics.format_properties(message.properties)}"
@@ -555,7 +572,10 @@ class Hubs:
 
     def connect(self, wire: Wire, connect: mqtt.Connect, server_name: str, now: float) -> Link | None:
         """Answers CONNECT: the link, or None after a refusal. `server_name` is TLS's SNI, empty if there was none."""
-        admitted = self._admission(connect, server_name, now)
+        try:
+            admitted = self._admission(connect, server_name, now)
+        except StateError as error:
+            admitted = Refusal(mqtt.UNAVAILABLE, str(error), device_id=connect.client_id)
         if isinstance(admitted, Refusal):
             self.refuse(wire, admitted, now)
             return None
@@ -603,8 +623,7 @@ class Hubs:
         hub = self.find(device_id, hub_name)
         device = hub.device(device_id)
         if device.own_key is not None:
-            device.own_key = key
-            hub.save(device)
+            hub.change(device, own_key=key)
         else:
             self.service.replace_hub_key(hub.name, device_id, key)
 
@@ -619,7 +638,7 @@ class Hubs:
         if not is_device_id(connect.client_id):
             return Refusal(mqtt.BAD_CLIENT_ID, "the client id is no device id")
         named = _USER_NAME.fullmatch(connect.user_name or "")
-        if named is None or not parse_qs(named["query"]).get("api-version"):
+        if named is None:
             form = "{hub}/{deviceId}/?api-version=…"
             return Refusal(mqtt.BAD_USER_NAME, f"the user name is not of the form {form}", device_id=connect.client_id)
 
@@ -631,25 +650,24 @@ class Hubs:
         hub = self._hubs.get(named["hub"].lower())
         if hub is None:
             return refused("the user name's hub is not one of this emulator's")
-        if server_name and server_name.lower() != hub.name.lower():
+        if server_name and server_name.lower() != hub.name.lower() and not _is_address(server_name):
             return refused(f"the TLS handshake named {server_name}")
         if connect.will and topics.purpose_of(connect.will.topic, connect.client_id).operation != "telemetry":
             return refused("the will's topic is not the device's telemetry topic")
-        try:
-            device = hub.device(connect.client_id)
-        except HubError as error:
-            return refused(str(error))
         try:
             token = parse_token((connect.password or b"").decode())
         except UnicodeDecodeError:
             return refused("the password is not text")
         except TokenError as error:
             return refused(f"the token {error}")
-        skew_s = self.context.clock_skew_s
-        refusal = device_token_refusal(token, hub.name, connect.client_id, hub.key_of(device), now, skew_s)
+        if not token.names(f"{hub.name}/devices/{connect.client_id}"):  # before anything is looked up
+            return refused("its sr is not {hub}/devices/{deviceId}")
+        device = hub.find(connect.client_id)
+        key = hub.key_of(device) if device else None
+        refusal = device_token_refusal(token, hub.name, connect.client_id, key, now, self.context.clock_skew_s)
         if refusal:
             return refused(refusal)
-        if not device.enabled:
+        if device is None or not device.enabled:
             return refused("the device is disabled")
         return hub, token
 
@@ -672,6 +690,15 @@ class Hubs:
         if new:
             migrates = left is not None and assignment.substatus == "deviceDataMigrated"
             new.receive(assignment.device_id, left.twin if migrates and left else Twin())
+
+
+def _is_address(server_name: str) -> bool:
+    """Whether TLS named an IP address, which is no name for SNI, and which clients send that dial one."""
+    try:
+        ipaddress.ip_address(server_name.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def operation_of(packet: mqtt.Packet, device_id: str) -> str:

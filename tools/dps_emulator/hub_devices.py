@@ -1,16 +1,20 @@
 """What a hub remembers of a device, and what arrived from devices, and how both are written down."""
 
 import base64
+import contextlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from dps_emulator.twin import Twin
 
 MESSAGES_KEPT = 10_000
+FILE_LIMIT_BYTES = 64 * 1024 * 1024  # of messages.jsonl and of the log file, each; one more is kept from before
+_APPENDING = os.O_CREAT | os.O_APPEND | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 @dataclass
@@ -44,7 +48,7 @@ class HubDevice:
             "ownKey": None if self.own_key is None else base64.b64encode(self.own_key).decode(),
             "enabled": self.enabled,
             "withdrawn": self.withdrawn,
-            "twin": asdict(self.twin),
+            "twin": vars(self.twin),
             "subscriptions": self.subscriptions,
             "queue": [
                 {**vars(message), "payload": base64.b64encode(message.payload).decode()} for message in self.queue
@@ -119,46 +123,70 @@ class MessageLog(Protocol):
 
 
 class MessagesInMemory:
-    """Telemetry that ends with the process."""
+    """Telemetry that ends with the process, of `limit_bytes` at most."""
 
-    def __init__(self) -> None:
-        self._messages: list[Telemetry] = []
+    def __init__(self, limit_bytes: int = FILE_LIMIT_BYTES) -> None:
+        self._messages: deque[Telemetry] = deque()
+        self._left = limit_bytes
 
     def append(self, message: Telemetry) -> None:
         """See MessageLog."""
         self._messages.append(message)
-        del self._messages[:-MESSAGES_KEPT]
+        self._left -= len(message.payload)
+        while len(self._messages) > MESSAGES_KEPT or (self._left < 0 and len(self._messages) > 1):
+            self._left += len(self._messages.popleft().payload)
 
     def all(self) -> list[Telemetry]:
         """See MessageLog."""
         return list(self._messages)
 
 
-class MessageFile:
-    """Telemetry in a file of mode 0600, one JSON object a line; a line that a crash cut off is passed over."""
+class BoundedFile:
+    """Lines in a file of mode 0600; before it would be larger than `limit_bytes` it becomes NAME.1, in whose place.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    A line that a crash cut off ends where the next one begins.
+    """
+
+    def __init__(self, path: Path, limit_bytes: int = FILE_LIMIT_BYTES) -> None:
+        self.path = path
+        self.before = path.with_name(path.name + ".1")
+        self._limit_bytes = limit_bytes
+
+    def append(self, line: bytes) -> None:
+        """Adds one line, given without its end; raises OSError."""
+        with open(os.open(self.path, _APPENDING, 0o600), "ab+") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size and size + len(line) >= self._limit_bytes:
+                os.replace(self.path, self.before)
+            else:
+                torn = size and os.pread(file.fileno(), 1, size - 1) != b"\n"
+                file.write((b"\n" if torn else b"") + line + b"\n")
+                return
+        self.append(line)
+
+    def lines(self) -> Iterator[bytes]:
+        """All that there is, oldest first; raises OSError."""
+        for path in (self.before, self.path):
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                yield from file
+
+
+class MessageFile:
+    """Telemetry in a file, one JSON object a line; a line that is none is passed over."""
+
+    def __init__(self, file: BoundedFile) -> None:
+        self._file = file
 
     def append(self, message: Telemetry) -> None:
         """See MessageLog; raises OSError."""
-        handle = os.open(self._path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600)
-        with os.fdopen(handle, "ab+") as file:
-            line = json.dumps(message.to_json()).encode() + b"\n"
-            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                line = b"\n" + line
-            file.write(line)
+        self._file.append(json.dumps(message.to_json()).encode())
 
     def all(self) -> list[Telemetry]:
         """See MessageLog; raises OSError."""
-        try:
-            lines = self._path.read_bytes().splitlines()[-MESSAGES_KEPT:]
-        except FileNotFoundError:
-            return []
         messages = []
-        for line in lines:
+        for line in deque(self._file.lines(), MESSAGES_KEPT):
             try:
                 messages.append(Telemetry.from_json(json.loads(line)))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
         return messages

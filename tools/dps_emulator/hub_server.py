@@ -5,13 +5,15 @@ import contextlib
 import socket
 import ssl
 import struct
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from dps_emulator import mqtt, websocket
 from dps_emulator.faults import MQTT, Fault, FaultScript
 from dps_emulator.hub import Hubs, Link, Refusal, operation_of, silence_limit_s
-from dps_emulator.state import StateError
+from dps_emulator.registrations import StateError
 
 FIRST_PACKET_S = 30.0  # from TCP accept to CONNECT
 TLS_HANDSHAKE_S = 10.0
@@ -69,7 +71,10 @@ class HubServer:
 
     async def _tick(self) -> None:
         while True:
-            self.hubs.tick(self.now())
+            try:
+                self.hubs.tick(self.now())
+            except (StateError, OSError) as error:
+                self.notice(str(error))
             await asyncio.sleep(_TICK_S)
 
     def _named(self, connection: object, name: str | None, context: ssl.SSLContext) -> None:
@@ -89,6 +94,12 @@ class HubServer:
     def server_name(self, writer: asyncio.StreamWriter) -> str:
         """What the client's TLS handshake named (SNI), or empty."""
         return self._server_names.get(writer.get_extra_info("ssl_object"), "")
+
+
+def place(error: BaseException) -> str:
+    """Where an exception came from, as file:line."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return f"{Path(last.filename).name}:{last.lineno}"
 
 
 class _Connection:
@@ -139,6 +150,9 @@ class _Connection:
             reason = f"the connection failed: {error}"
             if isinstance(error, StateError):
                 self._server.notice(str(error))
+        except Exception as error:  # a defect of ours ends nobody else's connection
+            reason = "the hub failed"
+            self._server.notice(f"a defect, please report it: {error!r} at {place(error)}")
         finally:
             try:
                 if self._link:
@@ -173,6 +187,8 @@ class _Connection:
             for packet in self._unpack(content):
                 await self._act(packet)
                 deadline = loop.time() + self._silence_limit_s
+                async with asyncio.timeout_at(deadline):
+                    await self._writer.drain()  # answers pile up for no client that does not read them
                 if self._dropped:
                     return
                 if self._silent:

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
+class StateError(Exception):
+    """A state folder, or a file in it, that can't be used; the message names it."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """A device's place in a hub."""

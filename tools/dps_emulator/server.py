@@ -24,9 +24,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from dps_emulator.control import Control, control_socket
 from dps_emulator.faults import Fault, FaultScript
 from dps_emulator.hub import HubContext, HubLine, Hubs
-from dps_emulator.hub_devices import HubDevice, MessageFile, MessagesInMemory
-from dps_emulator.hub_server import ABORT, HubServer
-from dps_emulator.registrations import utc_text
+from dps_emulator.hub_devices import FILE_LIMIT_BYTES, BoundedFile, HubDevice, MessageFile, MessagesInMemory
+from dps_emulator.hub_server import ABORT, HubServer, place
+from dps_emulator.registrations import StateError, utc_text
 from dps_emulator.service import (
     INTERNAL_ERROR,
     MAX_BODY_BYTES,
@@ -38,11 +38,12 @@ from dps_emulator.service import (
     standard_headers,
     target_of,
 )
-from dps_emulator.state import StateError, hub_folder
+from dps_emulator.state import hub_folder
 
 DPS_HOST = "global.azure-devices-provisioning.net"
 # The C client never reconnects within a registration: the connection must outlive its longest Retry-After, 300 s.
 KEEP_ALIVE_S = 330
+_ID_LIMIT = 200  # characters of a line that a client may have chosen; a registration id has 128 at most
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class LogLine:
         """The line: the time, then name=value, `-` for what is not there, ids percent-encoded."""
         return (
             f"{self.time} method={quote(self.method)} operation={self.operation or '-'}"
-            f" registration_id={quote(self.registration_id, safe=':') or '-'} status={self.status}"
+            f" registration_id={quote(self.registration_id[:_ID_LIMIT], safe=':') or '-'} status={self.status}"
             f" error={self.error_code or '-'} fault={self.fault or '-'} request_id={self.request_id}"
         )
 
@@ -110,6 +111,7 @@ class EmulatorServer:
         port: int = 0,
         hub_port: int = 0,
         state_dir: Path | None = None,
+        messages_limit_bytes: int = FILE_LIMIT_BYTES,
         faults: FaultScript | None = None,
         log: Callable[[LogLine], None] = lambda line: None,
         hub_log: Callable[[HubLine], None] = lambda line: None,
@@ -134,7 +136,7 @@ class EmulatorServer:
         self.hub_port: int = self._hub_socket.getsockname()[1]
         own_names = ["localhost", "127.0.0.1", "::1", *([] if listen in ("0.0.0.0", "::") else [listen])]
         self._tls = server_tls(authority, [*own_names, DPS_HOST, *service.settings.hubs])
-        self.hubs = _hubs(service, state_dir, hub_log)
+        self.hubs = _hubs(service, state_dir, hub_log, messages_limit_bytes)
         hub_tls = server_tls(authority, [*own_names, *service.settings.hubs])
         self._hub_server = HubServer(self.hubs, hub_tls, self._hub_socket, lambda: self.faults, clock, notice)
         self._control = Control(self._hub_server, self.set_faults)
@@ -198,8 +200,8 @@ class EmulatorServer:
             body = await _body(wire)
             request = Request(
                 wire.method,
-                scope["raw_path"].decode("ascii"),
-                scope["query_string"].decode("ascii", "replace"),
+                scope["raw_path"].decode("latin-1"),
+                scope["query_string"].decode("latin-1"),
                 dict(wire.headers),
                 body,
             )
@@ -232,10 +234,18 @@ class EmulatorServer:
         try:
             return self.service.answer(request, now)
         except StateError as error:
-            request_id = str(uuid.uuid4())
-            refusal = refusal_response(RefusalError(INTERNAL_ERROR, "The emulator's state failed."), request_id, now)
-            headers = (*refusal.headers, *standard_headers(request_id, now))
-            return replace(refusal, headers=headers, request_id=request_id, notice=str(error))
+            return _failed("The emulator's state failed.", str(error), now)
+        except Exception as error:  # a defect of ours ends nobody else's request
+            return _failed(
+                "The emulator has a defect.", f"a defect, please report it: {error!r} at {place(error)}", now
+            )
+
+
+def _failed(message: str, notice: str, now: float) -> Response:
+    request_id = str(uuid.uuid4())
+    refusal = refusal_response(RefusalError(INTERNAL_ERROR, message), request_id, now)
+    headers = (*refusal.headers, *standard_headers(request_id, now))
+    return replace(refusal, headers=headers, request_id=request_id, notice=notice)
 
 
 def _listening(listen: str, port: int) -> socket.socket:
@@ -246,15 +256,18 @@ def _listening(listen: str, port: int) -> socket.socket:
     return listening
 
 
-def _hubs(service: DpsService, state_dir: Path | None, log: Callable[[HubLine], None]) -> Hubs:
+def _hubs(
+    service: DpsService, state_dir: Path | None, log: Callable[[HubLine], None], messages_limit_bytes: int
+) -> Hubs:
     """The service's hubs, which remember in memory or in the state folder."""
     skew_s = service.settings.clock_skew_s
     if state_dir is None:
         in_memory: dict[str, dict[str, HubDevice]] = {}
-        context = HubContext(MessagesInMemory(), os.urandom, skew_s, log)
+        context = HubContext(MessagesInMemory(messages_limit_bytes), os.urandom, skew_s, log)
         return Hubs(service, lambda name: in_memory.setdefault(name, {}), context)
     folder = state_dir
-    context = HubContext(MessageFile(folder / "messages.jsonl"), os.urandom, skew_s, log)
+    messages = BoundedFile(folder / "messages.jsonl", messages_limit_bytes)
+    context = HubContext(MessageFile(messages), os.urandom, skew_s, log)
     return Hubs(service, lambda name: hub_folder(folder, name), context)
 
 

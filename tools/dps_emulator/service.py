@@ -6,6 +6,7 @@ concepts". Where nothing is published about the real service, the choice made he
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import uuid
@@ -17,7 +18,8 @@ from urllib.parse import parse_qs, unquote
 
 from dps_emulator.enrollments import REGISTRATION_ID_GRAMMAR, Enrollment, is_registration_id, registration_key
 from dps_emulator.hub_devices import HubDevice
-from dps_emulator.registrations import Assignment, Failure, Operation, Registration, utc_text
+from dps_emulator.json_text import parse_json
+from dps_emulator.registrations import Assignment, Failure, Operation, Registration, StateError, utc_text
 from dps_emulator.tokens import TokenError, device_token_refusal, expiry_refusal, parse_token
 from dps_emulator.tpm_keys import (
     ActivationSecrets,
@@ -29,6 +31,7 @@ from dps_emulator.tpm_keys import (
     parse_storage_root_key,
 )
 
+CHALLENGES_KEPT = 10_000  # ours; each lives for an hour
 MAX_BODY_BYTES = 96 * 1024  # DPS limits: largest message
 
 # HTTP status = code // 1000. Seen from the service: 400004, 400208, 401002, 404201. The others are ours.
@@ -161,7 +164,9 @@ class DpsService:
         self.registrations = registrations
         self.assigned: Callable[[Assignment | None, Assignment, float], None] = lambda previous, assignment, now: None
         self._random_bytes = random_bytes
-        self._challenges: dict[str, _Challenge] = {}
+        self._challenges: dict[str, _Challenge] = {}  # the oldest first
+        self._by_place: dict[tuple[str, str], str] | None = None  # registrations by hub and device, None: not yet read
+        self._place_of: dict[str, tuple[str, str]] = {}
         self._stale: dict[str, tuple[int, Registration | None]] = {}  # lookups left, what they answer with
 
     def answer(self, request: Request, now: float) -> Response:
@@ -200,7 +205,7 @@ class DpsService:
         if registration is None or registration.assignment is None:
             raise KeyError(device_id)
         changed = replace(registration, assignment=replace(registration.assignment, key=key))
-        self.registrations[registration_key(registration.registration_id)] = changed
+        self._keep(registration_key(registration.registration_id), changed)
 
     def hub_token_refusal(
         self,
@@ -216,8 +221,11 @@ class DpsService:
             token = parse_token(text)
         except TokenError as error:
             return f"the token {error}"
-        hub, _, device_id, *_ = [*unquote(token.resource).split("/"), "", "", ""]
-        key, device = self.hub_key(hub, device_id), device_at(hub, device_id)
+        for reading in token.readings:
+            hub, _, device_id, *_ = [*reading.split("/"), "", "", ""]
+            key, device = self.hub_key(hub, device_id), device_at(hub, device_id)
+            if key is not None or device is not None:
+                break
         if device:
             key = None if device.withdrawn else device.own_key or key
         refusal = device_token_refusal(token, hub, device_id, key, now, self.settings.clock_skew_s)
@@ -231,7 +239,8 @@ class DpsService:
         registration = self.registrations.get(key)
         if registration and not registration.operation.finished and registration.operation.ready_at_s <= now:
             previous = registration.assignment
-            registration = self.registrations[key] = self._finish(registration)
+            registration = self._finish(registration)
+            self._keep(key, registration)
             if registration.assignment and registration.assignment is not previous:
                 self.assigned(previous, registration.assignment, now)
         return registration
@@ -245,7 +254,7 @@ class DpsService:
         created = previous.created if previous else utc_text(now)
         assignment = previous.assignment if previous else None
         key = registration_key(registration_id)
-        self.registrations[key] = Registration(registration_id, created, operation, assignment)
+        self._keep(key, Registration(registration_id, created, operation, assignment))
         if self.settings.stale_lookups:
             self._stale[key] = (self.settings.stale_lookups, previous)
         self.settled(registration_id, now)
@@ -274,15 +283,36 @@ class DpsService:
         ).decode()
 
     def _assigned_to(self, hub: str, device_id: str) -> Registration | None:
-        for registration in self.registrations.values():
-            found = registration.assignment
-            if found and (found.hub.lower(), found.device_id.lower()) == (hub.lower(), device_id.lower()):
-                return registration
-        return None
+        """By one look into an index, which is made of all registrations when it is first needed."""
+        if self._by_place is None:
+            self._by_place = {}
+            for key in list(self.registrations):
+                with contextlib.suppress(StateError, KeyError):  # damaged: who keeps the records names it
+                    self._note_place(key, self.registrations[key])
+        key = self._by_place.get((hub.lower(), device_id.lower()), "")
+        return self.registrations.get(key) if key else None
+
+    def _keep(self, key: str, registration: Registration) -> None:
+        self.registrations[key] = registration
+        self._note_place(key, registration)
+
+    def _note_place(self, key: str, registration: Registration) -> None:
+        if self._by_place is None:
+            return
+        former = self._place_of.pop(key, None)
+        if former is not None and self._by_place.get(former) == key:
+            del self._by_place[former]
+        if registration.assignment:
+            place = registration.assignment.hub.lower(), registration.assignment.device_id.lower()
+            self._place_of[key] = place
+            self._by_place[place] = key
 
     def _challenge(self, registration_id: str, needed: _ChallengeNeeded, now: float) -> Response:
         key = self._random_bytes(self.settings.key_bytes)
+        self._challenges.pop(registration_key(registration_id), None)
         self._challenges[registration_key(registration_id)] = _Challenge(key, needed.ek, needed.srk, now)
+        if len(self._challenges) > CHALLENGES_KEPT:
+            del self._challenges[next(iter(self._challenges))]
         uri = f"{self.settings.id_scope}/registrations/{registration_id}"
         content = {
             "message": "Authorization required, resend request using supplied key",
@@ -374,9 +404,11 @@ class _Exchange:
         return self._register(device) if self.operation == "register" else self._lookup(device)
 
     def _register(self, device: _DeviceRegistration) -> Response:
-        enrollment = self._enrollment(device)
-        failure = self._failure(enrollment)
-        self._authenticate(device, enrollment)
+        challenge = self._proven(device)  # with a token, before anything is looked up
+        enrollment = self._enrollment(device, challenge)
+        failure = self._failure(enrollment, device)
+        if challenge is None:
+            raise self._challenge_needed(device)
         registration_id = enrollment.registration_id if enrollment else self.registration_id
         operation_id = self.service.accept(registration_id, device.payload, failure, self.now)
         location = f"https://{self.request.headers.get('host', '')}{self.request.path}?{self.request.query}"
@@ -385,7 +417,10 @@ class _Exchange:
         return json_response(202, content, *self._retry_after(), ("Location", location))
 
     def _operation_status(self, operation_id: str) -> Response:
-        challenge = self._authenticate(_DeviceRegistration(), self._enrollment(_DeviceRegistration()))
+        challenge = self._proven(_DeviceRegistration())
+        if challenge is None:
+            raise self._challenge_needed(_DeviceRegistration())
+        self._enrollment(_DeviceRegistration(), challenge)
         registration = self.service.settled(self.registration_id, self.now)
         if registration is None or registration.operation.operation_id != operation_id:
             raise RefusalError(OPERATION_NOT_FOUND, "The operation was not found.")
@@ -400,9 +435,10 @@ class _Exchange:
             raise RefusalError(UNAUTHORIZED, "This service authorizes no lookups.")
         if self.settings.lookup == 404:
             raise RefusalError(NOT_FOUND, "This service has no lookups.")
-        enrollment = self._enrollment(device)
-        self._failure(enrollment)
-        challenge = self._authenticate(device, enrollment)
+        challenge = self._proven(device)
+        self._failure(self._enrollment(device, challenge), device)
+        if challenge is None:
+            raise self._challenge_needed(device)
         registration = self.service.looked_up(self.registration_id, self.now)
         if registration is None:
             return json_response(200, {"registrationId": self.registration_id, "status": "unassigned"})
@@ -439,20 +475,26 @@ class _Exchange:
             state["tpm"] = {"authenticationKey": blob}
         return state
 
-    def _enrollment(self, device: _DeviceRegistration) -> Enrollment | None:
-        """The device's enrolment, after its EK was compared; makes one where the service takes anybody."""
+    def _enrollment(self, device: _DeviceRegistration, challenge: _Challenge | None) -> Enrollment | None:
+        """The device's enrolment, after its EK was compared.
+
+        Where the service takes anybody, one is made for who has proven by `challenge` to be the TPM that it claims.
+        """
         enrollment = self.service.enrollments.get(registration_key(self.registration_id))
-        if enrollment is None and self.settings.enroll_any and device.ek and self.operation == "register":
-            enrollment = Enrollment(self.registration_id, device.ek.marshalled)
+        if enrollment is None and self.settings.enroll_any and challenge and self.operation == "register":
+            enrollment = Enrollment(self.registration_id, challenge.ek.marshalled)
             self.service.enroll(enrollment)
-            digest = hashlib.sha256(device.ek.marshalled).hexdigest()
+            digest = hashlib.sha256(challenge.ek.marshalled).hexdigest()
             self.notice = f"enrolled '{self.registration_id}' at first sight, EK SHA-256 {digest}"
-        if enrollment and device.ek and device.ek.marshalled != enrollment.endorsement_key:
-            raise RefusalError(EK_MISMATCH, "Endorsement key is invalid, or does not match the Enrollment.")
+        for ek in (device.ek, challenge and challenge.ek):
+            if enrollment and ek and ek.marshalled != enrollment.endorsement_key:
+                raise RefusalError(EK_MISMATCH, "Endorsement key is invalid, or does not match the Enrollment.")
         return enrollment
 
-    def _failure(self, enrollment: Enrollment | None) -> Failure | None:
+    def _failure(self, enrollment: Enrollment | None, device: _DeviceRegistration) -> Failure | None:
         """Why this enrolment gets no assignment, or None; raises RefusalError where the HTTP status is to say it."""
+        if enrollment is None and self.settings.enroll_any and device.ek and self.operation == "register":
+            return None  # it is enrolled when it has proven itself
         if enrollment is None:
             failure = Failure("failed", NOT_FOUND, "The enrolment was not found.")
         elif not enrollment.enabled:
@@ -463,15 +505,19 @@ class _Exchange:
             raise RefusalError(failure.code, failure.message)
         return failure
 
-    def _authenticate(self, device: _DeviceRegistration, enrollment: Enrollment | None) -> _Challenge:
-        """The challenge whose key signed this request's token; raises _ChallengeNeeded where there is no token."""
+    def _challenge_needed(self, device: _DeviceRegistration) -> RefusalError | _ChallengeNeeded:
+        """What a request without a token is answered with."""
+        if device.ek is None:
+            return RefusalError(UNAUTHORIZED, "Authorization is missing, and no endorsement key to challenge came.")
+        if device.srk is None:
+            return RefusalError(SRK_UNSUITABLE, "tpm.storageRootKey is missing: without it there is no challenge.")
+        return _ChallengeNeeded(device.ek, device.srk)
+
+    def _proven(self, device: _DeviceRegistration) -> _Challenge | None:
+        """The challenge whose key signed this request's token, None where there is no token; raises RefusalError."""
         text = self.request.headers.get("authorization")
         if text is None:
-            if device.ek is None:
-                raise RefusalError(UNAUTHORIZED, "Authorization is missing, and no endorsement key to challenge came.")
-            if device.srk is None:
-                raise RefusalError(SRK_UNSUITABLE, "tpm.storageRootKey is missing: without it there is no challenge.")
-            raise _ChallengeNeeded(device.ek, device.srk)
+            return None
         try:
             token = parse_token(text)
         except TokenError as error:
@@ -488,8 +534,6 @@ class _Exchange:
         expired = expiry_refusal(token, self.now, self.settings.clock_skew_s)
         if expired:
             raise RefusalError(UNAUTHORIZED, f"The token is refused: {expired}.")
-        if enrollment and challenge.ek.marshalled != enrollment.endorsement_key:
-            raise RefusalError(EK_MISMATCH, "Endorsement key is invalid, or does not match the Enrollment.")
         if device.srk and device.srk != challenge.srk:
             raise RefusalError(SRK_UNSUITABLE, "tpm.storageRootKey is not the one that was challenged.")
         return challenge
@@ -502,8 +546,8 @@ class _Exchange:
         if len(self.request.body) > MAX_BODY_BYTES:
             raise RefusalError(BODY_TOO_LARGE, f"The body is larger than {MAX_BODY_BYTES} bytes.")
         try:
-            content = json.loads(self.request.body.decode(), parse_constant=_no_constant)
-        except (ValueError, RecursionError):
+            content = parse_json(self.request.body)
+        except ValueError:
             raise RefusalError(BAD_REQUEST, "The body is not valid JSON.") from None
         if not isinstance(content, dict):
             raise RefusalError(BAD_REQUEST, "The body is not a JSON object.")
@@ -586,7 +630,3 @@ def _key_bytes(tpm: Mapping[str, object], name: str) -> bytes:
         return base64.b64decode(value, validate=True)
     except ValueError:  # binascii.Error is one; text that is not ASCII another
         raise RefusalError(BAD_REQUEST, f"tpm.{name} is not base64.") from None
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

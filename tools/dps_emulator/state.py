@@ -1,14 +1,16 @@
 """What survives a restart: a folder with a JSON file for each enrolment, registration and device, and the CA's key.
 
-The folder is 0700 and every file 0600, because registrations hold hub keys. A file is replaced by rename, so that a
-reader never sees half of one; each access reads the file again, so that `enroll-import` and `move` reach a server
-that is running. Only the server writes what the hubs know (`hubs`, `messages.jsonl`).
+A folder that is made here is 0700, one that is there stays as it is, and every file is 0600, because registrations hold
+hub keys. A file is replaced by rename, so that a reader never sees half of one; each access reads the file again, so
+that `enroll-import` and `move` reach a server that is running. Only the server writes what the hubs know (`hubs`,
+`messages.jsonl`). A file that is damaged is named, and everything else goes on working.
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
@@ -18,13 +20,9 @@ import trustme
 
 from dps_emulator.enrollments import Enrollment, enrollment_from_json, is_device_id, is_hub_name
 from dps_emulator.hub_devices import HubDevice
-from dps_emulator.registrations import Registration
+from dps_emulator.registrations import Registration, StateError
 
 Record = TypeVar("Record")
-
-
-class StateError(Exception):
-    """A state folder that can't be used; the message names the file."""
 
 
 class RecordFolder(MutableMapping[str, Record]):
@@ -46,8 +44,21 @@ class RecordFolder(MutableMapping[str, Record]):
             raise KeyError(key) from None
         except OSError as error:
             raise StateError(f"{path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StateError(f"{path} can't be read back ({error}): repair or delete it") from None
+
+    def __contains__(self, key: object) -> bool:
+        return self._path(str(key)).exists()
+
+    def damaged(self) -> Iterator[str]:
+        """A sentence for each file that can't be read back; reads all of them."""
+        for key in self:
+            try:
+                self[key]
+            except StateError as error:
+                yield str(error)
+            except KeyError:  # deleted by now
+                continue
 
     def __setitem__(self, key: str, record: Record) -> None:
         write_private_file(self._path(key), json.dumps(self._to_json(record), indent=1).encode() + b"\n")
@@ -84,6 +95,17 @@ def hub_folder(state_dir: Path, hub: str) -> RecordFolder[HubDevice]:
     return RecordFolder(state_dir / "hubs" / hub.lower(), HubDevice.to_json, HubDevice.from_json)
 
 
+def damaged_files(state_dir: Path) -> Iterator[str]:
+    """A sentence for each file below `state_dir` that can't be read back; makes nothing there."""
+    if (state_dir / "enrollments").is_dir():
+        yield from enrollment_folder(state_dir).damaged()
+    if (state_dir / "registrations").is_dir():
+        yield from registration_folder(state_dir).damaged()
+    for folder in sorted((state_dir / "hubs").glob("*")):
+        if is_hub_name(folder.name):
+            yield from hub_folder(state_dir, folder.name).damaged()
+
+
 def stored_device(state_dir: Path, hub: str, device_id: str) -> HubDevice | None:
     """What `hub` has written down of a device; None for names that it can't have."""
     if not (is_hub_name(hub) and is_device_id(device_id) and (state_dir / "hubs" / hub.lower()).is_dir()):
@@ -108,12 +130,32 @@ def certificate_authority(state_dir: Path | None) -> trustme.CA:
 
 
 def make_private_folder(folder: Path) -> None:
-    """Makes the folder, 0700, and its parents; raises StateError."""
+    """Makes the folder, 0700, and its parents; one that is there is used as it is, or StateError.
+
+    It must be this user's, and nobody else may write in it: /tmp is no place for keys.
+    """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)
+        folder.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        _check_ours(folder)
     except OSError as error:
         raise StateError(f"{folder}: {error.strerror}") from None
+
+
+def _check_ours(folder: Path) -> None:
+    try:
+        there = folder.stat()
+    except OSError as error:
+        raise StateError(f"{folder}: {error.strerror}") from None
+    if not stat.S_ISDIR(there.st_mode):
+        raise StateError(f"{folder} is no folder")
+    if there.st_uid != os.geteuid():
+        raise StateError(f"{folder} belongs to user {there.st_uid}, this is user {os.geteuid()}: name another folder")
+    if there.st_mode & 0o022:
+        mode = stat.S_IMODE(there.st_mode)
+        raise StateError(
+            f"others may write in {folder}, whose mode is {mode:o}: name a folder of your own, or one that is not there"
+        )
 
 
 @contextlib.contextmanager

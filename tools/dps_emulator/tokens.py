@@ -39,7 +39,13 @@ class Token:
 
     def names(self, resource: str) -> bool:
         """Whether the token is for `resource` (not encoded), compared without case."""
-        return unquote(self.resource).casefold() == resource.casefold()
+        return resource.casefold() in (reading.casefold() for reading in self.readings)
+
+    @property
+    def readings(self) -> tuple[str, str]:
+        """What the resource may mean: some clients (the C# SDK, IoT Edge) encode the device id once more by itself."""
+        once = unquote(self.resource)
+        return once, unquote(once)
 
 
 def expiry_refusal(token: Token, now: float, skew_s: int) -> str | None:
@@ -55,9 +61,10 @@ def device_token_refusal(
     """Why `hub` refuses this token from `device_id`, whose key there is `key` (None: there is no such device)."""
     if not token.names(f"{hub}/devices/{device_id}"):
         return "its sr is not {hub}/devices/{deviceId}"
+    signed = token.signed_by(b"" if key is None else key)  # it takes as long for a device that is not there
     if key is None:
         return f"no device '{device_id}' is assigned to '{hub}'"
-    if not token.signed_by(key):
+    if not signed:
         return f"its signature is not by the key of '{device_id}' at '{hub}'"
     if expired := expiry_refusal(token, now, skew_s):
         return expired

@@ -4,8 +4,10 @@ Source: IoT Hub developer guide, "Understand and use device twins". A patch is a
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from dps_emulator.json_text import parse_json
 
 MAX_SECTION_BYTES = 32 * 1024  # of desired and of reported, each
 MAX_DEPTH = 10
@@ -23,7 +25,7 @@ class PatchError(ValueError):
         self.status = status
 
 
-@dataclass
+@dataclass(frozen=True)
 class Twin:
     """Both sections; versions start at 1 and grow with each patch."""
 
@@ -39,24 +41,22 @@ class Twin:
             "reported": {**self.reported, "$version": self.reported_version},
         }
 
-    def patch(self, section: Section, changes: dict[str, Any]) -> int:
-        """Merges `changes` and returns the section's new version; raises PatchError and changes nothing."""
+    def patched(self, section: Section, changes: dict[str, Any]) -> "Twin":
+        """The twin with `changes` merged into a section, whose version has grown; raises PatchError."""
         _check_names(changes, 1)
         merged = merge(getattr(self, section), changes)
         if len(json.dumps(merged, separators=(",", ":"), ensure_ascii=False).encode()) > MAX_SECTION_BYTES:
             raise PatchError(413, f"{section} properties would be larger than {MAX_SECTION_BYTES} bytes")
-        setattr(self, section, merged)
         version = getattr(self, f"{section}_version") + 1
-        setattr(self, f"{section}_version", version)
-        return int(version)
+        return replace(self, **{section: merged, f"{section}_version": version})
 
 
 def parse_patch(content: bytes) -> dict[str, Any]:
     """A patch as it travels; raises PatchError."""
     try:
-        changes = json.loads(content.decode(), parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        raise PatchError(400, "the patch is not valid JSON") from None
+        changes = parse_json(content)
+    except ValueError as error:
+        raise PatchError(400, f"the patch is not valid JSON: {error}") from None
     if not isinstance(changes, dict):
         raise PatchError(400, "the patch is not a JSON object")
     return changes
@@ -85,7 +85,3 @@ def _check_names(changes: dict[str, Any], depth: int) -> None:
             raise PatchError(400, "a property's name is empty, too long, or has a control character, space, . or $")
         if isinstance(value, dict):
             _check_names(value, depth + 1)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,393 @@
+"""Whatever a client sends ends that client alone: nothing escapes, and the emulator serves the next one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import ssl
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dps_emulator import hub
+from dps_emulator.control import ControlError
+from dps_emulator.enrollments import Enrollment
+from dps_emulator.hub_devices import BoundedFile, MessageFile, MessagesInMemory, Telemetry
+from dps_emulator.service import Settings
+from emulator.device import Client, Device, register_path
+from support.emulator import DeviceCredentials, EmulatorInThread, EmulatorProcess
+
+TPM = Device.of_the_vectors()
+PATCH = "$iothub/twin/PATCH/properties/reported/?$rid=1"
+PATIENCE_S = 60
+
+
+def packet(head: int, body: bytes) -> bytes:
+    size, length = len(body), bytearray()
+    while size or not length:
+        length.append(size & 127 | (128 if size > 127 else 0))
+        size >>= 7
+    return bytes([head]) + length + body
+
+
+def text(content: str | bytes) -> bytes:
+    raw = content.encode() if isinstance(content, str) else content
+    return struct.pack(">H", len(raw)) + raw
+
+
+def connect_packet(device: DeviceCredentials, **how: str) -> bytes:
+    fields = [how.get("client_id", device.device_id), how.get("user_name", device.user_name)]
+    fields.append(how.get("token", device.token()))
+    return packet(0x10, b"\0\4MQTT\4\xc2" + struct.pack(">H", 600) + b"".join(map(text, fields)))
+
+
+def publish_packet(topic: str | bytes, payload: bytes, qos: int = 0) -> bytes:
+    return packet(0x30 | qos << 1, text(topic) + (b"\0\1" if qos else b"") + payload)
+
+
+def subscribe_packet(*filters: tuple[str, int]) -> bytes:
+    return packet(0x82, b"\0\7" + b"".join(text(name) + bytes([qos]) for name, qos in filters))
+
+
+class Raw:
+    """A TLS connection to the hubs, byte by byte."""
+
+    def __init__(self, emulator: EmulatorInThread | EmulatorProcess) -> None:
+        context = ssl.create_default_context(cafile=str(emulator.ca_file))
+        plain = socket.create_connection(("127.0.0.1", emulator.hub_port), PATIENCE_S)
+        self.tls = context.wrap_socket(plain, server_hostname="emulator.azure-devices.net")
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tls.close()
+
+    def ask(self, *packets: bytes) -> bytes:
+        """What comes until a PINGREQ behind these is answered, or the end."""
+        try:
+            self.tls.sendall(b"".join(packets) + b"\xc0\0")
+            came = b""
+            while not came.endswith(b"\xd0\0"):
+                piece = self.tls.recv(65536)
+                if not piece:
+                    break
+                came += piece
+            return came
+        except (ConnectionError, ssl.SSLError):
+            return b""
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[EmulatorInThread]:
+    enrollments = [Enrollment(TPM.registration_id, TPM.ek_public)]
+    with EmulatorInThread(Settings(retry_after_s=0), enrollments) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_escapes(emulator: EmulatorInThread, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """asyncio and uvicorn log what nobody caught."""
+    caplog.set_level(logging.ERROR)
+    emulator.notices.clear()
+    yield
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert [notice for notice in emulator.notices if "defect" in notice] == []
+
+
+@pytest.fixture
+def device(emulator: EmulatorInThread, request: pytest.FixtureRequest) -> DeviceCredentials:
+    return emulator.add_device(f"d{abs(hash(request.node.nodeid)):x}")
+
+
+def serves(emulator: EmulatorInThread, device: DeviceCredentials) -> bool:
+    with Raw(emulator) as raw:
+        return raw.ask(connect_packet(device)) == b"\x20\2\0\0\xd0\0"
+
+
+POISON = [
+    b'{"a":' + b"[" * 600 + b"]" * 600 + b"}",
+    b"[" * 200_000,
+    b'{"a":"\\ud800"}',
+    b'{"\\udfff":1}',
+    b'{"a":1e999}',
+    b'{"a":-Infinity}',
+    b'{"a":NaN}',
+    b'{"a":' + b"9" * 10_000 + b"}",
+    b"\xff\xfe",
+    b"null",
+    b"",
+    b'{"$x":1}',
+    b'{"":1}',
+    b'{"a":{"b":{"c":{"d":{"e":{"f":{"g":{"h":{"i":{"j":{"k":1}}}}}}}}}}}',
+]
+
+
+@pytest.mark.parametrize("patch", POISON, ids=range(len(POISON)))
+def test_a_poisoned_patch_is_refused_and_the_twin_stays(
+    patch: bytes, emulator: EmulatorInThread, device: DeviceCredentials
+) -> None:
+    with Raw(emulator) as raw:
+        answers = subscribe_packet(("$iothub/twin/res/#", 0))
+        said = raw.ask(
+            connect_packet(device), answers, publish_packet(PATCH, b'{"good":1}'), publish_packet(PATCH, patch)
+        )
+        assert b"res/204/" in said and b"res/400/" in said, said
+    assert emulator.twin(device.device_id)["reported"] == {"good": 1, "$version": 2}
+    assert serves(emulator, device)
+
+
+def test_a_twin_that_could_not_be_stored_is_not_changed_in_memory_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EmulatorInThread(state_dir=tmp_path / "state") as emulator:
+        device = emulator.add_device("press-07")
+        kept = emulator._server.hubs.all()[0]
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            for doing in ({"desired": {"a": 1}}, {"desired": {"b": 1}}):
+                with pytest.raises(ControlError, match="No space left"):
+                    emulator.hub_command("twin", device="press-07", **doing)
+            for command in ("disable", "rotate-key"):
+                with pytest.raises(ControlError):
+                    emulator.hub_command(command, device="press-07")
+            with pytest.raises(ControlError):
+                emulator.send_c2d("press-07", b"x")
+        known = kept.device("press-07")
+        assert (known.twin.desired, known.enabled, known.queue, known.own_key) == ({}, True, [], device.key)
+        assert serves(emulator, device)
+
+
+def test_a_client_that_acknowledges_nothing_is_ended_alone(
+    emulator: EmulatorInThread, device: DeviceCredentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "MAX_IN_FLIGHT", 20)
+    other = emulator.add_device(f"{device.device_id}-b")
+    with Raw(emulator) as raw:
+        asks = [publish_packet("$iothub/twin/GET/?$rid=1", b"")] * 30
+        said = raw.ask(connect_packet(device), subscribe_packet(("$iothub/twin/res/#", 1)), *asks)
+        assert said.count(b"res/200/") <= 20 and not said.endswith(b"\xd0\0"), said
+    assert serves(emulator, other) and serves(emulator, device)
+
+
+def test_a_request_id_too_long_to_be_answered_ends_its_client_alone(
+    emulator: EmulatorInThread, device: DeviceCredentials
+) -> None:
+    with Raw(emulator) as raw:
+        topic = "$iothub/twin/GET/?$rid=" + "x" * (0xFFFF - 23)
+        raw.ask(connect_packet(device), subscribe_packet(("$iothub/twin/res/#", 0)), publish_packet(topic, b""))
+    assert serves(emulator, device)
+
+
+def test_a_client_that_does_not_read_fills_no_memory(emulator: EmulatorInThread, device: DeviceCredentials) -> None:
+    emulator.set_desired(device.device_id, {str(number): "x" * 4000 for number in range(8)})
+    with Raw(emulator) as raw:
+        raw.ask(connect_packet(device), subscribe_packet(("$iothub/twin/res/#", 0)))
+        raw.tls.settimeout(2)
+        with pytest.raises(TimeoutError):  # the hub reads no more; kernel and TLS hold some MiB
+            for _ in range(3000):
+                raw.tls.sendall(publish_packet("$iothub/twin/GET/?$rid=" + "x" * 30_000, b""))
+    assert serves(emulator, device)
+
+
+def test_a_refusal_does_not_tell_whether_there_is_such_a_device(
+    emulator: EmulatorInThread, device: DeviceCredentials
+) -> None:
+    forged = device._replace(key=b"another's")
+    nobody = forged._replace(device_id="nobody")
+    said = []
+    for claimed in (forged, nobody):
+        with Raw(emulator) as raw:
+            said.append(raw.ask(connect_packet(claimed)))
+    assert said == [b"\x20\2\0\5"] * 2
+
+
+def test_nothing_is_looked_up_for_a_token_that_names_another_device(
+    emulator: EmulatorInThread, device: DeviceCredentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up: list[str] = []
+    kept = emulator._server.hubs.all()[0]
+    monkeypatch.setattr(kept, "find", looked_up.append)
+    for token in ("", "nonsense", device._replace(device_id="other").token()):
+        with Raw(emulator) as raw:
+            assert raw.ask(connect_packet(device, token=token)) == b"\x20\2\0\5"
+    assert looked_up == []
+
+
+def test_one_damaged_file_of_each_kind_is_named_and_the_others_work(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with EmulatorProcess(state_dir=state) as emulator:
+        well = emulator.add_device("well")
+        emulator.add_device("ill")
+        assert emulator.stop() == 0
+    files = [state / "enrollments" / "ill.json", state / "registrations" / "ill.json"]
+    files.append(state / "hubs" / "emulator.azure-devices.net" / "ill.json")
+    for file in files:
+        file.write_text('{"deviceId": "ill"' + "[" * 100_000)
+    with EmulatorProcess("--enroll-any", state_dir=state) as emulator:
+        for file in files:
+            assert f"warning: {file} can't be read back" in emulator.stderr
+        with Raw(emulator) as raw:
+            assert raw.ask(connect_packet(well)) == b"\x20\2\0\0\xd0\0"
+        with Raw(emulator) as raw:
+            assert raw.ask(connect_packet(well._replace(device_id="ill"))) == b"\x20\2\0\3"
+        assert [line.code for line in emulator.await_hub_log("refused", 1, "ill")] == [3]
+        assert [found["deviceId"] for found in emulator.hub_command("devices")["devices"]] == ["well"]
+        for command in ("twin", "disable", "send-c2d"):
+            with pytest.raises(ControlError, match=r"ill\.json can't be read back"):
+                emulator.hub_command(command, device="ill", payload="", hub="emulator.azure-devices.net")
+        with Client(emulator.port, emulator.ca_file) as client:
+            assert client.call("PUT", register_path(TPM.registration_id), {"tpm": TPM.attestation()})[0] == 401
+        assert "Traceback" not in emulator.stderr and "defect" not in emulator.stderr
+
+
+def test_the_control_socket_is_its_owners_alone_wherever_it_stands(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir(mode=0o755)
+    state.chmod(0o755)
+    with EmulatorInThread(state_dir=state):
+        modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in state.rglob("*")}
+    assert modes.pop("control.sock") == 0o600 and stat.S_IMODE(state.stat().st_mode) == 0o755
+    assert all(mode in (0o600, 0o700) for mode in modes.values()), modes
+
+
+def telemetry(payload: bytes, number: int = 0) -> Telemetry:
+    return Telemetry("2026-01-01T00:00:00Z", "hub", f"d{number}", payload, {}, 1, False)
+
+
+def test_messages_are_bounded_in_the_file_and_the_newest_are_kept(tmp_path: Path) -> None:
+    file = BoundedFile(tmp_path / "messages.jsonl", 10_000)
+    kept = MessageFile(file)
+    for number in range(300):
+        kept.append(telemetry(b"x" * 100, number))
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 20_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["messages.jsonl", "messages.jsonl.1"]
+    ids = [message.device_id for message in kept.all()]
+    assert ids == [f"d{number}" for number in range(300 - len(ids), 300)] and len(ids) > 40
+    kept.append(telemetry(b"x" * 50_000, 300))  # one that is larger than the limit is kept all the same
+    assert kept.all()[-1].device_id == "d300"
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in tmp_path.iterdir())
+
+
+def test_a_line_that_a_crash_cut_off_or_that_is_damaged_is_passed_over(tmp_path: Path) -> None:
+    kept = MessageFile(BoundedFile(tmp_path / "messages.jsonl"))
+    kept.append(telemetry(b"1"))
+    with (tmp_path / "messages.jsonl").open("ab") as file:
+        file.write(b"[1]\n" + b"[" * 100_000 + b'\n{"time": 1}\n\xff\n{"ti')
+    kept.append(telemetry(b"2"))
+    assert [message.payload for message in kept.all()] == [b"1", b"2"]
+
+
+def test_messages_in_memory_are_bounded_in_bytes_too() -> None:
+    kept = MessagesInMemory(1000)
+    for number in range(30):
+        kept.append(telemetry(b"x" * 100, number))
+    assert [message.device_id for message in kept.all()] == [f"d{number}" for number in range(20, 30)]
+    kept.append(telemetry(b"x" * 5000, 30))
+    assert [message.device_id for message in kept.all()] == ["d30"]
+
+
+def test_what_a_client_chose_does_not_fill_the_log(emulator: EmulatorInThread, device: DeviceCredentials) -> None:
+    with Raw(emulator) as raw:
+        raw.ask(connect_packet(device), subscribe_packet(("x" * 60_000, 0)))
+    with Client(emulator.port, emulator.ca_file) as client:
+        client.call("PUT", f"/0ne00000000/registrations/{'x' * 20_000}/register?api-version=1", {})
+    assert max(len(line.text()) for line in [*emulator.hub_log, *emulator.log]) < 2000
+
+
+# --- fuzz
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+PAYLOADS = st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()) | st.sampled_from(POISON)
+PLACES = ("devices/{}/messages/events/", "$iothub/twin/GET/?", "$iothub/twin/PATCH/properties/reported/?",
+          "$iothub/methods/res/200/?", "$iothub/methods/res/-9/?$rid=", "")  # fmt: skip
+TOPICS = st.tuples(st.sampled_from(PLACES), st.text(max_size=40) | st.sampled_from(["$rid=1", "$rid", "a=%ff&b"]))
+FUZZ = settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+def packets(device_id: str) -> st.SearchStrategy[bytes]:
+    topics = TOPICS.map(lambda parts: (parts[0].format(device_id) + parts[1]).encode())
+    topics |= st.binary(max_size=40)
+    return st.one_of(
+        st.builds(publish_packet, topics, PAYLOADS, st.integers(0, 3)),
+        st.builds(packet, st.integers(0, 255), st.binary(max_size=60)),
+        st.builds(lambda name, qos: subscribe_packet((name, qos)), st.text(max_size=30), st.integers(0, 255)),
+        st.binary(max_size=60),
+    )
+
+
+@FUZZ
+@given(data=st.data())
+def test_no_bytes_behind_connect_reach_anybody_else(
+    emulator: EmulatorInThread, device: DeviceCredentials, data: st.DataObject
+) -> None:
+    sent = data.draw(st.lists(packets(device.device_id), max_size=6))
+    every = subscribe_packet(("$iothub/twin/res/#", 1), ("$iothub/methods/POST/#", 1))
+    with Raw(emulator) as raw:
+        raw.ask(connect_packet(device), every)
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            raw.tls.sendall(b"".join(sent))
+    assert serves(emulator, device)
+
+
+@FUZZ
+@given(
+    client_id=st.text(max_size=30),
+    user_name=st.text(max_size=60),
+    token=st.text(max_size=60),
+    first=st.binary(max_size=80),
+)
+def test_no_first_packet_reaches_anybody_else(
+    emulator: EmulatorInThread, device: DeviceCredentials, client_id: str, user_name: str, token: str, first: bytes
+) -> None:
+    tokens = (token, f"SharedAccessSignature sr={token}&sig={token}&se=1", f"SharedAccessSignature {token}")
+    for how in ({"client_id": client_id}, {"user_name": user_name}, *({"token": each} for each in tokens)):
+        with Raw(emulator) as raw:
+            said = raw.ask(connect_packet(device, **how))
+            assert said[:3] in (b"", b"\x20\2\0"), said
+    for content in (first, b"GET " + first + b"\r\n\r\n", packet(0x10, first)):
+        with Raw(emulator) as raw, contextlib.suppress(ConnectionError, ssl.SSLError):
+            raw.tls.sendall(content)
+    assert serves(emulator, device)
+
+
+@FUZZ
+@given(
+    method=st.sampled_from(["PUT", "POST", "GET", "DELETE"]),
+    path=st.binary(max_size=60) | st.just(register_path(TPM.registration_id).encode()),
+    name=st.sampled_from([b"Authorization", b"Content-Type", b"Host", b"X"]),
+    value=st.binary(max_size=60),
+    body=PAYLOADS,
+)
+def test_no_request_reaches_anybody_else(
+    emulator: EmulatorInThread, method: str, path: bytes, name: bytes, value: bytes, body: bytes
+) -> None:
+    context = ssl.create_default_context(cafile=str(emulator.ca_file))
+    plain = socket.create_connection(("127.0.0.1", emulator.port), PATIENCE_S)
+    with context.wrap_socket(plain, server_hostname="localhost") as tls:
+        length = b"Content-Length: %d\r\nConnection: close\r\n" % len(body)
+        request = b"%s /%s HTTP/1.1\r\n%s%s: %s\r\n\r\n" % (method.encode(), path.lstrip(b"/"), length, name, value)
+        try:
+            tls.sendall(request + body)
+            said = b""
+            while piece := tls.recv(65536):
+                said += piece
+        except (ConnectionError, ssl.SSLError):
+            said = b""
+        assert b"HTTP/1.1 500" not in said, said
+    with Client(emulator.port, emulator.ca_file) as client:
+        assert client.call("PUT", register_path(TPM.registration_id), {"tpm": TPM.attestation()})[0] == 401
