@@ -566,7 +566,11 @@ def test_hub_tokens_are_judged_by_key_name_and_time() -> None:
     cloud = Cloud()
     hub_key = DEVICE.activate(cloud.provision()["tpm"]["authenticationKey"])
     service, later = cloud.service, int(NOW) + 60
-    for resource in (f"{HUBS[0]}%2Fdevices%2Fpress-07", f"{HUBS[0]}/devices/press-07"):
+    for resource in (
+        f"{HUBS[0]}%2Fdevices%2Fpress-07",
+        f"{HUBS[0]}/devices/press-07",
+        f"{HUBS[0]}/devices/press%252D07",
+    ):
         assert service.hub_token_refusal(hub_key.token(resource, later, None), NOW) is None
     for token, reason in (
         (cloud.token(f"{HUBS[0]}%2Fdevices%2Fpress-07"), "signature"),

@@ -221,11 +221,9 @@ class DpsService:
             token = parse_token(text)
         except TokenError as error:
             return f"the token {error}"
-        for reading in token.readings:
-            hub, _, device_id, *_ = [*reading.split("/"), "", "", ""]
-            key, device = self.hub_key(hub, device_id), device_at(hub, device_id)
-            if key is not None or device is not None:
-                break
+        once, twice = ([*reading.split("/"), "", "", ""][0:3:2] for reading in token.readings)
+        hub, device_id = once if self.hub_key(*once) or device_at(*once) else twice
+        key, device = self.hub_key(hub, device_id), device_at(hub, device_id)
         if device:
             key = None if device.withdrawn else device.own_key or key
         refusal = device_token_refusal(token, hub, device_id, key, now, self.settings.clock_skew_s)
