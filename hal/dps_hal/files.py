@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, RetryLater
+from dps_hal.regular import NotRegular, refuse_special
 from dps_hal.slots import SlotStore
 
 LOCK_NAME = "lock"
@@ -20,6 +21,7 @@ _FILE_MODE = 0o600
 _FOLDER_MODE = 0o700
 # O_NONBLOCK: a FIFO under one of our names must not hold us up.
 _GUARDS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_NOT_OFFERED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # by network file systems and some in user space
 _NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO)
 
 
@@ -27,8 +29,18 @@ class SystemCalls:
     """The system calls of the file store, one method each; failures are OSError."""
 
     def open(self, path: str, flags: int, mode: int = 0) -> int:
-        """open(2); returns the file descriptor."""
-        return os.open(path, flags, mode)
+        """open(2); returns the file descriptor. With O_NOFOLLOW it is that of a regular file, for root's writes with
+
+        no second name: whoever owns the folder may have given another's file a name in it. Else NotRegular.
+        """
+        fd = os.open(path, flags, mode)
+        if flags & os.O_NOFOLLOW:
+            try:
+                refuse_special(os.fstat(fd), path, flags & os.O_RDWR != 0)
+            except BaseException:
+                os.close(fd)
+                raise
+        return fd
 
     def close(self, fd: int) -> None:
         """close(2)."""
@@ -160,9 +172,17 @@ class StateFolder:
 
     def failure(self, error: OSError, action: str, path: str) -> DpsError:
         """The store's error for `error`, raised while doing `action` to `path`."""
+        if error.errno in _NOT_OFFERED or (error.errno == errno.EINVAL and action in ("sync", "lock")):
+            return AskOperator(
+                "store.unsuitable",
+                f"cannot {action} {path}: {error.strerror}: the file system there does not offer that, so it cannot"
+                " keep records: let state_dir name a folder on a disk or flash of this machine, such as one with ext4",
+            )
         advice = ""
         if error.errno in (errno.EACCES, errno.EPERM):
             advice = self._whose(path)
+        elif isinstance(error, NotRegular):
+            advice = "remove it"
         elif error.errno in _NOT_A_FILE:
             advice = "it is no regular file: remove it"
         elif error.errno == errno.ENOTDIR:
@@ -212,7 +232,8 @@ class StateFolder:
 
 def storage_failure(error: OSError, what: str, advice: str = "") -> DpsError:
     """The store's error for `error`: `what` could not be done, `advice` says what to do where somebody must."""
-    text = f"{what}: {os.strerror(error.errno) if error.errno else error}"
+    reason = error.strerror if isinstance(error, NotRegular) else os.strerror(error.errno) if error.errno else error
+    text = f"{what}: {reason}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RetryLater("store.full", text)
     if error.errno == errno.EROFS:

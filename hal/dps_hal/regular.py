@@ -62,10 +62,10 @@ def open_regular(path: "str | os.PathLike[str]", follow: bool = True) -> int:
                 continue
         finally:
             os.close(fd)
-        _refuse_special(status, it, name)
+        refuse_special(status, name, it=it)
         fd = os.open(place, os.O_RDONLY | _FLAGS)
         try:
-            _refuse_special(os.fstat(fd), it, name)  # another one may be there by now
+            refuse_special(os.fstat(fd), name, it=it)  # another one may be there by now
         except BaseException:
             os.close(fd)
             raise
@@ -73,7 +73,13 @@ def open_regular(path: "str | os.PathLike[str]", follow: bool = True) -> int:
     raise NotRegular("it leads from link to link", name)
 
 
-def _refuse_special(status: os.stat_result, it: str, name: str) -> None:
-    is_null = stat.S_ISCHR(status.st_mode) and status.st_rdev == _NULL_DEVICE
+def refuse_special(status: os.stat_result, name: str, for_writing: bool = False, it: str = "it") -> None:
+    """NotRegular for what is no regular file; for root's writing also for a file with a second name.
+
+    The null device may be read.
+    """
+    is_null = stat.S_ISCHR(status.st_mode) and status.st_rdev == _NULL_DEVICE and not for_writing
     if not stat.S_ISREG(status.st_mode) and not is_null:
         raise NotRegular(f"{it} is {_KINDS.get(stat.S_IFMT(status.st_mode), 'no file')}, no regular file", name)
+    if for_writing and status.st_nlink > 1 and os.geteuid() == 0:
+        raise NotRegular(f"{it} has a second name somewhere (a hard link), so root does not write to it", name)

@@ -18,6 +18,7 @@ from dps_hal.activation import Activation, parse_activation
 from dps_hal.contracts import TpmCondition
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale
 from dps_hal.platform import aes128_cfb, hmac_sha256, random_bytes, same_bytes, sha256
+from dps_hal.regular import read_regular
 from dps_hal.tpm_keys import (
     ALG_KEYEDHASH,
     EK_TEMPLATES,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 MAX_MESSAGE_BYTES = 4096  # the bound in dps_hal.contracts.Tpm.sign, held here so that no caller gets used to more
+_FILE_LIMIT = 65536  # bytes of a key
 _NOT_FOR_THIS_TPM = "the key that DPS sent was made for another TPM, or altered"
 
 
@@ -139,8 +141,7 @@ class SimulatedTpm:
 
     def _public_at(self, handle: int) -> bytes:
         try:
-            with open(os.path.join(self._folder, _persistent_file(handle)), "rb") as file:
-                return unwrap(file.read())[0]
+            return unwrap(self._read(_persistent_file(handle)))[0]
         except FileNotFoundError:
             return b""
         except OSError as error:
@@ -256,8 +257,7 @@ class SimulatedTpm:
             )
             self._write(name, pem, replace=False)
         try:
-            with open(path, "rb") as file:
-                key = serialization.load_pem_private_key(file.read(), None)
+            key = serialization.load_pem_private_key(self._read(name), None)
         except OSError as error:
             raise _folder_error(self._folder, error) from error
         except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -266,6 +266,9 @@ class SimulatedTpm:
             raise AskOperator("tpm.state_damaged", f"expected an RSA-2048 private key in PEM in {path}; came another")
         self._keys[name] = key
         return key
+
+    def _read(self, name: str) -> bytes:
+        return read_regular(os.path.join(self._folder, name), _FILE_LIMIT, follow=False)
 
     def _write(self, name: str, content: bytes, replace: bool) -> None:
         """Makes `content` the file `name`, durable on return; without `replace` an existing file stays."""

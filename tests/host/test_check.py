@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from dps_agent.host.cli import main
 from dps_hal.contracts import EK_HANDLE, IDENTITY, SRK_HANDLE, Tpm, TpmCondition
 from dps_hal.errors import IdentityStale
 from dps_hal.files import FileStore
+from dps_hal.mounts import doubt
 from dps_hal.simulator import SimulatedTpm
 from dps_hal.tpm_keys import SIGN, USER_WITH_AUTH, ek_public, object_name
 from support import swtpm
@@ -119,8 +121,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def results(found: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Id and result of what is not ok."""
-    return {name: finding["result"] for name, finding in found.items() if finding["result"] != "ok"}
+    """Id and result of what is not ok; what lies under this machine's /tmp aside."""
+    doubted = doubt(tempfile.gettempdir())
+    return {
+        name: finding["result"]
+        for name, finding in found.items()
+        if finding["result"] != "ok" and not (doubted and name == "state-folder" and finding["result"] == "warning")
+    }
 
 
 # --- a device with nothing wrong

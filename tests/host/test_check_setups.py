@@ -574,7 +574,7 @@ def test_what_a_killed_check_left_is_no_matter(bench: Bench, quiet: None, capsys
     bench.agent.state_dir.mkdir()
     (bench.agent.state_dir / local.SCRATCH_NAME).write_bytes(b"half")
     status, found = found_by(bench, capsys, "--only", "state-folder")
-    assert (status, found["state-folder"]["result"]) == (0, "ok")
+    assert status == 0 and found["state-folder"]["result"] in ("ok", "warning"), "a warning where /tmp is in memory"
     assert list(bench.agent.state_dir.iterdir()) == []
 
 

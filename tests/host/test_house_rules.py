@@ -27,6 +27,7 @@ HOST_ONLY = {
     "files.py",
     "ioctl.py",
     "mtd.py",
+    "mounts.py",
     "regular.py",
     "simulator.py",
     "spidev.py",

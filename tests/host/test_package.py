@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import itertools
+import os
 import re
 import stat
 import subprocess
@@ -268,6 +269,23 @@ def test_a_purge_empties_the_state_folder_and_ends_well(is_mount_point: bool, in
     assert ("deleted: /var/lib/private/dps-agent\n" in said) is not is_mount_point
     assert ("kept: /var/lib/private/dps-agent, " in said) is is_mount_point
     assert not (installation.root / "var/lib/dps-agent").is_symlink()
+
+
+def test_a_purge_escapes_the_names_that_it_prints_and_follows_nothing(installation: Installation) -> None:
+    state = installation.root / "var/lib/private/dps-agent"
+    state.mkdir(parents=True)
+    elsewhere = installation.root / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").write_text("not ours")
+    for name in ("a\nb", "a\x1b]0;c", "d\u00e4$"):
+        (state / name).write_text("")
+    (state / "link").symlink_to(elsewhere)
+    os.mkfifo(state / "fifo")
+    said = installation.run("postrm", "purge")
+    for name in ("a\\nb", "a\\033]0;c", "d\\303\\244$", "link", "fifo"):
+        assert f"dps-agent: deleted: /var/lib/private/dps-agent/{name}\n" in said
+    assert said.isprintable() or said.replace("\n", "").isprintable()
+    assert not state.exists() and (elsewhere / "kept").read_text() == "not ours"
 
 
 def test_a_purge_leaves_the_record_to_the_other_variant(installation: Installation) -> None:

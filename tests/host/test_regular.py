@@ -128,3 +128,47 @@ def test_what_takes_the_place_of_a_file_just_looked_at_is_refused(
 
 def test_a_name_that_no_file_can_have_is_no_traceback() -> None:
     assert refused(Path("a\0b")) == "no file can have such a name"
+
+
+# The commands
+
+
+def hostile(place: Path, kind: str) -> None:
+    """Puts something else than a file at `place`, that leads to, or is, what must not be touched."""
+    victim = place.parent / "victim"
+    if kind == "fifo":
+        os.mkfifo(place)
+    elif kind == "link":
+        place.symlink_to(victim)
+    elif kind == "second name":
+        os.link(victim, place)
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        with open(place, "wb") as file:
+            file.truncate(1 << 40)
+
+
+@pytest.mark.parametrize(
+    "verb", [["status"], ["diag", "--offline", "--output"], ["reset", "--yes"], ["check", "--offline"]]
+)
+@pytest.mark.parametrize("name", ["identity.0", "progress.1", "lock", "state.json"])
+@pytest.mark.parametrize("kind", ["fifo", "link", "folder", "huge", "second name"])
+def test_root_s_commands_name_what_took_the_place_of_a_file_and_touch_nothing_else(
+    kind: str, name: str, verb: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from dps_agent.host.cli import main
+
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "victim").write_bytes(b"another's")
+    hostile(state / name, kind)
+    words = [f"state_dir={state}", f"runtime_dir={state}", "tpm.backend=simulator", f"tpm.tcti={tmp_path}/tpm"]
+    settings = [word for setting in words for word in ("--set", setting)]
+    archive = [str(tmp_path / "archive.tar.gz")] if verb[0] == "diag" else []
+    status = main(["--config", "/dev/null", *settings, *verb, *archive])
+    said = "".join(capfd.readouterr())
+    assert "Traceback" not in said and status in (0, 1, 3, 5, 6), said
+    assert (state / "victim").read_bytes() == b"another's"
+    if verb[0] == "reset" and kind in ("fifo", "link", "folder") and name != "progress.1":
+        assert status == 1 and name in said, said

@@ -12,6 +12,7 @@ import pytest
 from dps_agent.host.config import Configuration, load
 from dps_agent.host.local import statefile
 from dps_agent.host.local.statefile import BURST, StateFile, read_live, start_ticks
+from dps_hal.errors import AskOperator
 
 
 def settings(folder: Path) -> Configuration:
@@ -71,7 +72,7 @@ def test_the_system_s_service_counts_where_proc_hides_it(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"{}", b'{"schema":"dps-agent-state/1","pid":"1"}', b"\xff", b"[" * 70000]
+    "content", [b"", b"{", b"[]", b"{}", b'{"schema":"dps-agent-state/1","pid":"1"}', b"\xff", b"[" * 60000]
 )
 def test_a_damaged_file_counts_for_nothing(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
@@ -132,17 +133,25 @@ def test_a_link_in_the_place_of_the_file_is_not_followed(tmp_path: Path) -> None
     assert read_live(settings(tmp_path)) is not None
 
 
-def test_what_is_no_file_of_the_service_is_no_service_and_holds_nobody_up(tmp_path: Path) -> None:
+def refused(folder: Path) -> str:
+    """What is said of what is in the file's place."""
+    with pytest.raises(AskOperator) as caught:
+        read_live(settings(folder))
+    assert caught.value.code == "agent.file" and f"{folder}/run/state.json" in caught.value.message
+    return caught.value.message
+
+
+def test_what_is_no_file_of_the_service_is_named_and_holds_nobody_up(tmp_path: Path) -> None:
     show(tmp_path, StateFile(str(tmp_path / "run")))
     path = tmp_path / "run" / "state.json"
     content = path.read_bytes()
     (tmp_path / "elsewhere").write_bytes(content)
     path.unlink()
     path.symlink_to(tmp_path / "elsewhere")
-    assert read_live(settings(tmp_path)) is None, "a link"
+    assert "it is a symbolic link" in refused(tmp_path)
     path.unlink()
     path.write_bytes(content + b" " * statefile.SIZE_LIMIT)
-    assert read_live(settings(tmp_path)) is None, "without end"
+    assert "it has more than 65536 bytes" in refused(tmp_path)
     path.unlink()
     os.mkfifo(path)
-    assert read_live(settings(tmp_path)) is None, "nobody writes into it"
+    assert "it is a FIFO" in refused(tmp_path)

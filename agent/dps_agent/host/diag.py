@@ -18,6 +18,8 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
@@ -28,6 +30,7 @@ from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError
 from dps_hal.files import FileSlots
 from dps_hal.platform import to_json
+from dps_hal.regular import read_regular
 from dps_hal.tpm_keys import object_name
 from dps_text import secret_of
 
@@ -39,6 +42,8 @@ UNIT = "dps-agent.service"
 JOURNAL_LINES = 1000
 COMMAND_LIMIT_S = 10.0
 TEXT_LIMIT = 1 << 20  # bytes of one program's output
+PASSWORD_FILE_LIMIT = 4096  # bytes
+NAMES_LIMIT = 1000  # of files in the state folder, which its owner may fill
 SHORTEST_SECRET = 4  # characters; shorter ones would take half of every text with them
 HIDDEN = "***"
 _FORMS = (
@@ -114,8 +119,7 @@ def secrets_of(configuration: Configuration | None, environ: Mapping[str, str]) 
 def _password_forms(path: str) -> list[str]:
     """The content of a password file as text, hex and base64; nothing where it cannot be read, nor shown then."""
     try:
-        with open(path, "rb") as file:
-            password = bytes(secret_of(file.read(4096)))
+        password = bytes(secret_of(read_regular(path, PASSWORD_FILE_LIMIT)))
     except OSError:
         return []
     forms = [password.decode(errors="replace"), password.hex(), base64.b64encode(password).decode()]
@@ -139,9 +143,15 @@ def state_folder(path: str) -> str:
     lines = [path]
     try:
         entries = [(path, os.stat(path))]
-        entries += [(name, os.lstat(os.path.join(path, name))) for name in sorted(os.listdir(path))]
+        with os.scandir(path) as found:
+            names = sorted(entry.name for entry in islice(found, NAMES_LIMIT + 1))
+        for name in names[:NAMES_LIMIT]:
+            with suppress(FileNotFoundError):  # it has gone meanwhile
+                entries.append((repr(name)[1:-1], os.lstat(os.path.join(path, name))))
     except OSError as error:
         return f"{path}: {error.strerror}\n"
+    if len(names) > NAMES_LIMIT:
+        lines.append(f"more than {NAMES_LIMIT} names, of which these are some")
     for name, status in entries:
         lines.append(
             f"{stat.filemode(status.st_mode)} {_owner(status.st_uid):<12} {status.st_size:>8}"
@@ -158,8 +168,8 @@ def state_folder(path: str) -> str:
 
 def _slot(folder: str, name: str) -> str:
     try:
-        with open(os.path.join(folder, name), "rb") as file:
-            found = slots.decode_slot(file.read(FileSlots.slot_bytes), FileSlots.erase_value)
+        content = read_regular(os.path.join(folder, name), FileSlots.slot_bytes, follow=False)
+        found = slots.decode_slot(content, FileSlots.erase_value)
     except OSError as error:
         return f"{name}: {error.strerror}"
     size = "" if found.payload is None else f", {len(found.payload)} bytes"

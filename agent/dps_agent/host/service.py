@@ -52,6 +52,7 @@ from dps_hal.codes import REMEDIES
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.files import open_store
+from dps_hal.mounts import doubt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -111,6 +112,8 @@ class Service:
             configuration = self._equipment.configuration
             what = f"ID scope {configuration.id_scope}, TPM {backend_shown(configuration)}"
             self._journal.event("started", f"dps-agent {__version__} starts: {what}")
+            if doubted := doubt(configuration.state_dir):
+                self._journal.event("warning", doubted, WARNING)
             self._notifier.ready()
             self._show(self._life.reason, None)
             if self._api is not None:

@@ -17,6 +17,7 @@ from dps_hal.codes import REMEDIES
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import IdentityStale, RetryLater
 from dps_hal.files import FileSlots, StateFolder, SystemCalls, open_store
+from dps_hal.mounts import doubt
 
 if TYPE_CHECKING:
     from dps_agent.host.checks.device import Device
@@ -55,11 +56,14 @@ def state_folder(device: Device) -> Finding:
             detail = f"{error.message}; the records have their room already and can still be written"
             return Finding(WARNING, detail, REMEDIES[error.code])
         raise
+    detail = f"{place} takes what is written, and syncs it"
     if place != folder.path:
+        detail = f"{folder.path} is made by the first registration; {place} takes it: a file was synced there"
+    if doubted := doubt(place):
         return Finding(
-            OK, f"{folder.path} is made by the first registration; {place} takes it: a file was synced there"
+            WARNING, f"{detail}; {doubted}", "let state_dir name a folder on a disk or flash of this machine"
         )
-    return Finding(OK, f"{place} takes what is written, and syncs it")
+    return Finding(OK, detail)
 
 
 def _nearest(folder: StateFolder) -> str:
@@ -87,7 +91,10 @@ def _write_scratch(folder: StateFolder, place: str) -> None:
                 written = 0
                 while written < len(_SCRATCH):
                     written += file.write(_SCRATCH[written:]) or 0
-                os.fsync(file.fileno())
+                with folder.reporting("sync", path):
+                    os.fsync(file.fileno())
+                with folder.reporting("lock", path):
+                    folder.calls.flock(file.fileno())
                 file.seek(0)
                 if file.read(len(_SCRATCH)) != _SCRATCH:
                     raise RetryLater("store.io", f"{path} was written and read back differently")
@@ -96,7 +103,7 @@ def _write_scratch(folder: StateFolder, place: str) -> None:
                 os.unlink(path)
         names = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(names)
+            folder.calls.fsync(names)
         except OSError as error:
             if error.errno != errno.EINVAL:  # EINVAL: this file system has no fsync for folders
                 raise

@@ -26,7 +26,7 @@ def ask_service(configuration: Configuration, path: str, timeout_s: float | None
     from dps_agent.host.local.statefile import read_live
 
     live = read_live(configuration)
-    if live is None or not live["socket"]:
+    if live is None or not live.get("socket") or not isinstance(live["socket"], str):
         return None
     if unseen := unseen_settings(configuration):
         raise UsageError(f"--set {unseen[0]}: {UNSEEN}")

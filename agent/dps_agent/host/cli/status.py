@@ -14,7 +14,7 @@ from dps_agent.host.config import Configuration, backend_shown
 from dps_agent.host.error_document import error_fields
 from dps_hal.codes import REMEDIES
 from dps_hal.contracts import IDENTITY, PROGRESS
-from dps_hal.errors import DpsError, IdentityStale
+from dps_hal.errors import AskOperator, DpsError, IdentityStale
 
 _OF_THE_DEVICE = ("tpm", "store", "record")  # areas of errors that put the stored identity itself in question
 _CODES = {  # anything else is "not yet": retry
@@ -41,7 +41,13 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
     configuration = configuration_of(arguments, need_id_scope=arguments.remote)
     live = read_live(configuration)
-    outcome = _of_records(configuration) if live is None else _of_service(configuration, live)
+    try:
+        outcome = _of_records(configuration) if live is None else _of_service(configuration, live)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if live is None:
+            raise
+        text = f"the service's file in {configuration.runtime_dir} is damaged: {type(error).__name__}: {error}"
+        raise AskOperator("agent.file", text) from None
     if live is not None and (unseen := unseen_settings(configuration)):
         print(f"dps-agent: --set {unseen[0]}: {UNSEEN}", file=sys.stderr)
     if not arguments.remote:

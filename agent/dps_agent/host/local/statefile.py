@@ -12,8 +12,9 @@ from typing import Any
 from dps_agent.assignment import Assignment
 from dps_agent.host.config import SYSTEM_RUNTIME_DIR, Configuration
 from dps_agent.host.progress import utc_text
+from dps_hal.errors import AskOperator
 from dps_hal.platform import from_json, to_json
-from dps_hal.regular import read_regular
+from dps_hal.regular import NotRegular, read_regular
 
 SCHEMA = "dps-agent-state/1"
 FILE_NAME = "state.json"
@@ -69,10 +70,15 @@ class StateFile:
 
 
 def read_live(configuration: Configuration) -> dict[str, Any] | None:
-    """What the service that runs with this state folder says of itself; None where none runs."""
+    """What the service that runs with this state folder says of itself; None where none runs.
+
+    AskOperator `agent.file` where something else than a file of that size is in its place.
+    """
     path = os.path.join(configuration.runtime_dir, FILE_NAME)
     try:
-        document = from_json(read_regular(path, SIZE_LIMIT, follow=False))  # the folder is the service's user's
+        document = from_json(read_regular(path, SIZE_LIMIT, follow=False))
+    except NotRegular as error:
+        raise AskOperator("agent.file", f"{path}, which the service writes: {error.strerror}; remove it") from None
     except (OSError, ValueError):
         return None
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
