@@ -24,8 +24,10 @@ if TYPE_CHECKING:
         Acknowledge,
         Connect,
         Disconnect,
+        GiveUp,
         NextEvent,
         Publish,
+        SendAgain,
         Subscribe,
         Tell,
     )
@@ -126,6 +128,8 @@ if TYPE_CHECKING:
         | Connect
         | Subscribe
         | Publish
+        | SendAgain
+        | GiveUp
         | Acknowledge
         | NextEvent
         | Disconnect

@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from dps_agent.sas import SasToken
 
     class Connect(NamedTuple):
-        """One MQTT 3.1.1 connection over TLS with a persistent session, client id `device_id`; an earlier one ends.
+        """One MQTT 3.1.1 connection over TLS, client id `device_id`; an earlier one ends.
 
-        Answered by ConnAck or NoReply. What an earlier connection of the same device to the same hub published with
-        QoS 1 and never saw acknowledged is sent again with DUP; for another hub or device it is forgotten. Of the
-        events of an earlier connection only Acknowledged may still come; those of programs stay.
+        Answered by ConnAck or NoReply. With `clean_session` the hub forgets subscriptions, and what it delivered and
+        saw not acknowledged waits until it is subscribed to again. What was published with QoS 1 is kept until it is
+        acknowledged or given up, or the hub or the device is another one. Of the events of an earlier connection only
+        Acknowledged may still come; those of programs stay.
         """
 
         hub: str
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         user_name: str
         token: SasToken
         keep_alive_s: int
+        clean_session: bool
 
     class ConnAck(NamedTuple):
         """The hub's answer to CONNECT: MQTT 3.1.1, table 3.1; 0 is success."""
@@ -40,12 +42,25 @@ if TYPE_CHECKING:
     class Publish(NamedTuple):
         """One PUBLISH; answered by its packet id (0 for QoS 0), None without a connection; waits for nothing.
 
-        With QoS 1 the event Acknowledged follows, be it on a later connection.
+        With QoS 1 the event Acknowledged follows, be it after SendAgain on a later connection.
         """
 
         topic: str
         payload: bytes
         qos: int
+
+    class SendAgain(NamedTuple):
+        """Sends again, with DUP, what an earlier connection published with QoS 1; answered by None."""
+
+        packet_id: int
+
+    class GiveUp(NamedTuple):
+        """Forgets what was published with QoS 1 and is not acknowledged; for packet ids of earlier connections.
+
+        Answered by None.
+        """
+
+        packet_id: int
 
     class Acknowledge(NamedTuple):
         """The PUBACK for an Arrived message with QoS 1; answered by None."""
@@ -117,6 +132,16 @@ if TYPE_CHECKING:
 
         message_id: int
 
+    class Withdrawn(NamedTuple):
+        """Who sent this telemetry was told that it takes too long: it is not sent again."""
+
+        request_id: int
+
+    class Readers(NamedTuple):
+        """So many programs read messages now; posted after each Connect, and when it changes from or to 0."""
+
+        number: int
+
     class RegisterAgain(NamedTuple):
         """Leave the hub and register, with the old identity until the new one is stored."""
 
@@ -154,16 +179,27 @@ if TYPE_CHECKING:
         whole: bool
 
     Event: TypeAlias = (
-        Granted | Acknowledged | Arrived | Gone | SendTelemetry | AnswerMethod | MessageDone | RegisterAgain
+        Granted
+        | Acknowledged
+        | Arrived
+        | Gone
+        | SendTelemetry
+        | AnswerMethod
+        | MessageDone
+        | Withdrawn
+        | Readers
+        | RegisterAgain
     )
     Message: TypeAlias = TelemetryDone | CloudMessage | MethodCall | Desired
 else:
     from collections import namedtuple
 
-    Connect = namedtuple("Connect", ("hub", "device_id", "user_name", "token", "keep_alive_s"))
+    Connect = namedtuple("Connect", ("hub", "device_id", "user_name", "token", "keep_alive_s", "clean_session"))
     ConnAck = namedtuple("ConnAck", ("return_code", "session_present"))
     Subscribe = namedtuple("Subscribe", ("filters",))
     Publish = namedtuple("Publish", ("topic", "payload", "qos"))
+    SendAgain = namedtuple("SendAgain", ("packet_id",))
+    GiveUp = namedtuple("GiveUp", ("packet_id",))
     Acknowledge = namedtuple("Acknowledge", ("packet_id",))
     NextEvent = namedtuple("NextEvent", ("until_uptime_s",))
     Disconnect = namedtuple("Disconnect", ())
@@ -175,6 +211,8 @@ else:
     SendTelemetry = namedtuple("SendTelemetry", ("request_id", "properties", "payload"))
     AnswerMethod = namedtuple("AnswerMethod", ("call_id", "status", "payload"))
     MessageDone = namedtuple("MessageDone", ("message_id",))
+    Withdrawn = namedtuple("Withdrawn", ("request_id",))
+    Readers = namedtuple("Readers", ("number",))
     RegisterAgain = namedtuple("RegisterAgain", ())
     TelemetryDone = namedtuple("TelemetryDone", ("request_id", "accepted", "sent"))
     CloudMessage = namedtuple("CloudMessage", ("message_id", "properties", "payload"))

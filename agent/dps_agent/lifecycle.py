@@ -216,7 +216,13 @@ class Lifecycle:
             "connections": self.connections,
             "code": self.error.code if self.error else "",
             "registrationCode": self.registration_error.code if self.registration_error else "",
+            "hubLacks": self.hub_lacks,
         }
+
+    @property
+    def hub_lacks(self) -> "list[str]":
+        """What the hub does not offer, as far as the device has found out: methods, twin, messages."""
+        return self._session.hub_lacks() if self._session else []
 
     def _boot(self, wait_first: bool, once: bool) -> "Generator[Effect, Any, str]":
         try:

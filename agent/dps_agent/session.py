@@ -1,8 +1,13 @@
 """The hub side of one identity: what is said on each connection to its hub, from the token to the end.
 
 `open` and `stay` are the two halves of one connection, `NextEvent` is their only wait. What must outlive a connection
-(telemetry under way, messages that programs still hold, the twin's version) is kept in the `Session` and belongs to its
-identity alone. Topics, answers and limits: IoT Hub developer guide, "Communicate with an IoT hub using MQTT".
+(telemetry under way, what the hub lacks, the twin's version) is kept in the `Session` and belongs to its identity
+alone. Topics, answers and limits: IoT Hub developer guide, "Communicate with an IoT hub using MQTT".
+
+Methods, twin and messages are optional: a hub of the Basic tier has none of them and hangs up on whoever asks. So what
+a connection asked for, or sent, less than SHORT_S before it ended is held against it. A feature is left out at the next
+connection and asked for alone once that one has lasted; if the hub hangs up again, ever more rarely. A message is sent
+again alone, and given up after SHORT_ENDS_LIMIT such ends in a row.
 """
 
 from dps_agent.assignment import hub_token
@@ -24,17 +29,21 @@ from dps_agent.hub_effects import (
     CloudMessage,
     Connect,
     Desired,
+    GiveUp,
     Gone,
     Granted,
     MessageDone,
     MethodCall,
     NextEvent,
     Publish,
+    Readers,
     RegisterAgain,
+    SendAgain,
     SendTelemetry,
     Subscribe,
     TelemetryDone,
     Tell,
+    Withdrawn,
 )
 from dps_agent.sas import percent_decode, percent_encode
 from dps_agent.utc import AGREEMENT_S
@@ -62,6 +71,12 @@ RENEW = "renew"  # the next token is ready
 REGISTER = "register"  # somebody asks for another registration
 PARTED_CODES = {LOST: "hub.lost", NOT_FOUND: "hub.not_found", REFUSED: "hub.refused"}
 
+# What a hub may do without.
+METHODS = "methods"
+TWIN = "twin"
+MESSAGES = "messages"
+FEATURES = (METHODS, TWIN, MESSAGES)
+
 API_VERSION = "2021-04-12"
 REPORTED_NAME = "dpsAgent"  # what the agent reports of itself stands under this name in the twin
 
@@ -73,15 +88,38 @@ TELEMETRY_LIMIT = 262144  # bytes of topic and payload; IoT Hub quotas. A hub cl
 TOPIC_LIMIT = 65535  # bytes; MQTT 3.1.1, 1.5.3
 METHOD_LIMIT_S = 25  # for a program's answer; callers wait 30 s unless they say otherwise
 TWIN_LIMIT_S = 60  # for the hub's answer to a twin request
+NEVER_S = 1e18
 TWIN_AGAIN_S = 300  # after the hub could not answer one, or did not answer two
 IDLE_AFTER_S = 10  # after the subscriptions, the older identity may be forgotten
+SHORT_S = 60  # a connection that ends so soon after something was sent may have ended because of that
+SHORT_ENDS_LIMIT = 3  # of connections in a row, right after one message was sent; then it is given up
+LACKING_GROWTH = 8  # from SHORT_S on: how much longer what the hub hung up on is left out each time
+LACKING_LIMIT_S = 86400
 IN_FLIGHT_LIMIT = 32  # telemetry messages without acknowledgement
+IN_FLIGHT_SIZE = 2097152  # bytes of them, topics included
 MESSAGE_LIMIT = 50  # cloud-to-device messages that programs hold; a hub queues no more for a device
+MESSAGE_SIZE = 1048576  # bytes of them, topics included
 CALL_LIMIT = 16  # method calls that wait for a program
+CALL_SIZE = 524288  # bytes of them
+METHOD_LIMIT = 131072  # bytes of one call; IoT Hub quotas
+RID_LIMIT = 256  # characters of a request id; a hub's have few
+DESIRED_LIMIT = 131072  # bytes of desired properties and the patches to them; a hub keeps 32 KiB
 
 # MQTT 3.1.1, table 3.1
 _UNACCEPTABLE = (1, 2)  # protocol version, client id
 _SUBSCRIPTION_FAILED = 0x80
+
+
+class _Telemetry:
+    """One message without acknowledgement."""
+
+    def __init__(self, packet_id: int, request_id: int, size: int, sent_at_s: float) -> None:
+        self.packet_id = packet_id
+        self.request_id = request_id
+        self.withdrawn = False  # nobody waits for it any more
+        self.size = size
+        self.sent_at_s: float | None = sent_at_s  # None: not on this connection
+        self.short_ends = 0  # of connections in a row, right after it was sent
 
 
 class Session:
@@ -112,19 +150,26 @@ class Session:
         self.dps_not_before_s = 0.0
         self._expires_at_s = 0.0
         self._expiry_utc_s = 0  # the same moment, as the token says it
-        self._in_flight: dict[int, int] = {}  # packet id -> request id of telemetry
+        self._in_flight: list[_Telemetry] = []  # in the order in which it was sent first
+        # Feature -> when to ask for it again, and how long that waits; (0.0, 0.0): on each connection, it was refused.
+        self._lacks: dict[str, tuple[float, float]] = {}
+        self._reads = False  # a program reads messages
         self._desired_version = 0  # as told last
+        self._desired_size = 0  # bytes of them, and of the patches told since they were told whole
         self._cleaned = False  # the older identity is gone
         self._forget_connection()
 
     def _forget_connection(self) -> None:
-        self._subscription: int | None = None
-        self._ready = False  # the subscriptions were granted
-        self._ready_at_s = 0.0
-        self._unacknowledged: dict[int, int] = {}  # message id -> packet id
-        self._calls: dict[int, tuple[str, float]] = {}  # call id -> the hub's request id, latest answer
+        self._subscriptions: dict[int, tuple[str, ...]] = {}  # packet id -> features, of those not answered yet
+        self._subscribed: list[str] = []  # features that were asked for
+        self._asked: dict[str, float] = {}  # those that the hub has not answered for yet, and since when
+        self._ready_at_s = 0.0  # when the first subscriptions were answered
+        self._unacknowledged: dict[int, tuple[int, int]] = {}  # message id -> packet id, size; 0: without one
+        self._calls: dict[int, tuple[str, float, int]] = {}  # call id -> the hub's request id, latest answer, size
+        for telemetry in self._in_flight:
+            telemetry.sent_at_s = None
         self._twin_request = ""  # the one that waits for an answer
-        self._twin_at_s = 0.0  # its end, or when to ask again
+        self._twin_at_s = NEVER_S  # its end, or when to ask again
         self._asked_whole = False  # it asks for the twin, else it reports
         self._older_twins = 0  # in a row, than the newest patch
         self._newest_version = 0  # of the desired properties, as the hub named it in a patch
@@ -141,36 +186,34 @@ class Session:
         token, self._token = self._token, None
         if token is None:
             token = yield from self._make_token()
+        for telemetry in [telemetry for telemetry in self._in_flight if telemetry.withdrawn]:
+            yield from self._give_up(telemetry)
         hub, device_id = self._assignment.assigned_hub, self._assignment.device_id
         user_name = f"{hub}/{device_id}/?api-version={API_VERSION}"
-        answer: ConnAck | NoReply = yield Connect(hub, device_id, user_name, token, self._settings.keep_alive_s)
+        fresh = not self._reads  # or the hub delivers at once what an earlier reader left, and counts that
+        answer: ConnAck | NoReply = yield Connect(hub, device_id, user_name, token, self._settings.keep_alive_s, fresh)
         if isinstance(answer, NoReply):
             return self._ended("was not reached", answer.reason)
         if answer.return_code:
             return self._refused(answer.return_code)
         self.accepted = True
-        packet_id: int | None = yield Subscribe(
-            (
-                (f"devices/{device_id}/messages/devicebound/#", 1),
-                ("$iothub/methods/POST/#", 0),
-                ("$iothub/twin/res/#", 0),
-                ("$iothub/twin/PATCH/properties/desired/#", 0),
-            )
-        )
-        if packet_id is None:
-            return self._ended("closed the connection", NO_REPLY_CLOSED)
-        self._subscription = packet_id
         now_s: float = yield Uptime()
+        self._ready_at_s = now_s
+        features = [name for name in FEATURES if not self._hangs_up(name) and (name != MESSAGES or self._reads)]
+        if not features:
+            return ""
+        if not (yield from self._subscribe(tuple(features), now_s)):
+            return (yield from self._lost("closed the connection", NO_REPLY_CLOSED))
         until_s = now_s + SUBSCRIBE_LIMIT_S
         while True:
             event: Event | None = yield NextEvent(until_s)
             if event is not None:
                 end = yield from self._take(event)
-                if end or self._ready:
+                if end or not self._subscriptions:
                     return end
             later_s: float = yield Uptime()
             if later_s >= until_s:
-                return self._ended("did not grant the subscriptions", NO_REPLY_TIMEOUT)
+                return (yield from self._lost("did not grant the subscriptions", NO_REPLY_TIMEOUT))
 
     def stay(self, pause_at_s: "float | None" = None) -> "Generator[Effect, Any, str]":
         """Does what hub and programs ask for until the connection ends; returns how.
@@ -195,8 +238,12 @@ class Session:
 
     def abandon(self) -> "Generator[Effect, Any, None]":
         """Tells the programs that nobody will know whether what is under way arrived: this identity is left."""
-        for request_id in self._in_flight.values():
-            _taken: bool = yield Tell(TelemetryDone(request_id, False, True))
+        for telemetry in list(self._in_flight):
+            yield from self._give_up(telemetry)
+
+    def hub_lacks(self) -> "list[str]":
+        """The features that the connection goes without, for the hub refuses them or hangs up on who asks."""
+        return [name for name in FEATURES if name in self._lacks]
 
     def clock_kept(self, now: "Utc", uptime_s: float) -> bool:
         """Whether the time under which the last token was made is still believed: else its refusal says nothing."""
@@ -207,10 +254,16 @@ class Session:
 
     def _do_what_is_due(self, now_s: float) -> "Generator[Effect, Any, str]":
         for call_id in [call_id for call_id in self._calls if self._calls[call_id][1] <= now_s]:
-            rid, _ = self._calls.pop(call_id)
+            rid = self._calls.pop(call_id)[0]
             yield from self._answer(rid, 504, {"message": f"no program answered within {METHOD_LIMIT_S} s"})
-        if now_s >= self._twin_at_s and not (self._twin_known and self._reported):
+        yield from self._send_rest(now_s)
+        if now_s >= self._twin_due_s():
             yield from self._ask_twin(now_s)
+        if self._subscriptions and now_s >= self._unanswered_s():
+            return (yield from self._lost("did not grant the subscriptions", NO_REPLY_TIMEOUT))
+        for name in FEATURES:
+            if now_s >= self._ask_again_s(name):
+                yield from self._subscribe((name,), now_s)
         if not self._cleaned and now_s >= self._ready_at_s + IDLE_AFTER_S:
             try:
                 yield ForgetOlder(IDENTITY)
@@ -226,14 +279,56 @@ class Session:
         return self._renew_at_s + METHOD_LIMIT_S if self._calls else self._renew_at_s
 
     def _next_due_s(self) -> float:
-        due_s = self._renew_due_s()
-        for _, until_s in self._calls.values():
+        due_s = min(self._renew_due_s(), self._twin_due_s())
+        for _, until_s, _ in self._calls.values():
             due_s = min(due_s, until_s)
-        if not (self._twin_known and self._reported):
-            due_s = min(due_s, self._twin_at_s)
+        for name in FEATURES:
+            due_s = min(due_s, self._ask_again_s(name))
+        if self._subscriptions:
+            due_s = min(due_s, self._unanswered_s())
         if not self._cleaned:
             due_s = min(due_s, self._ready_at_s + IDLE_AFTER_S)
+        if [telemetry for telemetry in self._in_flight if telemetry.sent_at_s is None]:
+            due_s = min(due_s, self._suspect_until_s())
         return due_s
+
+    def _twin_due_s(self) -> float:
+        """When to ask for the twin, or to report; not beside a message that may make the hub hang up."""
+        if TWIN not in self._subscribed or (self._twin_known and self._reported):
+            return NEVER_S
+        return max(self._twin_at_s, self._suspect_until_s())
+
+    def _unanswered_s(self) -> float:
+        """When the hub has had its time for the subscriptions asked for last."""
+        asked_at_s = 0.0
+        for features in self._subscriptions.values():
+            for name in features:
+                asked_at_s = max(asked_at_s, self._asked[name])
+        return asked_at_s + SUBSCRIBE_LIMIT_S
+
+    def _ask_again_s(self, name: str) -> float:
+        """When to ask for a feature that the hub lacked: on a connection that lasts, beside nothing else."""
+        if name not in self._lacks or name in self._subscribed or (name == MESSAGES and not self._reads):
+            return NEVER_S
+        due_s = max(self._lacks[name][0], self._ready_at_s + SHORT_S, self._suspect_until_s())
+        for asked_at_s in self._asked.values():
+            due_s = max(due_s, asked_at_s + SHORT_S)
+        return due_s
+
+    def _suspect_until_s(self) -> float:
+        """Until when the hub may hang up because of a message that it was sent again; 0.0: there is none."""
+        until_s = 0.0
+        for telemetry in self._in_flight:
+            if telemetry.short_ends and telemetry.sent_at_s is not None:
+                until_s = max(until_s, telemetry.sent_at_s + SHORT_S)
+        return until_s
+
+    def _send_rest(self, now_s: float) -> "Generator[Effect, Any, None]":
+        """Sends what has no acknowledgement from an earlier connection; what may have ended that one alone."""
+        for telemetry in self._in_flight:
+            if telemetry.sent_at_s is None and not (telemetry.short_ends and now_s < self._suspect_until_s()):
+                telemetry.sent_at_s = now_s
+                yield SendAgain(telemetry.packet_id)
 
     def _renew(self, now_s: float) -> "Generator[Effect, Any, str]":
         """Makes the next token while this one still serves; without one the connection goes on while it may."""
@@ -261,21 +356,27 @@ class Session:
 
     def _take(self, event: "Event") -> "Generator[Effect, Any, str]":
         if isinstance(event, Gone):
-            return self._ended("ended the connection", event.reason)
+            return (yield from self._lost("ended the connection", event.reason))
         if isinstance(event, RegisterAgain):
             self.reason = "asked to register again"
             return REGISTER
         if isinstance(event, Granted):
-            if event.packet_id == self._subscription:
-                if _SUBSCRIPTION_FAILED in event.return_codes:
-                    return self._ended("refused a subscription", f"codes {event.return_codes}")
-                now_s: float = yield Uptime()
-                self._ready = True
-                self._ready_at_s = self._twin_at_s = now_s
+            yield from self._take_granted(event)
         elif isinstance(event, Acknowledged):
-            request_id = self._in_flight.pop(event.packet_id, None)
-            if request_id is not None:
-                _taken: bool = yield Tell(TelemetryDone(request_id, True, True))
+            for telemetry in self._in_flight:
+                if telemetry.packet_id == event.packet_id:
+                    self._in_flight.remove(telemetry)
+                    _taken: bool = yield Tell(TelemetryDone(telemetry.request_id, True, True))
+                    break
+        elif isinstance(event, Readers):
+            self._reads = event.number > 0
+            if self._reads and MESSAGES not in self._subscribed and not self._hangs_up(MESSAGES):
+                now_s: float = yield Uptime()
+                yield from self._subscribe((MESSAGES,), now_s)
+        elif isinstance(event, Withdrawn):
+            for telemetry in self._in_flight:
+                if telemetry.request_id == event.request_id:
+                    telemetry.withdrawn = True  # its packet id may still be acknowledged on this connection
         elif isinstance(event, Arrived):
             return (yield from self._take_message(event))
         elif isinstance(event, SendTelemetry):
@@ -286,21 +387,71 @@ class Session:
                 topic = f"$iothub/methods/res/{event.status}/?$rid={call[0]}"
                 _sent: int | None = yield Publish(topic, event.payload or b"{}", 0)
         elif isinstance(event, MessageDone):
-            packet_id = self._unacknowledged.pop(event.message_id, None)
-            if packet_id is not None:
+            packet_id, _ = self._unacknowledged.pop(event.message_id, (0, 0))
+            if packet_id:
                 yield Acknowledge(packet_id)
         return ""
+
+    # Features.
+
+    def _filters(self, name: str) -> "tuple[tuple[str, int], ...]":
+        if name == METHODS:
+            return (("$iothub/methods/POST/#", 0),)
+        if name == TWIN:
+            return (("$iothub/twin/res/#", 0), ("$iothub/twin/PATCH/properties/desired/#", 0))
+        return ((f"devices/{self._assignment.device_id}/messages/devicebound/#", 1),)
+
+    def _subscribe(self, features: "tuple[str, ...]", now_s: float) -> "Generator[Effect, Any, bool]":
+        """Asks for these features; whether there was a connection to ask on."""
+        filters: tuple[tuple[str, int], ...] = ()
+        for name in features:
+            filters += self._filters(name)
+            self._asked[name] = now_s
+            self._subscribed.append(name)
+        packet_id: int | None = yield Subscribe(filters)
+        if packet_id is not None:
+            self._subscriptions[packet_id] = features
+        return packet_id is not None
+
+    def _take_granted(self, granted: Granted) -> "Generator[Effect, Any, None]":
+        features = self._subscriptions.pop(granted.packet_id, ())
+        codes = granted.return_codes
+        now_s: float = yield Uptime()
+        for name in features:
+            count = len(self._filters(name))
+            if len(codes) < count or _SUBSCRIPTION_FAILED in codes[:count]:
+                del self._asked[name]
+                self._lacks[name] = (0.0, 0.0)  # it costs nothing to ask again
+            elif name == TWIN:
+                self._twin_at_s = now_s  # whether the hub has one, its answer says
+            else:
+                self._has(name)
+            codes = codes[count:]
+
+    def _hangs_up(self, name: str) -> bool:
+        """Whether the hub may end the connection when it is asked for this feature."""
+        return self._lacks.get(name, (0.0, 0.0))[1] > 0.0
+
+    def _has(self, name: str) -> None:
+        """The hub has answered for this feature."""
+        self._asked.pop(name, None)
+        self._lacks.pop(name, None)
 
     def _take_message(self, message: Arrived) -> "Generator[Effect, Any, str]":
         topic = message.topic
         devicebound = f"devices/{self._assignment.device_id}/messages/devicebound/"
         end = ""
         if topic.startswith(devicebound):
-            if len(self._unacknowledged) >= MESSAGE_LIMIT or message.packet_id in self._unacknowledged.values():
-                return ""  # the hub keeps it and delivers it on a later connection; a program has it already
+            size = len(topic) + len(message.payload or b"")
+            held = size
+            for packet_id, held_size in self._unacknowledged.values():
+                if packet_id and packet_id == message.packet_id:
+                    return ""  # a program has it already
+                held += held_size
+            if len(self._unacknowledged) >= MESSAGE_LIMIT or held > MESSAGE_SIZE:
+                return ""  # the hub keeps it and delivers it on a later connection
             self.serial += 1
-            if message.packet_id:
-                self._unacknowledged[self.serial] = message.packet_id
+            self._unacknowledged[self.serial] = (message.packet_id, size)
             properties = decode_properties(topic[len(devicebound) :])
             taken: bool = yield Tell(CloudMessage(self.serial, properties, message.payload))
             if not taken:
@@ -320,9 +471,10 @@ class Session:
         """A direct method: `rest` is `{name}/?$rid={rid}`."""
         name, _, query = rest.partition("/")
         rid = _query_value(query, "$rid")
-        if not rid or "+" in rid or "#" in rid:
+        if not rid or "+" in rid or "#" in rid or len(rid) > RID_LIMIT:
             return ""  # no topic to answer on
-        if payload is None:
+        size = len(rest) + len(payload or b"")
+        if payload is None or size > METHOD_LIMIT:
             yield from self._answer(rid, 413, {"message": "the payload is too large for this device"})
         elif name == "ping":
             yield from self._answer(rid, 200, {})
@@ -337,13 +489,13 @@ class Session:
             yield from self._answer(rid, 202, {"message": "registering again"})
             self.reason = "asked by direct method to register again"
             return REGISTER
-        elif len(self._calls) >= CALL_LIMIT:
-            yield from self._answer(rid, 429, {"message": f"{CALL_LIMIT} calls wait for an answer"})
+        elif len(self._calls) >= CALL_LIMIT or sum([call[2] for call in self._calls.values()]) + size > CALL_SIZE:
+            yield from self._answer(rid, 429, {"message": f"{len(self._calls)} calls wait for an answer"})
         else:
             self.serial += 1
             call_id = self.serial
             now_s: float = yield Uptime()
-            self._calls[call_id] = (rid, now_s + METHOD_LIMIT_S)
+            self._calls[call_id] = (rid, now_s + METHOD_LIMIT_S, size)
             taken: bool = yield Tell(MethodCall(call_id, name, payload))
             if not taken:
                 del self._calls[call_id]
@@ -355,15 +507,22 @@ class Session:
         _sent: int | None = yield Publish(topic, to_json(value).encode(), 0)
 
     def _send(self, telemetry: SendTelemetry) -> "Generator[Effect, Any, None]":
-        topic = ""
-        if len(self._in_flight) < IN_FLIGHT_LIMIT:
-            topic = self._telemetry_topic(telemetry)
-        if topic:
+        topic = self._telemetry_topic(telemetry)
+        size = len(topic) + len(telemetry.payload)
+        full = len(self._in_flight) >= IN_FLIGHT_LIMIT
+        full = full or size + sum([waiting.size for waiting in self._in_flight]) > IN_FLIGHT_SIZE
+        if topic and not full:
             packet_id: int | None = yield Publish(topic, telemetry.payload, 1)
             if packet_id is not None:
-                self._in_flight[packet_id] = telemetry.request_id
+                now_s: float = yield Uptime()
+                self._in_flight.append(_Telemetry(packet_id, telemetry.request_id, size, now_s))
                 return
         _taken: bool = yield Tell(TelemetryDone(telemetry.request_id, False, False))
+
+    def _give_up(self, telemetry: _Telemetry) -> "Generator[Effect, Any, None]":
+        self._in_flight.remove(telemetry)
+        yield GiveUp(telemetry.packet_id)
+        _taken: bool = yield Tell(TelemetryDone(telemetry.request_id, False, True))
 
     def _telemetry_topic(self, telemetry: SendTelemetry) -> str:
         """The topic; "" where no hub would take the message."""
@@ -381,6 +540,7 @@ class Session:
         self.serial += 1
         self._twin_at_s = now_s + (TWIN_AGAIN_S if self._twin_request else TWIN_LIMIT_S)
         self._twin_request = str(self.serial)
+        self._asked[TWIN] = now_s
         self._asked_whole = not self._twin_known
         if self._asked_whole:
             topic, payload = "$iothub/twin/GET/", b""
@@ -394,6 +554,7 @@ class Session:
         if _query_value(query, "$rid") != self._twin_request or not self._twin_request:
             return
         self._twin_request = ""
+        self._has(TWIN)
         older_before = self._older_twins
         done = status in ("200", "204")
         if not self._asked_whole:
@@ -419,6 +580,8 @@ class Session:
             version = desired["$version"]
             self._reported = reported.get(REPORTED_NAME) == self._about
             text = to_json(desired).encode()
+            if len(text) > DESIRED_LIMIT:
+                raise MemoryError
         except MemoryError:
             told: bool = yield Tell(Desired(self._newest_version, None, True))
             return told
@@ -435,6 +598,7 @@ class Session:
             if not taken:
                 return False
             self._desired_version = version
+        self._desired_size = len(text)
         return True
 
     def _take_desired(self, topic: str, payload: "bytes | None") -> "Generator[Effect, Any, None]":
@@ -445,10 +609,12 @@ class Session:
         self._newest_version = max(self._newest_version, version)
         now_s: float = yield Uptime()
         again_s = now_s
-        if payload is not None and version == self._desired_version + 1:
+        size = self._desired_size + len(payload or b"")  # what they may have come to; the whole says how much it is
+        if payload is not None and version == self._desired_version + 1 and size <= DESIRED_LIMIT:
             taken: bool = yield Tell(Desired(version, payload, False))
             if taken:
                 self._desired_version = version
+                self._desired_size = size
                 return
             again_s += TWIN_AGAIN_S  # the program has its hands full
         if version != self._desired_version:  # one was missed: ask for all of them
@@ -457,6 +623,25 @@ class Session:
                 self._twin_at_s = again_s
 
     # How it ends.
+
+    def _lost(self, what: str, reason: str) -> "Generator[Effect, Any, str]":
+        """The end of a connection that the hub had accepted, held against what it may be the answer to."""
+        now_s: float = yield Uptime()
+        blamed = False
+        for name in FEATURES:
+            if name in self._asked and now_s < self._asked[name] + SHORT_S:
+                blamed = True
+                wait_s = min(max(LACKING_GROWTH * self._lacks.get(name, (0.0, 0.0))[1], SHORT_S), LACKING_LIMIT_S)
+                self._lacks[name] = (now_s + wait_s, wait_s)
+        if not blamed and now_s < self._ready_at_s + SHORT_S:  # what it went without was not the reason
+            for name in [name for name in self._lacks if self._lacks[name][1] == SHORT_S]:
+                del self._lacks[name]
+        for telemetry in list(self._in_flight):
+            if telemetry.sent_at_s is not None:
+                telemetry.short_ends = telemetry.short_ends + 1 if now_s < telemetry.sent_at_s + SHORT_S else 0
+            if telemetry.short_ends >= SHORT_ENDS_LIMIT:
+                yield from self._give_up(telemetry)
+        return self._ended(what, reason)
 
     def _ended(self, what: str, reason: str) -> str:
         self.reason = f"{self._assignment.assigned_hub} {what} ({reason})"

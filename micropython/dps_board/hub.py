@@ -16,14 +16,18 @@ from dps_agent.hub_effects import (
     Connect,
     Desired,
     Disconnect,
+    GiveUp,
     MessageDone,
     MethodCall,
     NextEvent,
     Publish,
+    Readers,
+    SendAgain,
     SendTelemetry,
     Subscribe,
     TelemetryDone,
     Tell,
+    Withdrawn,
 )
 from dps_board.mqtt import HubConnection
 from dps_board.runner import RELEASE_FOR_SLEEPS_OVER_S, TIMES_TO_TRY
@@ -64,10 +68,15 @@ class Hub:
         self._serial = 0  # of telemetry
         self._telemetry: dict[int, _Telemetry] = {}  # by request id
         self._tasks: list[object] = []  # of the program's own functions
+        self._reads: bool | None = (
+            None  # whether the program takes messages, as the session was told on this connection
+        )
         self.answers: dict[type, Callable[..., Any]] = {
             Connect: self._connect,
             Subscribe: self.connection.subscribe,
             Publish: self.connection.publish,
+            SendAgain: self.connection.send_again,
+            GiveUp: self.connection.give_up,
             Acknowledge: self.connection.acknowledge,
             NextEvent: self._next_event,
             Disconnect: self.connection.disconnect,
@@ -97,6 +106,8 @@ class Hub:
         finally:
             self._telemetry.pop(request_id, None)
             unsent = self.connection.take_back(event)
+            if telemetry.sent and not (unsent or telemetry.ended.is_set()):
+                self.connection.post(Withdrawn(request_id))
         if unsent or not telemetry.sent:
             raise RetryLater("agent.not_connected", "the telemetry was not sent: too much is on its way, or too large")
         if not telemetry.accepted:
@@ -141,11 +152,16 @@ class Hub:
         if failure is not None:
             return failure
         answer = await self.connection.connect(hub, *identity)
+        self._reads = None
         if isinstance(answer, ConnAck) and answer.return_code in NOT_AUTHORIZED and not self._agent.date_heard:
             await self._ask_date()  # it may have been a token of another day
         return answer
 
     async def _next_event(self, until_uptime_s: float) -> "Any":
+        reads = self._agent.on_message is not None
+        if reads is not self._reads:
+            self._reads = reads
+            return Readers(int(reads))
         within_s = max(until_uptime_s - self._clock.uptime_s(), 0)
         if within_s > RELEASE_FOR_SLEEPS_OVER_S:
             self._tpm.release()

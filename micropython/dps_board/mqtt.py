@@ -22,16 +22,20 @@ CONNECT_LIMIT_MS = 60_000  # from the name's lookup to CONNACK; again to CONNACK
 PAYLOAD_LIMIT = 16 * 1024  # bytes of a message; of a larger one the session is told without its payload
 PACKET_LIMIT = 256 * 1024 + 65536 + 8  # bytes after the first five: the largest message of a hub, the longest topic
 EVENTS_LIMIT = 4  # of the hub, not yet asked for; then it is not read any more
+EVENTS_SIZE = 16 * 1024  # bytes of them
 POSTS_LIMIT = 32  # events of programs, not yet asked for; answers, which the session bounds, have room besides
 IN_FLIGHT_LIMIT = 16 * 1024  # bytes of telemetry without acknowledgement, a single larger message aside
-PIECES_LIMIT = 64  # to be sent; then nothing more is published
+PIECES_LIMIT = 64  # to be sent; then nothing more is published, and at half of them the hub is not read any more
+ANSWERS_SIZE = 32 * 1024  # bytes of them beside telemetry
 PART_LIMIT_MS = 600  # for what is to be sent before a polite end, and the hub's own end
 IDLE_POLL_S = 0.05
 _BUSY_MS = 1000  # after the last byte the next one is looked for more often
 _SEND_BYTES = 1024
 _CONNACK, _PUBLISH, _PUBACK, _SUBACK, _PINGRESP = 2, 3, 4, 9, 13  # table 2.1
 _CONNECT = b"\x10"
-_CONNECT_AS = b"\x00\x04MQTT\x04\xc0"  # 3.1.1; user name and password, no clean session
+_CONNECT_AS = b"\x00\x04MQTT\x04"  # 3.1.1
+_FLAGS = b"\xc0"  # user name and password
+_FLAGS_CLEAN = b"\xc2"  # and a clean session
 
 
 class HubConnection:
@@ -96,7 +100,7 @@ class HubConnection:
         return None
 
     async def connect(
-        self, hub: str, device_id: str, user_name: str, token: "SasToken", keep_alive_s: int
+        self, hub: str, device_id: str, user_name: str, token: "SasToken", keep_alive_s: int, clean_session: bool
     ) -> "ConnAck | NoReply":
         """Connects as `hub_effects.Connect` says, after any earlier connection has ended; within CONNECT_LIMIT_MS."""
         if self.is_reached(hub):
@@ -110,7 +114,7 @@ class HubConnection:
             self._in_flight.clear()
             self._events.clear()
         self._keep_acknowledged()
-        body = _CONNECT_AS + keep_alive_s.to_bytes(2, "big")
+        body = _CONNECT_AS + (_FLAGS_CLEAN if clean_session else _FLAGS) + keep_alive_s.to_bytes(2, "big")
         body += _text(device_id) + _text(user_name) + _text(token.header())
         self._to_send = [_head(_CONNECT[0], len(body))[1:], body]
         body = b""  # the token is in there
@@ -130,9 +134,6 @@ class HubConnection:
         self._keep_alive_ms = keep_alive_s * 1000
         self._received_ms = self._sent_ms = self._pinged_ms = ticks_ms()
         self._connected = True
-        for _, head, payload in self._in_flight:
-            head[0] |= 0x08  # DUP
-            self._send(head, payload)
         return answer
 
     def subscribe(self, filters: "tuple[tuple[str, int], ...]") -> "int | None":
@@ -150,8 +151,7 @@ class HubConnection:
         """One PUBLISH with QoS 0 or 1; its packet id, 0 for QoS 0.
 
         None without a connection, while too much waits to be sent or acknowledged, and for a topic longer than MQTT has
-        room for. A message with QoS 1 that was taken is sent until it is acknowledged, on as many connections as that
-        takes.
+        room for. A message with QoS 1 that was taken is kept until it is acknowledged or given up.
         """
         name = topic.encode()
         if not self._connected or len(name) > 0xFFFF or len(self._to_send) > PIECES_LIMIT:
@@ -162,6 +162,8 @@ class HubConnection:
                 size += len(head) + len(waiting)
             if size > IN_FLIGHT_LIMIT:
                 return None
+        if not qos and self._to_send and self._answers_size() + len(payload) > ANSWERS_SIZE:
+            return None
         packet_id = self._free_packet_id() if qos else 0
         head = _head(0x30 | qos << 1, 2 + len(name) + (2 if qos else 0) + len(payload))
         head += len(name).to_bytes(2, "big") + name
@@ -170,6 +172,17 @@ class HubConnection:
             self._in_flight.append((packet_id, head, payload))
         self._send(head, payload)
         return packet_id
+
+    def send_again(self, packet_id: int) -> None:
+        """Sends again, with DUP, what was published with QoS 1 on an earlier connection."""
+        for waiting_id, head, payload in self._in_flight:
+            if waiting_id == packet_id and self._connected:
+                head[0] |= 0x08  # DUP
+                self._send(head, payload)
+
+    def give_up(self, packet_id: int) -> None:
+        """Forgets what was published with QoS 1 on an earlier connection."""
+        self._in_flight = [message for message in self._in_flight if message[0] != packet_id]
 
     def acknowledge(self, packet_id: int) -> None:
         """The PUBACK for an Arrived message of this connection."""
@@ -273,6 +286,27 @@ class HubConnection:
         if payload:
             self._to_send.append(payload)
 
+    def _answers_size(self) -> int:
+        """Bytes that wait to be sent beside telemetry."""
+        size = 0
+        for piece in self._to_send:
+            size += len(piece)
+        for _, head, payload in self._in_flight:
+            for piece in self._to_send:
+                if piece is head or piece is payload:
+                    size -= len(piece)
+        return size
+
+    def _has_room(self) -> bool:
+        """Whether more may come from the hub: what it sent was looked at, and it takes what it is answered."""
+        size = 0
+        for event in self._events:
+            if isinstance(event, Arrived):
+                size += len(event.payload or b"")
+        if len(self._events) >= EVENTS_LIMIT or size >= EVENTS_SIZE or len(self._to_send) > PIECES_LIMIT // 2:
+            return False
+        return not self._to_send or self._answers_size() <= ANSWERS_SIZE // 2
+
     def _exchange(self) -> bool:
         """Writes what can be and reads at most one piece; whether anything moved."""
         moved = False
@@ -287,7 +321,7 @@ class HubConnection:
             if self._sent == len(piece):
                 self._to_send.pop(0)
                 self._sent = 0
-        if len(self._events) < EVENTS_LIMIT:
+        if self._has_room():
             received = self._link.read(min(self._wanted - self._at, _SEND_BYTES))
             if received is not None:
                 if not received:

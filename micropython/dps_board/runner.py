@@ -148,6 +148,11 @@ class Agent:
         """What ended the last attempt."""
         return self._life.error
 
+    @property
+    def hub_lacks(self) -> "list[str]":
+        """What the hub does not offer, as far as that is known: "methods", "twin", "messages"."""
+        return self._life.hub_lacks
+
     async def run(self, connect: bool = True) -> None:
         """Lives until `stop` is called; with `connect` False until the device is provisioned. Raises Broken only."""
         self._connects = connect

@@ -7,7 +7,7 @@ import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -32,7 +32,7 @@ DAY = 86400
 class Desk:
     """A board with flash and TPM, NTP, DPS and two hubs."""
 
-    def __init__(self, image: Image, folder: Path) -> None:
+    def __init__(self, image: Image, folder: Path, tier: Literal["standard", "basic"] = "standard") -> None:
         self.image = image
         self.folder = folder
         self.stack = ExitStack()
@@ -41,7 +41,7 @@ class Desk:
         self.ahead_s = 0.0  # of this machine's time, DPS and hubs
         self.emulator = self.stack.enter_context(
             EmulatorInThread(
-                Settings(enroll_any=True, retry_after_s=0, hubs=(HUB, SECOND_HUB)),
+                Settings(enroll_any=True, retry_after_s=0, hubs=(HUB, SECOND_HUB), tier=tier),
                 clock=lambda: time.time() + self.ahead_s,
             )
         )
@@ -124,6 +124,16 @@ def test_a_board_is_connected_and_does_what_a_hub_asks_for(desk: Desk) -> None:
     assert seen["accepted"] >= 10 and seen["refused"] == [], seen
     assert seen["handshakes"] == [1, 1] and seen["longestFeedMs"] < 1500, seen
     assert seen["connects"] == 0, "an end on purpose is no crash"
+
+
+def test_telemetry_of_a_board_flows_at_a_hub_of_the_basic_tier(image: Image, tmp_path: Path) -> None:
+    desk = Desk(image, tmp_path, "basic")
+    with desk.stack:
+        life = desk.live(seconds=40)
+        messages = desk.emulator.await_telemetry(5, DEVICE, 40)
+        seen = life.result()[-1]
+    assert seen["accepted"] >= 5 and seen["hubLacks"] == ["methods", "twin", "messages"], seen
+    assert [message["payload"] for message in messages[:5]] == ["1", "2", "3", "4", "5"]
 
 
 def test_a_message_that_the_program_failed_on_comes_again(desk: Desk) -> None:

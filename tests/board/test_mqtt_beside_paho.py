@@ -433,9 +433,9 @@ def test_a_hub_whose_window_is_full_does_not_block_us(serve: Any) -> None:
     _, call = serve(accepting(lambda _hub: over.wait(2 * SOON_MS / 1000) and None))
     try:
         connect(call)
-        began_s = time.monotonic()
         for _ in range(20):
-            assert call("publish", TOPIC, bytes(32 * 1024), 0) == 0
+            call("publish", TOPIC, bytes(32 * 1024), 0)  # a board has no room for all of them
+        began_s = time.monotonic()
         assert soon(call, 50) is None
         call("disconnect")
         assert time.monotonic() - began_s < SOON_MS / 1000
@@ -552,9 +552,81 @@ def test_what_was_not_acknowledged_is_sent_again_with_dup_and_its_packet_id(serv
     ids = [call("publish", TOPIC, b"a", 1), call("publish", TOPIC, b"", 1)]
     assert_gone(soon(call), "closed")
     assert connect(call) == ConnAck(0, False)
+    for packet_id in ids:
+        call("send_again", packet_id)
     assert [soon(call), soon(call)] == [Acknowledged(ids[0]), Acknowledged(ids[1])]
     assert [(p.packet_id, p.payload, p.dup) for p in first] == [(ids[0], b"a", False), (ids[1], b"", False)]
     assert [(p.packet_id, p.payload, p.dup) for p in again] == [(ids[0], b"a", True), (ids[1], b"", True)]
+
+
+def test_what_was_given_up_is_neither_sent_again_nor_acknowledged(serve: Any) -> None:
+    again: list[Any] = []
+    connections = iter(range(10))
+
+    def behave(hub: HubPeer) -> None:
+        if next(connections) == 0:
+            hub.packet()
+            hub.peer.cut()
+            return
+        hub.send(mqtt.puback(given_up))
+        again.append(hub.packet())
+        hub.obey()
+
+    _, call = serve(accepting(behave))
+    connect(call)
+    given_up = call("publish", TOPIC, b"a", 1)
+    assert_gone(soon(call), "closed")
+    call("give_up", given_up)
+    connect(call)
+    call("send_again", given_up)
+    call("subscribe", (("t", 0),))
+    assert soon(call, 500) is None
+    assert [type(packet) for packet in again] == [mqtt.Subscribe]
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_a_connection_begins_anew_where_that_is_wanted(serve: Any, clean: bool) -> None:
+    seen: list[mqtt.Connect] = []
+
+    def behave(peer: Peer) -> None:
+        hub = HubPeer(peer)
+        seen.append(hub.accept())
+        hub.obey()
+
+    _, call = serve(behave)
+    for wanted in (clean, not clean, clean):
+        assert call("connect", HUB, DEVICE, 240, SIGNATURE, 1_800_000_000, wanted) == ConnAck(0, False)
+    call("publish", TOPIC, b"", 1)
+    assert isinstance(soon(call), Acknowledged)
+    assert [connect.clean_session for connect in seen] == [clean, not clean, clean]
+
+
+@pytest.mark.parametrize("make", ["paho", "board"], indirect=True)  # another interpreter takes a minute
+def test_a_hub_that_does_not_take_its_answers_is_not_listened_to(serve: Any) -> None:
+    """However much it asks for: what waits for it has a bound in number and bytes, and it is heard again afterwards."""
+    reads = threading.Event()
+    asked = 1500
+
+    def behave(hub: HubPeer) -> None:
+        do, last = (mqtt.publish(mqtt.Publish("t", content)) for content in (b"do", b"last"))
+        hub.send(do * asked + last)  # the kernels have room for that
+        assert reads.wait(60)
+        hub.obey()
+
+    _, call = serve(accepting(behave))
+    connect(call)
+    heard = refused = 0
+    try:
+        while (event := soon(call, 1500)) is not None:
+            assert event == Arrived("t", b"do", 0)
+            heard += 1
+            refused += call("publish", "$iothub/methods/res/200/?$rid=1", bytes(12_000), 0) is None
+        assert 0 < heard < asked, "it was asked for more"
+        assert refused <= 4, "what was heard has its answer"
+    finally:
+        reads.set()
+    while (event := soon(call)) != Arrived("t", b"last", 0):
+        assert event == Arrived("t", b"do", 0)
 
 
 def test_of_an_earlier_connections_events_only_acknowledgements_may_come(serve: Any) -> None:

@@ -15,13 +15,21 @@ from dps_agent.hub_effects import (
     NextEvent,
     SendTelemetry,
     Subscribe,
+    Withdrawn,
 )
 from dps_agent.lifecycle import CONNECTED, PROVISIONED, Lifecycle
 from dps_agent.session import (
     CALL_LIMIT,
+    CALL_SIZE,
+    DESIRED_LIMIT,
     IN_FLIGHT_LIMIT,
+    IN_FLIGHT_SIZE,
     MESSAGE_LIMIT,
+    MESSAGE_SIZE,
+    METHOD_LIMIT,
     METHOD_LIMIT_S,
+    RID_LIMIT,
+    SHORT_ENDS_LIMIT,
     TELEMETRY_LIMIT,
     TWIN_AGAIN_S,
     TWIN_LIMIT_S,
@@ -90,7 +98,7 @@ def test_a_connection_says_what_a_hub_expects() -> None:
     life_s = connect.token.expires_at_s - NOW_S - world.uptime_s
     assert TOKEN_LIFE_S - 30 < life_s <= TOKEN_LIFE_S
     filters = next(effect for effect in log if isinstance(effect, Subscribe)).filters
-    assert len(filters) <= 5 and filters[0] == (DEVICEBOUND + "#", 1)
+    assert len(filters) <= 5 and filters[0] == ("$iothub/methods/POST/#", 0)
     assert world.hub.connections[0][1] == 0 and world.dps.requests == []
 
 
@@ -177,8 +185,12 @@ def test_telemetry_for_a_lost_identity_is_not_accepted() -> None:
     start_s = world.uptime_s
     world.at(start_s + 10, lambda: world.post(telemetry(1)))
     world.at(start_s + 20, lambda: world.hub.call(world.uptime_s, "reprovision", "1"))
+    world.at(start_s + 50, lambda: setattr(world.hub, "mute_pubacks", False))
+    world.at(start_s + 55, lambda: received.append(len(world.hub.received)))
+    received: list[int] = []
     live(world, 60)
     assert world.program.done == {1: False} and world.program.sent == {1: True}
+    assert received == [1], "what its sender was told of is not sent again"
 
 
 def test_telemetry_between_two_connections_waits_for_the_next() -> None:
@@ -260,7 +272,7 @@ def test_a_message_that_was_not_taken_holds_no_place() -> None:
     assert len(world.hub.queued) == MESSAGE_LIMIT + 6, "the hub keeps them all"
 
 
-def test_a_repeated_packet_id_is_the_same_message_and_one_without_is_not_kept() -> None:
+def test_a_repeated_packet_id_is_the_same_message_and_those_without_are_no_more_than_others() -> None:
     world = provisioned()
     start_s = world.uptime_s
     for _ in range(2):
@@ -269,7 +281,213 @@ def test_a_repeated_packet_id_is_the_same_message_and_one_without_is_not_kept() 
         world.at(start_s + 11, lambda: world.hub.send(world.uptime_s, DEVICEBOUND, b"qos 0", 0))
     live(world, 20)
     payloads = [message.payload for message in world.program.messages()]
-    assert payloads.count(b"same") == 1 and payloads.count(b"qos 0") == MESSAGE_LIMIT + 5
+    assert payloads.count(b"same") == 1 and payloads.count(b"qos 0") == MESSAGE_LIMIT - 1
+
+
+def test_messages_and_calls_that_programs_hold_are_bounded_in_bytes() -> None:
+    world = provisioned()
+    start_s, hub = world.uptime_s, world.hub
+    for number in range(40):
+        world.at(
+            start_s + 10, lambda number=number: hub.send(world.uptime_s, DEVICEBOUND, bytes(60000), number % 2 * number)
+        )  # type: ignore[misc]
+    for number in range(CALL_LIMIT):
+        world.at(start_s + 11, lambda number=number: hub.call(world.uptime_s, "slow", f"r{number}", bytes(100000)))  # type: ignore[misc]
+    world.at(start_s + 12, lambda: hub.call(world.uptime_s, "slow", "large", bytes(METHOD_LIMIT)))
+    world.at(start_s + 12, lambda: hub.call(world.uptime_s, "ping", "r" * (RID_LIMIT + 1)))
+    live(world, 20)
+    assert len(world.program.messages()) == MESSAGE_SIZE // 60100
+    assert len(world.program.calls()) == CALL_SIZE // 100020
+    assert [rid for status, rid, _ in hub.answers if status == "413"] == ["large"]
+    assert len([rid for status, rid, _ in hub.answers if status == "429"]) == CALL_LIMIT - CALL_SIZE // 100020
+    assert len(hub.answers) == CALL_LIMIT - CALL_SIZE // 100020 + 1, "nobody is answered on a topic of any length"
+
+
+def test_patches_without_end_do_not_add_up() -> None:
+    world = provisioned()
+    hub = world.hub
+
+    def patch() -> None:
+        hub.change_desired(world.uptime_s, "a", "x" * 30000)
+        world.at(world.uptime_s + 1, patch)
+
+    world.at(world.uptime_s + 10, patch)
+    live(world, 60)
+    added = 0
+    for version, whole in world.program.desired():
+        added = 0 if whole else added + 30000
+        assert added <= DESIRED_LIMIT, version
+    assert world.program.desired()[-1][0] == hub.desired["$version"], "and nothing is missed"
+
+
+def test_a_twin_larger_than_any_hub_keeps_is_told_without_its_content() -> None:
+    world = provisioned()
+    world.hub.desired = {"$version": 7, "a": "x" * DESIRED_LIMIT}
+    live(world, 20)
+    assert [message for message in world.program.told if isinstance(message, Desired)] == [Desired(0, None, True)]
+
+
+def test_messages_stay_at_the_hub_while_no_program_reads() -> None:
+    world = provisioned()
+    hub, program = world.hub, world.program
+    program.readers = 0
+    hub.device_id = DEVICE
+    hub.send_c2d(world.uptime_s, {}, b"recipe")
+    for _ in range(11):
+        live(world, 100)
+    assert hub.deliveries == 0 and program.messages() == []
+    world.at(world.uptime_s + 50, lambda: setattr(program, "readers", 1))
+    world.at(world.uptime_s + 50, lambda: world.post(MessageDone(0)))  # whoever comes wakes the session
+    live(world, 100)
+    assert [message.payload for message in program.messages()] == [b"recipe"] and hub.deliveries == 1
+    program.readers = 0
+    for _ in range(11):
+        live(world, 100)
+    assert hub.deliveries == 1, "what a reader left is not delivered to nobody"
+
+
+def test_a_reader_that_stays_is_subscribed_for_over_reconnects_and_one_that_goes_only_until_the_next() -> None:
+    world = provisioned()
+    hub, start_s = world.hub, world.uptime_s
+    log = log_effects(world)
+    world.at(start_s + 50, lambda: hub.drop(world.uptime_s))
+    world.at(start_s + 100, lambda: setattr(world.program, "readers", 0))
+    world.at(start_s + 100, lambda: world.post(MessageDone(0)))
+    world.at(start_s + 150, lambda: hub.drop(world.uptime_s))
+    live(world, 300)
+    assert [effect.clean_session for effect in log if isinstance(effect, Connect)] == [True, False, True]
+    topics = [[topic for topic, _ in effect.filters] for effect in log if isinstance(effect, Subscribe)]
+    assert [DEVICEBOUND + "#" in filters for filters in topics] == [False, True, True, False], topics
+
+
+# What the hub hangs up on.
+
+
+def test_telemetry_flows_at_a_hub_that_has_nothing_but_telemetry() -> None:
+    for lacks, refuses, found in (
+        (["twin", "methods", "devicebound"], False, ["methods", "twin", "messages"]),
+        (["twin", "methods", "devicebound"], True, ["methods", "twin", "messages"]),
+        (["twin/GET"], False, ["twin"]),
+        (["methods"], False, ["methods"]),
+        (["desired"], True, ["twin"]),
+        (["devicebound"], False, ["messages"]),
+    ):
+        world = provisioned()
+        world.hub.lacks, world.hub.refuses = list(lacks), refuses
+        life = Lifecycle(settings(), ABOUT)
+        for number in range(1, 30):
+            world.at(world.uptime_s + 120 * number, lambda number=number: world.post(telemetry(number)))  # type: ignore[misc]
+        first: list[float] = []
+        began_s = world.uptime_s
+        world.program.on_message = lambda message: (
+            first.append(world.uptime_s) if hasattr(message, "accepted") else None
+        )
+        world.post(telemetry(0))
+        world.end_at(world.uptime_s + 4000)
+        world.run(life.live(False, False, True))
+        assert all(world.program.done.values()) and len(world.program.done) == 30, (lacks, world.program.done)
+        assert life.state == CONNECTED and life.hub_lacks == found, (lacks, life.hub_lacks)
+        assert first[0] - began_s < 20, "one hang-up is enough to know what to leave out"
+        hung_up = len(world.slept("by the hub"))
+        assert hung_up <= (0 if refuses else 3 * len(found) + 1), (lacks, hung_up)
+
+
+def test_what_a_hub_lacks_is_asked_for_again_ever_more_rarely_and_found_when_it_is_there() -> None:
+    world = provisioned()
+    hub = world.hub
+    hub.lacks = ["twin", "methods", "devicebound"]
+    day_s = 86400
+    world.at(world.uptime_s + 4 * day_s, lambda: setattr(hub, "lacks", []))
+    connects: list[int] = []
+    for day in range(6):
+        world.at(world.uptime_s + day * day_s, lambda: connects.append(len(hub.connections)))
+    world.program.keeps = False
+    life = live(world, 5 * day_s + 7200)
+    renewals = day_s / (TOKEN_LIFE_S * 0.7)
+    by_day = [connects[day + 1] - connects[day] for day in range(5)]
+    assert by_day[0] < renewals + 18 and max(by_day[2:4]) <= renewals + 6, by_day
+    assert life.hub_lacks == [] and "dpsAgent" in hub.reported, "a hub that was upgraded is noticed"
+
+
+def test_a_connection_that_broke_by_chance_costs_the_features_a_minute() -> None:
+    world = provisioned()
+    world.hub.mute = True
+    world.at(world.uptime_s + 3, lambda: world.hub.drop(world.uptime_s))
+    world.at(world.uptime_s + 4, lambda: setattr(world.hub, "mute", False))
+    life = Lifecycle(settings(), ABOUT)
+    lacked: list[list[str]] = []
+    world.at(world.uptime_s + 40, lambda: lacked.append(life.hub_lacks))
+    world.end_at(world.uptime_s + 300)
+    world.run(life.live(False, False, True))
+    assert lacked == [["methods", "twin", "messages"]] and life.hub_lacks == []
+    assert life.connections == 1 and "dpsAgent" in world.hub.reported
+
+
+def test_a_hub_that_hangs_up_on_everybody_lacks_nothing() -> None:
+    world = provisioned()
+    hub, start_s = world.hub, world.uptime_s
+
+    def kick() -> None:
+        hub.drop(world.uptime_s)
+        if world.uptime_s < start_s + 1000:
+            world.at(world.uptime_s + 0.02, kick)
+
+    world.at(start_s, kick)
+    life = live(world, 1600)
+    assert life.state == CONNECTED and life.hub_lacks == [] and len(hub.connections) > 5
+
+
+def test_a_message_that_the_hub_hangs_up_on_is_given_up_and_no_other() -> None:
+    world = provisioned()
+    hub, start_s = world.hub, world.uptime_s
+    hub.poison, hub.puback_after_s = b"poison", 0.5
+    many = [telemetry(number) for number in range(1, 11)]
+    poison = SendTelemetry(99, {}, b"poison")
+    world.at(start_s + 10, lambda: world.post(*many[:5], poison, *many[5:]))
+    for after_s in (12, 25, 50):
+        world.at(start_s + after_s, lambda after_s=after_s: world.post(telemetry(100 + after_s)))  # type: ignore[misc]
+    life = live(world, 400)
+    assert world.program.done.pop(99) is False and world.program.sent[99] is True
+    assert len(world.program.done) == 13 and all(world.program.done.values()), world.program.done
+    assert life.state == CONNECTED and life.connections == SHORT_ENDS_LIMIT + 1 and life.hub_lacks == []
+    assert world.in_flight == {}
+
+
+def test_a_connection_that_lasted_is_held_against_no_message() -> None:
+    world = provisioned()
+    hub, start_s = world.hub, world.uptime_s
+    hub.mute_pubacks = True
+    world.at(start_s + 10, lambda: world.post(telemetry(1)))
+    for after_s in (200, 500, 900, 1500):  # with ever longer waits in between
+        world.at(start_s + after_s, lambda: hub.drop(world.uptime_s))
+    world.at(start_s + 1500, lambda: setattr(hub, "mute_pubacks", False))
+    life = live(world, 1900)
+    assert world.program.done == {1: True} and life.connections == 5
+
+
+def test_telemetry_whose_sender_was_answered_is_not_sent_again() -> None:
+    world = provisioned()
+    hub, start_s = world.hub, world.uptime_s
+    hub.mute_pubacks = True
+    world.at(start_s + 10, lambda: world.post(telemetry(1), telemetry(2)))
+    world.at(start_s + 40, lambda: world.post(Withdrawn(1)))
+    world.at(start_s + 100, lambda: setattr(hub, "mute_pubacks", False))
+    world.at(start_s + 100, lambda: hub.drop(world.uptime_s))
+    live(world, 200)
+    payloads = [payload for _, payload in hub.received]
+    assert world.program.done == {1: False, 2: True} and (payloads.count(b"1"), payloads.count(b"2")) == (1, 2)
+    assert world.in_flight == {}
+
+
+def test_telemetry_under_way_is_bounded_in_bytes() -> None:
+    world = provisioned()
+    world.hub.mute_pubacks = True
+    payload = bytes(65600)
+    large = [SendTelemetry(number, {}, payload) for number in range(IN_FLIGHT_LIMIT)]
+    world.at(world.uptime_s + 10, lambda: world.post(*large))
+    live(world, 20)
+    assert len(world.hub.received) == IN_FLIGHT_SIZE // 65700
+    assert not any(world.program.sent.values()) and len(world.program.done) == IN_FLIGHT_LIMIT - IN_FLIGHT_SIZE // 65700
 
 
 def test_numbers_of_messages_and_calls_are_unique_over_identities() -> None:

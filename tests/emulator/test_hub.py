@@ -256,6 +256,27 @@ def test_subscriptions_get_at_most_qos_1_and_others_are_refused(
         assert client.send(b"x")
 
 
+@pytest.mark.parametrize("asked", ["methods", "devicebound", "twin", "twin-get"])
+def test_a_hub_of_the_basic_tier_takes_telemetry_and_hangs_up_on_who_asks_for_more(asked: str) -> None:
+    with EmulatorInThread(Settings(tier="basic")) as emulator:
+        device = emulator.add_device("press-07")
+        filters = {
+            "methods": "$iothub/methods/POST/#",
+            "devicebound": "devices/press-07/messages/devicebound/#",
+            "twin": "$iothub/twin/res/#",
+        }
+        with PahoDevice(emulator, device) as client:
+            assert client.connect() == 0
+            assert client.send(b"21.5")
+            if asked in filters:
+                client._client.subscribe(filters[asked])
+            else:
+                client.start_publishing("$iothub/twin/GET/?$rid=1", b"", 0)
+            assert client.has_ended()
+        assert "Basic tier" in closed(emulator, device)
+        assert [message["payload"] for message in emulator.telemetry("press-07")] == ["21.5"]
+
+
 def test_nothing_is_retained_but_the_flag_is_told(emulator: EmulatorInThread, device: DeviceCredentials) -> None:
     with PahoDevice(emulator, device) as client:
         assert client.connect() == 0

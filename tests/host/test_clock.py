@@ -187,7 +187,7 @@ def test_a_peer_vouches_for_an_hour(times: Any) -> None:
 
 # what the runner makes of it
 
-CONNECT = Connect("hub.example", "press-07", "", SasToken("", 0, b""), 60)
+CONNECT = Connect("hub.example", "press-07", "", SasToken("", 0, b""), 60, True)
 GET = Http("GET", "/register", b"", None)
 
 

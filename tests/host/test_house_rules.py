@@ -62,7 +62,7 @@ ABSENT_ATTRIBUTES = {
     *("translate", "tobytes", "cast", "_replace", "_asdict", "__cause__", "__context__", "__annotations__", "strerror"),
 }
 ABSENT_KEYWORDS = {"byteorder", "signed", "strict", "sort_keys", "flush", "defaults", "metaclass"}
-ANSWERED_BY_NONE = {"Sleep", "Commit", "ForgetOlder", "Acknowledge", "Disconnect"}
+ANSWERED_BY_NONE = {"Sleep", "Commit", "ForgetOlder", "SendAgain", "GiveUp", "Acknowledge", "Disconnect"}
 
 AREAS = ("tpm", "store", "record", "dps", "network", "hub", "clock", "config", "agent")
 CODE = re.compile(rf"(?:{'|'.join(AREAS)})\.[a-z][a-z0-9_]*")

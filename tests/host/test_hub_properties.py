@@ -17,17 +17,21 @@ from dps_agent.hub_effects import (
     CloudMessage,
     ConnAck,
     Connect,
+    GiveUp,
     Gone,
     Granted,
     MessageDone,
     MethodCall,
     NextEvent,
     Publish,
+    Readers,
     RegisterAgain,
+    SendAgain,
     SendTelemetry,
     Subscribe,
     TelemetryDone,
     Tell,
+    Withdrawn,
 )
 from dps_agent.lifecycle import Lifecycle
 from dps_agent.sas import SasToken
@@ -51,7 +55,6 @@ from support.world import DEVICE, NOW_S, World, settings
 EXAMPLES = 1000
 ENDS = {"", LOST, NOT_FOUND, REFUSED, RENEW, REGISTER}
 ENDINGS_TO_REACH = ENDS | {"RetryLater", "AskOperator", "IdentityStale", "Broken"}
-SUBSCRIPTION = 1  # the first packet id on every connection
 
 errors = st.sampled_from(
     (
@@ -105,7 +108,14 @@ arrived = st.builds(Arrived, topic, payload, st.integers(0, 6))
 telemetry = st.builds(
     SendTelemetry, st.just(0), properties, st.sampled_from((b"", b"x", b"x", bytes(262144), bytes(262000)))
 )
-common = arrived | telemetry | st.builds(Acknowledged, st.integers(1, 12)) | st.none()
+common = (
+    arrived
+    | telemetry
+    | st.builds(Acknowledged, st.integers(1, 12))
+    | st.builds(Withdrawn, st.integers(1, 12))
+    | st.builds(Readers, st.integers(0, 2))
+    | st.none()
+)
 event = st.one_of(
     common,
     common,
@@ -161,12 +171,13 @@ class Surroundings:
         self.connected = False
         self.packet_id = 0
         self.in_flight: set[int] = set()
+        self.acknowledged: set[int] = set()  # of no message: drawn, as a hub that confuses its packet ids
         self.arrived: list[int] = []  # packet ids on this connection that a PUBACK may be for
         self.request_id = 0
         self.sent: set[int] = set()  # requests of programs that the session has taken
         self.answered: list[int] = []
         self.numbers: list[int] = []
-        self.subscribed = False
+        self.subscribed: list[str] = []
 
     def run(self, generator: Any) -> str:
         """The end of the generator: what it returned, or the class that it raised."""
@@ -202,14 +213,28 @@ class Surroundings:
             assert isinstance(effect.token, SasToken)
             answer, granted, self.events = self.connection
             self.connected = isinstance(answer, ConnAck) and answer.return_code == 0
-            self.packet_id, self.arrived, self.subscribed = 0, [], False
-            self.events = ([Granted(SUBSCRIPTION, (1, 0, 0, 0))] if granted else []) + self.events
+            self.packet_id, self.arrived, self.subscribed = 0, [], []
+            self.sent_now: set[int] = set()
+            self.granting = granted
             return answer
-        assert self.connected, f"without a connection: {effect}"
+        if isinstance(effect, GiveUp):
+            assert effect.packet_id in self.in_flight or effect.packet_id in self.acknowledged
+            self.in_flight.discard(effect.packet_id)
+            return None
+        assert self.connected or isinstance(effect, Tell), f"without a connection: {effect}"
         if isinstance(effect, Subscribe):
-            assert not self.subscribed and len(effect.filters) <= 5
-            self.subscribed = True
-            return self.next_packet_id()
+            topics = [topic for topic, _ in effect.filters]
+            assert not set(topics) & set(self.subscribed) and len(topics) + len(self.subscribed) <= 5
+            self.subscribed += topics
+            packet_id = self.next_packet_id()
+            if self.granting:
+                self.events.insert(0, Granted(packet_id, (0,) * len(topics)))
+                self.granting = len(self.subscribed) < 3
+            return packet_id
+        if isinstance(effect, SendAgain):
+            assert effect.packet_id not in self.sent_now, "twice on one connection"
+            self.sent_now.add(effect.packet_id)
+            return None
         if isinstance(effect, Publish):
             return self.published(effect)
         if isinstance(effect, Acknowledge):
@@ -237,6 +262,7 @@ class Surroundings:
             return 0
         packet_id = self.next_packet_id()
         self.in_flight.add(packet_id)
+        self.sent_now.add(packet_id)
         return packet_id
 
     def told(self, message: Any) -> bool:
@@ -264,6 +290,7 @@ class Surroundings:
             self.arrived.append(event.packet_id)
         if isinstance(event, Acknowledged):
             self.in_flight.discard(event.packet_id)
+            self.acknowledged.add(event.packet_id)
         if isinstance(event, Gone):
             self.connected = False
         return event
@@ -298,6 +325,7 @@ def test_a_session_ends_in_the_right_class_and_answers_each_request_once(
         around.connected = True  # programs can be told things without one
     around.run(session.abandon())
     assert sorted(around.answered) == sorted(around.sent), "a program never heard what became of its request"
+    assert session._in_flight == []
 
 
 @given(

@@ -32,8 +32,10 @@ from dps_agent.hub_effects import (
     Desired,
     MessageDone,
     MethodCall,
+    Readers,
     SendTelemetry,
     TelemetryDone,
+    Withdrawn,
 )
 from dps_agent.session import CALL_LIMIT, IN_FLIGHT_LIMIT, MESSAGE_LIMIT, TELEMETRY_LIMIT
 from dps_hal.errors import RetryLater
@@ -49,6 +51,8 @@ class Agent:
     def __init__(self, folder: Path, allow_token: bool = False, start: bool = True) -> None:
         folder.mkdir(exist_ok=True)
         self.posted: list[Any] = []
+        self.readers: list[int] = []  # how many there were, each time that this changed
+        self.withdrawn: list[int] = []
         self.commands: list[Command] = []
         self.said = io.StringIO()
         self.accepts: bool | None = True  # None: no answer
@@ -73,6 +77,12 @@ class Agent:
         self.api.show(Snapshot(STATUS, ASSIGNMENT, connected, retry_after_s))
 
     def _post(self, event: Any) -> bool:
+        if isinstance(event, Readers):
+            self.readers.append(event.number)
+            return True
+        if isinstance(event, Withdrawn):
+            self.withdrawn.append(event.request_id)
+            return True
         if self.full:
             return False
         self.posted.append(event)
@@ -155,6 +165,7 @@ def test_telemetry_that_the_hub_did_not_take_is_503_and_one_without_answer_504(
     monkeypatch.setattr(routes, "TELEMETRY_LIMIT_S", 0.2)
     status, document = agent.client.ask("POST", "/telemetry", b"{}")
     assert status == 504 and "not known" in document["error"]["message"]
+    assert agent.withdrawn == [agent.posted[-1].request_id], "it is not sent again"
     agent.api.tell(TelemetryDone(agent.posted[-1].request_id, True, True))  # too late, and no harm
     assert agent.client.ask("GET", "/status")[0] == 200
 
@@ -247,6 +258,7 @@ def test_a_method_is_answered_once_with_the_programs_status_and_bytes(agent: Age
         assert agent.client.ask("POST", f"/methods/{call['id']}?status=202", b"no json")[0] == 400
         assert agent.client.ask("POST", f"/methods/{call['id']}?status=0", b"{}")[0] == 400
         assert agent.client.ask("POST", f"/methods/{call['id']}?status=202", b'{"ok": true}')[0] == 200
+        assert agent.readers == [1]
         assert agent.posted == [AnswerMethod(3, 202, b'{"ok": true}')]
         assert agent.client.ask("POST", f"/methods/{call['id']}", b"{}")[0] == 404
 

@@ -33,7 +33,7 @@ from dps_agent.hub_effects import (
     RegisterAgain,
 )
 from dps_agent.sas import SasToken
-from dps_emulator import mqtt
+from dps_emulator import mqtt, websocket
 from dps_hal.errors import AskOperator
 from support.broker import HubPeer, accepting
 from support.emulator import HUB as EMULATED_HUB
@@ -53,7 +53,7 @@ TOKEN = SasToken(f"{HUB}%2Fdevices%2F{DEVICE}", 1_800_000_000, b"\x5a" * 32)
 
 
 def connecting(device_id: str = DEVICE, keep_alive_s: int = 240, hub: str = HUB) -> Connect:
-    return Connect(hub, device_id, f"{hub}/{device_id}/?api-version=2021-04-12", TOKEN, keep_alive_s)
+    return Connect(hub, device_id, f"{hub}/{device_id}/?api-version=2021-04-12", TOKEN, keep_alive_s, False)
 
 
 @pytest.fixture(scope="module")
@@ -503,7 +503,6 @@ def test_a_flood_of_small_messages_waits_in_the_hub_until_we_ask(serve) -> None:
     message = mqtt.publish(mqtt.Publish("t", bytes(1000)))
 
     def behave(hub: HubPeer) -> None:
-        hub.packet()
         for _ in range(5000):
             hub.send(message)
         over.wait(2 * SOON_S)
@@ -511,14 +510,12 @@ def test_a_flood_of_small_messages_waits_in_the_hub_until_we_ask(serve) -> None:
     _, hub = serve(accepting(behave))
     try:
         hub.connect(connecting())
-        for _ in range(30):  # paho reads as many packets in one go
-            hub.publish(TOPIC, b"", 1)
         time.sleep(0.2)
         for _ in range(50):
             hub.post(RegisterAgain())
         for _ in range(5050):
             assert soon(hub) is not None
-            assert len(hub._events) <= host_mqtt.EVENTS_LIMIT + 32
+            assert len(hub._events) <= host_mqtt.EVENTS_LIMIT
     finally:
         over.set()
 
@@ -546,6 +543,8 @@ def test_what_was_not_acknowledged_is_sent_again_with_dup_and_its_packet_id(serv
     ids = [hub.publish(TOPIC, b"a", 1), hub.publish(TOPIC, b"b", 1)]
     assert_gone(soon(hub), "closed")
     assert hub.connect(connecting()) == ConnAck(0, False)
+    for packet_id in ids:
+        hub.send_again(packet_id)
     assert [soon(hub), soon(hub)] == [Acknowledged(ids[0]), Acknowledged(ids[1])]
     assert [(p.packet_id, p.payload, p.dup) for p in first] == [(ids[0], b"a", False), (ids[1], b"b", False)]
     assert [(p.packet_id, p.payload, p.dup) for p in again] == [(ids[0], b"a", True), (ids[1], b"b", True)]
@@ -585,6 +584,52 @@ def test_another_identity_has_nothing_in_flight(serve) -> None:
     hub.subscribe((("t", 0),))
     assert isinstance(soon(hub), Granted), "an acknowledgement of what the other identity has sent is nobody's"
     assert [type(packet) for packet in second] == [mqtt.Subscribe]
+
+
+def test_large_messages_wait_in_the_hub_until_we_ask(serve) -> None:
+    over = threading.Event()
+    message = mqtt.publish(mqtt.Publish("t", bytes(250_000)))
+
+    def behave(hub: HubPeer) -> None:
+        for _ in range(30):
+            hub.send(message)
+        over.wait(20)
+
+    _, hub = serve(accepting(behave))
+    try:
+        hub.connect(connecting())
+        for _ in range(30):
+            until_s = time.monotonic() + 0.05
+            while time.monotonic() < until_s:
+                hub._serve(until_s)
+            assert sum(len(event.payload) for event in hub._events) < host_mqtt.EVENTS_SIZE + 250_000
+            assert isinstance(soon(hub), Arrived)
+    finally:
+        over.set()
+
+
+def test_pings_without_end_neither_fill_the_memory_nor_hold_anybody_up(serve) -> None:
+    over = threading.Event()
+
+    def behave(peer: Peer) -> None:
+        peer.send(websocket.upgrade(peer.request()).answer)
+        peer.receive()
+        peer.send(websocket.binary_frame(mqtt.connack(0)))
+        with contextlib.suppress(ConnectionError):
+            while not over.is_set():
+                peer.send((b"\x89\x7d" + bytes(125)) * 100)
+
+    _, hub = serve(behave, transport="websocket")
+    try:
+        assert hub.connect(connecting()) == ConnAck(0, False)
+        assert hub._wire is not None
+        for _ in range(20):
+            hub.post(MessageDone(1))
+            assert soon(hub) == MessageDone(1), "a program's turn comes"
+            assert soon(hub, 0.05) is None, "and the end of a wait"
+            assert hub._wire is None or len(hub._wire._unsent) < 64 * 1024
+    finally:
+        over.set()
 
 
 def test_a_packet_id_in_flight_is_not_given_twice(serve) -> None:
@@ -793,7 +838,7 @@ def enter(emulator: EmulatorInThread) -> Iterator[Callable[..., tuple[HubConnect
             hub = HubConnection(**given)  # type: ignore[arg-type]
             stack.callback(hub.close)
             token = PlainToken(device.token())
-            return hub, Connect(EMULATED_HUB, device.device_id, device.user_name, token, 240)
+            return hub, Connect(EMULATED_HUB, device.device_id, device.user_name, token, 240, False)
 
         yield start
         emulator.fault()
@@ -850,6 +895,7 @@ def test_a_lost_puback_costs_one_dup_and_no_message(enter, emulator: EmulatorInT
     packet_id = hub.publish(f"devices/{connect.device_id}/messages/events/", b"21.5", 1)
     assert_gone(soon(hub), "closed")
     assert hub.connect(connect) == ConnAck(0, True)
+    hub.send_again(packet_id)
     assert soon(hub) == Acknowledged(packet_id)
     assert [(m["payload"], m["dup"]) for m in emulator.telemetry(connect.device_id)] == [
         ("21.5", False),
@@ -1117,6 +1163,8 @@ def test_200_reconnects_under_faults_leave_nothing_behind_and_lose_nothing(certi
             outcome = hub.connect(connecting())
             if not isinstance(outcome, ConnAck) or outcome.return_code:
                 continue
+            for packet_id in sent:
+                hub.send_again(packet_id)
             if connections < 200:
                 for _ in range(chance.randrange(3)):
                     number += 1

@@ -42,10 +42,12 @@ from dps_agent.hub_effects import (
     ConnAck,
     Connect,
     Disconnect,
+    GiveUp,
     MessageDone,
     NextEvent,
     Publish,
     RegisterAgain,
+    SendAgain,
     Subscribe,
     TelemetryDone,
     Tell,
@@ -730,7 +732,7 @@ def test_haste_from_a_signal_handler_ends_a_sleep() -> None:
 
 # the hub
 
-CONNECT = Connect("hub.example", "press-07", "", SasToken("", 0, b""), 60)
+CONNECT = Connect("hub.example", "press-07", "", SasToken("", 0, b""), 60, True)
 FILTERS = (("t/#", 1),)
 
 
@@ -750,6 +752,12 @@ class Hub:
 
     def publish(self, topic: str, payload: bytes, qos: int) -> Any:
         return self._hardware._call("hub.publish", 2, topic, payload, qos)
+
+    def send_again(self, packet_id: int) -> Any:
+        return self._hardware._call("hub.send_again", None, packet_id)
+
+    def give_up(self, packet_id: int) -> Any:
+        return self._hardware._call("hub.give_up", None, packet_id)
 
     def acknowledge(self, packet_id: int) -> Any:
         return self._hardware._call("hub.acknowledge", None, packet_id)
@@ -785,7 +793,8 @@ def soon_s() -> float:
 
 def test_each_effect_of_the_hub_is_answered_on_the_worker_thread_by_what_it_names() -> None:
     hardware = Hardware()
-    hub = Hub(hardware)
+    named: list[Any] = []
+    hub = Hub(hardware, send_again=named.append, give_up=named.append)
     hub.events.put(RegisterAgain())
     told: list[Any] = []
     one = runner_on(hardware, hub=hub, tell=lambda message: told.append(message) or True)
@@ -797,12 +806,15 @@ def test_each_effect_of_the_hub_is_answered_on_the_worker_thread_by_what_it_name
             NextEvent(soon_s()),
             NextEvent(time.monotonic() + 0.05),
             Acknowledge(7),
+            SendAgain(8),
+            GiveUp(9),
             Tell(TelemetryDone(3, True, True)),
             ForgetOlder("identity"),
             Disconnect(),
         )
     )
-    assert answers == [ConnAck(0, False), 1, 2, RegisterAgain(), None, None, True, None, None]
+    assert answers == [ConnAck(0, False), 1, 2, RegisterAgain(), None, None, None, None, True, None, None]
+    assert named == [8, 9]
     assert told == [TelemetryDone(3, True, True)]
     assert hardware.calls[-4:] == ["hub.disconnect", "hub.close", "release", "close"]
     assert hardware.threads == {"dps-worker", "MainThread"}, "only the ends are on the main thread"
@@ -973,13 +985,13 @@ def exchange():
         yield Http("GET", "/", b"", None)
         yield Sleep(60, "a while")
     if what == "hub":
-        print((yield Connect("dps.example", "d", "", SasToken("", 0, b""), 60)).return_code, flush=True)
+        print((yield Connect("dps.example", "d", "", SasToken("", 0, b""), 60, True)).return_code, flush=True)
         print("ready", flush=True)
         yield NextEvent(time.monotonic() + 3600)
         yield Uptime()
     if what == "connect":
         print("ready", flush=True)
-        yield Connect("dps.example", "d", "", SasToken("", 0, b""), 60)
+        yield Connect("dps.example", "d", "", SasToken("", 0, b""), 60, True)
         yield Uptime()
     if what == "observer":
         yield ReadEndorsementKey()

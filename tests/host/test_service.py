@@ -137,6 +137,39 @@ def test_a_message_stays_the_hubs_until_a_program_is_done_with_it(
     assert waiting_at_the_hub(emulator) == 0
 
 
+def test_messages_wait_at_the_hub_until_a_program_reads(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    agent.start()
+    agent.await_connected()
+    emulator.send_c2d(DEVICE, b"recipe")
+    emulator.disconnect(DEVICE)
+    agent.await_connected(2)
+    assert waiting_at_the_hub(emulator) == 1
+    assert not [line for line in emulator.hub_log if line.event == "delivered"], "each delivery counts, and ten are all"
+    with agent.client.events() as events:
+        message = events.next("message")
+        assert message["payloadText"] == "recipe"
+        assert agent.client.ask("POST", f"/events/{message['id']}/done")[0] == 200
+        emulator.await_hub_log("completed")
+
+
+def test_telemetry_flows_at_a_hub_of_the_basic_tier_and_status_names_what_it_lacks(tmp_path: Path) -> None:
+    folder = copy_state("press-07", tmp_path / "tpm")
+    with (
+        EmulatorInThread(Settings(enroll_any=True, retry_after_s=0, tier="basic")) as emulator,
+        RunningAgent(tmp_path, emulator, f'backend = "simulator"\ntcti = "{folder}"') as agent,
+    ):
+        agent.start()
+        agent.await_connected()
+        assert agent.client.ask("POST", "/telemetry", b"21.5")[0] == 200
+        assert agent.status()["hubLacks"] == ["methods", "twin"]
+        assert [message["payload"] for message in emulator.telemetry(DEVICE)] == ["21.5"]
+        with agent.client.events():
+            agent.await_status(lambda found: "messages" in found["hubLacks"], "messages are asked for, and lacking")
+        agent.await_connected(2)
+        assert agent.client.ask("POST", "/telemetry", b"22")[0] == 200
+        assert agent.command("status")["hubLacks"] == ["methods", "twin", "messages"]
+
+
 def test_a_desired_change_reaches_the_programs_and_the_twin_says_who_this_is(
     agent: RunningAgent, emulator: EmulatorInThread
 ) -> None:

@@ -191,6 +191,7 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
             "code": agent.error.code if agent.error else "",
             "hub": held.assigned_hub if held else "",
             "accepted": program.accepted,
+            "hubLacks": agent.hub_lacks,
             "refused": program.refused,
             "messages": program.messages,
             "desired": program.desired,

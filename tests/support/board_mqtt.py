@@ -3,8 +3,9 @@
     micropython board_mqtt.py ROOTS CONNECT_TO          (MICROPYPATH=agent:hal:micropython:.frozen)
 
 Reads lines `(method, arguments…)` as Python writes them, and prints what each call returns, in the same form. Besides
-the client's methods there are `connect(hub, device_id, keep_alive_s, signature[, expires_at_s])`, `limit(ms)`, which
-changes the time that a connect may take, and `abort(ms)`, which calls it so much later, while the next call goes on.
+the client's methods there are `connect(hub, device_id, keep_alive_s, signature[, expires_at_s[, clean_session]])`,
+`limit(ms)`, which changes the time that a connect may take, and `abort(ms)`, which calls it so much later, while the
+next call goes on.
 """
 
 import asyncio
@@ -21,11 +22,17 @@ if TYPE_CHECKING:
 
 
 def connecting(
-    hub: str, device_id: str, keep_alive_s: int, signature: bytes, expires_at_s: int = 1_800_000_000
+    hub: str,
+    device_id: str,
+    keep_alive_s: int,
+    signature: bytes,
+    expires_at_s: int = 1_800_000_000,
+    clean_session: bool = False,
 ) -> hub_effects.Connect:
     """The effect with a token of that signature."""
     token = SasToken(f"{hub}%2Fdevices%2F{device_id}", expires_at_s, signature)
-    return hub_effects.Connect(hub, device_id, f"{hub}/{device_id}/?api-version=2021-04-12", token, keep_alive_s)
+    user_name = f"{hub}/{device_id}/?api-version=2021-04-12"
+    return hub_effects.Connect(hub, device_id, user_name, token, keep_alive_s, clean_session)
 
 
 class Served:

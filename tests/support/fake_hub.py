@@ -47,7 +47,9 @@ class FakeHub:
         self.keys: dict[str, bytes] = {}
         self.script: list[Any] = []
         self.absent = ""  # a NoReply reason for every connection
-        self.refuse_subscriptions = False
+        self.lacks: list[str] = []  # words in filters and topics that it does not serve
+        self.refuses = False  # such a subscription, else it ends the connection
+        self.poison = b""  # a payload that it ends the connection for
         self.mute = False  # it answers nothing but CONNECT
         self.mute_pubacks = False
         self.puback_after_s = ANSWER_AFTER_S
@@ -61,9 +63,9 @@ class FakeHub:
         self.answers: list[tuple[str, str, bytes]] = []  # to methods: status, rid, payload
         self.twin_gets = 0
         self.stale_acknowledgements = 0
-        self.subscribed = False  # the session that the hub keeps for the device
+        self.filters: list[str] = []  # of the session that the hub keeps for the device
         self.queued: list[tuple[str, bytes]] = []  # C2D that the device has not acknowledged: topic, payload
-        self.max_queued_at_once = 0
+        self.deliveries = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -98,9 +100,10 @@ class FakeHub:
         self.ends_at_s = now_s + expires_at_s - utc_s
         self.keep_alive_s = effect.keep_alive_s
         self.events.append((self.ends_at_s, Gone("closed: the token expired")))
-        present = self.subscribed
-        if present:
-            self._deliver(now_s)
+        if effect.clean_session:
+            self.filters = []
+        present = bool(self.filters)
+        self._deliver(now_s)
         return ConnAck(0, present)
 
     def _verified(self, effect: "Connect", utc_s: int) -> int:
@@ -125,13 +128,20 @@ class FakeHub:
         """Answers SUBSCRIBE."""
         if not self.serves(now_s) or self.mute:
             return
-        codes = [min(qos, 1) for _, qos in effect.filters]
-        if self.refuse_subscriptions:
-            codes[-1] = 0x80
+        codes = []
+        for topic, qos in effect.filters:
+            lacking = self._is_lacking(topic)
+            if lacking and not self.refuses:
+                self.drop(now_s)
+                return
+            codes.append(0x80 if lacking else min(qos, 1))
+            if not lacking and topic not in self.filters:
+                self.filters.append(topic)
         self.events.append((now_s + ANSWER_AFTER_S, Granted(packet_id, tuple(codes))))
-        if not self.subscribed:
-            self.subscribed = True
-            self._deliver(now_s + ANSWER_AFTER_S)
+        self._deliver(now_s + ANSWER_AFTER_S)
+
+    def _is_lacking(self, topic: str) -> bool:
+        return bool([word for word in self.lacks if word in topic])
 
     def publish(self, effect: "Publish", packet_id: int, now_s: float) -> None:
         """Takes one PUBLISH and answers as the topic asks for."""
@@ -142,6 +152,9 @@ class FakeHub:
             self.drop(now_s, "closed: the network failed")
             return
         topic = effect.topic
+        if self._is_lacking(topic) or (self.poison and self.poison == effect.payload):
+            self.drop(now_s)
+            return
         assert "+" not in topic and "#" not in topic, topic
         events = f"devices/{self.device_id}/messages/events/"
         if topic.startswith(events):
@@ -211,13 +224,13 @@ class FakeHub:
         """Queues a cloud-to-device message until the device acknowledges it."""
         topic = f"devices/{self.device_id}/messages/devicebound/{encode_properties(properties)}"
         self.queued.append((topic, payload))
-        if self.subscribed:
-            self._deliver(now_s)
+        self._deliver(now_s)
 
     def _deliver(self, now_s: float) -> None:
-        if self.serves(now_s):
+        if self.serves(now_s) and [topic for topic in self.filters if "devicebound" in topic]:
             for message in self.queued:
                 if message not in self.sent.values():
+                    self.deliveries += 1
                     self.packet_id += 1  # they begin anew with every connection
                     self.sent[self.packet_id] = message
                     self.send(now_s, message[0], message[1], self.packet_id)
@@ -231,7 +244,7 @@ class FakeHub:
         version = self.desired["$version"] + 1
         self.desired[name] = value
         self.desired["$version"] = version
-        if push and self.subscribed:
+        if push and [topic for topic in self.filters if "desired" in topic]:
             patch = to_json({name: value, "$version": version}).encode()
             self.send(now_s, f"$iothub/twin/PATCH/properties/desired/?$version={version}", patch)
 
@@ -257,6 +270,7 @@ class FakeProgram:
 
     def __init__(self) -> None:
         self.takes = True
+        self.readers = 1  # of messages
         self.told: list[Message] = []
         self.done: dict[int, bool] = {}  # request id -> accepted
         self.sent: dict[int, bool] = {}  # request id -> whether the hub may have it

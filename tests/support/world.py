@@ -28,9 +28,12 @@ from dps_agent.hub_effects import (
     Acknowledged,
     Connect,
     Disconnect,
+    GiveUp,
     Gone,
     NextEvent,
     Publish,
+    Readers,
+    SendAgain,
     Subscribe,
     Tell,
 )
@@ -285,6 +288,7 @@ class World:
         self.packet_id = 0
         self.connected: FakeHub | None = None  # as far as the device knows
         self.acknowledged: list[Event] = []  # PUBACKs that an earlier connection brought
+        self.readers_told: int | None = None  # on this connection
         self.hurry = False  # ends the current Sleep
         self.over = False  # ends `run`
         self._plans: list[tuple[float, Callable[[], None]]] = []
@@ -414,6 +418,13 @@ class World:
         if isinstance(effect, Disconnect):
             self._leave()
             return None
+        if isinstance(effect, GiveUp):
+            self.in_flight.pop(effect.packet_id, None)
+            return None
+        if isinstance(effect, SendAgain):
+            if hub:
+                hub.publish(self.in_flight[effect.packet_id], effect.packet_id, self.uptime_s)
+            return None
         if isinstance(effect, Acknowledge):
             if hub and hub.serves(self.uptime_s):
                 hub.acknowledge(effect.packet_id)
@@ -459,14 +470,16 @@ class World:
                 self.pass_to(self.uptime_s + CONNECT_LIMIT_S)
         elif answer.return_code == 0:
             self.connected = hub
-            for packet_id in sorted(self.in_flight):
-                hub.publish(self.in_flight[packet_id], packet_id, self.uptime_s)
+            self.readers_told = None
         return answer
 
     def _next_event(self, until_s: float) -> "Event | None":
         while not self.over:
             if self.acknowledged:
                 return self.acknowledged.pop(0)
+            if self.connected and self.readers_told != self.program.readers:
+                self.readers_told = self.program.readers
+                return Readers(self.readers_told)
             event = self.connected.take_event(self.uptime_s) if self.connected else None
             if isinstance(event, Acknowledged):
                 if event.packet_id not in self.in_flight:

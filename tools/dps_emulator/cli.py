@@ -166,6 +166,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="unknown or disabled enrolments: an HTTP error at once, or an operation that fails",
     )
     add("--clock-skew", type=_number(0, 86_400), default=300, metavar="S", help="accept tokens expired so long ago")
+    add("--tier", choices=("standard", "basic"), default="standard", help="basic: the hubs take telemetry only")
     add("--faults", type=Path, metavar="FILE", help="fault script, a JSON list; see dps_emulator/faults.py")
     add("--log-file", type=Path, metavar="FILE", help="append the request log here too")
     add(
@@ -268,6 +269,7 @@ def _settings(arguments: argparse.Namespace) -> "Settings":
         key_bytes=arguments.key_bytes,
         refuse_by=arguments.refuse_by,
         clock_skew_s=arguments.clock_skew,
+        tier=arguments.tier,
     )
 
 

@@ -120,6 +120,7 @@ class HubContext:
     random_bytes: RandomBytes
     clock_skew_s: int
     note: Callable[[HubLine], None]
+    tier: str = "standard"
 
 
 class Hub:
@@ -134,6 +135,7 @@ class Hub:
     ) -> None:
         """`devices` is keyed by lower-case device id; `issued_key(device_id)` is what DPS issued, or None."""
         self.name = name
+        self.is_basic = context.tier == "basic"  # no twin, methods or messages to devices: it hangs up on who asks
         self.context = context
         self.links: dict[str, Link] = {}
         self._stored = devices
@@ -447,6 +449,9 @@ class Link:
 
     def _published(self, packet: mqtt.Publish, now: float) -> None:
         purpose = topics.purpose_of(packet.topic, self.device.device_id)
+        if self.hub.is_basic and purpose.operation != "telemetry":
+            self.drop(f"the Basic tier has no {purpose.operation}", now, ARGUMENT_INVALID)
+            return
         if packet.qos == 2:
             self.drop("a PUBLISH of QoS 2", now)
             return
@@ -517,6 +522,9 @@ class Link:
 
     def _subscribed(self, packet: mqtt.Subscribe, now: float) -> None:
         allowed, granted = topics.device_filters(self.device.device_id), []
+        if self.hub.is_basic:
+            self.drop(f"the Basic tier has no {packet.filters[0][0]}", now, ARGUMENT_INVALID)
+            return
         for topic_filter, qos in packet.filters:
             # Whether the hub refuses an unlisted topic or ends the connection is not published; refusing is ours.
             granted.append(min(qos, 1) if topic_filter in allowed else mqtt.REFUSED_SUBSCRIPTION)

@@ -263,11 +263,11 @@ def _hubs(
     skew_s = service.settings.clock_skew_s
     if state_dir is None:
         in_memory: dict[str, dict[str, HubDevice]] = {}
-        context = HubContext(MessagesInMemory(messages_limit_bytes), os.urandom, skew_s, log)
+        context = HubContext(MessagesInMemory(messages_limit_bytes), os.urandom, skew_s, log, service.settings.tier)
         return Hubs(service, lambda name: in_memory.setdefault(name, {}), context)
     folder = state_dir
     messages = BoundedFile(folder / "messages.jsonl", messages_limit_bytes)
-    context = HubContext(MessageFile(messages), os.urandom, skew_s, log)
+    context = HubContext(MessageFile(messages), os.urandom, skew_s, log, service.settings.tier)
     return Hubs(service, lambda name: hub_folder(folder, name), context)
 
 

@@ -70,6 +70,7 @@ class Settings:
     key_bytes: int = 32
     refuse_by: Literal["status", "operation"] = "status"  # unknown or disabled: at once, or as a failed operation
     clock_skew_s: int = 300  # a token may have expired so long ago
+    tier: Literal["standard", "basic"] = "standard"  # of the hubs
     challenge_life_s: int = 3600
 
 

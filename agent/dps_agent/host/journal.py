@@ -27,6 +27,11 @@ EVENTS = {
     "provisioning": ("The device registers", "Nothing to do. It asks the Device Provisioning Service for its hub."),
     "assigned": ("The device has its hub", "Nothing to do. The assignment is stored and survives a power cut."),
     "connected": ("The device is connected to its hub", "Nothing to do."),
+    "lacking": (
+        "What the hub offers has changed",
+        "Nothing to do where the hub is of the Basic tier: it has no twin, methods or messages to devices. The device "
+        "asks for them again now and then.",
+    ),
     "disconnected": (
         "The connection to the hub ended",
         "Nothing to do unless it lasts: the device connects again by itself. 'dps-agent check' looks for the cause.",

@@ -1,6 +1,6 @@
 """MQTT 3.1.1 to an IoT hub on paho-mqtt 2, with every wait and every size bounded.
 
-paho makes and reads the packets and keeps what is in flight. It gets its bytes from `_Wire` and neither dials nor
+paho makes and reads the packets; what is in flight is kept here. It gets its bytes from `_Wire` and neither dials nor
 waits nor reconnects: its own reconnect would send an expired token again, its dialling can be neither timed nor ended.
 """
 
@@ -50,6 +50,9 @@ CONNECT_LIMIT_S = 60.0  # from the name's lookup to CONNACK
 REACH_LIMIT_S = 20.0  # for TCP, where there is another port to try
 PACKET_LIMIT = 256 * 1024 + 65536 + 8  # bytes after the first five: the largest message of a hub, the longest topic
 EVENTS_LIMIT = 64  # of the hub, not yet asked for; then it is not read any more
+EVENTS_SIZE = 1024 * 1024  # bytes of them
+ANSWERS_LIMIT = 128  # packets beside telemetry that the hub has not taken; at half of them it is not read any more
+ANSWERS_SIZE = 1024 * 1024  # bytes of them
 POSTS_LIMIT = 128  # events of programs, not yet asked for; how many bytes they have is for who posts them to bound
 SILENCE = 1.5  # times the keep-alive without a byte from the hub: MQTT 3.1.1, 3.1.2.10, seen from the other side
 PING_AFTER = 0.75  # times the keep-alive
@@ -58,7 +61,7 @@ LONGEST_WAIT_S = 3600.0  # in one go; poll(2) counts milliseconds in 31 bits
 LINGER_S = 0.2  # for the hub to end the connection after our DISCONNECT
 _CONNACK, _PUBLISH, _PUBACK, _SUBACK, _PINGRESP = 2, 3, 4, 9, 13  # packet types, MQTT 3.1.1, table 2.1
 _RECEIVE_SIZE = 16 * 1024  # bytes; the largest TLS record
-_ID_TRIES = 64  # packet ids to try for one that no message in flight has
+_TELEMETRY = (0x30, 1)  # command and QoS, as paho notes them of a packet to send
 
 
 class HubConnection:
@@ -89,8 +92,8 @@ class HubConnection:
         self._transports = transports[:1] if connect_to else transports  # in the order in which they are tried
         self._dialler = Dialler(ProxyRule(proxy), ca_file, "hub.ca_file")
         self._identity = ("", "")  # hub and device id
-        self._client: _Client | None = None  # keeps what the identity has in flight
-        self._in_flight: set[int] = set()  # packet ids, QoS 1
+        self._client: _Client | None = None  # of the identity
+        self._in_flight: dict[int, tuple[bytes, bytes]] = {}  # packet id -> topic and payload, QoS 1
         self._wire: _Wire | None = None
         self._connected = False  # the hub has accepted us, and nobody was told that it ended
         self._keep_alive_s = 0.0
@@ -158,21 +161,34 @@ class HubConnection:
     def publish(self, topic: str, payload: bytes, qos: int) -> int | None:
         """One PUBLISH with QoS 0 or 1; its packet id, 0 for QoS 0.
 
-        None without a connection and for a topic longer than MQTT has room for. A message with QoS 1 that was taken
-        is sent until it is acknowledged, on as many connections as that takes.
+        None without a connection, for a topic longer than MQTT has room for, and with QoS 0 while too much waits to be
+        taken by the hub. A message with QoS 1 that was taken is kept until it is acknowledged or given up.
         """
-        if not self._connected or self._client is None or len(topic.encode()) > TOPIC_LIMIT:
+        client, name = self._client, topic.encode()
+        if not self._connected or client is None or len(name) > TOPIC_LIMIT:
             return None
-        for _ in range(_ID_TRIES):
-            sent = self._client.publish(topic, payload, qos)
-            if sent.rc == paho.MQTT_ERR_QUEUE_SIZE:  # a message in flight has this packet id
-                continue
+        packet_id = 0
+        if qos:
+            packet_id = client.free_packet_id()
+            self._in_flight[packet_id] = (name, payload)
+            client.send_telemetry(packet_id, name, payload, again=False)
+        elif client.is_behind(ANSWERS_LIMIT, ANSWERS_SIZE):
+            return None
+        else:
+            client.publish(topic, payload, 0)
+        self._look_for_the_end()
+        return packet_id
+
+    def send_again(self, packet_id: int) -> None:
+        """Sends again, with DUP, what was published with QoS 1 on an earlier connection."""
+        message = self._in_flight.get(packet_id)
+        if self._connected and self._client is not None and message is not None:
+            self._client.send_telemetry(packet_id, *message, again=True)
             self._look_for_the_end()
-            if qos == 0:
-                return 0
-            self._in_flight.add(sent.mid)
-            return sent.mid
-        return None
+
+    def give_up(self, packet_id: int) -> None:
+        """Forgets what was published with QoS 1 on an earlier connection."""
+        self._in_flight.pop(packet_id, None)
 
     def acknowledge(self, packet_id: int) -> None:
         """The PUBACK for an Arrived message of this connection."""
@@ -245,10 +261,11 @@ class HubConnection:
             self._identity = identity
             self._in_flight.clear()
             self._events.clear()
-            client = self._client = _Client(effect.device_id)
+            client = self._client = _Client(effect.device_id, self._in_flight)
             client.on_message = self._on_message
             client.on_subscribe = self._on_subscribe
         self._events = deque(event for event in self._events if isinstance(event, Acknowledged))
+        self._client.clean(effect.clean_session)
         return self._client
 
     def _reach(self, hub: str, deadline_s: float) -> _Wire:
@@ -295,7 +312,7 @@ class HubConnection:
         wire = self._wire if self._wire is not None and not self._wire.closed else None
         poll = select.poll()
         poll.register(self._bell_to_hear(), select.POLLIN)
-        reads = len(self._events) < EVENTS_LIMIT
+        reads = self._has_room()
         if wire is not None:
             until_s = 0.0 if reads and wire.has_unread() else min(until_s, self._due_s(wire))
             poll.register(wire.fileno(), self._interest(wire, reads))
@@ -307,6 +324,13 @@ class HubConnection:
         if wire is not None:
             self._exchange(wire, reads, ready.get(wire.fileno(), 0))
         self._look_for_the_end()
+
+    def _has_room(self) -> bool:
+        """Whether more may come from the hub: what it sent was looked at, and it takes what it is answered."""
+        size = sum(len(event.payload or b"") for event in self._events if isinstance(event, Arrived))
+        if len(self._events) >= EVENTS_LIMIT or size >= EVENTS_SIZE:
+            return False
+        return self._client is None or not self._client.is_behind(ANSWERS_LIMIT // 2, ANSWERS_SIZE // 2)
 
     def _interest(self, wire: _Wire, reads: bool) -> int:
         assert self._client is not None
@@ -365,7 +389,7 @@ class HubConnection:
         while wire.acknowledged:
             packet_id = wire.acknowledged.pop(0)
             if packet_id in self._in_flight:
-                self._in_flight.remove(packet_id)
+                del self._in_flight[packet_id]
                 self._events.append(Acknowledged(packet_id))
 
     def _on_message(self, _client: paho.Client, _none: object, message: paho.MQTTMessage) -> None:
@@ -402,7 +426,7 @@ class HubConnection:
 class _Client(paho.Client):
     """paho on a wire that it did not dial; all that is relied on beyond paho's documentation is in here."""
 
-    def __init__(self, device_id: str) -> None:
+    def __init__(self, device_id: str, in_flight: dict[int, tuple[bytes, bytes]]) -> None:
         super().__init__(
             CallbackAPIVersion.VERSION2,
             client_id=device_id,
@@ -411,12 +435,34 @@ class _Client(paho.Client):
             reconnect_on_failure=False,
             manual_ack=True,
         )
-        self.max_inflight_messages_set(0)  # no limit of paho's own
         self.wire: _Wire | None = None
+        self._in_flight = in_flight  # whose packet ids are not to be used
 
     def _create_socket(self) -> Any:
         assert self.wire is not None
         return self.wire
+
+    def _mid_generate(self) -> int:
+        while (packet_id := super()._mid_generate()) in self._in_flight:
+            pass
+        return packet_id
+
+    def clean(self, clean_session: bool) -> None:
+        """Whether the next connection is to begin without what the hub knows of the one before."""
+        self._clean_session = clean_session
+
+    def free_packet_id(self) -> int:
+        """A packet id that no message in flight has."""
+        return self._mid_generate()
+
+    def send_telemetry(self, packet_id: int, topic: bytes, payload: bytes, *, again: bool) -> None:
+        """One PUBLISH with QoS 1 that paho itself does not keep."""
+        self._send_publish(packet_id, topic, payload, 1, dup=again)
+
+    def is_behind(self, count: int, size: int) -> bool:
+        """Whether more packets beside telemetry, or bytes of them, wait for the hub to take them."""
+        waiting = [packet for packet in self._out_packet if (packet["command"], packet["qos"]) != _TELEMETRY]
+        return len(waiting) > count or sum(packet["to_process"] for packet in waiting) > size
 
     def ping(self) -> None:
         """One PINGREQ."""

@@ -43,8 +43,10 @@ from dps_agent.hub_effects import (
     ConnAck,
     Connect,
     Disconnect,
+    GiveUp,
     NextEvent,
     Publish,
+    SendAgain,
     Subscribe,
     Tell,
 )
@@ -76,6 +78,8 @@ if TYPE_CHECKING:
         def is_verified(self, hub: str) -> bool: ...
         def subscribe(self, filters: tuple[tuple[str, int], ...]) -> int | None: ...
         def publish(self, topic: str, payload: bytes, qos: int) -> int | None: ...
+        def send_again(self, packet_id: int) -> None: ...
+        def give_up(self, packet_id: int) -> None: ...
         def acknowledge(self, packet_id: int) -> None: ...
         def next_event(self, until_s: float) -> Event | None: ...
         def post(self, event: Event) -> bool: ...
@@ -284,7 +288,7 @@ class Runner:
         match effect:
             case Http():
                 outcome = self._request(effect)
-            case Connect() | Subscribe() | Publish() | Acknowledge() | Disconnect():
+            case Connect() | Subscribe() | Publish() | SendAgain() | GiveUp() | Acknowledge() | Disconnect():
                 outcome = self._at_hub(effect)
             case _:
                 self._in_use = True
@@ -371,7 +375,9 @@ class Runner:
             raise outcome.error
         return outcome
 
-    def _at_hub(self, effect: Connect | Subscribe | Publish | Acknowledge | Disconnect) -> _Outcome:
+    def _at_hub(
+        self, effect: Connect | Subscribe | Publish | SendAgain | GiveUp | Acknowledge | Disconnect
+    ) -> _Outcome:
         hub = self._hub_or_bug()
         if isinstance(effect, Connect):
             return self._connect(hub, effect)
@@ -381,6 +387,10 @@ class Runner:
                 call = partial(hub.subscribe, filters)
             case Publish(topic, payload, qos):
                 call = partial(hub.publish, topic, payload, qos)
+            case SendAgain(packet_id):
+                call = partial(hub.send_again, packet_id)
+            case GiveUp(packet_id):
+                call = partial(hub.give_up, packet_id)
             case Acknowledge(packet_id):
                 call = partial(hub.acknowledge, packet_id)
             case _:

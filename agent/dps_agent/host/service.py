@@ -43,6 +43,7 @@ from dps_agent.hub_effects import (
     Disconnect,
     MessageDone,
     NextEvent,
+    Readers,
     RegisterAgain,
     SendTelemetry,
     TelemetryDone,
@@ -94,6 +95,9 @@ class Service:
         self._api: LocalServer | None = None
         self._commands: deque[Command] = deque()  # of the socket, to be done between two effects
         self._registering: list[Command] = []  # to be answered when the registration has ended
+        self._readers = 0  # programs that read events
+        self._reads_told: bool | None = None  # whether there are any, as the session heard on this connection
+        self._woken = False  # for that, and it has not looked yet
         self._reload_asked = False
         self._stopping = False
         self._hasty = False  # the next wait before another try is skipped
@@ -169,6 +173,7 @@ class Service:
         self._announced_key = b""  # the wrapped key that was announced
         self._persisted_key = b""  # that was made persistent, or cannot be
         self._shown: tuple[Any, ...] = ()
+        self._lacked: list[str] = []
 
     def _open_api(self) -> LocalServer | None:
         configuration = self._equipment.configuration
@@ -211,6 +216,10 @@ class Service:
 
     def _post(self, event: Event) -> bool:
         """Whether the session of now gets the event; one of a life that is being left takes nothing more."""
+        if isinstance(event, Readers):  # however often they come and go, one event is enough
+            self._readers = event.number
+            self._woken = self._woken or self._equipment.runner.post(_WAKE)
+            return True
         runner = self._equipment.runner
         taken = not self._leaving and runner.post(event)
         if taken and (self._leaving or runner is not self._equipment.runner):
@@ -296,6 +305,7 @@ class Service:
                 if error is None and isinstance(effect, ReadEndorsementKey):
                     yield from self._ask_maker()
                 elif isinstance(effect, (Connect, Disconnect)) and self._api is not None:
+                    self._reads_told = None
                     self._api.forget()
 
     def _sleep(self, sleep: Sleep) -> Generator[Effect, Any, bool]:
@@ -322,6 +332,11 @@ class Service:
         while True:
             if self._life.asked_to_register:
                 return False, RegisterAgain()
+            self._woken = False
+            reads = self._readers > 0
+            if reads is not self._reads_told:
+                self._reads_told = reads
+                return False, Readers(self._readers)
             event: Event | None = yield wanted
             if event is not _WAKE:
                 return False, event
@@ -481,7 +496,14 @@ class Service:
             self._state = life.state
             self._since_s = time.monotonic()
             self._hasty = self._hasty and life.state in (BOOT, *_WAITS)
-        shown = (life.state, life.reason, life.connections, life.attempts, life.error, held)
+        lacks = life.hub_lacks
+        if lacks != self._lacked:
+            self._lacked = lacks
+            text = (
+                f"the hub has no {', '.join(lacks)}; telemetry goes on" if lacks else "the hub lacks nothing any more"
+            )
+            self._journal.event("lacking", text, NOTICE, state=life.state)
+        shown = (life.state, life.reason, life.connections, life.attempts, life.error, held, lacks)
         if shown != self._shown:
             self._shown = shown
             if not isinstance(effect, Sleep):
@@ -562,6 +584,7 @@ class Service:
             "registrationId": held.registration_id if held else "",
             "substatus": held.substatus if held else "",
             "connections": life.connections,
+            "hubLacks": life.hub_lacks,
             "failedAttempts": life.attempts,
             "lastError": fields_of(error) if error else None,
         }

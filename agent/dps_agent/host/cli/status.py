@@ -88,6 +88,7 @@ def _of_service(configuration: Configuration, live: dict[str, Any]) -> Outcome:
         ("why", live["reason"]),
         ("until", f"{live['until']} (in {left_s} s)" if left_s is not None else ""),
         ("hub", live["assignedHub"]),
+        ("hub lacks", ", ".join(live.get("hubLacks", ()))),
         ("device", live["deviceId"]),
         ("registration id", live["registrationId"]),
         ("connections", str(live["connections"])),

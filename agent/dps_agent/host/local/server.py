@@ -47,7 +47,7 @@ from dps_agent.host.local.shares import Lines, Peer, Places, is_trusted
 from dps_agent.host.local.statefile import make_runtime_folder
 from dps_agent.host.runner import bug
 from dps_agent.http1 import Reader
-from dps_agent.hub_effects import MethodCall, SendTelemetry, TelemetryDone
+from dps_agent.hub_effects import MethodCall, Readers, SendTelemetry, TelemetryDone, Withdrawn
 from dps_agent.session import IN_FLIGHT_LIMIT
 from dps_hal.platform import to_json
 
@@ -398,6 +398,7 @@ class LocalServer:
         if client.streams:
             self._stream_places.give_back(client.peer.user)
             self._streams -= 1
+            self._post(Readers(self._streams))
         if client.body is not None:
             self._give_back(client, client.body)
         if client.pending is not None:
@@ -562,7 +563,12 @@ class LocalServer:
             self._hub_places.give_back(client.peer.user)
 
     def _release(self, request_id: int, begun: bool) -> None:
-        """Gives back the share of telemetry that is not begun; what was begun keeps it until it is answered."""
+        """Gives back the share of telemetry that is not begun; what was begun keeps it until the hub's session is done.
+
+        That one is not to be sent again: nobody waits for it any more.
+        """
+        if begun and request_id in self._under_way:
+            self._post(Withdrawn(request_id))
         if not begun and (under_way := self._under_way.pop(request_id, None)) is not None:
             self._bytes.give_back(under_way.user, under_way.size)
             self._hub_places.give_back(under_way.user)
@@ -596,6 +602,7 @@ class LocalServer:
         self._lines.say(client.peer.user, "events", f"{client.peer} reads the events", time.monotonic())
         client.streams = True
         self._streams += 1
+        self._post(Readers(self._streams))
         client.ends = False
         client.reader.rest = b""
         client.deadline_s = time.monotonic() + HEARTBEAT_S
