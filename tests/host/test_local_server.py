@@ -19,10 +19,10 @@ import pytest
 
 from dps_agent.host import mqtt
 from dps_agent.host.cli import running
-from dps_agent.host.config import ROOT_SUFFIX
+from dps_agent.host.config import ROOT_SUFFIX, load
 from dps_agent.host.journal import Journal
 from dps_agent.host.local import events as event_module
-from dps_agent.host.local import routes, server, shares
+from dps_agent.host.local import routes, server, shares, statefile
 from dps_agent.host.local.routes import Command, Snapshot
 from dps_agent.host.local.server import LocalServer, listen
 from dps_agent.host.local.shares import Lines, Peer, Places
@@ -820,6 +820,21 @@ def test_a_crowd_at_the_socket_does_not_keep_root_out(tmp_path: Path, monkeypatc
         started.join()
     agent.api.close()
     assert os.listdir(os.path.dirname(agent.api.path)) == []
+
+
+def test_a_command_line_that_finds_no_room_to_wait_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "BACKLOG", 1)
+    agent = Agent(tmp_path, start=False)
+    os.unlink(agent.api.path + ROOT_SUFFIX)  # as of a service of an earlier version, or for who is not root
+    monkeypatch.setattr(statefile, "read_live", lambda _configuration: {"socket": agent.api.path})
+    with contextlib.ExitStack() as crowd:
+        for _ in range(2):
+            crowd.enter_context(agent.client.connect())
+        with pytest.raises(RetryLater) as refused:
+            running.ask_service(load("/dev/null", environ={"DPS_AGENT_ID_SCOPE": "0ne00000000"}), "/command/status")
+    assert refused.value.code == "agent.busy"
+    agent.api.start()
+    agent.api.close()
 
 
 def test_users_are_told_apart_by_what_the_kernel_says_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
