@@ -481,9 +481,7 @@ def test_a_program_that_goes_away_leaves_nothing_behind(agent: Agent) -> None:
     for _ in range(50):
         with agent.client.connect() as connection:
             connection.sendall(b"POST /telemetry HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}")
-    wait_for(lambda: len(agent.posted) == 50 or not agent.api._clients)
-    wait_for(lambda: not agent.api._clients and not agent.api._pending)
-    assert len(os.listdir("/proc/self/fd")) <= before
+    wait_for(lambda: not agent.api._clients and not agent.api._pending and len(os.listdir("/proc/self/fd")) <= before)
 
 
 def test_an_unforeseen_error_costs_one_connection(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -820,6 +818,23 @@ def test_a_crowd_at_the_socket_does_not_keep_root_out(tmp_path: Path, monkeypatc
         started.join()
     agent.api.close()
     assert os.listdir(os.path.dirname(agent.api.path)) == []
+
+
+def test_who_has_gone_before_he_is_let_in_displaces_nobody(tmp_path: Path, users: list[int]) -> None:
+    agent = Agent(tmp_path, start=False)
+    with contextlib.ExitStack() as held:
+        idle = [held.enter_context(agent.client.connect()) for _ in range(server.CLIENTS[1])]
+        for _ in range(30):
+            with agent.client.connect() as gone:
+                gone.sendall(b"GET /events HTTP/1.1\r\n\r\n")
+        agent.api.start()
+        wait_for(lambda: len(agent.api._clients) == server.CLIENTS[1])
+        users[0] = 0
+        assert agent.client.ask("GET", "/status")[0] == 200
+        for connection in idle:
+            connection.sendall(b"GET /status HTTP/1.1\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+    agent.api.close()
 
 
 def test_a_command_line_that_finds_no_room_to_wait_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

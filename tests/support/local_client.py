@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import struct
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,8 +25,11 @@ class LocalClient:
         """A connection for whoever wants to send something else than HTTP."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            connection.settimeout(self.patience_s)
+            # A timeout of Python's would not wait for room in a full queue but end at once, with EAGAIN.
+            patience = struct.pack("ll", int(self.patience_s), int(self.patience_s % 1 * 1e6))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
             connection.connect(self.path)
+            connection.settimeout(self.patience_s)
         except OSError:
             connection.close()
             raise

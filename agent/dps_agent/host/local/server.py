@@ -343,6 +343,9 @@ class LocalServer:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     time.sleep(0.1)  # no descriptor is left, and the next poll would say the same at once
                 return
+            if _is_gone(connection):  # first of all: who only knocks must cost us no more than it costs him
+                connection.close()
+                continue
             connection.setblocking(False)
             peer = peer_of(connection)
             if not self._make_room(peer.user):
@@ -761,6 +764,13 @@ def _check_free(path: str) -> None:
         except (ConnectionRefusedError, FileNotFoundError):
             return
     raise OSError(errno.EADDRINUSE, "another dps-agent listens there", path)
+
+
+def _is_gone(connection: socket.socket) -> bool:
+    """Whether the other side is closed, not only its way to us."""
+    poll = select.poll()
+    poll.register(connection, 0)
+    return bool(poll.poll(0))  # POLLHUP
 
 
 # Bytes.
