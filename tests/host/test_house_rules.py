@@ -331,6 +331,13 @@ RULES: list[tuple[str, Rule, list[Path], str, str]] = [
         "import dps_agent",
     ),
     (
+        "HTTP is read by http1 alone",
+        no_import_of("http", "email"),
+        sorted(AGENT.rglob("*.py")),
+        "from email.utils import parsedate_to_datetime",
+        "from dps_agent.http1 import Reader",
+    ),
+    (
         "only esys.py imports tpm2_pytss",
         no_import_of("tpm2_pytss"),
         [path for path in EVERY_PACKAGE if path != HAL / "esys.py"],
