@@ -18,6 +18,7 @@ package(
         "hub_effects.py",
         "lifecycle.py",
         "messages.py",
+        "patience.py",
         "registration.py",
         "sas.py",
         "session.py",

@@ -32,7 +32,8 @@ from dps_agent.effects import (
     Uptime,
     UtcNow,
 )
-from dps_agent.lifecycle import BOOT, CONNECTED, CONNECTING, Lifecycle, decode_progress
+from dps_agent.lifecycle import CONNECTED, CONNECTING, Lifecycle
+from dps_agent.patience import decode_progress
 from dps_board.https import Connection
 from dps_board.memory import forget
 from dps_hal.contracts import PROGRESS
@@ -165,7 +166,6 @@ class Agent:
                 return
             except (MemoryError, RetryLater) as failure:  # where the exchange could not go on after it
                 text = str(failure)
-                self._life.state = BOOT
             finally:
                 exchange.close()
                 self.connection.close()
@@ -280,10 +280,9 @@ class Agent:
 
     def _endorsement_key(self) -> bytes:
         key = self._tpm.endorsement_key()
-        about = self._life.about
-        if self._connects and "tpmMaker" not in about:
+        if self._connects and "tpmMaker" not in self._life.about:
             try:
-                about["tpmMaker"] = self._tpm.condition().maker
+                self._life.report("tpmMaker", self._tpm.condition().maker)
             except DpsError:
                 pass  # nothing depends on it
         return key

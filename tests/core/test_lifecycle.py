@@ -13,10 +13,8 @@ from dps_agent.lifecycle import (
     TRANSITIONS,
     WAITING,
     Lifecycle,
-    Progress,
-    decode_progress,
-    encode_progress,
 )
+from dps_agent.patience import Progress, decode_progress, encode_progress
 from dps_agent.settings import AUTO
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, RetryLater

@@ -9,7 +9,6 @@ from dps_agent.lifecycle import (
     COMMITTED_SPREAD_S,
     CONNECTED,
     CONNECTING,
-    CONNECTS_LIMIT,
     HALTED,
     HUB_GONE_S,
     PROVISIONED,
@@ -18,10 +17,8 @@ from dps_agent.lifecycle import (
     STEADY_S,
     WAITING,
     Lifecycle,
-    Progress,
-    decode_progress,
-    encode_progress,
 )
+from dps_agent.patience import CONNECTS_LIMIT, Progress, decode_progress, encode_progress
 from dps_agent.settings import KEEP_ALIVE_S, TOKEN_LIFE_S
 from dps_agent.utc import CERTIFICATE
 from dps_hal.contracts import IDENTITY, PROGRESS
@@ -503,8 +500,7 @@ def test_dps_asked_for_patience_and_no_lost_record_and_no_other_settings_end_tha
         live(world, 600, life=before)
         if lost:
             world.store.clear()
-        life = Lifecycle(settings(**changed))
-        life.dps_not_before_s = before.dps_not_before_s
+        life = Lifecycle(settings(**changed), former=before)
         seen: list[object] = []
         world.at(
             world.uptime_s + 5000,
@@ -774,7 +770,7 @@ def test_asking_to_register_ends_every_wait() -> None:
         def ask(world: World = world, life: Lifecycle = life, state: str = state) -> None:
             assert life.state == state
             world.hub.absent = ""
-            life.asked_to_register = True
+            life.ask_to_register()
             world.hurry = True
 
         world.at(world.uptime_s + 1000 if state == PROVISIONED else world.uptime_s + 100, ask)

@@ -23,7 +23,7 @@ from dps_agent.host.cli import config as config_verb
 from dps_agent.host.cli import exit_word, main, running, status
 from dps_agent.host.cli.verb import UsageError
 from dps_agent.host.local import statefile
-from dps_agent.lifecycle import Progress, encode_progress
+from dps_agent.patience import Progress, encode_progress
 from dps_agent.sas import string_to_sign
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import EXIT_GROUPS, AskOperator, Broken, DpsError, IdentityStale, RetryLater

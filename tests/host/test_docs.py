@@ -14,7 +14,8 @@ from dps_agent.host.cli import VERBS, command_line
 from dps_agent.host.cli.config import as_toml
 from dps_agent.host.config import KEYS, default_of, environment_name, load
 from dps_agent.host.journal import EVENTS, Journal
-from dps_agent.lifecycle import BOOT, PROVISIONED, TRANSITIONS
+from dps_agent.lifecycle import BOOT, PROVISIONED, STANDINGS, TRANSITIONS, TRUSTED
+from dps_agent.patience import CALM, PATIENCES
 from dps_board.keys import read_values
 from dps_emulator.cli import _parser as emulator_parser
 from dps_emulator.faults import _FIELDS, DPS_OPERATIONS, HUB_OPERATIONS
@@ -55,16 +56,21 @@ def column(document: Path, title: str, index: int = 0) -> list[str]:
     return [code(row[index]) for row in table_under(document, title)]
 
 
-def diagram() -> str:
-    """The lifecycle's table as a Mermaid state diagram."""
-    lines = ["stateDiagram-v2", f"    [*] --> {BOOT}"]
-    lines += [f"    {source} --> {target}: {event}" for source, event, target in TRANSITIONS]
-    return "\n".join([*lines, f"    {PROVISIONED} --> [*]"])
+def diagram(table: tuple[tuple[str, str, str], ...], first: str, last: str = "") -> str:
+    """A machine's table as a Mermaid state diagram."""
+    lines = ["stateDiagram-v2", f"    [*] --> {first}"]
+    lines += [f"    {source} --> {target}: {event}" for source, event, target in table]
+    return "\n".join([*lines, *([f"    {last} --> [*]"] if last else [])])
 
 
-def test_the_diagram_in_the_design_is_the_table() -> None:
-    wanted = f"```mermaid\n{diagram()}\n```"
-    assert wanted in DESIGN.read_text(), f"put this into {DESIGN.name}:\n{wanted}"
+@pytest.mark.parametrize(
+    "wanted",
+    [diagram(TRANSITIONS, BOOT, PROVISIONED), diagram(STANDINGS, TRUSTED), diagram(PATIENCES, CALM)],
+    ids=["life", "standing", "patience"],
+)
+def test_the_diagrams_in_the_design_are_the_tables(wanted: str) -> None:
+    drawn = f"```mermaid\n{wanted}\n```"
+    assert drawn in DESIGN.read_text(), f"put this into {DESIGN.name}:\n{drawn}"
 
 
 # States and codes.

@@ -19,6 +19,7 @@ AGENT = CHECKOUT / "agent" / "dps_agent"
 HAL = CHECKOUT / "hal" / "dps_hal"
 TEXT = CHECKOUT / "agent" / "dps_text"
 EMULATOR = CHECKOUT / "tools" / "dps_emulator"
+BOARD = CHECKOUT / "micropython"
 HOST_ONLY = {
     "aes.py",
     "codes.py",
@@ -63,6 +64,8 @@ ABSENT_ATTRIBUTES = {
 }
 ABSENT_KEYWORDS = {"byteorder", "signed", "strict", "sort_keys", "flush", "defaults", "metaclass"}
 ANSWERED_BY_NONE = {"Sleep", "Commit", "ForgetOlder", "SendAgain", "GiveUp", "Acknowledge", "Disconnect"}
+
+LIVES = {"life", "_life", "former"}  # names of variables and attributes that hold a Lifecycle
 
 AREAS = ("tpm", "store", "record", "dps", "network", "hub", "clock", "config", "agent")
 CODE = re.compile(rf"(?:{'|'.join(AREAS)})\.[a-z][a-z0-9_]*")
@@ -242,6 +245,22 @@ def codes_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, text
 
 
+def a_life_is_only_read(tree: ast.Module) -> Iterator[str]:
+    """What stands outside of the lifecycle calls a life and reads it, but writes none of its attributes."""
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, (ast.Assign, ast.Delete)):
+            targets = node.targets
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+            targets = [node.target]
+        for target in [inner for whole in targets for inner in ast.walk(whole)]:
+            if not isinstance(target, (ast.Attribute, ast.Subscript)):
+                continue
+            owners = [owner for owner in ast.walk(target.value) if isinstance(owner, (ast.Name, ast.Attribute))]
+            if any((owner.id if isinstance(owner, ast.Name) else owner.attr) in LIVES for owner in owners):
+                yield f"{node.lineno}: {ast.unparse(node)}"
+
+
 def violations(rule: Rule, paths: list[Path]) -> list[str]:
     """Each violation as "file:line: what"; a rule that has no file to look at is itself a violation."""
     if not paths:
@@ -415,6 +434,20 @@ RULES: list[tuple[str, Rule, list[Path], str, str]] = [
         "if TYPE_CHECKING:\n    class A(NamedTuple):\n        x: int\n        y: int\n"
         "else:\n    A = namedtuple('A', ('y', 'x'))",
         "if TYPE_CHECKING:\n    class A(NamedTuple):\n        x: int\nelse:\n    A = namedtuple('A', ('x',))",
+    ),
+    (
+        "a life is written by its own methods",
+        a_life_is_only_read,
+        sorted({*PRODUCT, *BOARD.rglob("*.py")}),
+        "self._life.about['tpmMaker'] = maker",
+        "self._life = life\nstate = self._life.state\nlife.report('tpmMaker', maker)",
+    ),
+    (
+        "nor is what a life consists of",
+        a_life_is_only_read,
+        sorted({*PRODUCT, *BOARD.rglob("*.py")}),
+        "life.patience.attempts += 1",
+        "attempts = life.patience.attempts",
     ),
     (
         "codes raised are explained",

@@ -22,7 +22,7 @@ from dps_agent.host.journal import Journal
 from dps_agent.host.local.routes import Command
 from dps_agent.host.service import Service
 from dps_agent.hub_effects import MessageDone, NextEvent, SendTelemetry, TelemetryDone
-from dps_agent.lifecycle import decode_progress
+from dps_agent.patience import decode_progress
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault
 from dps_emulator.service import Settings
@@ -579,7 +579,7 @@ def test_the_socket_is_named_so_that_it_is_found_from_any_folder(
 
 def test_an_id_of_the_life_before_means_nothing_in_the_next_one(tmp_path: Path) -> None:
     service = bare_service(tmp_path)
-    service._life.serial, service._life.dps_not_before_s = 7, 1e9
+    service._life.serial, service._life.patience.dps_not_before_s = 7, 1e9
     service._begin_life()
     assert (service._life.serial, service._life.dps_not_before_s) == (7, 1e9)
 

@@ -1,7 +1,7 @@
 """Records of every version ever released, byte by byte, are read by this one."""
 
 from dps_agent.assignment import decode
-from dps_agent.lifecycle import decode_progress
+from dps_agent.patience import decode_progress
 from dps_hal.contracts import IDENTITY
 from dps_hal.slots import FORMAT_VERSION, TOMBSTONE, VALID, SlotStore, decode_slot, encode_slot
 from support.flash import FlashSlots

@@ -15,7 +15,8 @@ import time
 
 from board_life import FileFlash, Heap, NamedAnswers, mount  # type: ignore[import-not-found]
 
-from dps_agent.lifecycle import CONNECTED, decode_progress
+from dps_agent.lifecycle import CONNECTED
+from dps_agent.patience import decode_progress
 from dps_agent.settings import Settings
 from dps_board.clock import BoardClock
 from dps_board.config import load

@@ -15,7 +15,8 @@ from dps_agent.host.clock import SystemClock
 from dps_agent.host.config import Configuration, check_keys_in_hardware, hierarchy_password, proxy_of
 from dps_agent.host.progress import StepLines
 from dps_agent.host.runner import ConfirmClock, Runner
-from dps_agent.lifecycle import PROVISIONED, Lifecycle, decode_progress
+from dps_agent.lifecycle import PROVISIONED, Lifecycle
+from dps_agent.patience import decode_progress
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.files import open_store

@@ -162,10 +162,7 @@ class Service:
             "backend": self._equipment.configuration.tpm.backend,
         }
         tpm, handle = self._equipment.tpm, self._equipment.configuration.tpm.persist_at
-        before = self._life
-        self._life = Lifecycle(self._equipment.settings, about, lambda: kept_key.entry(tpm, handle))
-        self._life.serial = before.serial  # an id of the life before means nothing in this one
-        self._life.dps_not_before_s = before.dps_not_before_s
+        self._life = Lifecycle(self._equipment.settings, about, lambda: kept_key.entry(tpm, handle), self._life)
         self._leaving = False
         self._state = BOOT
         self._since_s = time.monotonic()
@@ -350,7 +347,7 @@ class Service:
             self._maker_known = True
             with contextlib.suppress(RetryLater, AskOperator, IdentityStale):
                 condition = yield TpmCall(self._equipment.tpm.condition)
-                self._life.about["tpmMaker"] = condition.maker
+                self._life.report("tpmMaker", condition.maker)
 
     # What was asked for.
 
@@ -451,7 +448,8 @@ class Service:
             raise RetryLater("dps.throttled", f"DPS asked for patience: it may be asked again in {wait_s} s", wait_s)
         else:
             self._registering.append(command)
-            life.asked_to_register = life.asked_to_register or command.force
+            if command.force:
+                life.ask_to_register()
             self._hasty = life.state in (CONNECTING, *_WAITS)
         return False
 

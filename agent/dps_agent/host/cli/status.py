@@ -107,7 +107,8 @@ def _of_records(configuration: Configuration) -> Outcome:
     """What the stored records say; no service runs."""
     from dps_agent.assignment import Assignment, decode, difference
     from dps_agent.host.local.statefile import assignment_document
-    from dps_agent.lifecycle import HALTED, PROVISIONED, WAITING, Progress, decode_progress
+    from dps_agent.lifecycle import HALTED, PROVISIONED, WAITING
+    from dps_agent.patience import Progress, decode_progress
     from dps_hal.files import open_store
 
     store = open_store(configuration.state_dir)

@@ -1,0 +1,364 @@
+"""What has failed so far, how long that makes the device wait, and what of both outlives a restart.
+
+Patience does no work: it listens while the life registers and connects, counts, and says how long to wait. Where it
+stands with DPS is one of four states, and every change of it is a row of `PATIENCES`. Beside it two things are only
+counted: registrations that failed in a row, and connections to the hub that were not steady.
+
+Both counts go up before the work begins, so that work which a crash ends is counted as well. They are stored in the
+record `progress` with the first count of a life and whenever a count doubles. The record is expendable: a device that
+loses it waits once less.
+"""
+
+from dps_agent.backoff import (
+    HALTED_S,
+    HUB_FIRST_S,
+    HUB_LIMIT_S,
+    WAITING_FIRST_S,
+    WAITING_LIMIT_S,
+    after_request_s,
+    around_s,
+    exponential_floor_s,
+    exponential_s,
+)
+from dps_agent.effects import Commit, LoadRecord, Random, Uptime, UtcNow
+from dps_agent.utc import CERTIFICATE, LONGEST_STEP_S
+from dps_hal.contracts import PROGRESS
+from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
+from dps_hal.platform import from_json, to_json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from typing import Any, NamedTuple
+
+    from dps_agent.effects import Effect
+    from dps_hal.contracts import StoredRecord, Utc
+
+    class Progress(NamedTuple):
+        """The record `progress`: what a restart must not forget of failures."""
+
+        attempts: int  # failed registrations in a row
+        next_try_delay_s: int  # chosen after the last of them
+        last_believed_s: int  # the last believable time, Unix seconds; 0: none
+        halted: bool  # the last failure needs the operator
+        code: str  # of the last failure
+        message: str
+        connects: int  # connections to the hub begun in a row, none of them steady yet
+else:
+    from collections import namedtuple
+
+    Progress = namedtuple(
+        "Progress", ("attempts", "next_try_delay_s", "last_believed_s", "halted", "code", "message", "connects")
+    )
+
+# Where the device stands with DPS.
+CALM = "calm"  # nothing failed since the last success
+TRYING = "trying"  # an attempt is counted and under way
+FAILED = "failed"  # the last attempt failed
+PROVING = "proving"  # an identity holds, and the failures before it count until the hub has accepted it
+
+# What it listens to.
+BEGUN = "an attempt begins"
+MISSED = "an attempt failed"
+HELD = "an identity holds"
+FORGIVEN = "the identity is good"
+
+# State, event, next state: written out, because constants lie in flash where a firmware has them frozen.
+PATIENCES = (
+    ("calm", "an attempt begins", "trying"),
+    ("calm", "an attempt failed", "failed"),
+    ("calm", "an identity holds", "calm"),
+    ("calm", "the identity is good", "calm"),
+    ("trying", "an attempt begins", "trying"),
+    ("trying", "an attempt failed", "failed"),
+    ("trying", "an identity holds", "proving"),
+    ("failed", "an attempt begins", "trying"),
+    ("failed", "an attempt failed", "failed"),
+    ("failed", "an identity holds", "proving"),
+    ("failed", "the identity is good", "calm"),
+    ("proving", "an attempt begins", "trying"),
+    ("proving", "an attempt failed", "failed"),
+    ("proving", "an identity holds", "proving"),
+    ("proving", "the identity is good", "calm"),
+)
+
+PATIENCE_CODES = ("dps.throttled", "dps.unavailable", "dps.conflict")  # of failures whose delay may be DPS's wish
+KEYLESS_LIMIT = 3  # assignments without a key in a row before an operator is asked
+MESSAGE_LIMIT = 400  # characters of an error's text that `progress` keeps
+# Of connections that `progress` counts; the delay grows no more. At 40 to 80 s a crash loop costs the hub about a
+# thousand connections a day, and a device on bad mains is not kept waiting for long when it has power.
+CONNECTS_LIMIT = 5
+INTERRUPTED = RetryLater("agent.interrupted", "a registration began and did not end")
+NOTHING = Progress(0, 0, 0, False, "", "", 0)
+
+
+class Patience:
+    """The counts and waits of one device's life. `load` comes first."""
+
+    def __init__(self, dps_not_before_s: float = 0.0) -> None:
+        self.state = CALM
+        self.attempts = 0  # registrations in a row that failed, the one under way included
+        self.dps_not_before_s = dps_not_before_s  # DPS wants nobody to ask it before this uptime
+        self._own_not_before_s = 0.0  # the device itself does not want to ask before this one
+        self._keyless = 0  # assignments without a key in a row
+        self._connects = 0  # connections begun in a row, none of them steady yet; also those of earlier lives
+        self._unsteady = 0  # connections in a row that did not last, or could not even begin
+        self._stored: Progress | None = None  # `progress` as it was read or written last
+        self._counted: list[str] = []  # which of the two counts this life has stored already
+
+    def load(self) -> "Generator[Effect, Any, None]":
+        """Takes over what the record `progress` says of earlier lives."""
+        try:
+            stored: StoredRecord | None = yield LoadRecord(PROGRESS)
+        except DpsError:
+            return  # what ails the store shows when the identity is loaded
+        last = self._stored = decode_progress(stored.payload) if stored else None
+        if last is None:
+            return
+        self.attempts = last.attempts
+        if last.attempts:
+            self.state = FAILED
+        left_s: int = yield from self._left_of_last_delay_s()
+        now_s: float = yield Uptime()
+        self._own_not_before_s = now_s + left_s
+        if last.code in PATIENCE_CODES and not self.dps_not_before_s:
+            self.dps_not_before_s = now_s + left_s
+        self._connects = last.connects
+        self._unsteady = max(last.connects - 1, 0)  # one may be a restart that nothing led to
+
+    # Registrations.
+
+    def may_ask_dps(self, now_s: float) -> bool:
+        """Whether no wait is left at this uptime, neither the device's own nor one that DPS asked for."""
+        return now_s >= self._not_before_s()
+
+    def before_dps_s(self) -> "Generator[Effect, Any, int]":
+        """The delay before DPS is asked again: longer with each attempt, never less than what is left of a wait."""
+        delay_s: float = yield from exponential_s(max(self.attempts, 1), WAITING_FIRST_S, WAITING_LIMIT_S)
+        now_s: float = yield Uptime()
+        return max(int(delay_s) + 1, int(self._not_before_s() - now_s + 0.999))
+
+    def begin_attempt(self) -> "Generator[Effect, Any, None]":
+        """Counts a registration that is about to begin.
+
+        Where nothing can be stored there is no point in asking DPS for a new key: raises what the store said. A store
+        that fails in other ways may fail for this expendable record alone.
+        """
+        self._hear(BEGUN)
+        self.attempts += 1
+        if self._is_first_of_life("attempts") or _is_power_of_two(self.attempts):
+            refusal = yield from self._store(INTERRUPTED, 0)
+            if isinstance(refusal, AskOperator) or (refusal and refusal.code == "store.full"):
+                raise refusal
+
+    def fail_attempt(self, error: DpsError) -> "Generator[Effect, Any, tuple[DpsError, int]]":
+        """Counts what failed; returns the error as it is to be shown, and the delay before the next attempt."""
+        self._keyless = self._keyless + 1 if error.code == "dps.assigned_without_key" else 0
+        if self._keyless > KEYLESS_LIMIT:
+            error = AskOperator(error.code, error.message, None, error.request_id)
+        if self.state != TRYING:
+            self.attempts += 1  # it failed before it could begin
+        self._hear(MISSED)
+        if isinstance(error, AskOperator):
+            chosen_s: float = yield from around_s(HALTED_S)
+        elif error.retry_after_s:
+            chosen_s = yield from after_request_s(error.retry_after_s)
+        else:
+            chosen_s = yield from exponential_s(self.attempts, WAITING_FIRST_S, WAITING_LIMIT_S)
+        delay_s = int(chosen_s) + 1
+        now_s: float = yield Uptime()
+        self._own_not_before_s = now_s + delay_s
+        if error.retry_after_s and error.code in PATIENCE_CODES:
+            self.dps_not_before_s = now_s + error.retry_after_s
+        is_news: bool = yield from self._is_news(error)
+        if is_news:
+            yield from self._store(error, delay_s)
+        return error, delay_s
+
+    def hold(self) -> None:
+        """An identity holds; failures before it count until `forgive`."""
+        self._hear(HELD)
+        self._keyless = 0
+
+    def forgive(self) -> "Generator[Effect, Any, None]":
+        """Forgets what failed, but for the patience that DPS asked for."""
+        self._hear(FORGIVEN)
+        self.attempts = 0
+        last = self._stored
+        if last is None or not last.attempts:
+            return
+        now_s: float = yield Uptime()
+        left_s = max(int(self.dps_not_before_s - now_s + 0.999), 0)
+        if left_s and last.code in PATIENCE_CODES:
+            yield from self._store(RetryLater(last.code, last.message), left_s)
+        else:
+            yield from self._store(None, 0)
+
+    # Connections.
+
+    def begin_connection(self) -> "Generator[Effect, Any, None]":
+        """Counts a connection that is about to begin.
+
+        From `CONNECTS_LIMIT` on that costs no write, and neither does a connection that follows a steady one.
+        """
+        self._connects += 1
+        first = self._is_first_of_life("connects")
+        stored = self._stored.connects if self._stored else 0
+        if stored < CONNECTS_LIMIT and (first or (self._connects > 1 and _is_power_of_two(self._connects))):
+            yield from self._store_connects()
+
+    def lose_connection(self) -> None:
+        """A connection ended before it was steady, or could not even begin."""
+        self._unsteady += 1
+
+    def before_hub_s(self, spread_s: int, asked_s: "int | None" = None) -> "Generator[Effect, Any, float]":
+        """The delay before the next connection.
+
+        1. What was asked for. 2. What lost connections lead to. 3. Where none was lost, a random part of `spread_s`.
+        """
+        if asked_s:
+            delay_s: float = yield from after_request_s(asked_s)
+        elif self._unsteady:
+            delay_s = yield from exponential_s(self._unsteady, HUB_FIRST_S, HUB_LIMIT_S)
+        else:
+            random: float = yield Random()
+            delay_s = random * spread_s
+        return delay_s
+
+    def counts_connections(self) -> bool:
+        """Whether a connection that becomes steady ends a count."""
+        return self._connects > 0
+
+    def steady(self) -> "Generator[Effect, Any, None]":
+        """A connection has lasted: those before it count no more."""
+        self._unsteady = self._connects = 0
+        if self._stored and self._stored.connects:
+            yield from self._store_connects()
+
+    def begin_identity(self) -> None:
+        """A new identity was stored: the connections that the one before lost say nothing about it."""
+        self._unsteady = 0
+
+    # The record.
+
+    def in_order(self) -> "bytes | None":
+        """The record that a caller stores who ends a life on purpose; None where the stored one may stay.
+
+        An orderly end is no crash, so the connections begun count no more.
+        """
+        last = self._stored
+        return encode_progress(Progress(*last[:6], 0)) if last and last.connects else None
+
+    def _hear(self, event: str) -> None:
+        self.state = next_state(PATIENCES, self.state, event)
+
+    def _not_before_s(self) -> float:
+        return max(self._own_not_before_s, self.dps_not_before_s)
+
+    def _is_first_of_life(self, count: str) -> bool:
+        first = count not in self._counted
+        if first:
+            self._counted.append(count)
+        return first
+
+    def _left_of_last_delay_s(self) -> "Generator[Effect, Any, int]":
+        """Seconds that the stored delay has still to run.
+
+        After a refusal it is 0: whoever restarts a refused device has probably changed something, and the back-off
+        holds all the same.
+        """
+        last = self._stored
+        if last is None or last.halted:
+            return 0
+        now: Utc = yield UtcNow()
+        gone_s = max(now.now_s - last.last_believed_s, 0) if now.believable and last.last_believed_s else 0
+        return max(last.next_try_delay_s - gone_s, 0)
+
+    def _is_news(self, error: DpsError) -> "Generator[Effect, Any, bool]":
+        """Whether a restart would forget something of this failure that is worth a write."""
+        last = self._stored
+        if last is None or _is_power_of_two(self.attempts):
+            return True
+        if last.halted != isinstance(error, AskOperator) or last.code != error.code:
+            return True
+        if not error.retry_after_s:
+            return False
+        left_s: int = yield from self._left_of_last_delay_s()
+        return error.retry_after_s > max(left_s, exponential_floor_s(last.attempts, WAITING_FIRST_S, WAITING_LIMIT_S))
+
+    def _store(self, error: "DpsError | None", delay_s: int) -> "Generator[Effect, Any, DpsError | None]":
+        """Stores why and how often it failed; returns the store's error if that could not be done."""
+        now: Utc = yield UtcNow()
+        last = self._stored or NOTHING
+        believed_s = last.last_believed_s
+        if now.believable and now.source != CERTIFICATE:
+            believed_s = min(now.now_s, believed_s + LONGEST_STEP_S) if believed_s else now.now_s
+        halted = isinstance(error, AskOperator)
+        code, message = (error.code, error.message[:MESSAGE_LIMIT]) if error else ("", "")
+        progress = Progress(self.attempts, delay_s, believed_s, halted, code, message, last.connects)
+        refusal: DpsError | None = yield from self._write(progress)
+        return refusal
+
+    def _store_connects(self) -> "Generator[Effect, Any, None]":
+        """Stores the count of connections and leaves the rest of `progress` as it is."""
+        before = self._stored or Progress(self.attempts, *NOTHING[1:])
+        yield from self._write(Progress(*before[:6], min(self._connects, CONNECTS_LIMIT)))
+
+    def _write(self, progress: Progress) -> "Generator[Effect, Any, DpsError | None]":
+        try:
+            yield Commit(PROGRESS, encode_progress(progress))
+        except (RetryLater, AskOperator, IdentityStale) as refusal:
+            return refusal
+        self._stored = progress
+        return None
+
+
+def next_state(table: "tuple[tuple[str, str, str], ...]", state: str, event: str) -> str:
+    """What follows `event` in `state`; Broken where the table has no such row."""
+    for before, what, after in table:
+        if (before, what) == (state, event):
+            return after
+    raise Broken("agent.bug", f"nothing follows '{event}' in state '{state}'")
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
+def encode_progress(progress: Progress) -> bytes:
+    """The JSON text of the record `progress`."""
+    return to_json(
+        {
+            "attempts": progress.attempts,
+            "nextTryDelayS": progress.next_try_delay_s,
+            "lastBelievedS": progress.last_believed_s,
+            "halted": progress.halted,
+            "code": progress.code,
+            "message": progress.message,
+            "connects": progress.connects,
+        }
+    ).encode()
+
+
+def decode_progress(stored: bytes) -> "Progress | None":
+    """A stored `progress` record, or None if it is not readable."""
+    try:
+        value = from_json(stored)
+        progress = Progress(
+            value["attempts"],
+            value["nextTryDelayS"],
+            value["lastBelievedS"],
+            bool(value["halted"]),
+            value["code"],
+            value["message"],
+            value.get("connects", 0),  # 0.1.0 knew nothing of it
+        )
+        for number in (progress.attempts, progress.next_try_delay_s, progress.last_believed_s, progress.connects):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                return None
+        for text in progress[4:6]:
+            if not isinstance(text, str):
+                return None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return progress
