@@ -10,7 +10,7 @@ from dps_agent.sas import hub_resource, signed_token
 from dps_agent.settings import AUTO
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import from_base64, from_json, same_bytes, to_base64, to_json
-from dps_hal.tpm_keys import object_name, registration_id_from_ek
+from dps_hal.tpm.keys import object_name, registration_id_from_ek
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

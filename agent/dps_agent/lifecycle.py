@@ -21,7 +21,7 @@ from dps_agent.patience import Patience, next_state
 from dps_agent.settings import AUTO
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
-from dps_hal.tpm_keys import registration_id_from_ek
+from dps_hal.tpm.keys import registration_id_from_ek
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

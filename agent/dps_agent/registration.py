@@ -53,7 +53,7 @@ from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_
 from dps_agent.settings import POLL_LOOKUP
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import from_base64
-from dps_hal.tpm_keys import check_id_key_public, object_name, take_sized
+from dps_hal.tpm.keys import check_id_key_public, object_name, take_sized
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

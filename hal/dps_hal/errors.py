@@ -2,7 +2,7 @@
 
 Every failure of the product is one of the four classes below and carries a stable dotted code, such as
 `tpm.locked_out`, that the log and the JSON output share. The part before the first dot names the area: `tpm`,
-`store`, `dps`, `network`, `clock`, `config`, `record`, `agent`. `dps_hal.codes` lists every code with its remedy;
+`store`, `dps`, `network`, `clock`, `config`, `record`, `agent`. `dps_hal.host.codes` lists every code with its remedy;
 it is not imported here because a board has no room for prose.
 """
 

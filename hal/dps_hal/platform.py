@@ -25,7 +25,7 @@ if MICROPYTHON:
     def _encrypt_block(key: bytes):  # type: ignore[no-untyped-def]
         return _aes(key, 1).encrypt  # 1: ECB
 else:
-    from dps_hal.aes import Aes128
+    from dps_hal.host.aes import Aes128
 
     def _encrypt_block(key: bytes):  # type: ignore[no-untyped-def]
         return Aes128(key).encrypt

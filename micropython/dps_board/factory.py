@@ -11,7 +11,7 @@ import os
 from dps_agent.settings import AUTO
 from dps_hal.errors import AskOperator
 from dps_hal.platform import declare_random_source, sha256
-from dps_hal.tpm_keys import registration_id_from_ek
+from dps_hal.tpm.keys import registration_id_from_ek
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from dps_agent.settings import (
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
 from dps_hal.errors import AskOperator
 from dps_hal.platform import from_json
-from dps_hal.tpm_keys import EK_TEMPLATES
+from dps_hal.tpm.keys import EK_TEMPLATES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import time
 from dps_agent.lifecycle import CONNECTED, CONNECTING, PROVISIONED
 from dps_board.clock import BoardClock
 from dps_hal.errors import AskOperator
-from dps_hal.littlefs import LittleFsStore
-from dps_hal.wire import WireTpm
+from dps_hal.store.littlefs import LittleFsStore
+from dps_hal.tpm.wire import WireTpm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dps_board.config import BoardConfiguration
-    from dps_hal.wire.commands import Transport
+    from dps_hal.tpm.commands import Transport
 
 SPI_HZ = 10_000_000  # PTP: every TPM takes 10 MHz
 I2C_HZ = 400_000
@@ -46,20 +46,20 @@ def make_tpm(config: "BoardConfiguration", while_waiting: "Callable[[], None] | 
 def _transport(values: "dict[str, Any]") -> "Transport":
     tcti = values["tpm.tcti"]
     if tcti.startswith("swtpm:"):
-        from dps_hal.wire.tcp import SwtpmTransport
+        from dps_hal.tpm.tcp import SwtpmTransport
 
         named = dict([part.split("=") for part in tcti[len("swtpm:") :].split(",") if "=" in part])
         return SwtpmTransport(named.get("host", "127.0.0.1"), int(named.get("port", "2321")))
     import machine  # pyright: ignore[reportMissingImports]
 
-    from dps_hal.wire.tis import TisTransport
+    from dps_hal.tpm.tis import TisTransport
 
     hz = values["board.bus_hz"]
     if tcti == "i2c":
-        from dps_hal.wire.i2c import I2cBus
+        from dps_hal.tpm.i2c import I2cBus
 
         return TisTransport(I2cBus(machine.I2C(values["board.bus"], freq=hz or I2C_HZ)))
-    from dps_hal.wire.spi import SpiBus
+    from dps_hal.tpm.spi import SpiBus
 
     spi = machine.SPI(values["board.bus"], baudrate=hz or SPI_HZ)
     return TisTransport(SpiBus(spi, machine.Pin(values["board.select_pin"], machine.Pin.OUT, value=1)))

@@ -269,7 +269,7 @@ def test_no_copy_begins_on_a_board_whose_file_system_loses_records(bench: Bench)
         assert "[store.unsuitable]. Nothing was changed" in done.stderr and "copied" not in done.stdout
         assert bench.flash.read_bytes() == before
         # A program whose store is on a block device of its own needs no file system for it.
-        (bench.folder / "own.py").write_text("from dps_hal.block import block_store\n")
+        (bench.folder / "own.py").write_text("from dps_hal.store.block import block_store\n")
         done = bench.deployed("--port", board.device, "--app", str(bench.folder / "own.py"))
         assert done.returncode == 0, done.stdout + done.stderr
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from dps_agent import effects, hub_effects
 from dps_agent.effects import NoReply
-from dps_agent.host import mqtt as host_mqtt
+from dps_agent.host.network import mqtt as host_mqtt
 from dps_agent.hub_effects import (
     Acknowledged,
     Arrived,

@@ -9,7 +9,7 @@ import pytest
 
 from contracts.tpm import CLAIMS, KEY
 from dps_hal.platform import hmac_sha256
-from dps_hal.self_challenge import make_activation
+from dps_hal.tpm.self_challenge import make_activation
 from support.backends import open_wire
 from support.swtpm import Swtpm
 

@@ -7,7 +7,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dps_hal.slots import SlotStore
+    from dps_hal.store.slots import SlotStore
 
     Reopen = Callable[[], SlotStore]
 

@@ -1,9 +1,9 @@
 """The Store contract on a MicroPython block device, and what that device may do wrong."""
 
 from contracts.store import RULES, error_of, payload_of
-from dps_hal.block import BLOCK_BYTES, BLOCK_COUNT, ERASE_BLOCK, SYNC, block_store
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator, RetryLater
+from dps_hal.store.block import BLOCK_BYTES, BLOCK_COUNT, ERASE_BLOCK, SYNC, block_store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

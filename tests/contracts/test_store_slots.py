@@ -5,7 +5,7 @@ import struct
 from contracts.store import RULES, error_of, payload_of
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, RetryLater
-from dps_hal.slots import (
+from dps_hal.store.slots import (
     DAMAGED,
     EMPTY,
     HEADER_BYTES,

@@ -4,8 +4,8 @@ import socket
 
 from dps_hal.errors import RetryLater
 from dps_hal.platform import random_bytes
-from dps_hal.wire import tcp
-from dps_hal.wire.tcp import SwtpmTransport
+from dps_hal.tpm import tcp
+from dps_hal.tpm.tcp import SwtpmTransport
 from support.claims import assert_refused
 
 COMMAND = b"\x80\x01\x00\x00\x00\x0a\x00\x00\x01\x7b"

@@ -5,9 +5,9 @@ import struct
 from dps_hal import platform
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.platform import ms_since, ticks_ms
-from dps_hal.wire.i2c import I2cBus
-from dps_hal.wire.spi import SpiBus
-from dps_hal.wire.tis import TisTransport
+from dps_hal.tpm.i2c import I2cBus
+from dps_hal.tpm.spi import SpiBus
+from dps_hal.tpm.tis import TisTransport
 from support.claims import assert_refused
 from support.tis_chip import (
     INFINEON_SLB9672,

@@ -1,15 +1,14 @@
 """What every Tpm does, whatever is behind it: simulator, esys, wire.
 
-Each claim takes the TPM and another one (other EK, other SRK). The blobs come from `dps_hal.self_challenge`.
+Each claim takes the TPM and another one (other EK, other SRK). The blobs come from `dps_hal.tpm.self_challenge`.
 """
 
 import struct
 
-from dps_hal.activation import Activation, join_activation, split_activation
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import aes128_cfb, hmac_sha256, sha256
-from dps_hal.self_challenge import make_activation, outer_wrap
-from dps_hal.tpm_keys import (
+from dps_hal.tpm.activation import Activation, join_activation, split_activation
+from dps_hal.tpm.keys import (
     ALG_KEYEDHASH,
     ALG_RSA,
     DECRYPT,
@@ -26,6 +25,7 @@ from dps_hal.tpm_keys import (
     object_name,
     sized,
 )
+from dps_hal.tpm.self_challenge import make_activation, outer_wrap
 from support.claims import assert_refused, flipped
 
 TYPE_CHECKING = False

@@ -1,6 +1,6 @@
 """AES and the platform's functions against published vectors."""
 
-from dps_hal.aes import Aes128
+from dps_hal.host.aes import Aes128
 from dps_hal.platform import aes128_cfb, from_json, hmac_sha256, random_bytes, same_bytes, sha256, to_json
 from support.vectors import unhex
 

@@ -17,7 +17,7 @@ from dps_agent.settings import AUTO
 from dps_hal.contracts import StoredRecord
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import from_json, hmac_sha256, to_json
-from dps_hal.tpm_keys import registration_id_from_ek
+from dps_hal.tpm.keys import registration_id_from_ek
 from support.claims import assert_refused, flipped
 from support.world import DEVICE, HUB, FakeTpm, World, settings
 

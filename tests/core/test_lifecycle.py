@@ -18,7 +18,7 @@ from dps_agent.patience import Progress, decode_progress, encode_progress
 from dps_agent.settings import AUTO
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, RetryLater
-from dps_hal.tpm_keys import registration_id_from_ek
+from dps_hal.tpm.keys import registration_id_from_ek
 from support.world import DEVICE, HUB, FakeTpm, World, body_of, calls, catch, error_reply, reply, settings
 
 TYPE_CHECKING = False

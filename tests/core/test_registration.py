@@ -6,7 +6,7 @@ from dps_agent.registration import UNREADABLE_LIMIT, register
 from dps_agent.settings import POLL_OPERATION
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import hmac_sha256, to_base64
-from dps_hal.tpm_keys import DECRYPT, ID_KEY_ATTRIBUTES, RESTRICTED
+from dps_hal.tpm.keys import DECRYPT, ID_KEY_ATTRIBUTES, RESTRICTED
 from support.claims import assert_refused
 from support.world import (
     DEVICE,

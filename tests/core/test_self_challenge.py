@@ -1,9 +1,9 @@
 """Activation blobs made by the device for itself."""
 
-from dps_hal.activation import parse_activation
 from dps_hal.platform import sha256
-from dps_hal.self_challenge import make_activation
-from dps_hal.tpm_keys import ID_KEY_ATTRIBUTES, oaep_encrypt
+from dps_hal.tpm.activation import parse_activation
+from dps_hal.tpm.keys import ID_KEY_ATTRIBUTES, oaep_encrypt
+from dps_hal.tpm.self_challenge import make_activation
 from support.vectors import load, unbase64, unhex
 
 VECTOR = load("activation")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from dps_hal.activation import Activation, join_activation, parse_activation, split_activation
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
-from dps_hal.tpm_keys import parse_keyedhash_public, unwrap
+from dps_hal.tpm.activation import Activation, join_activation, parse_activation, split_activation
+from dps_hal.tpm.keys import parse_keyedhash_public, unwrap
 from support.vectors import load, unbase64
 
 BLOBS = [unbase64(published["blob"]) for published in load("published")["activation"]]

@@ -9,13 +9,13 @@ import pytest
 
 from contracts.tpm import KEY, blob_for
 from dps_agent.host import Provisioned
-from dps_hal import esys
 from dps_hal.contracts import TpmService
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
+from dps_hal.host import esys
 from dps_hal.platform import hmac_sha256
-from dps_hal.tpm_errors import Doubts
-from dps_hal.tpm_keys import ek_public
-from dps_hal.wire import operations
+from dps_hal.tpm import operations
+from dps_hal.tpm.errors import Doubts
+from dps_hal.tpm.keys import ek_public
 from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused, flipped
 from support.device import Device
@@ -195,7 +195,7 @@ def test_another_endorsement_key_that_is_shown_twice_is_one(machine: Swtpm, tap:
 
 def show(public: bytes) -> bytes:
     """ReadPublic's answer for this key."""
-    from dps_hal.tpm_keys import object_name, sized
+    from dps_hal.tpm.keys import object_name, sized
 
     answer = public + 2 * sized(object_name(public))
     return bytes.fromhex("8001") + (10 + len(answer)).to_bytes(4, "big") + bytes(4) + answer

@@ -20,10 +20,10 @@ from dps_agent.host import checks, runner
 from dps_agent.host.cli import main
 from dps_hal.contracts import EK_HANDLE, IDENTITY, SRK_HANDLE, Tpm, TpmCondition
 from dps_hal.errors import IdentityStale
-from dps_hal.files import FileStore
-from dps_hal.mounts import doubt
-from dps_hal.simulator import SimulatedTpm
-from dps_hal.tpm_keys import SIGN, USER_WITH_AUTH, ek_public, object_name
+from dps_hal.host.files import FileStore
+from dps_hal.host.mounts import doubt
+from dps_hal.host.simulator import SimulatedTpm
+from dps_hal.tpm.keys import SIGN, USER_WITH_AUTH, ek_public, object_name
 from support import swtpm
 from support.backends import BACK_ENDS
 from support.swtpm import Swtpm
@@ -405,7 +405,7 @@ def test_a_storage_root_key_at_another_handle_is_named_with_it(backend: str, des
 def test_another_object_at_the_handle_of_the_endorsement_key_stops_only_what_needs_that(
     backend: str, desk: Desk, machine: Swtpm
 ) -> None:
-    from dps_hal.tpm_keys import srk_template
+    from dps_hal.tpm.keys import srk_template
 
     machine.persist_primary(swtpm.OWNER, srk_template(), EK_HANDLE)
     desk.configure(backend, machine.tcti)

@@ -21,18 +21,19 @@ import pytest
 
 from contracts.tpm import blob_for
 from dps_agent.assignment import Assignment, encode, seal_message
-from dps_agent.host import runner, websocket
+from dps_agent.host import runner
 from dps_agent.host.checks import local, network
 from dps_agent.host.cli import main
+from dps_agent.host.network import websocket
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault
 from dps_emulator.service import Settings
 from dps_hal.contracts import IDENTITY
-from dps_hal.files import FileStore
-from dps_hal.simulator import SimulatedTpm
-from dps_hal.tpm_keys import SIGN, USER_WITH_AUTH, object_name
-from dps_hal.wire import WireTpm
-from dps_hal.wire.device import transport_for
+from dps_hal.host.device import transport_for
+from dps_hal.host.files import FileStore
+from dps_hal.host.simulator import SimulatedTpm
+from dps_hal.tpm.keys import SIGN, USER_WITH_AUTH, object_name
+from dps_hal.tpm.wire import WireTpm
 from support.emulator import HUB, EmulatorInThread
 from support.running_agent import PROGRAM, RunningAgent, _environ
 from support.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering, proxying

@@ -27,11 +27,11 @@ from dps_agent.patience import Progress, encode_progress
 from dps_agent.sas import string_to_sign
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import EXIT_GROUPS, AskOperator, Broken, DpsError, IdentityStale, RetryLater
-from dps_hal.files import FileStore
+from dps_hal.host.files import FileStore
+from dps_hal.host.simulator import SimulatedTpm
 from dps_hal.platform import hmac_sha256
-from dps_hal.self_challenge import make_activation
-from dps_hal.simulator import SimulatedTpm
-from dps_hal.tpm_keys import object_name, registration_id_from_ek
+from dps_hal.tpm.keys import object_name, registration_id_from_ek
+from dps_hal.tpm.self_challenge import make_activation
 from support.tpm_states import copy_state
 
 CHECKOUT = Path(__file__).parents[2]
@@ -46,9 +46,9 @@ HEAVY = (
     "ssl",
     "paho",
     "http.client",
-    "dps_hal.esys",
-    "dps_hal.wire",
-    "dps_hal.simulator",
+    "dps_hal.host.esys",
+    "dps_hal.tpm.wire",
+    "dps_hal.host.simulator",
 )
 ENVIRON = {**os.environ, "PYTHONPATH": os.pathsep.join([str(CHECKOUT / "agent"), str(CHECKOUT / "hal")])}
 
@@ -377,7 +377,7 @@ def test_who_may_not_look_into_the_service_s_folder_is_not_told_to_take_it_over(
         advice = f"make the folder yours (sudo install -d -o press -m 0700 {folder})"
         raise AskOperator("store.denied", f"cannot open {folder}/identity.0: Permission denied; {advice}")
 
-    monkeypatch.setattr("dps_hal.files.open_store", refuse)
+    monkeypatch.setattr("dps_hal.host.files.open_store", refuse)
     monkeypatch.setattr("dps_agent.host.cli.os.geteuid", lambda: 1000)
     words = ["--config", os.devnull, "--set", "id_scope=0ne00000000", "--set", "runtime_dir=/nonexistent"]
     assert main(["status", *words, "--set", "state_dir=/var/lib/dps-agent"]) == 1

@@ -23,9 +23,9 @@ from dps_emulator.faults import Fault
 from dps_emulator.service import Settings
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator
-from dps_hal.files import FileStore
-from dps_hal.simulator import SimulatedTpm
-from dps_hal.tpm_keys import registration_id_from_ek
+from dps_hal.host.files import FileStore
+from dps_hal.host.simulator import SimulatedTpm
+from dps_hal.tpm.keys import registration_id_from_ek
 from support.emulator import EmulatorInThread
 from support.swtpm import Swtpm
 from support.tpm_states import copy_state

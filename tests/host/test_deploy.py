@@ -373,7 +373,7 @@ def test_a_password_file_that_a_copy_would_refuse_is_warned_of(
 
 def test_only_what_the_program_loads_goes_along(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(
-        "import beside\nTYPE_CHECKING = False\nif TYPE_CHECKING:\n    import dps_hal.block"
+        "import beside\nTYPE_CHECKING = False\nif TYPE_CHECKING:\n    import dps_hal.store.block"
     )
     (tmp_path / "beside.py").write_text("def late():\n    from dps_hal.errors import AskOperator\n")
     paths = [module.path for module in needed((), tmp_path / "app.py")]
@@ -382,7 +382,7 @@ def test_only_what_the_program_loads_goes_along(tmp_path: Path) -> None:
 
 def test_nothing_of_the_host_goes_to_a_board() -> None:
     paths = {module.path for module in needed(("boot", "main", "dps_board.factory"))}
-    assert {"boot.py", "main.py", "app.py", "dps_board/runner.py", "dps_hal/wire/tis.py"} <= paths
+    assert {"boot.py", "main.py", "app.py", "dps_board/runner.py", "dps_hal/tpm/tis.py"} <= paths
     assert not {path for path in paths if "host" in path or path.endswith(("/tcp.py", "/aes.py", "/esys.py"))}
 
 

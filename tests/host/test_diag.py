@@ -22,8 +22,8 @@ from dps_agent.host.cli import main
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.service import Settings
 from dps_hal.contracts import IDENTITY
-from dps_hal.files import FileStore
-from dps_hal.simulator import SimulatedTpm
+from dps_hal.host.files import FileStore
+from dps_hal.host.simulator import SimulatedTpm
 from support import swtpm
 from support.emulator import HUB, EmulatorInThread
 from support.running_agent import PROGRAM, RunningAgent, _environ

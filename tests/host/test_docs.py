@@ -19,8 +19,8 @@ from dps_agent.patience import CALM, PATIENCES
 from dps_board.keys import read_values
 from dps_emulator.cli import _parser as emulator_parser
 from dps_emulator.faults import _FIELDS, DPS_OPERATIONS, HUB_OPERATIONS
-from dps_hal.codes import REMEDIES
 from dps_hal.errors import EXIT_GROUPS
+from dps_hal.host.codes import REMEDIES
 from support.documents import (
     AREAS,
     CHECKOUT,

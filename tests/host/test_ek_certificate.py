@@ -19,10 +19,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from dps_agent.host.cli import main
 from dps_board import factory
-from dps_hal.ek_certificate import ABSENT, MATCH, MISMATCH, UNREADABLE, certified_key, compare
 from dps_hal.errors import AskOperator, RetryLater
-from dps_hal.tpm_keys import ek_public
-from dps_hal.tpm_upkeep import EK_CERTIFICATE_INDEX, PT_NV_BUFFER_MAX, nv_chunk_bytes
+from dps_hal.tpm.ek_certificate import ABSENT, MATCH, MISMATCH, UNREADABLE, certified_key, compare
+from dps_hal.tpm.keys import ek_public
+from dps_hal.tpm.upkeep import EK_CERTIFICATE_INDEX, PT_NV_BUFFER_MAX, nv_chunk_bytes
 from support import swtpm
 from support.backends import BACK_ENDS
 from support.claims import assert_refused

@@ -26,7 +26,7 @@ from dps_emulator import cli as emulator_cli
 from dps_emulator.enrollments import Enrollment, read_enrollments
 from dps_emulator.state import enrollment_folder
 from dps_hal.errors import AskOperator, RetryLater
-from dps_hal.simulator import SimulatedTpm
+from dps_hal.host.simulator import SimulatedTpm
 from dps_text import text_of
 from dps_text.enrolments import read_enrolments
 from support.running_agent import PROGRAM, _environ

@@ -18,16 +18,16 @@ from typing import Any
 import pytest
 
 from contracts.tpm import CLAIMS, KEY, blob_for
-from dps_hal import tpm_device
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE, Tpm
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
-from dps_hal.esys import EsysTpm
+from dps_hal.host import tpm_node
+from dps_hal.host.esys import EsysTpm
+from dps_hal.host.tpm_node import open_device
 from dps_hal.platform import hmac_sha256, random_bytes
-from dps_hal.self_challenge import make_activation
-from dps_hal.tpm_device import open_device
-from dps_hal.tpm_keys import RSA_BYTES, SIGN, USER_WITH_AUTH, check_ek_public, object_name, sized, take_sized, unwrap
-from dps_hal.tpm_upkeep import EK_CERTIFICATE_INDEX
-from dps_hal.wire.sessions import SaltedSession
+from dps_hal.tpm.keys import RSA_BYTES, SIGN, USER_WITH_AUTH, check_ek_public, object_name, sized, take_sized, unwrap
+from dps_hal.tpm.self_challenge import make_activation
+from dps_hal.tpm.sessions import SaltedSession
+from dps_hal.tpm.upkeep import EK_CERTIFICATE_INDEX
 from support import swtpm
 from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused
@@ -584,7 +584,7 @@ def test_a_node_whose_driver_is_late_is_tried_again(
         raise OSError(number, os.strerror(number), path)
 
     tpm = open_tpm("device:/dev/tpmrm9")
-    monkeypatch.setattr("dps_hal.wire.device.os.open", refuse)
+    monkeypatch.setattr("dps_hal.host.device.os.open", refuse)
     assert_refused(tpm.endorsement_key, RetryLater, "tpm.absent")
 
 
@@ -629,7 +629,7 @@ def refuse_to_open(
     monkeypatch.delenv("INVOCATION_ID", False)
     monkeypatch.setattr(os, "open", refuse)
     monkeypatch.setattr(os, "stat", stat_of)
-    monkeypatch.setattr(tpm_device, "in_container", lambda: False)  # wherever this test runs
+    monkeypatch.setattr(tpm_node, "in_container", lambda: False)  # wherever this test runs
     monkeypatch.setattr(os, "getgroups", lambda: list(groups))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr("grp.getgrgid", lambda number: grp.struct_group((group, "x", number, [])))
@@ -693,7 +693,7 @@ def test_in_a_container_the_advice_is_how_to_start_it(
     gid: int, says: str, user: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_to_open(monkeypatch, "/dev/tpmrm9", 0o660, "tss", gid=gid)
-    monkeypatch.setattr(tpm_device, "in_container", lambda: True)
+    monkeypatch.setattr(tpm_node, "in_container", lambda: True)
     monkeypatch.setattr(os, "geteuid", lambda: user)
     error = assert_refused(lambda: open_device("/dev/tpmrm9"), AskOperator, "tpm.denied")
     assert "--device /dev/tpmrm9" in error.message and says in error.message
@@ -715,8 +715,8 @@ def test_a_tpm_that_the_kernel_has_and_nobody_handed_in_is_told(
     place: str, advice: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / name.rstrip("9") / name).mkdir(parents=True)
-    monkeypatch.setattr(tpm_device, "_SYSFS", str(tmp_path))
-    monkeypatch.setattr(tpm_device, "in_container", lambda: place == "container")
+    monkeypatch.setattr(tpm_node, "_SYSFS", str(tmp_path))
+    monkeypatch.setattr(tpm_node, "in_container", lambda: place == "container")
     monkeypatch.delenv("INVOCATION_ID", raising=False)
     if place == "unit":
         monkeypatch.setenv("INVOCATION_ID", "0" * 32)
@@ -730,15 +730,15 @@ def test_a_container_is_known_by_its_marks(mark: str, monkeypatch: pytest.Monkey
     for name in ("container", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
     file = tmp_path / "mark"
-    monkeypatch.setattr(tpm_device, "_CONTAINER_MARKS", (str(file),))
-    monkeypatch.setattr(tpm_device, "_CONTAINER_ROOTS", (" / ",) if mark == "mount" else ())
+    monkeypatch.setattr(tpm_node, "_CONTAINER_MARKS", (str(file),))
+    monkeypatch.setattr(tpm_node, "_CONTAINER_ROOTS", (" / ",) if mark == "mount" else ())
     if mark == "file":
         file.touch()
     elif mark == "variable":
         monkeypatch.setenv("container", "podman")
     elif mark == "kubernetes":
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    assert tpm_device.in_container() is (mark != "nothing")
+    assert tpm_node.in_container() is (mark != "nothing")
 
 
 def test_without_the_package_the_operator_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -748,7 +748,8 @@ def test_without_the_package_the_operator_is_asked(monkeypatch: pytest.MonkeyPat
 
 
 def test_importing_the_module_does_not_import_the_library() -> None:
-    program = f"import sys; sys.path[:0] = {sys.path!r}; import dps_hal.esys; sys.exit('tpm2_pytss' in sys.modules)"
+    program = f"import sys; sys.path[:0] = {sys.path!r}; import dps_hal.host.esys; "
+    program += "sys.exit('tpm2_pytss' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

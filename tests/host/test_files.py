@@ -17,8 +17,8 @@ from dps_agent.effects import Commit, LoadRecord
 from dps_agent.lifecycle import PROVISIONED, WAITING, Lifecycle
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, RetryLater
-from dps_hal.files import FileStore
-from dps_hal.slots import encode_slot
+from dps_hal.host.files import FileStore
+from dps_hal.store.slots import encode_slot
 from support import disk_cuts
 from support.disk import SimulatedDisk
 from support.flash import PowerCut
@@ -328,7 +328,7 @@ def test_a_second_writer_is_told_and_a_reader_is_not_held_up(tmp_path: Path) -> 
 COMMITS = """
 import sys
 from dps_hal.errors import RetryLater
-from dps_hal.files import FileStore
+from dps_hal.host.files import FileStore
 store = FileStore(sys.argv[1])
 done = locked = 0
 print("ready", flush=True)

@@ -11,7 +11,7 @@ from contracts.tpm import KEY, blob_for
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE, TpmService
 from dps_hal.errors import AskOperator, DpsError
 from dps_hal.platform import hmac_sha256
-from dps_hal.tpm_keys import srk_template
+from dps_hal.tpm.keys import srk_template
 from support import swtpm
 from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused

@@ -1,7 +1,7 @@
 """The house rules that a machine can check, each first shown to see a violation.
 
-A shared file is one that also runs on MicroPython: every file directly in dps_agent, and every file directly in dps_hal
-or in dps_hal/wire that is not in HOST_ONLY.
+A shared file is one that also runs on MicroPython: every file directly in dps_agent, and every file of dps_hal that is
+not in dps_hal/host.
 """
 
 import ast
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dps_agent import effects
-from dps_hal.codes import REMEDIES
+from dps_hal.host.codes import REMEDIES
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 AGENT = CHECKOUT / "agent" / "dps_agent"
@@ -20,24 +20,8 @@ HAL = CHECKOUT / "hal" / "dps_hal"
 TEXT = CHECKOUT / "agent" / "dps_text"
 EMULATOR = CHECKOUT / "tools" / "dps_emulator"
 BOARD = CHECKOUT / "micropython"
-HOST_ONLY = {
-    "aes.py",
-    "codes.py",
-    "device.py",
-    "esys.py",
-    "files.py",
-    "ioctl.py",
-    "mtd.py",
-    "mounts.py",
-    "regular.py",
-    "simulator.py",
-    "spidev.py",
-    "tcti.py",
-    "tpm_device.py",
-}
-
 SHARED_AGENT = sorted(AGENT.glob("*.py"))
-SHARED_HAL = sorted(path for path in [*HAL.glob("*.py"), *HAL.glob("wire/*.py")] if path.name not in HOST_ONLY)
+SHARED_HAL = sorted([*HAL.glob("*.py"), *HAL.glob("tpm/*.py"), *HAL.glob("store/*.py")])
 SHARED = SHARED_AGENT + SHARED_HAL
 PRODUCT = sorted([*AGENT.rglob("*.py"), *TEXT.rglob("*.py"), *HAL.rglob("*.py")])
 EVERY_PACKAGE = sorted([*PRODUCT, *EMULATOR.rglob("*.py")])
@@ -49,8 +33,12 @@ TEXTS = sorted(
 ) + sorted([*CHECKOUT.glob("*.md"), *CHECKOUT.glob("*.toml")])
 
 BOARD_MODULES = {"struct", "binascii", "hashlib", "collections"}
-AGENT_MAY_IMPORT = {"dps_hal.contracts", "dps_hal.errors", "dps_hal.platform", "dps_hal.activation", "dps_hal.tpm_keys"}
-PLATFORM_MAY_IMPORT = {"os", "sys", "time", "ujson", "cryptolib", "dps_hal.aes"}  # platform.py alone knows two runtimes
+AGENT_MAY_IMPORT = {
+    *("dps_hal.contracts", "dps_hal.errors", "dps_hal.platform"),
+    *("dps_hal.tpm.activation", "dps_hal.tpm.keys"),
+}
+# platform.py alone knows two runtimes.
+PLATFORM_MAY_IMPORT = {"os", "sys", "time", "ujson", "cryptolib", "dps_hal.host.aes"}
 
 # MicroPython has no such built-in, and finds out only when an exception is matched against it.
 ABSENT_EXCEPTIONS = {
@@ -220,21 +208,21 @@ def the_two_faces_of_a_tuple_agree(tree: ast.Module) -> Iterator[str]:
 
 
 def every_code_raised_has_a_remedy(tree: ast.Module) -> Iterator[str]:
-    """The first argument of the error classes is a code that `dps_hal.codes` explains."""
+    """The first argument of the error classes is a code that `dps_hal.host.codes` explains."""
     for node in nodes(tree):
         if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):
             continue
         if ast.unparse(node.func).rpartition(".")[2] in ("RetryLater", "AskOperator", "IdentityStale", "Broken"):
             code = node.args[0].value
             if code not in REMEDIES:
-                yield f"{node.lineno}: raises the code {code!r}, which dps_hal.codes does not explain"
+                yield f"{node.lineno}: raises the code {code!r}, which dps_hal.host.codes does not explain"
 
 
 def every_code_written_has_a_remedy(tree: ast.Module) -> Iterator[str]:
     """Tables and comparisons name only codes that exist."""
     for line, code in codes_in(tree):
         if code not in REMEDIES:
-            yield f"{line}: names the code {code!r}, which dps_hal.codes does not explain"
+            yield f"{line}: names the code {code!r}, which dps_hal.host.codes does not explain"
 
 
 def codes_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -290,7 +278,7 @@ RULES: list[tuple[str, Rule, list[Path], str, str]] = [
         "dps_agent leaves the back ends alone",
         only_these_imports(AGENT_IMPORTS),
         SHARED_AGENT,
-        "from dps_hal import esys",
+        "from dps_hal.host import esys",
         "from dps_hal.errors import Broken",
     ),
     (
@@ -310,14 +298,14 @@ RULES: list[tuple[str, Rule, list[Path], str, str]] = [
     (
         "tcp.py imports what a socket takes",
         only_these_imports(HAL_IMPORTS | {"socket", "select"}),
-        [HAL / "wire" / "tcp.py"],
+        [HAL / "tpm" / "tcp.py"],
         "import time",
         "import socket",
     ),
     (
         "littlefs.py imports what says which file systems there are",
         only_these_imports(HAL_IMPORTS | {"vfs"}),
-        [HAL / "littlefs.py"],
+        [HAL / "store" / "littlefs.py"],
         "import os",
         "import vfs",
     ),
@@ -359,7 +347,7 @@ RULES: list[tuple[str, Rule, list[Path], str, str]] = [
     (
         "only esys.py imports tpm2_pytss",
         no_import_of("tpm2_pytss"),
-        [path for path in EVERY_PACKAGE if path != HAL / "esys.py"],
+        [path for path in EVERY_PACKAGE if path != HAL / "host" / "esys.py"],
         "from tpm2_pytss import ESAPI",
         "import ujson",
     ),
@@ -483,7 +471,7 @@ def test_every_error_code_is_used() -> None:
     used = {
         code
         for path in PRODUCT
-        if path != HAL / "codes.py"
+        if path != HAL / "host" / "codes.py"
         for _, code in codes_in(ast.parse(path.read_text(), str(path)))
     }
     no_reply = {"network." + word for name, word in vars(effects).items() if name.startswith("NO_REPLY_")}

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dps_agent.effects import NoReply, Reply
-from dps_agent.host.https import BODY_LIMIT, DpsConnection, host_and_port
+from dps_agent.host.network.https import BODY_LIMIT, DpsConnection, host_and_port
 from dps_agent.http1 import HEAD_LIMIT
 from dps_agent.sas import SasToken
 from dps_agent.utc import http_date_s

@@ -13,8 +13,8 @@ from contracts.tpm import KEY, blob_for
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE, TpmService
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.platform import hmac_sha256
-from dps_hal.self_challenge import make_activation
-from dps_hal.tpm_keys import RSA_BYTES, check_ek_public, ek_public, object_name, sized, srk_public
+from dps_hal.tpm.keys import RSA_BYTES, check_ek_public, ek_public, object_name, sized, srk_public
+from dps_hal.tpm.self_challenge import make_activation
 from support import swtpm
 from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused

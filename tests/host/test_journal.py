@@ -12,7 +12,7 @@ import pytest
 
 from dps_agent.host import journal as journal_module
 from dps_agent.host.journal import ERROR, EVENTS, Journal, catalog, message_id
-from dps_hal.codes import REMEDIES
+from dps_hal.host.codes import REMEDIES
 
 CATALOG = Path(__file__).parents[2] / "agent" / "service" / "dps-agent.catalog"
 

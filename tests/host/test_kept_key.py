@@ -12,9 +12,9 @@ from dps_agent.assignment import Assignment, decode
 from dps_agent.host import Provisioned, kept_key
 from dps_agent.host.cli import main
 from dps_hal.contracts import IDENTITY, PROGRESS
-from dps_hal.files import FileStore
+from dps_hal.host.files import FileStore
 from dps_hal.platform import from_json, hmac_sha256, to_base64, to_json
-from dps_hal.tpm_keys import object_name, unwrap
+from dps_hal.tpm.keys import object_name, unwrap
 from support.backends import BACK_ENDS
 from support.device import Device
 

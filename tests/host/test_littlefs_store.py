@@ -11,8 +11,8 @@ import pytest
 from contracts.store import RULES, error_of, payload_of
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator, RetryLater
-from dps_hal.littlefs import LittleFsStore
-from dps_hal.slots import encode_slot
+from dps_hal.store.littlefs import LittleFsStore
+from dps_hal.store.slots import encode_slot
 
 
 class VfsLfs2:
@@ -55,7 +55,7 @@ def test_a_damaged_file_is_none_and_the_next_commit_works(tmp_path: Path) -> Non
 
 
 def test_a_newer_format_stops_load_and_commit_and_only_a_reset_goes_on(tmp_path: Path) -> None:
-    from dps_hal.slots import crc32
+    from dps_hal.store.slots import crc32
 
     header = b"DPSr" + (2).to_bytes(4) + (7).to_bytes(4) + (4).to_bytes(4)
     newer = header + crc32(header).to_bytes(4) + b"who knows"

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from dps_agent.host import mqtt
 from dps_agent.host.cli import running
 from dps_agent.host.config import ROOT_SUFFIX, load
 from dps_agent.host.journal import Journal
@@ -26,6 +25,7 @@ from dps_agent.host.local import routes, server, shares, statefile
 from dps_agent.host.local.routes import Command, Snapshot
 from dps_agent.host.local.server import LocalServer, listen
 from dps_agent.host.local.shares import Lines, Peer, Places
+from dps_agent.host.network import mqtt
 from dps_agent.hub_effects import (
     AnswerMethod,
     CloudMessage,

@@ -12,11 +12,11 @@ import pytest
 
 from contracts.tpm import KEY, badly_built_blob, blob_for
 from dps_agent.host import hub_token
-from dps_agent.host.https import DpsConnection
+from dps_agent.host.network.https import DpsConnection
 from dps_emulator import service
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.platform import hmac_sha256
-from dps_hal.tpm_keys import SIGN, USER_WITH_AUTH
+from dps_hal.tpm.keys import SIGN, USER_WITH_AUTH
 from support.backends import BACK_ENDS
 from support.claims import assert_refused
 from support.device import Device

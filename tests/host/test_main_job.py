@@ -16,12 +16,12 @@ from dps_agent.assignment import decode
 from dps_agent.effects import Commit
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.config import load
-from dps_agent.host.device import open_tpm
-from dps_agent.host.https import DpsConnection
+from dps_agent.host.network.https import DpsConnection
+from dps_agent.host.parts import open_tpm
 from dps_agent.host.runner import Runner
 from dps_agent.lifecycle import PROVISIONED, Lifecycle
 from dps_hal.contracts import IDENTITY
-from dps_hal.files import FileStore
+from dps_hal.host.files import FileStore
 from support.emulator import EmulatorProcess
 from support.swtpm import Swtpm
 from support.tpm_tap import TpmTap

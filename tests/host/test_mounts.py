@@ -8,8 +8,8 @@ import pytest
 
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator
-from dps_hal.files import FileStore
-from dps_hal.mounts import doubt
+from dps_hal.host.files import FileStore
+from dps_hal.host.mounts import doubt
 from support.disk import SimulatedDisk
 
 ROOT = "27 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw"

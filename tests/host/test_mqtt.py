@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dps_agent.effects import NoReply
-from dps_agent.host import mqtt as host_mqtt
-from dps_agent.host.mqtt import PACKET_LIMIT, HubConnection
-from dps_agent.host.websocket import Frames, packed
+from dps_agent.host.network import mqtt as host_mqtt
+from dps_agent.host.network.mqtt import PACKET_LIMIT, HubConnection
+from dps_agent.host.network.websocket import Frames, packed
 from dps_agent.hub_effects import (
     Acknowledged,
     Arrived,

@@ -16,8 +16,8 @@ import pytest
 
 from dps_agent.host.cli import VERBS
 from dps_agent.host.config import KEYS, environment_name
-from dps_hal.codes import REMEDIES
 from dps_hal.errors import EXIT_GROUPS
+from dps_hal.host.codes import REMEDIES
 from dps_package.distributions import BuildFailed, check_content, debian_version
 from support.built_packages import CHECKOUT, build, unpacked
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from dps_agent.effects import NoReply, Reply
 from dps_agent.host.config import without_password
-from dps_agent.host.https import DpsConnection
-from dps_agent.host.proxy import Proxy, ProxyRule, schemes_of
+from dps_agent.host.network.https import DpsConnection
+from dps_agent.host.network.proxy import Proxy, ProxyRule, schemes_of
 from dps_hal.errors import AskOperator
 from support.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering, proxying
 

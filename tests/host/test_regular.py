@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dps_hal import regular
-from dps_hal.regular import LINKS_LIMIT, NotRegular, read_regular
+from dps_hal.host import regular
+from dps_hal.host.regular import LINKS_LIMIT, NotRegular, read_regular
 
 
 def refused(path: Path, limit_bytes: int = 100, follow: bool = True) -> str:

@@ -34,8 +34,8 @@ from dps_agent.effects import (
 )
 from dps_agent.host import runner
 from dps_agent.host.clock import SystemClock
-from dps_agent.host.https import DpsConnection
-from dps_agent.host.mqtt import HubConnection
+from dps_agent.host.network.https import DpsConnection
+from dps_agent.host.network.mqtt import HubConnection
 from dps_agent.host.runner import Runner, bug
 from dps_agent.hub_effects import (
     Acknowledge,
@@ -55,8 +55,8 @@ from dps_agent.hub_effects import (
 from dps_agent.sas import SasToken
 from dps_hal.contracts import StoredRecord, Utc
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
-from dps_hal.self_challenge import make_activation
-from dps_hal.tpm_rules import COMMAND_LIMIT_S, KEY_CREATION_LIMIT_S, LEAST_LIMIT_S, RELEASE_LIMIT_S
+from dps_hal.tpm.rules import COMMAND_LIMIT_S, KEY_CREATION_LIMIT_S, LEAST_LIMIT_S, RELEASE_LIMIT_S
+from dps_hal.tpm.self_challenge import make_activation
 from support.backends import open_wire
 from support.broker import HubPeer
 from support.servers import ENDPOINT_NAME, Certificates, Peer, Server
@@ -956,8 +956,8 @@ import sys, time
 from dps_agent.effects import *
 from dps_agent.hub_effects import *
 from dps_agent.host.clock import SystemClock
-from dps_agent.host.https import DpsConnection
-from dps_agent.host.mqtt import HubConnection
+from dps_agent.host.network.https import DpsConnection
+from dps_agent.host.network.mqtt import HubConnection
 from dps_agent.host.runner import Runner
 from dps_agent.sas import SasToken
 from dps_hal.errors import DpsError

@@ -28,9 +28,9 @@ from dps_emulator.faults import Fault
 from dps_emulator.service import Settings
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import Broken
-from dps_hal.files import FileStore
-from dps_hal.simulator import SimulatedTpm
-from dps_hal.tpm_keys import unwrap
+from dps_hal.host.files import FileStore
+from dps_hal.host.simulator import SimulatedTpm
+from dps_hal.tpm.keys import unwrap
 from support.emulator import HUB, EmulatorInThread
 from support.running_agent import PATIENCE_S, SOON_S, RunningAgent
 from support.swtpm import Swtpm

@@ -14,10 +14,10 @@ import pytest
 
 from contracts.tpm import CLAIMS, KEY, badly_built_blob, blob_for
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale
+from dps_hal.host.simulator import SimulatedTpm
 from dps_hal.platform import hmac_sha256
-from dps_hal.self_challenge import make_activation
-from dps_hal.simulator import SimulatedTpm
-from dps_hal.tpm_keys import check_ek_public, object_name, registration_id_from_ek, unwrap
+from dps_hal.tpm.keys import check_ek_public, object_name, registration_id_from_ek, unwrap
+from dps_hal.tpm.self_challenge import make_activation
 from support.claims import assert_refused
 from support.tpm_states import copy_state
 from support.vectors import load, unbase64, unhex
@@ -80,7 +80,7 @@ def test_each_ek_template_has_its_own_ek_and_they_share_the_srk(tmp_path: Path, 
 
 
 def test_two_processes_that_meet_an_empty_folder_agree_on_its_keys(tmp_path: Path) -> None:
-    program = "import sys; from dps_hal.simulator import SimulatedTpm as T; t = T(sys.argv[1]);"
+    program = "import sys; from dps_hal.host.simulator import SimulatedTpm as T; t = T(sys.argv[1]);"
     program += "print(t.endorsement_key().hex(), t.storage_root_key().hex())"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", program, str(tmp_path / "tpm")]
@@ -201,7 +201,7 @@ def test_without_cryptography_it_is_not_available(tmp_path: Path, monkeypatch: p
 
 
 def test_importing_the_simulator_imports_no_cryptography() -> None:
-    program = "import sys, dps_hal.simulator; sys.exit('cryptography' in sys.modules)"
+    program = "import sys, dps_hal.host.simulator; sys.exit('cryptography' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env=environment)
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError
-from dps_hal.files import FileStore
-from dps_hal.slots import DAMAGED, VALID, SlotStore, crc32, decode_slot, encode_slot
+from dps_hal.host.files import FileStore
+from dps_hal.store.slots import DAMAGED, VALID, SlotStore, crc32, decode_slot, encode_slot
 from support.flash import FlashSlots, PowerCut, Supply
 
 SLOT_BYTES = 64

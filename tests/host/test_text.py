@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import trustme
 
-from dps_agent.host import config, dial
+from dps_agent.host import config
 from dps_agent.host.cli import main
 from dps_agent.host.config import ConfigurationError
 from dps_agent.host.diag import secrets_of
-from dps_agent.host.dial import tls_context
-from dps_agent.host.proxy import ProxyRule
+from dps_agent.host.network import dial
+from dps_agent.host.network.dial import tls_context
+from dps_agent.host.network.proxy import ProxyRule
 from dps_deploy import settings as board_settings
 from dps_hal.errors import AskOperator
-from dps_hal.tpm_errors import RefusedError, error_of
-from dps_hal.tpm_rules import ENDORSEMENT_AUTH_SET, OWNER_AUTH_SET, PT_PERMANENT, Passwords
+from dps_hal.tpm.errors import RefusedError, error_of
+from dps_hal.tpm.rules import ENDORSEMENT_AUTH_SET, OWNER_AUTH_SET, PT_PERMANENT, Passwords
 from dps_text import NotText, Secret, oddities, secret_of, text_of
 
 BOTH_SET = {PT_PERMANENT: OWNER_AUTH_SET | ENDORSEMENT_AUTH_SET}

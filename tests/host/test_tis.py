@@ -14,22 +14,23 @@ import pytest
 
 from contracts.tpm import CLAIMS, KEY, blob_for
 from dps_agent.host.config import load
-from dps_agent.host.device import open_tpm
+from dps_agent.host.parts import open_tpm
 from dps_hal import platform
 from dps_hal.contracts import Tpm
 from dps_hal.errors import AskOperator, DpsError, RetryLater
+from dps_hal.host.device import transport_for
 from dps_hal.platform import hmac_sha256
-from dps_hal.wire import WireTpm, commands
-from dps_hal.wire.device import transport_for
-from dps_hal.wire.i2c import I2cBus
-from dps_hal.wire.spi import SpiBus
-from dps_hal.wire.tis import TisTransport
+from dps_hal.tpm import commands
+from dps_hal.tpm.i2c import I2cBus
+from dps_hal.tpm.spi import SpiBus
+from dps_hal.tpm.tis import TisTransport
+from dps_hal.tpm.wire import WireTpm
 from support.claims import assert_refused
 from support.swtpm import Swtpm
 from support.tis_chip import ChipOnI2c, ChipOnSpi, EchoTpm, TisChip, echo_of, transport_on
 
 if TYPE_CHECKING:
-    from dps_hal.wire.commands import Transport
+    from dps_hal.tpm.commands import Transport
 
 MESSAGE = b"message"
 BUSES = ("spi", "i2c")
@@ -108,7 +109,7 @@ def test_bit_errors_cost_time_or_an_error_never_a_wrong_signature(bus: str, mach
     wrapped_key = tpm.import_key(activation)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commands, "LEAST_LIMIT_S", 1.0)
-        patch.setattr("dps_hal.wire.operations.COMMAND_LIMIT_S", 1.0)
+        patch.setattr("dps_hal.tpm.operations.COMMAND_LIMIT_S", 1.0)
         refused = 0
         for run in range(12):
             noisy = True
@@ -218,8 +219,8 @@ def test_a_tpm_that_never_answers_is_an_error_of_the_tpm(
     tpm = WireTpm(transport_on(bus, chip), while_waiting=lambda: waits.append(1))
     tpm.endorsement_key()
     monkeypatch.setattr(commands, "LEAST_LIMIT_S", 1.5)
-    monkeypatch.setattr("dps_hal.wire.operations.COMMAND_LIMIT_S", 1.5)
-    monkeypatch.setattr("dps_hal.wire.operations.RELEASE_LIMIT_S", 0.5)
+    monkeypatch.setattr("dps_hal.tpm.operations.COMMAND_LIMIT_S", 1.5)
+    monkeypatch.setattr("dps_hal.tpm.operations.RELEASE_LIMIT_S", 0.5)
     chip.hangs = True
     waits.clear()
     assert_refused(tpm.storage_root_key, RetryLater, "tpm.timeout")

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dps_agent.effects import NoReply, Reply
-from dps_agent.host import dial
-from dps_agent.host.dial import Dialler, tls_context, validity_s
-from dps_agent.host.https import DpsConnection
-from dps_agent.host.proxy import ProxyRule
-from dps_hal.codes import REMEDIES
+from dps_agent.host.network import dial
+from dps_agent.host.network.dial import Dialler, tls_context, validity_s
+from dps_agent.host.network.https import DpsConnection
+from dps_agent.host.network.proxy import ProxyRule
+from dps_hal.host.codes import REMEDIES
 from support.chains import (
     CHAINS,
     FOR_PEER,

@@ -13,14 +13,14 @@ from contracts.tpm import KEY, blob_for
 from dps_agent.effects import ImportKey, Sign
 from dps_agent.host import runner
 from dps_agent.host.clock import SystemClock
-from dps_agent.host.device import NoConnection
+from dps_agent.host.parts import NoConnection
 from dps_agent.host.runner import Runner
 from dps_hal.contracts import Tpm
 from dps_hal.errors import RetryLater
-from dps_hal.files import FileStore
+from dps_hal.host.files import FileStore
 from dps_hal.platform import hmac_sha256
-from dps_hal.tpm_errors import RC_NV_SPACE
-from dps_hal.wire import commands, operations
+from dps_hal.tpm import commands, operations
+from dps_hal.tpm.errors import RC_NV_SPACE
 from support.backends import BACK_ENDS, OpenTpm, open_wire
 from support.claims import assert_refused
 from support.swtpm import Swtpm

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from contracts.tpm import KEY, blob_for
-from dps_hal import esys
-from dps_hal.codes import REMEDIES
 from dps_hal.contracts import TpmService
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
+from dps_hal.host import esys
+from dps_hal.host.codes import REMEDIES
+from dps_hal.host.tpm_node import is_managed
 from dps_hal.platform import hmac_sha256
-from dps_hal.tpm_device import is_managed
-from dps_hal.tpm_errors import RefusedError, error_of
-from dps_hal.tpm_rules import locked_out
-from dps_hal.wire import operations
+from dps_hal.tpm import operations
+from dps_hal.tpm.errors import RefusedError, error_of
+from dps_hal.tpm.rules import locked_out
 from support import swtpm
 from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused

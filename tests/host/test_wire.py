@@ -17,8 +17,10 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from contracts.tpm import KEY, blob_for
 from dps_hal.contracts import Tpm
 from dps_hal.errors import AskOperator, DpsError, RetryLater
+from dps_hal.host.device import DeviceTransport, transport_for
 from dps_hal.platform import hmac_sha256, random_bytes
-from dps_hal.tpm_keys import (
+from dps_hal.tpm import commands, operations, sessions
+from dps_hal.tpm.keys import (
     RSA_BYTES,
     SIGN,
     USER_WITH_AUTH,
@@ -27,9 +29,8 @@ from dps_hal.tpm_keys import (
     sized,
     srk_public,
 )
-from dps_hal.tpm_upkeep import EK_CERTIFICATE_INDEX
-from dps_hal.wire import WireTpm, commands, operations, sessions
-from dps_hal.wire.device import DeviceTransport, transport_for
+from dps_hal.tpm.upkeep import EK_CERTIFICATE_INDEX
+from dps_hal.tpm.wire import WireTpm
 from support import swtpm
 from support.claims import assert_refused
 from support.swtpm import Swtpm
@@ -554,7 +555,7 @@ def test_the_command_line_needs_no_extra_for_it(machine: Swtpm, tmp_path: Path) 
 
 def test_the_back_end_imports_no_library() -> None:
     program = (
-        f"import sys; sys.path[:0] = {sys.path!r}; import dps_hal.wire.device;"
+        f"import sys; sys.path[:0] = {sys.path!r}; import dps_hal.host.device;"
         "sys.exit(', '.join({'tpm2_pytss', 'cryptography', 'cffi', 'ctypes', 'ssl'} & set(sys.modules)) or None)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

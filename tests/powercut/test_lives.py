@@ -1,6 +1,6 @@
 """Power cuts anywhere in a life, on both runtimes; `tools/powercut --sweep lives` tears after every byte as well."""
 
-from dps_hal import slots
+from dps_hal.store import slots
 from support.lives import (
     CUT_TWICE,
     FAILING_LIVES,

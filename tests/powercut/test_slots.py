@@ -1,7 +1,7 @@
 """Every power cut at every operation of commits and erases, on simulated flash; faulty writers are caught."""
 
-from dps_hal import slots as slots_module
-from dps_hal.slots import OVERHEAD_BYTES, SlotStore, encode_slot
+from dps_hal.store import slots as slots_module
+from dps_hal.store.slots import OVERHEAD_BYTES, SlotStore, encode_slot
 from support.faulty_writers import FAULTY
 from support.flash import RECORD, FlashSlots, committing, erasing, sweep
 

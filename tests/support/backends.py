@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from dps_hal.contracts import TpmService
-from dps_hal.esys import EsysTpm
-from dps_hal.wire import WireTpm
-from dps_hal.wire.device import transport_for
+from dps_hal.host.device import transport_for
+from dps_hal.host.esys import EsysTpm
+from dps_hal.tpm.wire import WireTpm
 
 OpenTpm = Callable[..., TpmService]
 

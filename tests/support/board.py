@@ -24,7 +24,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 FOR_TESTS = tuple(
     Module(CHECKOUT / root / path, path)
     for root, path in (
-        ("hal", "dps_hal/wire/tcp.py"),
+        ("hal", "dps_hal/tpm/tcp.py"),
         ("tests/support", "board_app.py"),
         ("tests/support", "board_https.py"),
         ("tests/support", "board_hub.py"),

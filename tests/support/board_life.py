@@ -121,7 +121,7 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
     flash = FileFlash(flash_file)
     config = load(config_file)
     if "blocks" in options:
-        from dps_hal.block import block_store
+        from dps_hal.store.block import block_store
 
         store: Any = block_store(flash)
     else:

@@ -13,8 +13,8 @@ import cortex_m3  # type: ignore[import-not-found]  # the image's own module, of
 
 from dps_hal.errors import RetryLater
 from dps_hal.platform import aes128_cfb, declare_random_source, hmac_sha256, random_bytes, sha256
-from dps_hal.tpm_keys import kdfa, oaep_encrypt
-from dps_hal.wire import WireTpm
+from dps_hal.tpm.keys import kdfa, oaep_encrypt
+from dps_hal.tpm.wire import WireTpm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

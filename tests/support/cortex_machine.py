@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from contracts.tpm import CLAIMS
 from dps_deploy.modules import CHECKOUT
 from dps_hal.platform import hmac_sha256
-from dps_hal.self_challenge import make_activation
+from dps_hal.tpm.self_challenge import make_activation
 from support.cortex_firmware import TEST_FOLDERS, BuildError, build_firmware, build_rom
 from support.swtpm import Swtpm
 from support.tpm_tap import TpmTap

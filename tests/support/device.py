@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dps_agent.host import Provisioned, load, provision
 from dps_emulator.service import Settings
 from dps_hal.contracts import IDENTITY
-from dps_hal.files import FileStore
+from dps_hal.host.files import FileStore
 from support.emulator import EmulatorInThread
 from support.swtpm import Swtpm
 from support.tpm_tap import TpmTap

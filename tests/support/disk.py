@@ -12,7 +12,7 @@ import os
 from copy import deepcopy
 from itertools import product
 
-from dps_hal.files import SystemCalls
+from dps_hal.host.files import SystemCalls
 from support.flash import PowerCut
 
 Tree = dict[str, bytes | None]  # absolute path -> content, None for a folder

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import DpsError
-from dps_hal.files import FileSlots, FileStore, StateFolder, SystemCalls
-from dps_hal.slots import SlotStore
+from dps_hal.host.files import FileSlots, FileStore, StateFolder, SystemCalls
+from dps_hal.store.slots import SlotStore
 from support.disk import SimulatedDisk, Tree
 from support.faulty_writers import BelievesItsEyes, InPlace, Naive, SingleSlot, TrustsTheCache
 from support.flash import PowerCut

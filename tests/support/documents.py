@@ -126,7 +126,7 @@ AREAS = {
 
 def tables_of_codes() -> str:
     """The tables of error codes, by area; the words of each line are those that the page has already."""
-    from dps_hal.codes import REMEDIES
+    from dps_hal.host.codes import REMEDIES
 
     before = {row[0]: row[1] for title in AREAS.values() for row in table_under(CODES, title)}
     parts: list[str] = []

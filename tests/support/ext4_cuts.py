@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import DpsError
-from dps_hal.files import FileStore, SystemCalls
-from dps_hal.slots import decode_slot, encode_slot
+from dps_hal.host.files import FileStore, SystemCalls
+from dps_hal.store.slots import decode_slot, encode_slot
 from support.blocklog import (
     BLOCK_BYTES,
     Entry,

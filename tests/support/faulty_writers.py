@@ -1,14 +1,14 @@
 """Slot stores with one fault each: a sweep that lets one of them pass proves nothing. For both runtimes."""
 
-from dps_hal import slots as slots_module
 from dps_hal.contracts import StoredRecord
-from dps_hal.slots import SlotStore, decode_slot, encode_slot
+from dps_hal.store import slots as slots_module
+from dps_hal.store.slots import SlotStore, decode_slot, encode_slot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dps_hal.slots import Slot, SlotDevice
+    from dps_hal.store.slots import Slot, SlotDevice
 
 
 class SingleSlot(SlotStore):

@@ -8,7 +8,7 @@ as Linux does: it can be read, and no later sync makes it durable; nor does one 
 """
 
 from dps_hal.errors import DpsError, RetryLater
-from dps_hal.slots import SlotStore
+from dps_hal.store.slots import SlotStore
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import gc
 import os
 import sys
 
-from dps_hal.wire.tcp import SwtpmTransport
+from dps_hal.tpm.tcp import SwtpmTransport
 from support import board_life
 from support.tis_chip import ChipOnSpi, TisChip
 

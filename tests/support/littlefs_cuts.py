@@ -14,8 +14,8 @@ import vfs  # type: ignore[import-not-found]
 
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import DpsError
-from dps_hal.littlefs import LittleFsStore
-from dps_hal.slots import encode_slot
+from dps_hal.store.littlefs import LittleFsStore
+from dps_hal.store.slots import encode_slot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from dps_agent.sas import hub_resource, percent_encode
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import DpsError, IdentityStale
 from dps_hal.platform import hmac_sha256, sha256, to_base64
-from dps_hal.slots import SlotStore
-from dps_hal.tpm_keys import unwrap
+from dps_hal.store.slots import SlotStore
+from dps_hal.tpm.keys import unwrap
 from support.faulty_writers import FAULTY, FAULTY_IN_THE_CACHE
 from support.flash import FlashSlots, PowerCut, Supply
 from support.world import HUB, FakeDps, World, settings

@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from dps_hal.esys import EsysTpm
+    from dps_hal.host.esys import EsysTpm
 
 
 def main(ports: "list[str]") -> int:
@@ -28,7 +28,7 @@ def main(ports: "list[str]") -> int:
         )
         return 2
     from contracts.tpm import CLAIMS
-    from dps_hal.esys import EsysTpm
+    from dps_hal.host.esys import EsysTpm
     from support.run_shared import report
 
     print(f"tpm2-pytss {version('tpm2-pytss')} on Python {sys.version.split()[0]}")

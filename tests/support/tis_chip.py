@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dps_hal.wire.commands import Transport
+    from dps_hal.tpm.commands import Transport
 
 IDLE = "idle"
 READY = "ready"
@@ -442,15 +442,15 @@ _FIFO_REGISTERS = {0x04: 0x000, 0x18: 0x018, 0x24: 0x024, 0x48: 0xF00, 0x4C: 0xF
 
 def transport_on(bus: str, chip: TisChip) -> "Transport":
     """The product's driver of a chip on "spi" or "i2c", with nothing in its way."""
-    from dps_hal.wire.tis import TisTransport
+    from dps_hal.tpm.tis import TisTransport
 
     if bus == "spi":
-        from dps_hal.wire.spi import SpiBus
+        from dps_hal.tpm.spi import SpiBus
 
         spi = ChipOnSpi(chip)
         spi.waits = (0, 3, 1)
         return TisTransport(SpiBus(spi, spi.chip_select))
-    from dps_hal.wire.i2c import I2cBus
+    from dps_hal.tpm.i2c import I2cBus
 
     i2c = ChipOnI2c(chip)
     i2c.busy_every = 11
@@ -460,7 +460,7 @@ def transport_on(bus: str, chip: TisChip) -> "Transport":
 def main(bus: str, ports: "list[str]") -> int:
     """Runs the contract; the count of violations is that of both chips."""
     sys.path[:0] = ["agent", "hal", "tests"]
-    from dps_hal.wire.tcp import SwtpmTransport
+    from dps_hal.tpm.tcp import SwtpmTransport
     from support import wire_contract
 
     chips: list[TisChip] = []

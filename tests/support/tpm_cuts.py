@@ -29,8 +29,8 @@ from dps_emulator.enrollments import Enrollment
 from dps_emulator.service import DpsService, Request, Settings
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import DpsError
-from dps_hal.files import FileStore, SystemCalls
-from dps_hal.tpm_keys import object_name, unwrap
+from dps_hal.host.files import FileStore, SystemCalls
+from dps_hal.tpm.keys import object_name, unwrap
 from support.backends import BACK_ENDS
 from support.blocklog import Unavailable
 from support.disk_cuts import ForgetsTheFolder, OnFiles, Writer

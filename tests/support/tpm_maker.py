@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from dps_hal.tpm_keys import EK_ATTRIBUTES, EK_AUTH_POLICY, rsa_modulus, sized
+from dps_hal.tpm.keys import EK_ATTRIBUTES, EK_AUTH_POLICY, rsa_modulus, sized
 
 _LIMIT_S = 60
 

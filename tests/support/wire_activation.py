@@ -22,8 +22,8 @@ def main(port: int, blob_file: str) -> None:
     # What the compiler leaves is freed as it comes: else it is counted, and where it lies decides what still fits.
     gc.threshold(4096)  # type: ignore[attr-defined]
     before = heap_bytes()
-    from dps_hal.wire import WireTpm
-    from dps_hal.wire.tcp import SwtpmTransport
+    from dps_hal.tpm.tcp import SwtpmTransport
+    from dps_hal.tpm.wire import WireTpm
 
     print(f"modules: {heap_bytes() - before}")
     tpm = WireTpm(SwtpmTransport("127.0.0.1", port))

@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dps_hal.wire.commands import Transport
+    from dps_hal.tpm.commands import Transport
 
 
 def main(ports: "list[str]", transport_to: "Callable[[int], Transport] | None" = None) -> int:
@@ -22,8 +22,8 @@ def main(ports: "list[str]", transport_to: "Callable[[int], Transport] | None" =
     """
     sys.path[:0] = ["agent", "hal", "tests"]
     from contracts.tpm import CLAIMS
-    from dps_hal.wire import WireTpm
-    from dps_hal.wire.tcp import SwtpmTransport
+    from dps_hal.tpm.tcp import SwtpmTransport
+    from dps_hal.tpm.wire import WireTpm
     from support.run_shared import report
 
     passed = failed = 0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dps_hal.errors import AskOperator
-from dps_hal.littlefs import refuse_unless_littlefs
+from dps_hal.store.littlefs import refuse_unless_littlefs
 
 ANSWER_LIMIT_S = 10
 CHUNK_BYTES = 512  # the board needs several times that

@@ -16,9 +16,9 @@ ROOTS = (CHECKOUT / "micropython", CHECKOUT / "agent", CHECKOUT / "hal")  # fold
 PROGRAM = CHECKOUT / "micropython" / "app.py"
 STARTS = ("boot", "main")  # run as text by the firmware
 FACTORY = "dps_board.factory"  # called over the serial console
-OTHER_PARTS = ("dps_hal.block",)  # what a program may choose in place of what the example chooses
+OTHER_PARTS = ("dps_hal.store.block",)  # what a program may choose in place of what the example chooses
 COMPILER_LIMIT_S = 60
-NOT_ON_A_BOARD = {"dps_hal/aes.py", "dps_hal/wire/tcp.py"}  # CPython's AES; a TPM behind a socket
+NOT_ON_A_BOARD = ("dps_hal/host/", "dps_hal/tpm/tcp.py")  # what needs an operating system; a TPM behind a socket
 
 
 class Module(NamedTuple):
@@ -62,7 +62,7 @@ def _find(name: str, folders: Sequence[Path]) -> Module | None:
     below = name.replace(".", "/")
     for folder in folders:
         for path in (f"{below}.py", f"{below}/__init__.py"):
-            if path not in NOT_ON_A_BOARD and (folder / path).is_file():
+            if not path.startswith(NOT_ON_A_BOARD) and (folder / path).is_file():
                 return Module(folder / path, path)
     return None
 

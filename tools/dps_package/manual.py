@@ -10,7 +10,7 @@ from dps_agent.host.checks import CHECKS
 from dps_agent.host.cli import command_line
 from dps_agent.host.cli.config import as_toml
 from dps_agent.host.config import KEYS, SYSTEM_FILE, SYSTEM_STATE_DIR, environment_name
-from dps_hal.codes import REMEDIES
+from dps_hal.host.codes import REMEDIES
 from dps_package.distributions import CHECKOUT
 
 _SERVICE = """\

@@ -45,7 +45,7 @@ def provision(
     Blocks for at most `timeout_s` seconds, by default for [retry] registration_budget_s and what a step may overrun.
     RetryLater: not now. AskOperator: refused, or something to correct; `error.code` says what.
     """
-    from dps_agent.host.device import provision_once
+    from dps_agent.host.parts import provision_once
 
     return provision_once(_configuration(config), force=force, timeout_s=timeout_s)
 
@@ -58,7 +58,7 @@ def hub_token(config: Configuration | Path | str | None = None, *, life_s: int =
     """
     if not isinstance(life_s, int) or not 0 < life_s <= TOKEN_LIFE_LIMIT_S:
         raise AskOperator("agent.usage", f"life_s: expected 1 to {TOKEN_LIFE_LIMIT_S} whole seconds; came {life_s}")
-    from dps_agent.host.device import hub_token_once
+    from dps_agent.host.parts import hub_token_once
 
     _, token = hub_token_once(_configuration(config), life_s)
     return token.header()

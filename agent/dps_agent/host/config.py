@@ -25,9 +25,9 @@ from dps_agent.settings import (
 )
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
 from dps_hal.errors import AskOperator
-from dps_hal.regular import open_regular, read_regular
-from dps_hal.tcti import parse_tcti
-from dps_hal.tpm_keys import EK_TEMPLATES
+from dps_hal.host.regular import open_regular, read_regular
+from dps_hal.host.tcti import parse_tcti
+from dps_hal.tpm.keys import EK_TEMPLATES
 from dps_text import BYTE_ORDER_MARK, NotText, Secret, secret_of, text_of
 
 SYSTEM_FILE = Path("/etc/dps-agent/config.toml")

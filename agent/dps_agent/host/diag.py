@@ -25,13 +25,13 @@ from urllib.parse import quote, unquote
 
 from dps_agent.host.config import PASSWORD_FILES, environment_name, password_file, proxy_of
 from dps_agent.host.progress import utc_text
-from dps_hal import slots
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError
-from dps_hal.files import FileSlots
+from dps_hal.host.files import FileSlots
+from dps_hal.host.regular import read_regular
 from dps_hal.platform import to_json
-from dps_hal.regular import read_regular
-from dps_hal.tpm_keys import object_name
+from dps_hal.store import slots
+from dps_hal.tpm.keys import object_name
 from dps_text import secret_of
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from dps_hal.errors import AskOperator, RetryLater
+from dps_hal.host.regular import read_regular
 from dps_hal.platform import to_json
-from dps_hal.regular import read_regular
 from dps_text import BYTE_ORDER_MARK, text_of
 from dps_text.enrolments import EnrolmentList, ListError, read_enrolments
 

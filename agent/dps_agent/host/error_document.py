@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from dps_hal.codes import REMEDIES
+from dps_hal.host.codes import REMEDIES
 
 if TYPE_CHECKING:
     from dps_hal.errors import DpsError

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import TextIO
 
 from dps_agent.host.progress import printable
-from dps_hal.codes import REMEDIES
+from dps_hal.host.codes import REMEDIES
 
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
 ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7  # syslog(3)

@@ -15,7 +15,7 @@ from dps_agent.host.runner import TpmCall
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import IdentityStale
 from dps_hal.platform import from_base64, from_json, same_bytes, to_base64
-from dps_hal.tpm_keys import object_name, unwrap
+from dps_hal.tpm.keys import object_name, unwrap
 
 if TYPE_CHECKING:
     from collections.abc import Generator

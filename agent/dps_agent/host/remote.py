@@ -14,7 +14,7 @@ from dps_agent.messages import DeviceRegistrationResult, TpmChallenge, decode, d
 from dps_agent.registration import API_VERSION, activation_of, no_reply_error, read_register, refusal_of
 from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_encode, signed_token
 from dps_agent.settings import AUTO
-from dps_hal.tpm_keys import registration_id_from_ek
+from dps_hal.tpm.keys import registration_id_from_ek
 
 if TYPE_CHECKING:
     from collections.abc import Generator

@@ -65,14 +65,14 @@ if TYPE_CHECKING:
     Result = TypeVar("Result")
 
     class Connection(Protocol):
-        """What the runner needs of `dps_agent.host.https.DpsConnection`."""
+        """What the runner needs of `dps_agent.host.network.https.DpsConnection`."""
 
         def request(self, method: str, path: str, body: bytes, authorization: SasToken | None) -> Reply | NoReply: ...
         def abort(self) -> None: ...
         def close(self) -> None: ...
 
     class Hub(Protocol):
-        """What the runner needs of `dps_agent.host.mqtt.HubConnection`."""
+        """What the runner needs of `dps_agent.host.network.mqtt.HubConnection`."""
 
         def connect(self, effect: Connect) -> ConnAck | NoReply: ...
         def is_verified(self, hub: str) -> bool: ...
@@ -115,7 +115,7 @@ else:
     ConfirmClock = namedtuple("ConfirmClock", ("hub",))
 
 HTTP_DEADLINE_S = 60.0  # one request in all
-# Each is longer than the limits of `dps_hal.tpm_rules`, whose clean errors come first; these end what hangs.
+# Each is longer than the limits of `dps_hal.tpm.rules`, whose clean errors come first; these end what hangs.
 TPM_KEY_DEADLINE_S = 180.0  # a TPM may have to create the EK or SRK first: RSA-2048 takes minutes on slow ones
 TPM_DEADLINE_S = 30.0
 STORE_DEADLINE_S = 30.0

@@ -21,7 +21,13 @@ from dps_agent.assignment import difference, hub_token
 from dps_agent.effects import ReadEndorsementKey, Sleep, UtcNow
 from dps_agent.host import kept_key
 from dps_agent.host.config import backend_shown
-from dps_agent.host.device import (
+from dps_agent.host.error_document import fields_of
+from dps_agent.host.journal import ERROR, INFO, NOTICE, WARNING, Journal
+from dps_agent.host.local.routes import Command, Snapshot
+from dps_agent.host.local.server import LocalServer
+from dps_agent.host.local.statefile import StateFile, assignment_document
+from dps_agent.host.notify import Notifier
+from dps_agent.host.parts import (
     clock_for,
     dps_connection,
     hub_connection,
@@ -29,12 +35,6 @@ from dps_agent.host.device import (
     open_tpm,
     tpm_warnings,
 )
-from dps_agent.host.error_document import fields_of
-from dps_agent.host.journal import ERROR, INFO, NOTICE, WARNING, Journal
-from dps_agent.host.local.routes import Command, Snapshot
-from dps_agent.host.local.server import LocalServer
-from dps_agent.host.local.statefile import StateFile, assignment_document
-from dps_agent.host.notify import Notifier
 from dps_agent.host.progress import StepLines, utc_text
 from dps_agent.host.runner import ConfirmClock, Runner, TpmCall
 from dps_agent.hub_effects import (
@@ -49,11 +49,11 @@ from dps_agent.hub_effects import (
     TelemetryDone,
 )
 from dps_agent.lifecycle import BOOT, CONNECTED, CONNECTING, HALTED, PROVISIONED, PROVISIONING, WAITING, Lifecycle
-from dps_hal.codes import REMEDIES
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
-from dps_hal.files import open_store
-from dps_hal.mounts import doubt
+from dps_hal.host.codes import REMEDIES
+from dps_hal.host.files import open_store
+from dps_hal.host.mounts import doubt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

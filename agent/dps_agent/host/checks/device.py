@@ -11,13 +11,13 @@ from dps_agent.assignment import decode
 from dps_agent.effects import Commit, LoadRecord
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.config import Configuration, ConfigurationError
-from dps_agent.host.device import NoConnection, offline_runner, open_tpm
 from dps_agent.host.local.statefile import read_live
+from dps_agent.host.parts import NoConnection, offline_runner, open_tpm
 from dps_agent.host.runner import Runner
 from dps_agent.settings import AUTO
-from dps_hal.codes import REMEDIES
 from dps_hal.contracts import IDENTITY
-from dps_hal.tpm_keys import registration_id_from_ek
+from dps_hal.host.codes import REMEDIES
+from dps_hal.tpm.keys import registration_id_from_ek
 
 if TYPE_CHECKING:
     from dps_agent.assignment import Assignment

@@ -13,11 +13,11 @@ from dps_agent.host.checks.device import OK, SKIPPED, WARNING, Finding
 from dps_agent.host.clock import SystemClock, is_synchronised
 from dps_agent.host.config import check_files, odd_passwords, readable_proxy_passwords
 from dps_agent.host.progress import utc_text
-from dps_hal.codes import REMEDIES
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import IdentityStale, RetryLater
-from dps_hal.files import FileSlots, StateFolder, SystemCalls, open_store
-from dps_hal.mounts import doubt
+from dps_hal.host.codes import REMEDIES
+from dps_hal.host.files import FileSlots, StateFolder, SystemCalls, open_store
+from dps_hal.host.mounts import doubt
 
 if TYPE_CHECKING:
     from dps_agent.host.checks.device import Device

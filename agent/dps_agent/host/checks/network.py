@@ -21,15 +21,15 @@ from dps_agent.effects import (
     NoReply,
     Reply,
 )
-from dps_agent.host import websocket
 from dps_agent.host.checks.device import OK, SKIPPED, WARNING, Finding, failed
 from dps_agent.host.checks.local import NOTHING_STORED
 from dps_agent.host.clock import is_synchronised
 from dps_agent.host.config import proxy_of
-from dps_agent.host.dial import Dialler, address_text, tls_context
-from dps_agent.host.https import DpsConnection, host_and_port
+from dps_agent.host.network import websocket
+from dps_agent.host.network.dial import Dialler, address_text, tls_context
+from dps_agent.host.network.https import DpsConnection, host_and_port
+from dps_agent.host.network.proxy import ProxyRule
 from dps_agent.host.progress import utc_text
-from dps_agent.host.proxy import ProxyRule
 from dps_agent.lifecycle import PROVISIONING
 from dps_agent.messages import TpmChallenge, device_registration
 from dps_agent.registration import API_VERSION, LOOKUP_REFUSALS, no_reply_error, read_register, refusal_of

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from dps_agent.host.checks.device import OK, SKIPPED, WARNING, Finding, failed
 from dps_agent.host.checks.local import NOTHING_STORED
-from dps_agent.host.device import TRANSIENT_SRK
-from dps_hal import ek_certificate
-from dps_hal.codes import REMEDIES
+from dps_agent.host.parts import TRANSIENT_SRK
 from dps_hal.errors import AskOperator, DpsError, RetryLater
+from dps_hal.host.codes import REMEDIES
+from dps_hal.host.tpm_node import absent
 from dps_hal.platform import hmac_sha256, random_bytes, same_bytes
-from dps_hal.self_challenge import make_activation
-from dps_hal.tpm_device import absent
-from dps_hal.tpm_keys import has_no_da, object_name, registration_id_from_ek
+from dps_hal.tpm import ek_certificate
+from dps_hal.tpm.keys import has_no_da, object_name, registration_id_from_ek
+from dps_hal.tpm.self_challenge import make_activation
 
 if TYPE_CHECKING:
     from dps_agent.host.checks.device import Device

@@ -72,7 +72,7 @@ def _safe(key: str, value: Any) -> Any:
 
 def _check_connection(configuration: Configuration) -> None:
     """AskOperator `config.invalid` unless a connection can be made of endpoint, connect_to, ca_file and proxy."""
-    from dps_agent.host.device import dps_connection
+    from dps_agent.host.parts import dps_connection
 
     dps_connection(configuration)
 

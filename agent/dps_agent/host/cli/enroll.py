@@ -28,11 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Reads the endorsement key and says how to enrol it, or adds it to a file."""
-    from dps_agent.host.device import endorsement
     from dps_agent.host.enrolment import CSV_HEADER, Enrolment, append
-    from dps_hal import ek_certificate
+    from dps_agent.host.parts import endorsement
     from dps_hal.platform import sha256, to_base64, to_json
-    from dps_hal.tpm_keys import registration_id_from_ek
+    from dps_hal.tpm import ek_certificate
+    from dps_hal.tpm.keys import registration_id_from_ek
 
     form: str = arguments.format or ""
     if arguments.append is not None:

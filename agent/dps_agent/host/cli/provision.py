@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
             "warnings": [],
         }
         return _outcome(configuration, {**answer, **own})
-    from dps_agent.host.device import provision_once
+    from dps_agent.host.parts import provision_once
 
     provisioned = provision_once(
         configuration,

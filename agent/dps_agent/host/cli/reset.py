@@ -13,7 +13,7 @@ from dps_hal.errors import AskOperator, DpsError, IdentityStale
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from dps_agent.host.config import Configuration
-    from dps_hal.files import LockedStore
+    from dps_hal.host.files import LockedStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Erases both records; needs no network, and the TPM only where the hub key is kept in it as well."""
-    from dps_hal.files import open_store
+    from dps_hal.host.files import open_store
 
     configuration = configuration_of(arguments, need_id_scope=False)
     store = open_store(configuration.state_dir)
@@ -57,7 +57,7 @@ def _withdraw_key(configuration: Configuration, store: LockedStore) -> list[str]
     if stored is None or not (handle or kept_key.noted(stored.payload)[0]):
         return []
 
-    from dps_agent.host.device import kept_to_ourselves, offline_runner, open_tpm
+    from dps_agent.host.parts import kept_to_ourselves, offline_runner, open_tpm
 
     try:
         with kept_to_ourselves(store):

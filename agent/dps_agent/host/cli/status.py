@@ -12,9 +12,9 @@ from dps_agent.host.cli.running import UNSEEN, ask_service, unseen_settings
 from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, table
 from dps_agent.host.config import Configuration, backend_shown
 from dps_agent.host.error_document import error_fields
-from dps_hal.codes import REMEDIES
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, IdentityStale
+from dps_hal.host.codes import REMEDIES
 
 _OF_THE_DEVICE = ("tpm", "store", "record")  # areas of errors that put the stored identity itself in question
 _CODES = {  # anything else is "not yet": retry
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     if not arguments.remote:
         return outcome
     allowed = ask_service(configuration, "/command/status")
-    from dps_agent.host.device import remote_status
+    from dps_agent.host.parts import remote_status
 
     found = remote_status(configuration, service_allows=allowed is not None)
     said = found["remote"]
@@ -109,7 +109,7 @@ def _of_records(configuration: Configuration) -> Outcome:
     from dps_agent.host.local.statefile import assignment_document
     from dps_agent.lifecycle import HALTED, PROVISIONED, WAITING
     from dps_agent.patience import Progress, decode_progress
-    from dps_hal.files import open_store
+    from dps_hal.host.files import open_store
 
     store = open_store(configuration.state_dir)
     stored = store.load(IDENTITY)

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     answer = ask_service(configuration, f"/command/token?life={arguments.life}")
     if answer is not None:
         return Outcome([answer["token"]], answer)
-    from dps_agent.host.device import hub_token_once
+    from dps_agent.host.parts import hub_token_once
 
     assignment, token = hub_token_once(configuration, arguments.life)
     text = token.header()

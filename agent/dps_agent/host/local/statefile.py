@@ -13,8 +13,8 @@ from dps_agent.assignment import Assignment
 from dps_agent.host.config import SYSTEM_RUNTIME_DIR, Configuration
 from dps_agent.host.progress import utc_text
 from dps_hal.errors import AskOperator
+from dps_hal.host.regular import NotRegular, read_regular
 from dps_hal.platform import from_json, to_json
-from dps_hal.regular import NotRegular, read_regular
 
 SCHEMA = "dps-agent-state/1"
 FILE_NAME = "state.json"

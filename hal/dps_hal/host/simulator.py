@@ -14,12 +14,12 @@ import struct
 import tempfile
 from typing import TYPE_CHECKING
 
-from dps_hal.activation import Activation, parse_activation
 from dps_hal.contracts import TpmCondition
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale
+from dps_hal.host.regular import read_regular
 from dps_hal.platform import aes128_cfb, hmac_sha256, random_bytes, same_bytes, sha256
-from dps_hal.regular import read_regular
-from dps_hal.tpm_keys import (
+from dps_hal.tpm.activation import Activation, parse_activation
+from dps_hal.tpm.keys import (
     ALG_KEYEDHASH,
     EK_TEMPLATES,
     MAX_HMAC_KEY_BYTES,
@@ -34,7 +34,7 @@ from dps_hal.tpm_keys import (
     unwrap,
     wrap,
 )
-from dps_hal.tpm_upkeep import check_replaceable
+from dps_hal.tpm.upkeep import check_replaceable
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey

@@ -5,9 +5,9 @@ Source: TPM 2.0 Library Part 1, 23.2 (duplication) and 24 (credential protection
 
 import struct
 
-from dps_hal.activation import Activation, join_activation
 from dps_hal.platform import aes128_cfb, hmac_sha256, random_bytes, sha256
-from dps_hal.tpm_keys import (
+from dps_hal.tpm.activation import Activation, join_activation
+from dps_hal.tpm.keys import (
     ALG_HMAC,
     ALG_KEYEDHASH,
     ALG_SHA256,

@@ -4,7 +4,7 @@ The bus is set up by the caller: 100 or 400 kHz, and a time limit that lets the 
 """
 
 from dps_hal.platform import ms_since, pause_us, ticks_ms
-from dps_hal.wire.tis import ACCESS, DID_VID, RID
+from dps_hal.tpm.tis import ACCESS, DID_VID, RID
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

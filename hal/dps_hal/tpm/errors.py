@@ -5,7 +5,7 @@ Structures, 3.1); the back end without a TSS uses two of those for what it finds
 """
 
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
-from dps_hal.tpm_keys import MAX_HMAC_KEY_BYTES, SHA256_BYTES
+from dps_hal.tpm.keys import MAX_HMAC_KEY_BYTES, SHA256_BYTES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator
-from dps_hal.files import LockedStore, SystemCalls, storage_failure, take_lock
-from dps_hal.ioctl import read_request, write_request
+from dps_hal.host.files import LockedStore, SystemCalls, storage_failure, take_lock
+from dps_hal.host.ioctl import read_request, write_request
 
 NOR = 3  # MTD_NORFLASH
 NAND = (4, 8)  # MTD_NANDFLASH, MTD_MLCNANDFLASH

@@ -6,9 +6,18 @@ Handles and their ranges: TPM 2.0 Library Part 2, 7.2 and 7.4.
 import struct
 
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
-from dps_hal.tpm_errors import RC_ALTERED, RC_SEQUENCE, Doubts, RefusedError, error_of
-from dps_hal.tpm_keys import SHA256_BYTES, sized
-from dps_hal.tpm_rules import (
+from dps_hal.tpm.commands import (
+    CAP_HANDLES,
+    CAP_TPM_PROPERTIES,
+    FLUSH_CONTEXT,
+    GET_CAPABILITY,
+    READ_PUBLIC,
+    SHUTDOWN,
+    START_AUTH_SESSION,
+)
+from dps_hal.tpm.errors import RC_ALTERED, RC_SEQUENCE, Doubts, RefusedError, error_of
+from dps_hal.tpm.keys import SHA256_BYTES, sized
+from dps_hal.tpm.rules import (
     COMMAND_LIMIT_S,
     LEFTOVERS,
     LOADED_SESSIONS,
@@ -19,23 +28,14 @@ from dps_hal.tpm_rules import (
     kind_of,
     locked_out,
 )
-from dps_hal.wire.commands import (
-    CAP_HANDLES,
-    CAP_TPM_PROPERTIES,
-    FLUSH_CONTEXT,
-    GET_CAPABILITY,
-    READ_PUBLIC,
-    SHUTDOWN,
-    START_AUTH_SESSION,
-)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeVar
 
-    from dps_hal.tpm_rules import Passwords
-    from dps_hal.wire.commands import Connection
+    from dps_hal.tpm.commands import Connection
+    from dps_hal.tpm.rules import Passwords
 
     Answer = TypeVar("Answer")
 

@@ -7,7 +7,7 @@ import struct
 
 from dps_hal.errors import RetryLater
 from dps_hal.platform import ms_since, pause_ms, ticks_ms
-from dps_hal.tpm_errors import (
+from dps_hal.tpm.errors import (
     RC_ALTERED,
     RC_CONNECTION_LOST,
     RC_INITIALIZE,
@@ -16,15 +16,15 @@ from dps_hal.tpm_errors import (
     TPM_LAYERS,
     RefusedError,
 )
-from dps_hal.tpm_keys import take_sized
-from dps_hal.tpm_rules import LEAST_LIMIT_S
+from dps_hal.tpm.keys import take_sized
+from dps_hal.tpm.rules import LEAST_LIMIT_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final, Protocol
 
     from dps_hal.contracts import WhileWaiting
-    from dps_hal.wire.sessions import SaltedSession
+    from dps_hal.tpm.sessions import SaltedSession
 
     class Transport(Protocol):
         """What carries bytes to a TPM and back: a socket, a device node, a bus."""

@@ -19,7 +19,7 @@ from dps_agent.effects import (
     NO_REPLY_PROXY_SCHEME,
     Failed,
 )
-from dps_agent.host.dial import address_text, read_head, seconds_until
+from dps_agent.host.network.dial import address_text, read_head, seconds_until
 from dps_hal.errors import AskOperator
 
 TYPE_CHECKING = False

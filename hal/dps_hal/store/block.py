@@ -6,7 +6,7 @@ esp32.Partition, rp2.Flash, pyb.Flash. Source: MicroPython documentation, class 
 
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, RetryLater
-from dps_hal.slots import SlotStore
+from dps_hal.store.slots import SlotStore
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

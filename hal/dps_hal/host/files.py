@@ -1,7 +1,7 @@
 """The record store on a Linux file system: two files of one slot each per record, in a folder of the agent's own.
 
 `open_store` also takes the path of a flash partition. Every system call goes through one `SystemCalls` object, so that
-tests can count, fail and cut each of them. Why two files, written in place: `SPEC.md` beside this folder.
+tests can count, fail and cut each of them. Why two files, written in place: `hal/SPEC.md`.
 """
 
 import errno
@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, RetryLater
-from dps_hal.regular import NotRegular, refuse_special
-from dps_hal.slots import SlotStore
+from dps_hal.host.regular import NotRegular, refuse_special
+from dps_hal.store.slots import SlotStore
 
 LOCK_NAME = "lock"
 _FILE_MODE = 0o600
@@ -450,7 +450,7 @@ class FileStore(LockedStore):
 def open_store(state_dir: str) -> LockedStore:
     """The store that the setting `state_dir` names: a folder, or a flash partition such as /dev/mtd3."""
     if state_dir.startswith("/dev/mtd"):
-        from dps_hal.mtd import MtdStore
+        from dps_hal.host.mtd import MtdStore
 
         return MtdStore(state_dir)
     return FileStore(state_dir)

@@ -10,8 +10,8 @@ import time
 import urllib.parse
 
 from dps_agent.effects import NO_REPLY_CLOSED, Failed, NoReply, Reply
-from dps_agent.host.dial import Dialler, seconds_until, validity_s
-from dps_agent.host.proxy import NONE, ProxyRule
+from dps_agent.host.network.dial import Dialler, seconds_until, validity_s
+from dps_agent.host.network.proxy import NONE, ProxyRule
 from dps_agent.http1 import Reader
 from dps_hal.errors import AskOperator
 

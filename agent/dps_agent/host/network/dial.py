@@ -27,14 +27,14 @@ from dps_agent.effects import (
 )
 from dps_agent.http1 import Reader
 from dps_hal.errors import AskOperator
-from dps_hal.regular import read_regular
+from dps_hal.host.regular import read_regular
 from dps_text import NotText, without_mark
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, TypeAlias
 
-    from dps_agent.host.proxy import ProxyRule
+    from dps_agent.host.network.proxy import ProxyRule
 
     _Lookup: TypeAlias = "list[tuple[Any, ...]] | OSError | None"  # getaddrinfo's answer, its error, None: abort()
 

@@ -4,9 +4,9 @@ import struct
 
 from dps_hal.contracts import TpmCondition
 from dps_hal.errors import AskOperator
-from dps_hal.tpm_errors import RC_ALTERED, RefusedError
-from dps_hal.tpm_keys import EK_TEMPLATES, ek_template, makers_template, object_name
-from dps_hal.tpm_rules import (
+from dps_hal.tpm.errors import RC_ALTERED, RefusedError
+from dps_hal.tpm.keys import EK_TEMPLATES, ek_template, makers_template, object_name
+from dps_hal.tpm.rules import (
     ENDORSEMENT_AUTH_SET,
     OWNER_AUTH_SET,
     PT_LOCKOUT_COUNTER,

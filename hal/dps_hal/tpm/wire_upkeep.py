@@ -2,10 +2,11 @@
 
 import struct
 
-from dps_hal.tpm_errors import RC_ALTERED, RC_NV_UNINITIALIZED, RefusedError
-from dps_hal.tpm_keys import ALG_SHA256, object_name, unwrap
-from dps_hal.tpm_rules import PT_LOCKOUT_INTERVAL, PT_PERMANENT
-from dps_hal.tpm_upkeep import (
+from dps_hal.tpm.commands import NV_READ, NV_READ_PUBLIC, OWNER, take_field
+from dps_hal.tpm.errors import RC_ALTERED, RC_NV_UNINITIALIZED, RefusedError
+from dps_hal.tpm.keys import ALG_SHA256, object_name, unwrap
+from dps_hal.tpm.rules import PT_LOCKOUT_INTERVAL, PT_PERMANENT
+from dps_hal.tpm.upkeep import (
     PT_FIRMWARE_VERSION_1,
     PT_MANUFACTURER,
     PT_NV_BUFFER_MAX,
@@ -16,15 +17,14 @@ from dps_hal.tpm_upkeep import (
     nv_locked,
     ways_to_read,
 )
-from dps_hal.wire.commands import NV_READ, NV_READ_PUBLIC, OWNER, take_field
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dps_hal.contracts import TpmCondition
-    from dps_hal.wire import Key, WireTpm
-    from dps_hal.wire.sessions import SaltedSession
+    from dps_hal.tpm.sessions import SaltedSession
+    from dps_hal.tpm.wire import Key, WireTpm
 
 
 def nv_content(tpm: "WireTpm", index: int, session_of: "Callable[[], SaltedSession | None]") -> "bytes | None":

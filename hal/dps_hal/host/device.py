@@ -8,14 +8,14 @@ import select
 from typing import TYPE_CHECKING
 
 from dps_hal.errors import RetryLater
+from dps_hal.host.tcti import parse_tcti
+from dps_hal.host.tpm_node import is_managed, open_device
 from dps_hal.platform import ms_since, ticks_ms
-from dps_hal.tcti import parse_tcti
-from dps_hal.tpm_device import is_managed, open_device
-from dps_hal.wire.tcp import SwtpmTransport
+from dps_hal.tpm.tcp import SwtpmTransport
 
 if TYPE_CHECKING:
     from dps_hal.contracts import WhileWaiting
-    from dps_hal.wire.commands import Transport
+    from dps_hal.tpm.commands import Transport
 
 _MAX_RESPONSE_BYTES = 4096  # TPM_BUFSIZE of the kernel's driver
 
@@ -77,7 +77,7 @@ def transport_for(tcti: str) -> Transport:
     """The transport to the TPM that a string names, as `parse_tcti` says; nothing is opened yet."""
     kind, place, number = parse_tcti(tcti)
     if kind == "spi":
-        from dps_hal.wire.spidev import SpidevTransport
+        from dps_hal.host.spidev import SpidevTransport
 
         return SpidevTransport(place, number)
     return SwtpmTransport(place, number) if kind == "swtpm" else DeviceTransport(place)

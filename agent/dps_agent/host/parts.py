@@ -19,18 +19,18 @@ from dps_agent.lifecycle import PROVISIONED, Lifecycle
 from dps_agent.patience import decode_progress
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
-from dps_hal.files import open_store
+from dps_hal.host.files import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
     from dps_agent.assignment import Assignment
-    from dps_agent.host.https import DpsConnection
-    from dps_agent.host.mqtt import HubConnection
+    from dps_agent.host.network.https import DpsConnection
+    from dps_agent.host.network.mqtt import HubConnection
     from dps_agent.sas import SasToken
     from dps_hal.contracts import Store, StoredRecord, TpmService
-    from dps_hal.ek_certificate import Certified
-    from dps_hal.files import LockedStore
+    from dps_hal.host.files import LockedStore
+    from dps_hal.tpm.ek_certificate import Certified
 
 TRANSIENT_SRK = (
     "the TPM has no room to keep the storage root key: it makes the same one anew at each start, which takes seconds"
@@ -56,7 +56,7 @@ def open_tpm(configuration: Configuration) -> TpmService:
     check_keys_in_hardware(configuration)
     tpm = configuration.tpm
     if tpm.backend == "simulator":
-        from dps_hal.simulator import SimulatedTpm
+        from dps_hal.host.simulator import SimulatedTpm
 
         return SimulatedTpm(tpm.tcti, ek_template=tpm.ek_template)
     settings: dict[str, Any] = {
@@ -69,18 +69,18 @@ def open_tpm(configuration: Configuration) -> TpmService:
         "exclusive": tpm.exclusive or (tpm.backend == "wire" and tpm.tcti.startswith("spi:")),
     }
     if tpm.backend == "wire":
-        from dps_hal.wire import WireTpm
-        from dps_hal.wire.device import transport_for
+        from dps_hal.host.device import transport_for
+        from dps_hal.tpm.wire import WireTpm
 
         return WireTpm(transport_for(tpm.tcti), **settings)
-    from dps_hal.esys import EsysTpm
+    from dps_hal.host.esys import EsysTpm
 
     return EsysTpm(tpm.tcti, **settings)
 
 
 def dps_connection(configuration: Configuration) -> DpsConnection:
     """The connection to the endpoint, not yet opened."""
-    from dps_agent.host.https import DpsConnection
+    from dps_agent.host.network.https import DpsConnection
 
     return DpsConnection(
         configuration.endpoint,
@@ -103,7 +103,7 @@ def clock_for(store: Store) -> SystemClock:
 
 def hub_connection(configuration: Configuration) -> HubConnection:
     """The connection to whichever hub is assigned, not yet opened."""
-    from dps_agent.host.mqtt import HubConnection
+    from dps_agent.host.network.mqtt import HubConnection
 
     hub = configuration.hub
     return HubConnection(
@@ -194,7 +194,7 @@ def kept_to_ourselves(store: LockedStore) -> Iterator[None]:
 
 def endorsement(configuration: Configuration) -> tuple[bytes, Certified]:
     """The TPM's endorsement key, marshalled, and what the TPM says of its certificate."""
-    from dps_hal.ek_certificate import certified
+    from dps_hal.tpm.ek_certificate import certified
 
     tpm = open_tpm(configuration)
     runner = offline_runner(configuration, tpm)

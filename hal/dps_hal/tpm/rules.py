@@ -1,13 +1,13 @@
 """What every back end of a real TPM does alike in a registration: limits, what is our SRK, the lockout."""
 
 from dps_hal.errors import AskOperator, RetryLater
-from dps_hal.tpm_keys import check_srk_public
+from dps_hal.tpm.keys import check_srk_public
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-    from dps_hal.tpm_errors import RefusedError
+    from dps_hal.tpm.errors import RefusedError
 
 MAX_BUFFER_BYTES: "Final" = 1024  # TPM2B_MAX_BUFFER of the PC Client Platform TPM Profile; longer is a sequence
 MAX_AUTH_BYTES: "Final" = 64  # TPM2B_AUTH

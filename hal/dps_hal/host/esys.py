@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dps_hal.activation import Activation, parse_activation
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
-from dps_hal.tpm_device import is_managed, open_device
-from dps_hal.tpm_errors import (
+from dps_hal.host.tpm_node import is_managed, open_device
+from dps_hal.tpm.activation import Activation, parse_activation
+from dps_hal.tpm.errors import (
     LAYER_ESYS,
     LAYER_MARSHALLING,
     LAYER_SYS,
@@ -35,7 +35,7 @@ from dps_hal.tpm_errors import (
     error_of,
     own_password,
 )
-from dps_hal.tpm_keys import (
+from dps_hal.tpm.keys import (
     ALG_SHA256,
     RSA_BYTES,
     check_ek_public,
@@ -49,8 +49,8 @@ from dps_hal.tpm_keys import (
     unwrap,
     wrap,
 )
-from dps_hal.tpm_keys import ek_template as template_of_ek
-from dps_hal.tpm_rules import (
+from dps_hal.tpm.keys import ek_template as template_of_ek
+from dps_hal.tpm.rules import (
     COMMAND_LIMIT_S,
     KEY_CREATION_LIMIT_S,
     LEFTOVERS,
@@ -69,7 +69,7 @@ from dps_hal.tpm_rules import (
     refuse_at_the_brink,
     refuse_untried,
 )
-from dps_hal.tpm_upkeep import (
+from dps_hal.tpm.upkeep import (
     EK_CERTIFICATE_INDEX,
     LAST_EK_INDEX,
     PT_FIRMWARE_VERSION_1,

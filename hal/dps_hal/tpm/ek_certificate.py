@@ -8,7 +8,7 @@ import binascii
 
 from dps_hal.errors import AskOperator
 from dps_hal.platform import sha256
-from dps_hal.tpm_keys import rsa_modulus
+from dps_hal.tpm.keys import rsa_modulus
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

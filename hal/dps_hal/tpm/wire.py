@@ -5,37 +5,10 @@ Commands and their parameters: TPM 2.0 Library Part 3. The transport decides whe
 
 import struct
 
-from dps_hal.activation import parse_activation
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
 from dps_hal.errors import AskOperator
-from dps_hal.tpm_errors import RC_ALTERED, RC_NV_SPACE, RefusedError, check_duplicate_fits, own_password
-from dps_hal.tpm_keys import (
-    ALG_AES,
-    ALG_CFB,
-    ALG_SHA256,
-    SHA256_BYTES,
-    check_ek_public,
-    check_srk_public,
-    has_no_da,
-    object_name,
-    sized,
-    srk_template,
-    unwrap,
-    wrap,
-)
-from dps_hal.tpm_keys import ek_template as template_of_ek
-from dps_hal.tpm_rules import (
-    KEY_CREATION_LIMIT_S,
-    MAX_BUFFER_BYTES,
-    PERSISTENT,
-    PT_LOCKOUT_COUNTER,
-    PT_LOCKOUT_INTERVAL,
-    Passwords,
-    is_srk,
-    refuse_at_the_brink,
-    refuse_untried,
-)
-from dps_hal.wire.commands import (
+from dps_hal.tpm.activation import parse_activation
+from dps_hal.tpm.commands import (
     ACTIVATE_CREDENTIAL,
     CREATE_PRIMARY,
     ENDORSEMENT,
@@ -54,17 +27,44 @@ from dps_hal.wire.commands import (
     Connection,
     take_field,
 )
-from dps_hal.wire.operations import Operations
-from dps_hal.wire.sessions import SaltedSession, start_policy_parameters, start_salted_parameters
+from dps_hal.tpm.errors import RC_ALTERED, RC_NV_SPACE, RefusedError, check_duplicate_fits, own_password
+from dps_hal.tpm.keys import (
+    ALG_AES,
+    ALG_CFB,
+    ALG_SHA256,
+    SHA256_BYTES,
+    check_ek_public,
+    check_srk_public,
+    has_no_da,
+    object_name,
+    sized,
+    srk_template,
+    unwrap,
+    wrap,
+)
+from dps_hal.tpm.keys import ek_template as template_of_ek
+from dps_hal.tpm.operations import Operations
+from dps_hal.tpm.rules import (
+    KEY_CREATION_LIMIT_S,
+    MAX_BUFFER_BYTES,
+    PERSISTENT,
+    PT_LOCKOUT_COUNTER,
+    PT_LOCKOUT_INTERVAL,
+    Passwords,
+    is_srk,
+    refuse_at_the_brink,
+    refuse_untried,
+)
+from dps_hal.tpm.sessions import SaltedSession, start_policy_parameters, start_salted_parameters
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import NamedTuple, TypeVar
 
-    from dps_hal.activation import Activation
     from dps_hal.contracts import TpmCondition, WhileWaiting
-    from dps_hal.wire.commands import Transport
+    from dps_hal.tpm.activation import Activation
+    from dps_hal.tpm.commands import Transport
 
     Answer = TypeVar("Answer")
 
@@ -155,32 +155,32 @@ class WireTpm(Operations):
 
     def endorsement_certificate(self) -> "bytes | None":
         """As `TpmService.endorsement_certificate`; what follows the DER in the index is cut off."""
-        from dps_hal.tpm_upkeep import EK_CERTIFICATE_INDEX, without_padding
+        from dps_hal.tpm.upkeep import EK_CERTIFICATE_INDEX, without_padding
 
         content = self._operate(lambda: self._nv_content(EK_CERTIFICATE_INDEX))
         return None if content is None else without_padding(content)
 
     def makers_template(self) -> bytes:
         """As `TpmService.makers_template`."""
-        from dps_hal.tpm_upkeep import template_in
+        from dps_hal.tpm.upkeep import template_in
 
         return self._operate(lambda: template_in(self._nv_content))
 
     def ek_indices(self) -> "tuple[int, ...]":
         """As `TpmService.ek_indices`."""
-        from dps_hal.tpm_upkeep import EK_CERTIFICATE_INDEX, LAST_EK_INDEX
+        from dps_hal.tpm.upkeep import EK_CERTIFICATE_INDEX, LAST_EK_INDEX
 
         found = self._operate(lambda: self._handles(EK_CERTIFICATE_INDEX))
         return tuple([index for index in found if index <= LAST_EK_INDEX])
 
     def _nv_content(self, index: int) -> "bytes | None":
-        from dps_hal.wire.upkeep import nv_content
+        from dps_hal.tpm.wire_upkeep import nv_content
 
         return nv_content(self, index, self._salted_session)
 
     def template_of_endorsement_key(self) -> str:
         """As `TpmService.template_of_endorsement_key`."""
-        from dps_hal.tpm_upkeep import template_in, template_of
+        from dps_hal.tpm.upkeep import template_in, template_of
 
         def made_from(template: bytes) -> bytes:
             made = self._create_primary(ENDORSEMENT, template, self._salted_session())
@@ -198,25 +198,25 @@ class WireTpm(Operations):
 
     def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
         """As `TpmService.persist`."""
-        from dps_hal.wire.upkeep import persist
+        from dps_hal.tpm.wire_upkeep import persist
 
         persist(self, wrapped_key, handle, former)
 
     def name_at(self, handle: int) -> bytes:
         """As `TpmService.name_at`."""
-        from dps_hal.wire.upkeep import name_at
+        from dps_hal.tpm.wire_upkeep import name_at
 
         return name_at(self, handle)
 
     def withdraw(self, handle: int, names: "tuple[bytes, ...]") -> None:
         """As `TpmService.withdraw`."""
-        from dps_hal.wire.upkeep import withdraw
+        from dps_hal.tpm.wire_upkeep import withdraw
 
         withdraw(self, handle, names)
 
     def condition(self) -> "TpmCondition":
         """As `TpmService.condition`."""
-        from dps_hal.wire.upkeep import condition
+        from dps_hal.tpm.wire_upkeep import condition
 
         return self._operate(lambda: condition(self._properties))
 
@@ -264,8 +264,8 @@ class WireTpm(Operations):
         A password is only ever given to a session salted to a key of the NULL hierarchy; where both are empty there
         is nothing to hide.
         """
-        from dps_hal.tpm_upkeep import template_in, template_to_use
-        from dps_hal.wire.upkeep import nv_content
+        from dps_hal.tpm.upkeep import template_in, template_to_use
+        from dps_hal.tpm.wire_upkeep import nv_content
 
         session: SaltedSession | None = None
         held = len(self._held)

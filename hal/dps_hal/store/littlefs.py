@@ -1,19 +1,19 @@
 """The record store on littlefs: one file per record, written beside it and renamed over it.
 
 There a closed file is durable and a rename is atomic, so one copy is enough. On other file systems it is not, such as
-the FAT that some ports make of their flash: they are refused. `dps_hal.files` is the store for Linux.
+the FAT that some ports make of their flash: they are refused. `dps_hal.host.files` is the store for Linux.
 """
 
 from dps_hal.contracts import IDENTITY, PROGRESS, StoredRecord
 from dps_hal.errors import AskOperator, Broken, RetryLater
-from dps_hal.slots import OVERHEAD_BYTES, VALID, decode_slot, encode_slot, refuse_foreign
+from dps_hal.store.slots import OVERHEAD_BYTES, VALID, decode_slot, encode_slot, refuse_foreign
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from dps_hal.errors import DpsError
-    from dps_hal.slots import Slot
+    from dps_hal.store.slots import Slot
 
 _ENOENT = 2
 _EEXIST = 17

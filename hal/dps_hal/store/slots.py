@@ -1,8 +1,8 @@
 """Records in pairs of slots that no power cut can lose, over any device that has slots.
 
 Each record has two slots. A write goes to the slot that does not hold the current copy, so at every instant one whole
-copy is untouched. `SPEC.md` beside this folder has the bytes; the files of `dps_hal.files`, raw flash and block devices
-are devices.
+copy is untouched. `hal/SPEC.md` has the bytes; the files of `dps_hal.host.files`, raw flash and block devices are
+devices.
 """
 
 import binascii

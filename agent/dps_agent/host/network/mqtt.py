@@ -27,10 +27,10 @@ from dps_agent.effects import (
     Failed,
     NoReply,
 )
-from dps_agent.host import websocket
-from dps_agent.host.dial import Dialler, say_goodbye
-from dps_agent.host.https import host_and_port
-from dps_agent.host.proxy import NONE, ProxyRule
+from dps_agent.host.network import websocket
+from dps_agent.host.network.dial import Dialler, say_goodbye
+from dps_agent.host.network.https import host_and_port
+from dps_agent.host.network.proxy import NONE, ProxyRule
 from dps_agent.hub_effects import Acknowledged, Arrived, ConnAck, Gone, Granted
 from dps_agent.session import TOPIC_LIMIT
 

@@ -6,7 +6,7 @@ device SDKs for C, C#, Java and Node, and two answers published with them.
 """
 
 from dps_hal.errors import RetryLater
-from dps_hal.tpm_keys import RSA_BYTES, SHA256_BYTES, check_id_key_public, sized, take_sized
+from dps_hal.tpm.keys import RSA_BYTES, SHA256_BYTES, check_id_key_public, sized, take_sized
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from array import array
 from typing import TYPE_CHECKING
 
 from dps_hal.errors import AskOperator, RetryLater
-from dps_hal.ioctl import write_request
-from dps_hal.tpm_device import open_device
-from dps_hal.wire.spi import SpiBus
-from dps_hal.wire.tis import TisTransport
+from dps_hal.host.ioctl import write_request
+from dps_hal.host.tpm_node import open_device
+from dps_hal.tpm.spi import SpiBus
+from dps_hal.tpm.tis import TisTransport
 
 if TYPE_CHECKING:
     from dps_hal.contracts import WhileWaiting

@@ -1,0 +1,1 @@
+"""The ways out of a Linux device: sockets, TLS, proxies, HTTPS, WebSocket and MQTT."""

@@ -1,0 +1,1 @@
+"""Records in flash that a power cut cannot lose."""

@@ -1,0 +1,1 @@
+"""What a TPM is asked, over whatever reaches it."""
