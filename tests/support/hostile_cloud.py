@@ -43,8 +43,10 @@ class Switchboard:
         self.address = f"{LOOPBACK}:{self._listener.getsockname()[1]}"
 
     def turn_to(self, target: str) -> None:
-        """Ends what it carries; connections from now on go to `target`."""
+        """Connections from now on go to `target`; where that is another than before, what it carries ends."""
         with self._lock:
+            if target == self._target:
+                return
             self._target = target
             for connection in self._carried:
                 _shut(connection)
@@ -80,7 +82,7 @@ class Switchboard:
     ) -> None:
         _shut(self._listener)
         self._listener.close()
-        self.turn_to(self._target)
+        self.turn_to("nowhere:0")
 
 
 def _shut(connection: socket.socket) -> None:
@@ -160,7 +162,7 @@ class RecordingHub:
                 while time.monotonic() < end_s:
                     number += 1
                     hub.send(flood(number))
-            hub.peer.cut()
+            hub.peer.interrupt()
 
         pouring = threading.Thread(target=pour, daemon=True)
         pouring.start()

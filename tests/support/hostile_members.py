@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import socket
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -143,17 +144,20 @@ def _post(target: str, body: bytes) -> bytes:
     return f"POST {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def start_member(path: str, user: int, seconds: float, seed: int) -> int:
-    """Forks a process that becomes `user` and does harm for so long; its process id. Needs root."""
-    process = os.fork()
-    if process == 0:
-        status = 1
-        try:
-            os.setgroups([])
-            os.setgid(user)
-            os.setuid(user)
-            Member(path, seed).run(seconds)
-            status = 0
-        finally:
-            os._exit(status)
-    return process
+def main() -> None:
+    """PATH USER SECONDS SEED: becomes that user and does harm for so long; needs root."""
+    path, user, seconds, seed = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
+    member = Member(path, seed)
+    become(user)
+    member.run(seconds)
+
+
+def become(user: int) -> None:
+    """Leaves root for a user that needs no account."""
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+
+
+if __name__ == "__main__":
+    main()
