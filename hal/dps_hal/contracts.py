@@ -55,8 +55,8 @@ if TYPE_CHECKING:
             RetryLater `dps.blob_malformed`: the blob is not of the documented layout. AskOperator `dps.key_unsuitable`:
             the key in it is not an HMAC-SHA256 signing key that can be imported, or has a password of its own; one
             without noDA is used once to find that out, which a TPM counts as a failed guess: RetryLater
-            `tpm.locked_out` where it has counted any before. IdentityStale `tpm.blob_refused`: made
-            for another EK or SRK, or altered. AskOperator `tpm.key_refused`: the TPM does not take the key.
+            `tpm.locked_out` where it has counted any before, AskOperator `tpm.lockout_maximum` where one is a lockout.
+            IdentityStale `tpm.blob_refused`: made for another EK or SRK, or altered. AskOperator `tpm.key_refused`: the TPM does not take the key.
             """
             ...
 

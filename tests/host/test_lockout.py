@@ -212,6 +212,25 @@ def test_keys_with_a_password_cost_one_counted_guess_however_often_they_come(bac
         assert machine.leftovers() == []
 
 
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_where_the_first_failure_is_a_lockout_no_key_is_tried_out(back_end: str, tmp_path: Path) -> None:
+    with Swtpm(tmp_path / "tpm") as machine, TpmTap(machine.port) as tap:
+        tpm = BACK_ENDS[back_end](tap.tcti)
+        unsuitable = badly_built_blob(tpm, attributes=COUNTED, auth_value=b"password")
+        tpm.release()
+        machine.set_lockout(1, LONG_S)
+        assert_refused(lambda: tpm.import_key(unsuitable), AskOperator, "tpm.lockout_maximum")
+        assert_refused(lambda: tpm.import_key(blob_for(tpm, attributes=COUNTED)), AskOperator, "tpm.lockout_maximum")
+        assert "HMAC" not in tap.names
+        assert tpm.sign(tpm.import_key(blob_for(tpm)), MESSAGE) == hmac_sha256(KEY, MESSAGE)  # with noDA
+        tpm.release()
+        assert (machine.property(LOCKOUT_COUNTER), machine.leftovers()) == (0, [])
+        machine.set_lockout(2, LONG_S)
+        assert_refused(lambda: tpm.import_key(unsuitable), AskOperator, "dps.key_unsuitable")
+        tpm.release()
+        assert machine.property(LOCKOUT_COUNTER) == 1
+
+
 @pytest.mark.parametrize("answer", ["lost", "altered"])
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_a_guess_whose_answer_does_not_come_is_not_made_again(back_end: str, answer: str, tmp_path: Path) -> None:

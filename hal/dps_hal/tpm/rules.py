@@ -103,10 +103,14 @@ def refuse_at_the_brink(properties: "dict[int, int]") -> None:
 def refuse_untried(properties: "dict[int, int]") -> None:
     """RetryLater `tpm.locked_out` where the TPM has counted any failure: then no new key without noDA is tried out.
 
+    AskOperator `tpm.lockout_maximum` where the first failure is a lockout, which no waiting changes.
+
     A key without noDA may have a password of its own, and only a guess shows it. One that fails is counted, so this
     keeps whoever hands such keys out, however often, from bringing the TPM more than one step towards its lockout.
     """
-    counter, maximum = properties.get(PT_LOCKOUT_COUNTER, 0), properties.get(PT_LOCKOUT_COUNTER + 1, 0)
+    counter, maximum = properties.get(PT_LOCKOUT_COUNTER, 0), properties.get(PT_LOCKOUT_COUNTER + 1, 2)
+    if maximum < 2:
+        raise AskOperator("tpm.lockout_maximum", "a new key without noDA is not tried out: one failure is a lockout")
     if counter:
         what = (
             f"the TPM has counted {counter} of {maximum} failures, and a new key without noDA waits until it has none"
