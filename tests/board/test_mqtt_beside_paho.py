@@ -393,7 +393,7 @@ def test_silence_of_one_and_a_half_keep_alives_ends_the_connection(serve: Any) -
     began_s = time.monotonic()
     assert "nothing came from the hub for" in assert_gone(soon(call), "timeout")
     assert 1.4 < time.monotonic() - began_s < SOON_MS / 1000
-    assert pings, "asked in time whether it still lives"
+    assert pings and pings[0] < time.monotonic() - 0.4, "asked whether it still lives well before it gave up"
 
 
 def test_what_we_send_ourselves_does_not_hide_the_hubs_silence(serve: Any) -> None:
@@ -686,7 +686,7 @@ def test_a_disconnect_is_polite_and_takes_what_was_said_before_with_it(serve: An
     assert soon(call, 20) is None, "an end that we asked for is no news"
 
 
-def test_a_silent_peer_costs_a_disconnect_less_than_a_second(serve: Any) -> None:
+def test_a_silent_peer_holds_no_disconnect_up(serve: Any) -> None:
     over = threading.Event()
     _, call = serve(accepting(lambda _hub: over.wait(2 * SOON_MS / 1000) and None))
     try:

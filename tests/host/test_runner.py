@@ -1049,6 +1049,10 @@ def test_a_signal_ends_the_process(number: signal.Signals, what: str, status: in
     assert (process.returncode, out, err) == (status, says, "")
 
 
+def test_a_process_is_gone_within_two_seconds_of_a_signal_whatever_blocks() -> None:
+    assert runner.EXIT_GRACE_S == 1.5  # the rest is for a busy machine
+
+
 @pytest.mark.parametrize("reads", [True, False], ids=["listens", "is deaf"])
 def test_a_signal_ends_a_connection_to_a_silent_hub(tmp_path, reads: bool) -> None:
     said: list[bytes] = []
