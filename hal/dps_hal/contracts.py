@@ -56,7 +56,8 @@ if TYPE_CHECKING:
             the key in it is not an HMAC-SHA256 signing key that can be imported, or has a password of its own; one
             without noDA is used once to find that out, which a TPM counts as a failed guess: RetryLater
             `tpm.locked_out` where it has counted any before, AskOperator `tpm.lockout_maximum` where one is a lockout.
-            IdentityStale `tpm.blob_refused`: made for another EK or SRK, or altered. AskOperator `tpm.key_refused`: the TPM does not take the key.
+            IdentityStale `tpm.blob_refused`: made for another EK or SRK, or altered. AskOperator `tpm.key_refused`: the
+            TPM does not take the key.
             """
             ...
 

@@ -9,8 +9,8 @@ REMEDIES: dict[str, str] = {
     "tpm.no_node": "the kernel has the TPM, its device node is not here: hand it in, as the message says",
     "tpm.denied": "give the agent's user access to the TPM, as the message says, and start a new session",
     "tpm.locked_out": "wait for the TPM's own recovery time; do not retry by hand, each failure prolongs it",
-    "tpm.lockout_maximum": "let the TPM take more than one failure (TPM2_DictionaryAttackParameters), or have the service"
-    " send keys with noDA",
+    "tpm.lockout_maximum": "let the TPM take more than one failure (TPM2_DictionaryAttackParameters), or have the"
+    " service send keys with noDA",
     "tpm.busy": "another program holds the TPM; use /dev/tpmrm0, or stop the other program",
     "tpm.bus_altered": "something between the agent and the TPM alters what passes: check the wiring, look for an"
     " interposer; the agent tries again by itself",
