@@ -396,29 +396,31 @@ def test_a_false_answer_to_the_reading_of_a_certificate_is_no_certificate(back_e
 
 NONCE_INDEX, TEMPLATE_INDEX = 0x01C00003, 0x01C00004
 UNIQUE = bytes(range(1, 21)) + bytes(236)
+NONCE = b"nonce" + bytes(251)
 
 
 @pytest.mark.parametrize(
-    ("in_nv", "unique"),
+    ("in_nv", "public"),
     [
-        ({TEMPLATE_INDEX: template(UNIQUE)}, UNIQUE),
-        ({TEMPLATE_INDEX: template(UNIQUE) + b"\xff" * 40}, UNIQUE),
-        ({TEMPLATE_INDEX: template(b"")}, b""),
-        ({NONCE_INDEX: b"nonce"}, b"nonce" + bytes(251)),
-        ({TEMPLATE_INDEX: template(UNIQUE), NONCE_INDEX: b"nonce"}, b"nonce" + bytes(251)),
-        ({TEMPLATE_INDEX: template(bytes(256))}, bytes(256)),
+        ({TEMPLATE_INDEX: template(UNIQUE)}, template(UNIQUE)),
+        ({TEMPLATE_INDEX: template(UNIQUE) + b"\xff" * 40}, template(UNIQUE)),
+        ({TEMPLATE_INDEX: template(b"")}, template(b"")),
+        ({NONCE_INDEX: b"nonce"}, template(NONCE)),
+        ({TEMPLATE_INDEX: template(UNIQUE), NONCE_INDEX: b"nonce"}, template(NONCE)),
+        ({TEMPLATE_INDEX: template(bytes(256))}, template(bytes(256))),
+        ({TEMPLATE_INDEX: template(bytes(256), exponent=65537)}, template(bytes(256), exponent=65537)),
+        ({TEMPLATE_INDEX: template(b"", exponent=65537), NONCE_INDEX: b"nonce"}, template(NONCE, exponent=65537)),
     ],
-    ids=["template", "padded", "empty unique", "nonce", "both", "as L-1"],
+    ids=["template", "padded", "empty unique", "nonce", "both", "as L-1", "exponent", "exponent, nonce"],
 )
 def test_the_certified_key_is_made_as_the_makers_template_and_nonce_say(
     in_nv: dict[int, bytes],
-    unique: bytes,
+    public: bytes,
     back_end: str,
     machine: Swtpm,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    public = template(unique)
     machine.persist_primary(swtpm.ENDORSEMENT, struct.pack(">H", len(public)) + public, 0x81010009)  # the maker's side
     area = machine.public_areas()[0x81010009]
     makers = area[: 2 + int.from_bytes(area[:2], "big")]

@@ -53,7 +53,7 @@ def certificate_for(ek: bytes) -> bytes:
     return made.public_bytes(serialization.Encoding.DER)
 
 
-def template(unique: bytes, attributes: int = EK_ATTRIBUTES) -> bytes:
+def template(unique: bytes, attributes: int = EK_ATTRIBUTES, exponent: int = 0) -> bytes:
     """A TPMT_PUBLIC as a maker leaves it in NV memory."""
     head = struct.pack(">HHI", 1, 11, attributes) + sized(EK_AUTH_POLICY)
-    return head + struct.pack(">HHHHHI", 6, 128, 0x43, 16, 2048, 0) + sized(unique)
+    return head + struct.pack(">HHHHHI", 6, 128, 0x43, 16, 2048, exponent) + sized(unique)
