@@ -397,6 +397,7 @@ def test_a_false_answer_to_the_reading_of_a_certificate_is_no_certificate(back_e
 NONCE_INDEX, TEMPLATE_INDEX = 0x01C00003, 0x01C00004
 UNIQUE = bytes(range(1, 21)) + bytes(236)
 NONCE = b"nonce" + bytes(251)
+READ_LOCKABLE = 0x82060006  # as `Swtpm.write_nv` has it, and READ_STCLEAR
 
 
 @pytest.mark.parametrize(
@@ -482,6 +483,50 @@ def test_a_makers_template_that_gives_no_ek_of_ours_is_named_and_not_used(
     assert (found["result"], "not used: the maker's" in found["detail"]) == ("warning", True), found
     assert "neither value of ek_template" in found["remedy"]
     assert "not used" in device.text("enroll")
+
+
+@pytest.mark.parametrize("index", [EK_CERTIFICATE_INDEX, NONCE_INDEX, TEMPLATE_INDEX])
+def test_an_index_that_is_locked_against_reading_stops_nobody(
+    index: int, back_end: str, machine: Swtpm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = ek_on(machine, back_end)
+    machine.clear()
+    machine.write_nv(EK_CERTIFICATE_INDEX, certificate_for(plain), READ_LOCKABLE)
+    machine.write_nv(TEMPLATE_INDEX, template(UNIQUE), READ_LOCKABLE)
+    machine.write_nv(NONCE_INDEX, b"nonce", READ_LOCKABLE)
+    machine.lock_nv(index)
+    assert len(ek_on(machine, back_end)) == len(plain)
+    device = Device(machine, back_end, tmp_path / "state", capsys)
+    expected = ("warning", "locked") if index == EK_CERTIFICATE_INDEX else ("ok", "match")
+    assert (device.finding()["result"], device.document("enroll")["ekCertificate"]) == expected
+    tpm = BACK_ENDS[back_end](machine.tcti)
+    assert tpm.template_of_endorsement_key().startswith("tcg-l1")
+    tpm.release()
+    assert machine.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    ("return_code", "code"),
+    [(0x148, ""), (0x149, ""), (0x12F, ""), (0x143, ""), (0x902, "tpm.memory"), (0x923, "tpm.nv_unavailable")],
+    ids=["locked", "authorization", "unavailable", "no such command", "memory", "NV unavailable"],
+)
+def test_what_may_pass_makes_no_key_and_what_stays_makes_the_plain_one(
+    return_code: int, code: str, back_end: str, machine: Swtpm
+) -> None:
+    plain = ek_on(machine, back_end)
+    machine.clear()
+    machine.write_nv(EK_CERTIFICATE_INDEX, certificate_for(plain))
+    machine.write_nv(TEMPLATE_INDEX, template(UNIQUE))
+    with TpmTap(machine.port) as tap:
+        tap.refuse(return_code, command="NV_Read", times=1000)
+        tpm = BACK_ENDS[back_end](tap.tcti)
+        if code:
+            assert_refused(tpm.endorsement_key, RetryLater, code)
+            assert "CreatePrimary" not in tap.names
+        else:
+            assert tpm.endorsement_key() == plain
+        tap.forget()
+        tpm.release()
 
 
 def test_a_makers_template_that_reads_otherwise_each_time_makes_no_key(back_end: str, machine: Swtpm) -> None:

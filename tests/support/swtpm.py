@@ -232,6 +232,10 @@ class Swtpm:
             write = struct.pack(">H", len(content)) + content + bytes(2)
             self._with_empty_password(0x137, [OWNER, index], write)
 
+    def lock_nv(self, index: int) -> None:
+        """TPM2_NV_ReadLock: until the next power cut nobody reads an index with the attribute READ_STCLEAR."""
+        self._with_empty_password(0x14F, [OWNER, index])
+
     def _with_empty_password(self, code: int, handles: list[int], parameters: bytes = b"") -> bytes:
         password_session = struct.pack(">IHBH", 0x40000009, 0, 0, 0)
         body = struct.pack(f">{len(handles)}I", *handles) + struct.pack(">I", len(password_session))

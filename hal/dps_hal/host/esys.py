@@ -78,6 +78,7 @@ from dps_hal.tpm.upkeep import (
     check_owner_handle,
     check_replaceable,
     condition_of,
+    if_readable,
     nv_chunk_bytes,
     nv_locked,
     template_in,
@@ -265,10 +266,7 @@ class EsysTpm:
                 return made.public
 
         def found() -> str:
-            try:
-                maker = self._makers_template(self._salted_session)
-            except AskOperator:
-                maker = b""
+            maker = if_readable(lambda: self._makers_template(self._salted_session))
             return template_of(self._endorsement_key().public, self._ek_template, maker, made_from)
 
         return self._operate(found)

@@ -3,8 +3,8 @@
 import struct
 
 from dps_hal.contracts import TpmCondition
-from dps_hal.errors import AskOperator
-from dps_hal.tpm.errors import RC_ALTERED, RefusedError
+from dps_hal.errors import AskOperator, RetryLater
+from dps_hal.tpm.errors import RC_ALTERED, RefusedError, error_of
 from dps_hal.tpm.keys import EK_TEMPLATES, ek_template, makers_template, object_name
 from dps_hal.tpm.rules import (
     ENDORSEMENT_AUTH_SET,
@@ -12,6 +12,7 @@ from dps_hal.tpm.rules import (
     PT_LOCKOUT_COUNTER,
     PT_LOCKOUT_INTERVAL,
     PT_PERMANENT,
+    locked_out,
 )
 
 TYPE_CHECKING = False
@@ -71,6 +72,23 @@ def template_of(ek: bytes, likely: bytes, maker: bytes, made_from: "Callable[[by
     return ""
 
 
+def if_readable(read: "Callable[[], bytes]") -> bytes:
+    """What `read()` finds in NV memory; empty where the TPM keeps it to itself, whatever it says for that.
+
+    `check` names it; without a certified key the device registers as well. What another try, another password or
+    another session may change is raised as it came.
+    """
+    try:
+        return read()
+    except AskOperator:
+        return b""
+    except RefusedError as refused:
+        passing = isinstance(error_of(refused, lambda what: locked_out(what, {})), RetryLater)
+        if refused.stale or refused.wrong_password or passing:
+            raise refused
+        return b""
+
+
 def template_to_use(settings: bytes, maker: "Callable[[], bytes]") -> bytes:
     """The template by which a missing EK is made: for tcg-l1 that of the maker, where it is there and can be used.
 
@@ -80,10 +98,7 @@ def template_to_use(settings: bytes, maker: "Callable[[], bytes]") -> bytes:
         return settings
     found = []
     for _ in range(2):
-        try:
-            found.append(maker())
-        except AskOperator:  # `check` names it; without a certified key the device registers as well
-            found.append(b"")
+        found.append(if_readable(maker))
     if found[0] != found[1]:
         raise RefusedError("nv_read", RC_ALTERED)
     return found[0] or settings

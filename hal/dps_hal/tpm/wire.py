@@ -180,7 +180,7 @@ class WireTpm(Operations):
 
     def template_of_endorsement_key(self) -> str:
         """As `TpmService.template_of_endorsement_key`."""
-        from dps_hal.tpm.upkeep import template_in, template_of
+        from dps_hal.tpm.upkeep import if_readable, template_in, template_of
 
         def made_from(template: bytes) -> bytes:
             made = self._create_primary(ENDORSEMENT, template, self._salted_session())
@@ -188,10 +188,7 @@ class WireTpm(Operations):
             return made.public
 
         def found() -> str:
-            try:
-                maker = template_in(self._nv_content)
-            except AskOperator:
-                maker = b""
+            maker = if_readable(lambda: template_in(self._nv_content))
             return template_of(self._endorsement_key().public, self._ek_template, maker, made_from)
 
         return self._operate(found)
