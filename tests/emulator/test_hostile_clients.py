@@ -10,7 +10,9 @@ import socket
 import ssl
 import stat
 import struct
+import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -286,13 +288,36 @@ def test_a_line_that_a_crash_cut_off_or_that_is_damaged_is_passed_over(tmp_path:
     assert [message.payload for message in kept.all()] == [b"1", b"2"]
 
 
-def test_messages_in_memory_are_bounded_in_bytes_too() -> None:
-    kept = MessagesInMemory(1000)
-    for number in range(30):
-        kept.append(telemetry(b"x" * 100, number))
-    assert [message.device_id for message in kept.all()] == [f"d{number}" for number in range(20, 30)]
-    kept.append(telemetry(b"x" * 5000, 30))
-    assert [message.device_id for message in kept.all()] == ["d30"]
+@pytest.mark.parametrize(
+    ("payload", "properties"),
+    [(b"x" * 100, {}), (b"", {"p": "x" * 100}), (b"", {"p" * 50: "y" * 50}), (b"\xff" * 75, {"p": None})],
+)
+def test_messages_in_memory_are_bounded_in_bytes_whatever_they_consist_of(
+    payload: bytes, properties: dict[str, str | None]
+) -> None:
+    def message(number: int) -> Telemetry:
+        return replace(telemetry(payload, number), properties=properties)
+
+    size = len(json.dumps(message(10).to_json()))
+    kept = MessagesInMemory(10 * size + 9)
+    for number in range(10, 40):
+        kept.append(message(number))
+    assert kept.all() == [message(number) for number in range(30, 40)]
+    larger = replace(message(40), payload=b"x" * 5000)  # one that is larger than the limit is kept all the same
+    kept.append(larger)
+    assert kept.all() == [larger]
+
+
+def test_what_messages_in_memory_take_is_the_limit_however_wide_their_characters_are() -> None:
+    kept = MessagesInMemory(1024 * 1024)
+    tracemalloc.start()
+    try:
+        for number in range(300):
+            kept.append(replace(telemetry(b"", number), properties={f"p{number}": "x" * 60_000 + "\U0001f600"}))
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken < 2 * 1024 * 1024 and len(kept.all()) == 17
 
 
 def test_what_a_client_chose_does_not_fill_the_log(emulator: EmulatorInThread, device: DeviceCredentials) -> None:

@@ -174,7 +174,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         type=_number(1, 100_000),
         default=64,
         metavar="MIB",
-        help="of messages.jsonl in the state folder and of the log file, each; one more is kept as NAME.1; default 64",
+        help="of the messages kept, and of the log file, each; one more file is kept as NAME.1; default 64",
     )
     command.set_defaults(run=_serve)
 

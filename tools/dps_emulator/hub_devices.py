@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,25 +122,6 @@ class MessageLog(Protocol):
         ...
 
 
-class MessagesInMemory:
-    """Telemetry that ends with the process, of `limit_bytes` at most."""
-
-    def __init__(self, limit_bytes: int = FILE_LIMIT_BYTES) -> None:
-        self._messages: deque[Telemetry] = deque()
-        self._left = limit_bytes
-
-    def append(self, message: Telemetry) -> None:
-        """See MessageLog."""
-        self._messages.append(message)
-        self._left -= len(message.payload)
-        while len(self._messages) > MESSAGES_KEPT or (self._left < 0 and len(self._messages) > 1):
-            self._left += len(self._messages.popleft().payload)
-
-    def all(self) -> list[Telemetry]:
-        """See MessageLog."""
-        return list(self._messages)
-
-
 class BoundedFile:
     """Lines in a file of mode 0600; before it would be larger than `limit_bytes` it becomes NAME.1, in whose place.
 
@@ -171,6 +152,25 @@ class BoundedFile:
                 yield from file
 
 
+class MessagesInMemory:
+    """Telemetry that ends with the process; it takes `limit_bytes` at most, as the lines that a file would have."""
+
+    def __init__(self, limit_bytes: int = FILE_LIMIT_BYTES) -> None:
+        self._lines: deque[bytes] = deque()
+        self._left = limit_bytes
+
+    def append(self, message: Telemetry) -> None:
+        """See MessageLog."""
+        self._lines.append(_line_of(message))
+        self._left -= len(self._lines[-1])
+        while len(self._lines) > MESSAGES_KEPT or (self._left < 0 and len(self._lines) > 1):
+            self._left += len(self._lines.popleft())
+
+    def all(self) -> list[Telemetry]:
+        """See MessageLog."""
+        return _messages_in(self._lines)
+
+
 class MessageFile:
     """Telemetry in a file, one JSON object a line; a line that is none is passed over."""
 
@@ -179,14 +179,22 @@ class MessageFile:
 
     def append(self, message: Telemetry) -> None:
         """See MessageLog; raises OSError."""
-        self._file.append(json.dumps(message.to_json()).encode())
+        self._file.append(_line_of(message))
 
     def all(self) -> list[Telemetry]:
         """See MessageLog; raises OSError."""
-        messages = []
-        for line in deque(self._file.lines(), MESSAGES_KEPT):
-            try:
-                messages.append(Telemetry.from_json(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                continue
-        return messages
+        return _messages_in(deque(self._file.lines(), MESSAGES_KEPT))
+
+
+def _line_of(message: Telemetry) -> bytes:
+    return json.dumps(message.to_json()).encode()
+
+
+def _messages_in(lines: Iterable[bytes]) -> list[Telemetry]:
+    messages = []
+    for line in lines:
+        try:
+            messages.append(Telemetry.from_json(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    return messages
