@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,9 @@ from typing import Any
 import pytest
 
 from dps_agent.host.config import default_of
-from dps_emulator.cli import HUB_SUFFIXES, main
+from dps_emulator.cli import HUB_SUFFIXES, _Log, _warn, main
+from dps_emulator.hub_devices import BoundedFile
+from dps_emulator.server import EmulatorServer, LogLine
 from dps_emulator.state import enrollment_folder
 from emulator.device import ActivatedKey, Client, Device, lookup_path, operation_path, register_path
 from support.emulator import EmulatorProcess
@@ -119,6 +123,51 @@ def test_files_of_the_server_are_private_and_its_log_has_no_secret(tmp_path: Pat
         assert log_file.read_text().splitlines() == [line.text() for line in emulator.log]
         for text in (emulator.stderr, log_file.read_text()):
             assert base64.b64encode(hub_key.key).decode() not in text and "SharedAccessSignature" not in text
+
+
+@pytest.mark.parametrize("name", ["none/requests.log", "folder", "link", "fifo"])
+def test_a_log_file_that_takes_no_lines_is_a_usage_error_at_once(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(EmulatorServer, "run", lambda _: pytest.fail("it serves"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    os.mkfifo(tmp_path / "fifo")
+    flags = ["--ca-file", str(tmp_path / "ca.pem"), "--log-file", str(tmp_path / name)]
+    assert main(["serve", *flags]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and f"--log-file {tmp_path / name} can't be used: " in shown.err, shown.err
+
+
+def test_a_log_that_fails_fails_no_request_and_is_told_of_once(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    log_file = folder / "requests.log"
+    folder.mkdir()
+    with EmulatorProcess("--enroll-any", "--retry-after", "none", "--log-file", str(log_file)) as emulator:
+        shutil.rmtree(folder)
+        provision(emulator)
+        assert emulator.stderr.count("warning: the log file misses lines from here on") == 1
+        folder.mkdir()
+        provision(emulator)
+        assert log_file.read_text().splitlines() == [line.text() for line in emulator.log[3:]]
+        assert [line.status for line in emulator.log] == [401, 202, 200] * 2 and "Traceback" not in emulator.stderr
+
+
+def test_a_full_disk_under_stderr_keeps_no_line_out_of_the_log_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = LogLine("2026-01-01T00:00:00Z", "GET", "", "", 404, 0, 0, "1")
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    _Log(BoundedFile(tmp_path / "requests.log"))(line)
+    _warn("of something")
+    monkeypatch.undo()
+    assert (tmp_path / "requests.log").read_text() == line.text() + "\n"
 
 
 def test_a_damaged_state_file_is_500_and_named_on_stderr() -> None:

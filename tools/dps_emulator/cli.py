@@ -3,6 +3,7 @@
 import argparse
 import base64
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,9 @@ from dps_text import NotText, text_of
 if TYPE_CHECKING:
     from dps_emulator.enrollments import Imported
     from dps_emulator.faults import FaultScript
+    from dps_emulator.hub import HubLine
+    from dps_emulator.hub_devices import BoundedFile
+    from dps_emulator.server import LogLine
     from dps_emulator.service import DpsService, Settings
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -168,7 +172,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--clock-skew", type=_number(0, 86_400), default=300, metavar="S", help="accept tokens expired so long ago")
     add("--tier", choices=("standard", "basic"), default="standard", help="basic: the hubs take telemetry only")
     add("--faults", type=Path, metavar="FILE", help="fault script, a JSON list; see dps_emulator/faults.py")
-    add("--log-file", type=Path, metavar="FILE", help="append the request log here too")
+    add("--log-file", type=Path, metavar="FILE", help="append the log here too, a regular file")
     add(
         "--file-limit",
         type=_number(1, 100_000),
@@ -180,9 +184,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from dps_emulator.hub import HubLine
-    from dps_emulator.hub_devices import BoundedFile
-    from dps_emulator.server import EmulatorServer, LogLine
+    from dps_emulator.server import EmulatorServer
     from dps_emulator.state import certificate_authority, claimed, make_private_folder
 
     stopping = False
@@ -206,7 +208,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     if state_dir:
         make_private_folder(state_dir)
     limit_bytes = arguments.file_limit * 1024 * 1024
-    log_file = BoundedFile(arguments.log_file, limit_bytes) if arguments.log_file else None
+    log = _Log(_log_file(arguments.log_file, limit_bytes))
     with claimed(state_dir) if state_dir else contextlib.nullcontext():
         service = _service(_settings(arguments), state_dir)
         if state_dir:
@@ -217,13 +219,6 @@ def _serve(arguments: argparse.Namespace) -> int:
             _tell_of(listed)
         authority = certificate_authority(state_dir)
         ca_file.write_bytes(authority.cert_pem.bytes())
-
-        def log(line: LogLine | HubLine) -> None:
-            text = line.text()
-            print(text, file=sys.stderr, flush=True)
-            if log_file:
-                log_file.append(text.encode())
-
         listen = arguments.listen
         server = EmulatorServer(
             service,
@@ -249,6 +244,42 @@ def _serve(arguments: argparse.Namespace) -> int:
             server.stop()
         server.run()
     return OK
+
+
+class _Log:
+    """The log of a server, on stderr and in the log file; no request fails for want of either."""
+
+    def __init__(self, file: "BoundedFile | None") -> None:
+        self._file = file
+        self._is_failing = False
+
+    def __call__(self, line: "LogLine | HubLine") -> None:
+        text = line.text()
+        _print_to_stderr(text)
+        if self._file is None:
+            return
+        try:
+            self._file.append(text.encode())
+        except OSError as error:
+            if not self._is_failing:
+                _warn(f"the log file misses lines from here on: {error}")
+            self._is_failing = True
+        else:
+            self._is_failing = False
+
+
+def _log_file(path: Path | None, limit_bytes: int) -> "BoundedFile | None":
+    from dps_emulator.hub_devices import BoundedFile
+
+    if path is None:
+        return None
+    file = BoundedFile(path, limit_bytes)
+    try:
+        file.make()
+    except OSError as error:
+        why = "a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise _UsageError(f"--log-file {path} can't be used: {why}; the log goes to stderr without it") from None
+    return file
 
 
 def _settings(arguments: argparse.Namespace) -> "Settings":
@@ -527,7 +558,12 @@ def _say(arguments: argparse.Namespace, content: dict[str, Any], text: str) -> i
 
 
 def _warn(text: str) -> None:
-    print(f"dps-emulator: warning: {text}", file=sys.stderr, flush=True)
+    _print_to_stderr(f"dps-emulator: warning: {text}")
+
+
+def _print_to_stderr(line: str) -> None:
+    with contextlib.suppress(OSError):  # who reads it may have gone, its disk be full
+        print(line, file=sys.stderr, flush=True)
 
 
 def _complain(text: str, status: int) -> int:

@@ -2,8 +2,10 @@
 
 import base64
 import contextlib
+import errno
 import json
 import os
+import stat
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -133,9 +135,20 @@ class BoundedFile:
         self.before = path.with_name(path.name + ".1")
         self._limit_bytes = limit_bytes
 
+    def make(self) -> None:
+        """Makes the file where there is none; raises OSError where no lines can be added to it."""
+        os.close(self._open())
+
+    def _open(self) -> int:
+        fd = os.open(self.path, _APPENDING, 0o600)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", str(self.path))
+
     def append(self, line: bytes) -> None:
         """Adds one line, given without its end; raises OSError."""
-        with open(os.open(self.path, _APPENDING, 0o600), "ab+") as file:
+        with open(self._open(), "ab+") as file:
             size = os.fstat(file.fileno()).st_size
             if size and size + len(line) >= self._limit_bytes:
                 os.replace(self.path, self.before)
