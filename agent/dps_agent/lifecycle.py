@@ -59,33 +59,33 @@ PARTED = "the connection ended, or there was none"
 RENEWED = "the next token is ready"
 STALE = "the identity no longer holds"
 
-# State, event, next state: written out, because constants lie in flash where a firmware has them frozen.
-TRANSITIONS = (
-    ("boot", "the record holds", "provisioned"),
-    ("boot", "a registration is due", "provisioning"),
-    ("boot", "registrations failed before", "waiting"),
-    ("boot", "it may work later", "waiting"),
-    ("boot", "an operator is needed", "halted"),
-    ("provisioning", "the new identity is stored", "provisioned"),
-    ("provisioning", "it may work later", "waiting"),
-    ("provisioning", "an operator is needed", "halted"),
-    ("provisioning", "the registration failed, the identity still serves", "provisioned"),
-    ("waiting", "the wait is over", "boot"),
-    ("halted", "the wait is over", "boot"),
-    ("provisioned", "the wait is over", "connecting"),
-    ("provisioned", "a registration is due", "provisioning"),
-    ("connecting", "the hub accepted the device", "connected"),
-    ("connecting", "the connection ended, or there was none", "provisioned"),
-    ("connecting", "a registration is due", "provisioning"),
-    ("connecting", "registrations failed before", "waiting"),
-    ("connecting", "the identity no longer holds", "boot"),
-    ("connecting", "an operator is needed", "halted"),
-    ("connected", "the next token is ready", "connecting"),
-    ("connected", "the connection ended, or there was none", "provisioned"),
-    ("connected", "a registration is due", "provisioning"),
-    ("connected", "the identity no longer holds", "boot"),
-    ("connected", "an operator is needed", "halted"),
-)
+# State, event, next state. One text, because a board has each tuple and each word in its heap.
+TRANSITIONS = """
+boot: the record holds: provisioned
+boot: a registration is due: provisioning
+boot: registrations failed before: waiting
+boot: it may work later: waiting
+boot: an operator is needed: halted
+provisioning: the new identity is stored: provisioned
+provisioning: it may work later: waiting
+provisioning: an operator is needed: halted
+provisioning: the registration failed, the identity still serves: provisioned
+waiting: the wait is over: boot
+halted: the wait is over: boot
+provisioned: the wait is over: connecting
+provisioned: a registration is due: provisioning
+connecting: the hub accepted the device: connected
+connecting: the connection ended, or there was none: provisioned
+connecting: a registration is due: provisioning
+connecting: registrations failed before: waiting
+connecting: the identity no longer holds: boot
+connecting: an operator is needed: halted
+connected: the next token is ready: connecting
+connected: the connection ended, or there was none: provisioned
+connected: a registration is due: provisioning
+connected: the identity no longer holds: boot
+connected: an operator is needed: halted
+"""
 
 # The hub's standing towards this identity.
 TRUSTED = "trusted"  # it accepted the device, or was never asked
@@ -98,16 +98,16 @@ ACCEPTS = "the hub accepts a token, or the identity is new"
 REFUSES = "the hub refuses a fresh token"
 NO_HELP = "the registration failed"
 
-STANDINGS = (
-    ("trusted", "the hub accepts a token, or the identity is new", "trusted"),
-    ("trusted", "the hub refuses a fresh token", "doubted"),
-    ("doubted", "the hub accepts a token, or the identity is new", "trusted"),
-    ("doubted", "the hub refuses a fresh token", "refused"),
-    ("refused", "the hub accepts a token, or the identity is new", "trusted"),
-    ("refused", "the registration failed", "appealed"),
-    ("appealed", "the hub accepts a token, or the identity is new", "trusted"),
-    ("appealed", "the hub refuses a fresh token", "refused"),
-)
+STANDINGS = """
+trusted: the hub accepts a token, or the identity is new: trusted
+trusted: the hub refuses a fresh token: doubted
+doubted: the hub accepts a token, or the identity is new: trusted
+doubted: the hub refuses a fresh token: refused
+refused: the hub accepts a token, or the identity is new: trusted
+refused: the registration failed: appealed
+appealed: the hub accepts a token, or the identity is new: trusted
+appealed: the hub refuses a fresh token: refused
+"""
 
 # Whose wish the next registration is.
 OWN = "own"  # the device found that it has to register: a fleet may have found so together

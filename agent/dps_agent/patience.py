@@ -63,24 +63,24 @@ MISSED = "an attempt failed"
 HELD = "an identity holds"
 FORGIVEN = "the identity is good"
 
-# State, event, next state: written out, because constants lie in flash where a firmware has them frozen.
-PATIENCES = (
-    ("calm", "an attempt begins", "trying"),
-    ("calm", "an attempt failed", "failed"),
-    ("calm", "an identity holds", "calm"),
-    ("calm", "the identity is good", "calm"),
-    ("trying", "an attempt begins", "trying"),
-    ("trying", "an attempt failed", "failed"),
-    ("trying", "an identity holds", "proving"),
-    ("failed", "an attempt begins", "trying"),
-    ("failed", "an attempt failed", "failed"),
-    ("failed", "an identity holds", "proving"),
-    ("failed", "the identity is good", "calm"),
-    ("proving", "an attempt begins", "trying"),
-    ("proving", "an attempt failed", "failed"),
-    ("proving", "an identity holds", "proving"),
-    ("proving", "the identity is good", "calm"),
-)
+# State, event, next state. One text, because a board has each tuple and each word in its heap.
+PATIENCES = """
+calm: an attempt begins: trying
+calm: an attempt failed: failed
+calm: an identity holds: calm
+calm: the identity is good: calm
+trying: an attempt begins: trying
+trying: an attempt failed: failed
+trying: an identity holds: proving
+failed: an attempt begins: trying
+failed: an attempt failed: failed
+failed: an identity holds: proving
+failed: the identity is good: calm
+proving: an attempt begins: trying
+proving: an attempt failed: failed
+proving: an identity holds: proving
+proving: the identity is good: calm
+"""
 
 PATIENCE_CODES = ("dps.throttled", "dps.unavailable", "dps.conflict")  # of failures whose delay may be DPS's wish
 KEYLESS_LIMIT = 3  # assignments without a key in a row before an operator is asked
@@ -313,12 +313,14 @@ class Patience:
         return None
 
 
-def next_state(table: "tuple[tuple[str, str, str], ...]", state: str, event: str) -> str:
-    """What follows `event` in `state`; Broken where the table has no such row."""
-    for before, what, after in table:
-        if (before, what) == (state, event):
-            return after
-    raise Broken("agent.bug", f"nothing follows '{event}' in state '{state}'")
+def next_state(table: str, state: str, event: str) -> str:
+    """What follows `event` in `state`; Broken where the table has no such row, "state: event: next state"."""
+    row = f"\n{state}: {event}: "
+    at = table.find(row)
+    if at < 0:
+        raise Broken("agent.bug", f"nothing follows '{event}' in state '{state}'")
+    at += len(row)
+    return table[at : table.find("\n", at)]
 
 
 def _is_power_of_two(number: int) -> bool:

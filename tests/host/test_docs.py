@@ -56,10 +56,15 @@ def column(document: Path, title: str, index: int = 0) -> list[str]:
     return [code(row[index]) for row in table_under(document, title)]
 
 
-def diagram(table: tuple[tuple[str, str, str], ...], first: str, last: str = "") -> str:
+def rows_of(table: str) -> list[list[str]]:
+    """State, event and next state of each row of a machine's table."""
+    return [row.split(": ") for row in table.strip().splitlines()]
+
+
+def diagram(table: str, first: str, last: str = "") -> str:
     """A machine's table as a Mermaid state diagram."""
     lines = ["stateDiagram-v2", f"    [*] --> {first}"]
-    lines += [f"    {source} --> {target}: {event}" for source, event, target in table]
+    lines += [f"    {source} --> {target}: {event}" for source, event, target in rows_of(table)]
     return "\n".join([*lines, *([f"    {last} --> [*]"] if last else [])])
 
 
@@ -126,7 +131,7 @@ def test_words_that_are_not_in_the_source_would_be_noticed() -> None:
 
 
 def test_every_state_is_documented_and_no_other() -> None:
-    states = {state for source, _, target in TRANSITIONS for state in (source, target)}
+    states = {state for source, _, target in rows_of(TRANSITIONS) for state in (source, target)}
     assert set(column(CODES, "States")) == states
 
 
