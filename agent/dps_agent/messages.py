@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from typing import Any, NamedTuple, TypeVar
 
     Message = TypeVar("Message")
-    Fields = tuple[tuple[str, Any], ...]
+    Fields = list[tuple[str, Any]]
 
     class TpmAttestation(NamedTuple):
         """Attestation via TPM: the marshalled TPM2B_PUBLIC of EK and SRK, size prefix included, in base64."""
@@ -128,149 +128,69 @@ if TYPE_CHECKING:
 else:
     from collections import namedtuple
 
-    TpmAttestation = namedtuple("TpmAttestation", ("endorsement_key", "storage_root_key", "unknown"))
-    DeviceRegistration = namedtuple("DeviceRegistration", ("payload", "registration_id", "tpm", "unknown"))
-    TpmRegistrationResult = namedtuple("TpmRegistrationResult", ("authentication_key", "unknown"))
+    TpmAttestation = namedtuple("TpmAttestation", "endorsement_key storage_root_key unknown")
+    DeviceRegistration = namedtuple("DeviceRegistration", "payload registration_id tpm unknown")
+    TpmRegistrationResult = namedtuple("TpmRegistrationResult", "authentication_key unknown")
     X509CertificateInfo = namedtuple(
         "X509CertificateInfo",
-        (
-            "issuer_name",
-            "not_after_utc",
-            "not_before_utc",
-            "serial_number",
-            "sha1_thumbprint",
-            "sha256_thumbprint",
-            "subject_name",
-            "version",
-            "unknown",
-        ),
+        "issuer_name not_after_utc not_before_utc serial_number sha1_thumbprint sha256_thumbprint "
+        "subject_name version unknown",
     )
     X509RegistrationResult = namedtuple(
         "X509RegistrationResult",
-        (
-            "certificate_info",
-            "enrollment_group_id",
-            "signing_certificate_info",
-            "unknown",
-        ),
+        "certificate_info enrollment_group_id signing_certificate_info unknown",
     )
-    SymmetricKeyRegistrationResult = namedtuple("SymmetricKeyRegistrationResult", ("enrollment_group_id", "unknown"))
+    SymmetricKeyRegistrationResult = namedtuple("SymmetricKeyRegistrationResult", "enrollment_group_id unknown")
     DeviceRegistrationResult = namedtuple(
         "DeviceRegistrationResult",
-        (
-            "assigned_hub",
-            "created_date_time_utc",
-            "device_id",
-            "error_code",
-            "error_message",
-            "etag",
-            "last_updated_date_time_utc",
-            "payload",
-            "registration_id",
-            "status",
-            "substatus",
-            "symmetric_key",
-            "tpm",
-            "x509",
-            "unknown",
-        ),
+        "assigned_hub created_date_time_utc device_id error_code error_message etag "
+        "last_updated_date_time_utc payload registration_id status substatus symmetric_key tpm x509 unknown",
     )
     RegistrationOperationStatus = namedtuple(
         "RegistrationOperationStatus",
-        (
-            "operation_id",
-            "status",
-            "registration_state",
-            "unknown",
-        ),
+        "operation_id status registration_state unknown",
     )
     TpmChallenge = namedtuple(
         "TpmChallenge",
-        (
-            "message",
-            "authentication_key",
-            "key_name",
-            "unencrypted_authentication_key",
-            "unknown",
-        ),
+        "message authentication_key key_name unencrypted_authentication_key unknown",
     )
     ProvisioningServiceErrorDetails = namedtuple(
         "ProvisioningServiceErrorDetails",
-        (
-            "error_code",
-            "info",
-            "message",
-            "timestamp_utc",
-            "tracking_id",
-            "unknown",
-        ),
+        "error_code info message timestamp_utc tracking_id unknown",
     )
 
-# JSON names and kinds in the order of the tuples above. A kind == STRING, INTEGER (int32), ANY, STRINGS or a message.
-# The former are written out below: pairs of constants lie in flash, not on the heap, where a firmware has them frozen.
+# JSON names and kinds in the order of the tuples above. A kind is a name of this module: INTEGER (int32), ANY, STRINGS,
+# a message, or STRING where none is named. One text for each, because a board has pairs, and each word, in its heap.
 STRING, INTEGER, ANY, STRINGS = "a string", "a 32-bit integer", "any value", "an object of strings"
-FIELDS: "dict[Any, Fields]" = {
-    TpmAttestation: (
-        ("endorsementKey", "a string"),
-        ("storageRootKey", "a string"),
-    ),
-    DeviceRegistration: (
-        ("payload", "any value"),
-        ("registrationId", "a string"),
-        ("tpm", TpmAttestation),
-    ),
-    TpmRegistrationResult: (("authenticationKey", "a string"),),
+FIELDS: "dict[Any, str]" = {
+    TpmAttestation: "endorsementKey storageRootKey",
+    DeviceRegistration: "payload:ANY registrationId tpm:TpmAttestation",
+    TpmRegistrationResult: "authenticationKey",
     X509CertificateInfo: (
-        ("issuerName", "a string"),
-        ("notAfterUtc", "a string"),
-        ("notBeforeUtc", "a string"),
-        ("serialNumber", "a string"),
-        ("sha1Thumbprint", "a string"),
-        ("sha256Thumbprint", "a string"),
-        ("subjectName", "a string"),
-        ("version", "a 32-bit integer"),
+        "issuerName notAfterUtc notBeforeUtc serialNumber sha1Thumbprint sha256Thumbprint subjectName version:INTEGER"
     ),
     X509RegistrationResult: (
-        ("certificateInfo", X509CertificateInfo),
-        ("enrollmentGroupId", "a string"),
-        ("signingCertificateInfo", X509CertificateInfo),
+        "certificateInfo:X509CertificateInfo enrollmentGroupId signingCertificateInfo:X509CertificateInfo"
     ),
-    SymmetricKeyRegistrationResult: (("enrollmentGroupId", "a string"),),
+    SymmetricKeyRegistrationResult: "enrollmentGroupId",
     DeviceRegistrationResult: (
-        ("assignedHub", "a string"),
-        ("createdDateTimeUtc", "a string"),
-        ("deviceId", "a string"),
-        ("errorCode", "a 32-bit integer"),
-        ("errorMessage", "a string"),
-        ("etag", "a string"),
-        ("lastUpdatedDateTimeUtc", "a string"),
-        ("payload", "any value"),
-        ("registrationId", "a string"),
-        ("status", "a string"),
-        ("substatus", "a string"),
-        ("symmetricKey", SymmetricKeyRegistrationResult),
-        ("tpm", TpmRegistrationResult),
-        ("x509", X509RegistrationResult),
+        "assignedHub createdDateTimeUtc deviceId errorCode:INTEGER errorMessage etag lastUpdatedDateTimeUtc "
+        "payload:ANY registrationId status substatus symmetricKey:SymmetricKeyRegistrationResult "
+        "tpm:TpmRegistrationResult x509:X509RegistrationResult"
     ),
-    RegistrationOperationStatus: (
-        ("operationId", "a string"),
-        ("status", "a string"),
-        ("registrationState", DeviceRegistrationResult),
-    ),
-    TpmChallenge: (
-        ("message", "a string"),
-        ("authenticationKey", "a string"),
-        ("keyName", "a string"),
-        ("unencryptedAuthenticationKey", "a string"),
-    ),
-    ProvisioningServiceErrorDetails: (
-        ("errorCode", "a 32-bit integer"),
-        ("info", "an object of strings"),
-        ("message", "a string"),
-        ("timestampUtc", "a string"),
-        ("trackingId", "a string"),
-    ),
+    RegistrationOperationStatus: "operationId status registrationState:DeviceRegistrationResult",
+    TpmChallenge: "message authenticationKey keyName unencryptedAuthenticationKey",
+    ProvisioningServiceErrorDetails: "errorCode:INTEGER info:STRINGS message timestampUtc trackingId",
 }
+
+
+def fields_of(message: "Any") -> "Fields":
+    """JSON name and kind of each field of a message, in its order."""
+    fields = []
+    for word in FIELDS[message].split():
+        name, _, kind = word.partition(":")
+        fields.append((name, globals()[kind or "STRING"]))
+    return fields
 
 
 def decode(message: "type[Message]", body: bytes) -> "Message":
@@ -303,10 +223,9 @@ def _json_object(body: bytes, where: str) -> "dict[str, Any]":
 
 
 def _read(message: "Any", value: "dict[str, Any]", where: str) -> "Any":
-    fields = FIELDS[message]
     unknown = dict(value)
     arguments = []
-    for name, kind in fields:
+    for name, kind in fields_of(message):
         arguments.append(_field(unknown.pop(name, None), kind, f"{where}.{name}"))
     arguments.append(unknown)
     return message(*arguments)
@@ -335,7 +254,7 @@ def _fits(value: "Any", kind: "Any") -> bool:
 
 def _write(message: "Any") -> "dict[str, Any]":
     value = {}
-    for (name, kind), field in zip(FIELDS[type(message)], message):
+    for (name, kind), field in zip(fields_of(type(message)), message):
         if field is not None:
             value[name] = field if isinstance(kind, str) else _write(field)
     for name in message.unknown:

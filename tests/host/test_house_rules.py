@@ -199,7 +199,8 @@ def the_two_faces_of_a_tuple_agree(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             call = node.value
             if isinstance(call.func, ast.Name) and call.func.id == "namedtuple":
-                built[ast.unparse(node.targets[0])] = tuple(ast.literal_eval(call.args[1]))
+                fields = ast.literal_eval(call.args[1])
+                built[ast.unparse(node.targets[0])] = tuple(fields.split() if isinstance(fields, str) else fields)
                 if ast.literal_eval(call.args[0]) != ast.unparse(node.targets[0]):
                     yield f"{node.lineno}: {ast.unparse(node.targets[0])} calls itself {ast.unparse(call.args[0])}"
     for name in sorted(declared.keys() | built.keys()):

@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
-from dps_agent.messages import FIELDS, DeviceRegistrationResult, decode, encode
+from dps_agent.messages import FIELDS, DeviceRegistrationResult, decode, encode, fields_of
 from dps_hal.errors import RetryLater
 from dps_hal.platform import NESTING_LIMIT, from_json, nesting, to_json
 from support.vectors import load
 
 EXAMPLES = 2000
-names = sorted({name for fields in FIELDS.values() for name, _ in fields} | {"generationId", ""})
+names = sorted({name for kind in FIELDS for name, _ in fields_of(kind)} | {"generationId", ""})
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 json_value = st.recursive(
     st.none()
@@ -29,7 +29,7 @@ message = st.sampled_from(sorted(FIELDS, key=lambda kind: kind.__name__))
 
 def without_nulls(kind: Any, value: dict[str, Any]) -> dict[str, Any]:
     """`value` as `encode` writes it: a null in a known field is an absent one."""
-    fields = dict(FIELDS[kind])
+    fields = dict(fields_of(kind))
     out = {}
     for name, field in value.items():
         if name in fields and field is None:
