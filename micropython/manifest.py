@@ -51,6 +51,7 @@ package(
         "tpm/spi.py",
         "tpm/tis.py",
         "tpm/upkeep.py",
+        "tpm/verdicts.py",
         "tpm/wire.py",
         "tpm/wire_upkeep.py",
     ),

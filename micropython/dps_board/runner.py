@@ -235,6 +235,7 @@ class Agent:
                     answer = await answer
             except DpsError as failure:
                 error = failure
+                forget("dps_hal.tpm.verdicts")
             except MemoryError as failure:
                 error = RetryLater("agent.busy", f"the heap had no room for the next step: {failure}")
             except Exception as failure:  # not CancelledError, which is none
@@ -279,12 +280,13 @@ class Agent:
     # DPS.
 
     def _endorsement_key(self) -> bytes:
-        key = self._tpm.endorsement_key()
+        key = self._tpm.endorsement_key()  # where it had to be made, what its maker left in the TPM was looked at
         if self._connects and "tpmMaker" not in self._life.about:
             try:
                 self._life.report("tpmMaker", self._tpm.condition().maker)
             except DpsError:
                 pass  # nothing depends on it
+        forget("dps_hal.tpm.wire_upkeep", "dps_hal.tpm.upkeep", "dps_hal.tpm.verdicts")
         return key
 
     async def request(self, method: str, path: str, body: bytes, authorization: "SasToken | None") -> "Reply | NoReply":

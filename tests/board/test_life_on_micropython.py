@@ -153,6 +153,15 @@ def test_a_registration_takes_few_tpm_commands(desk: Desk) -> None:
     assert len(names) - len(counted) == LOOKS_FOR_LEFTOVERS, names
 
 
+def test_what_a_registration_loads_only_for_a_moment_is_not_in_the_heap_afterwards(desk: Desk) -> None:
+    desk.serve(retry_after_s=0)
+    life = desk.live()
+    assert life["state"] == "provisioned" and "dps_agent.registration" in life["loaded"], life
+    for name in ("board.keys", "board.ntp", "agent.der", "agent.session", "hal.tpm.upkeep", "hal.tpm.wire_upkeep"):
+        assert f"dps_{name}" not in life["loaded"]
+    assert "dps_hal.tpm.verdicts" not in life["loaded"], "no refusal, so nobody asked what one leads to"
+
+
 def test_the_tasks_of_the_firmware_go_on_during_a_registration(desk: Desk) -> None:
     desk.serve(retry_after_s=1, assign_after_s=1)
     life = desk.live()

@@ -14,8 +14,8 @@ from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.host import esys
 from dps_hal.platform import hmac_sha256
 from dps_hal.tpm import operations
-from dps_hal.tpm.errors import Doubts
 from dps_hal.tpm.keys import ek_public
+from dps_hal.tpm.verdicts import Doubts
 from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused, flipped
 from support.device import Device

@@ -17,8 +17,9 @@ from dps_agent.host.network.dial import tls_context
 from dps_agent.host.network.proxy import ProxyRule
 from dps_deploy import settings as board_settings
 from dps_hal.errors import AskOperator
-from dps_hal.tpm.errors import RefusedError, error_of
+from dps_hal.tpm.errors import RefusedError
 from dps_hal.tpm.rules import ENDORSEMENT_AUTH_SET, OWNER_AUTH_SET, PT_PERMANENT, Passwords
+from dps_hal.tpm.verdicts import error_of
 from dps_text import NotText, Secret, oddities, secret_of, text_of
 
 BOTH_SET = {PT_PERMANENT: OWNER_AUTH_SET | ENDORSEMENT_AUTH_SET}

@@ -19,8 +19,9 @@ from dps_hal.host.codes import REMEDIES
 from dps_hal.host.tpm_node import is_managed
 from dps_hal.platform import hmac_sha256
 from dps_hal.tpm import operations
-from dps_hal.tpm.errors import RefusedError, error_of
+from dps_hal.tpm.errors import RefusedError
 from dps_hal.tpm.rules import locked_out
+from dps_hal.tpm.verdicts import error_of
 from support import swtpm
 from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused

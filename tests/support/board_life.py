@@ -7,6 +7,7 @@ the agent sets the clock; `seconds=N` ends the life after N s; `heap` samples th
 
 import gc
 import json
+import sys
 import time
 
 TYPE_CHECKING = False
@@ -220,6 +221,7 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
             "feeds": feeds[0],
             "longestFeedMs": feeds[2],
             "peaks": heap.peaks,
+            "loaded": [name for name in sys.modules if name[:4] == "dps_"],
             "tpmCommands": sent_at_commit,
             "now": list(now),
             "floor": clock.time.floor_s,

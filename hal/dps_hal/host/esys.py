@@ -29,11 +29,7 @@ from dps_hal.tpm.errors import (
     RC_NV_UNINITIALIZED,
     RC_RESEND,
     RC_SEQUENCE,
-    Doubts,
     RefusedError,
-    check_duplicate_fits,
-    error_of,
-    own_password,
 )
 from dps_hal.tpm.keys import (
     ALG_SHA256,
@@ -87,6 +83,7 @@ from dps_hal.tpm.upkeep import (
     ways_to_read,
     without_padding,
 )
+from dps_hal.tpm.verdicts import Doubts, check_duplicate_fits, error_of, own_password
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -15,7 +15,7 @@ from dps_hal.tpm.commands import (
     SHUTDOWN,
     START_AUTH_SESSION,
 )
-from dps_hal.tpm.errors import RC_ALTERED, RC_SEQUENCE, Doubts, RefusedError, error_of
+from dps_hal.tpm.errors import RC_ALTERED, RC_SEQUENCE, RefusedError
 from dps_hal.tpm.keys import SHA256_BYTES, sized
 from dps_hal.tpm.rules import (
     COMMAND_LIMIT_S,
@@ -100,7 +100,7 @@ class Operations:
     def _operate(self, operation: "Callable[[], Answer]") -> "Answer":
         self._connection.begin(COMMAND_LIMIT_S)
         self.creates_key = False
-        doubts = Doubts()
+        doubts: Any = None  # made once there are any
         while True:
             error: DpsError
             stale = lost = again = counted = False
@@ -114,9 +114,15 @@ class Operations:
                 if refused.wrong_password and self._goes_without(refused):
                     continue
                 stale, lost, counted = refused.stale, refused.connection_lost, refused.counted
+                from dps_hal.tpm.verdicts import error_of
+
                 error = error_of(refused, self._locked_out)
             except (AskOperator, IdentityStale) as verdict:
                 error = verdict
+            if doubts is None:
+                from dps_hal.tpm.verdicts import Doubts
+
+                doubts = Doubts()
             if not counted:
                 error, again = doubts.weigh(error, stale)
             if lost:

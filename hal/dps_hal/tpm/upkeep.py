@@ -4,7 +4,7 @@ import struct
 
 from dps_hal.contracts import TpmCondition
 from dps_hal.errors import AskOperator, RetryLater
-from dps_hal.tpm.errors import RC_ALTERED, RefusedError, error_of
+from dps_hal.tpm.errors import RC_ALTERED, RefusedError
 from dps_hal.tpm.keys import EK_TEMPLATES, ek_template, makers_template, object_name
 from dps_hal.tpm.rules import (
     ENDORSEMENT_AUTH_SET,
@@ -83,6 +83,8 @@ def if_readable(read: "Callable[[], bytes]") -> bytes:
     except AskOperator:
         return b""
     except RefusedError as refused:
+        from dps_hal.tpm.verdicts import error_of
+
         passing = isinstance(error_of(refused, lambda what: locked_out(what, {})), RetryLater)
         if refused.stale or refused.wrong_password or passing:
             raise refused

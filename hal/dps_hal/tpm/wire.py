@@ -27,7 +27,7 @@ from dps_hal.tpm.commands import (
     Connection,
     take_field,
 )
-from dps_hal.tpm.errors import RC_ALTERED, RC_NV_SPACE, RefusedError, check_duplicate_fits, own_password
+from dps_hal.tpm.errors import RC_ALTERED, RC_NV_SPACE, RefusedError
 from dps_hal.tpm.keys import (
     ALG_AES,
     ALG_CFB,
@@ -448,6 +448,8 @@ class WireTpm(Operations):
                 auth=b"",
             )
         except RefusedError as refused:
+            from dps_hal.tpm.verdicts import check_duplicate_fits
+
             check_duplicate_fits(refused, activation.duplicate)
             raise refused
         if not has_no_da(activation.id_key_public):
@@ -461,6 +463,8 @@ class WireTpm(Operations):
         try:
             self._hmac(key, b"")
         except RefusedError as refused:
+            from dps_hal.tpm.verdicts import own_password
+
             raise own_password(refused) if refused.by_key else refused
 
     def _hmac(self, key: Key, message: bytes) -> bytes:
