@@ -15,7 +15,7 @@ import trustme
 
 from dps_deploy.copying import CopyError, copy
 from dps_deploy.flash_image import littlefs_image
-from dps_deploy.modules import for_a_board, packaged
+from dps_deploy.modules import compiled, for_a_board, packaged
 from dps_emulator.enrollments import read_enrollments
 from dps_emulator.service import Settings
 from dps_hal.platform import sha256
@@ -28,7 +28,7 @@ from support.swtpm import Swtpm
 
 MICROPYTHON = str(Path(sys.executable).with_name("micropython"))
 PROGRAMS = {"app.py", "boot.py", "main.py"}  # the firmware engineer's own; not part of the packages
-SIZE_LIMITS = {"dps_agent": 44, "dps_hal": 45, "dps_board": 27}  # KiB of .mpy
+SIZE_LIMITS = {"dps_agent": 46, "dps_hal": 45, "dps_board": 27}  # KiB of .mpy
 EK_CERTIFICATE_INDEX = 0x01C00002
 
 
@@ -80,10 +80,14 @@ def test_nothing_happens_when_a_boards_file_is_loaded(image: Image, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_only_a_type_checker_reads_is_left_out_line_for_line() -> None:
+def test_what_only_a_type_checker_reads_and_the_names_of_private_constants_are_left_out_line_for_line() -> None:
     source = '"""A."""\n\nTYPE_CHECKING = False\nif TYPE_CHECKING:\n    from typing import Any\nelse:\n    B = 1\n'
     kept = for_a_board(source)
     assert kept == '"""A."""\n\n\nif False:\n    from typing import Any\nelse:\n    B = 1\n'
+    names = '_LIMIT = 1 << 4  # bytes\n_NAME = "a = b"\n_TABLE = {1: 2}\nLIMIT = 3\nx = _LIMIT + f(_NAME)\n'
+    kept = names.replace("1 << 4", "const(1 << 4)").replace('"a = b"', 'const("a = b")')
+    assert for_a_board(names) == kept
+    assert b"LIMIT" in compiled("LIMIT = 16\n", "a.py") and b"LIMIT" not in compiled("_LIMIT = 16\n", "a.py")
     for module in board_files():
         assert "TYPE_CHECKING" not in for_a_board(module.file.read_text()), module.path
 

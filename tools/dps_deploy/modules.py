@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -84,8 +85,29 @@ def _imported(source: str) -> Iterator[str]:
 
 
 def for_a_board(source: str) -> str:
-    """The source without what only a type checker reads, line for line: the compiler drops `if False`."""
-    return source.replace("\nTYPE_CHECKING = False\n", "\n\n").replace("\nif TYPE_CHECKING:\n", "\nif False:\n")
+    """The source, line for line, without what only a type checker reads and without the names of private constants.
+
+    The compiler drops `if False`, and puts the value of a `const` in the place of its name, where that is private.
+    """
+    lines = (
+        source.replace("\nTYPE_CHECKING = False\n", "\n\n")
+        .replace("\nif TYPE_CHECKING:\n", "\nif False:\n")
+        .split("\n")
+    )
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and _is_constant(node):
+            value = ast.get_source_segment(source, node.value)
+            line = lines[node.lineno - 1]
+            lines[node.lineno - 1] = line.replace(f" = {value}", f" = const({value})", 1)
+    return "\n".join(lines)
+
+
+def _is_constant(node: ast.Assign) -> bool:
+    """Whether a statement gives a private name a number, a text or bytes, in one line."""
+    name = ast.unparse(node.targets[0])
+    parts = (ast.Constant, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop)
+    value_is_constant = all(isinstance(part, parts) for part in ast.walk(node.value))
+    return re.fullmatch("_[A-Z][A-Z0-9_]*", name) is not None and value_is_constant and node.lineno == node.end_lineno
 
 
 def compiled(source: str, path: str) -> bytes:
