@@ -21,7 +21,7 @@ from dps_agent.host.config import load
 from dps_agent.host.journal import Journal
 from dps_agent.host.local.routes import Command
 from dps_agent.host.service import Service
-from dps_agent.hub_effects import MessageDone, NextEvent, SendTelemetry, TelemetryDone
+from dps_agent.hub_effects import MessageDone, NextEvent, Readers, SendTelemetry, TelemetryDone
 from dps_agent.patience import decode_progress
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault
@@ -609,6 +609,54 @@ def test_a_command_is_taken_back_once_and_only_before_it_was_begun(tmp_path: Pat
     command = Command(1, "token")
     service._take_command(command)
     assert service._take_back(command) and not service._take_back(command) and not service._commands
+
+
+def test_a_wake_that_is_heard_before_its_post_returns_does_not_silence_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = bare_service(tmp_path)
+    service._begin_life()
+    told: list[object] = []
+
+    def hear(event: Any) -> bool:
+        """The service's own thread: it waits, gets the event, and is back before `post` is."""
+        waits = service._next_event(NextEvent(1e9))
+        try:
+            assert next(waits) == NextEvent(1e9)
+            waits.send(event)
+        except StopIteration as end:
+            told.append(end.value)
+        return True
+
+    monkeypatch.setattr(service._equipment.runner, "post", hear)
+    for number in (1, 0, 1):
+        service._reads_told = not number  # as it was told of last
+        assert service._post(Readers(number))
+    assert told == [(False, Readers(1)), (False, Readers(0)), (False, Readers(1))]
+
+
+def test_whatever_comes_while_the_service_is_busy_is_one_wake_and_one_that_was_refused_is_posted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = bare_service(tmp_path)
+    service._begin_life()
+    posted: list[Any] = []
+    runner = service._equipment.runner
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "post", lambda _event: False)
+        service._take_command(Command(1, "status"))
+    monkeypatch.setattr(runner, "post", lambda event: not posted.append(event))
+    for number in range(200):
+        service._take_command(Command(number, "status"))
+        service._post(Readers(number % 2))
+    assert len(posted) == 1
+    done: list[int] = []
+    monkeypatch.setattr(service, "_answer", lambda command, *_answer: done.append(command.request_id))
+    service._reads_told = True
+    assert next(service._next_event(NextEvent(1e9))) == NextEvent(1e9)
+    assert len(done) == 201, "they are done before it waits, whoever has taken their wake"
+    service._take_command(Command(201, "status"))
+    assert len(posted) == 2
 
 
 def test_what_is_queued_for_the_hub_ends_with_the_life(tmp_path: Path) -> None:

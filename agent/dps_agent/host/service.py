@@ -97,7 +97,7 @@ class Service:
         self._registering: list[Command] = []  # to be answered when the registration has ended
         self._readers = 0  # programs that read events
         self._reads_told: bool | None = None  # whether there are any, as the session heard on this connection
-        self._woken = False  # for that, and it has not looked yet
+        self._woken = False  # _WAKE was posted, and `_next_event` has not looked since
         self._reload_asked = False
         self._stopping = False
         self._hasty = False  # the next wait before another try is skipped
@@ -215,7 +215,7 @@ class Service:
         """Whether the session of now gets the event; one of a life that is being left takes nothing more."""
         if isinstance(event, Readers):  # however often they come and go, one event is enough
             self._readers = event.number
-            self._woken = self._woken or self._equipment.runner.post(_WAKE)
+            self._post_wake()
             return True
         runner = self._equipment.runner
         taken = not self._leaving and runner.post(event)
@@ -242,8 +242,15 @@ class Service:
 
     def _wake(self) -> None:
         """Ends what the runner waits for, so that `_watched` gets its turn."""
-        self._equipment.runner.post(_WAKE)
+        self._post_wake()
         self._equipment.runner.hasten()
+
+    def _post_wake(self) -> None:
+        """One _WAKE, however much there is to look at; noted before it is heard, for who hears it takes the note away."""
+        if not self._woken:
+            self._woken = True
+            if not self._equipment.runner.post(_WAKE):
+                self._woken = False  # so many events wait that `_next_event` looks soon anyway
 
     def _each_second(self) -> None:
         """The runner's watchdog: everything is within its deadline."""
@@ -327,9 +334,12 @@ class Service:
     def _next_event(self, wanted: NextEvent) -> Generator[Effect, Any, tuple[bool, Event | None]]:
         """The hub's next event; whether the life is over."""
         while True:
+            self._woken = False  # first: what comes after one of the looks below posts a _WAKE of its own
+            over = yield from self._obey()
+            if over:
+                return True, None
             if self._life.asked_to_register:
                 return False, RegisterAgain()
-            self._woken = False
             reads = self._readers > 0
             if reads is not self._reads_told:
                 self._reads_told = reads
@@ -337,9 +347,6 @@ class Service:
             event: Event | None = yield wanted
             if event is not _WAKE:
                 return False, event
-            over = yield from self._obey()
-            if over:
-                return True, None
 
     def _ask_maker(self) -> Generator[Any, Any, None]:
         """Who made the TPM, for the twin; once, when it is known to work."""
