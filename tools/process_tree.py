@@ -2,7 +2,8 @@
 
 A process that is killed tells its children nothing, and one in a session of its own, or whose parent has gone, is in
 nobody's reach. So the work is done by a child; the kernel tells it when this process goes and, since either adopts
-orphans (prctl(2), PR_SET_CHILD_SUBREAPER), each finds whatever the other has left.
+orphans (prctl(2), PR_SET_CHILD_SUBREAPER), each finds whatever the other has left. What a shell had started before it
+became the tool (`sleep 60 & exec tools/test`) is the tool's child as well, and stays.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -30,6 +31,7 @@ def supervised(work: Callable[[], int]) -> int:
     SIGINT, SIGTERM and SIGHUP raise SystemExit(128 + number) in `work`, once, so that it can end things in order.
     """
     ours = os.getpid()
+    others = _children()
     _adopt_orphans()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -41,24 +43,20 @@ def supervised(work: Callable[[], int]) -> int:
     _, status = os.waitpid(worker, 0)
     for number in ENDS:
         signal.signal(number, signal.SIG_IGN)
-    end_descendants()
+    end_descendants(others)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 
 
-def end_descendants() -> None:
-    """Kills every process below this one."""
+def end_descendants(others: Set[int] = frozenset()) -> None:
+    """Kills every process below this one, but its children `others` and what is below them."""
     until_s = time.monotonic() + KILLED_S
-    while time.monotonic() < until_s:
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        found = _descendants()
-        if not found:
-            return
+    while (found := _descendants(others)) and time.monotonic() < until_s:
         for process in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):  # a grandchild, until this process adopts it
+                os.waitpid(process, os.WNOHANG)
         time.sleep(0.02)
 
 
@@ -105,15 +103,27 @@ def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     sys.exit(status)
 
 
-def _descendants() -> list[int]:
+def _children() -> set[int]:
+    ours = os.getpid()
+    return {process for process, parent in _parents().items() if parent == ours}
+
+
+def _descendants(others: Set[int]) -> list[int]:
+    parents = _parents()
+    found = {os.getpid()}
+    # This process does not wait for `others`, so their ids are nobody else's while it lives.
+    while more := {process for process, parent in parents.items() if parent in found} - found - others:
+        found |= more
+    return sorted(found - {os.getpid()})
+
+
+def _parents() -> dict[int, int]:
+    """The parent of each process."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    found = {os.getpid()}
-    while more := {process for process, parent in parents.items() if parent in found} - found:
-        found |= more
-    return sorted(found - {os.getpid()})
+    return parents
 
 
 def _adopt_orphans() -> None:

@@ -79,6 +79,32 @@ def test_nothing_is_left_where_its_worker_was_killed(tmp_path: Path) -> None:
     assert processes_that_name(tmp_path) == []
 
 
+@pytest.mark.parametrize("end", ["0", "raise", signal.SIGTERM])
+def test_what_a_shell_had_started_before_it_became_the_tool_is_left_alone(
+    end: str | signal.Signals, tmp_path: Path
+) -> None:
+    """A child and a grandchild of the shell's; the tool's own are in a folder of their own."""
+    own = tmp_path / "own"
+    own.mkdir()
+    fifo = tmp_path / "other"
+    os.mkfifo(fifo)
+    script = 'sh -c \'sh -c "read line; # $0" "$0" <"$0"; :\' "$0" & exec "$@"'
+    words = [sys.executable, "-c", STARTS_MUCH, str(own), STUBBORN, *([end] if isinstance(end, str) else [])]
+    holder = os.open(fifo, os.O_RDWR)  # while it is open the others read from the FIFO
+    try:
+        with subprocess.Popen(["sh", "-c", script, str(fifo), *words], env=ENVIRON, stderr=subprocess.DEVNULL) as tool:
+            assert until(lambda: len(list(own.iterdir())) == 3 or tool.poll() is not None)
+            if isinstance(end, signal.Signals):
+                tool.send_signal(end)
+            tool.wait(120)
+        assert processes_that_name(own) == []
+        assert until(lambda: len(processes_that_name(fifo)) == 2), processes_that_name(fifo)
+    finally:
+        os.write(holder, b"\n")
+        os.close(holder)
+    assert until(lambda: not processes_that_name(fifo)), processes_that_name(fifo)
+
+
 @pytest.mark.parametrize(("end", "status"), [("0", 0), ("3", 3), ("raise", 1)])
 def test_its_status_is_that_of_its_work_and_nothing_is_left(end: str, status: int, tmp_path: Path) -> None:
     words = [sys.executable, "-c", STARTS_MUCH, str(tmp_path), STUBBORN, end]
