@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import errno
 import io
 import json
 import os
@@ -493,6 +494,53 @@ def test_an_unforeseen_error_costs_one_connection(agent: Agent, monkeypatch: pyt
         assert raw(agent, b"GET /status HTTP/1.1\r\n\r\n") == b""
     assert agent.client.ask("GET", "/status")[0] == 200
     assert "ZeroDivisionError" in agent.said.getvalue() and "hunter2" not in agent.said.getvalue()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), MemoryError()], ids=["no watch", "no memory"])
+def test_what_fails_while_a_connection_is_let_in_costs_that_connection_alone(
+    error: Exception, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        """An epoll that takes nothing more."""
+
+        def __init__(self, poll: Any) -> None:
+            self._poll = poll
+
+        def register(self, *_what: object) -> None:
+            raise error
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._poll, name)
+
+    def fails(_connection: socket.socket) -> Peer:
+        raise error
+
+    for where, name, broken in ((server, "peer_of", fails), (agent.api, "_poll", Full(agent.api._poll))):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, broken)
+            agent.api._wake()  # it waits in the one that it knows
+            assert raw(agent, b"") == b"", "it was closed, not forgotten"
+        assert agent.client.ask("GET", "/status")[0] == 200
+    wait_for(lambda: not agent.api._clients)
+    assert agent.api._places.of(os.geteuid()) == 0
+
+
+def test_an_unforeseen_error_between_two_clients_costs_nobody_anything(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = threading.Event()
+
+    def fails() -> float:
+        failed.set()
+        raise MemoryError
+
+    with agent.client.connect() as connection:
+        with monkeypatch.context() as patch:
+            patch.setattr(agent.api, "_patience_s", fails)
+            agent.api._wake()
+            assert failed.wait(5)
+        connection.sendall(b"GET /status HTTP/1.1\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
 
 
 def test_no_descriptor_left_is_no_end(agent: Agent) -> None:

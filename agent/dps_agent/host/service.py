@@ -246,7 +246,7 @@ class Service:
         self._equipment.runner.hasten()
 
     def _post_wake(self) -> None:
-        """One _WAKE, however much there is to look at; noted before it is heard, for who hears it takes the note away."""
+        """One _WAKE, however much there is to look at; noted first, for who hears it takes the note away."""
         if not self._woken:
             self._woken = True
             if not self._equipment.runner.post(_WAKE):

@@ -255,29 +255,32 @@ class LocalServer:
 
     def _serve(self) -> None:
         while not self._ended:
-            ready = self._poll.poll(self._patience_s())
-            # Looked up before anything is done: a descriptor that is closed may be the next connection's in this turn.
-            moved = [(client, events) for number, events in ready if (client := self._clients.get(number)) is not None]
-            for client, events in moved:
-                if client.socket.fileno() >= 0:
-                    self._guarded(client, self._move, client, events)
-            for number, _ in ready:
-                if (listener := self._listeners.get(number)) is not None:
-                    self._accept(listener)
-                elif number == self._alarm:
-                    os.eventfd_read(self._alarm)
-            unfinished, self._unfinished = self._unfinished, []
-            for client in unfinished:
-                self._guarded(client, self._advance, client)
-            while self._inbox:
-                self._guarded(None, self._inbox.popleft())
-            self._guarded(None, self._broadcast)
-            self._guarded(None, self._expire, time.monotonic())
+            self._guarded(None, self._take_turn)
         for client in list(self._clients.values()):
             self._drop(client)
         self._poll.close()
         self._close_listeners()
         os.close(self._alarm)
+
+    def _take_turn(self) -> None:
+        ready = self._poll.poll(self._patience_s())
+        # Looked up before anything is done: a descriptor that is closed may be the next connection's in this turn.
+        moved = [(client, events) for number, events in ready if (client := self._clients.get(number)) is not None]
+        for client, events in moved:
+            if client.socket.fileno() >= 0:
+                self._guarded(client, self._move, client, events)
+        for number, _ in ready:
+            if (listener := self._listeners.get(number)) is not None:
+                self._guarded(None, self._accept, listener)
+            elif number == self._alarm:
+                os.eventfd_read(self._alarm)
+        unfinished, self._unfinished = self._unfinished, []
+        for client in unfinished:
+            self._guarded(client, self._advance, client)
+        while self._inbox:
+            self._guarded(None, self._inbox.popleft())
+        self._guarded(None, self._broadcast)
+        self._guarded(None, self._expire, time.monotonic())
 
     def _listen(self, listener: socket.socket) -> None:
         self._listeners[listener.fileno()] = listener
@@ -343,19 +346,28 @@ class LocalServer:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     time.sleep(0.1)  # no descriptor is left, and the next poll would say the same at once
                 return
-            if _is_gone(connection):  # first of all: who only knocks must cost us no more than it costs him
+            try:
+                self._let_in(connection)
+            except BaseException:
                 connection.close()
-                continue
-            connection.setblocking(False)
-            peer = peer_of(connection)
-            if not self._make_room(peer.user):
-                document = error_document("agent.busy", "too many programs are connected", RETRY_AFTER_S)
-                with contextlib.suppress(OSError), connection:
-                    connection.send(_answer(503, document, "Connection: close\r\n"))
-                continue
-            self._places.take(peer.user)
-            self._clients[connection.fileno()] = _Client(connection, peer, time.monotonic())
-            self._poll.register(connection, select.EPOLLIN)
+                raise
+
+    def _let_in(self, connection: socket.socket) -> None:
+        """Makes a client of a connection, or closes it; what fails leaves nothing of it here."""
+        if _is_gone(connection):  # first of all: who only knocks must cost us no more than it costs him
+            connection.close()
+            return
+        connection.setblocking(False)
+        peer = peer_of(connection)
+        if not self._make_room(peer.user):
+            document = error_document("agent.busy", "too many programs are connected", RETRY_AFTER_S)
+            with contextlib.suppress(OSError), connection:
+                connection.send(_answer(503, document, "Connection: close\r\n"))
+            return
+        client = _Client(connection, peer, time.monotonic())
+        self._poll.register(connection, select.EPOLLIN)
+        self._places.take(peer.user)
+        self._clients[connection.fileno()] = client
 
     def _make_room(self, user: int) -> bool:
         """Whether one more connection of this user may stay, perhaps because another one has just made room.
