@@ -208,4 +208,4 @@ def test_an_error_of_ours_and_one_that_passes_are_never_asked_for_twice() -> Non
         lambda: AskOperator("config.invalid", "persist_at"),
     ]
     for error in told:
-        assert not Doubts().weigh(error(), stale=False)[1]
+        assert not Doubts().weigh(error(), stale=False, in_time=True)[1]

@@ -338,10 +338,10 @@ class EsysTpm:
                     continue
                 stale, lost, counted = refused.stale, refused.connection_lost, refused.counted
                 error = error_of(refused, self._locked_out)
-            except (AskOperator, IdentityStale) as verdict:
+            except (AskOperator, IdentityStale, RetryLater) as verdict:
                 error = verdict
             if not counted:
-                error, again = doubts.weigh(error, stale)
+                error, again = doubts.weigh(error, stale, 2 * time.monotonic() <= self._began_s + self._until_s)
             if self._esapi is not None and (lost or stale or again):
                 self._drop(lost)
             if not again:

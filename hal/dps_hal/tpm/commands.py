@@ -123,6 +123,10 @@ class Connection:
         """Gives the operation `limit_s` seconds from its start, if that is more than it has."""
         self._limit_ms = max(self._limit_ms, int(limit_s * 1000))
 
+    def in_time(self) -> bool:
+        """Whether what this operation has taken so far would fit once more into its time."""
+        return 2 * ms_since(self._started_ms) <= self._limit_ms
+
     def close(self) -> None:
         """Ends the transport's connection."""
         self._transport.close()

@@ -117,14 +117,14 @@ class Operations:
                 from dps_hal.tpm.verdicts import error_of
 
                 error = error_of(refused, self._locked_out)
-            except (AskOperator, IdentityStale) as verdict:
+            except (AskOperator, IdentityStale, RetryLater) as verdict:
                 error = verdict
             if doubts is None:
                 from dps_hal.tpm.verdicts import Doubts
 
                 doubts = Doubts()
             if not counted:
-                error, again = doubts.weigh(error, stale)
+                error, again = doubts.weigh(error, stale, self._connection.in_time())
             if lost:
                 self._close()
             elif stale or again:

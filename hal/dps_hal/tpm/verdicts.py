@@ -129,23 +129,32 @@ class Doubts:
     """What the TPM has said in one operation that would stop us, and is asked again before it is believed.
 
     Most of a TPM's refusals, and what it shows of its keys, prove nothing, and neither SPI nor a socket notices a
-    flipped bit: so a verdict counts when the same one has come twice, the second time over a new session.
+    flipped bit: so a verdict counts when the same one has come twice, the second time over a new session. It counts as
+    well where the TPM is so slow that it cannot be asked twice: else nobody would ever hear of it.
     """
 
     def __init__(self) -> None:
         self._said: list[tuple[str, str]] = []
+        self._alone: DpsError | None = None  # the first verdict, while no other contradicts it
 
-    def weigh(self, error: "DpsError", stale: bool) -> "tuple[DpsError, bool]":
+    def weigh(self, error: "DpsError", stale: bool, in_time: bool) -> "tuple[DpsError, bool]":
         """What to raise, and whether the operation is tried again instead.
 
-        `stale`: what it refused was a session or handle that is no longer what it was, or an altered answer.
+        `stale`: what it refused was a session or handle that is no longer what it was, or an altered answer; `in_time`:
+        what this operation has taken so far would fit once more into its time.
         """
         said = (error.code, error.message)
         known = said in self._said
+        first = not self._said
         self._said.append(said)
         if isinstance(error, RetryLater):
-            return error, stale and len(self._said) == 1
+            if self._alone is not None and error.code == "tpm.timeout":
+                return self._alone, False
+            return error, stale and first
         if known or not (stale or error.code.startswith("tpm.")):
+            return error, False
+        self._alone = error if first and not stale else None
+        if self._alone is not None and not in_time:
             return error, False
         if len(self._said) < _VERDICTS:
             return error, True
