@@ -843,6 +843,16 @@ def test_requests_that_are_refused_may_come_by_the_thousand_at_once(agent: Agent
     assert "agent.bug" not in agent.said.getvalue()
 
 
+def test_telemetry_that_cannot_even_wait_may_come_by_the_thousand_at_once(agent: Agent) -> None:
+    agent.full = True
+    answer = raw(agent, b"POST /telemetry HTTP/1.1\r\nContent-Length: 1\r\n\r\n." * 1000 + b"GET / HTTP/1.0\r\n\r\n")
+    assert (answer.count(b"HTTP/1.1 503 "), answer.count(b"HTTP/1.1 404 ")) == (1000, 1)
+    assert not agent.api._pending and not agent.api._under_way
+    assert agent.api._bytes.of(os.geteuid()) == agent.api._hub_places.of(os.geteuid()) == 0
+    agent.full = False
+    assert agent.client.ask("POST", "/telemetry", b"{}")[0] == 200
+
+
 def test_requests_by_the_thousand_keep_nobody_else_waiting(agent: Agent) -> None:
     with agent.client.connect() as connection:
         connection.sendall(b"GET /nothing HTTP/1.1\r\n\r\n" * 500)

@@ -543,7 +543,7 @@ class LocalServer:
             self._give_back(client, body)
             raise
         if isinstance(outcome, Later) and isinstance(outcome.asked, SendTelemetry):
-            self._send_telemetry(client, outcome.asked, outcome.limit_s, body.size)
+            self._send_telemetry(client, outcome.asked, outcome.limit_s, body)
             return
         self._give_back(client, body)
         match outcome:
@@ -562,15 +562,15 @@ class LocalServer:
             case Stream():
                 self._stream(client)
 
-    def _send_telemetry(self, client: _Client, event: SendTelemetry, limit_s: float, size: int) -> None:
+    def _send_telemetry(self, client: _Client, event: SendTelemetry, limit_s: float, body: _Body) -> None:
         """Hands telemetry on; its share is given back once the hub's session has answered, or never had it."""
-        request_id = self._await(client, limit_s)
-        client.asked = event = event._replace(request_id=request_id)
-        self._under_way[request_id] = _UnderWay(event, client.peer.user, size)
+        client.asked = event = event._replace(request_id=self._await(client, limit_s))
         if not self._post(event):
-            self._release(request_id, False)
-            text = "it was not sent: too much waits to be sent"
-            self._finish(request_id, 503, error_document("agent.busy", text, RETRY_AFTER_S))
+            self._give_back(client, body)
+            del self._pending[event.request_id]
+            client.pending = client.asked = None
+            raise Refused(503, "agent.busy", "it was not sent: too much waits to be sent", RETRY_AFTER_S)
+        self._under_way[event.request_id] = _UnderWay(event, client.peer.user, body.size)
 
     def _give_back(self, client: _Client, body: _Body) -> None:
         self._bytes.give_back(client.peer.user, body.size)
