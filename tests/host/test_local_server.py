@@ -38,9 +38,11 @@ from dps_agent.hub_effects import (
     TelemetryDone,
     Withdrawn,
 )
-from dps_agent.session import CALL_LIMIT, IN_FLIGHT_LIMIT, MESSAGE_LIMIT, TELEMETRY_LIMIT
+from dps_agent.lifecycle import Lifecycle
+from dps_agent.session import CALL_LIMIT, IN_FLIGHT_LIMIT, MESSAGE_LIMIT, TELEMETRY_LIMIT, telemetry_topic
 from dps_hal.errors import RetryLater
 from support.local_client import LocalClient
+from support.world import World, settings
 
 STATUS = {"state": "connected", "reason": "connected to h"}
 ASSIGNMENT = {"assignedHub": "h.azure-devices.net", "deviceId": "press-07"}
@@ -571,7 +573,7 @@ def test_the_limits_are_the_designed_ones() -> None:
     assert (server.REQUEST_LIMIT_S, server.SEND_LIMIT_S, server.IDLE_LIMIT_S) == (10, 10, 60)
     for in_all, of_one, kept in (server.CLIENTS, server.STREAMS, server.UNDER_WAY, server.BYTES):
         assert 4 * of_one <= in_all - kept and kept > 0, "four users at their limits leave the kept places alone"
-    assert server.UNDER_WAY[0] == IN_FLIGHT_LIMIT and server.BYTES[1] >= server.BODY_LIMIT
+    assert server.UNDER_WAY[0] == IN_FLIGHT_LIMIT and server.BYTES[1] >= server.BODY_LIMIT >= TELEMETRY_LIMIT
     waiting = server.UNDER_WAY[0] + MESSAGE_LIMIT + CALL_LIMIT + 1
     assert waiting <= mqtt.POSTS_LIMIT, "whatever programs have asked for finds room in the hub's queue"
 
@@ -814,6 +816,34 @@ def test_bytes_under_way_are_a_users_share_and_come_back_with_the_answer(agent: 
         assert connections[0].recv(1000).startswith(b"HTTP/1.1 200")
         with under_way(agent, 1, large):
             assert refusal_of(agent, head).startswith(b"HTTP/1.1 503")
+
+
+def test_topics_count_as_much_as_bodies(agent: Agent, users: list[int]) -> None:
+    agent.accepts = None
+    target = "/telemetry?a=" + "b" * 1000
+    topic_size = len(telemetry_topic("press-07", {"a": "b" * 1000}))
+    with agent.client.connect() as connection:
+        connection.sendall(f"POST {target} HTTP/1.1\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+        wait_for(lambda: agent.posted)
+        assert agent.api._bytes.of(users[0]) == topic_size + 2
+        agent.api.tell(TelemetryDone(agent.posted[0].request_id, True, True))
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+    assert agent.api._bytes.of(users[0]) == 0
+
+
+def test_what_is_kept_for_root_is_kept_in_the_hub_s_session_too(agent: Agent, users: list[int]) -> None:
+    agent.accepts = None
+    full = TELEMETRY_LIMIT - len(telemetry_topic("press-07", {}))
+    world = World()
+    with contextlib.ExitStack() as crowd:
+        for users[0] in (1000, 1001, 1002, 1003, 0):
+            crowd.enter_context(under_way(agent, 2, full))
+            assert agent.api._bytes.of(users[0]) == 2 * TELEMETRY_LIMIT
+        world.hub.mute_pubacks = True
+        world.at(world.uptime_s + 20, lambda: world.post(*agent.posted))
+        world.end_at(world.uptime_s + 30)
+        world.run(Lifecycle(settings()).live(False, False, True))
+        assert len(world.hub.received) == 10 and world.program.done == {}, "all of them are under way to the hub"
 
 
 def test_readers_of_events_are_a_users_share(agent: Agent, users: list[int]) -> None:

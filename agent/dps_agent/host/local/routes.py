@@ -68,10 +68,10 @@ class Request(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """A request that may have its body; `to_hub`: it takes one of the places for telemetry under way."""
+    """A request that may have its body; with a topic it takes one of the places for telemetry under way."""
 
     finish: Callable[[bytes], Reply | Later | Stream]
-    to_hub: bool = False
+    topic_size: int = 0  # bytes
 
 
 class Command(NamedTuple):
@@ -174,13 +174,13 @@ class Routes:
             raise Refused(503, "agent.not_connected", text, snapshot.retry_after_s)
         device_id = snapshot.assignment["deviceId"] if snapshot.assignment is not None else ""
         try:
-            room = TELEMETRY_LIMIT - len(telemetry_topic(device_id, properties))
+            topic_size = len(telemetry_topic(device_id, properties))
         except ValueError:
             raise Refused(400, "agent.usage", "expected properties in UTF-8") from None
-        if length > room:
+        if length > (room := TELEMETRY_LIMIT - topic_size):
             text = f"expected at most {room} bytes beside the device id and these properties; came {length}"
             raise Refused(413, "agent.too_large", text)
-        return Begun(lambda body: Later(SendTelemetry(0, properties, body), TELEMETRY_LIMIT_S), to_hub=True)
+        return Begun(lambda body: Later(SendTelemetry(0, properties, body), TELEMETRY_LIMIT_S), topic_size)
 
     def _end_message(self, event_id: str, _body: bytes) -> Reply:
         message_id = self._events.message_of(event_id)

@@ -48,7 +48,7 @@ from dps_agent.host.local.statefile import make_runtime_folder
 from dps_agent.host.runner import bug
 from dps_agent.http1 import Reader
 from dps_agent.hub_effects import MethodCall, Readers, SendTelemetry, TelemetryDone, Withdrawn
-from dps_agent.session import IN_FLIGHT_LIMIT
+from dps_agent.session import IN_FLIGHT_LIMIT, IN_FLIGHT_SIZE
 from dps_hal.platform import to_json
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ HEARTBEAT_S = 60.0  # an empty line, so that both sides notice when the other is
 CLIENTS = (32, 7, 4)  # connections
 STREAMS = (16, 3, 4)  # of them with GET /events
 UNDER_WAY = (IN_FLIGHT_LIMIT, 7, 4)  # telemetry messages, from the end of their heads until the hub has answered
-BYTES = (10 * BODY_LIMIT, 2 * BODY_LIMIT, 2 * BODY_LIMIT)  # of bodies, for as long
+BYTES = (IN_FLIGHT_SIZE, 2 * BODY_LIMIT, 2 * BODY_LIMIT)  # of bodies and the topics that they go under, for as long
 
 _REASONS = {
     200: "OK",
@@ -98,10 +98,11 @@ _STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransf
 
 
 class _Body(NamedTuple):
-    """A request whose head was read, and what has come of its body; `size` bytes are taken of its user's share."""
+    """A request whose head was read, and what has come of its body of `size` bytes."""
 
     begun: Begun
     size: int
+    share: int  # bytes, taken of its user's: the body, and the topic that it goes to the hub under
     closes: bool  # the connection, once this was answered
     content: bytearray
 
@@ -498,17 +499,18 @@ class LocalServer:
         self._journal.detail(f"{client.peer}: {head.method} {head.path}, {head.length} bytes")
         try:
             begun = self._routes.begin(Request(head.method, head.path, head.query, head.length, user), now_s)
-            if begun.to_hub and not self._hub_places.has_room(user):
+            if begun.topic_size and not self._hub_places.has_room(user):
                 raise Refused(503, "agent.busy", "it was not sent: too much is under way to the hub", RETRY_AFTER_S)
-            if not self._bytes.take(user, head.length):
+            share = head.length + begun.topic_size
+            if not self._bytes.take(user, share):
                 raise Refused(503, "agent.busy", "it was not read: too much is under way", RETRY_AFTER_S)
         except Refused:
             client.ends = head.closes or expects
             client.ignored = 0 if expects else head.length  # who is not told to go on need not send it
             raise
-        if begun.to_hub:
+        if begun.topic_size:
             self._hub_places.take(user)
-        client.body = _Body(begun, head.length, head.closes, bytearray())
+        client.body = _Body(begun, head.length, share, head.closes, bytearray())
         if expects:
             self._line(client, _CONTINUE)
         return True
@@ -570,11 +572,11 @@ class LocalServer:
             del self._pending[event.request_id]
             client.pending = client.asked = None
             raise Refused(503, "agent.busy", "it was not sent: too much waits to be sent", RETRY_AFTER_S)
-        self._under_way[event.request_id] = _UnderWay(event, client.peer.user, body.size)
+        self._under_way[event.request_id] = _UnderWay(event, client.peer.user, body.share)
 
     def _give_back(self, client: _Client, body: _Body) -> None:
-        self._bytes.give_back(client.peer.user, body.size)
-        if body.begun.to_hub:
+        self._bytes.give_back(client.peer.user, body.share)
+        if body.begun.topic_size:
             self._hub_places.give_back(client.peer.user)
 
     def _release(self, request_id: int, begun: bool) -> None:
