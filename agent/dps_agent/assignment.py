@@ -206,7 +206,7 @@ def load_held(
 ) -> "Generator[Effect, Any, tuple[Assignment | None, str]]":
     """The stored record `identity` as an assignment if it holds, else None and the reason in words.
 
-    It holds when settings, EK, SRK and seal fit. AskOperator `tpm.ek_changed`: it was made for another TPM.
+    It holds when settings, EK, SRK and seal fit. AskOperator `tpm.ek_changed`: it was made for another EK.
     """
     if stored is None:
         return None, "no assignment is stored"

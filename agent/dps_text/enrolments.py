@@ -6,6 +6,7 @@ one that a service takes is the emulator's business.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections.abc import Iterator, Sequence
@@ -64,12 +65,21 @@ class Odd(NamedTuple):
         return f"line {self.line}: {self.why}"
 
 
+class Named(NamedTuple):
+    """A registration id that stands in the file for one device, whatever else is odd about its entry."""
+
+    line: int
+    registration_id: str
+    endorsement_key: str  # empty: there is none that can be read, or the enrolment is of another kind
+
+
 class EnrolmentList(NamedTuple):
     """What a file holds; `delimiter` and `columns` are those of the last CSV header, empty for JSON."""
 
     entries: list[Entry]
     others: list[Other]
     odd: list[Odd]
+    named: list[Named]
     delimiter: str = ""
     columns: tuple[str, ...] = ()  # the names of `_COLUMNS`, "" for a column that is not known
 
@@ -85,8 +95,10 @@ def read_enrolments(text: str) -> EnrolmentList:
     """Reads JSON (one record or a list) or CSV with a header; ListError.
 
     CSV: the header names `registrationId` and `endorsementKey`, in any order, case and spelling (`Registration ID`),
-    cells are separated by comma, semicolon or tab; further columns and repeated headers (files put together) are
-    passed over. Two entries for one registration id that have two keys are both odd.
+    and no meaning twice; cells are separated by comma, semicolon or tab; further columns and repeated headers (files
+    put together) are passed over. A row with more cells than the header has is odd, and so is a line on which a quote
+    is opened that does not end well; the next line is a row again. Two entries for one registration id that have two
+    keys are both odd.
     """
     found = _of_json(text) if text.lstrip()[:1] in ("{", "[") else _of_csv(text)
     first: dict[str, Entry] = {}
@@ -106,7 +118,7 @@ def read_enrolments(text: str) -> EnrolmentList:
 
 
 def _of_json(text: str) -> EnrolmentList:
-    found = EnrolmentList([], [], [])
+    found = EnrolmentList([], [], [], [])
     for line, record in _json_records(text):
         _sort(found, line, record)
     return found
@@ -114,7 +126,7 @@ def _of_json(text: str) -> EnrolmentList:
 
 def _json_records(text: str) -> Iterator[tuple[int, Any]]:
     """Each record with the line at which it begins."""
-    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    decoder = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_each_once)
     at = _behind_blanks(text, 0)
     is_list = text[at] == "["
     at = _behind_blanks(text, at + is_list)
@@ -155,70 +167,89 @@ def _sort(found: EnrolmentList, line: int, record: Any) -> None:
     elif not isinstance(name, str) or not name:
         found.odd.append(Odd(line, "registrationId is missing, or no text"))
     elif not isinstance(attestation, dict):
+        found.named.append(Named(line, name, ""))
         found.odd.append(Odd(line, f"'{name}': attestation is missing"))
     else:
         kinds = [kind for kind, value in attestation.items() if isinstance(value, dict)]
         kind = attestation.get("type") or (kinds[0] if len(kinds) == 1 else "")
         tpm = attestation.get("tpm")
+        key = tpm.get("endorsementKey") if kind == "tpm" and isinstance(tpm, dict) else None
+        found.named.append(Named(line, name, key.strip() if isinstance(key, str) else ""))
         if kind != "tpm" and isinstance(kind, str) and kind:
             found.others.append(Other(line, name, kind))
-        elif kind != "tpm" or not isinstance(tpm, dict) or not isinstance(tpm.get("endorsementKey"), str):
+        elif not isinstance(key, str):
             found.odd.append(Odd(line, f"'{name}': expected attestation.tpm.endorsementKey"))
-        elif not tpm["endorsementKey"].strip():
+        elif not key.strip():
             found.odd.append(Odd(line, f"'{name}': its endorsement key is missing"))
         else:
             found.entries.append(Entry(line, record))
 
 
 def _of_csv(text: str) -> EnrolmentList:
-    found = EnrolmentList([], [], [])
-    lines = _Lines(text)
+    found = EnrolmentList([], [], [], [])
+    lines = text.split("\n")
     delimiter, columns = ",", tuple[str, ...]()
-    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-    while True:
-        line = lines.number + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            found.odd.append(Odd(line, f"not valid CSV: {error}"))
-            continue
-        header = _header(lines.last) if lines.number == line else None
+    at = 0
+    while at < len(lines):
+        line, number = lines[at], at + 1
+        header = _header(line, number)
         if header is not None:
             delimiter, columns = header
-            reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-        elif not any(cell.strip() for cell in row) or (not columns and lines.last.lower().startswith("sep=")):
+            at += 1
+            continue
+        try:
+            row, taken = _row(lines, at, delimiter, columns)
+        except csv.Error as error:
+            found.odd.append(Odd(number, f"not valid CSV: {error}"))
+            at += 1
+            continue
+        at += taken
+        if not any(cell.strip() for cell in row) or (not columns and line.lower().startswith("sep=")):
             pass  # an empty line; what Excel writes above a header
         elif not columns:
-            named = " and ".join(sorted(_NEEDED, reverse=True))
-            raise ListError(f"line {line}: expected a header that names the columns {named}; came {lines.last[:80]!r}")
+            needed = " and ".join(sorted(_NEEDED, reverse=True))
+            raise ListError(f"line {number}: expected a header that names the columns {needed}; came {line[:80]!r}")
+        elif any(cell.strip() for cell in row[len(columns) :]):
+            found.odd.append(Odd(number, f"it has {len(row)} cells, its header {len(columns)}"))
         else:
-            _sort(found, line, _record(dict(zip(columns, (cell.strip() for cell in row), strict=False))))
+            cells = {name: cell.strip() for name, cell in zip(columns, row, strict=False) if name}
+            wrong = [name for name, cell in cells.items() if '"' in cell or "\r" in cell]
+            if wrong:
+                found.odd.append(Odd(number, f"a quote or a line end stands in its {wrong[0]}"))
+            else:
+                _sort(found, number, _record(cells))
     if not columns and text.strip():
         raise ListError("expected JSON, or CSV with the columns registrationId and endorsementKey")
     return found._replace(delimiter=delimiter, columns=columns)
 
 
-class _Lines:
-    """The lines of a text, and how many of them a csv.reader has taken; it takes several where a quote is open."""
+def _row(lines: list[str], at: int, delimiter: str, columns: tuple[str, ...]) -> tuple[list[str], int]:
+    """The cells of the row that begins at `lines[at]`, and how many lines it takes; csv.Error.
 
-    def __init__(self, text: str) -> None:
-        self._lines = iter(text.split("\n"))
-        self.number = 0
-        self.last = ""
+    A cell in quotes may have line ends in it, in a column that is not known. Where the quotes do not come out so, the
+    row is its first line alone, so that no line is taken for a part of another: an open quote makes that line odd.
+    """
+    if '"' not in lines[at]:
+        return next(csv.reader([lines[at]], delimiter=delimiter, skipinitialspace=True), []), 1
+    reader = csv.reader(_ended(lines, at), delimiter=delimiter, skipinitialspace=True, strict=True)
+    with contextlib.suppress(csv.Error):
+        row = next(reader)
+        known = "".join(cell for name, cell in zip(columns, row, strict=False) if name)
+        if reader.line_num == 1 or ("\n" not in known and len(row) <= len(columns)):
+            return row, reader.line_num
+    row = next(csv.reader([f"{lines[at]}\n"], delimiter=delimiter, skipinitialspace=True))
+    if any("\n" in cell for cell in row):
+        raise csv.Error("a quote is opened that does not end well")
+    return row, 1
 
-    def __iter__(self) -> _Lines:
-        return self
 
-    def __next__(self) -> str:
-        self.last = next(self._lines)
-        self.number += 1
-        return self.last + "\n"
+def _ended(lines: list[str], at: int) -> Iterator[str]:
+    for number in range(at, len(lines)):
+        yield f"{lines[number]}\n"
 
 
-def _header(line: str) -> tuple[str, tuple[str, ...]] | None:
-    """Delimiter and columns of a line that is a header; None for any other."""
+def _header(line: str, number: int) -> tuple[str, tuple[str, ...]] | None:
+    """Delimiter and columns of a line that is a header; None for any other; ListError for a meaning that is twice."""
     for delimiter in DELIMITERS:
         try:
             cells: Sequence[str] = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
@@ -226,6 +257,12 @@ def _header(line: str) -> tuple[str, tuple[str, ...]] | None:
             continue
         columns = tuple(_COLUMNS.get("".join(filter(str.isalnum, cell)).lower(), "") for cell in cells)
         if set(columns) >= _NEEDED:
+            for name in filter(None, columns):
+                if columns.count(name) > 1:
+                    twice = " and ".join(
+                        repr(cell) for cell, known in zip(cells, columns, strict=True) if known == name
+                    )
+                    raise ListError(f"line {number}: the columns {twice} are both {name}: name one of them otherwise")
             return delimiter, columns
     return None
 
@@ -248,3 +285,12 @@ def _record(cells: dict[str, str]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} stands twice in one object")
+        found[name] = value
+    return found

@@ -453,6 +453,28 @@ def test_a_key_that_was_made_before_the_makers_template_was_heeded_stays(
     assert machine.leftovers() == []
 
 
+@pytest.mark.parametrize("certified", [False, True], ids=["no certificate", "certificate of another key"])
+@pytest.mark.parametrize("password", [b"", b"secret"], ids=["no password", "password"])
+def test_a_template_whose_key_is_not_certified_makes_none_so_the_key_outlives_a_clear(
+    password: bytes, certified: bool, back_end: str, machine: Swtpm
+) -> None:
+    plain = ek_on(machine, back_end)
+    machine.clear()
+    machine.write_nv(NONCE_INDEX, b"defined by the owner")
+    if certified:
+        machine.write_nv(EK_CERTIFICATE_INDEX, certificate_for(ek_public(MODULUS)))
+    if password:
+        machine.set_hierarchy_auth(swtpm.OWNER, password)
+    with TpmTap(machine.port) as tap:
+        tpm = BACK_ENDS[back_end](tap.tcti, owner_auth=password)
+        assert tpm.endorsement_key() == plain
+        assert tap.names.count("CreatePrimary") == 1 + certified + bool(password)
+        tpm.release()
+    assert machine.leftovers() == []
+    machine.clear()
+    assert ek_on(machine, back_end) == plain
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -495,7 +517,7 @@ def test_an_index_that_is_locked_against_reading_stops_nobody(
     machine.write_nv(TEMPLATE_INDEX, template(UNIQUE), READ_LOCKABLE)
     machine.write_nv(NONCE_INDEX, b"nonce", READ_LOCKABLE)
     machine.lock_nv(index)
-    assert len(ek_on(machine, back_end)) == len(plain)
+    assert ek_on(machine, back_end) == plain
     device = Device(machine, back_end, tmp_path / "state", capsys)
     expected = ("warning", "locked") if index == EK_CERTIFICATE_INDEX else ("ok", "match")
     assert (device.finding()["result"], device.document("enroll")["ekCertificate"]) == expected

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.host.regular import read_regular
 from dps_hal.platform import to_json
-from dps_text import BYTE_ORDER_MARK, text_of
-from dps_text.enrolments import EnrolmentList, ListError, read_enrolments
+from dps_text import BYTE_ORDER_MARK, text_of, without_mark
+from dps_text.enrolments import EnrolmentList, Entry, ListError, Named, read_enrolments
 
 CSV_HEADER = "registrationId,endorsementKey,backend,ekCertificateSha256"
 LOCK_LIMIT_S = 30.0
@@ -75,68 +75,81 @@ def append(path: str, form: str, enrolment: Enrolment) -> Appended:
         with _locked(os.path.dirname(path)):
             content = _read(path)
             try:
-                text, known, notes = _with(text_of(content), form, enrolment)
+                listed = _listed(text_of(content), form)
             except ValueError as error:  # NotText, ListError
                 raise AskOperator("agent.file", f"{path}: {error}") from None
-            for registration_id, endorsement_key in known:
-                _refuse_duplicate(path, enrolment, registration_id, endorsement_key)
-            _replace(path, _as_it_was(text, content))
+            for named in listed.named:
+                _refuse_duplicate(path, enrolment, named)
+            _replace(path, _with(content, form, enrolment, listed))
     except OSError as error:
         raise AskOperator("agent.file", f"{path} cannot be read or written: {error.strerror}") from None
-    return Appended(len(known) + 1, notes)
-
-
-def _refuse_duplicate(path: str, enrolment: Enrolment, registration_id: str, endorsement_key: str) -> None:
-    same_id = registration_id.lower() == enrolment.registration_id.lower()  # as DPS compares them
-    if same_id and endorsement_key == enrolment.endorsement_key:
-        raise AskOperator("agent.duplicate", f"{path} has this device already, as '{registration_id}'")
-    if same_id:
-        text = f"{path} has the registration id '{registration_id}' already, with another endorsement key"
-        raise AskOperator("agent.duplicate", text)
-    if endorsement_key == enrolment.endorsement_key:
-        raise AskOperator("agent.duplicate", f"{path} has this TPM already, as '{registration_id}'")
-
-
-def _with(content: str, form: str, enrolment: Enrolment) -> tuple[str, list[tuple[str, str]], list[str]]:
-    """The file with the device in it, registration id and endorsement key of each that it had, and `notes`."""
-    if content and form != "json" and not content.endswith("\n"):
-        content += "\n"
-    if form == "az":
-        return content + "".join(f"{line}\n" for line in enrolment.az_lines()), _az_commands(content), []
-    listed = read_enrolments(content) if content.strip() else EnrolmentList([], [], [])
-    known = [(entry.registration_id, entry.endorsement_key) for entry in listed.entries]
     notes = [f"line {line}: '{name}' is an enrolment of the kind {kind}" for line, name, kind in listed.others]
-    notes += [str(odd) for odd in listed.odd]
-    if form == "json":
-        if listed.delimiter:
-            raise ListError("expected a JSON list of enrolments; came CSV")
-        before = content.strip() or "["
-        before = before.removesuffix("]").rstrip() if before[0] == "[" else f"[\n{before}"
-        comma = "," if before.strip() != "[" else ""
-        return f"{before}{comma}\n{to_json(enrolment.body())}\n]\n", known, notes
-    if content.strip() and not listed.delimiter:
+    return Appended(len(listed.entries) + 1, notes + [str(odd) for odd in listed.odd])
+
+
+def _refuse_duplicate(path: str, enrolment: Enrolment, named: Named) -> None:
+    same_id = named.registration_id.lower() == enrolment.registration_id.lower()  # as DPS compares them
+    same_key = named.endorsement_key == enrolment.endorsement_key
+    if same_id and same_key:
+        raise AskOperator("agent.duplicate", f"{path} has this device already, as '{named.registration_id}'")
+    if same_id:
+        which = "with another endorsement key" if named.endorsement_key else "without an endorsement key"
+        text = f"{path} has the registration id '{named.registration_id}' already, {which}, in line {named.line}"
+        raise AskOperator("agent.duplicate", text)
+    if same_key:
+        raise AskOperator("agent.duplicate", f"{path} has this TPM already, as '{named.registration_id}'")
+
+
+def _listed(text: str, form: str) -> EnrolmentList:
+    """What a file holds that is to be of this form; ListError."""
+    if form == "az":
+        return _az_commands(text)
+    if not text.strip():
+        return EnrolmentList([], [], [], [])
+    listed = read_enrolments(text)
+    if form == "json" and listed.delimiter:
+        raise ListError("expected a JSON list of enrolments; came CSV")
+    if form == "csv" and not listed.delimiter:
         raise ListError("expected CSV; came JSON")
-    row = listed.row(enrolment.cells()) if listed.delimiter else f"{CSV_HEADER}\n{enrolment.csv_row()}"
-    return f"{content}{row}\n", known, notes
+    return listed
 
 
-def _as_it_was(text: str, before: bytes) -> bytes:
-    """The text with the line ends, and behind the byte order mark, that the file had."""
-    if b"\r\n" in before:
-        text = text.replace("\n", "\r\n")
-    return (BYTE_ORDER_MARK if before.startswith(BYTE_ORDER_MARK) else b"") + text.encode()
+def _with(content: bytes, form: str, enrolment: Enrolment, listed: EnrolmentList) -> bytes:
+    """The file with the device at its end: what was there stays byte for byte, the rest has its first line's end."""
+    line_end = "\r\n" if content.partition(b"\n")[0].endswith(b"\r") else "\n"
+    text = without_mark(content).decode()
+    mark = BYTE_ORDER_MARK if content.startswith(BYTE_ORDER_MARK) else b""
+    if form == "json":
+        text = text.rstrip() or "["
+        text = text.removesuffix("]").rstrip() if text.lstrip()[0] == "[" else f"[{line_end}{text}"
+        comma = "," if text.strip() != "[" else ""
+        added = [f"{text}{comma}", to_json(enrolment.body()), "]"]
+    else:
+        if text and not text.endswith("\n"):
+            text += line_end
+        if form == "az":
+            added = enrolment.az_lines()
+        elif listed.delimiter:
+            added = [listed.row(enrolment.cells())]
+        else:
+            added = [CSV_HEADER, enrolment.csv_row()]
+        added[0] = text + added[0]
+    return mark + "".join(f"{line}{line_end}" for line in added).encode()
 
 
-def _az_commands(content: str) -> list[tuple[str, str]]:
-    found = []
-    for number, line in enumerate(content.splitlines(), 1):
+def _az_commands(text: str) -> EnrolmentList:
+    found = EnrolmentList([], [], [], [])
+    for number, line in enumerate(text.splitlines(), 1):
         if line.startswith(_AZ_COMMAND):
             try:
                 words = shlex.split(line)
                 flags = dict(zip(words[5::2], words[6::2], strict=True))
-                found.append((flags["--enrollment-id"], flags["--endorsement-key"]))
+                registration_id, endorsement_key = flags["--enrollment-id"], flags["--endorsement-key"]
             except (ValueError, KeyError):
                 raise ListError(f"line {number}: expected a command as 'enroll --format az' writes it") from None
+            found.named.append(Named(number, registration_id, endorsement_key))
+            tpm = {"endorsementKey": endorsement_key}
+            found.entries.append(Entry(number, {"registrationId": registration_id, "attestation": {"tpm": tpm}}))
     return found
 
 

@@ -27,8 +27,9 @@ REMEDIES: dict[str, str] = {
     " TPM's certificate is for",
     "tpm.srk_unsuitable": "the object at srk_handle is no RSA-2048 storage key of the TCG template, or has a"
     " password: set another srk_handle, or have the TPM's owner free it",
-    "tpm.ek_changed": "this is another TPM than the one the record was made for: enrol the new endorsement key and"
-    " run 'dps-agent reset'",
+    "tpm.ek_changed": "the record was made for another endorsement key: of another TPM, by another ek_template or"
+    " ek_handle, or by a template in the TPM's NV memory that TPM2_Clear has taken; set back what was changed, or enrol"
+    " this key and run 'dps-agent reset'",
     "tpm.blob_refused": "the service's answer was not made for this TPM: compare the enrolled endorsement key with"
     " 'dps-agent enroll'",
     "tpm.key_refused": "the TPM does not take the key that the service sent; the message has its return code",
