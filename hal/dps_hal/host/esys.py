@@ -11,7 +11,6 @@ import os
 import struct
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
@@ -75,11 +74,11 @@ from dps_hal.tpm.upkeep import (
     check_replaceable,
     condition_of,
     if_readable,
+    make_ek,
     nv_chunk_bytes,
     nv_locked,
     template_in,
     template_of,
-    template_to_use,
     ways_to_read,
     without_padding,
 )
@@ -583,12 +582,7 @@ class EsysTpm:
         if self._ek is None:
             ek = self._present(self._ek_handle)
             if ek is None:
-                with self._creation_session() as session:
-                    hierarchy = self._tss.ESYS_TR.ENDORSEMENT
-                    template = template_to_use(self._ek_template, partial(self._makers_template, lambda: session))
-                    created = self._create_primary(hierarchy, template, check_ek_public, session)
-                    with self._flushed(created.handle):
-                        ek = _Key(self._evict_control(created.handle, self._ek_handle, session), created.public)
+                ek = self._create_ek()
             else:
                 check_ek_public(ek.public)
             if self._pinned_ek not in (b"", ek.public):
@@ -596,6 +590,18 @@ class EsysTpm:
             self._pinned_ek = ek.public
             self._ek = ek
         return self._ek
+
+    def _create_ek(self) -> _Key:
+        """A new EK, made persistent."""
+        with self._creation_session() as session, contextlib.ExitStack() as made:
+
+            def create(template: bytes) -> _Key:
+                key = self._create_primary(self._tss.ESYS_TR.ENDORSEMENT, template, check_ek_public, session)
+                made.enter_context(self._flushed(key.handle))
+                return key
+
+            created = make_ek(self._ek_template, lambda index: self._nv_content(index, lambda: session), create, b"")
+            return _Key(self._evict_control(created.handle, self._ek_handle, session), created.public)
 
     def _storage_root_key(self) -> _Key:
         """The SRK, proved by the session: the holder of the EK took a command for an object of this name.

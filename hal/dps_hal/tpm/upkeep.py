@@ -5,7 +5,7 @@ import struct
 from dps_hal.contracts import TpmCondition
 from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.tpm.errors import RC_ALTERED, RefusedError
-from dps_hal.tpm.keys import EK_TEMPLATES, ek_template, makers_template, object_name
+from dps_hal.tpm.keys import EK_TEMPLATES, ek_template, makers_template, object_name, rsa_modulus
 from dps_hal.tpm.rules import (
     ENDORSEMENT_AUTH_SET,
     OWNER_AUTH_SET,
@@ -18,7 +18,17 @@ from dps_hal.tpm.rules import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Final
+    from typing import Final, Protocol, TypeVar
+
+    class Key(Protocol):
+        """A key that was made."""
+
+        @property
+        def public(self) -> bytes:
+            """Its marshalled TPM2B_PUBLIC."""
+            ...
+
+    Made = TypeVar("Made", bound=Key)
 
 EK_CERTIFICATE_INDEX: "Final" = 0x01C00002  # TCG EK Credential Profile, 2.2.1.4: RSA-2048 EK certificate
 EK_NONCE_INDEX: "Final" = 0x01C00003  # what of it decides how the certified key is made, with the next
@@ -91,19 +101,42 @@ def if_readable(read: "Callable[[], bytes]") -> bytes:
         return b""
 
 
-def template_to_use(settings: bytes, maker: "Callable[[], bytes]") -> bytes:
-    """The template by which a missing EK is made: for tcg-l1 that of the maker, where it is there and can be used.
+def make_ek(
+    settings: bytes, content: "Callable[[int], bytes | None]", create: "Callable[[bytes], Made]", name: bytes
+) -> "Made":
+    """A missing EK, which `create(template)` makes; `content(index)` reads an NV index, None where there is none.
 
-    `maker()` reads it without a proof that it is the TPM's own, and the key stays: so it is read twice.
+    With a `name`, of the EK in a record, it is the key of that name, where L-1 or the maker's template gives it. Else
+    the certificate decides: the maker's template makes it only where that gives the key that is certified. NV says no
+    more than that, for anybody may define an index, and TPM2_Clear takes what an owner has defined.
     """
     if settings != ek_template("tcg-l1"):
-        return settings
-    found = []
-    for _ in range(2):
-        found.append(if_readable(maker))
-    if found[0] != found[1]:
+        return create(settings)
+    maker = _read_twice(lambda: template_in(content))
+    if maker in (b"", settings):
+        return create(settings)
+    certificate = _read_twice(lambda: content(EK_CERTIFICATE_INDEX) or b"")
+    if not certificate and not name:
+        return create(settings)
+    made = []
+    for template in (maker, settings) if certificate else (settings, maker):
+        key = create(template)
+        if name:
+            fits = object_name(key.public) == name
+        else:
+            fits = template == settings or rsa_modulus(key.public) in certificate
+        if fits:
+            return key
+        made.append(key)
+    return made[1] if certificate and rsa_modulus(made[0].public) not in certificate else made[0]
+
+
+def _read_twice(read: "Callable[[], bytes]") -> bytes:
+    """As `if_readable`; what NV says comes without a proof, and the key that is made by it stays."""
+    found = if_readable(read)
+    if found != if_readable(read):
         raise RefusedError("nv_read", RC_ALTERED)
-    return found[0] or settings
+    return found
 
 
 def template_in(content: "Callable[[int], bytes | None]") -> bytes:

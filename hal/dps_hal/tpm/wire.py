@@ -261,7 +261,7 @@ class WireTpm(Operations):
         A password is only ever given to a session salted to a key of the NULL hierarchy; where both are empty there
         is nothing to hide.
         """
-        from dps_hal.tpm.upkeep import template_in, template_to_use
+        from dps_hal.tpm.upkeep import make_ek
         from dps_hal.tpm.wire_upkeep import nv_content
 
         session: SaltedSession | None = None
@@ -271,11 +271,13 @@ class WireTpm(Operations):
                 primary = self._create_primary(NULL, srk_template(), None)
                 check_srk_public(primary.public)
                 session = self._start_session(primary)
-            template = template_to_use(
-                self._ek_template, lambda: template_in(lambda index: nv_content(self, index, lambda: session))
-            )
-            created = self._create_primary(ENDORSEMENT, template, session)
-            check_ek_public(created.public)
+
+            def create(template: bytes) -> Key:
+                created = self._create_primary(ENDORSEMENT, template, session)
+                check_ek_public(created.public)
+                return created
+
+            created = make_ek(self._ek_template, lambda index: nv_content(self, index, lambda: session), create, b"")
             return self._evict_control(created, self._ek_handle, session)
         finally:
             for handle in reversed(self._held[held:]):
