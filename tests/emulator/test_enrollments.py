@@ -17,6 +17,7 @@ from emulator.device import Device
 
 DEVICE = Device.of_the_vectors()
 EK = base64.b64encode(DEVICE.ek_public).decode()
+HEADER = "registrationId,endorsementKey\n"
 
 
 def record(**more: object) -> dict[str, object]:
@@ -60,7 +61,7 @@ def test_json_may_be_one_record_or_a_list() -> None:
         f"registrationId,endorsementKey\npress-07,{EK}\nregistrationId,endorsementKey\n",
         f"\ufeffregistrationId;endorsementKey;deviceId\r\npress-07;{EK};\r\n",
         f"registrationId\tendorsementKey\npress-07\t{EK}\n",
-        f"sep=;\r\nREGISTRATION ID;Endorsement-Key;note\r\npress-07;{EK};'a;b'\r\n",
+        f'sep=;\r\nREGISTRATION ID;Endorsement-Key;note\r\npress-07;{EK};"a;b"\r\n',
         f"registrationId,endorsementKey\nregistrationId;endorsementKey\npress-07;{EK}\n",
         f'"registrationId","note","endorsementKey"\n"press-07","two\nlines, with ""quotes""","{EK}"\n',
     ],
@@ -86,15 +87,21 @@ def test_csv_carries_device_hub_and_status() -> None:
         ("[\n1e5,\n" + "[" * 100_000, "line 3: not valid JSON"),
         ("[\n" + "9" * 5000 + "]", "line 2: not valid JSON"),
         ('[{"a": NaN}]', "line 1: not valid JSON: NaN"),
+        ('[1,\n{"a": {"b": 1, "b": 2}}]', "line 2: not valid JSON: 'b' stands twice in one object"),
+        (
+            f"registrationId,endorsementKey,Endorsement Key\npress-07,{EK},{EK}\n",
+            "line 1: the columns 'endorsementKey'",
+        ),
+        (
+            f"{HEADER}press-07,{EK}\nendorsementKey;RegistrationID;registration id\n",
+            "line 3: the columns 'RegistrationID'",
+        ),
     ],
 )
 def test_a_file_that_is_no_list_says_where_and_why(text: str, message: str) -> None:
     with pytest.raises(ListError) as caught:
         read_enrollments(text)
     assert message in str(caught.value)
-
-
-HEADER = "registrationId,endorsementKey\n"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +111,11 @@ HEADER = "registrationId,endorsementKey\n"
         (f"{HEADER}press-07\n", 2, "'press-07': its endorsement key is missing"),
         (f"{HEADER},{EK}\n", 2, "registrationId is missing"),
         (f"{HEADER}../x,{EK}\n", 2, "registrationId '../x' is not"),
-        (f'{HEADER}"press-07,{EK}\npress-09,{EK}', 2, "its endorsement key is missing"),
+        (f'{HEADER}"press-07,{EK}\n', 2, "a quote is opened that does not end well"),
+        (f'{HEADER}press-07,"{EK}\n', 2, "a quote is opened that does not end well"),
+        (f'{HEADER}"press-07\n",{EK}\n', 2, "a quote is opened that does not end well"),
+        (f'{HEADER}press-07,{EK}"\n', 2, "a quote or a line end stands in its endorsementKey"),
+        (f"{HEADER}a,b,press-07,{EK}\n", 2, "it has 4 cells, its header 2"),
         ("[1]", 1, "expected an object"),
         ("[\n{},\n1]", 2, "registrationId is missing"),
         (json.dumps(record(registrationId=7)), 1, "registrationId is missing, or no text"),
@@ -121,12 +132,29 @@ def test_an_odd_line_is_named_and_the_others_are_imported(text: str, line: int, 
     good = json.dumps(record(registrationId="press-08")) if text[0] in "{[" else f"press-08,{EK}\n"
     odd, *_ = read_enrollments(text).odd
     assert odd.line == line and message in odd.why
-    if text.startswith(HEADER) and not text.endswith("\n"):
-        return  # an open quote, in which the rest of the file is one cell
     both = f"{HEADER}{good}{text.removeprefix(HEADER)}" if text[0] not in "{[" else f"[{good},\n{text.strip('[]')}]"
     found = read_enrollments(both)
     assert [enrollment.registration_id for enrollment in found.enrollments] == ["press-08"]
     assert found.odd[0].why == odd.why and found.odd[0].line > line
+
+
+@pytest.mark.parametrize("closed", ["", '"', '",', '"x"', '\n"', '\n",x'])
+@pytest.mark.parametrize("note", [False, True])
+def test_an_open_quote_takes_no_other_line_with_it(closed: str, note: bool) -> None:
+    opened = f'press-01,{EK},"n' if note else f'"press-01,{EK}'
+    last = f"press-03,{EK}{closed}"
+    found = read_enrollments(f"{HEADER.strip()},note\n{opened}\npress-02,{EK}\npress-03,{EK}\nx,{EK},y\n{last}\n")
+    names = [enrollment.registration_id for enrollment in found.enrollments]
+    if note and closed in ('"', '\n"'):  # a note of some lines
+        assert (names, found.odd) == (["press-01"], [])
+    else:
+        assert names[:3] == ["press-02", "press-03", "x"] and found.odd[0].line == 2, found.odd
+
+
+def test_a_row_may_have_fewer_cells_or_empty_ones_behind_its_last() -> None:
+    found = read_enrollments(f"{HEADER.strip()},deviceId,note\npress-07,{EK}\npress-08,{EK},d,n,, \n")
+    assert [enrollment.registration_id for enrollment in found.enrollments] == ["press-07", "press-08"]
+    assert found.odd == []
 
 
 def test_enrolments_of_other_kinds_are_named() -> None:

@@ -361,6 +361,71 @@ def test_an_odd_line_is_named_and_keeps_nobody_out(
     assert path.read_text().startswith(f"{CSV_HEADER}\npress-06\npress-07,")
 
 
+X509 = {"registrationId": "Press-0007", "attestation": {"type": "x509", "x509": {}}}
+
+
+@pytest.mark.parametrize(
+    ("form", "content", "says"),
+    [
+        ("csv", f"{CSV_HEADER}\npress-0007,Nw==\npress-0007,OA==\n", "has this device already, as 'press-0007'"),
+        ("csv", f"{CSV_HEADER}\npress-0007,OA==\npress-0007,OQ==\n", "with another endorsement key, in line 2"),
+        ("csv", f"{CSV_HEADER}\nx,OA==\nx,Nw==\n", "has this TPM already, as 'x'"),
+        ("csv", f"{CSV_HEADER}\nPress-0007\n", "'Press-0007' already, without an endorsement key, in line 2"),
+        ("csv", "registrationId,attestationType,endorsementKey\npress-0007,x509\n", "without an endorsement key"),
+        ("json", json.dumps([X509]), "has the registration id 'Press-0007' already, without an endorsement key"),
+        ("json", '[\n{"registrationId": "press-0007"}]', "without an endorsement key, in line 2"),
+        ("json", json.dumps({**X509, "attestation": {"tpm": {"endorsementKey": 7}}}), "without an endorsement key"),
+    ],
+)
+def test_a_device_that_an_odd_entry_names_is_refused_as_well(
+    form: str, content: str, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "line"
+    path.write_text(content)
+    with pytest.raises(AskOperator) as caught:
+        append(str(path), form, device(7))
+    assert caught.value.code == "agent.duplicate" and says in str(caught.value)
+    assert path.read_text() == content
+    assert append(str(path), form, device(70)).devices == 1  # the odd entries keep nobody else out
+
+
+def test_devices_behind_an_open_quote_are_counted_and_refused_again(tmp_path: Path) -> None:
+    path = tmp_path / "line.csv"
+    path.write_text(f'{CSV_HEADER}\n"press-0001,MQ==\npress-0002,Mg==\n"press-0003","Mw=="\n')
+    with pytest.raises(AskOperator, match="has this device already, as 'press-0003'"):
+        append(str(path), "csv", device(3))
+    assert append(str(path), "csv", device(4)) == (
+        3,
+        ["line 2: not valid CSV: a quote is opened that does not end well"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "content", "added"),
+    [
+        ("csv", 'registrationId,endorsementKey,x\r\na,b,"two\nlines"\r\n', "press-0008,OA==,\r\n"),
+        ("csv", 'registrationId,endorsementKey,x\na,b,"two\r\nlines"', "\npress-0008,OA==,\n"),
+        ("csv", "\ufeff\r\nregistrationId,endorsementKey\n", "press-0008,OA==\r\n"),
+        ("az", "# made on Windows\r\necho \\\n  x\r\n", f"{device(8).az_lines()[0]}\r\n"),
+    ],
+)
+def test_what_stands_in_a_file_stays_byte_for_byte(form: str, content: str, added: str, tmp_path: Path) -> None:
+    path = tmp_path / "line"
+    path.write_bytes(content.encode())
+    append(str(path), form, device(8))
+    assert path.read_bytes().decode() == content + added
+
+
+def test_what_stands_in_a_json_file_stays_byte_for_byte(tmp_path: Path) -> None:
+    path = tmp_path / "line.json"
+    content = "\ufeff \r\n[\n" + json.dumps(AZ_LIST[0]) + "\r\n]\r\n"
+    path.write_bytes(content.encode())
+    append(str(path), "json", device(8))
+    after = path.read_bytes().decode()
+    assert after.startswith(content.removesuffix("\r\n]\r\n") + ",\r\n{") and after.endswith("}\r\n]\r\n")
+    assert [found["registrationId"] for found in json.loads(after[1:])] == ["key-1", "press-0008"]
+
+
 def test_the_command_appends_as_a_program(line: dict[str, Words], tmp_path: Path) -> None:
     run: Callable[..., Any] = subprocess.run
     words = [*PROGRAM, *line["press-07"], "--append", "line.csv"]
