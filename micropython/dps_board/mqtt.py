@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 CONNECT_LIMIT_MS = 60_000  # from the name's lookup to CONNACK; again to CONNACK where the peer was reached before
 PAYLOAD_LIMIT = 16 * 1024  # bytes of a message; of a larger one the session is told without its payload
 PACKET_LIMIT = 256 * 1024 + 65536 + 8  # bytes after the first five: the largest message of a hub, the longest topic
+GRANTED_LIMIT = 2 + 8  # bytes of a SUBACK; nobody subscribes to so much at once
 EVENTS_LIMIT = 4  # of the hub, not yet asked for; then it is not read any more
-EVENTS_SIZE = 16 * 1024  # bytes of them
+EVENTS_SIZE = 16 * 1024  # bytes of them, topics included
 POSTS_LIMIT = 32  # events of programs, not yet asked for; answers, which the session bounds, have room besides
 IN_FLIGHT_LIMIT = 16 * 1024  # bytes of telemetry without acknowledgement, a single larger message aside
 PIECES_LIMIT = 64  # to be sent; then nothing more is published, and at half of them the hub is not read any more
@@ -302,7 +303,7 @@ class HubConnection:
         size = 0
         for event in self._events:
             if isinstance(event, Arrived):
-                size += len(event.payload or b"")
+                size += len(event.topic) + len(event.payload or b"")
         if len(self._events) >= EVENTS_LIMIT or size >= EVENTS_SIZE or len(self._to_send) > PIECES_LIMIT // 2:
             return False
         return not self._to_send or self._answers_size() <= ANSWERS_SIZE // 2
@@ -375,7 +376,7 @@ class HubConnection:
                 raise _malformed("order")
             if kind == _PUBLISH and not first & 0x04:
                 yield from self._read_publish(first & 0x02, size)
-            elif (first, size) in _FIXED or (first == _SUBACK << 4 and size >= 3):
+            elif (first, size) in _FIXED or (first == _SUBACK << 4 and 3 <= size <= GRANTED_LIMIT):
                 content = (yield size) if size else b""
                 if content is None:
                     raise Failed(NO_REPLY_TOO_LARGE, f"a packet of {size} bytes, more than this device takes")

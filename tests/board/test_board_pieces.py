@@ -5,11 +5,11 @@ import struct
 
 from dps_agent.effects import Failed, NoReply
 from dps_agent.http1 import LINES_LIMIT
-from dps_agent.hub_effects import AnswerMethod, MessageDone, SendTelemetry
+from dps_agent.hub_effects import AnswerMethod, Arrived, MessageDone, SendTelemetry
 from dps_board.clock import BoardClock
 from dps_board.https import Connection
 from dps_board.keys import read_values
-from dps_board.mqtt import IN_FLIGHT_LIMIT, POSTS_LIMIT, HubConnection
+from dps_board.mqtt import EVENTS_SIZE, IN_FLIGHT_LIMIT, POSTS_LIMIT, HubConnection
 from dps_board.ntp import read_answer
 from dps_board.parts import latest_s
 from dps_board.tls import Link, split_address
@@ -193,6 +193,14 @@ def test_answers_have_room_however_much_telemetry_waits() -> None:
     assert [connection.post(each) for each in telemetry] == [True] * POSTS_LIMIT
     assert not connection.post(SendTelemetry(POSTS_LIMIT, {}, b""))
     assert connection.post(MessageDone(1)) and connection.post(AnswerMethod(2, 200, b""))
+
+
+def test_a_hub_s_topics_take_room_as_its_payloads_do() -> None:
+    for topic, payload in (("t" * EVENTS_SIZE, b""), ("t", bytes(EVENTS_SIZE))):
+        connection = HubConnection([])
+        assert connection._has_room()
+        connection._events.append(Arrived(topic, payload, 0))
+        assert not connection._has_room()
 
 
 def test_telemetry_without_acknowledgement_is_bounded_by_its_bytes() -> None:

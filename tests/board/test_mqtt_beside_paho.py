@@ -501,6 +501,8 @@ def test_what_is_no_connack_is_a_protocol_failure(serve: Any, garbage: bytes) ->
         b"\x30\x02\x00\x09",  # a topic longer than its packet
         b"\x30\x03\x00\x01\xff",  # a topic that is not UTF-8
         b"\x90\x01\x00",  # SUBACK without a packet id
+        b"\x90\x0b" + bytes(11),  # SUBACK for more than anybody asked for
+        b"\x90\xd8\xfa\x13" + bytes(327_000),
     ],
 )
 def test_a_packet_that_no_hub_sends_ends_the_connection(serve: Any, garbage: bytes) -> None:

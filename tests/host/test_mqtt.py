@@ -440,6 +440,8 @@ def test_what_is_no_connack_is_a_protocol_failure(serve, garbage: bytes) -> None
         b"\x30\x02\x00\x09",  # a topic longer than its packet
         b"\x30\x03\x00\x01\xff",  # a topic that is not UTF-8
         b"\x90\x01\x00",  # SUBACK without a packet id
+        b"\x90\x0b" + bytes(11),  # SUBACK for more than anybody asked for
+        b"\x90\xd8\xfa\x13" + bytes(327_000),
     ],
 )
 def test_a_packet_that_no_hub_sends_ends_the_connection(serve, garbage: bytes) -> None:
@@ -586,9 +588,10 @@ def test_another_identity_has_nothing_in_flight(serve) -> None:
     assert [type(packet) for packet in second] == [mqtt.Subscribe]
 
 
-def test_large_messages_wait_in_the_hub_until_we_ask(serve) -> None:
+@pytest.mark.parametrize(("topic", "payload"), [("t", bytes(250_000)), ("t" * 65_000, b"")])
+def test_large_messages_wait_in_the_hub_until_we_ask(serve, topic: str, payload: bytes) -> None:
     over = threading.Event()
-    message = mqtt.publish(mqtt.Publish("t", bytes(250_000)))
+    message = mqtt.publish(mqtt.Publish(topic, payload))
 
     def behave(hub: HubPeer) -> None:
         for _ in range(30):
@@ -602,7 +605,8 @@ def test_large_messages_wait_in_the_hub_until_we_ask(serve) -> None:
             until_s = time.monotonic() + 0.05
             while time.monotonic() < until_s:
                 hub._serve(until_s)
-            assert sum(len(event.payload) for event in hub._events) < host_mqtt.EVENTS_SIZE + 250_000
+            waiting = sum(len(event.topic) + len(event.payload) for event in hub._events)
+            assert waiting < host_mqtt.EVENTS_SIZE + 250_000
             assert isinstance(soon(hub), Arrived)
     finally:
         over.set()

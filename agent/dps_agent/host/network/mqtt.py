@@ -49,8 +49,9 @@ WEBSOCKET = "websocket"
 CONNECT_LIMIT_S = 60.0  # from the name's lookup to CONNACK
 REACH_LIMIT_S = 20.0  # for TCP, where there is another port to try
 PACKET_LIMIT = 256 * 1024 + 65536 + 8  # bytes after the first five: the largest message of a hub, the longest topic
+GRANTED_LIMIT = 2 + 8  # bytes of a SUBACK: paho makes kilobytes of each; nobody subscribes to so much at once
 EVENTS_LIMIT = 64  # of the hub, not yet asked for; then it is not read any more
-EVENTS_SIZE = 1024 * 1024  # bytes of them
+EVENTS_SIZE = 1024 * 1024  # bytes of them, topics included
 ANSWERS_LIMIT = 128  # packets beside telemetry that the hub has not taken; at half of them it is not read any more
 ANSWERS_SIZE = 1024 * 1024  # bytes of them
 POSTS_LIMIT = 128  # events of programs, not yet asked for; how many bytes they have is for who posts them to bound
@@ -327,7 +328,8 @@ class HubConnection:
 
     def _has_room(self) -> bool:
         """Whether more may come from the hub: what it sent was looked at, and it takes what it is answered."""
-        size = sum(len(event.payload or b"") for event in self._events if isinstance(event, Arrived))
+        arrived = [event for event in self._events if isinstance(event, Arrived)]
+        size = sum(len(event.topic) + len(event.payload or b"") for event in arrived)
         if len(self._events) >= EVENTS_LIMIT or size >= EVENTS_SIZE:
             return False
         return self._client is None or not self._client.is_behind(ANSWERS_LIMIT // 2, ANSWERS_SIZE // 2)
@@ -608,7 +610,8 @@ class _Wire:
             if self._left > PACKET_LIMIT:
                 raise Failed(NO_REPLY_TOO_LARGE, f"a packet of {self._left} bytes, more than {PACKET_LIMIT}")
             self._body = bytearray() if kind in (_CONNACK, _PUBACK) else None
-            if self._body is not None and self._left != 2:
+            wrong = self._body is not None and self._left != 2
+            if wrong or (kind == _SUBACK and not 3 <= self._left <= GRANTED_LIMIT):
                 raise Failed(NO_REPLY_PROTOCOL, f"a packet of type {kind} with {self._left} bytes")
         if not self._left:
             self._take_packet()
