@@ -160,7 +160,8 @@ class Session:
         self._forget_connection()
 
     def _forget_connection(self) -> None:
-        self._subscriptions: dict[int, tuple[str, ...]] = {}  # packet id -> features, of those not answered yet
+        # Packet id -> features and when they were asked for, of those not answered yet.
+        self._subscriptions: dict[int, tuple[tuple[str, ...], float]] = {}
         self._subscribed: list[str] = []  # features that were asked for
         self._asked: dict[str, float] = {}  # those that the hub has not answered for yet, and since when
         self._ready_at_s = 0.0  # when the first subscriptions were answered
@@ -168,6 +169,7 @@ class Session:
         self._calls: dict[int, tuple[str, float, int]] = {}  # call id -> the hub's request id, latest answer, size
         for telemetry in self._in_flight:
             telemetry.sent_at_s = None
+        self._twin_granted = False  # before that nothing is asked of it
         self._twin_request = ""  # the one that waits for an answer
         self._twin_at_s = NEVER_S  # its end, or when to ask again
         self._asked_whole = False  # it asks for the twin, else it reports
@@ -294,16 +296,15 @@ class Session:
 
     def _twin_due_s(self) -> float:
         """When to ask for the twin, or to report; not beside a message that may make the hub hang up."""
-        if TWIN not in self._subscribed or (self._twin_known and self._reported):
+        if not self._twin_granted or (self._twin_known and self._reported):
             return NEVER_S
         return max(self._twin_at_s, self._suspect_until_s())
 
     def _unanswered_s(self) -> float:
         """When the hub has had its time for the subscriptions asked for last."""
         asked_at_s = 0.0
-        for features in self._subscriptions.values():
-            for name in features:
-                asked_at_s = max(asked_at_s, self._asked[name])
+        for _, since_s in self._subscriptions.values():
+            asked_at_s = max(asked_at_s, since_s)
         return asked_at_s + SUBSCRIBE_LIMIT_S
 
     def _ask_again_s(self, name: str) -> float:
@@ -410,19 +411,20 @@ class Session:
             self._subscribed.append(name)
         packet_id: int | None = yield Subscribe(filters)
         if packet_id is not None:
-            self._subscriptions[packet_id] = features
+            self._subscriptions[packet_id] = (features, now_s)
         return packet_id is not None
 
     def _take_granted(self, granted: Granted) -> "Generator[Effect, Any, None]":
-        features = self._subscriptions.pop(granted.packet_id, ())
+        features, _ = self._subscriptions.pop(granted.packet_id, ((), 0.0))
         codes = granted.return_codes
         now_s: float = yield Uptime()
         for name in features:
             count = len(self._filters(name))
             if len(codes) < count or _SUBSCRIPTION_FAILED in codes[:count]:
-                del self._asked[name]
+                self._asked.pop(name, None)
                 self._lacks[name] = (0.0, 0.0)  # it costs nothing to ask again
             elif name == TWIN:
+                self._twin_granted = True
                 self._twin_at_s = now_s  # whether the hub has one, its answer says
             else:
                 self._has(name)

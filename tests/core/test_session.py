@@ -724,6 +724,25 @@ def test_nothing_that_a_hub_says_can_confuse_the_device() -> None:
     assert life.state == CONNECTED and life.connections == 1 and world.hub.answer_to("1") == ["200"]
 
 
+def test_a_twin_that_was_not_granted_is_asked_nothing_whatever_the_hub_sends() -> None:
+    world = provisioned()
+    hub, start_s = world.hub, world.uptime_s
+    hub.lacks, hub.twin_statuses = ["twin"], [500, 500]
+    grant = hub.subscribe
+
+    def withhold(effect: Subscribe, packet_id: int, now_s: float) -> None:
+        if hub.lacks or "twin" not in effect.filters[0][0]:
+            grant(effect, packet_id, now_s)
+        else:
+            hub.send(now_s, "$iothub/twin/PATCH/properties/desired/?$version=5", b"{}")
+
+    hub.subscribe = withhold  # type: ignore[method-assign]
+    world.at(start_s + 10, lambda: setattr(hub, "lacks", []))
+    life = live(world, 400)
+    assert hub.twin_gets == 0 and life.hub_lacks == ["twin"] and life.state == CONNECTED
+    assert len(world.slept("did not grant")) == 1, world.sleeps
+
+
 def test_no_twin_can_confuse_the_device() -> None:
     for twin in (
         b"",
