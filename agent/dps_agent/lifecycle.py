@@ -158,6 +158,8 @@ class Lifecycle:
         self._wish = OWN
         self._uncommitted: tuple[Assignment, bytes] | None = None
         self._session: Session | None = None  # of `assignment`
+        self._lacks: dict[str, tuple[float, float]] = former._lacks if former else {}  # see `Session`
+        self._lacks_of: str = former._lacks_of if former else ""  # the hub
         self._missing_since_s: float | None = None  # the uptime at which the hub's name was first not found
         self._connected_since_s: float | None = None  # across renewals of the token
 
@@ -209,8 +211,10 @@ class Lifecycle:
 
     @property
     def hub_lacks(self) -> "list[str]":
-        """What the hub does not offer, as far as the device has found out: methods, twin, messages."""
-        return self._session.hub_lacks() if self._session else []
+        """What the hub does not offer, as far as the device has found out; known on, whatever comes in between."""
+        if self.assignment is None or self.assignment.assigned_hub != self._lacks_of:
+            return []
+        return [name for name in ("methods", "twin", "messages") if name in self._lacks]
 
     def progress_in_order(self) -> "bytes | None":
         """See `Patience.in_order`."""
@@ -370,7 +374,9 @@ class Lifecycle:
             about["substatus"] = held.substatus
             from dps_agent.session import Session
 
-            self._session = Session(self.settings, held, about, self.summary, self.serial)
+            if self._lacks_of != held.assigned_hub:
+                self._lacks_of, self._lacks = held.assigned_hub, {}
+            self._session = Session(self.settings, held, about, self.summary, self.serial, self._lacks)
         session = self._session
         session.dps_not_before_s = self.dps_not_before_s
         if self._connected_since_s is None:

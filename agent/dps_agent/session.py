@@ -1,8 +1,8 @@
 """The hub side of one identity: what is said on each connection to its hub, from the token to the end.
 
 `open` and `stay` are the two halves of one connection, `NextEvent` is their only wait. What must outlive a connection
-(telemetry under way, what the hub lacks, the twin's version) is kept in the `Session` and belongs to its identity
-alone. Topics, answers and limits: IoT Hub developer guide, "Communicate with an IoT hub using MQTT".
+(telemetry under way, the twin's version) is kept in the `Session` and belongs to its identity alone; what the hub
+lacks, `lacks`, belongs to the hub. Topics, answers and limits: IoT Hub developer guide, "Communicate with an IoT hub using MQTT".
 
 Methods, twin and messages are optional: a hub of the Basic tier has none of them and hangs up on whoever asks. So what
 a connection asked for, or sent, less than SHORT_S before it ended is held against it. A feature is left out at the next
@@ -127,7 +127,9 @@ class Session:
 
     `about` is reported to the twin. `status` gives what the method of that name answers. `accepted`: the hub took the
     last token. `serial` counts messages, calls and twin requests, from that of the identity before on. Before the
-    uptime `dps_not_before_s` DPS does not want to be asked, and nobody's wish to register again is taken.
+    uptime `dps_not_before_s` DPS does not want to be asked, and nobody's wish to register again is taken. `lacks` is
+    what earlier sessions found out that the hub lacks, and is kept up to date: feature -> when to ask for it again, and
+    how long that waits; (0.0, 0.0): on each connection, for it was refused.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Session:
         about: "dict[str, str]",
         status: "Callable[[], dict[str, Any]]",
         serial: int,
+        lacks: "dict[str, tuple[float, float]]",
     ) -> None:
         self.accepted = False
         self.reason = ""
@@ -151,8 +154,7 @@ class Session:
         self._expires_at_s = 0.0
         self._expiry_utc_s = 0  # the same moment, as the token says it
         self._in_flight: list[_Telemetry] = []  # in the order in which it was sent first
-        # Feature -> when to ask for it again, and how long that waits; (0.0, 0.0): on each connection, it was refused.
-        self._lacks: dict[str, tuple[float, float]] = {}
+        self._lacks = lacks
         self._reads = False  # a program reads messages
         self._desired_version = 0  # as told last
         self._desired_size = 0  # bytes of them, and of the patches told since they were told whole
@@ -242,10 +244,6 @@ class Session:
         """Tells the programs that nobody will know whether what is under way arrived: this identity is left."""
         for telemetry in list(self._in_flight):
             yield from self._give_up(telemetry)
-
-    def hub_lacks(self) -> "list[str]":
-        """The features that the connection goes without, for the hub refuses them or hangs up on who asks."""
-        return [name for name in FEATURES if name in self._lacks]
 
     def clock_kept(self, now: "Utc", uptime_s: float) -> bool:
         """Whether the time under which the last token was made is still believed: else its refusal says nothing."""

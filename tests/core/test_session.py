@@ -13,6 +13,7 @@ from dps_agent.hub_effects import (
     MessageDone,
     MethodCall,
     NextEvent,
+    RegisterAgain,
     SendTelemetry,
     Subscribe,
     Withdrawn,
@@ -41,6 +42,7 @@ from dps_agent.settings import KEEP_ALIVE_S, TOKEN_LIFE_S
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.platform import from_json
+from support.fake_hub import FakeHub
 from support.world import DEVICE, HUB, NOW_S, World, settings
 
 TYPE_CHECKING = False
@@ -407,6 +409,38 @@ def test_what_a_hub_lacks_is_asked_for_again_ever_more_rarely_and_found_when_it_
     by_day = [connects[day + 1] - connects[day] for day in range(5)]
     assert by_day[0] < renewals + 18 and max(by_day[2:4]) <= renewals + 6, by_day
     assert life.hub_lacks == [] and "dpsAgent" in hub.reported, "a hub that was upgraded is noticed"
+
+
+def test_what_a_hub_lacks_is_known_while_the_hub_stays_the_same() -> None:
+    other = "second.azure-devices.net"
+    for hub_after in (HUB, other):
+        world = provisioned()
+        start_s = world.uptime_s
+        world.hubs[other] = FakeHub(other)
+        world.hub.lacks = world.hubs[other].lacks = ["twin"]
+        life = Lifecycle(settings(), ABOUT)
+        found: list[tuple[str, list[str]]] = []
+        answer = world.answer
+
+        def look(effect: "Any") -> "Any":
+            if not found or found[-1][1] != life.hub_lacks:
+                found.append((life.state, life.hub_lacks))
+            return answer(effect)
+
+        world.at(start_s + 200, lambda: setattr(world.dps, "hub", hub_after))
+        world.at(start_s + 200, lambda: (life.ask_to_register(), world.post(RegisterAgain())))
+        world.at(start_s + 200, lambda: setattr(world, "answer", look))
+        world.end_at(start_s + 400)
+        world.run(life.live(False, False, True))
+        assert life.state == CONNECTED and life.assignment and life.assignment.assigned_hub == hub_after
+        hung_up = len(world.slept("by the hub"))
+        if hub_after == HUB:
+            assert [lacks for _, lacks in found] == [["twin"]] and hung_up == 2, (found, world.sleeps)
+        else:
+            assert [] in [lacks for _, lacks in found] and life.hub_lacks == ["twin"] and hung_up == 4, found
+        later = Lifecycle(settings(), ABOUT, former=life)
+        later.assignment = life.assignment
+        assert later.hub_lacks == ["twin"]
 
 
 def test_a_connection_that_broke_by_chance_costs_the_features_a_minute() -> None:
@@ -796,7 +830,7 @@ def test_an_older_identity_that_cannot_be_forgotten_stops_nothing() -> None:
 
 def session(world: World) -> Session:
     assignment = decode(world.store[IDENTITY])[0]
-    return Session(settings(), assignment, ABOUT, dict, 0)
+    return Session(settings(), assignment, ABOUT, dict, 0, {})
 
 
 def test_a_hub_that_grants_nothing_is_left_in_time() -> None:

@@ -308,7 +308,7 @@ def test_a_session_ends_in_the_right_class_and_answers_each_request_once(
     connections: list[Any], waits_s: list[float], failures: list[Any], unsent: list[bool], taken: list[bool]
 ) -> None:
     around = Surroundings(list(waits_s), list(failures), list(unsent), list(taken))
-    session = Session(settings(), ASSIGNMENT, {"v": "1"}, dict, 0)
+    session = Session(settings(), ASSIGNMENT, {"v": "1"}, dict, 0, {})
     for connection in connections:
         around.connection = (connection[0], connection[1], list(connection[2]))
         end = around.run(session.open())

@@ -168,6 +168,10 @@ def test_telemetry_flows_at_a_hub_of_the_basic_tier_and_status_names_what_it_lac
         agent.await_connected(2)
         assert agent.client.ask("POST", "/telemetry", b"22")[0] == 200
         assert agent.command("status")["hubLacks"] == ["methods", "twin", "messages"]
+        agent.command("provision", "--force")
+        agent.await_connected(3)
+        assert agent.status()["hubLacks"] == ["methods", "twin", "messages"]
+        assert "lacks nothing" not in agent.written and agent.written.count("the hub has no") == 2
 
 
 def test_a_desired_change_reaches_the_programs_and_the_twin_says_who_this_is(

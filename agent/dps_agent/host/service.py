@@ -103,6 +103,7 @@ class Service:
         self._hasty = False  # the next wait before another try is skipped
         self._leaving = False  # this life is over
         self._warned: set[str] = set()  # what was said of the TPM, once
+        self._lacked: tuple[str, list[str]] = ("", [])  # which hub, and what it was said to lack
 
     def run(self) -> None:
         """Lives until SIGTERM or SIGINT; raises what makes going on impossible."""
@@ -170,7 +171,6 @@ class Service:
         self._announced_key = b""  # the wrapped key that was announced
         self._persisted_key = b""  # that was made persistent, or cannot be
         self._shown: tuple[Any, ...] = ()
-        self._lacked: list[str] = []
 
     def _open_api(self) -> LocalServer | None:
         configuration = self._equipment.configuration
@@ -502,12 +502,13 @@ class Service:
             self._since_s = time.monotonic()
             self._hasty = self._hasty and life.state in (BOOT, *_WAITS)
         lacks = life.hub_lacks
-        if lacks != self._lacked:
-            self._lacked = lacks
-            text = (
-                f"the hub has no {', '.join(lacks)}; telemetry goes on" if lacks else "the hub lacks nothing any more"
-            )
+        (lacked_of, lacked), hub = self._lacked, held.assigned_hub if held else ""
+        self._lacked = (hub, lacks)
+        if lacks and lacks != lacked:
+            text = f"the hub has no {', '.join(lacks)}; telemetry goes on"
             self._journal.event("lacking", text, NOTICE, state=life.state)
+        elif lacked and not lacks and hub == lacked_of:
+            self._journal.event("lacking", "the hub lacks nothing any more", NOTICE, state=life.state)
         shown = (life.state, life.reason, life.connections, life.attempts, life.error, held, lacks)
         if shown != self._shown:
             self._shown = shown
