@@ -2,7 +2,8 @@
 
 `open` and `stay` are the two halves of one connection, `NextEvent` is their only wait. What must outlive a connection
 (telemetry under way, the twin's version) is kept in the `Session` and belongs to its identity alone; what the hub
-lacks, `lacks`, belongs to the hub. Topics, answers and limits: IoT Hub developer guide, "Communicate with an IoT hub using MQTT".
+lacks, `lacks`, belongs to the hub. Topics, answers and limits: IoT Hub developer guide, "Communicate with an IoT hub
+using MQTT".
 
 Methods, twin and messages are optional: a hub of the Basic tier has none of them and hangs up on whoever asks. So what
 a connection asked for, or sent, less than SHORT_S before it ended is held against it. A feature is left out at the next
@@ -97,6 +98,7 @@ LACKING_GROWTH = 8  # from SHORT_S on: how much longer what the hub hung up on i
 LACKING_LIMIT_S = 86400
 IN_FLIGHT_LIMIT = 32  # telemetry messages without acknowledgement
 IN_FLIGHT_SIZE = 2621440  # bytes of them, topics included
+WAITING_LIMIT = 256  # events taken in one go
 MESSAGE_LIMIT = 50  # cloud-to-device messages that programs hold; a hub queues no more for a device
 MESSAGE_SIZE = 1048576  # bytes of them, topics included
 CALL_LIMIT = 16  # method calls that wait for a program
@@ -171,6 +173,7 @@ class Session:
         self._calls: dict[int, tuple[str, float, int]] = {}  # call id -> the hub's request id, latest answer, size
         for telemetry in self._in_flight:
             telemetry.sent_at_s = None
+        self._renewed_at_s = NEVER_S  # when the next token was ready
         self._twin_granted = False  # before that nothing is asked of it
         self._twin_request = ""  # the one that waits for an answer
         self._twin_at_s = NEVER_S  # its end, or when to ask again
@@ -224,6 +227,9 @@ class Session:
 
         At the uptime `pause_at_s` it returns "": the connection stands, and `stay` again goes on with it.
         """
+        end = yield from self._take_what_waits()  # what is due may be over by now
+        if end:
+            return end
         while True:
             now_s: float = yield Uptime()
             if pause_at_s is not None and now_s >= pause_at_s:
@@ -253,7 +259,11 @@ class Session:
     # What is due.
 
     def _do_what_is_due(self, now_s: float) -> "Generator[Effect, Any, str]":
-        for call_id in [call_id for call_id in self._calls if self._calls[call_id][1] <= now_s]:
+        if self._overdue(now_s):  # the answer may have come in time and wait here
+            end = yield from self._take_what_waits()
+            if end:
+                return end
+        for call_id in self._overdue(now_s):
             rid = self._calls.pop(call_id)[0]
             yield from self._answer(rid, 504, {"message": f"no program answered within {METHOD_LIMIT_S} s"})
         yield from self._send_rest(now_s)
@@ -274,9 +284,13 @@ class Session:
             return (yield from self._renew(now_s))
         return ""
 
+    def _overdue(self, now_s: float) -> "list[int]":
+        return [call_id for call_id in self._calls if self._calls[call_id][1] <= now_s]
+
     def _renew_due_s(self) -> float:
         """Calls that wait for a program are answered on this connection."""
-        return self._renew_at_s + METHOD_LIMIT_S if self._calls else self._renew_at_s
+        due_s = min(self._renew_at_s, self._renewed_at_s)
+        return due_s + METHOD_LIMIT_S if self._calls else due_s
 
     def _next_due_s(self) -> float:
         due_s = min(self._renew_due_s(), self._twin_due_s())
@@ -324,20 +338,32 @@ class Session:
 
     def _send_rest(self, now_s: float) -> "Generator[Effect, Any, None]":
         """Sends what has no acknowledgement from an earlier connection; what may have ended that one alone."""
-        for telemetry in self._in_flight:
-            if telemetry.sent_at_s is None and not (telemetry.short_ends and now_s < self._suspect_until_s()):
+        for telemetry in list(self._in_flight):
+            if telemetry.sent_at_s is not None:
+                continue
+            if telemetry.withdrawn:
+                yield from self._give_up(telemetry)
+            elif not (telemetry.short_ends and now_s < self._suspect_until_s()):
                 telemetry.sent_at_s = now_s
                 yield SendAgain(telemetry.packet_id)
 
     def _renew(self, now_s: float) -> "Generator[Effect, Any, str]":
-        """Makes the next token while this one still serves; without one the connection goes on while it may."""
-        try:
-            self._token = yield from self._make_token()
-        except (RetryLater, AskOperator):
-            if now_s >= self._expires_at_s:
-                raise
-            self._renew_at_s = min(now_s + RENEW_AGAIN_S, self._expires_at_s)
-            return ""
+        """Makes the next token while this one still serves; without one the connection goes on while it may.
+
+        What has come while the TPM signed is done on this connection: programs were told that it would be.
+        """
+        if self._token is None:
+            try:
+                self._token = yield from self._make_token()
+            except (RetryLater, AskOperator):
+                if now_s >= self._expires_at_s:
+                    raise
+                self._renew_at_s = min(now_s + RENEW_AGAIN_S, self._expires_at_s)
+                return ""
+            self._renewed_at_s = now_s
+        end = yield from self._take_what_waits()
+        if end or now_s < self._renew_due_s():
+            return end
         self.reason = "the token is renewed"
         return RENEW
 
@@ -352,6 +378,17 @@ class Session:
         return token
 
     # What arrives.
+
+    def _take_what_waits(self) -> "Generator[Effect, Any, str]":
+        """Takes what has come already; whoever goes on sending does not hold this up."""
+        for _ in range(WAITING_LIMIT):
+            event: Event | None = yield NextEvent(0.0)
+            if event is None:
+                break
+            end = yield from self._take(event)
+            if end:
+                return end
+        return ""
 
     def _take(self, event: "Event") -> "Generator[Effect, Any, str]":
         if isinstance(event, Gone):

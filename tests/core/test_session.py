@@ -513,6 +513,22 @@ def test_telemetry_whose_sender_was_answered_is_not_sent_again() -> None:
     assert world.in_flight == {}
 
 
+def test_telemetry_whose_sender_was_answered_while_there_was_no_connection_is_not_sent_again() -> None:
+    for features in (["methods", "twin", "devicebound"], []):  # with nothing to subscribe to, or waiting for SUBACK
+        world = provisioned()
+        hub, start_s = world.hub, world.uptime_s
+        hub.mute_pubacks = True
+        world.at(start_s + 200, lambda: world.post(telemetry(1), telemetry(2)))
+        world.at(start_s + 201, lambda hub=hub: setattr(hub, "mute_pubacks", False))  # type: ignore[misc]
+        world.at(start_s + 201, lambda hub=hub, world=world: hub.drop(world.uptime_s))  # type: ignore[misc]
+        world.at(start_s + 202, lambda: world.post(Withdrawn(1)))
+        hub.lacks = features
+        live(world, 400)
+        payloads = [payload for _, payload in hub.received]
+        assert (payloads.count(b"1"), payloads.count(b"2")) == (1, 2), payloads
+        assert world.program.done == {1: False, 2: True} and world.in_flight == {}
+
+
 def test_telemetry_under_way_is_bounded_in_bytes() -> None:
     world = provisioned()
     world.hub.mute_pubacks = True
@@ -616,6 +632,45 @@ def test_a_payload_too_large_for_the_device_is_refused() -> None:
     world.at(world.uptime_s + 10, lambda: world.hub.call(world.uptime_s, "open-valve", "1", None))
     live(world, 20)
     assert world.hub.answer_to("1") == ["413"] and world.program.calls() == []
+
+
+def test_what_programs_ask_for_while_the_token_is_renewed_is_done_on_the_connection_that_it_is_for() -> None:
+    world = provisioned()
+    answer = world.answer
+
+    def program(message: "Message") -> None:
+        if isinstance(message, MethodCall):
+            world.post(AnswerMethod(message.call_id, 200, b"1"))
+
+    def busy(effect: "Any") -> "Any":
+        answered = answer(effect)
+        if isinstance(effect, Sign) and world.connected and len(world.hub.connections) == 1:
+            world.post(MessageDone(world.program.messages()[0].message_id))
+            world.hub.call(world.uptime_s - 1, "mine", "late")
+        return answered
+
+    world.program.on_message = program
+    world.answer = busy  # type: ignore[method-assign]
+    world.at(world.uptime_s + 10, lambda: world.hub.send_c2d(world.uptime_s, {}, b"m"))
+    live(world, TOKEN_LIFE_S)
+    assert len(world.hub.connections) == 2 and world.hub.deliveries == 1 and world.hub.queued == []
+    assert world.hub.answer_to("late") == ["200"]
+
+
+def test_an_answer_that_waits_to_be_looked_at_is_not_too_late() -> None:
+    world = provisioned()
+    start_s = world.uptime_s
+
+    def program(message: "Message") -> None:
+        if isinstance(message, CloudMessage):  # telling it takes long, and the answer comes meanwhile
+            world.post(AnswerMethod(world.program.calls()[0].call_id, 200, b"1"))
+            world.pass_to(start_s + 10 + METHOD_LIMIT_S + 1)
+
+    world.program.on_message = program
+    world.at(start_s + 10, lambda: world.hub.call(world.uptime_s, "mine", "1"))
+    world.at(start_s + 30, lambda: world.hub.send_c2d(world.uptime_s, {}, b"m"))
+    live(world, 60)
+    assert world.hub.answer_to("1") == ["200"]
 
 
 def test_a_call_that_waits_is_answered_before_the_renewal() -> None:
