@@ -230,6 +230,7 @@ class Lifecycle:
         """
         yield from self.abandon()
         self.state = BOOT
+        self._connected_since_s = None
         self._connects = connect
         self._wish = ASKED if force else OWN
         yield from self.patience.load()
@@ -351,8 +352,8 @@ class Lifecycle:
         """An attempt failed; raises what is a bug of this program."""
         if isinstance(error, Broken):
             raise error
+        self.error, self.reason = error, error.message  # even where memory ends what follows
         self.error, wait_s = yield from self.patience.fail_attempt(error)
-        self.reason = self.error.message
         return (ASK if isinstance(self.error, AskOperator) else RETRY), wait_s
 
     def _held(self) -> "Generator[Effect, Any, None]":

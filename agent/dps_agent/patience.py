@@ -23,7 +23,7 @@ from dps_agent.backoff import (
 from dps_agent.effects import Commit, LoadRecord, Random, Uptime, UtcNow
 from dps_agent.utc import CERTIFICATE, LONGEST_STEP_S
 from dps_hal.contracts import PROGRESS
-from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
+from dps_hal.errors import AskOperator, Broken, DpsError, RetryLater
 from dps_hal.platform import from_json, to_json
 
 TYPE_CHECKING = False
@@ -116,7 +116,7 @@ class Patience:
         if last is None:
             return
         self.attempts = last.attempts
-        if last.attempts:
+        if last.attempts and self.state != TRYING:  # else memory ended an attempt of this life, counted already
             self.state = FAILED
         left_s: int = yield from self._left_of_last_delay_s()
         now_s: float = yield Uptime()
@@ -307,7 +307,7 @@ class Patience:
     def _write(self, progress: Progress) -> "Generator[Effect, Any, DpsError | None]":
         try:
             yield Commit(PROGRESS, encode_progress(progress))
-        except (RetryLater, AskOperator, IdentityStale) as refusal:
+        except DpsError as refusal:  # whatever ails the store: the record is expendable
             return refusal
         self._stored = progress
         return None

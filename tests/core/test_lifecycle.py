@@ -356,3 +356,53 @@ def test_unreadable_progress_is_forgotten() -> None:
     assert older != text and decode_progress(older) == Progress(*whole[:6], 0), "what an earlier version wrote"
     for broken in (b"", b"{}", b"[]", text[:-1], text.replace(b"3", b"-3"), text.replace(b"60", b'"60"'), b"\xff"):
         assert decode_progress(broken) is None, broken
+
+
+# Memory that runs out, and the store of an expendable record.
+
+
+def out_of_memory(world: World, life: Lifecycle, connect: bool = False) -> None:
+    """Lives until memory runs out."""
+    try:
+        world.run(life.live(True, False, connect))
+    except MemoryError:
+        return
+    raise AssertionError("memory did not run out")
+
+
+def test_an_error_is_known_even_where_memory_runs_out_while_it_is_stored() -> None:
+    world = World()
+    life = Lifecycle(settings())
+    world.dps.script = [error_reply(403, 403000, "disabled")]
+    world.refuse["Commit"] = [None, MemoryError()]  # type: ignore[list-item]
+    out_of_memory(world, life)
+    assert life.error is not None and life.error.code.startswith("dps.") and life.reason == life.error.message
+
+
+def test_an_attempt_that_memory_ended_is_counted_once() -> None:
+    world = World()
+    life = Lifecycle(settings())
+    world.refuse["Http"] = [MemoryError()]  # type: ignore[list-item]
+    out_of_memory(world, life)
+    assert life.attempts == 1
+    world.refuse["LoadRecord"] = [None, RetryLater("store.io", "failed")]
+    world.run(life.live(True, False))
+    assert life.state == WAITING and life.attempts == 1
+
+
+def test_a_connection_after_memory_ran_out_is_counted() -> None:
+    world = World()
+    lived(world)
+    life = Lifecycle(settings())
+    for connections in (1, 2):
+        world.refuse["ForgetOlder"] = [MemoryError()]  # type: ignore[list-item]
+        out_of_memory(world, life, True)
+        stored = decode_progress(world.store[PROGRESS])
+        assert life.connections == connections and stored is not None and stored.connects == connections, stored
+
+
+def test_whatever_ails_the_store_of_the_expendable_record_ends_no_life() -> None:
+    world = World()
+    world.refuse["Commit"] = [Broken("agent.bug", "an error that nobody foresaw")]
+    life = lived(world)
+    assert life.state == PROVISIONED and life.committed
