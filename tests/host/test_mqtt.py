@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dps_agent.effects import NoReply
+from dps_agent.host import runner
 from dps_agent.host.network import mqtt as host_mqtt
 from dps_agent.host.network.mqtt import PACKET_LIMIT, HubConnection
 from dps_agent.host.network.websocket import Frames, packed
@@ -316,8 +317,11 @@ def test_events_of_programs_cost_nothing_while_a_connect_waits(serve, monkeypatc
     assert soon(hub) == RegisterAgain()
 
 
-def test_the_deadline_is_the_designed_one() -> None:
+def test_the_deadlines_are_the_designed_ones() -> None:
     assert host_mqtt.CONNECT_LIMIT_S == 60
+    assert (host_mqtt.PING_AFTER, host_mqtt.SILENCE) == (0.75, 1.5)
+    assert host_mqtt.FLUSH_LIMIT_S + host_mqtt.LINGER_S < runner.EXIT_GRACE_S, "a signal leaves time for a polite end"
+    assert runner.EXIT_GRACE_S < runner.HUB_DEADLINE_S
 
 
 def test_silence_of_one_and_a_half_keep_alives_ends_the_connection(serve) -> None:
@@ -334,12 +338,16 @@ def test_silence_of_one_and_a_half_keep_alives_ends_the_connection(serve) -> Non
     assert "nothing came from the hub for" in assert_gone(soon(hub), "timeout")
     assert 1.4 < time.monotonic() - began_s < SOON_S
     assert pings and pings[0] < time.monotonic() - 0.4, "asked whether it still lives well before it gave up"
+    assert len(pings) == 1, "the next time to ask is the time to give up"
 
 
 def test_what_we_send_ourselves_does_not_hide_the_hub_s_silence(serve) -> None:
+    pings: list[object] = []
+
     def behave(hub: HubPeer) -> None:
         while True:
-            hub.packet()
+            if isinstance(packet := hub.packet(), mqtt.PingRequest):
+                pings.append(packet)
 
     _, hub = serve(accepting(behave))
     hub.connect(connecting(keep_alive_s=1))
@@ -350,6 +358,7 @@ def test_what_we_send_ourselves_does_not_hide_the_hub_s_silence(serve) -> None:
         event = soon(hub, 0.1)
     assert_gone(event, "timeout")
     assert 1.4 < time.monotonic() - began_s < SOON_S
+    assert len(pings) <= 1, "the next time to ask is the time to give up"
 
 
 def test_a_hub_that_answers_pings_is_kept(serve) -> None:
@@ -378,7 +387,7 @@ def test_a_hub_whose_window_is_full_does_not_block_us(serve) -> None:
             assert hub.publish(TOPIC, bytes(256 * 1024), 1)
         assert soon(hub, 0.05) is None
         hub.close()
-        assert time.monotonic() - began_s < SOON_S
+        assert time.monotonic() - began_s < runner.HUB_DEADLINE_S, "whoever has asked for it waits no longer"
     finally:
         over.set()
 
@@ -678,7 +687,7 @@ def test_a_silent_peer_holds_no_disconnect_up(serve) -> None:
             hub.publish(TOPIC, bytes(200_000), 1)
         began_s = time.monotonic()
         hub.close()
-        assert time.monotonic() - began_s < SOON_S
+        assert time.monotonic() - began_s < runner.HUB_DEADLINE_S, "whoever has asked for it waits no longer"
     finally:
         over.set()
 
