@@ -295,6 +295,15 @@ def test_tokens_are_off_by_default_even_for_root(agent: Agent) -> None:
     assert agent.commands == []
 
 
+def test_four_users_can_have_every_token_of_a_minute_but_those_of_root(tmp_path: Path, users: list[int]) -> None:
+    agent = Agent(tmp_path, allow_token=True)
+    found = {}
+    for users[0] in (0, 1000, 1001, 1002, 1003, 1004, 990):
+        found[users[0]] = [agent.client.ask("POST", "/token")[0] for _ in range(5)].count(200)
+    assert found == {0: 4, 1000: 4, 1001: 4, 1002: 4, 1003: 4, 1004: 0, 990: 4}
+    agent.api.close()
+
+
 def test_tokens_are_short_and_few(tmp_path: Path) -> None:
     agent = Agent(tmp_path, allow_token=True)
     assert [agent.client.ask("POST", f"/token?life={life}")[0] for life in ("901", "0", "soon", "-1")] == [400] * 4

@@ -73,7 +73,7 @@ class Places:
 
 
 class Rate:
-    """Something that may happen `in_all` times, and for `of_one` user so many times, within `period_s`."""
+    """What may happen for `of_one` user so many times within `period_s`, for all not trusted `in_all` times."""
 
     def __init__(self, in_all: int, of_one: int, period_s: float) -> None:
         self._in_all = in_all
@@ -86,7 +86,9 @@ class Rate:
         while self._times and self._times[0][0] <= now_s - self._period_s:
             self._times.popleft()
         own = [at_s for at_s, whose in self._times if whose == user]
-        for times, limit in ((own, self._of_one), ([at_s for at_s, _ in self._times], self._in_all)):
+        others = [at_s for at_s, whose in self._times if not is_trusted(whose)]
+        bounds = [(own, self._of_one)] if is_trusted(user) else [(own, self._of_one), (others, self._in_all)]
+        for times, limit in bounds:
             if len(times) >= limit:
                 return times[0] + self._period_s - now_s
         self._times.append((now_s, user))
