@@ -217,7 +217,7 @@ def load_held(
     reason = difference(assignment, settings)
     if reason:
         return None, reason
-    endorsement_key: bytes = yield ReadEndorsementKey()
+    endorsement_key: bytes = yield ReadEndorsementKey(assignment.ek_name)
     if object_name(endorsement_key) != assignment.ek_name:  # before anything is salted to it
         raise AskOperator(
             "tpm.ek_changed",

@@ -62,7 +62,9 @@ if TYPE_CHECKING:
         request_sent: bool
 
     class ReadEndorsementKey(NamedTuple):
-        """Answered by the EK's marshalled TPM2B_PUBLIC, bytes."""
+        """Answered by the EK's marshalled TPM2B_PUBLIC, bytes; `name`: of the one in the record, empty for none."""
+
+        name: bytes
 
     class ReadStorageRootKey(NamedTuple):
         """Answered by the SRK's marshalled TPM2B_PUBLIC, bytes."""
@@ -142,7 +144,7 @@ else:
     Http = namedtuple("Http", ("method", "path", "body", "authorization"))
     Reply = namedtuple("Reply", ("status", "headers", "body", "date_s"))
     NoReply = namedtuple("NoReply", ("reason", "request_sent"))
-    ReadEndorsementKey = namedtuple("ReadEndorsementKey", ())
+    ReadEndorsementKey = namedtuple("ReadEndorsementKey", ("name",))
     ReadStorageRootKey = namedtuple("ReadStorageRootKey", ())
     ImportKey = namedtuple("ImportKey", ("activation",))
     Sign = namedtuple("Sign", ("wrapped_key", "message"))

@@ -317,7 +317,7 @@ class Lifecycle:
         """One registration; a new identity and its record."""
         registration_id = self.settings.registration_id
         if registration_id == AUTO:
-            endorsement_key: bytes = yield ReadEndorsementKey()
+            endorsement_key: bytes = yield ReadEndorsementKey(b"")
             registration_id = registration_id_from_ek(endorsement_key)
         beside: dict[str, Any] = {}
         if self._beside:

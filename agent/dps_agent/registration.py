@@ -104,7 +104,7 @@ def register(
 def _attempt(
     settings: "Settings", registration_id: str, begin_by_s: float, deadline_s: float, beside: "dict[str, Any] | None"
 ) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
-    endorsement_key: bytes = yield ReadEndorsementKey()
+    endorsement_key: bytes = yield ReadEndorsementKey(b"")
     storage_root_key: bytes = yield ReadStorageRootKey()
     path = f"/{percent_encode(settings.id_scope)}/registrations/{percent_encode(registration_id)}"
     query = f"?api-version={API_VERSION}"

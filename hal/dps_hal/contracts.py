@@ -41,8 +41,11 @@ if TYPE_CHECKING:
         SRK and safe at rest.
         """
 
-        def endorsement_key(self) -> bytes:
-            """The EK's marshalled TPM2B_PUBLIC, its two size bytes included (316 bytes); created once if absent."""
+        def endorsement_key(self, name: bytes = b"") -> bytes:
+            """The EK's marshalled TPM2B_PUBLIC, its two size bytes included (316 bytes); created once if absent.
+
+            `name` is that of the EK that was enrolled, where it is known: if the TPM can make that one it does.
+            """
             ...
 
         def storage_root_key(self) -> bytes:

@@ -279,8 +279,8 @@ class Agent:
 
     # DPS.
 
-    def _endorsement_key(self) -> bytes:
-        key = self._tpm.endorsement_key()  # where it had to be made, what its maker left in the TPM was looked at
+    def _endorsement_key(self, name: bytes) -> bytes:
+        key = self._tpm.endorsement_key(name)  # where it had to be made, what its maker left in the TPM was looked at
         if self._connects and "tpmMaker" not in self._life.about:
             try:
                 self._life.report("tpmMaker", self._tpm.condition().maker)

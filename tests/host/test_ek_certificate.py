@@ -21,7 +21,7 @@ from dps_agent.host.cli import main
 from dps_board import factory
 from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.tpm.ek_certificate import ABSENT, MATCH, MISMATCH, UNREADABLE, certified_key, compare
-from dps_hal.tpm.keys import ek_public
+from dps_hal.tpm.keys import ek_public, object_name
 from dps_hal.tpm.upkeep import EK_CERTIFICATE_INDEX, PT_NV_BUFFER_MAX, nv_chunk_bytes
 from support import swtpm
 from support.backends import BACK_ENDS
@@ -400,6 +400,14 @@ NONCE = b"nonce" + bytes(251)
 READ_LOCKABLE = 0x82060006  # as `Swtpm.write_nv` has it, and READ_STCLEAR
 
 
+def made_by(machine: Swtpm, public: bytes) -> bytes:
+    """The EK that the TPM makes by a TPMT_PUBLIC; it stays where the agent does not look."""
+    handle = 0x81010009 + len(machine.handles(swtpm.PERSISTENT))
+    machine.persist_primary(swtpm.ENDORSEMENT, struct.pack(">H", len(public)) + public, handle)
+    area = machine.public_areas()[handle]
+    return area[: 2 + int.from_bytes(area[:2], "big")]
+
+
 @pytest.mark.parametrize(
     ("in_nv", "public"),
     [
@@ -422,9 +430,7 @@ def test_the_certified_key_is_made_as_the_makers_template_and_nonce_say(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    machine.persist_primary(swtpm.ENDORSEMENT, struct.pack(">H", len(public)) + public, 0x81010009)  # the maker's side
-    area = machine.public_areas()[0x81010009]
-    makers = area[: 2 + int.from_bytes(area[:2], "big")]
+    makers = made_by(machine, public)
     machine.write_nv(EK_CERTIFICATE_INDEX, certificate_for(makers))
     for index, content in in_nv.items():
         machine.write_nv(index, content)
@@ -473,6 +479,55 @@ def test_a_template_whose_key_is_not_certified_makes_none_so_the_key_outlives_a_
     assert machine.leftovers() == []
     machine.clear()
     assert ek_on(machine, back_end) == plain
+
+
+@pytest.mark.parametrize("enrolled", ["plain", "the maker's"])
+@pytest.mark.parametrize("certified", ["none", "plain", "the maker's", "another"])
+@pytest.mark.parametrize("password", [b"", b"secret"], ids=["no password", "password"])
+def test_an_enrolled_key_that_went_is_made_again_whichever_of_the_two_it_was(
+    password: bytes, certified: str, enrolled: str, back_end: str, machine: Swtpm
+) -> None:
+    keys = {"plain": made_by(machine, template(bytes(256))), "the maker's": made_by(machine, template(NONCE))}
+    machine.clear()
+    machine.write_nv(NONCE_INDEX, b"nonce")
+    if certified != "none":
+        machine.write_nv(EK_CERTIFICATE_INDEX, certificate_for(keys.get(certified, ek_public(MODULUS))))
+    if password:
+        machine.set_hierarchy_auth(swtpm.OWNER, password)
+    with TpmTap(machine.port) as tap:
+        tpm = BACK_ENDS[back_end](tap.tcti, owner_auth=password)
+        assert tpm.endorsement_key(object_name(keys[enrolled])) == keys[enrolled]
+        assert tap.names.count("CreatePrimary") <= 2 + bool(password)
+        tpm.release()
+    assert machine.leftovers() == []
+
+
+@pytest.mark.parametrize("certified", [False, True])
+def test_for_an_enrolled_key_that_the_tpm_cannot_make_there_is_the_one_of_a_new_device(
+    certified: bool, back_end: str, machine: Swtpm
+) -> None:
+    plain, makers = made_by(machine, template(bytes(256))), made_by(machine, template(NONCE))
+    machine.clear()
+    machine.write_nv(NONCE_INDEX, b"nonce")
+    machine.write_nv(EK_CERTIFICATE_INDEX, certificate_for(makers if certified else ek_public(MODULUS)))
+    with TpmTap(machine.port) as tap:
+        tpm = BACK_ENDS[back_end](tap.tcti)
+        assert tpm.endorsement_key(object_name(EK)) == (makers if certified else plain)
+        assert tap.names.count("CreatePrimary") == 2
+        tpm.release()
+    assert machine.leftovers() == []
+
+
+def test_a_key_that_goes_while_the_agent_runs_comes_back(back_end: str, machine: Swtpm) -> None:
+    tpm = BACK_ENDS[back_end](machine.tcti)
+    before = tpm.endorsement_key()
+    tpm.release()
+    machine.clear()
+    makers = made_by(machine, template(NONCE))
+    machine.write_nv(NONCE_INDEX, b"nonce")
+    machine.write_nv(EK_CERTIFICATE_INDEX, certificate_for(makers))
+    assert tpm.endorsement_key() == before
+    tpm.release()
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ class Hardware:
             self.threads.add(threading.current_thread().name)
         return self._does[name](*arguments) if name in self._does else usual
 
-    def endorsement_key(self) -> bytes:
+    def endorsement_key(self, _name: bytes) -> bytes:
         return self._call("endorsement_key", b"ek")
 
     def storage_root_key(self) -> bytes:
@@ -170,7 +170,7 @@ def test_each_effect_is_answered_in_order_by_what_it_names() -> None:
     answers = runner_on(hardware, random=lambda: 0.25).run(
         asking(
             LoadRecord("identity"),
-            ReadEndorsementKey(),
+            ReadEndorsementKey(b""),
             ReadStorageRootKey(),
             Http("PUT", "/p", b"{}", None),
             ImportKey(b"blob"),
@@ -200,7 +200,7 @@ def test_each_effect_is_answered_in_order_by_what_it_names() -> None:
 def test_what_may_block_runs_on_one_worker_thread() -> None:
     hardware = Hardware()
     hardware.close = lambda: None  # type: ignore[method-assign]
-    runner_on(hardware).run(asking(ReadEndorsementKey(), GET, LoadRecord("identity"), Commit("identity", b"")))
+    runner_on(hardware).run(asking(ReadEndorsementKey(b""), GET, LoadRecord("identity"), Commit("identity", b"")))
     assert hardware.threads == {"dps-worker"}
 
 
@@ -226,7 +226,7 @@ def test_one_runner_runs_many_exchanges() -> None:
     hardware = Hardware()
     one = runner_on(hardware)
     for _ in range(3):
-        assert one.run(asking(ReadEndorsementKey())) == [b"ek"]
+        assert one.run(asking(ReadEndorsementKey(b""))) == [b"ek"]
     assert hardware.calls == ["endorsement_key", "release", "close"] * 3
 
 
@@ -242,7 +242,7 @@ def test_an_exchange_that_asks_for_nothing_starts_no_thread_and_opens_no_tpm() -
 @pytest.mark.parametrize(
     ("effect", "call"),
     [
-        (ReadEndorsementKey(), "endorsement_key"),
+        (ReadEndorsementKey(b""), "endorsement_key"),
         (ReadStorageRootKey(), "storage_root_key"),
         (ImportKey(b""), "import_key"),
         (Sign(b"", b""), "sign"),
@@ -315,7 +315,7 @@ def test_what_the_exchange_raises_comes_out_after_all_was_released() -> None:
     hardware = Hardware()
 
     def logic() -> Generator[Any, Any, None]:
-        _: bytes = yield ReadEndorsementKey()
+        _: bytes = yield ReadEndorsementKey(b"")
         raise AskOperator("dps.not_found", "no such enrolment")
 
     with pytest.raises(AskOperator, match="no such enrolment"):
@@ -389,7 +389,7 @@ def test_before_long_sleeps_tpm_and_connection_are_released(
 
     waiting = runner_on(hardware, on_wait=on_wait)
     with pytest.raises(RetryLater):
-        waiting.run(asking(ReadEndorsementKey(), Sleep(delay_s, "DPS asked us to wait")))
+        waiting.run(asking(ReadEndorsementKey(b""), Sleep(delay_s, "DPS asked us to wait")))
     assert ("release" in before, "close" in before) == (released, closed)
     assert hardware.calls.count("release") == 1, "what is released is not released again"
     assert hardware.calls[-1] == "close"
@@ -398,14 +398,14 @@ def test_before_long_sleeps_tpm_and_connection_are_released(
 def test_a_release_that_raises_is_broken_and_the_connection_is_closed_all_the_same() -> None:
     hardware = Hardware(release=blunder)
     with pytest.raises(Broken, match="KeyError"):
-        runner_on(hardware).run(asking(ReadEndorsementKey()))
+        runner_on(hardware).run(asking(ReadEndorsementKey(b"")))
     assert hardware.calls[-1] == "close"
 
 
 def test_a_release_that_hangs_does_not_cost_the_result(monkeypatch, hang) -> None:
     monkeypatch.setattr(runner, "TPM_DEADLINE_S", 0.2)
     one = runner_on(Hardware(release=hang))
-    assert one.run(asking(ReadEndorsementKey())) == [b"ek"]
+    assert one.run(asking(ReadEndorsementKey(b""))) == [b"ek"]
     assert one.stuck
 
 
@@ -417,7 +417,7 @@ def test_a_callback_that_fails_ends_the_exchange_and_releases() -> None:
         raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        runner_on(hardware, observe=broken_pipe).run(closing_exchange(ends, ReadEndorsementKey()))
+        runner_on(hardware, observe=broken_pipe).run(closing_exchange(ends, ReadEndorsementKey(b"")))
     assert ends == ["closed"]
     assert hardware.calls == ["endorsement_key", "release", "close"]
 
@@ -477,7 +477,7 @@ def test_the_observer_sees_each_effect_with_its_outcome_and_duration() -> None:
 @pytest.mark.parametrize(
     ("effect", "call", "deadline", "code"),
     [
-        (ReadEndorsementKey(), "endorsement_key", "TPM_KEY_DEADLINE_S", "tpm.timeout"),
+        (ReadEndorsementKey(b""), "endorsement_key", "TPM_KEY_DEADLINE_S", "tpm.timeout"),
         (ReadStorageRootKey(), "storage_root_key", "TPM_KEY_DEADLINE_S", "tpm.timeout"),
         (ImportKey(b""), "import_key", "TPM_DEADLINE_S", "tpm.timeout"),
         (Sign(b"", b""), "sign", "TPM_DEADLINE_S", "tpm.timeout"),
@@ -593,7 +593,7 @@ def test_the_watchdog_is_fed_during_a_sleep(monkeypatch) -> None:
 
 def test_the_watchdog_is_fed_once_a_second_at_the_most() -> None:
     fed: list[None] = []
-    runner_on(Hardware(), watchdog=lambda: fed.append(None)).run(asking(*[ReadEndorsementKey()] * 50))
+    runner_on(Hardware(), watchdog=lambda: fed.append(None)).run(asking(*[ReadEndorsementKey(b"")] * 50))
     assert len(fed) == 1
 
 
@@ -651,7 +651,7 @@ def test_stop_lets_a_commit_end_and_the_exchange_come_to_its_next_effect() -> No
     one = runner_on(hardware)
     timer = stopping_soon(one)
     with pytest.raises(RetryLater):
-        one.run(logic(ReadEndorsementKey()))
+        one.run(logic(ReadEndorsementKey(b"")))
     timer.join()
     assert after == ["committed"]
     assert hardware.calls == ["commit", "release", "close"]
@@ -713,7 +713,7 @@ def test_haste_hurries_nothing_but_sleeps() -> None:
         return b"ek"
 
     one = runner_on(Hardware(endorsement_key=slow))
-    assert one.run(asking(ReadEndorsementKey())) == [b"ek"]
+    assert one.run(asking(ReadEndorsementKey(b""))) == [b"ek"]
 
 
 def test_haste_from_a_signal_handler_ends_a_sleep() -> None:
@@ -881,7 +881,7 @@ def test_before_a_long_wait_for_an_event_tpm_and_connection_are_released(
     hardware = Hardware()
     hub = Hub(hardware)
     hub.events.put(RegisterAgain())
-    runner_on(hardware, hub=hub).run(asking(ReadEndorsementKey(), NextEvent(time.monotonic() + within_s)))
+    runner_on(hardware, hub=hub).run(asking(ReadEndorsementKey(b""), NextEvent(time.monotonic() + within_s)))
     before = hardware.calls[: hardware.calls.index("hub.next_event")]
     assert ("release" in before, "close" in before) == (released, closed)
 
@@ -965,7 +965,7 @@ from dps_hal.errors import DpsError
 what, address, ca_file = sys.argv[1:]
 
 class Tpm:
-    def endorsement_key(self): return b"ek"
+    def endorsement_key(self, _name): return b"ek"
     def sign(self, wrapped_key, message): time.sleep(60)
     def release(self): print("released", flush=True)
 
@@ -994,7 +994,7 @@ def exchange():
         yield Connect("dps.example", "d", "", SasToken("", 0, b""), 60, True)
         yield Uptime()
     if what == "observer":
-        yield ReadEndorsementKey()
+        yield ReadEndorsementKey(b"")
     if what == "tpm":
         print("ready", flush=True)
         yield Sign(b"", b"")

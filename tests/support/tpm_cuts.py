@@ -152,8 +152,8 @@ class Bench(World):
         match effect:
             case Http():
                 return lambda: self._asked(effect)
-            case ReadEndorsementKey():
-                return self.real_tpm.endorsement_key
+            case ReadEndorsementKey(name):
+                return lambda: self.real_tpm.endorsement_key(name)
             case ReadStorageRootKey():
                 return self.real_tpm.storage_root_key
             case ImportKey(activation):

@@ -31,7 +31,7 @@ def look_up(settings: Settings) -> Generator[Effect, Any, DeviceRegistrationResu
 
     Raises RetryLater, AskOperator and IdentityStale as a registration does. Nothing is stored.
     """
-    endorsement_key: bytes = yield ReadEndorsementKey()
+    endorsement_key: bytes = yield ReadEndorsementKey(b"")
     storage_root_key: bytes = yield ReadStorageRootKey()
     registration_id = settings.registration_id
     if registration_id == AUTO:

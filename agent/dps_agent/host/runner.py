@@ -301,8 +301,8 @@ class Runner:
         """What the worker is to call for `effect`, its deadline in seconds, and the error's code if it does not end."""
         tpm, store = self._tpm, self._store
         match effect:
-            case ReadEndorsementKey():
-                return tpm.endorsement_key, TPM_KEY_DEADLINE_S, "tpm.timeout"
+            case ReadEndorsementKey(name):
+                return lambda: tpm.endorsement_key(name), TPM_KEY_DEADLINE_S, "tpm.timeout"
             case ReadStorageRootKey():
                 return tpm.storage_root_key, TPM_KEY_DEADLINE_S, "tpm.timeout"
             case ImportKey(activation):

@@ -157,6 +157,7 @@ class EsysTpm:
         self._exclusive = exclusive
         self._began_s = 0.0  # on time.monotonic(): this operation
         self._until_s = 0.0  # when it stops resending
+        self._ek_name = b""  # of the one to make where none is there: that of the record, then the pinned one
         self._pinned_ek = b""  # the first EK seen; nothing is ever salted to another
         self._shutdown_due = False  # a key without noDA was used: a power cut would now count as a failed guess
         self._orphans: list[tuple[int, bytes]] = []  # handles and names in the TPM of what a lost connection left
@@ -176,8 +177,9 @@ class EsysTpm:
 
     # --- the contract
 
-    def endorsement_key(self) -> bytes:
+    def endorsement_key(self, name: bytes = b"") -> bytes:
         """As `Tpm.endorsement_key`; AskOperator `tpm.ek_unsuitable` where something else is at the EK's handle."""
+        self._ek_name = name or self._ek_name
         return self._operate(lambda: self._endorsement_key().public)
 
     def storage_root_key(self) -> bytes:
@@ -588,6 +590,7 @@ class EsysTpm:
             if self._pinned_ek not in (b"", ek.public):
                 raise AskOperator("tpm.ek_changed", "the TPM shows another endorsement key than before")
             self._pinned_ek = ek.public
+            self._ek_name = object_name(ek.public)
             self._ek = ek
         return self._ek
 
@@ -600,7 +603,9 @@ class EsysTpm:
                 made.enter_context(self._flushed(key.handle))
                 return key
 
-            created = make_ek(self._ek_template, lambda index: self._nv_content(index, lambda: session), create, b"")
+            created = make_ek(
+                self._ek_template, lambda index: self._nv_content(index, lambda: session), create, self._ek_name
+            )
             return _Key(self._evict_control(created.handle, self._ek_handle, session), created.public)
 
     def _storage_root_key(self) -> _Key:

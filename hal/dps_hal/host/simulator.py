@@ -62,7 +62,7 @@ class SimulatedTpm:
         self.creates_key = False
         self.unneeded_passwords = ()
 
-    def endorsement_key(self) -> bytes:
+    def endorsement_key(self, name: bytes = b"") -> bytes:
         """The EK's TPM2B_PUBLIC, 316 bytes; each `ek_template` has an EK of its own."""
         return ek_public(_modulus(self._rsa_key(self._ek_file)))
 

@@ -112,6 +112,7 @@ class WireTpm(Operations):
         self._ek_template = template_of_ek(ek_template)
         self._ek_handle = ek_handle
         self._srk_handle = srk_handle
+        self._ek_name = b""  # of the one to make where none is there: that of the record, then the pinned one
         self._pinned_ek = b""  # the first EK seen; nothing is ever salted to another
         self.srk_found_at: int | None = None  # see TpmService
 
@@ -123,8 +124,9 @@ class WireTpm(Operations):
 
     # --- the contract
 
-    def endorsement_key(self) -> bytes:
+    def endorsement_key(self, name: bytes = b"") -> bytes:
         """As `Tpm.endorsement_key`; AskOperator `tpm.ek_unsuitable` where something else is at the EK's handle."""
+        self._ek_name = name or self._ek_name
         return self._operate(lambda: self._endorsement_key().public)
 
     def storage_root_key(self) -> bytes:
@@ -252,6 +254,7 @@ class WireTpm(Operations):
             if self._pinned_ek not in {b"", ek.public}:
                 raise AskOperator("tpm.ek_changed", "the TPM shows another endorsement key than before")
             self._pinned_ek = ek.public
+            self._ek_name = object_name(ek.public)
             self._ek = ek
         return self._ek
 
@@ -277,7 +280,9 @@ class WireTpm(Operations):
                 check_ek_public(created.public)
                 return created
 
-            created = make_ek(self._ek_template, lambda index: nv_content(self, index, lambda: session), create, b"")
+            created = make_ek(
+                self._ek_template, lambda index: nv_content(self, index, lambda: session), create, self._ek_name
+            )
             return self._evict_control(created, self._ek_handle, session)
         finally:
             for handle in reversed(self._held[held:]):
