@@ -167,8 +167,13 @@ class Lifecycle:
 
     @property
     def attempts(self) -> int:
-        """Registrations in a row that failed."""
+        """Registrations in a row that failed, and the one under way; a success counts until the hub has accepted it."""
         return self.patience.attempts
+
+    @property
+    def failed(self) -> int:
+        """Registrations in a row that failed."""
+        return self.patience.failed
 
     @property
     def dps_not_before_s(self) -> float:
@@ -202,7 +207,7 @@ class Lifecycle:
             "assignedHub": held.assigned_hub if held else "",
             "deviceId": held.device_id if held else "",
             "substatus": held.substatus if held else "",
-            "failedAttempts": self.attempts,
+            "failedAttempts": self.failed,
             "connections": self.connections,
             "code": self.error.code if self.error else "",
             "registrationCode": self.registration_error.code if self.registration_error else "",
@@ -286,7 +291,7 @@ class Lifecycle:
                 yield from self.patience.begin_attempt()
                 if wish == OWN and self.attempts == 1 and not once:
                     random: float = yield Random()
-                    yield Sleep(random * self._spread_s(), "spreading the first contacts of a fleet")
+                    yield Sleep(random * self._spread_s(), "a random wait, for a fleet may start at once")
                 self._uncommitted = yield from self._register(wish)
             yield from self._commit(self._uncommitted[1])
         except DpsError as error:

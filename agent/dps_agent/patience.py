@@ -98,6 +98,7 @@ class Patience:
     def __init__(self, dps_not_before_s: float = 0.0) -> None:
         self.state = CALM
         self.attempts = 0  # registrations in a row that failed, the one under way included
+        self.failed = 0  # registrations in a row that failed
         self.dps_not_before_s = dps_not_before_s  # DPS wants nobody to ask it before this uptime
         self._own_not_before_s = 0.0  # the device itself does not want to ask before this one
         self._keyless = 0  # assignments without a key in a row
@@ -115,7 +116,7 @@ class Patience:
         last = self._stored = decode_progress(stored.payload) if stored else None
         if last is None:
             return
-        self.attempts = last.attempts
+        self.attempts = self.failed = last.attempts
         if last.attempts and self.state != TRYING:  # else memory ended an attempt of this life, counted already
             self.state = FAILED
         left_s: int = yield from self._left_of_last_delay_s()
@@ -158,6 +159,7 @@ class Patience:
             error = AskOperator(error.code, error.message, None, error.request_id)
         if self.state != TRYING:
             self.attempts += 1  # it failed before it could begin
+        self.failed += 1
         self._hear(MISSED)
         if isinstance(error, AskOperator):
             chosen_s: float = yield from around_s(HALTED_S)
@@ -183,7 +185,7 @@ class Patience:
     def forgive(self) -> "Generator[Effect, Any, None]":
         """Forgets what failed, but for the patience that DPS asked for."""
         self._hear(FORGIVEN)
-        self.attempts = 0
+        self.attempts = self.failed = 0
         last = self._stored
         if last is None or not last.attempts:
             return

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         poll: str  # POLL_LOOKUP or POLL_OPERATION
         payload: "dict[str, Any] | None"  # custom allocation input
         registration_budget_s: int
-        first_contact_spread_s: int  # the first contact is spread at random over so many seconds
+        first_contact_spread_s: int  # the first contact is spread at random over so many seconds; 5 at least
         hub_suffixes: "tuple[str, ...]"
         keep_alive_s: int  # of the connection to the hub
         token_life_s: int  # of a token for the hub; renewed at 80 % of it
@@ -52,7 +52,8 @@ _SPECIAL = ":._-"
 def check_registration_id(text: str) -> None:
     """AskOperator `config.invalid` unless `text` is a registration id: Runtime Registration API, 2021-10-01.
 
-    Case-insensitive, 1 to 128 letters, digits and `: . _ -`, the first and the last a letter or digit.
+    Case-insensitive, 1 to 128 letters, digits and `: . _ -`, the first a letter or digit, the last one of these or a
+    dash: the API's text has no dash at the end, the service's own documents allow it.
     """
     fault = ""
     if not text:
@@ -66,12 +67,12 @@ def check_registration_id(text: str) -> None:
             if character not in _SPECIAL:
                 fault = f"has {character!r} at position {place + 1}"
                 break
-            if place in (0, len(text) - 1):
+            if place == 0 or (place == len(text) - 1 and character != "-"):
                 fault = f"has {character!r} at its " + ("start" if place == 0 else "end")
                 break
     if fault:
         raise AskOperator(
             "config.invalid",
             f"registration_id: expected 1 to {REGISTRATION_ID_LIMIT} ASCII letters, digits and ': . _ -', beginning"
-            f" and ending with a letter or digit; {text[:140]!r} {fault}",
+            f" with a letter or digit and ending with one or a dash; {text[:140]!r} {fault}",
         )

@@ -182,6 +182,24 @@ def test_a_registration_that_a_crash_ends_is_counted() -> None:
         assert progress.attempts == crash, f"crash={crash}: {progress}"
 
 
+def test_what_is_shown_as_failed_is_what_failed_not_what_is_under_way() -> None:
+    world = World()
+    world.refuse["ReadEndorsementKey"] = [RetryLater("tpm.absent", "no TPM")]
+    life = Lifecycle(settings())
+    shown: list[int] = []
+    answer = world.answer
+
+    def watch(effect: "Any") -> "Any":
+        failed = life.summary()["failedAttempts"]
+        if shown[-1:] != [failed]:
+            shown.append(failed)
+        return answer(effect)
+
+    world.answer = watch  # type: ignore[method-assign]
+    world.run(life.live(False, False))
+    assert shown == [0, 1, 0] and life.state == PROVISIONED, shown
+
+
 def test_assigned_without_a_key_is_retried_three_times_before_the_operator_is_asked() -> None:
     keyless = reply(200, {"operationId": "4", "status": "assigned", "registrationState": {"status": "assigned"}})
     world = World()

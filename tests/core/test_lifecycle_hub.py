@@ -309,17 +309,20 @@ def test_an_attempt_counts_until_the_hub_has_accepted_the_device() -> None:
     world = provisioned()
     world.hub.script = [5, 5]
     attempts: list[int] = []
+    failed: list[int] = []
     answer = world.answer
 
     def watch(effect: "Any") -> "Any":
         if isinstance(effect, Connect):
             attempts.append(life.attempts)
+            failed.append(life.failed)
         return answer(effect)
 
     world.answer = watch  # type: ignore[method-assign]
     life = Lifecycle(settings())
     live(world, 120, life=life)
     assert attempts == [0, 0, 1] and life.attempts == 0
+    assert failed == [0, 0, 0], "it is counted, not shown: nothing failed"
     progress = decode_progress(world.store[PROGRESS])
     assert progress is not None and progress.attempts == 0
 

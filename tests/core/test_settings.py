@@ -6,7 +6,18 @@ from support.claims import assert_refused
 
 
 def test_ids_of_the_grammar_are_taken() -> None:
-    for text in ("a", "7", "A", "press-07", "Press:07.line_4-b", "a" * 128, "a" + ":._-" * 31 + "b", "0" * 128):
+    for text in (
+        "press-",
+        "a--",
+        "a",
+        "7",
+        "A",
+        "press-07",
+        "Press:07.line_4-b",
+        "a" * 128,
+        "a" + ":._-" * 31 + "b",
+        "0" * 128,
+    ):
         check_registration_id(text)
 
 
@@ -15,7 +26,9 @@ def test_ids_outside_the_grammar_are_refused_with_the_reason() -> None:
         ("", "is empty"),
         ("a" * 129, "has 129 characters"),
         ("-a", "'-' at its start"),
-        ("a-", "'-' at its end"),
+        ("-", "'-' at its start"),
+        ("a:", "':' at its end"),
+        ("a.", "'.' at its end"),
         (":", "':' at its start"),
         (".a", "'.' at its start"),
         ("a_", "'_' at its end"),

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from glob import glob
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 from unittest.mock import Mock
 
@@ -569,6 +570,18 @@ def test_a_disk_that_hangs_ends_the_checks_in_time(
         end.set()
     assert (status, found["state-folder"]["code"]) == (3, "store.io")
     assert found["tpm-node"]["detail"] == "not possible: an earlier check still hangs"
+
+
+def test_a_path_below_dev_that_is_no_flash_is_tried_as_the_folder_it_is(
+    bench: Bench, quiet: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DPS_AGENT_STATE_DIR", "/dev/null/state")
+    status, found = found_by(bench, capsys, "--only", "state-folder")
+    assert status != 0 and found["state-folder"]["result"] == "failed", found
+    with TemporaryDirectory(dir="/dev/shm") as folder:
+        monkeypatch.setenv("DPS_AGENT_STATE_DIR", folder)
+        status, found = found_by(bench, capsys, "--only", "state-folder")
+    assert status == 0 and f"{folder} takes what is written" in found["state-folder"]["detail"]
 
 
 def test_what_a_killed_check_left_is_no_matter(bench: Bench, quiet: None, capsys: pytest.CaptureFixture[str]) -> None:

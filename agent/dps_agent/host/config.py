@@ -257,7 +257,7 @@ class Configuration(_Settings):
     id_scope: str = _text("", "an ID scope such as 0ne00000000 (letters, digits, - and _)", _is_id_scope)
     registration_id: str = _text(
         AUTO,
-        '"auto", or 1 to 128 ASCII letters, digits and : . _ - that begin and end with a letter or digit',
+        '"auto", or 1 to 128 ASCII letters, digits and : . _ -; first a letter or digit, last one or a dash',
         _is_registration_id,
     )
     endpoint: str = _text(
@@ -563,7 +563,7 @@ def _settle_runtime_dir(collector: _Collector, environ: Mapping[str, str]) -> No
         found, origin = SYSTEM_RUNTIME_DIR, "default"
     elif environ.get("XDG_RUNTIME_DIR"):
         found, origin = os.path.join(environ["XDG_RUNTIME_DIR"], "dps-agent"), "$XDG_RUNTIME_DIR"
-    elif not state_dir.startswith("/dev/"):
+    elif not state_dir.startswith("/dev/mtd"):
         found, origin = state_dir, "state_dir"
     else:
         found, origin = "", "default"

@@ -509,7 +509,7 @@ class Service:
             self._journal.event("lacking", text, NOTICE, state=life.state)
         elif lacked and not lacks and hub == lacked_of:
             self._journal.event("lacking", "the hub lacks nothing any more", NOTICE, state=life.state)
-        shown = (life.state, life.reason, life.connections, life.attempts, life.error, held, lacks)
+        shown = (life.state, life.reason, life.connections, life.failed, life.error, held, lacks)
         if shown != self._shown:
             self._shown = shown
             if not isinstance(effect, Sleep):
@@ -591,7 +591,7 @@ class Service:
             "substatus": held.substatus if held else "",
             "connections": life.connections,
             "hubLacks": life.hub_lacks,
-            "failedAttempts": life.attempts,
+            "failedAttempts": life.failed,
             "lastError": fields_of(error) if error else None,
         }
         failed_before = self._state_file.failure
