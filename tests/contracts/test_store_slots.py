@@ -231,6 +231,25 @@ def test_forget_older_leaves_one_copy() -> None:
     assert payload_of(store_on(device)) == b"current"
 
 
+def test_forget_older_makes_sure_of_a_slot_that_shows_as_erased_after_its_sync_failed() -> None:
+    device = flash_with(encode_slot(4, b"older"), encode_slot(5, b"current"))
+    device.failing, device.failing_after, device.failing_times = "sync", 1, 1
+    error = error_of(lambda: store_on(device).forget_older(IDENTITY))
+    assert isinstance(error, RetryLater) and decode_slot(device.durable()[0], 0xFF).payload == b"older"
+    store_on(device).forget_older(IDENTITY)
+    assert decode_slot(device.durable()[0], 0xFF).state == EMPTY
+
+
+def test_a_later_copy_that_only_a_cache_had_is_given_up_for_the_one_on_the_medium() -> None:
+    device = flash_with(encode_slot(4, b"durable"))
+    device.erase(1)
+    device.program(1, encode_slot(5, b"in the cache"))
+    device.forget_pending()
+    store_on(device).commit(IDENTITY, b"new")
+    assert decode_slot(device.durable()[0], 0xFF).payload == b"durable", "the only copy was written over"
+    assert decode_slot(device.durable()[1], 0xFF) == decode_slot(encode_slot(5, b"new"), 0xFF)
+
+
 def test_the_overhead_is_what_the_specification_says() -> None:
     assert OVERHEAD_BYTES == 24
     assert store_on(FlashSlots()).max_payload == 4072

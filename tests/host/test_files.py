@@ -17,7 +17,7 @@ from dps_agent.effects import Commit, LoadRecord
 from dps_agent.lifecycle import PROVISIONED, WAITING, Lifecycle
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, RetryLater
-from dps_hal.host.files import FileStore
+from dps_hal.host.files import FileStore, SystemCalls
 from dps_hal.store.slots import encode_slot
 from support import disk_cuts
 from support.disk import SimulatedDisk
@@ -82,6 +82,90 @@ def test_a_reset_whose_sync_fails_costs_no_later_identity() -> None:
     raise AssertionError("a reset does not end")
 
 
+def test_forgetting_whose_sync_failed_is_made_sure_of_by_the_next_call() -> None:
+    for number in range(1, 20):
+        disk = disk_with(b"hub A", b"hub B")
+        disk.failing_syncs = (number,)
+        try:
+            FileStore(FOLDER, disk).forget_older(IDENTITY)
+        except DpsError as error:
+            assert error.code == "store.io"
+        else:
+            assert number == 5, "two for the copy that stays, two for the one that goes"
+            return
+        for left in disk.certain():
+            FileStore(FOLDER, left).forget_older(IDENTITY)
+            for tree in left.aftermaths(focus=IDENTITY):
+                assert payload_of(FileStore(FOLDER, SimulatedDisk(tree))) == b"hub B", f"fsync {number} failed"
+                assert not any(b"hub A" in (content or b"") for content in tree.values()), f"fsync {number} failed"
+    raise AssertionError("forgetting does not end")
+
+
+def test_a_cut_that_leaves_garbage_in_the_sector_under_way_loses_no_lone_copy() -> None:
+    for action in (committing(b"hub C"), lambda store: store.forget_older(IDENTITY)):
+        for payloads in ((b"hub A", b"hub B"), (b"hub B",)):
+            start = disk_with(*payloads)
+            FileStore(FOLDER, start).forget_older(IDENTITY)
+            for cut in range(1, 20):
+                disk = start.copy(cut)
+                with contextlib.suppress(PowerCut):
+                    action(FileStore(FOLDER, disk))
+                for tree in disk.aftermaths(focus=IDENTITY):
+                    assert payload_of(FileStore(FOLDER, SimulatedDisk(tree))) in (b"hub B", b"hub C"), f"cut={cut}"
+
+
+def test_a_commit_writes_to_the_file_of_the_copy_that_stays_in_no_case(tmp_path: Path) -> None:
+    written = set()
+
+    class Recording(SystemCalls):
+        def pwrite(self, fd: int, content: bytes, offset: int) -> int:
+            written.add(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+            return super().pwrite(fd, content, offset)
+
+    for put_back in (encode_slot(7, b"hub A"), encode_slot(7, b"hub A").ljust(4096, b"\xff")):
+        (tmp_path / "identity.1").write_bytes(put_back)
+        (tmp_path / "identity.0").write_bytes(b"")
+        written.clear()
+        store = FileStore(str(tmp_path), Recording())
+        store.forget_older(IDENTITY)
+        store.commit(IDENTITY, b"hub B")
+        assert "identity.1" not in written and "identity.0" in written, len(put_back)
+        assert payload_of(store) == b"hub B"
+
+
+def test_a_copy_that_a_cache_alone_had_is_not_believed_and_the_one_on_the_disk_stays() -> None:
+    start = disk_with(b"hub A")
+    for cut in range(1, 20):
+        disk = start.copy(cut)
+        with contextlib.suppress(PowerCut):
+            FileStore(FOLDER, disk).commit(IDENTITY, b"hub B")
+            assert cut > 4
+            return
+        disk.forget()
+        for left in disk.certain():
+            after = left.copy()
+            FileStore(FOLDER, after).commit(IDENTITY, b"hub C")
+            assert payload_of(FileStore(FOLDER, after.copy())) == b"hub C"
+            for again in range(1, 10):
+                one = left.copy(again)
+                with contextlib.suppress(PowerCut):
+                    FileStore(FOLDER, one).commit(IDENTITY, b"hub C")
+                found = {payload_of(FileStore(FOLDER, SimulatedDisk(tree))) for tree in one.aftermaths(focus=IDENTITY)}
+                assert found <= {b"hub A", b"hub B", b"hub C"}, f"cut={cut} cut={again}: {found}"
+    raise AssertionError("a commit does not end")
+
+
+def test_a_cache_that_can_not_be_dropped_does_not_stop_a_commit(tmp_path: Path) -> None:
+    class Without(SystemCalls):
+        def drop_cache(self, fd: int) -> None:
+            raise OSError(errno.ENOSYS, "a kernel without it")
+
+    store = FileStore(str(tmp_path), Without())
+    for payload in (b"hub A", b"hub B"):
+        store.commit(IDENTITY, payload)
+        assert payload_of(FileStore(str(tmp_path))) == payload
+
+
 def disk_with(*payloads: bytes) -> SimulatedDisk:
     disk = SimulatedDisk()
     for payload in payloads:
@@ -99,9 +183,9 @@ def test_what_a_commit_costs() -> None:
     disk = SimulatedDisk()
     # the folder's name; room for two records: two files and their names each; the current files, the file and its name
     assert spent_by(committing(b"hub A"), disk) == {"mkdir": 1, "pwrite": 7, "fsync": 10}
-    # the file that stays and the folder; the file and the folder; the one that stays again, an erase and a program
+    # the file that stays and the folder; the file and the folder; an erase and a program
     for payload in (b"hub B", b"hub C"):
-        assert spent_by(committing(payload), disk) == {"mkdir": 0, "pwrite": 3, "fsync": 4}
+        assert spent_by(committing(payload), disk) == {"mkdir": 0, "pwrite": 2, "fsync": 4}
     assert spent_by(lambda store: store.load(IDENTITY), disk) == {"mkdir": 0, "pwrite": 0, "fsync": 0}
 
 
@@ -403,15 +487,18 @@ def test_the_first_commit_makes_room_for_every_later_one(tmp_path: Path) -> None
         assert sizes(tmp_path) == whole
 
 
-def test_making_room_changes_no_byte_that_is_there(tmp_path: Path) -> None:
+def test_making_room_changes_no_byte_that_is_there_and_no_file_with_a_whole_copy(tmp_path: Path) -> None:
     store = FileStore(str(tmp_path))
     short = encode_slot(7, b"hub A")
     (tmp_path / "identity.1").write_bytes(short)  # as where somebody put it back without what is erased behind it
     (tmp_path / "identity.0").write_bytes(b"")
     store.commit(PROGRESS, b"attempt 1")
-    assert (tmp_path / "identity.1").read_bytes() == short + b"\xff" * (4096 - len(short))
+    assert (tmp_path / "identity.1").read_bytes() == short
     assert (tmp_path / "identity.0").read_bytes() == b"\xff" * 4096
     assert payload_of(store) == b"hub A"
+    (tmp_path / "identity.1").write_bytes(short[:-1])
+    store.commit(PROGRESS, b"attempt 2")
+    assert (tmp_path / "identity.1").read_bytes() == short[:-1] + b"\xff" * (4097 - len(short))
 
 
 def test_a_disk_without_room_for_both_records_refuses_the_progress_and_one_with_room_takes_all() -> None:

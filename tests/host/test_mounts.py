@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from dps_hal.contracts import IDENTITY
-from dps_hal.errors import AskOperator
+from dps_hal.errors import AskOperator, RetryLater
+from dps_hal.host import files
 from dps_hal.host.files import FileStore
-from dps_hal.host.mounts import doubt
+from dps_hal.host.mounts import doubt, kind_of
 from support.disk import SimulatedDisk
 
 ROOT = "27 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw"
@@ -31,6 +32,8 @@ FOLDER = "/var/lib/dps-agent"
         ([ROOT, "30 27 0:30 / /var rw - nfs4 server:/x rw,vers=4.2"], "what serves it"),
         ([ROOT, "30 27 0:30 / /var rw - fuse.sshfs me@there:/x rw"], "what serves it"),
         ([ROOT, "30 27 0:30 / /var rw - 9p share rw"], "what serves it"),
+        (["1 1 0:2 / / rw - rootfs rootfs rw", "20 1 0:20 / /proc rw - proc proc rw"], "in memory"),
+        (["1 1 0:2 / / rw - rootfs rootfs rw", ROOT], ""),
         (["what is this", ""], ""),
     ],
 )
@@ -52,7 +55,34 @@ def test_the_upper_layer_of_an_overlay_decides_where_it_can_be_seen(kind: str, w
 
 
 def test_without_the_list_of_mounts_nothing_is_said(tmp_path: Path) -> None:
-    assert doubt(FOLDER, str(tmp_path / "none")) == ""
+    assert doubt(FOLDER, str(tmp_path / "none")) == "" == kind_of(FOLDER, str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("path", "words"), [("/dev/shm/state", "is in memory"), ("/dev/x", "memory"), ("/dev/mtd3", "")]
+)
+def test_of_what_is_under_dev_only_a_flash_partition_has_no_file_system(path: str, words: str, tmp_path: Path) -> None:
+    lines = f"{ROOT}\n25 27 0:6 / /dev rw - devtmpfs udev rw\n26 25 0:24 / /dev/shm rw - tmpfs tmpfs rw\n"
+    (tmp_path / "mountinfo").write_text(lines)
+    said = doubt(path, str(tmp_path / "mountinfo"))
+    assert (words in said) if words else said == ""
+
+
+def test_the_nearest_mount_tells_the_kind_of_the_file_system(tmp_path: Path) -> None:
+    (tmp_path / "mountinfo").write_text(f"{ROOT}\n30 27 0:30 / /var rw - 9p share rw\n")
+    assert kind_of(FOLDER, str(tmp_path / "mountinfo")) == "9p"
+    assert kind_of("/usr", str(tmp_path / "mountinfo")) == "ext4"
+
+
+@pytest.mark.parametrize("kind", ["ext4", "nfs", "nfs4", "9p", ""])
+def test_a_lock_for_which_there_is_no_room_is_tried_again_but_where_none_is_ever_given(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "kind_of", lambda path: kind)
+    with pytest.raises(AskOperator if kind == "9p" else RetryLater) as caught:
+        FileStore(FOLDER, Lacking("flock", errno.ENOLCK)).commit(IDENTITY, b"hub A")
+    assert caught.value.code == ("store.unsuitable" if kind == "9p" else "store.io")
+    assert "cannot lock" in caught.value.message and os.strerror(errno.ENOLCK) in caught.value.message
 
 
 class Lacking(SimulatedDisk):
@@ -73,7 +103,7 @@ class Lacking(SimulatedDisk):
         super().flock(fd)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL])
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL])
 @pytest.mark.parametrize("call", ["fsync", "fsync of a folder", "flock"])
 def test_a_call_that_a_file_system_lacks_has_words_of_its_own(call: str, number: int) -> None:
     disk = Lacking(call, number)

@@ -1,22 +1,25 @@
 """A Linux file system in memory, as the file store's system calls, that loses power or fails at the n-th call.
 
 The model is what POSIX promises and no more: content is durable by fsync of the file, a name by fsync of its folder.
-Until then each write and each name may be there or not, on its own; a write may be torn after any sector or byte, or
-have lengthened the file without its content. A failed fsync, or a failed write-back of the kernel's own (`forget`),
-leaves the content in the cache as if it were clean: what of it is on the disk, nobody knows, and no fsync changes that.
+Until then each write and each name may be there or not, on its own; a write may be torn after any sector or byte, have
+left garbage in the sector that was under way, or have lengthened the file without its content. A failed fsync, or a
+failed write-back of the kernel's own (`forget`), leaves the content in the cache as if it were clean: what of it is on
+the disk, nobody knows (`certain` tells the ways), no fsync changes that, and the cache shows it until it is dropped.
 `support.disk_cuts` sweeps it.
 """
 
 import errno
 import os
+from collections.abc import Iterator
 from copy import deepcopy
 from itertools import product
 
 from dps_hal.host.files import SystemCalls
-from support.flash import PowerCut
+from support.flash import GARBAGE, SECTOR_BYTES, PowerCut
 
 Tree = dict[str, bytes | None]  # absolute path -> content, None for a folder
 _TEARS = (1, 4, 8, 12, 15, 16, 19, 20, 22, 24, 100, 512, 1024, 1536)
+_GARBAGE_AT = (0, SECTOR_BYTES)  # of a write's sectors the first, which has the header, and the one behind it
 _FOLDERS = ("/", "/var", "/var/lib")
 
 
@@ -58,6 +61,7 @@ class Inode:
                 left.add(_written(content, offset, part))
                 left.update(_written(content, offset, part[:tear]) for tear in _TEARS)
                 left.add(_written(content, offset + 512, part[512:]))
+                left.update(_with_garbage(content, offset, part, start) for start in _GARBAGE_AT)
                 left.add(content + bytes(max(0, offset + len(part) - len(content))))
         return left
 
@@ -106,6 +110,15 @@ class SimulatedDisk(SystemCalls):
         """The kernel's own write-back fails; the next fsync does not know of it."""
         for inode in self._inodes.values():
             inode.forget()
+
+    def certain(self) -> Iterator["SimulatedDisk"]:
+        """This disk in each way in which writes that failed may have left it; all show the same."""
+        paths = sorted(path for path, inode in self._inodes.items() if len(inode.durable) > 1)
+        for contents in product(*(sorted(self._inodes[path].durable) for path in paths)):
+            disk = deepcopy(self)
+            for path, content in zip(paths, contents, strict=True):
+                disk._inodes[path].durable = {content}
+            yield disk
 
     def aftermaths(self, focus: str = "") -> list[Tree]:
         """Every file tree that may be left when the power goes now, none twice.
@@ -189,6 +202,14 @@ class SimulatedDisk(SystemCalls):
             self._durable_names.update(path for path in self._inodes if os.path.dirname(path) == self._descriptors[fd])
         inode.store()
 
+    def drop_cache(self, fd: int) -> None:
+        """posix_fadvise(2); of a disk that is not `certain` the one that comes first."""
+        self._fail("drop_cache")
+        inode = self._inode(fd)
+        if not inode.pending:
+            inode.cached = min(inode.durable)
+            inode.durable = {inode.cached}
+
     def flock(self, fd: int) -> None:
         """flock(2)."""
         self._fail("flock")
@@ -242,6 +263,14 @@ class SimulatedDisk(SystemCalls):
         self.changes += 1
         if self.changes == self.cut_at:
             raise PowerCut(f"cut={self.cut_at}")
+
+
+def _with_garbage(content: bytes, offset: int, part: bytes, start: int) -> bytes:
+    """The part torn in the sector that begins at `start`, counted from that in which the part begins."""
+    begin = offset // SECTOR_BYTES * SECTOR_BYTES + start
+    end = min(begin + SECTOR_BYTES, max(len(content), offset + len(part)))
+    before = _written(content, offset, part[: max(0, begin - offset)])
+    return _written(before, begin, GARBAGE[: max(0, end - begin)])
 
 
 def _written(content: bytes, offset: int, part: bytes) -> bytes:

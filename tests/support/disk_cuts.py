@@ -19,7 +19,14 @@ from dps_hal.errors import DpsError
 from dps_hal.host.files import FileSlots, FileStore, StateFolder, SystemCalls
 from dps_hal.store.slots import SlotStore
 from support.disk import SimulatedDisk, Tree
-from support.faulty_writers import BelievesItsEyes, InPlace, Naive, SingleSlot, TrustsTheCache
+from support.faulty_writers import (
+    BelievesItsEyes,
+    InPlace,
+    Naive,
+    RenewsTheCurrentCopy,
+    SingleSlot,
+    TrustsTheCache,
+)
 from support.flash import PowerCut
 
 Writer = Callable[[str, SystemCalls], Any]
@@ -90,6 +97,7 @@ WRITERS: dict[str, Writer] = {
     "no-directory-fsync": ForgetsTheFolder,
     "trusts-the-cache": partial(OnFiles, TrustsTheCache),
     "believes-its-eyes": partial(OnFiles, BelievesItsEyes),
+    "renews-the-current": partial(OnFiles, RenewsTheCurrentCopy),
 }
 
 
@@ -172,16 +180,21 @@ def _ended(
             if _did(writer(plan.folder, one), payload):
                 return
         except DpsError:
-            yield f"fail={number}", one
+            yield from _certain(f"fail={number}", one)
             again = disk.copy()
             again.failing_syncs = (number, number + 1)  # what the store does about the first one fails as well
             with suppress(DpsError):
                 _did(writer(plan.folder, again), payload)
-            yield f"fail={number},{number + 1}", again
+            yield from _certain(f"fail={number},{number + 1}", again)
             continue
         if plan.ended == LOST:
             one.forget()
-        yield f"kill={number}", one
+        yield from _certain(f"kill={number}", one)
+
+
+def _certain(name: str, disk: SimulatedDisk) -> Iterator[tuple[str, SimulatedDisk]]:
+    for way, one in enumerate(disk.certain()):
+        yield f"{name} way={way}", one
 
 
 def _did(store: Any, payload: bytes | None) -> bool:

@@ -135,12 +135,22 @@ class LeavesWhatFailed(TrustsTheCache):
 
 
 class BelievesItsEyes(SlotStore):
-    """Believes that what was read is durable once it was synced: does not write it again."""
+    """Believes that what was read is durable once it was synced: asks the medium for nothing, writes nothing again."""
 
     def __init__(self, devices: "Mapping[str, SlotDevice]") -> None:
         SlotStore.__init__(self, devices)
         for record in devices:
             devices[record].renew = lambda slot: None  # type: ignore[method-assign]
+            devices[record].settle = lambda slot, device=devices[record]: device.sync()  # type: ignore[method-assign,misc]
+
+
+class RenewsTheCurrentCopy(SlotStore):
+    """Makes sure of the current copy by writing it again, in place, though it may be the only one."""
+
+    def __init__(self, devices: "Mapping[str, SlotDevice]") -> None:
+        SlotStore.__init__(self, devices)
+        for record in devices:
+            devices[record].settle = lambda slot, device=devices[record]: _renew(device, slot)  # type: ignore[method-assign,misc]
 
 
 FAULTY: "dict[str, type[SlotStore]]" = {
@@ -152,6 +162,7 @@ FAULTY: "dict[str, type[SlotStore]]" = {
     "header-only": TakesTheHeaderForTheWhole,
     "reset-newest-first": ErasesTheNewestFirst,
     "reset-with-one-sync": ErasesBothWithOneSync,
+    "renews-the-current": RenewsTheCurrentCopy,
 }
 # Safe from cuts alone: what they do wrong shows after a process was killed, or after a sync that failed.
 FAULTY_IN_THE_CACHE: "dict[str, type[SlotStore]]" = {
@@ -159,6 +170,11 @@ FAULTY_IN_THE_CACHE: "dict[str, type[SlotStore]]" = {
     "leaves-what-failed": LeavesWhatFailed,
     "believes-its-eyes": BelievesItsEyes,
 }
+
+
+def _renew(device: "SlotDevice", slot: int) -> None:
+    device.renew(slot)
+    device.sync()
 
 
 def _decoded(device: "SlotDevice") -> "list[Slot]":

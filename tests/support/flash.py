@@ -1,10 +1,10 @@
 """A slot device in memory that loses power at the n-th operation and tells every state that may be left.
 
-The model is the worst of flash and of a disk's cache: what was erased or programmed since the last sync may be there
-or not, each operation on its own, and the last one that is there may be torn after any byte. Programming flips bits
-one way only, so a slot that was not erased becomes the mixture. A sync that fails takes what waited for it for written,
-as Linux does: it can be read, and no later sync makes it durable; nor does one after the kernel's own write-back failed
-(`forget_pending`). Runs on both runtimes.
+The model is the worst of flash and of a disk's cache: what was erased or programmed since the last sync may be there or
+not, each operation on its own, and the last one that is there may be torn after any byte, or have left garbage in the
+sector that was under way. Programming flips bits one way only, so a slot that was not erased becomes the mixture. A
+sync that fails takes what waited for it for written, as Linux does: it can be read, and no later sync makes it durable;
+nor does one after the kernel's own write-back failed (`forget_pending`). Runs on both runtimes.
 """
 
 from dps_hal.errors import DpsError, RetryLater
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     Step = tuple[str, Callable[[SlotStore], None], bytes | None]
 
 RECORD = "identity"
+SECTOR_BYTES = 512
+GARBAGE = b"\xa5" * SECTOR_BYTES
 
 
 class PowerCut(Exception):
@@ -91,6 +93,11 @@ class FlashSlots:
             return
         self._do("program", slot, content)
 
+    def settle(self, slot: int) -> None:
+        """See `SlotDevice.settle`."""
+        self.sync()
+        self._cached[slot] = self._durable[slot]
+
     def renew(self, slot: int) -> None:
         """See `SlotDevice.renew`."""
         self._do("renew", slot, self._cached[slot], True)
@@ -123,7 +130,8 @@ class FlashSlots:
     def aftermaths(self, torn_at: "tuple[int, ...] | None" = None) -> "list[Slots]":
         """Every pair of slots that may be left when the power goes now, none twice.
 
-        `torn_at` bounds where the last surviving operation is torn (bytes from the slot's start); None: anywhere.
+        `torn_at` bounds where the last surviving operation is torn (bytes from the slot's start); None: anywhere. It
+        leaves garbage in the first of its sectors as well; with None, in each.
         """
         left: dict[Slots, bool] = {}
         for chosen in range(1 << len(self._pending)):
@@ -140,6 +148,12 @@ class FlashSlots:
                 for tear in tears:
                     torn = list(slots)
                     torn[slot] = self._changed(slots[slot], program, tear, over)
+                    left[(torn[0], torn[1])] = True
+                for start in range(0, length if torn_at is None else 1, SECTOR_BYTES):
+                    torn = list(slots)
+                    content = self._changed(slots[slot], program, start, over)
+                    end = min(start + SECTOR_BYTES, self.slot_bytes)
+                    torn[slot] = content[:start] + GARBAGE[: end - start] + content[end:]
                     left[(torn[0], torn[1])] = True
         return list(left)
 

@@ -13,15 +13,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, RetryLater
+from dps_hal.host.mounts import LOCKLESS, kind_of
 from dps_hal.host.regular import NotRegular, refuse_special
-from dps_hal.store.slots import SlotStore
+from dps_hal.store.slots import DAMAGED, SlotStore, decode_slot
 
 LOCK_NAME = "lock"
 _FILE_MODE = 0o600
 _FOLDER_MODE = 0o700
 # O_NONBLOCK: a FIFO under one of our names must not hold us up.
 _GUARDS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-_NOT_OFFERED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # by network file systems and some in user space
+_NOT_OFFERED = (errno.ENOSYS, errno.EOPNOTSUPP)  # by network file systems and some in user space
 _NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO)
 
 
@@ -57,6 +58,10 @@ class SystemCalls:
     def fsync(self, fd: int) -> None:
         """fsync(2), of a file or a folder."""
         os.fsync(fd)
+
+    def drop_cache(self, fd: int) -> None:
+        """posix_fadvise(2), POSIX_FADV_DONTNEED: the next read asks the disk; of what is not synced nothing goes."""
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def flock(self, fd: int) -> None:
         """flock(2) with LOCK_EX | LOCK_NB; the lock ends with the descriptor."""
@@ -172,7 +177,9 @@ class StateFolder:
 
     def failure(self, error: OSError, action: str, path: str) -> DpsError:
         """The store's error for `error`, raised while doing `action` to `path`."""
-        if error.errno in _NOT_OFFERED or (error.errno == errno.EINVAL and action in ("sync", "lock")):
+        # ENOLCK alone says nothing of what is offered: memory may be short, or the lock service of an NFS server away.
+        lockless = error.errno == errno.ENOLCK and kind_of(self.path) in LOCKLESS
+        if lockless or error.errno in _NOT_OFFERED or (error.errno == errno.EINVAL and action in ("sync", "lock")):
             return AskOperator(
                 "store.unsuitable",
                 f"cannot {action} {path}: {error.strerror}: the file system there does not offer that, so it cannot"
@@ -272,7 +279,8 @@ class FileSlots:
     def make_room(self) -> None:
         """Gives both files their whole size, durably, where they lack it; what they hold stays.
 
-        From then on no write needs a new block, so that a full file system cannot stop one.
+        From then on no write needs a new block, so that a full file system cannot stop one. A short file with a whole
+        copy, as somebody may have put it back, is not written to before its turn comes: it may be the only one.
         """
         grown = False
         with self._closing_on_failure():
@@ -280,7 +288,7 @@ class FileSlots:
                 self._written[slot] = self._folder.open_or_create(self._names[slot])
                 with self._reporting("write", slot):
                     size = self._folder.calls.file_size(self._written[slot])
-                    if size < self.slot_bytes:
+                    if size < self.slot_bytes and self._holds_nothing(slot):
                         grown = True
                         self._write(slot, bytes([self.erase_value]) * (self.slot_bytes - size), size)
         if grown:
@@ -293,6 +301,12 @@ class FileSlots:
             if self._is_open(slot):
                 size = min(self._folder.calls.file_size(self._written[slot]), self.slot_bytes)
                 self._write(slot, bytes([self.erase_value]) * size)
+
+    def settle(self, slot: int) -> None:
+        """See `SlotDevice.settle`."""
+        with self._closing_on_failure():
+            if self._is_open(slot):
+                self.sync()
 
     def renew(self, slot: int) -> None:
         """See `SlotDevice.renew`."""
@@ -311,14 +325,22 @@ class FileSlots:
                 self._write(slot, whole)
 
     def sync(self) -> None:
-        """Syncs the files, then the folder, for a file's name is durable only then."""
+        """Syncs the files, then the folder, for a file's name is durable only then; what is read next is on the disk.
+
+        Not every file system and kernel drops its cache when asked; there reads show it as before.
+        """
         with self._closing_on_failure():
             for slot in sorted(self._written):
                 with self._reporting("sync", slot):
                     self._folder.calls.fsync(self._written[slot])
+                with suppress(OSError):
+                    self._folder.calls.drop_cache(self._written[slot])
             if self._written:
                 self._folder.sync()
         self._close()
+
+    def _holds_nothing(self, slot: int) -> bool:
+        return decode_slot(self.read(slot), self.erase_value).state <= DAMAGED
 
     def _is_open(self, slot: int) -> bool:
         """Opens the file for writing; False where there is none."""

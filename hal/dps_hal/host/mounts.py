@@ -8,8 +8,9 @@ import re
 from typing import NamedTuple
 
 MOUNTS_FILE = "/proc/self/mountinfo"
-MEMORY = ("tmpfs", "ramfs", "devtmpfs")
+MEMORY = ("tmpfs", "ramfs", "devtmpfs", "rootfs")  # the last is the initramfs, where no other root took its place
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "afs", "virtiofs")
+LOCKLESS = ("9p",)  # ENOLCK from flock(2) there: the server takes no locks (Linux, fs/9p/vfs_file.c)
 
 
 class Mount(NamedTuple):
@@ -22,13 +23,8 @@ class Mount(NamedTuple):
 
 def doubt(path: str, mounts_file: str = MOUNTS_FILE) -> str:
     """Why the file system under `path` may not keep what it takes, as a sentence; "" for no reason that can be seen."""
-    try:
-        with open(mounts_file, "rb") as file:
-            lines = file.read().decode(errors="surrogateescape").splitlines()
-    except OSError:
-        return ""
-    mounts = [mount for line in lines if (mount := _of(line))]
-    mount = None if path.startswith("/dev/") else _under(path, mounts)  # there it is a partition without any
+    mounts = _read(mounts_file)
+    mount = None if path.startswith("/dev/mtd") else _under(path, mounts)  # there it is a partition without any
     if mount is None:
         return ""
     where = f"{path} is on {mount.kind} (mounted at {mount.place})"
@@ -42,6 +38,21 @@ def doubt(path: str, mounts_file: str = MOUNTS_FILE) -> str:
             " cannot be seen from here"
         )
     return ""
+
+
+def kind_of(path: str, mounts_file: str = MOUNTS_FILE) -> str:
+    """The kind of the file system under `path`, such as ext4; "" where that cannot be seen."""
+    mount = _under(path, _read(mounts_file))
+    return mount.kind if mount else ""
+
+
+def _read(mounts_file: str) -> list[Mount]:
+    try:
+        with open(mounts_file, "rb") as file:
+            lines = file.read().decode(errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+    return [mount for line in lines if (mount := _of(line))]
 
 
 def _doubt_of_overlay(where: str, mount: Mount, mounts: list[Mount]) -> str:

@@ -74,6 +74,9 @@ class MtdSlots:
                     raise OSError("pwrite took nothing")
                 done += taken
 
+    def settle(self, slot: int) -> None:
+        """Nothing: a read comes from the chip."""
+
     def renew(self, slot: int) -> None:
         """Nothing: a read comes from the chip."""
 

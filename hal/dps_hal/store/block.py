@@ -58,6 +58,9 @@ class BlockSlots:
             part = content[start : start + self._block_bytes]
             self._do("write", self._device.writeblocks, block, part, 0)
 
+    def settle(self, slot: int) -> None:
+        """Nothing: a read comes from the flash."""
+
     def renew(self, slot: int) -> None:
         """Nothing: a read comes from the flash."""
 

@@ -42,11 +42,18 @@ if TYPE_CHECKING:
             """Writes `content` at the start of a slot that was erased just before; the rest stays erased."""
             ...
 
-        def renew(self, slot: int) -> None:
-            """Writes again what `read` shows, where that comes from a cache; nothing where it comes from the medium.
+        def settle(self, slot: int) -> None:
+            """Syncs what other programs left of the slot; from then on `read` shows what the medium has, not a cache.
 
-            A program that was killed may have left it there. After a write that failed Linux shows what was to be
-            written, as if it were stored, and no sync stores it.
+            A program that was killed may have left it in a cache alone. After a write that failed Linux shows what was
+            to be written, as if it were stored, and no sync stores it. Nothing where reads come from the medium.
+            """
+            ...
+
+        def renew(self, slot: int) -> None:
+            """Writes again what `read` shows of a slot without a whole copy, so that the medium has none either.
+
+            Nothing where reads come from the medium.
             """
             ...
 
@@ -102,7 +109,7 @@ class SlotStore:
                 f"record '{record}' has {len(payload)} bytes where at most {self.max_payload} fit",
             )
         device = self._device(record)
-        _write(record, device, _read_known(record, device), payload)
+        _write(record, device, _settled_known(record, device), payload)
 
     def erase(self, record: str) -> None:
         """Makes the record empty; see `Store.erase`. A record of an unknown version is erased as well.
@@ -110,7 +117,7 @@ class SlotStore:
         A tombstone goes over the older copy first: erasing the current copy first would bring the older one back.
         """
         device = self._device(record)
-        slots = _read(device)
+        slots = _settled(device, _read(device))
         if slots[0].state == EMPTY and slots[1].state == EMPTY:
             device.renew(0)
             device.renew(1)
@@ -119,8 +126,6 @@ class SlotStore:
         newest = _newest(slots)
         if newest is not None and slots[newest].state == TOMBSTONE:
             tombstone = newest
-            device.renew(tombstone)
-            device.sync()
         else:
             tombstone = _write(record, device, slots, None)
         for slot in (1 - tombstone, tombstone):
@@ -130,13 +135,15 @@ class SlotStore:
     def forget_older(self, record: str) -> None:
         """Erases the copy that `load` does not return, if there is one, so that nothing can roll back to it."""
         device = self._device(record)
-        slots = _read_known(record, device)
+        slots = _settled_known(record, device)
         newest = _newest(slots)
-        if newest is not None and slots[1 - newest].state != EMPTY:
-            device.renew(newest)
-            device.sync()
+        if newest is None:
+            return
+        if slots[1 - newest].state == EMPTY:
+            device.renew(1 - newest)  # the sync of the call that erased it may have failed
+        else:
             device.erase(1 - newest)
-            device.sync()
+        device.sync()
 
     def _device(self, record: str) -> "SlotDevice":
         if record not in self._devices:
@@ -209,6 +216,30 @@ def _read_known(record: str, device: "SlotDevice") -> "list[Slot]":
     return slots
 
 
+def _settled(device: "SlotDevice", slots: "list[Slot]") -> "list[Slot]":
+    """`slots`, read before, once the medium is sure to have the current copy; another one where a cache had it alone.
+
+    It is not written again: while it is the only copy, or the later one, a cut in the middle of that would lose it.
+    """
+    for _ in slots:  # where one was in a cache alone, the other one is settled as well
+        newest = _newest(slots)
+        if newest is None:
+            break
+        device.settle(newest)
+        shown = slots[newest]
+        slots[newest] = decode_slot(device.read(newest), device.erase_value)
+        if slots[newest] == shown:
+            break
+    return slots
+
+
+def _settled_known(record: str, device: "SlotDevice") -> "list[Slot]":
+    slots = _settled(device, _read_known(record, device))
+    for slot in slots:
+        refuse_foreign(record, slot)  # a cache may have hidden it
+    return slots
+
+
 def _newest(slots: "list[Slot]") -> "int | None":
     """The index of the slot with the latest generation among those that are whole; None where neither is."""
     newest = None
@@ -228,7 +259,7 @@ def _is_later(generation: int, than: int) -> bool:
 
 
 def _write(record: str, device: "SlotDevice", slots: "list[Slot]", payload: "bytes | None") -> int:
-    """Programs the slot that does not hold the current copy, durably, and returns its index."""
+    """Programs the slot that does not hold the current copy, durably, and returns its index; `slots` are settled."""
     newest = _newest(slots)
     if newest is not None:
         target = 1 - newest
@@ -238,9 +269,8 @@ def _write(record: str, device: "SlotDevice", slots: "list[Slot]", payload: "byt
         target = 0
     generation = slots[1 - target].generation or 0  # later than the copy that stays, also where that one is damaged
     content = encode_slot((generation + 1) & 0xFFFFFFFF, payload)
-    device.renew(1 - target)  # it may be in a cache alone, and the medium hold an older copy, or a later one
-    if newest is not None:
-        device.sync()  # before the other copy goes
+    if newest is None:
+        device.renew(1 - target)  # a reset whose sync failed may have left a copy there that counts as later
     try:
         device.erase(target)
         device.program(target, content)
