@@ -114,11 +114,12 @@ if TYPE_CHECKING:
     # Events of programs on this device. `request_id` is theirs; what is told to them carries it.
 
     class SendTelemetry(NamedTuple):
-        """Answered by TelemetryDone."""
+        """Answered by TelemetryDone. `sender` tells programs that do not trust each other apart."""
 
         request_id: int
         properties: dict[str, str]
         payload: bytes
+        sender: int
 
     class AnswerMethod(NamedTuple):
         """The answer to a MethodCall; `payload` is JSON or empty."""
@@ -208,7 +209,7 @@ else:
     Acknowledged = namedtuple("Acknowledged", ("packet_id",))
     Arrived = namedtuple("Arrived", ("topic", "payload", "packet_id"))
     Gone = namedtuple("Gone", ("reason",))
-    SendTelemetry = namedtuple("SendTelemetry", ("request_id", "properties", "payload"))
+    SendTelemetry = namedtuple("SendTelemetry", ("request_id", "properties", "payload", "sender"))
     AnswerMethod = namedtuple("AnswerMethod", ("call_id", "status", "payload"))
     MessageDone = namedtuple("MessageDone", ("message_id",))
     Withdrawn = namedtuple("Withdrawn", ("request_id",))

@@ -462,7 +462,7 @@ class Lifecycle:
             self._missing_since_s = None
             self._wish = SEEKING
             return REGISTER, 0
-        self.patience.lose_connection()
+        self.patience.lose_connection(session.was_provoked)
         delay_s = yield from self.patience.before_hub_s(0)
         return PARTED, delay_s
 

@@ -88,6 +88,7 @@ MESSAGE_LIMIT = 400  # characters of an error's text that `progress` keeps
 # Of connections that `progress` counts; the delay grows no more. At 40 to 80 s a crash loop costs the hub about a
 # thousand connections a day, and a device on bad mains is not kept waiting for long when it has power.
 CONNECTS_LIMIT = 5
+PROVOKED_LIMIT = 2  # of ends that a message provoked, as far as they count: 10 to 20 s
 INTERRUPTED = RetryLater("agent.interrupted", "a registration began and did not end")
 NOTHING = Progress(0, 0, 0, False, "", "", 0)
 
@@ -209,9 +210,13 @@ class Patience:
         if stored < CONNECTS_LIMIT and (first or (self._connects > 1 and _is_power_of_two(self._connects))):
             yield from self._store_connects()
 
-    def lose_connection(self) -> None:
-        """A connection ended before it was steady, or could not even begin."""
-        self._unsteady += 1
+    def lose_connection(self, provoked: bool = False) -> None:
+        """A connection ended before it was steady, or could not even begin.
+
+        One that a program's message provoked keeps nobody waiting for long: `session` makes that program wait.
+        """
+        if not provoked or self._unsteady < PROVOKED_LIMIT:
+            self._unsteady += 1
 
     def before_hub_s(self, spread_s: int, asked_s: "int | None" = None) -> "Generator[Effect, Any, float]":
         """The delay before the next connection.

@@ -8,7 +8,9 @@ using MQTT".
 Methods, twin and messages are optional: a hub of the Basic tier has none of them and hangs up on whoever asks. So what
 a connection asked for, or sent, less than SHORT_S before it ended is held against it. A feature is left out at the next
 connection and asked for alone once that one has lasted; if the hub hangs up again, ever more rarely. A message is sent
-again alone, and given up after SHORT_ENDS_LIMIT such ends in a row.
+again alone, and given up after SHORT_ENDS_LIMIT such ends in a row. Who sends such messages again and again has
+strikes, which time takes away: with more than STRIKES_FREE he sends one message at a time, ever more rarely, and only
+while nothing of others is under way.
 """
 
 from dps_agent.assignment import hub_token
@@ -94,6 +96,10 @@ TWIN_AGAIN_S = 300  # after the hub could not answer one, or did not answer two
 IDLE_AFTER_S = 10  # after the subscriptions, the older identity may be forgotten
 SHORT_S = 60  # a connection that ends so soon after something was sent may have ended because of that
 SHORT_ENDS_LIMIT = 3  # of connections in a row, right after one message was sent; then it is given up
+STRIKE_S = 600  # after so long one strike is forgotten
+STRIKES_FREE = 3
+STRIKES_LIMIT = 9  # SHORT_S doubled five times, half an hour
+SENDERS_LIMIT = 16  # with strikes, that are remembered
 LACKING_GROWTH = 8  # from SHORT_S on: how much longer what the hub hung up on is left out each time
 LACKING_LIMIT_S = 86400
 IN_FLIGHT_LIMIT = 32  # telemetry messages without acknowledgement
@@ -115,9 +121,13 @@ _SUBSCRIPTION_FAILED = 0x80
 class _Telemetry:
     """One message without acknowledgement."""
 
-    def __init__(self, packet_id: int, request_id: int, size: int, sent_at_s: float) -> None:
+    def __init__(
+        self, packet_id: int, request_id: int, sender: int, size: int, sent_at_s: float, suspect: bool
+    ) -> None:
         self.packet_id = packet_id
         self.request_id = request_id
+        self.sender = sender
+        self.suspect = suspect  # the hub may hang up on it: it did before, or its sender has strikes
         self.withdrawn = False  # nobody waits for it any more
         self.size = size
         self.sent_at_s: float | None = sent_at_s  # None: not on this connection
@@ -145,6 +155,7 @@ class Session:
     ) -> None:
         self.accepted = False
         self.reason = ""
+        self.was_provoked = False  # the last connection ended right after a message that was suspect
         self.serial = serial
         self._settings = settings
         self._assignment = assignment
@@ -157,6 +168,8 @@ class Session:
         self._expiry_utc_s = 0  # the same moment, as the token says it
         self._in_flight: list[_Telemetry] = []  # in the order in which it was sent first
         self._lacks = lacks
+        self._strikes: dict[int, tuple[int, float]] = {}  # sender -> their number, and when the last one came
+        self._struck: list[int] = []  # senders, once for each connection
         self._reads = False  # a program reads messages
         self._desired_version = 0  # as told last
         self._desired_size = 0  # bytes of them, and of the patches told since they were told whole
@@ -193,8 +206,9 @@ class Session:
         token, self._token = self._token, None
         if token is None:
             token = yield from self._make_token()
+        self.was_provoked = False
         for telemetry in [telemetry for telemetry in self._in_flight if telemetry.withdrawn]:
-            yield from self._give_up(telemetry)
+            yield from self._give_up_unanswered(telemetry)
         hub, device_id = self._assignment.assigned_hub, self._assignment.device_id
         user_name = f"{hub}/{device_id}/?api-version={API_VERSION}"
         fresh = not self._reads  # or the hub delivers at once what an earlier reader left, and counts that
@@ -204,6 +218,7 @@ class Session:
         if answer.return_code:
             return self._refused(answer.return_code)
         self.accepted = True
+        self._struck.clear()
         now_s: float = yield Uptime()
         self._ready_at_s = now_s
         features = [name for name in FEATURES if not self._hangs_up(name) and (name != MESSAGES or self._reads)]
@@ -302,8 +317,9 @@ class Session:
             due_s = min(due_s, self._unanswered_s())
         if not self._cleaned:
             due_s = min(due_s, self._ready_at_s + IDLE_AFTER_S)
-        if [telemetry for telemetry in self._in_flight if telemetry.sent_at_s is None]:
-            due_s = min(due_s, self._suspect_until_s())
+        for telemetry in self._in_flight:
+            if telemetry.sent_at_s is None:
+                due_s = min(due_s, self._may_be_sent_s(telemetry.sender, telemetry.suspect))
         return due_s
 
     def _twin_due_s(self) -> float:
@@ -329,23 +345,50 @@ class Session:
         return due_s
 
     def _suspect_until_s(self) -> float:
-        """Until when the hub may hang up because of a message that it was sent again; 0.0: there is none."""
-        until_s = 0.0
+        """Until when the hub may hang up because of a message that it was sent; 0.0: there is none."""
+        return self._may_be_sent_s(-1, True)
+
+    def _may_be_sent_s(self, sender: int, suspect: bool) -> float:
+        """When to send a message: a suspect one beside no other such, and one of who has too many strikes alone."""
+        if not suspect:
+            return 0.0
+        strikes, due_s = self._strikes.get(sender, (0, 0.0))
+        alone = strikes > STRIKES_FREE
+        due_s = due_s + SHORT_S * 2 ** (strikes - STRIKES_FREE - 1) if alone else 0.0
         for telemetry in self._in_flight:
-            if telemetry.short_ends and telemetry.sent_at_s is not None:
-                until_s = max(until_s, telemetry.sent_at_s + SHORT_S)
-        return until_s
+            if telemetry.sent_at_s is not None and (alone or telemetry.suspect):
+                due_s = max(due_s, telemetry.sent_at_s + SHORT_S)
+        return due_s
 
     def _send_rest(self, now_s: float) -> "Generator[Effect, Any, None]":
-        """Sends what has no acknowledgement from an earlier connection; what may have ended that one alone."""
-        for telemetry in list(self._in_flight):
-            if telemetry.sent_at_s is not None:
-                continue
-            if telemetry.withdrawn:
-                yield from self._give_up(telemetry)
-            elif not (telemetry.short_ends and now_s < self._suspect_until_s()):
-                telemetry.sent_at_s = now_s
-                yield SendAgain(telemetry.packet_id)
+        """Sends what has no acknowledgement from an earlier connection; what may have ended that one last and alone."""
+        for suspect in (False, True):
+            for telemetry in list(self._in_flight):
+                if telemetry.sent_at_s is not None or telemetry.suspect is not suspect:
+                    continue
+                if telemetry.withdrawn:
+                    yield from self._give_up_unanswered(telemetry)
+                elif now_s >= self._may_be_sent_s(telemetry.sender, suspect):
+                    telemetry.sent_at_s = now_s
+                    yield SendAgain(telemetry.packet_id)
+
+    def _strikes_of(self, sender: int, now_s: float) -> int:
+        strikes, since_s = self._strikes.get(sender, (0, now_s))
+        return max(strikes - int((now_s - since_s) / STRIKE_S), 0)
+
+    def _strike(self, sender: int, now_s: float) -> None:
+        """The hub hung up on a message of this sender, once more."""
+        if sender in self._struck:
+            return
+        self._struck.append(sender)
+        strikes = min(self._strikes_of(sender, now_s) + 1, STRIKES_LIMIT)
+        self._strikes[sender] = (strikes, now_s)
+        if len(self._strikes) > SENDERS_LIMIT:
+            oldest = sender
+            for known in self._strikes:
+                if self._strikes[known][1] < self._strikes[oldest][1]:
+                    oldest = known
+            del self._strikes[oldest]
 
     def _renew(self, now_s: float) -> "Generator[Effect, Any, str]":
         """Makes the next token while this one still serves; without one the connection goes on while it may.
@@ -548,11 +591,18 @@ class Session:
         size = len(topic) + len(telemetry.payload)
         full = len(self._in_flight) >= IN_FLIGHT_LIMIT
         full = full or size + sum([waiting.size for waiting in self._in_flight]) > IN_FLIGHT_SIZE
+        sender = telemetry.sender
+        now_s: float = yield Uptime()
+        strikes = self._strikes_of(sender, now_s)
+        if strikes > STRIKES_FREE:
+            full = bool(self._in_flight) or now_s < self._may_be_sent_s(sender, True)
+        # What comes behind a message that is under suspicion, of the same sender, is no less so.
+        same = [waiting for waiting in self._in_flight if waiting.sender == sender and waiting.suspect]
+        suspect = strikes > 0 or bool(same)
         if topic and not full:
             packet_id: int | None = yield Publish(topic, telemetry.payload, 1)
             if packet_id is not None:
-                now_s: float = yield Uptime()
-                self._in_flight.append(_Telemetry(packet_id, telemetry.request_id, size, now_s))
+                self._in_flight.append(_Telemetry(packet_id, telemetry.request_id, sender, size, now_s, suspect))
                 return
         _taken: bool = yield Tell(TelemetryDone(telemetry.request_id, False, False))
 
@@ -560,6 +610,13 @@ class Session:
         self._in_flight.remove(telemetry)
         yield GiveUp(telemetry.packet_id)
         _taken: bool = yield Tell(TelemetryDone(telemetry.request_id, False, True))
+
+    def _give_up_unanswered(self, telemetry: _Telemetry) -> "Generator[Effect, Any, None]":
+        """Gives up what nobody waits for any more; that the hub hung up on it counts as if it had done so again."""
+        if telemetry.short_ends:
+            now_s: float = yield Uptime()
+            self._strike(telemetry.sender, now_s)
+        yield from self._give_up(telemetry)
 
     def _telemetry_topic(self, telemetry: SendTelemetry) -> str:
         """The topic; "" where no hub would take the message."""
@@ -664,8 +721,17 @@ class Session:
     def _lost(self, what: str, reason: str) -> "Generator[Effect, Any, str]":
         """The end of a connection that the hub had accepted, held against what it may be the answer to."""
         now_s: float = yield Uptime()
-        blamed = False
-        for name in FEATURES:
+        recent: list[_Telemetry] = []
+        if reason.partition(":")[0] != NO_REPLY_TIMEOUT:  # who is silent does not hang up on anything
+            for telemetry in self._in_flight:
+                if telemetry.sent_at_s is not None and now_s < telemetry.sent_at_s + SHORT_S:
+                    recent.append(telemetry)
+        for telemetry in recent:
+            if telemetry.suspect:
+                self.was_provoked = True
+                self._strike(telemetry.sender, now_s)
+        blamed = self.was_provoked
+        for name in () if blamed else FEATURES:
             if name in self._asked and now_s < self._asked[name] + SHORT_S:
                 blamed = True
                 wait_s = min(max(LACKING_GROWTH * self._lacks.get(name, (0.0, 0.0))[1], SHORT_S), LACKING_LIMIT_S)
@@ -675,7 +741,8 @@ class Session:
                 del self._lacks[name]
         for telemetry in list(self._in_flight):
             if telemetry.sent_at_s is not None:
-                telemetry.short_ends = telemetry.short_ends + 1 if now_s < telemetry.sent_at_s + SHORT_S else 0
+                telemetry.suspect = telemetry in recent
+                telemetry.short_ends = telemetry.short_ends + 1 if telemetry.suspect else 0
             if telemetry.short_ends >= SHORT_ENDS_LIMIT:
                 yield from self._give_up(telemetry)
         return self._ended(what, reason)

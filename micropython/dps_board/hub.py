@@ -94,7 +94,7 @@ class Hub:
         self._serial += 1
         request_id = self._serial
         telemetry = self._telemetry[request_id] = _Telemetry()
-        event = SendTelemetry(request_id, properties, payload)
+        event = SendTelemetry(request_id, properties, payload, 0)
         unsent = False
         try:
             if self.connection.post(event):

@@ -189,9 +189,9 @@ def test_no_time_is_believed_that_the_port_cannot_represent() -> None:
 
 def test_answers_have_room_however_much_telemetry_waits() -> None:
     connection = HubConnection([])
-    telemetry = [SendTelemetry(number, {}, b"") for number in range(POSTS_LIMIT)]
+    telemetry = [SendTelemetry(number, {}, b"", 0) for number in range(POSTS_LIMIT)]
     assert [connection.post(each) for each in telemetry] == [True] * POSTS_LIMIT
-    assert not connection.post(SendTelemetry(POSTS_LIMIT, {}, b""))
+    assert not connection.post(SendTelemetry(POSTS_LIMIT, {}, b"", 0))
     assert connection.post(MessageDone(1)) and connection.post(AnswerMethod(2, 200, b""))
 
 

@@ -871,7 +871,7 @@ def test_a_hub_is_verified_before_there_is_a_token_and_once(small: Any) -> None:
 
 def test_too_much_telemetry_of_programs_is_refused_and_one_can_be_taken_back(small: Any) -> None:
     call = small(accepting())
-    mine, other = SendTelemetry(7, {}, b"x"), SendTelemetry(8, {}, b"x")
+    mine, other = SendTelemetry(7, {}, b"x", 0), SendTelemetry(8, {}, b"x", 0)
     assert call("post", mine) and [call("post", other) for _ in range(50)].count(True) == 31
     assert call("take_back", mine) is True and call("take_back", mine) is False
     assert call("post", other) and not call("post", other) and soon(call) == other

@@ -551,7 +551,7 @@ def test_what_was_under_way_is_answered_before_a_long_wait() -> None:
     world = provisioned()
     start_s = world.uptime_s
     world.hub.mute_pubacks = True
-    world.at(start_s + 60, lambda: world.post(SendTelemetry(1, {}, b"x")))
+    world.at(start_s + 60, lambda: world.post(SendTelemetry(1, {}, b"x", 0)))
     world.at(start_s + 61, lambda: world.hub.drop(world.uptime_s))
     world.hub.script = [None, 2]
     life = live(world, 90)

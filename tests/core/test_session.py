@@ -30,6 +30,7 @@ from dps_agent.session import (
     METHOD_LIMIT,
     METHOD_LIMIT_S,
     RID_LIMIT,
+    SENDERS_LIMIT,
     SHORT_ENDS_LIMIT,
     TELEMETRY_LIMIT,
     TWIN_AGAIN_S,
@@ -87,7 +88,7 @@ def log_effects(world: World) -> "list[Any]":
 
 
 def telemetry(number: int) -> SendTelemetry:
-    return SendTelemetry(number, {"n": str(number)}, b"%d" % number)
+    return SendTelemetry(number, {"n": str(number)}, b"%d" % number, 0)
 
 
 def test_a_connection_says_what_a_hub_expects() -> None:
@@ -172,8 +173,8 @@ def test_telemetry_that_cannot_be_sent_is_refused_at_once() -> None:
     world = provisioned()
     world.at(world.uptime_s + 10, lambda: setattr(world.hub, "mute_pubacks", True))
     too_many = [telemetry(number) for number in range(IN_FLIGHT_LIMIT + 1)]
-    too_large = SendTelemetry(90, {}, bytes(TELEMETRY_LIMIT))
-    too_long = SendTelemetry(91, {"a": "x" * 65535}, b"")
+    too_large = SendTelemetry(90, {}, bytes(TELEMETRY_LIMIT), 0)
+    too_long = SendTelemetry(91, {"a": "x" * 65535}, b"", 0)
     world.at(world.uptime_s + 11, lambda: world.post(too_large, too_long))
     world.at(world.uptime_s + 12, lambda: world.post(*too_many))
     life = live(world, 20)
@@ -210,7 +211,7 @@ def test_properties_survive_their_way_through_a_topic() -> None:
     assert decode_properties("%24.mid=1&key&%zz=%") == {"$.mid": "1", "key": "", "%zz": "%"}
     world = provisioned()
     world.at(
-        world.uptime_s + 10, lambda: world.post(SendTelemetry(1, {"$.ct": "application/json", "a": "b/#+"}, b"{}"))
+        world.uptime_s + 10, lambda: world.post(SendTelemetry(1, {"$.ct": "application/json", "a": "b/#+"}, b"{}", 0))
     )
     live(world, 20)
     assert world.hub.received == [("%24.ct=application%2Fjson&a=b%2F%23%2B", b"{}")]
@@ -476,7 +477,7 @@ def test_a_message_that_the_hub_hangs_up_on_is_given_up_and_no_other() -> None:
     hub, start_s = world.hub, world.uptime_s
     hub.poison, hub.puback_after_s = b"poison", 0.5
     many = [telemetry(number) for number in range(1, 11)]
-    poison = SendTelemetry(99, {}, b"poison")
+    poison = SendTelemetry(99, {}, b"poison", 0)
     world.at(start_s + 10, lambda: world.post(*many[:5], poison, *many[5:]))
     for after_s in (12, 25, 50):
         world.at(start_s + after_s, lambda after_s=after_s: world.post(telemetry(100 + after_s)))  # type: ignore[misc]
@@ -485,6 +486,78 @@ def test_a_message_that_the_hub_hangs_up_on_is_given_up_and_no_other() -> None:
     assert len(world.program.done) == 13 and all(world.program.done.values()), world.program.done
     assert life.state == CONNECTED and life.connections == SHORT_ENDS_LIMIT + 1 and life.hub_lacks == []
     assert world.in_flight == {}
+
+
+def test_who_sends_what_the_hub_hangs_up_on_again_and_again_does_not_hold_the_device_off_its_hub() -> None:
+    hours = 6
+    for period_s, withdraws in ((5, False), (30, False), (30, True), (600, False), (600, True)):
+        world = provisioned()
+        world.effect_limit, world.program.keeps = 10**6, False
+        hub, start_s = world.hub, world.uptime_s
+        hub.poison = b"poison"
+        life = Lifecycle(settings(), ABOUT)
+        sent = [10**6]
+        connected: list[bool] = []
+        lacked: list[str] = []
+
+        def provoke(
+            world: World = world, sent: "list[int]" = sent, period_s: int = period_s, withdraws: bool = withdraws
+        ) -> None:
+            sent[0] += 1
+            world.post(SendTelemetry(sent[0], {}, b"poison", 7))
+            if withdraws:
+                world.post(Withdrawn(sent[0]))
+            world.at(world.uptime_s + period_s, provoke)
+
+        def look(
+            world: World = world,
+            life: Lifecycle = life,
+            connected: "list[bool]" = connected,
+            lacked: "list[str]" = lacked,
+        ) -> None:
+            connected.append(life.state == CONNECTED)
+            lacked += life.hub_lacks
+            if len(connected) % 10 == 0:
+                world.post(telemetry(len(connected)))
+            world.at(world.uptime_s + 10, look)
+
+        world.at(start_s + 20, provoke)
+        world.at(start_s + 25, look)
+        world.end_at(start_s + hours * 3600)
+        world.run(life.live(False, False, True))
+        assert sum(connected) > 0.95 * len(connected), (period_s, withdraws, sum(connected) / len(connected))
+        assert len(hub.connections) < 30 * hours / 3, len(hub.connections)
+        others = [number for number in world.program.done if number < 10**6]
+        refused = [number for number in others if not world.program.done[number]]
+        assert len(others) > hours * 30 and refused == [], refused
+        assert lacked == []
+
+
+def test_a_sender_whose_connection_only_breaks_now_and_then_is_not_held_up() -> None:
+    world = provisioned()
+    hub, start_s = world.hub, world.uptime_s
+    world.effect_limit = 10**6
+
+    def cut() -> None:  # each time with a message under way
+        hub.lose = 1
+        world.at(world.uptime_s + 900, cut)
+
+    def send() -> None:
+        world.post(SendTelemetry(int(world.uptime_s), {}, b"x", 7))
+        world.at(world.uptime_s + 60, send)
+
+    world.at(start_s + 300, cut)
+    world.at(start_s + 20, send)
+    live(world, 6 * 3600)
+    assert len(hub.connections) > 20 and len(world.program.done) > 350
+    assert all(world.program.done.values())
+
+
+def test_the_senders_with_strikes_that_are_remembered_are_bounded() -> None:
+    known = session(provisioned())
+    for sender in range(3 * SENDERS_LIMIT):
+        known._strike(sender, 1000.0 + sender)
+    assert sorted(known._strikes) == list(range(2 * SENDERS_LIMIT, 3 * SENDERS_LIMIT))
 
 
 def test_a_connection_that_lasted_is_held_against_no_message() -> None:
@@ -533,7 +606,7 @@ def test_telemetry_under_way_is_bounded_in_bytes() -> None:
     world = provisioned()
     world.hub.mute_pubacks = True
     payload = bytes(100000)
-    large = [SendTelemetry(number, {}, payload) for number in range(IN_FLIGHT_LIMIT)]
+    large = [SendTelemetry(number, {}, payload, 0) for number in range(IN_FLIGHT_LIMIT)]
     world.at(world.uptime_s + 10, lambda: world.post(*large))
     live(world, 20)
     taken = IN_FLIGHT_SIZE // 100100

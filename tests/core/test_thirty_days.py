@@ -128,7 +128,7 @@ class Month:
         if self.life and self.life.state == CONNECTED:
             self.number += 1
             self.asked.add(self.number)
-            self.world.post(SendTelemetry(self.number, {}, b"%d" % self.number))
+            self.world.post(SendTelemetry(self.number, {}, b"%d" % self.number, 0))
 
     def trouble(self) -> None:
         """One thing that goes wrong, and when the next one will."""

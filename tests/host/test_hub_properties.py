@@ -106,7 +106,11 @@ properties = st.dictionaries(
 )
 arrived = st.builds(Arrived, topic, payload, st.integers(0, 6))
 telemetry = st.builds(
-    SendTelemetry, st.just(0), properties, st.sampled_from((b"", b"x", b"x", bytes(262144), bytes(262000)))
+    SendTelemetry,
+    st.just(0),
+    properties,
+    st.sampled_from((b"", b"x", b"x", bytes(262144), bytes(262000))),
+    st.integers(0, 2),
 )
 common = (
     arrived

@@ -598,7 +598,7 @@ def test_what_is_posted_while_a_life_ends_is_refused_or_found(tmp_path: Path, mo
     service = bare_service(tmp_path)
     service._begin_life()
     queued: list[Any] = []
-    event = SendTelemetry(5, {}, b"x")
+    event = SendTelemetry(5, {}, b"x", 0)
     runner = service._equipment.runner
     monkeypatch.setattr(runner, "take_back", lambda found: found in queued and not queued.remove(found))
     for leaves, found in ((False, False), (True, False), (True, True)):
@@ -675,7 +675,7 @@ def test_what_is_queued_for_the_hub_ends_with_the_life(tmp_path: Path) -> None:
     service = bare_service(tmp_path)
     told: list[Message] = []
     service._tell = lambda message: bool(told.append(message))  # type: ignore[method-assign]
-    queued: list[Event] = [SendTelemetry(5, {}, b"x"), MessageDone(3), SendTelemetry(6, {}, b"y")]
+    queued: list[Event] = [SendTelemetry(5, {}, b"x", 0), MessageDone(3), SendTelemetry(6, {}, b"y", 0)]
     service._begin_life()
     leaving = service._leave_hub()
     answer: object = None

@@ -133,7 +133,7 @@ class Routes:
             ):
                 raise Refused(405, "agent.usage", f"/{words[0]} is asked for with POST")
             case ["telemetry"]:
-                return self._telemetry(parameters, request.length)
+                return self._telemetry(parameters, request.length, request.user)
             case ["methods", event_id]:
                 return self._answer_method(event_id, parameters, request.length)
         if request.length > SMALL_LIMIT:
@@ -165,7 +165,7 @@ class Routes:
                 return _begun(Later(Command(0, name, parameters.get("force") == "true", life_s), limit_s))
         raise Refused(404, "agent.usage", f"there is nothing at {request.path[:80]!r}")
 
-    def _telemetry(self, properties: dict[str, str], length: int) -> Begun:
+    def _telemetry(self, properties: dict[str, str], length: int, user: int) -> Begun:
         snapshot = self.snapshot
         if "" in properties:
             raise Refused(400, "agent.usage", "expected properties as name=value pairs in the query")
@@ -180,7 +180,7 @@ class Routes:
         if length > (room := TELEMETRY_LIMIT - topic_size):
             text = f"expected at most {room} bytes beside the device id and these properties; came {length}"
             raise Refused(413, "agent.too_large", text)
-        return Begun(lambda body: Later(SendTelemetry(0, properties, body), TELEMETRY_LIMIT_S), topic_size)
+        return Begun(lambda body: Later(SendTelemetry(0, properties, body, user), TELEMETRY_LIMIT_S), topic_size)
 
     def _end_message(self, event_id: str, _body: bytes) -> Reply:
         message_id = self._events.message_of(event_id)
