@@ -281,6 +281,8 @@ class Surroundings:
 
     def next_event(self, until_s: float) -> Any:
         assert until_s - self.uptime_s < 86400, "a wait without an end"
+        if until_s == 0.0 and (not self.events or self.events[0] is None):
+            return None  # a look at what waits
         event = self.events.pop(0) if self.events else Gone("closed: no more events")
         if event is None:
             wait_s = self.waits_s.pop(0) if self.waits_s else 30.0
