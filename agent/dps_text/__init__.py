@@ -42,8 +42,8 @@ class Secret(bytes):
 
     @property
     def odd(self) -> str:
-        """As `oddities`; never a part of the secret itself."""
-        return oddities(self)
+        """As `oddities`, "" for the empty one, for which there is no file; never a part of the secret itself."""
+        return oddities(self) if self else ""
 
 
 def secret_of(content: bytes) -> Secret:

@@ -152,7 +152,7 @@ def test_each_error_has_its_exit_status(error: DpsError, word: str) -> None:
     assert exit_word(error) == word
 
 
-@pytest.mark.parametrize("words", [["--json", "version"], ["version", "--json"]])
+@pytest.mark.parametrize("words", [["--json", "version"], ["version", "--json"], ["--version", "--json"]])
 def test_json_is_understood_before_and_after_the_verb(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     assert document(capsys.readouterr().out)["verb"] == "version"
@@ -408,6 +408,8 @@ def test_status_of_an_assigned_device_is_exit_0_and_shows_no_key(
     assert answer["assignment"]["assignedHub"] == HUB
     assert answer["assignment"]["deviceId"] == "press-07"
     assert answer["assignment"]["payload"] == {"line": 3}
+    for key in ("assignedHub", "deviceId", "registrationId", "substatus"):
+        assert answer[key] == answer["assignment"][key], "where it is while a service runs"
     assert "error" not in answer
     assert base64.b64encode(assignment.wrapped_key).decode() not in captured
     assert desk.run("status") == 0
@@ -700,6 +702,20 @@ def test_reset_erases_both_records_without_a_tpm_and_says_so(desk: Desk, capsys:
     assert desk.store.load(PROGRESS) is None
     assert desk.run("reset", "--json", "--yes") == 0
     assert document(capsys.readouterr().out)["erased"] == []
+
+
+@pytest.mark.parametrize(("live", "code"), [({"pid": 1}, "agent.denied"), (None, "store.denied")])
+def test_reset_by_another_user_never_advises_to_own_the_folder_of_a_service_that_runs(
+    live: object, code: str, desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object) -> None:
+        raise AskOperator("store.denied", f"{desk.state_dir} is not ours; chown it")
+
+    monkeypatch.setattr("dps_hal.host.files.FileStore.load", denied)
+    monkeypatch.setattr("dps_agent.host.local.statefile.read_live", lambda _: live)
+    assert desk.run("reset", "--yes", "--json") == 1
+    error = document(capsys.readouterr().out)["error"]
+    assert error["code"] == code and ("chown" in error["message"]) == (live is None), error
 
 
 def test_reset_erases_a_record_of_another_version(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:

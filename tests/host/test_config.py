@@ -588,3 +588,20 @@ def test_who_may_read_a_file_depends_on_the_folders_above_it(tmp_path: Path) -> 
     assert config._readers(str(file)) == ""
     outside = Path("/etc/passwd")
     assert config._readers(str(outside)) == "every user"
+
+
+def test_a_ca_file_that_may_not_be_read_is_told_from_one_that_does_not_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "ca.pem"
+    there.write_text("")
+    for path, why in ((there, "Permission denied"), (tmp_path / "none.pem", "does not exist")):
+        flags = [f"ca_file={path}", f"state_dir={tmp_path}", f"runtime_dir={tmp_path}", "id_scope=0ne00000000"]
+        loaded = load(overrides=flags, environ={}, system_file=NO_FILE)
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        with pytest.raises(ConfigurationError, match=why):
+            config.check_files(loaded)
+
+
+def test_no_password_file_is_no_odd_password() -> None:
+    assert config.hierarchy_password("tpm.owner_auth_file", "").odd == ""

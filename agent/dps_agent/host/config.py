@@ -587,7 +587,8 @@ def check_files(configuration: Configuration) -> None:
     for key in ("ca_file", "hub.ca_file"):
         path = configuration.value(key)
         if path and not os.access(path, os.R_OK):
-            problems.append(f"{key}: expected a readable file; {path} is none")
+            why = "it may not be read (Permission denied)" if os.path.exists(path) else "it does not exist"
+            problems.append(f"{key}: expected a readable file; {path}: {why}")
     for key in PASSWORD_FILES:
         try:
             hierarchy_password(key, configuration.value(key))

@@ -50,7 +50,8 @@ REMEDIES: dict[str, str] = {
     " i_know_keys_are_in_files = true in [tpm]",
     "tpm.state_damaged": "a file of the simulated TPM is damaged: delete its folder and enrol its new endorsement key",
     # store
-    "store.denied": "let the agent's user own the state folder and everything in it",
+    "store.denied": "let the agent's user own the state folder and the files in it; remove what"
+    " the message says is no regular file",
     "store.full": "free some space on the state folder's file system",
     "store.io": "the storage failed; check the disk or flash",
     "store.locked": "another dps-agent uses this state folder; stop it, or wait for it",
@@ -91,11 +92,12 @@ REMEDIES: dict[str, str] = {
     " it lasts, look for a proxy or firewall that lets nothing to this name through",
     "network.dns": "the endpoint's name did not resolve: check endpoint, DNS and the network cable",
     "network.protocol": "what answers there does not speak as DPS or a hub does: check endpoint and connect_to",
-    "network.proxy": "put the proxy's URL with user and password into a file of mode 0600 and name it in proxy_file of"
+    "network.proxy": "put the proxy's URL with the user and the password that it takes into a file of mode 0600"
+    " and name it in proxy_file of"
     " [network]; the service gets it by LoadCredential; other settings and the environment may be read by all",
     "network.proxy_scheme": "this agent has Basic only: have the proxy let this device through without credentials, or"
     " put a relay before it that has the scheme which the message names",
-    "network.timeout": "no answer in time; check the network and the firewall (outgoing TCP 443)",
+    "network.timeout": "no answer in time; check the network and the firewall (outgoing TCP; DPS has port 443)",
     "network.tls": "the server's certificate was not verified: check ca_file, the endpoint's name and the clock",
     "network.not_tls": "look for what answers there instead of the service: check endpoint and connect_to, and whether"
     " a proxy, a captive portal or a firewall stands on the way",
@@ -106,7 +108,8 @@ REMEDIES: dict[str, str] = {
     "network.tls_failed": "look for a proxy, firewall or gateway on the way that opens TLS, and have it let this device"
     " through; the message says what it did not take",
     "network.too_large": "the answer is larger than any DPS answer; check endpoint",
-    "network.unreachable": "no connection to the endpoint; check the network and the firewall (outgoing TCP 443)",
+    "network.unreachable": "no connection to the endpoint; check the network and the firewall (outgoing TCP; DPS"
+    " has port 443)",
     # clock
     "hub.lost": "nothing to do unless it lasts: then check the way to the hub, TCP port 8883 (or 443 for WebSocket)",
     "hub.not_found": "check DNS on the device; if the hub was deleted the device registers again by itself",
@@ -123,10 +126,11 @@ REMEDIES: dict[str, str] = {
     "agent.bug": "this is a defect of dps-agent: report it with the output of 'dps-agent version'",
     "agent.busy": "try again in a moment",
     "agent.declined": "run the command again and answer with y, or give --yes",
-    "agent.denied": "run it as root or as the service's own user; programs that send telemetry need the group"
+    "agent.denied": "where the message names a setting, set it and restart the service; else run it as root or as the"
+    " service's own user; programs that send telemetry need the group"
     " dps-agent-clients",
     "agent.duplicate": "nothing was written; remove the other line first if that device is to be enrolled anew",
-    "agent.file": "name a file that can be read and written, of the form that the message says",
+    "agent.file": "do as the message says; a file that is named has to be one that can be read and written",
     "agent.interrupted": "run the command again",
     "agent.not_connected": "try again later; 'dps-agent status' says why there is no connection to the hub",
     "agent.not_running": "look at the service with 'systemctl status dps-agent', then run the command again",
@@ -134,6 +138,6 @@ REMEDIES: dict[str, str] = {
     "agent.out_of_time": "run the command again, with a longer --timeout",
     "agent.too_large": "send less at once; the message says how much fits",
     "agent.unknown_event": "nothing to do: it was answered already, took too long, or will be delivered again",
-    "agent.usage": "see 'dps-agent --help'",
+    "agent.usage": "see 'dps-agent --help'; for the socket, the table of its requests in docs/operators.md",
     "agent.waiting": "wait, or run 'dps-agent provision' to try now",
 }

@@ -363,7 +363,10 @@ class EsysTpm:
                     f"tpm2-tss cannot use the TCTI {self._tcti!r}: expected such as device:/dev/tpmrm0, and its"
                     " libtss2-tcti library installed",
                 ) from None
-            raise RetryLater("tpm.absent", f"no TPM answers at {self._tcti!r}: {error}") from None
+            text = f"no TPM answers at {self._tcti!r}: {error}"
+            if kind == "swtpm":
+                text += "; tpm2-tss also needs swtpm's control channel, at the port after the server's"
+            raise RetryLater("tpm.absent", text) from None
         except RuntimeError as error:  # tpm2-pytss's own complaint about the string
             raise AskOperator("config.invalid", f"tcti: expected NAME or NAME:SETTINGS; {error}") from None
         self._tell_passwords()

@@ -92,7 +92,13 @@ CHECKS: Sequence[Check] = (
         True,
     ),
     Check("clock-dps", "The device's clock agrees with DPS's.", ("dps-answers",), _online("clock_dps"), True),
-    Check("hub-mqtt", "The assigned hub is reached by MQTT.", ("settings", "clock"), _online("hub_mqtt"), True),
+    Check(
+        "hub-mqtt",
+        "The assigned hub is reached at its port for MQTT and proves itself; nobody logs in.",
+        ("settings", "clock"),
+        _online("hub_mqtt"),
+        True,
+    ),
     Check(
         "hub-websocket",
         "The assigned hub is reached by MQTT over WebSocket.",

@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["--version"]:
+        words[0] = "version"  # as most programs have it
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us; the next file opened must not take its place
             # What is printed must not seem to have gone anywhere: no file for reading takes it.
@@ -162,7 +164,8 @@ def _fail(error: DpsError, verb: str, as_json: bool) -> int:
     remedy = REMEDIES.get(error.code, "")
     lines = [f"dps-agent: {error.message}", f"  {remedy}  [{error.code}]" if remedy else f"  [{error.code}]"]
     if error.retry_after_s is not None:
-        lines.append(f"  a new try makes sense in {error.retry_after_s} s")
+        next_try = "the service would try again" if verb == "provision" else "a new try makes sense"
+        lines.append(f"  {next_try} in {error.retry_after_s} s")
     if error.request_id:
         lines.append(f"  DPS's request id: {error.request_id}")
     if isinstance(error, UsageError) and error.usage:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=seconds_up_to(86400),
         default=None,
         metavar="S",
-        help="give up after S seconds (exit status 3)",
+        help="give up after S seconds, exit status 3 (default: registration_budget_s of [retry])",
     )
 
 

@@ -23,11 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Erases both records; needs no network, and the TPM only where the hub key is kept in it as well."""
+    from dps_agent.host.local.statefile import read_live
     from dps_hal.host.files import open_store
 
     configuration = configuration_of(arguments, need_id_scope=False)
     store = open_store(configuration.state_dir)
-    found = {record: text for record in (IDENTITY, PROGRESS) if (text := _description(store, record))}
+    try:
+        found = {record: text for record in (IDENTITY, PROGRESS) if (text := _description(store, record))}
+    except AskOperator as error:
+        if error.code != "store.denied" or read_live(configuration) is None:
+            raise
+        # Whoever made the folder his own would take the device's identity away from the service.
+        what = error.message.partition(";")[0]
+        raise AskOperator("agent.denied", f"{what}; it is the running service's") from None
     if found and not arguments.yes:
         _ask(found, configuration.state_dir, arguments.json)
     lines = [f"erased {text}" for text in found.values()] or ["nothing was stored"]

@@ -151,7 +151,7 @@ class Routes:
                 return Begun(partial(self._end_message, event_id))
             case ["token"]:
                 if not self._allow_token:
-                    raise Refused(403, "agent.denied", "tokens are not given here; [api] allow_token is false")
+                    raise Refused(403, "agent.denied", "tokens are not given here: [api] allow_token is false")
                 life_s = _number(parameters, "life", TOKEN_LIFE_LIMIT_S, TOKEN_LIFE_LIMIT_S)
                 if wait_s := self._tokens.wait_s(request.user, now_s):
                     text = f"expected at most {USER_TOKENS_A_MINUTE} tokens a minute, {TOKENS_A_MINUTE} of all users"

@@ -739,7 +739,8 @@ def _open_to_clients(path: str, journal: Journal) -> None:
     try:
         group = client_group()
         if group is None:
-            journal.detail(f"there is no group {CLIENT_GROUP}: the socket is the service's own user's")
+            text = f"there is no group {CLIENT_GROUP}: the socket is the service's own user's"
+            journal.event("warning", text, NOTICE)
         else:
             if os.stat(path).st_gid != group:  # as a rule it is the process's own: chown is no call for a service
                 os.chown(path, -1, group)
