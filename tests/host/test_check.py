@@ -20,6 +20,7 @@ from dps_agent.host import checks, runner
 from dps_agent.host.cli import main
 from dps_hal.contracts import EK_HANDLE, IDENTITY, SRK_HANDLE, Tpm, TpmCondition
 from dps_hal.errors import IdentityStale
+from dps_hal.host import tpm_node
 from dps_hal.host.files import FileStore
 from dps_hal.host.mounts import doubt
 from dps_hal.host.simulator import SimulatedTpm
@@ -252,6 +253,7 @@ def test_a_node_that_may_not_be_opened_names_the_command_that_helps(
         return real_open(path, *arguments, **named)
 
     desk.configure(backend, "device:/dev/full")
+    monkeypatch.setattr(tpm_node, "in_container", lambda: False)  # wherever this test runs
     monkeypatch.setattr(os, "open", refuse)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     status, found, _ = desk.check()
