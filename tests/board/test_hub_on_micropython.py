@@ -159,7 +159,7 @@ def test_a_token_is_renewed_and_no_telemetry_is_lost(desk: Desk) -> None:
 
 
 def test_a_dozen_moves_leave_nothing_behind(desk: Desk) -> None:
-    life = desk.live(seconds=120)
+    life = desk.live(seconds=600)
     desk.connected()
     for number in range(12):
         desk.emulator.service.move(DEVICE, (SECOND_HUB, HUB)[number % 2])
