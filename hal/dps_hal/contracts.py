@@ -76,7 +76,22 @@ if TYPE_CHECKING:
             """Ends session and connection; idempotent, never raises; the next call opens them again."""
             ...
 
-    class TpmService(Tpm, Protocol):
+    class BoardTpm(Tpm, Protocol):
+        """What a board asks for beyond the logic."""
+
+        def endorsement_certificate(self) -> "bytes | None":
+            """The manufacturer's EK certificate in DER from NV index 0x01C00002, or None where there is none.
+
+            Empty where the index holds something else, such as padding. AskOperator `tpm.certificate_locked`: reading
+            it takes a password, or could count as a failed guess; `tpm.hierarchy_auth`: the owner's, which is not set.
+            """
+            ...
+
+        def condition(self) -> TpmCondition:
+            """Maker, firmware, lockout state, free slots, and which hierarchies have a password."""
+            ...
+
+    class TpmService(BoardTpm, Protocol):
         """What `check`, `enroll` and diagnostics need beyond the logic.
 
         `srk_found_at` is the persistent handle of the SRK as it was last used, 0 where the TPM has no room for it and
@@ -91,14 +106,6 @@ if TYPE_CHECKING:
         @property
         def unneeded_passwords(self) -> "tuple[str, ...]":
             """Settings such as `owner_auth_file`."""
-            ...
-
-        def endorsement_certificate(self) -> "bytes | None":
-            """The manufacturer's EK certificate in DER from NV index 0x01C00002, or None where there is none.
-
-            Empty where the index holds something else, such as padding. AskOperator `tpm.certificate_locked`: reading
-            it takes a password, or could count as a failed guess; `tpm.hierarchy_auth`: the owner's, which is not set.
-            """
             ...
 
         def makers_template(self) -> bytes:
@@ -140,10 +147,6 @@ if TYPE_CHECKING:
 
             AskOperator `tpm.hierarchy_auth` names the one that is wrong.
             """
-            ...
-
-        def condition(self) -> TpmCondition:
-            """Maker, firmware, lockout state, free slots, and which hierarchies have a password."""
             ...
 
     class Store(Protocol):

@@ -15,12 +15,12 @@ from dps_hal.tpm.keys import registration_id_from_ek
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from dps_hal.contracts import TpmService
+    from dps_hal.contracts import BoardTpm
 
 CSV_HEADER = "registrationId,endorsementKey,backend,ekCertificateSha256"
 
 
-def enrolment_line(tpm: "TpmService", registration_id: str = AUTO) -> str:
+def enrolment_line(tpm: "BoardTpm", registration_id: str = AUTO) -> str:
     """Registration id, EK (base64 of its TPM2B_PUBLIC), "wire", and the SHA-256 of the EK certificate if it is read."""
     endorsement_key = tpm.endorsement_key()
     try:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from dps_board.clock import BoardClock
     from dps_board.config import BoardConfiguration
     from dps_board.runner import Agent
-    from dps_hal.contracts import TpmService, Utc
+    from dps_hal.contracts import BoardTpm, Utc
 
 MESSAGES_LIMIT = 8  # messages and calls that the program has in hand; a hub delivers further messages later
 
@@ -56,7 +56,7 @@ class Hub:
         self,
         agent: "Agent",
         config: "BoardConfiguration",
-        tpm: "TpmService",
+        tpm: "BoardTpm",
         clock: "BoardClock",
         watchdog: "Callable[[], None] | None",
     ) -> None:

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from dps_board.clock import BoardClock
     from dps_board.config import BoardConfiguration
     from dps_board.hub import Hub
-    from dps_hal.contracts import Store, TpmService
+    from dps_hal.contracts import BoardTpm, Store
 
 HTTP_DEADLINE_MS = 60_000  # one request in all
 RELEASE_FOR_SLEEPS_OVER_S = 2
@@ -84,7 +84,7 @@ class Agent:
     def __init__(
         self,
         config: "BoardConfiguration",
-        tpm: "TpmService",
+        tpm: "BoardTpm",
         store: "Store",
         clock: "BoardClock",
         *,
@@ -286,7 +286,7 @@ class Agent:
                 self._life.report("tpmMaker", self._tpm.condition().maker)
             except DpsError:
                 pass  # nothing depends on it
-        forget("dps_hal.tpm.wire_upkeep", "dps_hal.tpm.upkeep", "dps_hal.tpm.verdicts")
+        forget("dps_hal.tpm.upkeep", "dps_hal.tpm.verdicts")
         return key
 
     async def request(self, method: str, path: str, body: bytes, authorization: "SasToken | None") -> "Reply | NoReply":

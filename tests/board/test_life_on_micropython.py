@@ -157,7 +157,7 @@ def test_what_a_registration_loads_only_for_a_moment_is_not_in_the_heap_afterwar
     desk.serve(retry_after_s=0)
     life = desk.live()
     assert life["state"] == "provisioned" and "dps_agent.registration" in life["loaded"], life
-    for name in ("board.keys", "board.ntp", "agent.der", "agent.session", "hal.tpm.upkeep", "hal.tpm.wire_upkeep"):
+    for name in ("board.keys", "board.ntp", "agent.der", "agent.session", "hal.tpm.upkeep"):
         assert f"dps_{name}" not in life["loaded"]
     assert "dps_hal.tpm.verdicts" not in life["loaded"], "no refusal, so nobody asked what one leads to"
 

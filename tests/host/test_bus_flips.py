@@ -11,7 +11,6 @@ from contracts.tpm import KEY, blob_for
 from dps_agent.host import Provisioned
 from dps_hal.contracts import TpmService
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
-from dps_hal.host import esys
 from dps_hal.platform import hmac_sha256
 from dps_hal.tpm import operations
 from dps_hal.tpm.keys import ek_public
@@ -47,8 +46,7 @@ def open_tpm(request: pytest.FixtureRequest) -> OpenTpm:
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A size that was flipped is waited for; nothing else here takes as long."""
-    for back_end in (esys, operations):
-        monkeypatch.setattr(back_end, "COMMAND_LIMIT_S", 10.0)
+    monkeypatch.setattr(operations, "COMMAND_LIMIT_S", 10.0)
 
 
 def main_job(tpm: TpmService, activation: bytes) -> Job:

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from contracts.tpm import CLAIMS, KEY, blob_for
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE, Tpm
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.host import tpm_node
-from dps_hal.host.esys import EsysTpm
+from dps_hal.host.esys import EsysCommands, EsysKey, EsysTpm
+from dps_hal.host.service_tpm import ServiceTpm
 from dps_hal.host.tpm_node import open_device
 from dps_hal.platform import hmac_sha256, random_bytes
 from dps_hal.tpm.keys import RSA_BYTES, SIGN, USER_WITH_AUTH, check_ek_public, object_name, sized, take_sized, unwrap
@@ -130,30 +131,19 @@ def test_a_message_longer_than_the_tpms_buffer_is_signed(machine: Swtpm, open_tp
 PASSWORDS = {"owner_auth": b"owner's password", "endorsement_auth": b"endorsement's password"}
 
 
-class InClear(EsysTpm):
-    """The same with password sessions alone: what the bus would show then."""
-
-    def _salted_session(self) -> int:
-        session: int = self._tss.ESYS_TR.PASSWORD
-        return session
-
-    @contextmanager
-    def _creation_session(self) -> Iterator[int]:
-        yield self._tss.ESYS_TR.PASSWORD
-
-
 def open_in_clear(back_end: str, monkeypatch: pytest.MonkeyPatch) -> OpenTpm:
-    """The same for each back end."""
+    """The same with password sessions alone: what the bus would show then."""
     if back_end == "esys":
-        return InClear
+        monkeypatch.setattr(EsysTpm, "_start_session", lambda self, salt_key: None)
+        return EsysTpm
 
     def authorize(
-        self: SaltedSession, code: int, names: tuple[bytes, ...], parameters: bytes, auth: bytes | None
+        self: SaltedSession, name: str, names: tuple[bytes, ...], parameters: bytes, auth: bytes | None
     ) -> tuple[bytes, bytes]:
         return parameters, struct.pack(">IHB", 0x40000009, 0, 0) + sized(auth or b"")
 
     monkeypatch.setattr(SaltedSession, "authorize", authorize)
-    monkeypatch.setattr(SaltedSession, "accept", lambda self, code, parameters, response, offset: parameters)
+    monkeypatch.setattr(SaltedSession, "accept", lambda self, name, parameters, response, offset: parameters)
     return BACK_ENDS[back_end]
 
 
@@ -220,11 +210,13 @@ def test_every_salt_is_encrypted_and_none_comes_twice(machine: Swtpm, tap: TpmTa
 
 
 def test_a_session_without_salt_would_be_noticed(tap: TpmTap) -> None:
-    class Unsalted(EsysTpm):
-        def _start_session(self, salt_key: int) -> int:
-            return super()._start_session(self._tss.ESYS_TR.NONE)
+    class Unsalted(EsysCommands):
+        def start_session(self, salt_key: EsysKey) -> EsysKey:
+            unsalted = EsysKey(*salt_key)
+            unsalted.tr = self._tss.ESYS_TR.NONE
+            return super().start_session(unsalted)
 
-    tpm = Unsalted(tap.tcti)
+    tpm = ServiceTpm(Unsalted(tap.tcti, None))
     register(tpm)
     tpm.release()
     assert salts_of_sessions(tap) == [b""]

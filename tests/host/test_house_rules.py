@@ -8,6 +8,7 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -250,6 +251,38 @@ def a_life_is_only_read(tree: ast.Module) -> Iterator[str]:
                 yield f"{node.lineno}: {ast.unparse(node)}"
 
 
+def methods_of(class_name: str, path: Path) -> set[str]:
+    """The names of a class's methods."""
+    (found,) = (node for node in nodes(ast.parse(path.read_text())) if is_class(node, class_name))
+    return {node.name for node in found.body if isinstance(node, ast.FunctionDef)}
+
+
+def is_class(node: ast.AST, name: str) -> TypeGuard[ast.ClassDef]:
+    """Whether `node` defines the class `name`."""
+    return isinstance(node, ast.ClassDef) and node.name == name
+
+
+COMMANDS = methods_of("Commands", HAL / "tpm" / "commands.py")
+STEPS = (
+    methods_of("TpmProcedure", HAL / "tpm" / "procedure.py")
+    | methods_of("Operations", HAL / "tpm" / "operations.py")
+    | methods_of("ServiceTpm", HAL / "host" / "service_tpm.py")
+) - {"__init__"}
+
+
+def no_step_of_the_procedure(tree: ast.Module) -> Iterator[str]:
+    """A way to a TPM gives single commands: what the procedure is named after stands in the procedure alone."""
+    for node in nodes(tree):
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for method in [entry for entry in node.body if isinstance(entry, ast.FunctionDef)]:
+            is_command = node.name.endswith("Commands") and method.name in COMMANDS
+            if method.name in STEPS and not is_command:
+                yield f"{method.lineno}: {node.name}.{method.name}"
+            elif node.name.endswith("Commands") and not method.name.startswith("_") and not is_command:
+                yield f"{method.lineno}: {node.name}.{method.name} is none of the Commands"
+
+
 def violations(rule: Rule, paths: list[Path]) -> list[str]:
     """Each violation as "file:line: what"; a rule that has no file to look at is itself a violation."""
     if not paths:
@@ -351,6 +384,20 @@ RULES: list[tuple[str, Rule, list[Path], str, str]] = [
         [path for path in EVERY_PACKAGE if path != HAL / "host" / "esys.py"],
         "from tpm2_pytss import ESAPI",
         "import ujson",
+    ),
+    (
+        "the TPM procedure stands once",
+        no_step_of_the_procedure,
+        [HAL / "host" / "esys.py", HAL / "tpm" / "wire.py"],
+        "class WireTpm(TpmProcedure):\n    def _create_ek(self): ...",
+        "class WireTpm(TpmProcedure):\n    def __init__(self): ...",
+    ),
+    (
+        "what carries it gives its commands alone",
+        no_step_of_the_procedure,
+        [HAL / "host" / "esys.py", HAL / "tpm" / "wire.py"],
+        "class WireCommands(Connection):\n    def find_srk(self): ...",
+        "class WireCommands(Connection):\n    def read_public(self, handle): ...\n    def _start(self): ...",
     ),
     (
         "no typing at run time",

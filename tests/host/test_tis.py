@@ -195,7 +195,7 @@ def test_a_tpm_that_nobody_has_started_is_started(bus: str, machine: Swtpm) -> N
             self.inner = transport_for(machine.tcti)
 
         def send(self, command: bytes, limit_s: float, while_waiting: Callable[[], None] | None) -> bytes:
-            if command[6:10] == struct.pack(">I", commands.STARTUP):
+            if command[6:10] == struct.pack(">I", commands.CODES["startup"]):
                 started.append(1)
                 return struct.pack(">HII", 0x8001, 10, 0)
             if not started:

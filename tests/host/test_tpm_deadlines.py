@@ -6,7 +6,6 @@ import time
 from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from dps_agent.host.parts import NoConnection
 from dps_agent.host.runner import Runner
 from dps_hal.contracts import Tpm
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
-from dps_hal.host import esys
 from dps_hal.host.files import FileStore
 from dps_hal.platform import hmac_sha256
 from dps_hal.tpm import commands, operations
@@ -114,7 +112,6 @@ def slow(patch: pytest.MonkeyPatch, tap: TpmTap, command: str, taken_s: list[flo
     tap.on_command = take
     patch.setattr(commands, "ticks_ms", lambda: int(late_s * 1000))
     patch.setattr(commands, "ms_since", lambda started_ms: int(late_s * 1000) - started_ms)
-    patch.setattr(esys, "time", SimpleNamespace(monotonic=lambda: late_s, sleep=lambda _pause_s: None))
 
 
 @pytest.mark.parametrize("shares", SLOWNESS.values(), ids=SLOWNESS)

@@ -14,14 +14,12 @@ import pytest
 from contracts.tpm import KEY, blob_for
 from dps_hal.contracts import TpmService
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
-from dps_hal.host import esys
 from dps_hal.host.codes import REMEDIES
 from dps_hal.host.tpm_node import is_managed
 from dps_hal.platform import hmac_sha256
 from dps_hal.tpm import operations
 from dps_hal.tpm.errors import RefusedError
-from dps_hal.tpm.rules import locked_out
-from dps_hal.tpm.verdicts import error_of
+from dps_hal.tpm.verdicts import error_of, locked_out
 from support import swtpm
 from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused
@@ -65,8 +63,7 @@ def tpm(tap: TpmTap, open_tpm: OpenTpm) -> Iterator[TpmService]:
 
 
 def set_limit(monkeypatch: pytest.MonkeyPatch, limit_s: float) -> None:
-    for back_end in (esys, operations):
-        monkeypatch.setattr(back_end, "COMMAND_LIMIT_S", limit_s)
+    monkeypatch.setattr(operations, "COMMAND_LIMIT_S", limit_s)
 
 
 def import_it(tpm: TpmService, activation: bytes, wrapped_key: bytes) -> object:

@@ -138,26 +138,26 @@ class Interposer:
 
 
 ALTERED = (  # every command of a registration
-    commands.READ_PUBLIC,
-    commands.START_AUTH_SESSION,
-    commands.POLICY_SECRET,
-    commands.ACTIVATE_CREDENTIAL,
-    commands.IMPORT,
-    commands.LOAD,
-    commands.HMAC,
-    commands.FLUSH_CONTEXT,
+    commands.CODES["read_public"],
+    commands.CODES["start_auth_session"],
+    commands.CODES["policy_secret"],
+    commands.CODES["activate_credential"],
+    commands.CODES["import"],
+    commands.CODES["load"],
+    commands.CODES["hmac"],
+    commands.CODES["flush_context"],
 )
 
 
 NOT_KNOWN_AS_ALTERED = (
-    (commands.START_AUTH_SESSION, 13, "tpm.failed"),  # the handle of another session, which there could be
+    (commands.CODES["start_auth_session"], 13, "tpm.failed"),  # the handle of another session, which there could be
 )
 
 # What hal/SPEC.md, "On the TPM's bus", names as unproved, as places in an answer of this length.
 UNPROVED: dict[int, Callable[[int], range]] = {
     # The policy session's own nonce, attributes and empty HMAC, behind all that the HMAC proves.
-    commands.ACTIVATE_CREDENTIAL: lambda length: range(length - 21, length),
-    commands.FLUSH_CONTEXT: range,  # it says nothing
+    commands.CODES["activate_credential"]: lambda length: range(length - 21, length),
+    commands.CODES["flush_context"]: range,  # it says nothing
 }
 
 
@@ -202,14 +202,18 @@ def test_a_byte_flipped_in_every_answer_is_refused(code: int, machine: Swtpm) ->
     assert machine.leftovers() == []
 
 
-@pytest.mark.parametrize("code", [commands.CREATE_PRIMARY, commands.EVICT_CONTROL], ids=hex)
+@pytest.mark.parametrize("code", [commands.CODES["create_primary"], commands.CODES["evict_control"]], ids=hex)
 def test_a_byte_flipped_at_the_first_boot_gives_no_other_key(code: int, machine: Swtpm) -> None:
     """Without a password the first command has a password session: its answer's end is unproved, SPEC names it."""
     bus = Interposer(machine)
     first = WireTpm(bus, exclusive=True)
     ek = first.endorsement_key()
     first.release()
-    places = [*range(14), 19, 200, 360, 400, 460, -39, -20, -5, -1] if code == commands.CREATE_PRIMARY else range(19)
+    places = (
+        [*range(14), 19, 200, 360, 400, 460, -39, -20, -5, -1]
+        if code == commands.CODES["create_primary"]
+        else range(19)
+    )
     for place in places:
         machine.clear()
 
@@ -236,7 +240,9 @@ def test_a_byte_flipped_at_the_first_boot_gives_no_other_key(code: int, machine:
         assert machine.leftovers() == [], f"code={code:#x} place={place}"
 
 
-@pytest.mark.parametrize("code", [commands.GET_CAPABILITY, commands.NV_READ_PUBLIC, commands.NV_READ], ids=hex)
+@pytest.mark.parametrize(
+    "code", [commands.CODES["get_capability"], commands.CODES["nv_read_public"], commands.CODES["nv_read"]], ids=hex
+)
 def test_a_byte_flipped_in_what_only_diagnostics_ask_changes_no_key_and_no_signature(code: int, machine: Swtpm) -> None:
     bus = Interposer(machine)
     tpm = WireTpm(bus, exclusive=True)
@@ -262,7 +268,9 @@ def test_a_byte_flipped_in_what_only_diagnostics_ask_changes_no_key_and_no_signa
             assert tpm.endorsement_key() == ek, f"place={place}"
             assert tpm.sign(wrapped_key, MESSAGE) == hmac_sha256(KEY, MESSAGE), f"place={place}"
         except DpsError as error:  # what an exclusive TPM holds is asked when it is opened
-            assert (code, error.code) == (commands.GET_CAPABILITY, "tpm.bus_altered"), f"place={place}: {error.code}"
+            assert (code, error.code) == (commands.CODES["get_capability"], "tpm.bus_altered"), (
+                f"place={place}: {error.code}"
+            )
         tpm.release()
     bus.change = lambda command, response: response
     assert tpm.endorsement_certificate() == certificate
@@ -277,7 +285,7 @@ def test_one_flipped_byte_costs_one_new_session(machine: Swtpm) -> None:
     struck: list[int] = []
 
     def flip_once(command: bytes, response: bytes) -> bytes:
-        if command[6:10] != struct.pack(">I", commands.HMAC) or struck:
+        if command[6:10] != struct.pack(">I", commands.CODES["hmac"]) or struck:
             return response
         struck.append(1)
         return response[:-1] + bytes([response[-1] ^ 1])
@@ -293,7 +301,9 @@ def test_an_answer_without_its_proof_is_refused(machine: Swtpm) -> None:
     tpm = WireTpm(bus)
     wrapped_key = tpm.import_key(blob_for(tpm))
     forged = struct.pack(">HII", 0x8001, 44, 0) + sized(bytes(32))
-    bus.change = lambda command, response: forged if command[6:10] == struct.pack(">I", commands.HMAC) else response
+    bus.change = lambda command, response: (
+        forged if command[6:10] == struct.pack(">I", commands.CODES["hmac"]) else response
+    )
     assert_refused(lambda: tpm.sign(wrapped_key, MESSAGE), RetryLater, "tpm.bus_altered")
     tpm.release()
     assert machine.leftovers() == []
@@ -306,7 +316,7 @@ def test_an_answer_of_an_earlier_session_is_refused(machine: Swtpm) -> None:
     recorded: list[bytes] = []
 
     def replay(command: bytes, response: bytes) -> bytes:
-        if command[6:10] != struct.pack(">I", commands.HMAC):
+        if command[6:10] != struct.pack(">I", commands.CODES["hmac"]):
             return response
         recorded.append(response)
         return recorded[0]
@@ -361,7 +371,7 @@ def own_modulus() -> bytes:
 def leave_a_session_and_an_object(machine: Swtpm) -> list[int]:
     start = struct.pack(">II", commands.NULL, commands.NULL) + sized(bytes(16)) + b"\x00\x00"
     for kind in (b"\x00", b"\x01"):  # HMAC, policy
-        machine.command(commands.START_AUTH_SESSION, start + kind + bytes.fromhex("0010 000b"))
+        machine.command(commands.CODES["start_auth_session"], start + kind + bytes.fromhex("0010 000b"))
     loaded = srk_public(own_modulus())[:6] + struct.pack(">I", 0x00030440) + srk_public(own_modulus())[10:]
     machine.command(0x167, b"\x00\x00" + loaded + struct.pack(">I", commands.NULL))
     return machine.leftovers()

@@ -129,7 +129,8 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
         mount(flash)
         store = make_store(config)
     tpm = make_tpm(config, feed)
-    send = tpm._connection._transport.send
+    transport: Any = tpm._commands._transport  # type: ignore[attr-defined]
+    send: Any = transport.send
 
     sent: list[int] = []  # TPM command codes
     sent_at_commit: list[int] = []
@@ -137,11 +138,11 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
     def sampled_send(command: bytes, limit_s: float, while_waiting: "Any") -> bytes:
         heap.sample()
         sent.append(int.from_bytes(command[6:10], "big"))
-        answer = send(command, limit_s, while_waiting)
+        answer: bytes = send(command, limit_s, while_waiting)
         heap.sample()
         return answer
 
-    tpm._connection._transport.send = sampled_send  # type: ignore[method-assign]
+    transport.send = sampled_send
     values = config.values
     clock = BoardClock(values["board.built_at_s"], config.roots_end_s, set_rtc, values["board.ntp_server"], feed)
     did: list[str] = []  # since the last blink

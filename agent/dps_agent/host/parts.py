@@ -69,10 +69,9 @@ def open_tpm(configuration: Configuration) -> TpmService:
         "exclusive": tpm.exclusive or (tpm.backend == "wire" and tpm.tcti.startswith("spi:")),
     }
     if tpm.backend == "wire":
-        from dps_hal.host.device import transport_for
-        from dps_hal.tpm.wire import WireTpm
+        from dps_hal.host.device import open_wire
 
-        return WireTpm(transport_for(tpm.tcti), **settings)
+        return open_wire(tpm.tcti, **settings)
     from dps_hal.host.esys import EsysTpm
 
     return EsysTpm(tpm.tcti, **settings)

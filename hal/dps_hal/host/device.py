@@ -8,12 +8,16 @@ import select
 from typing import TYPE_CHECKING
 
 from dps_hal.errors import RetryLater
+from dps_hal.host.service_tpm import ServiceTpm
 from dps_hal.host.tcti import parse_tcti
 from dps_hal.host.tpm_node import is_managed, open_device
 from dps_hal.platform import ms_since, ticks_ms
 from dps_hal.tpm.tcp import SwtpmTransport
+from dps_hal.tpm.wire import WireCommands
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from dps_hal.contracts import WhileWaiting
     from dps_hal.tpm.commands import Transport
 
@@ -81,3 +85,8 @@ def transport_for(tcti: str) -> Transport:
 
         return SpidevTransport(place, number)
     return SwtpmTransport(place, number) if kind == "swtpm" else DeviceTransport(place)
+
+
+def open_wire(tcti: str, *, while_waiting: WhileWaiting | None = None, **settings: Any) -> ServiceTpm:
+    """A `TpmService` in plain bytes at the TPM that a string names; the settings are those of `TpmProcedure`."""
+    return ServiceTpm(WireCommands(transport_for(tcti), while_waiting), **settings)

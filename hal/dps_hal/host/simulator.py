@@ -34,7 +34,6 @@ from dps_hal.tpm.keys import (
     unwrap,
     wrap,
 )
-from dps_hal.tpm.upkeep import check_replaceable
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
@@ -120,6 +119,8 @@ class SimulatedTpm:
 
     def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
         """Keeps the wrapped key in the folder under its handle, in place of `former`."""
+        from dps_hal.host.service_tpm import check_replaceable
+
         self._load(wrapped_key)
         present = self._public_at(handle)
         if present not in (b"", unwrap(wrapped_key)[0]):

@@ -21,10 +21,139 @@ from dps_hal.tpm.rules import LEAST_LIMIT_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Final, Protocol
+    from collections.abc import Callable
+    from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
     from dps_hal.contracts import WhileWaiting
+    from dps_hal.tpm.activation import Activation
     from dps_hal.tpm.sessions import SaltedSession
+
+    Answer = TypeVar("Answer")
+
+    class Key(NamedTuple):
+        """A key in the TPM, or what else has a handle there."""
+
+        handle: int
+        public: bytes  # marshalled TPM2B_PUBLIC, of an NV index TPM2B_NV_PUBLIC; empty for a session or sequence
+        name: bytes  # by SHA-256 over the public area, or as the TPM states it; empty for a session or sequence
+
+    Given = Any  # a Key that one of the Commands gave, which may be more than that
+
+    class Commands(Protocol):
+        """What the procedure is made of: each method is one TPM command, for which it raises RefusedError.
+
+        A key, policy session, sequence or index is what one of these methods gave, not any other Key.
+        `session` is what `start_session` gave: it encrypts what is secret, shows `auth` as an HMAC only, and proves
+        the answer. None: a password session, with an empty password.
+        """
+
+        @property
+        def managed(self) -> bool:
+            """Whether a resource manager behind it flushes what is left when it ends."""
+            ...
+
+        @property
+        def shared(self) -> bool:
+            """Whether others may use the TPM while it lasts."""
+            ...
+
+        def begin(self, limit_s: float) -> None:
+            """Starts an operation of at most `limit_s` seconds; commands are repeated within them."""
+            ...
+
+        def extend(self, limit_s: float) -> None:
+            """Gives the operation `limit_s` seconds from its start, if that is more than it has."""
+            ...
+
+        def in_time(self) -> bool:
+            """Whether what this operation has taken so far would fit once more into its time."""
+            ...
+
+        def close(self) -> None:
+            """Ends the connection, if there is one; the next command makes a new one."""
+            ...
+
+        def read_public(self, handle: int) -> Key:
+            """The object at a handle, its name checked against its public area."""
+            ...
+
+        def prove(self, key: Given, session: Any) -> None:
+            """Reads the key's public area once more in the session: its holder takes it for an object of that name."""
+            ...
+
+        def create_primary(self, hierarchy: int, template: bytes, session: Any, auth: bytes) -> Key:
+            """A new transient key, its name checked; `auth` is the hierarchy's."""
+            ...
+
+        def evict_control(self, key: Given, persistent_handle: int, session: Any, auth: bytes) -> Key:
+            """Makes a transient key persistent, or removes a persistent one; `auth` is the owner's."""
+            ...
+
+        def start_session(self, salt_key: Given) -> Any:
+            """An HMAC session salted to a checked RSA key, with `handle` and an empty `name`."""
+            ...
+
+        def start_policy(self) -> Key:
+            """A policy session, which carries no secret."""
+            ...
+
+        def policy_secret(self, hierarchy: int, policy: Given, session: Any, auth: bytes) -> None:
+            """Shows the policy session that we know the hierarchy's password."""
+            ...
+
+        def activate_credential(
+            self, ek: Given, srk: Given, activation: Activation, session: Any, policy: Given
+        ) -> bytes:
+            """The inner key, a TPM2B; when it succeeds the TPM frees the policy session."""
+            ...
+
+        def import_key(self, srk: Given, inner_key: bytes, activation: Activation, session: Any) -> bytes:
+            """The TPM2B_PRIVATE of the key in the blob."""
+            ...
+
+        def load(self, srk: Given, public: bytes, private: bytes, session: Any) -> Key:
+            """A wrapped key as a transient object."""
+            ...
+
+        def hmac(self, key: Given, message: bytes, session: Any) -> bytes:
+            """HMAC-SHA256 of at most MAX_BUFFER_BYTES, 32 bytes."""
+            ...
+
+        def hmac_start(self, key: Given, session: Any) -> Key:
+            """A sequence, for a longer message."""
+            ...
+
+        def sequence_update(self, sequence: Given, piece: bytes, session: Any) -> None:
+            """Takes the next MAX_BUFFER_BYTES of it."""
+            ...
+
+        def sequence_complete(self, sequence: Given, piece: bytes, session: Any) -> bytes:
+            """Takes the last of it and gives its HMAC, 32 bytes; the TPM frees the sequence."""
+            ...
+
+        def flush(self, made: Any) -> None:
+            """FlushContext of a session or transient object."""
+            ...
+
+        def shutdown(self) -> None:
+            """Shutdown(CLEAR)."""
+            ...
+
+        def handles(self, first: int) -> list[int]:
+            """At most 254 handles in use from `first` on, of its kind."""
+            ...
+
+        def properties(self, first: int, last: int) -> dict[int, int]:
+            """TPM properties by number; those that the TPM does not have are missing."""
+            ...
+
+        def nv_read_public(self, index: int) -> Key:
+            """An NV index, as the TPM states it."""
+            ...
+
+        def nv_read(self, index: Given, size: int, offset: int, by_owner: bool, session: Any, auth: bytes) -> bytes:
+            """A piece of what it holds; `auth` is the owner's, or the empty one of the index."""
+            ...
 
     class Transport(Protocol):
         """What carries bytes to a TPM and back: a socket, a device node, a bus."""
@@ -34,7 +163,7 @@ if TYPE_CHECKING:
 
             OSError: the connection broke, and a new one may work. RetryLater `tpm.timeout`: no response within
             `limit_s`. Other DpsErrors: it cannot be opened. After any of them `close` follows. A transport may have
-            `managed` and `shared`, see `Connection`.
+            `managed` and `shared`, see `Commands`.
             """
             ...
 
@@ -42,43 +171,31 @@ if TYPE_CHECKING:
             """Ends the connection, if there is one; the next `send` makes a new one."""
             ...
 
+else:
+    from collections import namedtuple
 
-EVICT_CONTROL: "Final" = 0x120  # TPM_CC, Part 2, table 12, with the next seventeen
-CREATE_PRIMARY: "Final" = 0x131
-SEQUENCE_COMPLETE: "Final" = 0x13E
-STARTUP: "Final" = 0x144
-SHUTDOWN: "Final" = 0x145
-ACTIVATE_CREDENTIAL: "Final" = 0x147
-NV_READ: "Final" = 0x14E
-POLICY_SECRET: "Final" = 0x151
-HMAC: "Final" = 0x155
-IMPORT: "Final" = 0x156
-LOAD: "Final" = 0x157
-HMAC_START: "Final" = 0x15B
-SEQUENCE_UPDATE: "Final" = 0x15C
-FLUSH_CONTEXT: "Final" = 0x165
-NV_READ_PUBLIC: "Final" = 0x169
-READ_PUBLIC: "Final" = 0x173
-START_AUTH_SESSION: "Final" = 0x176
-GET_CAPABILITY: "Final" = 0x17A
-_NAMES = {
-    EVICT_CONTROL: "evict_control",
-    CREATE_PRIMARY: "create_primary",
-    SEQUENCE_COMPLETE: "sequence_complete",
-    SHUTDOWN: "shutdown",
-    ACTIVATE_CREDENTIAL: "activate_credential",
-    NV_READ: "nv_read",
-    POLICY_SECRET: "policy_secret",
-    HMAC: "hmac",
-    IMPORT: "import",
-    LOAD: "load",
-    HMAC_START: "hmac_start",
-    SEQUENCE_UPDATE: "sequence_update",
-    FLUSH_CONTEXT: "flush_context",
-    NV_READ_PUBLIC: "nv_read_public",
-    READ_PUBLIC: "read_public",
-    START_AUTH_SESSION: "start_auth_session",
-    GET_CAPABILITY: "get_capability",
+    Key = namedtuple("Key", ("handle", "public", "name"))
+
+
+CODES: "Final" = {  # TPM_CC by our names, Part 2, table 12
+    "evict_control": 0x120,
+    "create_primary": 0x131,
+    "sequence_complete": 0x13E,
+    "startup": 0x144,
+    "shutdown": 0x145,
+    "activate_credential": 0x147,
+    "nv_read": 0x14E,
+    "policy_secret": 0x151,
+    "hmac": 0x155,
+    "import": 0x156,
+    "load": 0x157,
+    "hmac_start": 0x15B,
+    "sequence_update": 0x15C,
+    "flush_context": 0x165,
+    "nv_read_public": 0x169,
+    "read_public": 0x173,
+    "start_auth_session": 0x176,
+    "get_capability": 0x17A,
 }
 
 OWNER: "Final" = 0x40000001  # TPM_RH, Part 2, table 28, with the next three
@@ -94,38 +211,72 @@ _MAX_BYTES = 4096  # of a command or response; TPMs state 1 to 4 KiB
 _EMPTY_PASSWORD = struct.pack(">IHBH", PASSWORD_SESSION, 0, 0, 0)
 
 
-class Connection:
-    """Sends commands, again where the TPM asks for that, until the time of the operation is over."""
+class Repeated:
+    """Runs commands, again where the TPM asks for that, until the time of the operation is over."""
 
-    def __init__(self, transport: "Transport", while_waiting: "WhileWaiting | None") -> None:
-        self._transport = transport
+    def __init__(self, while_waiting: "WhileWaiting | None") -> None:
         self._while_waiting = while_waiting
         self._started_ms = 0
         self._limit_ms = 0
-        self._broken = False
-
-    @property
-    def managed(self) -> bool:
-        """Whether a resource manager behind it flushes what is left when it ends."""
-        return getattr(self._transport, "managed", False)
-
-    @property
-    def shared(self) -> bool:
-        """Whether others may use the TPM while it lasts."""
-        return getattr(self._transport, "shared", False)
 
     def begin(self, limit_s: float) -> None:
-        """Starts an operation of at most `limit_s` seconds."""
+        """As `Commands` has it."""
         self._started_ms = ticks_ms()
         self._limit_ms = int(limit_s * 1000)
 
     def extend(self, limit_s: float) -> None:
-        """Gives the operation `limit_s` seconds from its start, if that is more than it has."""
+        """As `Commands` has it."""
         self._limit_ms = max(self._limit_ms, int(limit_s * 1000))
 
     def in_time(self) -> bool:
-        """Whether what this operation has taken so far would fit once more into its time."""
+        """As `Commands` has it."""
         return 2 * ms_since(self._started_ms) <= self._limit_ms
+
+    def _left_ms(self) -> int:
+        return self._limit_ms - ms_since(self._started_ms)
+
+    def _until_done(self, name: str, once: "Callable[[], Answer]") -> "Answer":
+        """What `once()` gives when the TPM takes the command; RefusedError where it does not."""
+        wait_ms = 10
+        started = False
+        while True:
+            try:
+                return once()
+            except RefusedError as error:
+                refused = error
+            if refused.code == RC_INITIALIZE and not started:  # a TPM on which no firmware has run
+                started = True
+                self._start_up(name)  # the command itself says whether it helped
+            elif refused.code in RC_RESEND and self._left_ms() > wait_ms:
+                pause_ms(wait_ms)
+                wait_ms = min(2 * wait_ms, 1000)
+                if self._while_waiting is not None:
+                    self._while_waiting()
+            else:
+                raise refused
+
+    def _start_up(self, name: str) -> None:
+        """Sends Startup(CLEAR) on behalf of the command `name`."""
+        raise NotImplementedError
+
+
+class Connection(Repeated):
+    """Commands as bytes over a transport."""
+
+    def __init__(self, transport: "Transport", while_waiting: "WhileWaiting | None") -> None:
+        super().__init__(while_waiting)
+        self._transport = transport
+        self._broken = False
+
+    @property
+    def managed(self) -> bool:
+        """As `Commands` has it."""
+        return getattr(self._transport, "managed", False)
+
+    @property
+    def shared(self) -> bool:
+        """As `Commands` has it."""
+        return getattr(self._transport, "shared", False)
 
     def close(self) -> None:
         """Ends the transport's connection."""
@@ -134,7 +285,7 @@ class Connection:
 
     def run(
         self,
-        code: int,
+        name: str,
         handles: "tuple[int, ...]" = (),
         parameters: bytes = b"",
         *,
@@ -145,23 +296,22 @@ class Connection:
         password: bool = False,
         gives_handle: bool = False,
     ) -> "tuple[int, bytes]":
-        """Runs one command; returns the handle in its response (0 for none) and the response's parameters.
+        """Runs the command `name`; returns the handle in its response (0 for none) and the response's parameters.
 
         With `session`: `names` has the name of each handle, `auth` the authorisation value of the first, None where
         it needs none; `policy` is a policy session for the second. With `password`: the first has an empty password.
         RefusedError: the TPM's return code, RC_ALTERED or RC_CONNECTION_LOST.
         """
-        name = _NAMES[code]
         area = _EMPTY_PASSWORD if password else b""
         if session is not None:
-            parameters, area = session.authorize(code, names, parameters, auth)
+            parameters, area = session.authorize(name, names, parameters, auth)
             if policy:
                 # Without continueSession the TPM frees the policy session when the command succeeds.
                 area += struct.pack(">IHBH", policy, 0, 0, 0)
-        command = _framed(code, handles, area, parameters)
+        command = _framed(name, handles, area, parameters)
         if len(command) > _MAX_BYTES:
             raise RefusedError(name, RC_TOO_LARGE)
-        response = self._send(name, command)
+        response = self._until_done(name, lambda: self._response(name, command))
         offset = 10
         handle = 0
         if gives_handle:
@@ -178,36 +328,24 @@ class Connection:
         parameters = response[offset + 4 : end]
         if session is None:
             return handle, parameters
-        accepted = session.accept(code, parameters, response, end)
+        accepted = session.accept(name, parameters, response, end)
         if accepted is None:
             raise RefusedError(name, RC_ALTERED)
         return handle, accepted
 
-    def _send(self, name: str, command: bytes) -> bytes:
+    def _response(self, name: str, command: bytes) -> bytes:
         """The response to a command that succeeds."""
-        wait_ms = 10
-        started = False
-        while True:
-            response = self._exchange(name, command)
-            rc = int.from_bytes(response[6:10], "big")
-            if rc == 0:
-                return response
-            if len(response) != 10 or rc >> 16 not in TPM_LAYERS:
-                rc = RC_ALTERED
-            refused = RefusedError(name, rc)
-            if refused.code == RC_INITIALIZE and not started:  # a TPM on which no firmware has run
-                started = True
-                self._exchange(name, _framed(STARTUP, (), b"", b"\x00\x00"))  # CLEAR; the command says if it helped
-            elif refused.code in RC_RESEND and ms_since(self._started_ms) + wait_ms < self._limit_ms:
-                pause_ms(wait_ms)
-                wait_ms = min(2 * wait_ms, 1000)
-                if self._while_waiting is not None:
-                    self._while_waiting()
-            else:
-                raise refused
+        response = self._exchange(name, command)
+        rc = int.from_bytes(response[6:10], "big")
+        if rc == 0:
+            return response
+        raise RefusedError(name, rc if len(response) == 10 and rc >> 16 in TPM_LAYERS else RC_ALTERED)
+
+    def _start_up(self, name: str) -> None:
+        self._exchange(name, _framed("startup", (), b"", b"\x00\x00"))
 
     def _exchange(self, name: str, command: bytes) -> bytes:
-        left_ms = self._limit_ms - ms_since(self._started_ms)
+        left_ms = self._left_ms()
         if left_ms <= 0:
             raise RetryLater("tpm.timeout", f"the TPM was not done in time before {name}")
         if self._broken:
@@ -231,9 +369,9 @@ def take_field(name: str, area: bytes, offset: int) -> "tuple[bytes, int]":
         raise RefusedError(name, RC_ALTERED)
 
 
-def _framed(code: int, handles: "tuple[int, ...]", area: bytes, parameters: bytes) -> bytes:
+def _framed(name: str, handles: "tuple[int, ...]", area: bytes, parameters: bytes) -> bytes:
     size = 10 + 4 * len(handles) + len(area) + len(parameters)
-    parts = [struct.pack(">H", _SESSIONS if area else _NO_SESSIONS), b"", struct.pack(">I", code)]
+    parts = [struct.pack(">H", _SESSIONS if area else _NO_SESSIONS), b"", struct.pack(">I", CODES[name])]
     for handle in handles:
         parts.append(struct.pack(">I", handle))
     if area:

@@ -3,20 +3,9 @@
 Handles and their ranges: TPM 2.0 Library Part 2, 7.2 and 7.4.
 """
 
-import struct
-
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
-from dps_hal.tpm.commands import (
-    CAP_HANDLES,
-    CAP_TPM_PROPERTIES,
-    FLUSH_CONTEXT,
-    GET_CAPABILITY,
-    READ_PUBLIC,
-    SHUTDOWN,
-    START_AUTH_SESSION,
-)
-from dps_hal.tpm.errors import RC_ALTERED, RC_SEQUENCE, RefusedError
-from dps_hal.tpm.keys import SHA256_BYTES, sized
+from dps_hal.tpm.commands import Key
+from dps_hal.tpm.errors import RC_SEQUENCE, RefusedError
 from dps_hal.tpm.rules import (
     COMMAND_LIMIT_S,
     LEFTOVERS,
@@ -26,7 +15,6 @@ from dps_hal.tpm.rules import (
     RELEASE_LIMIT_S,
     TRANSIENT,
     kind_of,
-    locked_out,
 )
 
 TYPE_CHECKING = False
@@ -34,17 +22,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeVar
 
-    from dps_hal.tpm.commands import Connection
+    from dps_hal.tpm.commands import Commands
     from dps_hal.tpm.rules import Passwords
 
     Answer = TypeVar("Answer")
 
 
 class Operations:
-    """The part of a `WireTpm` that knows nothing of keys: connection, time, sessions and objects to be flushed."""
+    """The part of a `TpmProcedure` that knows nothing of keys: time, sessions and objects to be flushed."""
 
-    def __init__(self, connection: "Connection", passwords: "Passwords", exclusive: bool) -> None:
-        self._connection = connection
+    def __init__(self, commands: "Commands", passwords: "Passwords", exclusive: bool) -> None:
+        self._commands = commands
         self._passwords = passwords
         self._exclusive = exclusive
         self._shutdown_due = False  # a key without noDA was used: a power cut would now count as a failed guess
@@ -54,8 +42,7 @@ class Operations:
         self._forget_connection()
 
     def _forget_connection(self) -> None:
-        self._held: list[int] = []  # every session and transient object that is to be flushed
-        self._names: dict[int, bytes] = {}  # of those objects; a sequence has none
+        self._held: list[Any] = []  # every session and transient object that is to be flushed
         self._passwords.restore()
         self._altered = False  # an answer was not the TPM's own
         self._lost: list[int] = []  # TRANSIENT or LOADED_SESSIONS for each of ours whose handle we may not know
@@ -65,7 +52,7 @@ class Operations:
         self.creates_key = False
         for _ in range(2):  # where the connection was lost, a second one does what is left
             if self._opened or self._orphans or self._shutdown_due:
-                self._connection.begin(RELEASE_LIMIT_S)
+                self._commands.begin(RELEASE_LIMIT_S)
                 self._end_connection()
 
     def _end_connection(self) -> None:
@@ -80,8 +67,8 @@ class Operations:
 
     def _tidy(self) -> None:
         for _ in range(3):  # a TPM that refused to flush once may do it now
-            for handle in reversed(list(self._held)):
-                self._flush(handle)
+            for made in reversed(list(self._held)):
+                self._flush(made)
         self._announce_power_off()
         self._flush_lost()
 
@@ -92,13 +79,13 @@ class Operations:
         """
         if self._shutdown_due:
             try:
-                self._connection.run(SHUTDOWN, (), b"\x00\x00")  # TPM_SU_CLEAR
+                self._commands.shutdown()
             except (RefusedError, DpsError):
                 return
             self._shutdown_due = False
 
     def _operate(self, operation: "Callable[[], Answer]") -> "Answer":
-        self._connection.begin(COMMAND_LIMIT_S)
+        self._commands.begin(COMMAND_LIMIT_S)
         self.creates_key = False
         doubts: Any = None  # made once there are any
         while True:
@@ -124,7 +111,7 @@ class Operations:
 
                 doubts = Doubts()
             if not counted:
-                error, again = doubts.weigh(error, stale, self._connection.in_time())
+                error, again = doubts.weigh(error, stale, self._commands.in_time())
             if lost:
                 self._close()
             elif stale or again:
@@ -135,7 +122,7 @@ class Operations:
     def _goes_without(self, refused: RefusedError) -> bool:
         """Whether the hierarchy that refused its password has none; see `Passwords`."""
         try:
-            return self._passwords.go_without(refused, self._properties(PT_PERMANENT, PT_PERMANENT))
+            return self._passwords.go_without(refused, self._commands.properties(PT_PERMANENT, PT_PERMANENT))
         except RefusedError:
             return False  # the first refusal counts
 
@@ -151,14 +138,14 @@ class Operations:
         self._flush_orphans()
         if self._exclusive:
             for first in LEFTOVERS:
-                for handle in self._handles(first):
+                for handle in self._commands.handles(first):
                     self._flush_handle(handle)
 
     def _close(self) -> None:
         """Ends the connection; what could not be flushed is left to the next one."""
-        if not self._connection.managed:
-            self._orphans += [(handle, self._names.get(handle, b"")) for handle in self._held]
-        self._connection.close()
+        if not self._commands.managed:
+            self._orphans += [(made.handle, made.name) for made in self._held]
+        self._commands.close()
         self._opened = False
         self._forget_connection()
 
@@ -177,81 +164,62 @@ class Operations:
     def _has_name(self, handle: int, name: bytes) -> bool:
         """Whether an object of this name is at a transient handle; with an empty name, whether a sequence is."""
         try:
-            _, answer = self._connection.run(READ_PUBLIC, (handle,))
+            found = self._commands.read_public(handle)
         except RefusedError as refused:
-            if refused.connection_lost:
+            if refused.connection_lost or refused.altered:
                 raise refused
             return not name and refused.code == RC_SEQUENCE
-        return bool(name) and sized(name) in answer
+        return bool(name) and found.name == name
 
     def _flush_handle(self, handle: int) -> None:
         try:
-            self._connection.run(FLUSH_CONTEXT, (), struct.pack(">I", handle))
+            self._commands.flush(Key(handle, b"", b""))
         except RefusedError as refused:
             if refused.connection_lost:
-                raise
+                raise refused
 
     def _flush_lost(self) -> None:
         """Flushes what an altered answer kept from us."""
         # The handle in an altered answer proves nothing, so it is the TPM that is asked what of that kind is left in
         # it. Where that is more than one others have left something too, and nobody can tell what is whose: all
         # stays. Behind a device node others are at work meanwhile, on /dev/tpm0 too.
-        if self._altered and not self._connection.shared:
+        if self._altered and not self._commands.shared:
             for first in self._lost:
-                handles = self._handles(first)
+                handles = self._commands.handles(first)
                 if len(handles) == 1:
                     self._flush_handle(handles[0])
         self._altered = False
         self._lost.clear()
 
-    def _run_and_hold(
-        self, code: int, handles: "tuple[int, ...]", parameters: bytes, **named: "Any"
-    ) -> "tuple[int, bytes]":
-        """As `Connection.run` for a command that makes a session or an object, which is held until it is flushed."""
+    def _made(self, command: "Callable[..., Any]", *arguments: "Any") -> "Any":
+        """What a command makes, a session or an object of the TPM's, which is held until it is flushed."""
         try:
-            handle, answer = self._connection.run(code, handles, parameters, gives_handle=True, **named)
+            made = command(*arguments)
         except RefusedError as refused:
             if refused.altered:
-                self._lost.append(LOADED_SESSIONS if code == START_AUTH_SESSION else TRANSIENT)
+                self._lost.append(LOADED_SESSIONS if refused.command == "start_auth_session" else TRANSIENT)
             raise refused
-        self._held.append(handle)
-        self._names[handle] = answer[-SHA256_BYTES - 2 :]  # a new key's answer ends with it
-        return handle, answer
+        self._held.append(made)
+        return made
 
-    def _flush(self, handle: int) -> None:
+    def _flush(self, made: "Any") -> None:
         """Flushes what is still held; where the TPM refuses, release() tries again."""
-        if handle not in self._held:
+        if made not in self._held:
             return
         try:
-            self._connection.run(FLUSH_CONTEXT, (), struct.pack(">I", handle))
+            self._commands.flush(made)
         except DpsError:
             return
         except RefusedError as refused:
             if not refused.unknown_handle and not (self._altered and refused.altered_handle):
                 return
-            self._lost.append(kind_of(handle))
-        self._held.remove(handle)
-
-    def _handles(self, first: int) -> "list[int]":
-        """The handles in use from `first` on, of its kind."""
-        return [entry[0] for entry in self._capability(CAP_HANDLES, first, 254, ">I")]
-
-    def _properties(self, first: int, last: int) -> "dict[int, int]":
-        """TPM properties by number; those that the TPM does not have are missing."""
-        entries = self._capability(CAP_TPM_PROPERTIES, first, last - first + 1, ">II")
-        return {entry[0]: entry[1] for entry in entries}
-
-    def _capability(self, capability: int, first: int, count: int, layout: str) -> "list[tuple[int, ...]]":
-        """The entries of one capability, each of `layout`."""
-        _, answer = self._connection.run(GET_CAPABILITY, (), struct.pack(">III", capability, first, count))
-        size = struct.calcsize(layout)
-        found = int.from_bytes(answer[5:9], "big")  # behind moreData and the capability
-        if len(answer) != 9 + found * size:
-            raise RefusedError("get_capability", RC_ALTERED)
-        return [struct.unpack(layout, answer[at : at + size]) for at in range(9, len(answer), size)]
+            self._lost.append(kind_of(made.handle))
+        self._held.remove(made)
 
     def _locked_out(self, what: str) -> RetryLater:
+        from dps_hal.tpm.verdicts import locked_out
+
         try:
-            return locked_out(what, self._properties(PT_LOCKOUT_INTERVAL, PT_LOCKOUT_INTERVAL))
+            return locked_out(what, self._commands.properties(PT_LOCKOUT_INTERVAL, PT_LOCKOUT_INTERVAL))
         except (RefusedError, DpsError):
             return locked_out(what, {})

@@ -1,6 +1,6 @@
-"""What every back end of a real TPM does alike in a registration: limits, what is our SRK, the lockout."""
+"""What every back end of a real TPM does alike in a registration: limits, passwords, what is our SRK."""
 
-from dps_hal.errors import AskOperator, RetryLater
+from dps_hal.errors import AskOperator
 from dps_hal.tpm.keys import check_srk_public
 
 TYPE_CHECKING = False
@@ -91,34 +91,3 @@ def is_srk(public: bytes) -> bool:
     except AskOperator:
         return False
     return True
-
-
-def refuse_at_the_brink(properties: "dict[int, int]") -> None:
-    """RetryLater `tpm.locked_out` where one more failure locks keys without noDA out."""
-    counter, maximum = properties.get(PT_LOCKOUT_COUNTER, 0), properties.get(PT_LOCKOUT_COUNTER + 1, 2)
-    if 0 < counter >= maximum - 1:
-        raise locked_out(f"the TPM has counted {counter} of {maximum} failures", properties)
-
-
-def refuse_untried(properties: "dict[int, int]") -> None:
-    """RetryLater `tpm.locked_out` where the TPM has counted any failure: then no new key without noDA is tried out.
-
-    AskOperator `tpm.lockout_maximum` where the first failure is a lockout, which no waiting changes.
-
-    A key without noDA may have a password of its own, and only a guess shows it. One that fails is counted, so this
-    keeps whoever hands such keys out, however often, from bringing the TPM more than one step towards its lockout.
-    """
-    counter, maximum = properties.get(PT_LOCKOUT_COUNTER, 0), properties.get(PT_LOCKOUT_COUNTER + 1, 2)
-    if maximum < 2:
-        raise AskOperator("tpm.lockout_maximum", "a new key without noDA is not tried out: one failure is a lockout")
-    if counter:
-        what = (
-            f"the TPM has counted {counter} of {maximum} failures, and a new key without noDA waits until it has none"
-        )
-        raise locked_out(what, properties)
-
-
-def locked_out(what: str, properties: "dict[int, int]") -> RetryLater:
-    """The error that `what` is, with the TPM's own recovery time."""
-    recovery_s = properties.get(PT_LOCKOUT_INTERVAL)
-    return RetryLater("tpm.locked_out", f"{what}; it forgets one every {recovery_s or '?'} s", recovery_s)

@@ -3,7 +3,7 @@
 import struct
 
 from dps_hal.platform import aes128_cfb, hmac_sha256, random_bytes, same_bytes, sha256
-from dps_hal.tpm.commands import EVICT_CONTROL, HMAC_START, NV_READ, SEQUENCE_UPDATE
+from dps_hal.tpm.commands import CODES
 from dps_hal.tpm.keys import ALG_AES, ALG_CFB, ALG_NULL, ALG_SHA256, SHA256_BYTES, kdfa, oaep_encrypt, sized, take_sized
 
 _NONCE_BYTES = 16
@@ -32,6 +32,8 @@ def _start(nonce: bytes, secret: bytes, kind: int, symmetric: bytes) -> bytes:
 class SaltedSession:
     """One session: its key, both nonces, and what the command under way needs for its response."""
 
+    name = b""  # as `Key` has it
+
     def __init__(self, handle: int, salt: bytes, nonce_caller: bytes, nonce_tpm: bytes) -> None:
         self.handle = handle
         self._key = kdfa(salt, b"ATH", nonce_tpm, nonce_caller, 256)
@@ -41,7 +43,7 @@ class SaltedSession:
         self._auth = b""
 
     def authorize(
-        self, code: int, names: "tuple[bytes, ...]", parameters: bytes, auth: "bytes | None"
+        self, name: str, names: "tuple[bytes, ...]", parameters: bytes, auth: "bytes | None"
     ) -> "tuple[bytes, bytes]":
         """A command's parameters, the first encrypted, and its authorisation area.
 
@@ -50,18 +52,18 @@ class SaltedSession:
         self._nonce_caller = random_bytes(_NONCE_BYTES)
         self._attributes = _CONTINUE
         self._auth = auth or b""
-        if code != EVICT_CONTROL:  # of our commands the one whose parameters are no TPM2B; two more answer none
-            if auth is not None and code != NV_READ:  # whose first parameter is no TPM2B either
+        if name != "evict_control":  # of our commands the one whose parameters are no TPM2B; two more answer none
+            if auth is not None and name != "nv_read":  # whose first parameter is no TPM2B either
                 self._attributes |= _DECRYPT
                 parameters = self._crypted(self._nonce_caller, self._nonce_tpm, parameters, False)
-            if code not in (HMAC_START, SEQUENCE_UPDATE):
+            if name not in ("hmac_start", "sequence_update"):
                 self._attributes |= _ENCRYPT
-        digest = sha256(struct.pack(">I", code) + b"".join(names) + parameters)
+        digest = sha256(struct.pack(">I", CODES[name]) + b"".join(names) + parameters)
         proof = self._hmac(digest, self._nonce_caller, self._nonce_tpm)
         head = struct.pack(">I", self.handle) + sized(self._nonce_caller)
         return parameters, head + bytes([self._attributes]) + sized(proof)
 
-    def accept(self, code: int, parameters: bytes, response: bytes, offset: int) -> "bytes | None":
+    def accept(self, name: str, parameters: bytes, response: bytes, offset: int) -> "bytes | None":
         """The parameters of a response in clear, or None where it is not the TPM's own.
 
         `offset` is that of the authorisation area in `response`; what a second session has there proves nothing.
@@ -71,7 +73,7 @@ class SaltedSession:
             proof, _ = take_sized(response, attributes_at + 1, "HMAC")
         except ValueError:
             return None
-        digest = sha256(struct.pack(">II", 0, code) + parameters)
+        digest = sha256(struct.pack(">II", 0, CODES[name]) + parameters)
         attributes = response[attributes_at]
         if attributes != self._attributes:
             return None

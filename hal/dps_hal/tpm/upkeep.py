@@ -1,40 +1,29 @@
-"""What every back end of a real TPM does alike beyond a registration: certificate, condition, keys for others."""
+"""What a registration seldom asks of a TPM: what its maker left in NV memory, and its condition."""
 
 import struct
 
 from dps_hal.contracts import TpmCondition
 from dps_hal.errors import AskOperator, RetryLater
-from dps_hal.tpm.errors import RC_ALTERED, RefusedError
-from dps_hal.tpm.keys import EK_TEMPLATES, ek_template, makers_template, object_name, rsa_modulus
+from dps_hal.tpm.errors import RC_ALTERED, RC_NV_UNINITIALIZED, RefusedError
+from dps_hal.tpm.keys import ALG_SHA256, ek_template, makers_template, object_name, rsa_modulus
 from dps_hal.tpm.rules import (
     ENDORSEMENT_AUTH_SET,
     OWNER_AUTH_SET,
     PT_LOCKOUT_COUNTER,
     PT_LOCKOUT_INTERVAL,
     PT_PERMANENT,
-    locked_out,
 )
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Final, Protocol, TypeVar
+    from typing import Any, Final
 
-    class Key(Protocol):
-        """A key that was made."""
-
-        @property
-        def public(self) -> bytes:
-            """Its marshalled TPM2B_PUBLIC."""
-            ...
-
-    Made = TypeVar("Made", bound=Key)
+    from dps_hal.tpm.commands import Commands, Key
 
 EK_CERTIFICATE_INDEX: "Final" = 0x01C00002  # TCG EK Credential Profile, 2.2.1.4: RSA-2048 EK certificate
 EK_NONCE_INDEX: "Final" = 0x01C00003  # what of it decides how the certified key is made, with the next
 EK_TEMPLATE_INDEX: "Final" = 0x01C00004
-LAST_EK_INDEX: "Final" = 0x01C000FF  # of the low and the high range; behind it are the certificates of issuers
-PLAIN_L1: "Final" = "tcg-l1 without the maker's template"  # what `template_of` says where NV has another for tcg-l1
 _NV_CHUNK_BYTES = 512  # where the TPM does not say; TPM_PT_NV_BUFFER_MAX of the PC Client profile is no smaller
 _LEAST_NV_CHUNK_BYTES = 32  # a TPM that states less would take thousands of commands
 _MOST_NV_CHUNK_BYTES = 2048  # a response has 4096 bytes at most
@@ -48,38 +37,48 @@ _NV_AUTHREAD = 1 << 18  # or its own
 _NV_NO_DA = 1 << 25  # a wrong password is not counted as a failed guess
 
 
-def check_owner_handle(handle: int) -> None:
-    """AskOperator `config.invalid` unless the owner may persist at `handle` (Part 2, 7.5)."""
-    if not 0x81000000 <= handle < 0x81800000:
-        raise AskOperator("config.invalid", f"persist_at: expected 0x81000000 to 0x817fffff; came 0x{handle:08x}")
+def nv_content(commands: "Commands", index: int, session_of: "Callable[[], Any]", owner_auth: bytes) -> "bytes | None":
+    """What an NV index holds, None where there is none or nothing was written to it.
 
-
-def check_replaceable(public: bytes, handle: int, former: bytes) -> None:
-    """AskOperator `tpm.handle_taken` unless the key whose TPM2B_PUBLIC is at `handle` has the name `former`.
-
-    Other programs keep HMAC keys of the same kind, Azure's own clients at the very same handle.
+    Read by its own empty password, else by the owner's, in `session_of()`, which proves it; where that is None, by
+    passwords, which have to be empty. AskOperator `tpm.certificate_locked`.
     """
-    if object_name(public) != former:
-        raise AskOperator(
-            "tpm.handle_taken",
-            f"persist_at: expected a free handle or this agent's earlier key at 0x{handle:08x}; came another",
-        )
-
-
-def template_of(ek: bytes, likely: bytes, maker: bytes, made_from: "Callable[[bytes], bytes]") -> str:
-    """Which of EK_TEMPLATES gives this EK, or PLAIN_L1, empty for none; the template `likely` is tried first.
-
-    `maker` is what `TpmService.makers_template` says; `made_from(template)` is the public area of the key that the TPM
-    makes: always the same from the same template.
-    """
-    templates = [(name, ek_template(name)) for name in EK_TEMPLATES]
-    if maker:
-        templates = [(PLAIN_L1 if name == "tcg-l1" else name, template) for name, template in templates]
-        templates.append(("tcg-l1", maker))
-    for name, template in sorted(templates, key=lambda named: named[1] != likely):
-        if made_from(template) == ek:
-            return name
-    return ""
+    try:
+        found = commands.nv_read_public(index)
+    except RefusedError as refused:
+        if refused.unknown_handle:
+            return None
+        raise refused
+    public = found.public  # size, index, hash, attributes, policy, size of what it holds
+    by_sha256 = public[6:8] == struct.pack(">H", ALG_SHA256)
+    if len(public) < 16 or (by_sha256 and found.name != object_name(public)):
+        raise RefusedError("nv_read_public", RC_ALTERED)
+    ways = _ways_to_read(index, int.from_bytes(public[8:12], "big"))
+    size = int.from_bytes(public[-2:], "big")
+    most_bytes = nv_chunk_bytes(commands.properties(PT_NV_BUFFER_MAX, PT_NV_BUFFER_MAX))
+    session = session_of()
+    content = b""
+    by_owner = ways[0]
+    while len(content) < size:
+        chunk_bytes = min(most_bytes, size - len(content))
+        try:
+            chunk = commands.nv_read(
+                found, chunk_bytes, len(content), by_owner, session, owner_auth if by_owner else b""
+            )
+        except RefusedError as refused:
+            if refused.code == RC_NV_UNINITIALIZED:
+                return None
+            if refused.wrong_auth and not by_owner:
+                if ways[-1]:
+                    by_owner = True
+                    continue
+                raise _nv_locked(index, "it has a password")
+            refused.of_owner = by_owner
+            raise refused
+        if len(chunk) != chunk_bytes:
+            raise RefusedError("nv_read", RC_ALTERED)
+        content += chunk
+    return content
 
 
 def if_readable(read: "Callable[[], bytes]") -> bytes:
@@ -93,7 +92,7 @@ def if_readable(read: "Callable[[], bytes]") -> bytes:
     except AskOperator:
         return b""
     except RefusedError as refused:
-        from dps_hal.tpm.verdicts import error_of
+        from dps_hal.tpm.verdicts import error_of, locked_out
 
         passing = isinstance(error_of(refused, lambda what: locked_out(what, {})), RetryLater)
         if refused.stale or refused.wrong_password or passing:
@@ -102,8 +101,8 @@ def if_readable(read: "Callable[[], bytes]") -> bytes:
 
 
 def make_ek(
-    settings: bytes, content: "Callable[[int], bytes | None]", create: "Callable[[bytes], Made]", name: bytes
-) -> "Made":
+    settings: bytes, content: "Callable[[int], bytes | None]", create: "Callable[[bytes], Key]", name: bytes
+) -> "Key":
     """A missing EK, which `create(template)` makes; `content(index)` reads an NV index, None where there is none.
 
     With a `name`, of the EK in a record, it is the key of that name, where L-1 or the maker's template gives it. Else
@@ -151,7 +150,7 @@ def nv_chunk_bytes(properties: "dict[int, int]") -> int:
     return min(max(stated, _LEAST_NV_CHUNK_BYTES), _MOST_NV_CHUNK_BYTES)
 
 
-def ways_to_read(index: int, attributes: int) -> "tuple[bool, ...]":
+def _ways_to_read(index: int, attributes: int) -> "tuple[bool, ...]":
     """By whose password an NV index of these TPMA_NV is read: False for its own, an empty one, True for the owner's.
 
     No wrong one is counted as a failed guess. AskOperator `tpm.certificate_locked` where there is no such way.
@@ -159,7 +158,7 @@ def ways_to_read(index: int, attributes: int) -> "tuple[bool, ...]":
     own = attributes & _NV_AUTHREAD and attributes & _NV_NO_DA
     ways = ((False,) if own else ()) + ((True,) if attributes & _NV_OWNERREAD else ())
     if not ways:
-        raise nv_locked(
+        raise _nv_locked(
             index,
             "its own password could count as a failed guess (no AUTHREAD with NO_DA), and the owner"
             " may not read it (no OWNERREAD)",
@@ -167,7 +166,7 @@ def ways_to_read(index: int, attributes: int) -> "tuple[bool, ...]":
     return ways
 
 
-def nv_locked(index: int, why: str) -> AskOperator:
+def _nv_locked(index: int, why: str) -> AskOperator:
     """The error for an NV index that cannot be read."""
     return AskOperator("tpm.certificate_locked", f"NV index 0x{index:08x} is not read: {why}")
 
@@ -178,17 +177,19 @@ def without_padding(certificate: bytes) -> bytes:
     return certificate[:end] if certificate[:2] == b"\x30\x82" and end <= len(certificate) else b""
 
 
-def condition_of(properties: "dict[int, int]") -> TpmCondition:
-    """The condition that these TPM properties describe."""
-    firmware = properties.get(PT_FIRMWARE_VERSION_1, 0)
-    permanent = properties.get(PT_PERMANENT, 0)
+def condition(commands: "Commands") -> TpmCondition:
+    """As `BoardTpm.condition`."""
+    found = commands.properties(PT_MANUFACTURER, PT_FIRMWARE_VERSION_1)
+    found.update(commands.properties(PT_PERMANENT, PT_LOCKOUT_INTERVAL))
+    firmware = found.get(PT_FIRMWARE_VERSION_1, 0)
+    permanent = found.get(PT_PERMANENT, 0)
     return TpmCondition(
-        maker="".join([chr(letter) for letter in struct.pack(">I", properties.get(PT_MANUFACTURER, 0))]).strip("\0 "),
+        maker="".join([chr(letter) for letter in struct.pack(">I", found.get(PT_MANUFACTURER, 0))]).strip("\0 "),
         firmware=f"{firmware >> 16}.{firmware & 0xFFFF}",
-        lockout_counter=properties.get(PT_LOCKOUT_COUNTER, 0),
-        lockout_maximum=properties.get(PT_LOCKOUT_COUNTER + 1, 0),
-        recovery_s=properties.get(PT_LOCKOUT_INTERVAL, 0),
-        free_slots=properties.get(PT_HR_TRANSIENT_AVAIL, 0),
+        lockout_counter=found.get(PT_LOCKOUT_COUNTER, 0),
+        lockout_maximum=found.get(PT_LOCKOUT_COUNTER + 1, 0),
+        recovery_s=found.get(PT_LOCKOUT_INTERVAL, 0),
+        free_slots=found.get(PT_HR_TRANSIENT_AVAIL, 0),
         owner_has_password=permanent & OWNER_AUTH_SET != 0,
         endorsement_has_password=permanent & ENDORSEMENT_AUTH_SET != 0,
     )

@@ -1,6 +1,7 @@
 """What a refused TPM command leads to: by return code, never by text; one table for every back end.
 
-Loaded when a TPM has refused something: most registrations do not need it. Return codes: see `dps_hal.tpm.errors`.
+Loaded when a TPM has refused something, or could lock a key out: most registrations do not need it. Return codes: see
+`dps_hal.tpm.errors`.
 """
 
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
@@ -15,12 +16,14 @@ from dps_hal.tpm.errors import (
     RC_RESEND,
 )
 from dps_hal.tpm.keys import MAX_HMAC_KEY_BYTES, SHA256_BYTES
+from dps_hal.tpm.rules import PT_LOCKOUT_COUNTER, PT_LOCKOUT_INTERVAL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dps_hal.errors import DpsError
+    from dps_hal.tpm.commands import Commands
     from dps_hal.tpm.errors import RefusedError
 
 _RC_FAILURE = 0x101  # TPM_RC, Part 2, table 17, with the next eight
@@ -168,3 +171,36 @@ def check_duplicate_fits(refused: "RefusedError", duplicate: bytes) -> None:
         raise AskOperator(
             "tpm.key_refused", f"expected an HMAC key of at most {MAX_HMAC_KEY_BYTES} bytes; came a longer one"
         )
+
+
+def refuse_at_the_brink(commands: "Commands") -> None:
+    """RetryLater `tpm.locked_out` where one more failure locks keys without noDA out."""
+    properties = commands.properties(PT_LOCKOUT_COUNTER, PT_LOCKOUT_INTERVAL)
+    counter, maximum = properties.get(PT_LOCKOUT_COUNTER, 0), properties.get(PT_LOCKOUT_COUNTER + 1, 2)
+    if 0 < counter >= maximum - 1:
+        raise locked_out(f"the TPM has counted {counter} of {maximum} failures", properties)
+
+
+def refuse_untried(commands: "Commands") -> None:
+    """RetryLater `tpm.locked_out` where the TPM has counted any failure: then no new key without noDA is tried out.
+
+    AskOperator `tpm.lockout_maximum` where the first failure is a lockout, which no waiting changes.
+
+    A key without noDA may have a password of its own, and only a guess shows it. One that fails is counted, so this
+    keeps whoever hands such keys out, however often, from bringing the TPM more than one step towards its lockout.
+    """
+    properties = commands.properties(PT_LOCKOUT_COUNTER, PT_LOCKOUT_INTERVAL)
+    counter, maximum = properties.get(PT_LOCKOUT_COUNTER, 0), properties.get(PT_LOCKOUT_COUNTER + 1, 2)
+    if maximum < 2:
+        raise AskOperator("tpm.lockout_maximum", "a new key without noDA is not tried out: one failure is a lockout")
+    if counter:
+        what = (
+            f"the TPM has counted {counter} of {maximum} failures, and a new key without noDA waits until it has none"
+        )
+        raise locked_out(what, properties)
+
+
+def locked_out(what: str, properties: "dict[int, int]") -> RetryLater:
+    """The error that `what` is, with the TPM's own recovery time."""
+    recovery_s = properties.get(PT_LOCKOUT_INTERVAL)
+    return RetryLater("tpm.locked_out", f"{what}; it forgets one every {recovery_s or '?'} s", recovery_s)
