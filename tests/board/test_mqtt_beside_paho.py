@@ -333,8 +333,11 @@ def test_only_what_we_acknowledge_is_acknowledged(serve: Any) -> None:
 def test_a_hub_that_is_not_verified_gets_no_token(serve: Any, certificates: Certificates, server_is: str) -> None:
     received: list[bytes] = []
     _, call = serve(lambda peer: received.append(peer.receive()), getattr(certificates, server_is)())
-    outcome = assert_no_reply(connect(call), "tls")
-    assert not outcome.request_sent
+    outcome = connect(call)
+    assert isinstance(outcome, NoReply) and not outcome.request_sent
+    # OpenSSL names an old version by its number or by what it signs with, mbedTLS by its number.
+    reasons = ("tls_version", "tls_failed") if server_is == "of_tls_1_1" else ("tls",)
+    assert outcome.reason.partition(":")[0] in reasons, outcome
     assert received == []
 
 

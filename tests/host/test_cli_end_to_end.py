@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from dps_agent.host import Provisioned, hub_token, load, provision
-from dps_agent.host import device as device_module
+from dps_agent.host import Provisioned, hub_token, load, parts, provision
 from dps_agent.host.progress import StepLines
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault
@@ -342,7 +341,7 @@ def test_an_error_of_a_progress_line_is_no_error_of_the_registration(
 
     bench.enroll()
     steps = StepLines(Gone(), True)  # type: ignore[arg-type]
-    assert not device_module.provision_once(load(bench.settings), steps=steps).already_provisioned
+    assert not parts.provision_once(load(bench.settings), steps=steps).already_provisioned
 
 
 def test_a_second_provision_cannot_overtake_the_first(bench: Bench) -> None:
@@ -396,7 +395,7 @@ def test_out_of_time_after_the_commit_is_a_success(bench: Bench, monkeypatch: py
             ends[0]()
 
     monkeypatch.setattr(FileStore, "commit", slow)
-    monkeypatch.setattr(device_module.threading, "Timer", TimeIsUpLater)
+    monkeypatch.setattr(parts.threading, "Timer", TimeIsUpLater)
     assert provision(bench.settings, timeout_s=1).assigned_hub == HUB
     assert len(ends) == 1
 

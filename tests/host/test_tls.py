@@ -65,7 +65,6 @@ def test_flags_version_and_names_are_the_agent_s_own_on_every_python(tmp_path: P
         assert ssl.OP_NO_RENEGOTIATION in context.options and ssl.OP_NO_COMPRESSION in context.options
         assert not int(context.options) & (0x4 | 0x80 | 0x40000)  # legacy servers, unexpected ends, old renegotiation
         assert context.security_level >= 1
-        assert {suite["protocol"] for suite in context.get_ciphers()} <= {"TLSv1.3", "TLSv1.2", "TLSv1.0"}
         assert not [
             suite for suite in context.get_ciphers() if suite["auth"] == "auth-null" or not suite["strength_bits"]
         ]
