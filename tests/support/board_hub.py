@@ -149,9 +149,10 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
     values = config.values
     clock = BoardClock(values["board.built_at_s"], config.roots_end_s, set_rtc, values["board.ntp_server"], feed)
     states: list[str] = []
+    known: dict[str, str] = {}
 
     def show(state: str) -> None:
-        states.append(state)
+        states.append(known.setdefault(state, state))  # one object for each: only what the agent keeps is to grow
         if "full" in options and state == CONNECTED and states.count(state) == 1:
             fill_heap()
         gc.collect()
