@@ -28,7 +28,7 @@ from support.emulator import EmulatorInThread
 from support.ntp import NtpServer
 from support.swtpm import Swtpm
 
-HEAP_KB = 96
+HEAP_KB = 104
 LEAST_KB = 80  # no smaller one is tried
 LIFE_LIMIT_S = 30
 
