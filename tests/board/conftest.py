@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.board import Image, build
+from support.board.compiled import Image, build
 
 
 @pytest.fixture(scope="session")

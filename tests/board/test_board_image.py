@@ -19,12 +19,12 @@ from dps_deploy.modules import compiled, for_a_board, packaged
 from dps_emulator.enrollments import read_enrollments
 from dps_emulator.service import Settings
 from dps_hal.platform import sha256
-from support.board import CHECKOUT, Image, board_files, der
+from support.board.compiled import CHECKOUT, Image, board_files, der
+from support.board.serial_board import SerialBoard, boot
+from support.cloud.emulator import EmulatorInThread
+from support.cloud.ntp import NtpServer
 from support.documents import blocks_of
-from support.emulator import EmulatorInThread
-from support.ntp import NtpServer
-from support.serial_board import SerialBoard, boot
-from support.swtpm import Swtpm
+from support.tpm.swtpm import Swtpm
 
 MICROPYTHON = str(Path(sys.executable).with_name("micropython"))
 PROGRAMS = {"app.py", "boot.py", "main.py"}  # the firmware engineer's own; not part of the packages
@@ -220,7 +220,7 @@ def test_a_board_boots_from_the_image_and_gets_its_hub_by_a_tpm_on_spi(bench: Be
 
 MOUNT = """
 import os, sys, vfs
-from support import board_life
+from support.board import board_life
 board_life.BLOCKS = os.stat(sys.argv[1])[6] // board_life.BLOCK_BYTES
 flash = board_life.FileFlash(sys.argv[1])
 for written in (b"", b"new" * 400):

@@ -15,9 +15,9 @@ import trustme
 
 from dps_agent.effects import Failed
 from dps_board.tls import Link
-from support.board import Image, der, micropython
-from support.chains import CHAINS, TRUSTED, serving
-from support.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering
+from support.board.compiled import Image, der, micropython
+from support.cloud.chains import CHAINS, TRUSTED, serving
+from support.cloud.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering
 
 if TYPE_CHECKING:
     from collections.abc import Callable

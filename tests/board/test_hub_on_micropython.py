@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 
 from dps_emulator.service import Settings
-from support.board import Image, der, micropython
-from support.emulator import HUB, EmulatorInThread
-from support.ntp import NtpServer
-from support.swtpm import Swtpm
+from support.board.compiled import Image, der, micropython
+from support.cloud.emulator import HUB, EmulatorInThread
+from support.cloud.ntp import NtpServer
+from support.tpm.swtpm import Swtpm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,14 +13,14 @@ import pytest
 import trustme
 
 import dps_emulator.server
-import support.emulator
+import support.cloud.emulator
 from dps_emulator.faults import Fault
 from dps_emulator.service import Settings
-from support.board import Image, der, micropython
-from support.emulator import EmulatorInThread
-from support.ntp import NtpServer
-from support.swtpm import Swtpm
-from support.tpm_tap import COMMANDS, TpmTap
+from support.board.compiled import Image, der, micropython
+from support.cloud.emulator import EmulatorInThread
+from support.cloud.ntp import NtpServer
+from support.tpm.swtpm import Swtpm
+from support.tpm.tap import COMMANDS, TpmTap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -195,7 +195,7 @@ def short_lived(monkeypatch: pytest.MonkeyPatch) -> None:
     now = datetime.datetime.now(datetime.UTC)
     first, last = now - datetime.timedelta(days=10), now + datetime.timedelta(days=80)
     monkeypatch.setattr(authority, "issue_cert", lambda *names: issue(*names, not_before=first, not_after=last))
-    monkeypatch.setattr(support.emulator, "certificate_authority", lambda state_dir: authority)
+    monkeypatch.setattr(support.cloud.emulator, "certificate_authority", lambda state_dir: authority)
 
 
 @pytest.fixture

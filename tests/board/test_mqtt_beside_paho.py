@@ -38,11 +38,11 @@ from dps_agent.hub_effects import (
 from dps_agent.sas import SasToken
 from dps_board import mqtt as board_mqtt
 from dps_emulator import mqtt
-from support.board import CHECKOUT, der
-from support.board_mqtt import Served, connecting
-from support.broker import HubPeer, accepting
-from support.emulator import DeviceCredentials, EmulatorInThread
-from support.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server
+from support.board.board_mqtt import Served, connecting
+from support.board.compiled import CHECKOUT, der
+from support.cloud.broker import HubPeer, accepting
+from support.cloud.emulator import DeviceCredentials, EmulatorInThread
+from support.cloud.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server
 
 if TYPE_CHECKING:
     import ssl
@@ -57,7 +57,7 @@ MICROPYTHON = str(Path(sys.executable).with_name("micropython"))
 
 
 class Client(Protocol):
-    """A client, called by name as `support.board_mqtt` describes."""
+    """A client, called by name as `support.board.board_mqtt` describes."""
 
     def call(self, method: str, *arguments: Any) -> Any: ...
     def close(self) -> None: ...
@@ -114,7 +114,7 @@ class MicroPython:
 
     def __init__(self, ca_file: str, connect_to: str) -> None:
         self._process = subprocess.Popen(
-            [MICROPYTHON, "-X", "heapsize=32m", "tests/support/board_mqtt.py", roots_of(ca_file), connect_to],
+            [MICROPYTHON, "-X", "heapsize=32m", "tests/support/board/board_mqtt.py", roots_of(ca_file), connect_to],
             cwd=CHECKOUT,
             env={**os.environ, "MICROPYPATH": "agent:hal:micropython:.frozen"},
             stdin=subprocess.PIPE,

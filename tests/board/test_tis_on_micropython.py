@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from contracts.tpm import CLAIMS
-from support.swtpm import Swtpm
+from support.tpm.swtpm import Swtpm
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MICROPYTHON = str(Path(sys.executable).with_name("micropython"))
@@ -17,7 +17,7 @@ MICROPYTHON = str(Path(sys.executable).with_name("micropython"))
 def test_the_contract_holds_on_a_bus_under_micropython(bus: str, tmp_path: Path) -> None:
     with Swtpm(tmp_path / "first") as first, Swtpm(tmp_path / "second") as second:
         done = subprocess.run(
-            [MICROPYTHON, "-X", "heapsize=1m", "tests/support/tis_chip.py", bus, str(first.port), str(second.port)],
+            [MICROPYTHON, "-X", "heapsize=1m", "tests/support/tpm/tis_chip.py", bus, str(first.port), str(second.port)],
             cwd=CHECKOUT,
             capture_output=True,
             text=True,

@@ -10,8 +10,8 @@ import pytest
 from contracts.tpm import CLAIMS, KEY
 from dps_hal.platform import hmac_sha256
 from dps_hal.tpm.self_challenge import make_activation
-from support.backends import open_wire
-from support.swtpm import Swtpm
+from support.tpm.backends import open_wire
+from support.tpm.swtpm import Swtpm
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MICROPYTHON = str(Path(sys.executable).with_name("micropython"))
@@ -27,7 +27,7 @@ def machines(tmp_path: Path) -> Iterator[tuple[Swtpm, Swtpm]]:
 def run(script: str, *arguments: str, heap_kb: int = 1024) -> list[str]:
     """The lines that the script printed under MicroPython; it must have ended well."""
     done = subprocess.run(
-        [MICROPYTHON, "-X", f"heapsize={heap_kb}k", f"tests/support/{script}", *arguments],
+        [MICROPYTHON, "-X", f"heapsize={heap_kb}k", f"tests/support/tpm/{script}", *arguments],
         cwd=CHECKOUT,
         capture_output=True,
         text=True,

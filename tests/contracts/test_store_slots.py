@@ -18,7 +18,7 @@ from dps_hal.store.slots import (
     decode_slot,
     encode_slot,
 )
-from support.flash import FlashSlots
+from support.disk.flash import FlashSlots
 
 
 def assert_every_rule_holds(slot_bytes: int, erase_value: int) -> None:

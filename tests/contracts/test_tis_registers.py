@@ -9,7 +9,7 @@ from dps_hal.tpm.i2c import I2cBus
 from dps_hal.tpm.spi import SpiBus
 from dps_hal.tpm.tis import TisTransport
 from support.claims import assert_refused
-from support.tis_chip import (
+from support.tpm.tis_chip import (
     INFINEON_SLB9672,
     NUVOTON_NPCT75X,
     ST_ST33,

@@ -24,7 +24,7 @@ from dps_agent.utc import CERTIFICATE
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, IdentityStale, RetryLater
 from dps_hal.platform import from_json
-from support.fake_hub import NOT_AUTHORIZED, SILENT, FakeHub
+from support.cloud.fake_hub import NOT_AUTHORIZED, SILENT, FakeHub
 from support.world import HUB, NOW_S, World, calls, catch, error_reply, settings
 
 TYPE_CHECKING = False

@@ -43,7 +43,7 @@ from dps_agent.settings import KEEP_ALIVE_S, TOKEN_LIFE_S
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.platform import from_json
-from support.fake_hub import FakeHub
+from support.cloud.fake_hub import FakeHub
 from support.world import DEVICE, HUB, NOW_S, World, settings
 
 TYPE_CHECKING = False

@@ -16,7 +16,7 @@ from dps_agent.hub_effects import (
 from dps_agent.lifecycle import CONNECTED, Lifecycle
 from dps_agent.session import CALL_LIMIT, IN_FLIGHT_LIMIT, MESSAGE_LIMIT
 from dps_hal.errors import RetryLater
-from support.fake_hub import FakeHub
+from support.cloud.fake_hub import FakeHub
 from support.world import HUB, World, error_reply, settings
 
 TYPE_CHECKING = False

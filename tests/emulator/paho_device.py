@@ -13,7 +13,7 @@ from typing import Any
 
 import paho.mqtt.client as paho
 
-from support.emulator import DeviceCredentials, HubCommands
+from support.cloud.emulator import DeviceCredentials, HubCommands
 
 PATIENCE_S = 60.0
 HUB_SUBSCRIPTIONS = ("$iothub/methods/POST/#", "$iothub/twin/res/#", "$iothub/twin/PATCH/properties/desired/#")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from support.emulator import EmulatorInThread
+from support.cloud.emulator import EmulatorInThread
 
 CLIENT = Path(__file__).with_name("azure_iot_device_client.py")
 REQUIREMENT = "azure-iot-device>=2.14,<3"

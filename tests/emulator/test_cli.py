@@ -23,7 +23,7 @@ from dps_emulator.hub_devices import BoundedFile
 from dps_emulator.server import EmulatorServer, LogLine
 from dps_emulator.state import enrollment_folder
 from emulator.device import ActivatedKey, Client, Device, lookup_path, operation_path, register_path
-from support.emulator import EmulatorProcess
+from support.cloud.emulator import EmulatorProcess
 
 DEVICE = Device.of_the_vectors()
 RID = DEVICE.registration_id

@@ -25,7 +25,7 @@ from dps_emulator.enrollments import Enrollment
 from dps_emulator.hub_devices import BoundedFile, MessageFile, MessagesInMemory, Telemetry
 from dps_emulator.service import Settings
 from emulator.device import Client, Device, register_path
-from support.emulator import DeviceCredentials, EmulatorInThread, EmulatorProcess
+from support.cloud.emulator import DeviceCredentials, EmulatorInThread, EmulatorProcess
 
 TPM = Device.of_the_vectors()
 PATCH = "$iothub/twin/PATCH/properties/reported/?$rid=1"

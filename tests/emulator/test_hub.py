@@ -20,7 +20,7 @@ from dps_emulator.enrollments import Enrollment
 from dps_emulator.service import Settings
 from emulator.device import Client, Device, operation_path, register_path
 from emulator.paho_device import HUB_SUBSCRIPTIONS, PahoDevice
-from support.emulator import DeviceCredentials, EmulatorInThread
+from support.cloud.emulator import DeviceCredentials, EmulatorInThread
 
 HUBS = ("emulator.azure-devices.net", "second.azure-devices.net")
 TPM = Device.of_the_vectors()

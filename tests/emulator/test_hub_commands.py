@@ -20,7 +20,7 @@ from dps_emulator.faults import FaultScriptError, fault_script
 from dps_emulator.hub import HubLine
 from emulator.device import Device
 from emulator.paho_device import HUB_SUBSCRIPTIONS, PahoDevice
-from support.emulator import DeviceCredentials, EmulatorProcess
+from support.cloud.emulator import DeviceCredentials, EmulatorProcess
 
 HUB = "emulator.azure-devices.net"
 

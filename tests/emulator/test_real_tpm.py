@@ -17,7 +17,7 @@ from dps_emulator.tpm_keys import (
     tpm2b,
 )
 from emulator.device import EK_HEAD, SRK_HEAD, take
-from support.swtpm import ENDORSEMENT, OWNER, Swtpm
+from support.tpm.swtpm import ENDORSEMENT, OWNER, Swtpm
 
 EK_HANDLE, SRK_HANDLE = 0x81010001, 0x81000001
 PASSWORD = bytes.fromhex("400000090000000000")  # the empty password, as an authorisation

@@ -28,7 +28,7 @@ from emulator.device import (
     operation_path,
     register_path,
 )
-from support.emulator import EmulatorInThread
+from support.cloud.emulator import EmulatorInThread
 
 DEVICE = Device.of_the_vectors()
 RID = DEVICE.registration_id

@@ -15,11 +15,11 @@ from dps_hal.platform import hmac_sha256
 from dps_hal.tpm import operations
 from dps_hal.tpm.keys import ek_public
 from dps_hal.tpm.verdicts import Doubts
-from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused, flipped
-from support.device import Device
-from support.swtpm import Swtpm
-from support.tpm_tap import TpmTap
+from support.tapped_device import Device
+from support.tpm.backends import BACK_ENDS, OpenTpm
+from support.tpm.swtpm import Swtpm
+from support.tpm.tap import TpmTap
 
 MESSAGE = b"message"
 HEAD = (0, 1, 6, 7, 8, 9)  # tag and return or command code; the size between them is for the transport to check

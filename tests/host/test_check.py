@@ -25,11 +25,11 @@ from dps_hal.host.files import FileStore
 from dps_hal.host.mounts import doubt
 from dps_hal.host.simulator import SimulatedTpm
 from dps_hal.tpm.keys import SIGN, USER_WITH_AUTH, ek_public, object_name
-from support import swtpm
-from support.backends import BACK_ENDS
-from support.swtpm import Swtpm
-from support.tpm_states import copy_state
-from support.tpm_tap import TpmTap
+from support.tpm import swtpm
+from support.tpm.backends import BACK_ENDS
+from support.tpm.states import copy_state
+from support.tpm.swtpm import Swtpm
+from support.tpm.tap import TpmTap
 
 CHECKOUT = Path(__file__).parents[2]
 IDS = [

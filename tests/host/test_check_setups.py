@@ -35,12 +35,12 @@ from dps_hal.host.files import FileStore
 from dps_hal.host.simulator import SimulatedTpm
 from dps_hal.tpm.keys import SIGN, USER_WITH_AUTH, object_name
 from dps_hal.tpm.wire import WireTpm
-from support.emulator import HUB, EmulatorInThread
-from support.running_agent import PROGRAM, RunningAgent, _environ
-from support.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering, proxying
-from support.swtpm import Swtpm
-from support.tpm_states import copy_state
-from support.tpm_tap import TpmTap
+from support.cloud.emulator import HUB, EmulatorInThread
+from support.cloud.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering, proxying
+from support.programs.running_agent import PROGRAM, RunningAgent, _environ
+from support.tpm.states import copy_state
+from support.tpm.swtpm import Swtpm
+from support.tpm.tap import TpmTap
 
 OTHER_EK_STATE = "press-08"
 NOBODY = 65534

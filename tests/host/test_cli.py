@@ -32,7 +32,7 @@ from dps_hal.host.simulator import SimulatedTpm
 from dps_hal.platform import hmac_sha256
 from dps_hal.tpm.keys import object_name, registration_id_from_ek
 from dps_hal.tpm.self_challenge import make_activation
-from support.tpm_states import copy_state
+from support.tpm.states import copy_state
 
 CHECKOUT = Path(__file__).parents[2]
 HUB_KEY = bytes(range(100, 132))

@@ -25,10 +25,10 @@ from dps_hal.errors import AskOperator
 from dps_hal.host.files import FileStore
 from dps_hal.host.simulator import SimulatedTpm
 from dps_hal.tpm.keys import registration_id_from_ek
-from support.emulator import EmulatorInThread
-from support.swtpm import Swtpm
-from support.tpm_states import copy_state
-from support.tpm_tap import TpmTap
+from support.cloud.emulator import EmulatorInThread
+from support.tpm.states import copy_state
+from support.tpm.swtpm import Swtpm
+from support.tpm.tap import TpmTap
 
 CHECKOUT = Path(__file__).parents[2]
 HUB = "emulator.azure-devices.net"

@@ -24,11 +24,11 @@ from dps_emulator.service import Settings
 from dps_hal.contracts import IDENTITY
 from dps_hal.host.files import FileStore
 from dps_hal.host.simulator import SimulatedTpm
-from support import swtpm
-from support.emulator import HUB, EmulatorInThread
-from support.running_agent import PROGRAM, RunningAgent, _environ
-from support.swtpm import Swtpm
-from support.tpm_states import copy_state
+from support.cloud.emulator import HUB, EmulatorInThread
+from support.programs.running_agent import PROGRAM, RunningAgent, _environ
+from support.tpm import swtpm
+from support.tpm.states import copy_state
+from support.tpm.swtpm import Swtpm
 
 OWNER_PASSWORD = 'own"er/hunter2é'
 ENDORSEMENT_PASSWORD = "endorse-hunter3"

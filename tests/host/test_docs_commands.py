@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from support.documents import CHECKOUT, DOCUMENTS, REASONS, Block, blocks_of, commands_of, name_of
-from support.swtpm import free_port_pair
+from support.tpm.swtpm import free_port_pair
 
 DEADLINE_S = 180
 KINDS = ("run", "file", "output", "shown")

@@ -23,12 +23,12 @@ from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.tpm.ek_certificate import ABSENT, MATCH, MISMATCH, UNREADABLE, certified_key, compare
 from dps_hal.tpm.keys import ek_public, object_name
 from dps_hal.tpm.upkeep import EK_CERTIFICATE_INDEX, PT_NV_BUFFER_MAX, nv_chunk_bytes
-from support import swtpm
-from support.backends import BACK_ENDS
 from support.claims import assert_refused
-from support.swtpm import Swtpm
-from support.tpm_maker import certificate_for, certify, template
-from support.tpm_tap import TpmTap
+from support.tpm import swtpm
+from support.tpm.backends import BACK_ENDS
+from support.tpm.maker import certificate_for, certify, template
+from support.tpm.swtpm import Swtpm
+from support.tpm.tap import TpmTap
 
 MODULUS = bytes([0xC1]) + bytes(range(1, 256))
 EK = ek_public(MODULUS)

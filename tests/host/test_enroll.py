@@ -29,10 +29,10 @@ from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.host.simulator import SimulatedTpm
 from dps_text import text_of
 from dps_text.enrolments import read_enrolments
-from support.running_agent import PROGRAM, _environ
-from support.swtpm import Swtpm
-from support.tpm_maker import certificate_for
-from support.tpm_states import copy_state
+from support.programs.running_agent import PROGRAM, _environ
+from support.tpm.maker import certificate_for
+from support.tpm.states import copy_state
+from support.tpm.swtpm import Swtpm
 
 # `az iot dps enrollment create`, extension azure-iot: the options of an individual enrolment.
 AZ_OPTIONS = {

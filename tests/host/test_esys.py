@@ -29,11 +29,11 @@ from dps_hal.tpm.keys import RSA_BYTES, SIGN, USER_WITH_AUTH, check_ek_public, o
 from dps_hal.tpm.self_challenge import make_activation
 from dps_hal.tpm.sessions import SaltedSession
 from dps_hal.tpm.upkeep import EK_CERTIFICATE_INDEX
-from support import swtpm
-from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused
-from support.swtpm import Swtpm
-from support.tpm_tap import COMMANDS, TpmTap
+from support.tpm import swtpm
+from support.tpm.backends import BACK_ENDS, OpenTpm
+from support.tpm.swtpm import Swtpm
+from support.tpm.tap import COMMANDS, TpmTap
 
 COMMANDS_OF_A_REGISTRATION = {"esys": 21, "wire": 18}  # the bounds; the device SDKs of Azure need 26, in clear
 DA_KEY = USER_WITH_AUTH | SIGN  # no noDA: each use between power-on and an unannounced power cut counts as a failure

@@ -19,9 +19,9 @@ from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.host.files import FileStore, SystemCalls
 from dps_hal.store.slots import encode_slot
-from support import disk_cuts
-from support.disk import SimulatedDisk
-from support.flash import PowerCut
+from support.disk import disk_cuts
+from support.disk.flash import PowerCut
+from support.disk.posix_disk import SimulatedDisk
 from support.world import World
 from support.world import settings as world_settings
 

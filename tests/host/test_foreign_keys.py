@@ -12,11 +12,11 @@ from dps_hal.contracts import EK_HANDLE, SRK_HANDLE, TpmService
 from dps_hal.errors import AskOperator, DpsError
 from dps_hal.platform import hmac_sha256
 from dps_hal.tpm.keys import srk_template
-from support import swtpm
-from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused
-from support.device import Device
-from support.swtpm import Swtpm
+from support.tapped_device import Device
+from support.tpm import swtpm
+from support.tpm.backends import BACK_ENDS, OpenTpm
+from support.tpm.swtpm import Swtpm
 
 # TPM2B_PUBLIC: systemd's storage key, ECC on P-256, and a key that signs with RSASSA and SHA-256.
 ECC_STORAGE = bytes.fromhex("001a 0023 000b 00030472 0000 0006 0080 0043 0010 0003 0010 0000 0000")

@@ -19,7 +19,7 @@ from dps_agent.http1 import HEAD_LIMIT
 from dps_agent.sas import SasToken
 from dps_agent.utc import http_date_s
 from dps_hal.errors import AskOperator
-from support.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering
+from support.cloud.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

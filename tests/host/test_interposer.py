@@ -15,12 +15,12 @@ from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.platform import hmac_sha256
 from dps_hal.tpm.keys import RSA_BYTES, check_ek_public, ek_public, object_name, sized, srk_public
 from dps_hal.tpm.self_challenge import make_activation
-from support import swtpm
-from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused
-from support.device import Device
-from support.swtpm import Swtpm
-from support.tpm_tap import TpmTap
+from support.tapped_device import Device
+from support.tpm import swtpm
+from support.tpm.backends import BACK_ENDS, OpenTpm
+from support.tpm.swtpm import Swtpm
+from support.tpm.tap import TpmTap
 
 MESSAGE = b"message"
 NULL = struct.pack(">I", 0x40000007)

@@ -15,8 +15,8 @@ from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.host.files import FileStore
 from dps_hal.platform import from_json, hmac_sha256, to_base64, to_json
 from dps_hal.tpm.keys import object_name, unwrap
-from support.backends import BACK_ENDS
-from support.device import Device
+from support.tapped_device import Device
+from support.tpm.backends import BACK_ENDS
 
 HANDLE = 0x81000100
 MESSAGE = b"message"

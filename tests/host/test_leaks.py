@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from dps_hal.errors import DpsError
-from support import swtpm
-from support.backends import BACK_ENDS
-from support.device import Device
+from support.tapped_device import Device
+from support.tpm import swtpm
+from support.tpm.backends import BACK_ENDS
 
 GOOD = 200
 FAILING = 50

@@ -41,7 +41,7 @@ from dps_agent.hub_effects import (
 from dps_agent.lifecycle import Lifecycle
 from dps_agent.session import CALL_LIMIT, IN_FLIGHT_LIMIT, MESSAGE_LIMIT, TELEMETRY_LIMIT, telemetry_topic
 from dps_hal.errors import RetryLater
-from support.local_client import LocalClient
+from support.programs.local_client import LocalClient
 from support.world import World, settings
 
 STATUS = {"state": "connected", "reason": "connected to h"}

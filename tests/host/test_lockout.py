@@ -17,11 +17,11 @@ from dps_emulator import service
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.platform import hmac_sha256
 from dps_hal.tpm.keys import SIGN, USER_WITH_AUTH
-from support.backends import BACK_ENDS
 from support.claims import assert_refused
-from support.device import Device
-from support.swtpm import LOCKOUT_COUNTER, Swtpm
-from support.tpm_tap import TpmTap
+from support.tapped_device import Device
+from support.tpm.backends import BACK_ENDS
+from support.tpm.swtpm import LOCKOUT_COUNTER, Swtpm
+from support.tpm.tap import TpmTap
 
 MESSAGE = b"message"
 MAXIMUM = 3

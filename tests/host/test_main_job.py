@@ -22,9 +22,9 @@ from dps_agent.host.runner import Runner
 from dps_agent.lifecycle import PROVISIONED, Lifecycle
 from dps_hal.contracts import IDENTITY
 from dps_hal.host.files import FileStore
-from support.emulator import EmulatorProcess
-from support.swtpm import Swtpm
-from support.tpm_tap import TpmTap
+from support.cloud.emulator import EmulatorProcess
+from support.tpm.swtpm import Swtpm
+from support.tpm.tap import TpmTap
 
 CHECKOUT = Path(__file__).parents[2]
 PATHS = os.pathsep.join([str(CHECKOUT / folder) for folder in ("agent", "hal", "tools")])

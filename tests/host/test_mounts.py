@@ -11,7 +11,7 @@ from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.host import files
 from dps_hal.host.files import FileStore
 from dps_hal.host.mounts import doubt, kind_of
-from support.disk import SimulatedDisk
+from support.disk.posix_disk import SimulatedDisk
 
 ROOT = "27 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw"
 FOLDER = "/var/lib/dps-agent"

@@ -36,10 +36,10 @@ from dps_agent.hub_effects import (
 from dps_agent.sas import SasToken
 from dps_emulator import mqtt, websocket
 from dps_hal.errors import AskOperator
-from support.broker import HubPeer, accepting
-from support.emulator import HUB as EMULATED_HUB
-from support.emulator import EmulatorInThread
-from support.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, proxying
+from support.cloud.broker import HubPeer, accepting
+from support.cloud.emulator import HUB as EMULATED_HUB
+from support.cloud.emulator import EmulatorInThread
+from support.cloud.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, proxying
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

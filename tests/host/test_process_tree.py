@@ -119,7 +119,7 @@ def test_its_status_is_that_of_its_work_and_nothing_is_left(end: str, status: in
 def test_no_software_tpm_outlives_the_tests(number: signal.Signals, tmp_path: Path) -> None:
     case = tmp_path / "test_that_waits.py"
     case.write_text(
-        "import pathlib, time\nfrom support.swtpm import Swtpm\n\n"
+        "import pathlib, time\nfrom support.tpm.swtpm import Swtpm\n\n"
         "def test_waits():\n"
         "    with Swtpm(pathlib.Path(__file__).with_name('tpm')):\n"
         "        pathlib.Path(__file__).with_name('ready').touch()\n"

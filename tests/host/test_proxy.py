@@ -16,7 +16,7 @@ from dps_agent.host.config import without_password
 from dps_agent.host.network.https import DpsConnection
 from dps_agent.host.network.proxy import Proxy, ProxyRule, schemes_of
 from dps_hal.errors import AskOperator
-from support.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering, proxying
+from support.cloud.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering, proxying
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -57,10 +57,10 @@ from dps_hal.contracts import StoredRecord, Utc
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.tpm.rules import COMMAND_LIMIT_S, KEY_CREATION_LIMIT_S, LEAST_LIMIT_S, RELEASE_LIMIT_S
 from dps_hal.tpm.self_challenge import make_activation
-from support.backends import open_wire
-from support.broker import HubPeer
-from support.servers import ENDPOINT_NAME, Certificates, Peer, Server
-from support.swtpm import Swtpm
+from support.cloud.broker import HubPeer
+from support.cloud.servers import ENDPOINT_NAME, Certificates, Peer, Server
+from support.tpm.backends import open_wire
+from support.tpm.swtpm import Swtpm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

@@ -32,11 +32,11 @@ from dps_hal.errors import Broken
 from dps_hal.host.files import FileStore
 from dps_hal.host.simulator import SimulatedTpm
 from dps_hal.tpm.keys import unwrap
-from support.emulator import HUB, EmulatorInThread
-from support.running_agent import CHECKOUT, PATIENCE_S, SOON_S, RunningAgent
-from support.swtpm import Swtpm
-from support.tpm_states import copy_state
-from support.tpm_tap import TpmTap
+from support.cloud.emulator import HUB, EmulatorInThread
+from support.programs.running_agent import CHECKOUT, PATIENCE_S, SOON_S, RunningAgent
+from support.tpm.states import copy_state
+from support.tpm.swtpm import Swtpm
+from support.tpm.tap import TpmTap
 
 if TYPE_CHECKING:
     from dps_agent.hub_effects import Event, Message

@@ -19,7 +19,7 @@ from dps_hal.platform import hmac_sha256
 from dps_hal.tpm.keys import check_ek_public, object_name, registration_id_from_ek, unwrap
 from dps_hal.tpm.self_challenge import make_activation
 from support.claims import assert_refused
-from support.tpm_states import copy_state
+from support.tpm.states import copy_state
 from support.vectors import load, unbase64, unhex
 
 VECTOR = load("activation")

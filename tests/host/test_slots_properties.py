@@ -11,7 +11,7 @@ from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError
 from dps_hal.host.files import FileStore
 from dps_hal.store.slots import DAMAGED, VALID, SlotStore, crc32, decode_slot, encode_slot
-from support.flash import FlashSlots, PowerCut, Supply
+from support.disk.flash import FlashSlots, PowerCut, Supply
 
 SLOT_BYTES = 64
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from contracts.tpm import CLAIMS
-from support.swtpm import Swtpm
+from support.tpm.swtpm import Swtpm
 
 CHECKOUT = Path(__file__).parents[2]
 SYSTEM_PYTHON = "/usr/bin/python3"
-PROGRAM = "tests/support/system_pytss.py"
+PROGRAM = "tests/support/tpm/system_pytss.py"
 
 
 @pytest.fixture

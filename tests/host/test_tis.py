@@ -26,8 +26,8 @@ from dps_hal.tpm.spi import SpiBus
 from dps_hal.tpm.tis import TisTransport
 from dps_hal.tpm.wire import WireTpm
 from support.claims import assert_refused
-from support.swtpm import Swtpm
-from support.tis_chip import ChipOnI2c, ChipOnSpi, EchoTpm, TisChip, echo_of, transport_on
+from support.tpm.swtpm import Swtpm
+from support.tpm.tis_chip import ChipOnI2c, ChipOnSpi, EchoTpm, TisChip, echo_of, transport_on
 
 if TYPE_CHECKING:
     from dps_hal.tpm.commands import Transport

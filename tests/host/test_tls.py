@@ -20,7 +20,7 @@ from dps_agent.host.network.dial import Dialler, tls_context, validity_s
 from dps_agent.host.network.https import DpsConnection
 from dps_agent.host.network.proxy import ProxyRule
 from dps_hal.host.codes import REMEDIES
-from support.chains import (
+from support.cloud.chains import (
     CHAINS,
     FOR_PEER,
     GENERALIZED_TIME,
@@ -37,7 +37,7 @@ from support.chains import (
     serving,
     shaken,
 )
-from support.servers import Peer, Server, answer, answering
+from support.cloud.servers import Peer, Server, answer, answering
 
 if TYPE_CHECKING:
     from collections.abc import Callable

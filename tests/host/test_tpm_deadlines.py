@@ -24,10 +24,10 @@ from dps_hal.tpm import commands, operations
 from dps_hal.tpm.errors import RC_NV_SPACE
 from dps_hal.tpm.rules import COMMAND_LIMIT_S, KEY_CREATION_LIMIT_S
 from dps_hal.tpm.verdicts import Doubts
-from support.backends import BACK_ENDS, OpenTpm, open_wire
 from support.claims import assert_refused
-from support.swtpm import OWNER, Swtpm
-from support.tpm_tap import TpmTap
+from support.tpm.backends import BACK_ENDS, OpenTpm, open_wire
+from support.tpm.swtpm import OWNER, Swtpm
+from support.tpm.tap import TpmTap
 
 ALWAYS = 1000
 MESSAGE = b"message"

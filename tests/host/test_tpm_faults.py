@@ -20,11 +20,11 @@ from dps_hal.platform import hmac_sha256
 from dps_hal.tpm import operations
 from dps_hal.tpm.errors import RefusedError
 from dps_hal.tpm.verdicts import error_of, locked_out
-from support import swtpm
-from support.backends import BACK_ENDS, OpenTpm
 from support.claims import assert_refused
-from support.swtpm import Swtpm
-from support.tpm_tap import DeviceNode, TpmTap, UnreliableNode
+from support.tpm import swtpm
+from support.tpm.backends import BACK_ENDS, OpenTpm
+from support.tpm.swtpm import Swtpm
+from support.tpm.tap import DeviceNode, TpmTap, UnreliableNode
 
 ALWAYS = 1000
 Operation = Callable[[TpmService, bytes, bytes], object]

@@ -31,10 +31,10 @@ from dps_hal.tpm.keys import (
 )
 from dps_hal.tpm.upkeep import EK_CERTIFICATE_INDEX
 from dps_hal.tpm.wire import WireTpm
-from support import swtpm
 from support.claims import assert_refused
-from support.swtpm import Swtpm
-from support.tpm_tap import DeviceNode, TpmTap
+from support.tpm import swtpm
+from support.tpm.swtpm import Swtpm
+from support.tpm.tap import DeviceNode, TpmTap
 
 MESSAGE = b"message"
 

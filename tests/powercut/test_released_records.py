@@ -4,7 +4,7 @@ from dps_agent.assignment import decode
 from dps_agent.patience import decode_progress
 from dps_hal.contracts import IDENTITY
 from dps_hal.store.slots import FORMAT_VERSION, TOMBSTONE, VALID, SlotStore, decode_slot, encode_slot
-from support.flash import FlashSlots
+from support.disk.flash import FlashSlots
 from support.vectors import load, unhex
 
 TYPE_CHECKING = False

@@ -2,12 +2,12 @@
 
 from dps_hal.store import slots as slots_module
 from dps_hal.store.slots import OVERHEAD_BYTES, SlotStore, encode_slot
-from support.faulty_writers import FAULTY
-from support.flash import RECORD, FlashSlots, committing, erasing, sweep
+from support.disk.faulty_writers import FAULTY
+from support.disk.flash import RECORD, FlashSlots, committing, erasing, sweep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from support.flash import Step
+    from support.disk.flash import Step
 
 # Where a nested sweep tears: each field's border, in the middle of a field, and in the payload.
 TEARS = (1, 4, 8, 12, 15, 16, 19, 20, 22)

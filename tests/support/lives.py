@@ -20,8 +20,8 @@ from dps_hal.errors import DpsError, IdentityStale
 from dps_hal.platform import hmac_sha256, sha256, to_base64
 from dps_hal.store.slots import SlotStore
 from dps_hal.tpm.keys import unwrap
-from support.faulty_writers import FAULTY, FAULTY_IN_THE_CACHE
-from support.flash import FlashSlots, PowerCut, Supply
+from support.disk.faulty_writers import FAULTY, FAULTY_IN_THE_CACHE
+from support.disk.flash import FlashSlots, PowerCut, Supply
 from support.world import HUB, FakeDps, World, settings
 
 TYPE_CHECKING = False
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from dps_agent.assignment import Assignment
     from dps_agent.effects import Reply
-    from support.flash import Slots
+    from support.disk.flash import Slots
 
     NewStore = Callable[[dict[str, FlashSlots]], SlotStore]
     Step = Callable[["FlashWorld"], None]

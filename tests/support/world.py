@@ -44,7 +44,7 @@ from dps_hal.errors import DpsError, IdentityStale
 from dps_hal.platform import MICROPYTHON, from_json, hmac_sha256, sha256, to_base64, to_json
 from dps_hal.tpm.activation import Activation, join_activation, parse_activation
 from dps_hal.tpm.keys import ID_KEY_ATTRIBUTES, ek_public, object_name, sized, srk_public, unwrap, wrap
-from support.fake_hub import CONNECT_LIMIT_S, FOREVER_S, FakeHub, FakeProgram
+from support.cloud.fake_hub import CONNECT_LIMIT_S, FOREVER_S, FakeHub, FakeProgram
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from dps_package.distributions import run
 from dps_package.lifecycle import ID_SCOPE, claim, import_enrolment, title
-from support.emulator import EmulatorProcess
-from support.swtpm import Swtpm
+from support.cloud.emulator import EmulatorProcess
+from support.tpm.swtpm import Swtpm
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,8 +11,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dps_package.container import CommandFailed, Container
-from support.emulator import EmulatorProcess
-from support.swtpm import ENDORSEMENT, OWNER, Swtpm
+from support.cloud.emulator import EmulatorProcess
+from support.tpm.swtpm import ENDORSEMENT, OWNER, Swtpm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,7 +5,7 @@ Until then each write and each name may be there or not, on its own; a write may
 left garbage in the sector that was under way, or have lengthened the file without its content. A failed fsync, or a
 failed write-back of the kernel's own (`forget`), leaves the content in the cache as if it were clean: what of it is on
 the disk, nobody knows (`certain` tells the ways), no fsync changes that, and the cache shows it until it is dropped.
-`support.disk_cuts` sweeps it.
+`support.disk.disk_cuts` sweeps it.
 """
 
 import errno
@@ -15,7 +15,7 @@ from copy import deepcopy
 from itertools import product
 
 from dps_hal.host.files import SystemCalls
-from support.flash import GARBAGE, SECTOR_BYTES, PowerCut
+from support.disk.flash import GARBAGE, SECTOR_BYTES, PowerCut
 
 Tree = dict[str, bytes | None]  # absolute path -> content, None for a folder
 _TEARS = (1, 4, 8, 12, 15, 16, 19, 20, 22, 24, 100, 512, 1024, 1536)

@@ -12,8 +12,8 @@ import os
 import sys
 
 from dps_hal.tpm.tcp import SwtpmTransport
-from support import board_life
-from support.tis_chip import ChipOnSpi, TisChip
+from support.board import board_life
+from support.tpm.tis_chip import ChipOnSpi, TisChip
 
 chip = TisChip(SwtpmTransport("127.0.0.1", int(sys.argv[2])))
 on_spi = ChipOnSpi(chip)

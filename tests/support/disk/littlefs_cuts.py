@@ -1,6 +1,6 @@
 """Cuts the power inside MicroPython's own littlefs while `LittleFsStore` commits and erases.
 
-    MICROPYPATH=agent:hal:tests micropython tests/support/littlefs_cuts.py [writer [state]]
+    MICROPYPATH=agent:hal:tests micropython tests/support/disk/littlefs_cuts.py [writer [state]]
 
 Runs under MicroPython only. One life is recorded operation by operation on a flash in memory; then every prefix of the
 operations, the last one torn, is mounted and loaded, and must hold a further commit. Prints one JSON document.

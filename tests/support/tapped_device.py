@@ -10,9 +10,9 @@ from dps_agent.host import Provisioned, load, provision
 from dps_emulator.service import Settings
 from dps_hal.contracts import IDENTITY
 from dps_hal.host.files import FileStore
-from support.emulator import EmulatorInThread
-from support.swtpm import Swtpm
-from support.tpm_tap import TpmTap
+from support.cloud.emulator import EmulatorInThread
+from support.tpm.swtpm import Swtpm
+from support.tpm.tap import TpmTap
 
 if TYPE_CHECKING:
     from types import TracebackType

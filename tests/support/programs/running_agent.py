@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from support.local_client import LocalClient
+from support.programs.local_client import LocalClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from support.emulator import EmulatorInThread, EmulatorProcess
+    from support.cloud.emulator import EmulatorInThread, EmulatorProcess
 
-CHECKOUT = Path(__file__).parents[2]
+CHECKOUT = Path(__file__).parents[3]
 PROGRAM = [sys.executable, "-m", "dps_agent.host.cli"]
 PATIENCE_S = 120.0
 SOON_S = 30.0  # what ends by itself, and not because something else gave up, is sooner over on any machine

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from support.swtpm import free_port_pair, read_frame
+from support.tpm.swtpm import free_port_pair, read_frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Runs the contract of every Tpm over WireTpm against two swtpm, under MicroPython as under CPython.
 
-    micropython tests/support/wire_contract.py PORT OTHER_PORT          (in the checkout)
+    micropython tests/support/tpm/wire_contract.py PORT OTHER_PORT          (in the checkout)
 
 Prints the traceback of each failure and closes with "N passed, N failed". Exit status 0: nothing failed.
 """

@@ -3,7 +3,7 @@
 Written from the PTP, not from the driver: `violations` has every step that a real part need not forgive. It counts
 register accesses where a part has time, so that a run is the same each time. It runs on CPython and MicroPython.
 
-    micropython tests/support/tis_chip.py BUS PORT OTHER_PORT          (in the checkout; BUS: spi or i2c)
+    micropython tests/support/tpm/tis_chip.py BUS PORT OTHER_PORT          (in the checkout; BUS: spi or i2c)
 
 runs the contract of every Tpm through it against two swtpm, as `wire_contract.py` does without it.
 """
@@ -461,7 +461,7 @@ def main(bus: str, ports: "list[str]") -> int:
     """Runs the contract; the count of violations is that of both chips."""
     sys.path[:0] = ["agent", "hal", "tests"]
     from dps_hal.tpm.tcp import SwtpmTransport
-    from support import wire_contract
+    from support.tpm import wire_contract
 
     chips: list[TisChip] = []
 

@@ -1,6 +1,6 @@
 """The whole job of a board on the smallest heap: the agent frozen into MicroPython's unix port, as into a firmware.
 
-    python -m support.frozen_unix MICROPYTHON MBEDTLS CACHE          (tools/test --board does)
+    python -m support.board.frozen_unix MICROPYTHON MBEDTLS CACHE          (tools/test --board does)
 
 MICROPYTHON and MBEDTLS are Debian's sources, unpacked; CACHE is a folder of its own. The port is a 64-bit one, whose
 pointers are twice as long as a board's; TLS takes its memory outside the heap. Exit status 0: on HEAP_KB the device
@@ -22,11 +22,11 @@ from typing import Any
 
 from dps_deploy.modules import for_a_board
 from dps_emulator.service import Settings
-from support.board import FOR_TESTS, board_files, der
-from support.cortex_firmware import BuildError, run_to_build
-from support.emulator import EmulatorInThread
-from support.ntp import NtpServer
-from support.swtpm import Swtpm
+from support.board.compiled import FOR_TESTS, board_files, der
+from support.board.cortex_firmware import BuildError, run_to_build
+from support.cloud.emulator import EmulatorInThread
+from support.cloud.ntp import NtpServer
+from support.tpm.swtpm import Swtpm
 
 HEAP_KB = 104
 LEAST_KB = 80  # no smaller one is tried

@@ -11,8 +11,8 @@ import time
 from typing import TYPE_CHECKING
 
 from dps_emulator import mqtt
-from support.broker import HubPeer
-from support.servers import LOOPBACK, Peer, answer
+from support.cloud.broker import HubPeer
+from support.cloud.servers import LOOPBACK, Peer, answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -31,12 +31,12 @@ from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import DpsError
 from dps_hal.host.files import FileStore, SystemCalls
 from dps_hal.tpm.keys import object_name, unwrap
-from support.backends import BACK_ENDS
-from support.blocklog import Unavailable
-from support.disk_cuts import ForgetsTheFolder, OnFiles, Writer
-from support.faulty_writers import InPlace, Naive, SingleSlot
-from support.swtpm import LOCKOUT_COUNTER, Swtpm
-from support.work_folder import work_folder
+from support.disk.blocklog import Unavailable
+from support.disk.disk_cuts import ForgetsTheFolder, OnFiles, Writer
+from support.disk.faulty_writers import InPlace, Naive, SingleSlot
+from support.disk.work_folder import work_folder
+from support.tpm.backends import BACK_ENDS
+from support.tpm.swtpm import LOCKOUT_COUNTER, Swtpm
 from support.world import DEVICE, NOW_S, World, settings
 
 if TYPE_CHECKING:

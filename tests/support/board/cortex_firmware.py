@@ -24,7 +24,7 @@ from dps_deploy.modules import CHECKOUT, for_a_board, packaged
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-BOARD_DIR = CHECKOUT / "tests" / "support" / "cortex_m3"
+BOARD_DIR = CHECKOUT / "tests" / "support" / "board" / "cortex_m3"
 FOR_TESTS = ("host/__init__.py", "host/aes.py", "tpm/self_challenge.py")  # of dps_hal; for tests, not for boards
 FROM_MBEDTLS = ("aes.c", "platform_util.c", "sha256.c")
 TEST_FOLDERS = ("core", "contracts", "powercut")
@@ -117,7 +117,7 @@ def build_rom(folder: Path) -> Path:
 def _test_sources(tests: Path) -> Iterator[Path]:
     """The shared tests and, at any depth, what they import from `support`."""
     waiting = [path for folder in TEST_FOLDERS for path in sorted((tests / folder).glob("*.py"))]
-    waiting += [tests / "support" / name for name in ("__init__.py", "cortex_board.py")]
+    waiting += [tests / "support" / name for name in ("__init__.py", "board/__init__.py", "board/cortex_board.py")]
     seen = set()
     while waiting:
         path = waiting.pop()
@@ -125,5 +125,6 @@ def _test_sources(tests: Path) -> Iterator[Path]:
             continue
         seen.add(path)
         yield path
-        for name in re.findall(r"^ *from support\.(\w+) import", for_a_board(path.read_text()), re.MULTILINE):
-            waiting.append(tests / "support" / f"{name}.py")
+        for name in re.findall(r"^ *from support\.([\w.]+) import", for_a_board(path.read_text()), re.MULTILINE):
+            module = tests / "support" / (name.replace(".", "/") + ".py")
+            waiting += [module, module.with_name("__init__.py")]

@@ -1,7 +1,7 @@
 """What the emulated Cortex-M3 runs: the shared tests, the contract of every Tpm, one activation step by step.
 
-The host (support.cortex_machine) calls one function after the other on the board's REPL and reads what they print:
-one JSON object a line. A TPM is at the other end of UART 0, another one behind UART 1.
+The host (`cortex_machine`) calls one function after the other on the board's REPL and reads what they print: one JSON
+object a line. A TPM is at the other end of UART 0, another one behind UART 1.
 """
 
 import binascii

@@ -20,15 +20,15 @@ from dps_deploy.modules import FACTORY, OTHER_PARTS, STARTS, Module, compiled, n
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[3]
 FOR_TESTS = tuple(
     Module(CHECKOUT / root / path, path)
     for root, path in (
         ("hal", "dps_hal/tpm/tcp.py"),
-        ("tests/support", "board_app.py"),
-        ("tests/support", "board_https.py"),
-        ("tests/support", "board_hub.py"),
-        ("tests/support", "board_life.py"),
+        ("tests/support/board", "board_app.py"),
+        ("tests/support/board", "board_https.py"),
+        ("tests/support/board", "board_hub.py"),
+        ("tests/support/board", "board_life.py"),
     )
 )
 LIBFAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
@@ -91,7 +91,7 @@ def micropython(
             "TZ": "UTC",
         }
     place = image.rom if in_flash else image.folder
-    launcher = [sys.executable, "tests/support/board_launcher.py", str(place), f"{heap_kb}k", script, *arguments]
+    launcher = [sys.executable, "tests/support/board/launcher.py", str(place), f"{heap_kb}k", script, *arguments]
     done = subprocess.run(
         launcher, cwd=CHECKOUT, env=environ, capture_output=True, text=True, timeout=timeout_s, check=False
     )

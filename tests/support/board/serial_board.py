@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from types import TracebackType
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[3]
 MICROPYTHON = str(Path(sys.executable).with_name("micropython"))
 ENVIRONMENT = {**os.environ, "MICROPYPATH": "agent:hal:tests:.frozen"}
 HEAP = "1m"
@@ -26,7 +26,15 @@ def boot(image: Path, tpm_port: int, until: str = "", timeout_s: float = 60) -> 
 
     AssertionError where that does not come in time, or the program does not end well; the power is off afterwards.
     """
-    words = [MICROPYTHON, "-X", f"heapsize={HEAP}", "tests/support/image_board.py", str(image), str(tpm_port), "run"]
+    words = [
+        MICROPYTHON,
+        "-X",
+        f"heapsize={HEAP}",
+        "tests/support/board/image_board.py",
+        str(image),
+        str(tpm_port),
+        "run",
+    ]
     said = ""
     with subprocess.Popen(
         words, cwd=CHECKOUT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -59,7 +67,15 @@ class SerialBoard:
         for end in (board_side, self._port):
             tty.setraw(end)
         self.device = os.ttyname(self._port)
-        words = [MICROPYTHON, "-X", f"heapsize={HEAP}", "-i", "tests/support/image_board.py", str(image), str(tpm_port)]
+        words = [
+            MICROPYTHON,
+            "-X",
+            f"heapsize={HEAP}",
+            "-i",
+            "tests/support/board/image_board.py",
+            str(image),
+            str(tpm_port),
+        ]
         words += ["fat"] if fat else []
         self._process = subprocess.Popen(
             words, cwd=CHECKOUT, env=ENVIRONMENT, stdin=board_side, stdout=board_side, stderr=board_side

@@ -1,6 +1,6 @@
 """Runs the contract of every Tpm over EsysTpm with whichever tpm2-pytss the Python that runs this has.
 
-    /usr/bin/python3 tests/support/system_pytss.py PORT OTHER_PORT          (in the checkout)
+    /usr/bin/python3 tests/support/tpm/system_pytss.py PORT OTHER_PORT          (in the checkout)
 
 Needs no pytest: it is for the Python of a distribution and that distribution's own packages. Prints their versions,
 the traceback of each failure, one registration, and closes with "N passed, N failed". Exit status 0: nothing failed;

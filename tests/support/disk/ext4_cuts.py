@@ -1,8 +1,8 @@
 """Cuts the power of a real ext4 under the real `FileStore`, block by block.
 
-The writer runs on a recorded disk (`support.blocklog`). A crash state is: all writes before the last flush, and some of
-those after it, the last one torn or not. Each is mounted, so that the kernel replays the journal, and loaded; then a
-further commit must work. `syncfs` between the writer's system calls does what any other process's sync may do.
+The writer runs on a recorded disk (`blocklog`). A crash state is: all writes before the last flush, and some of those
+after it, the last one torn or not. Each is mounted, so that the kernel replays the journal, and loaded; then a further
+commit must work. `syncfs` between the writer's system calls does what any other process's sync may do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dps_hal.contracts import IDENTITY
 from dps_hal.errors import DpsError
 from dps_hal.host.files import FileStore, SystemCalls
 from dps_hal.store.slots import decode_slot, encode_slot
-from support.blocklog import (
+from support.disk.blocklog import (
     BLOCK_BYTES,
     Entry,
     RecordedDisk,
@@ -32,9 +32,9 @@ from support.blocklog import (
     refuse_unless_able,
     syncfs,
 )
-from support.disk_cuts import OnFiles, Writer
-from support.faulty_writers import SingleSlot
-from support.work_folder import work_folder
+from support.disk.disk_cuts import OnFiles, Writer
+from support.disk.faulty_writers import SingleSlot
+from support.disk.work_folder import work_folder
 
 SEED = 4  # of the random subsets; a state's name has it
 SUBSETS = 6  # random ones of each set of more than three unflushed writes

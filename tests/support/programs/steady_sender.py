@@ -1,6 +1,6 @@
 """A well-behaved program on the device: it sends messages at a steady rate and notes what each was answered.
 
-    python -m support.steady_sender PATH USER SECONDS REPORT          (as root; it becomes that user)
+    python -m support.programs.steady_sender PATH USER SECONDS REPORT          (as root; it becomes that user)
 
 A line of REPORT for each message: its number, the status of the answer, 0 for none, and the code or what went wrong.
 """
@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from support.hostile_members import become
-from support.local_client import LocalClient
+from support.programs.hostile_members import become
+from support.programs.local_client import LocalClient
 
 RATE_PER_S = 10
 ANSWER_LIMIT_S = 60.0

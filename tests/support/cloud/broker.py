@@ -1,4 +1,4 @@
-"""The hub's end of one MQTT connection, for behaviours that no emulator has; see `support.servers`."""
+"""The hub's end of one MQTT connection, for behaviours that no emulator has; see `support.cloud.servers`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dps_emulator import mqtt
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from support.servers import Peer
+    from support.cloud.servers import Peer
 
 
 class HubPeer:

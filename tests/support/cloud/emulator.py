@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 HUB = "emulator.azure-devices.net"
 Item = TypeVar("Item")
-_TOOLS = Path(__file__).parents[2] / "tools"
+_TOOLS = Path(__file__).parents[3] / "tools"
 _PATIENCE_S = 90.0
 
 

@@ -1,6 +1,6 @@
 """Runs the agent on an emulated Cortex-M3 with two software TPMs on its UARTs, and says what everything costs.
 
-    python -m support.cortex_machine MICROPYTHON MBEDTLS CACHE          (tools/test --board does)
+    python -m support.board.cortex_machine MICROPYTHON MBEDTLS CACHE          (tools/test --board does)
 
 MICROPYTHON and MBEDTLS are Debian's sources, unpacked; CACHE is a folder of its own. Exit status 0: the activation
 worked, the contract holds, and every shared test that fits into the board's heap passed.
@@ -24,9 +24,9 @@ from contracts.tpm import CLAIMS
 from dps_deploy.modules import CHECKOUT
 from dps_hal.platform import hmac_sha256
 from dps_hal.tpm.self_challenge import make_activation
-from support.cortex_firmware import TEST_FOLDERS, BuildError, build_firmware, build_rom
-from support.swtpm import Swtpm
-from support.tpm_tap import TpmTap
+from support.board.cortex_firmware import TEST_FOLDERS, BuildError, build_firmware, build_rom
+from support.tpm.swtpm import Swtpm
+from support.tpm.tap import TpmTap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,7 +77,7 @@ class CortexM3:
             "import gc, sys, uctypes, vfs\n"
             f"vfs.mount(vfs.VfsRom(uctypes.bytearray_at({ROM_ADDRESS}, {rom.stat().st_size})), '/rom')\n"
             "sys.path[:] = ['.frozen', '/rom']\n"
-            "import support.cortex_board as board\n"
+            "import support.board.cortex_board as board\n"
         )
 
     def call(self, program: str, limit_s: float = CALL_LIMIT_S) -> list[dict[str, Any]]:

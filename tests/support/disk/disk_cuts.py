@@ -1,9 +1,9 @@
 """Cuts the power of a simulated Linux disk at every system call of the file store that changes something.
 
-`support.disk` is the disk: it keeps no more than POSIX promises, so that it also tells what one file system happens to
-forgive, such as a forgotten fsync of a folder. Four sweeps: a cut; a process that is killed, which leaves the cache,
-then a cut in the next one; the same where what the first one left could not be written; and a process whose fsync
-fails, or that one and the next, then a cut in the next process.
+`support.disk.posix_disk` is the disk: it keeps no more than POSIX promises, so that it also tells what one file system
+happens to forgive, such as a forgotten fsync of a folder. Four sweeps: a cut; a process that is killed, which leaves
+the cache, then a cut in the next one; the same where what the first one left could not be written; and a process whose
+fsync fails, or that one and the next, then a cut in the next process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import DpsError
 from dps_hal.host.files import FileSlots, FileStore, StateFolder, SystemCalls
 from dps_hal.store.slots import SlotStore
-from support.disk import SimulatedDisk, Tree
-from support.faulty_writers import (
+from support.disk.faulty_writers import (
     BelievesItsEyes,
     InPlace,
     Naive,
@@ -27,7 +26,8 @@ from support.faulty_writers import (
     SingleSlot,
     TrustsTheCache,
 )
-from support.flash import PowerCut
+from support.disk.flash import PowerCut
+from support.disk.posix_disk import SimulatedDisk, Tree
 
 Writer = Callable[[str, SystemCalls], Any]
 

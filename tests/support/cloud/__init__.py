@@ -1,0 +1,1 @@
+"""What a device meets in the network: DPS and hubs, honest and hostile, and the servers on the way."""

@@ -1,0 +1,1 @@
+"""Flash, disks and file systems that lose power, and stores that lose records."""
