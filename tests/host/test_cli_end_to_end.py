@@ -221,6 +221,15 @@ def test_no_network_until_the_time_is_up_is_exit_3(bench: Bench) -> None:
     assert answer["error"]["code"].split(".")[0] in ("network", "agent")
 
 
+def test_the_first_wait_says_once_how_long_it_goes_on(bench: Bench) -> None:
+    bench.enroll()
+    bench.emulator.script(*[Fault(status=503, headers={"Retry-After": "1"}, request=number) for number in (1, 2)])
+    _, err = bench.run("provision")
+    lines = [line for line in err.splitlines() if line.startswith(("goes on", "wait"))]
+    assert lines[0] == "goes on for 900 s at most, waits included" and len(lines) >= 3, err
+    assert all(line.startswith("wait") for line in lines[1:])
+
+
 def test_a_server_that_never_answers_is_exit_3_when_the_time_is_up(bench: Bench) -> None:
     bench.enroll()
     bench.emulator.script(Fault(delay_s=NEVER_S))

@@ -137,7 +137,7 @@ def provision_once(
 
     def on_wait(reason: str, until_uptime_s: float) -> None:
         if steps is not None:
-            steps.wait(reason, until_uptime_s - clock.uptime_s())
+            steps.wait(reason, until_uptime_s - clock.uptime_s(), settings.registration_budget_s)
 
     runner = Runner(
         tpm=tpm,

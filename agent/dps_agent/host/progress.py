@@ -28,6 +28,7 @@ class StepLines:
         self._verbose = verbose
         self._key = "challenge"  # which key the next ImportKey carries
         self._read: set[str] = set()  # the steps that are worth one line only
+        self._limit_shown = False
 
     def observe(self, effect: Any, answer: Any, seconds: float) -> None:
         """One effect and its answer, or the error it ended in, after `seconds`."""
@@ -44,10 +45,14 @@ class StepLines:
         if self._verbose and isinstance(effect, Http):
             self._line(f"    {_request(effect, answer)}")
 
-    def wait(self, reason: str, delay_s: float) -> None:
-        """A wait that begins now."""
-        if delay_s > 0:
-            self._line(f"wait {_duration(delay_s)} ({reason})")
+    def wait(self, reason: str, delay_s: float, limit_s: float) -> None:
+        """A wait that begins now, of an exchange that takes `limit_s` at most."""
+        if delay_s <= 0:
+            return
+        if not self._limit_shown:
+            self._limit_shown = True
+            self._line(f"goes on for {limit_s:g} s at most, waits included")
+        self._line(f"wait {_duration(delay_s)} ({reason})")
 
     def _step(self, effect: Any, answer: Any) -> str:
         """What to call an effect, "" for one that is not shown."""

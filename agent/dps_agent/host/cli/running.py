@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import socket
+import sys
 from typing import Any
 
 from dps_agent.host.cli.verb import UsageError
@@ -20,8 +21,8 @@ def ask_service(configuration: Configuration, path: str, timeout_s: float | None
     """POSTs to the socket of the service that runs and returns its answer; None where none runs, or has no socket.
 
     Raises what the service answered as an error; RetryLater `agent.out_of_time` where it does not within `timeout_s`,
-    None for a time in which one that is well answers, else `agent.not_running`; AskOperator `agent.denied` for who may
-    not use the socket; UsageError for settings on the command line, which the service does not see.
+    which stderr is told, None for a time in which one that is well answers, else `agent.not_running`; AskOperator
+    `agent.denied` for who may not use the socket; UsageError for settings on the command line, which it does not see.
     """
     from dps_agent.host.local.statefile import read_live
 
@@ -31,6 +32,9 @@ def ask_service(configuration: Configuration, path: str, timeout_s: float | None
     if unseen := unseen_settings(configuration):
         raise UsageError(f"--set {unseen[0]}: {UNSEEN}")
     limit_s = ANSWER_LIMIT_S if timeout_s is None else timeout_s
+    if timeout_s is not None:
+        with contextlib.suppress(OSError):
+            print(f"dps-agent: asks the service that runs, for {limit_s:g} s at most", file=sys.stderr, flush=True)
     try:
         answer = _post(live["socket"], path, limit_s)
     except TimeoutError:
