@@ -747,7 +747,9 @@ def test_what_was_never_sent_is_not_said_to_be_perhaps_at_the_hub(
     status, document = agent.client.ask("POST", "/telemetry", b"{}")
     assert (status, document["error"]["code"]) == (503, "agent.not_sent") and "not sent" in document["error"]["message"]
     agent.sent = True
+    assert "a message of user" not in agent.said.getvalue()
     assert "may or may not" in agent.client.ask("POST", "/telemetry", b"{}")[1]["error"]["message"]
+    assert agent.said.getvalue().count("was given up: the hub did not acknowledge it, and may have it") == 1
     agent.accepts, agent.takes_its_time = None, True
     monkeypatch.setattr(routes, "TELEMETRY_LIMIT_S", 0.2)
     status, document = agent.client.ask("POST", "/telemetry", b"{}")

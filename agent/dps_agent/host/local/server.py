@@ -591,6 +591,10 @@ class LocalServer:
             self._hub_places.give_back(under_way.user)
 
     def _end_telemetry(self, done: TelemetryDone) -> None:
+        under_way = self._under_way.get(done.request_id)
+        if under_way is not None and done.sent and not done.accepted:
+            what = f"a message of user {under_way.user} was given up: the hub did not acknowledge it, and may have it"
+            self._lines.say(under_way.user, "given up", what, time.monotonic(), NOTICE)
         self._release(done.request_id, False)
         outcome = outcome_of(done)
         self._finish(done.request_id, outcome.status, outcome.document)
