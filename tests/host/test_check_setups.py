@@ -396,6 +396,26 @@ def test_where_no_certificate_was_judged_none_is_blamed(
         assert blamed not in found["dps-tls"]["detail"] + found["dps-tls"]["remedy"]
 
 
+def test_a_system_without_any_roots_is_told_in_words(
+    bench: Bench, quiet: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roots = bench.folder / "roots"
+    roots.mkdir()
+    monkeypatch.setenv("SSL_CERT_FILE", str(bench.folder / "no-file"))
+    for folder in (roots, bench.folder / "no-folder"):
+        monkeypatch.setenv("SSL_CERT_DIR", str(folder))
+        _, found = found_by(bench, capsys, "--only", "dps-tls", *setting("ca_file", ""))
+        assert found["dps-tls"]["code"] == "network.tls"
+        assert (
+            f"it has none: neither {bench.folder}/no-file nor anything in {folder} is there"
+            in found["dps-tls"]["detail"]
+        )
+    monkeypatch.setenv("SSL_CERT_DIR", str(roots))
+    (roots / "12345678.0").touch()
+    _, found = found_by(bench, capsys, "--only", "dps-tls", *setting("ca_file", ""))
+    assert found["dps-tls"]["detail"].endswith("the roots are the system's")
+
+
 def test_the_chain_and_the_root_are_named(bench: Bench, quiet: None, capsys: pytest.CaptureFixture[str]) -> None:
     _, found = found_by(bench, capsys, "--only", "dps-tls")
     assert re.fullmatch(

@@ -563,6 +563,8 @@ def test_brackets_that_do_not_pair_are_no_proxy(tmp_path: Path) -> None:
 def test_a_proxy_s_password_that_others_may_read_is_told_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    environment = tmp_path / "environment"
+    monkeypatch.setattr(config, "ENVIRONMENT_FILE", str(environment))
     monkeypatch.setattr(config, "UNIT_DROP_INS", (str(tmp_path / "units"),))
     loaded = read(f'[network]\nproxy = "{URL}"\n', tmp_path)
     file = tmp_path / "given.toml"
@@ -576,6 +578,14 @@ def test_a_proxy_s_password_that_others_may_read_is_told_without_it(
     (said,) = config.readable_proxy_passwords(loaded)
     assert "systemctl show" in said and "hunter2" not in said
     unit.write_text("[Service]\nEnvironment=https_proxy=http://proxy:3128\n")
+    assert config.readable_proxy_passwords(loaded) == []
+    environment.write_text(f'http_proxy="{URL}"\n')
+    for mode, expected in ((0o644, 1), (0o600, 0)):
+        environment.chmod(mode)
+        said_of_it = config.readable_proxy_passwords(loaded)
+        assert len(said_of_it) == expected and "hunter2" not in str(said_of_it)
+    environment.chmod(0o644)
+    environment.write_text(f"# https_proxy={URL}\nhttps_proxy=http://proxy:3128\nMAILTO=a@b\n")
     assert config.readable_proxy_passwords(loaded) == []
 
 

@@ -50,6 +50,7 @@ PASSWORD_FILES = {
     "tpm.endorsement_auth_file": AUTH_LIMIT,
     "network.proxy_file": 2048,
 }
+ENVIRONMENT_FILE = "/etc/environment"  # of every session: pam_env(8)
 UNIT_DROP_INS = ("/etc/systemd/system/dps-agent.service.d", "/run/systemd/system/dps-agent.service.d")
 OWNER_HANDLES = (0x81000000, 0x817FFFFF)  # persistent handles the owner may use, TCG handle registry, table 3
 
@@ -620,15 +621,23 @@ def readable_proxy_passwords(configuration: Configuration) -> list[str]:
     origin = configuration.origins["network.proxy"]
     if "@" in configuration.network.proxy and origin in configuration.files and (readers := _readers(origin)):
         found.append(f"{origin} holds a proxy's password, and {readers} may read it")
+    if _names_a_password(ENVIRONMENT_FILE, "") and (readers := _readers(ENVIRONMENT_FILE)):
+        found.append(f"{ENVIRONMENT_FILE} holds a proxy's password, and {readers} may read it")
     for folder in UNIT_DROP_INS:
         for path in sorted(Path(folder).glob("*.conf")):
-            try:
-                lines = text_of(read_regular(path, SETTINGS_LIMIT)).splitlines()
-            except (OSError, NotText):
-                continue
-            if any(line.startswith("Environment=") and "proxy" in line.lower() and "@" in line for line in lines):
+            if _names_a_password(path, "Environment="):
                 found.append(f"{path} holds a proxy's password, and 'systemctl show' shows it to every user")
     return found
+
+
+def _names_a_password(path: str | Path, start: str) -> bool:
+    """Whether a line that begins with `start` is about a proxy's URL with user or password."""
+    try:
+        lines = text_of(read_regular(path, SETTINGS_LIMIT)).splitlines()
+    except (OSError, NotText):
+        return False
+    uncommented = [line for line in lines if line.startswith(start) and not line.lstrip().startswith("#")]
+    return any("proxy" in line.lower() and "@" in line for line in uncommented)
 
 
 def _readers(path: str) -> str:

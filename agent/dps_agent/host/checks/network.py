@@ -6,6 +6,7 @@ Imported only by a check that uses the network: it brings TLS.
 from __future__ import annotations
 
 import contextlib
+import os
 import ssl
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -296,8 +297,19 @@ def _why_unverified(network: Network, peer: Peer, failure: Failed) -> str:
     if any(words in str(failure) for words in _CLOCK_SAYS):
         keeper = "NTP keeps" if is_synchronised() else "nothing such as NTP keeps"
         return f" by the device's clock, which says {utc_text(time.time())} and which {keeper}"
-    roots = f"those in {peer.setting} '{peer.ca_file}'" if peer.ca_file else "the system's"
+    roots = f"those in {peer.setting} '{peer.ca_file}'" if peer.ca_file else _system_roots()
     return f"{_issuer_shown(network, peer)}; the roots are {roots}"
+
+
+def _system_roots() -> str:
+    """What to call the roots that OpenSSL takes of itself; where there are none, where they would be."""
+    paths = ssl.get_default_verify_paths()
+    there = paths.cafile is not None and os.path.getsize(paths.cafile) > 0
+    if there or (paths.capath is not None and os.listdir(paths.capath)):
+        return "the system's"
+    file = os.environ.get(paths.openssl_cafile_env, paths.openssl_cafile)
+    folder = os.environ.get(paths.openssl_capath_env, paths.openssl_capath)
+    return f"the system's, and it has none: neither {file} nor anything in {folder} is there (package ca-certificates)"
 
 
 def _issuer_shown(network: Network, peer: Peer) -> str:
