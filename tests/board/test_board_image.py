@@ -282,7 +282,7 @@ def test_a_board_on_fat_is_told_at_its_start(image: Image) -> None:
     code = (
         "import vfs\n"
         "from dps_board import parts\n"
-        "from tests.support.littlefs_cuts import Flash\n"
+        "from tests.support.disk.littlefs_cuts import Flash\n"
         "class Config:\n values = {'state_dir': '/fat/dps-agent'}\n"
         "flash = Flash(bytes(131072))\n"
         "flash.ioctl = lambda operation, argument: {4: 256, 5: 512}.get(operation, 0)\n"

@@ -274,7 +274,7 @@ ON_A_MACHINE_OF_ONES_OWN = (
     *("python3 -m venv", "pip install", "export PATH", "usermod -aG", "apt-get update"),
     *("ln -s /opt/", "install -D", "systemd-sysusers", "sed -i"),
 )
-TRIALS = ("dps_package", "vm")
+TRIALS = CHECKOUT / "tests" / "machines"
 
 
 def verb_of(command: str) -> str:
@@ -284,8 +284,7 @@ def verb_of(command: str) -> str:
 
 
 def test_every_command_that_changes_the_machine_is_also_part_of_a_trial() -> None:
-    programs = [path for name in TRIALS for path in (CHECKOUT / "tools" / name).rglob("*.py")]
-    tried = "\n".join(path.read_text() for path in programs).replace("{APT}", "apt-get")
+    tried = "\n".join(path.read_text() for path in TRIALS.rglob("*.py")).replace("{APT}", "apt-get")
     blocks = [found for document in DOCUMENTS for found in blocks_of(document) if found.detail == "root"]
     assert blocks
     for block in blocks:
@@ -314,14 +313,18 @@ def unknown_to_tool(command: str) -> set[str]:
 def tool_flags(tool: str) -> set[str]:
     """Every option that one program in tools takes: the texts in its source that are nothing but an option."""
     program = CHECKOUT / tool
-    folders = [program.parent / name for name in TOOL_FOLDERS.get(program.name, ())]
+    folders = [CHECKOUT / name for name in TOOL_FOLDERS.get(program.name, ())]
     sources = [program, *(path for folder in folders for path in folder.rglob("*.py"))]
     nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
     texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     return {text for text in texts if re.fullmatch(r"--[a-z][a-z-]+", text)}
 
 
-TOOL_FOLDERS = {"deploy": ("dps_deploy",), "package": ("dps_package",), "vm-test": ("vm",)}
+TOOL_FOLDERS = {
+    "deploy": ("tools/dps_deploy",),
+    "package": ("tools/dps_package",),
+    "vm-test": ("tests/machines/vm",),
+}
 
 
 def test_an_option_of_another_tool_is_noticed() -> None:

@@ -11,11 +11,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dps_package.container import CommandFailed, Unavailable, system_archive
 from dps_package.deb import build_full, build_light
 from dps_package.distributions import CHECKOUT, BuildFailed, build_distributions, run
-from dps_package.environments import try_distributions
-from dps_package.lifecycle import live_full, live_light, machine
+from machines.packages.container import CommandFailed, Unavailable, system_archive
+from machines.packages.environments import try_distributions
+from machines.packages.lifecycle import live_full, live_light, machine
 
 CONTAINER = "container"  # what ALLOW_SKIP may name
 

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dps_package.distributions import run
-from dps_package.lifecycle import ID_SCOPE, claim, import_enrolment, title
+from machines.packages.lifecycle import ID_SCOPE, claim, import_enrolment, title
 from support.cloud.emulator import EmulatorProcess
 from support.tpm.swtpm import Swtpm
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fresh_machine import CHECKOUT, NotReady, cache_folder
-from vm.cloud import Cloud
-from vm.image import make_image, run
-from vm.machine import TPM_MODELS, Machine, VmError
-from vm.trials import REQUIRED, TRIALS, Bench, Skipped
+from machines.vm.cloud import Cloud
+from machines.vm.image import make_image, run
+from machines.vm.machine import TPM_MODELS, Machine, VmError
+from machines.vm.trials import REQUIRED, TRIALS, Bench, Skipped
 
 SCHEMA = "dps-agent-vm-test/1"
 PACKAGE_DEADLINE_S = 1800

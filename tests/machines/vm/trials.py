@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from vm.cloud import ID_SCOPE, Cloud
-from vm.image import STATE_DISK_MOUNT
-from vm.machine import Machine, VmError
+from machines.vm.cloud import ID_SCOPE, Cloud
+from machines.vm.image import STATE_DISK_MOUNT
+from machines.vm.machine import Machine, VmError
 
 EXPOSURE_LIMIT = 1.5
 REACH_DEADLINE_S = 300

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from dps_package.container import CommandFailed, Container
+from machines.packages.container import CommandFailed, Container
 from support.cloud.emulator import EmulatorProcess
 from support.tpm.swtpm import ENDORSEMENT, OWNER, Swtpm
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vm.image import STATE_DISK_MOUNT, Image
-from vm.image import run as run_here
-from vm.tpm import ENDS_WITH_US, TpmPower
+from machines.vm.image import STATE_DISK_MOUNT, Image
+from machines.vm.image import run as run_here
+from machines.vm.tpm import ENDS_WITH_US, TpmPower
 
 MEMORY_MIB = 320
 STATE_DISK_BYTES = 32 << 20

@@ -18,15 +18,18 @@ from typing import Any
 
 import pytest
 
-import vm.image
 from fresh_machine import NotReady
-from vm.__main__ import dependencies, parser, run_trials, table, wanted_trials
-from vm.image import Image, apt_sources, cpio, make_image
-from vm.machine import Machine, VmError, qemu_command
-from vm.tpm import TpmPower
-from vm.trials import REQUIRED, TRIALS, Bench, Skipped, Trial, plan
+from machines.vm import image
+from machines.vm import tpm as tpm_power
+from machines.vm.__main__ import dependencies, parser, run_trials, table, wanted_trials
+from machines.vm.image import Image, apt_sources, cpio, make_image
+from machines.vm.machine import Machine, VmError, qemu_command
+from machines.vm.tpm import TpmPower
+from machines.vm.trials import REQUIRED, TRIALS, Bench, Skipped, Trial, plan
 
-TOOL = str(Path(__file__).parents[2] / "tools/vm-test")
+CHECKOUT = Path(__file__).parents[2]
+TOOL = str(CHECKOUT / "tools/vm-test")
+SOURCES = f"{CHECKOUT}/tools:{CHECKOUT}/tests"
 CMD_INIT, CMD_SET_DATAFD = 2, 16  # swtpm_ioctls(3)
 GET_RANDOM = bytes.fromhex("8001 0000000c 0000017b 0008")  # TPM 2.0 Library Part 3
 STARTUP_CLEAR = bytes.fromhex("8001 0000000c 00000144 0000")
@@ -118,8 +121,8 @@ def test_a_tpm_is_never_restored_and_waits_for_its_start(tmp_path: Path) -> None
         with contextlib.closing(Tpm(power)) as tpm:
             # A blob that swtpm would refuse: passed on, it would be an error and not TPM_SUCCESS.
             head = struct.pack(">III", 0, 1, 9)
-            assert tpm.control(vm.tpm.CMD_SET_STATEBLOB, head + b"rubbish!!") == bytes(4)
-            assert tpm.control(vm.tpm.CMD_SET_STATEBLOB, head[:5], head[5:], b"rub", b"bish!!") == bytes(4)
+            assert tpm.control(tpm_power.CMD_SET_STATEBLOB, head + b"rubbish!!") == bytes(4)
+            assert tpm.control(tpm_power.CMD_SET_STATEBLOB, head[:5], head[5:], b"rub", b"bish!!") == bytes(4)
             assert tpm.control(CMD_INIT, struct.pack(">I", 0)) == bytes(4)
             assert tpm.result(GET_RANDOM) == NOT_STARTED
             assert tpm.result(STARTUP_CLEAR) == 0
@@ -147,12 +150,12 @@ def test_a_stalled_tpm_answers_when_it_goes_on(tmp_path: Path) -> None:
 
 def test_a_tpm_ends_with_the_program_that_started_it(tmp_path: Path) -> None:
     program = (
-        "import os, sys; from pathlib import Path; from vm.tpm import TpmPower\n"
+        "import os, sys; from pathlib import Path; from machines.vm.tpm import TpmPower\n"
         "power = TpmPower(Path(sys.argv[1]) / 'tpm', Path(sys.argv[1]) / 'tpm.sock')\n"
         "print(power._process.pid, flush=True); os.kill(os.getpid(), 9)"
     )
     words = [sys.executable, "-c", program, str(tmp_path)]
-    environ = {**os.environ, "PYTHONPATH": str(Path(TOOL).parent)}
+    environ = {**os.environ, "PYTHONPATH": SOURCES}
     done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60, env=environ)
     until_s = time.monotonic() + 120
     while is_alive(int(done.stdout)):
@@ -204,7 +207,7 @@ def test_the_initial_files_are_an_archive_with_every_name_and_content() -> None:
 
 
 def fake_run(output: str) -> Any:
-    """A stand-in for `vm.image.run`."""
+    """A stand-in for `machines.vm.image.run`."""
 
     def run(words: Sequence[str], text: str = "", may_fail: bool = False) -> str:
         return output
@@ -218,7 +221,7 @@ def test_only_debians_own_archives_of_this_release_are_used(monkeypatch: pytest.
         "http://b.example/security/ bookworm-security main\nhttp://a.example/debian/ bookworm contrib\n"
         "http://c.example/apt/ nodistro main\nhttp://a.example/debian/ trixie main\n"
     )
-    monkeypatch.setattr(vm.image, "run", fake_run(listed))
+    monkeypatch.setattr(image, "run", fake_run(listed))
     assert apt_sources("bookworm") == [
         "http://a.example/debian/ bookworm main",
         "http://a.example/debian/ bookworm-updates main",
@@ -227,7 +230,7 @@ def test_only_debians_own_archives_of_this_release_are_used(monkeypatch: pytest.
 
 
 def test_a_machine_without_sources_is_told_which_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vm.image, "run", fake_run(""))
+    monkeypatch.setattr(image, "run", fake_run(""))
     with pytest.raises(NotReady, match="no archive of bookworm"):
         apt_sources("bookworm")
 
@@ -235,7 +238,7 @@ def test_a_machine_without_sources_is_told_which_are_missing(monkeypatch: pytest
 def test_another_kind_of_machine_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     with pytest.raises(NotReady, match="aarch64"):
-        vm.image.suite_of_this_machine()
+        image.suite_of_this_machine()
 
 
 def test_an_image_is_built_once_for_the_same_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,8 +248,8 @@ def test_an_image_is_built_once_for_the_same_packages(tmp_path: Path, monkeypatc
         (scratch / "result").mkdir()
         built.append(packages)
 
-    monkeypatch.setattr(vm.image, "_build", build)
-    monkeypatch.setattr(vm.image, "suite_of_this_machine", lambda: "bookworm")
+    monkeypatch.setattr(image, "_build", build)
+    monkeypatch.setattr(image, "suite_of_this_machine", lambda: "bookworm")
     first = make_image(tmp_path, ["libc6", "python3"])
     again = make_image(tmp_path, ["python3", "libc6"])
     other = make_image(tmp_path, ["python3"])
@@ -259,7 +262,7 @@ def test_a_package_names_what_the_guest_must_have(tmp_path: Path, monkeypatch: p
     package = tmp_path / "a.deb"
     package.touch()
     depends = "python3 (>= 3.11~), python3 (<< 3.12~), libtss2-mu0 (>= 3.1.0) | libtss2-mu-4.0.1-0t64, tpm-udev\n"
-    monkeypatch.setattr("vm.__main__.run", fake_run(depends))
+    monkeypatch.setattr("machines.vm.__main__.run", fake_run(depends))
     assert sorted(set(dependencies(package))) == ["libtss2-mu0", "python3", "tpm-udev"]
     with pytest.raises(NotReady, match="no package"):
         dependencies(tmp_path / "b.deb")
@@ -291,7 +294,7 @@ def tried(
 
         return Trial(name, run)
 
-    monkeypatch.setattr("vm.__main__.TRIALS", [trial(name, error) for name, error in outcomes.items()])
+    monkeypatch.setattr("machines.vm.__main__.TRIALS", [trial(name, error) for name, error in outcomes.items()])
     bench = Bench.__new__(Bench)
     bench.machine = DeadMachine()
     document: dict[str, Any] = {"code": "ok", "trials": [], "seed": 5, "seconds": 1.0}
@@ -337,12 +340,12 @@ def test_one_trial_brings_what_it_needs() -> None:
 
 def tool(*words: str, **environ: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "vm", *words],
+        [sys.executable, "-m", "machines.vm", *words],
         check=False,
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": str(Path(TOOL).parent), **environ},
+        env={**os.environ, "PYTHONPATH": SOURCES, **environ},
     )
 
 
