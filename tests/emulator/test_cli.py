@@ -22,7 +22,7 @@ from dps_emulator.cli import HUB_SUFFIXES, _Log, _warn, main
 from dps_emulator.hub_devices import BoundedFile
 from dps_emulator.server import EmulatorServer, LogLine
 from dps_emulator.state import enrollment_folder
-from emulator.device import ActivatedKey, Client, Device, lookup_path, operation_path, register_path
+from emulator.device_side import ActivatedKey, Client, Device, lookup_path, operation_path, register_path
 from support.cloud.emulator import EmulatorProcess
 
 DEVICE = Device.of_the_vectors()

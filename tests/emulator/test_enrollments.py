@@ -13,7 +13,7 @@ from dps_emulator.registrations import StateError
 from dps_emulator.state import certificate_authority, damaged_files, enrollment_folder, make_private_folder
 from dps_text import text_of
 from dps_text.enrolments import ListError, Other
-from emulator.device import Device
+from emulator.device_side import Device
 
 DEVICE = Device.of_the_vectors()
 EK = base64.b64encode(DEVICE.ek_public).decode()

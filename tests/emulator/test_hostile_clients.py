@@ -24,7 +24,7 @@ from dps_emulator.control import ControlError
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.hub_devices import BoundedFile, MessageFile, MessagesInMemory, Telemetry
 from dps_emulator.service import Settings
-from emulator.device import Client, Device, register_path
+from emulator.device_side import Client, Device, register_path
 from support.cloud.emulator import DeviceCredentials, EmulatorInThread, EmulatorProcess
 
 TPM = Device.of_the_vectors()

@@ -18,7 +18,7 @@ import pytest
 from dps_emulator.control import ControlError
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.service import Settings
-from emulator.device import Client, Device, operation_path, register_path
+from emulator.device_side import Client, Device, operation_path, register_path
 from emulator.paho_device import HUB_SUBSCRIPTIONS, PahoDevice
 from support.cloud.emulator import DeviceCredentials, EmulatorInThread
 

@@ -18,7 +18,7 @@ from dps_emulator.cli import main
 from dps_emulator.control import SOCKET_NAME, ControlError
 from dps_emulator.faults import FaultScriptError, fault_script
 from dps_emulator.hub import HubLine
-from emulator.device import Device
+from emulator.device_side import Device
 from emulator.paho_device import HUB_SUBSCRIPTIONS, PahoDevice
 from support.cloud.emulator import DeviceCredentials, EmulatorProcess
 

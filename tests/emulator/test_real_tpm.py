@@ -16,7 +16,7 @@ from dps_emulator.tpm_keys import (
     parse_storage_root_key,
     tpm2b,
 )
-from emulator.device import EK_HEAD, SRK_HEAD, take
+from emulator.device_side import EK_HEAD, SRK_HEAD, take
 from support.tpm.swtpm import ENDORSEMENT, OWNER, Swtpm
 
 EK_HANDLE, SRK_HANDLE = 0x81010001, 0x81000001

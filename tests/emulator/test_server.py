@@ -19,7 +19,7 @@ from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault, FaultScript, FaultScriptError, read_fault_script
 from dps_emulator.server import LogLine
 from dps_emulator.service import Settings
-from emulator.device import (
+from emulator.device_side import (
     API,
     ActivatedKey,
     Client,

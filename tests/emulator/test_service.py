@@ -15,7 +15,7 @@ from dps_emulator import service
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.registrations import Registration
 from dps_emulator.service import DpsService, Request, Response, Settings
-from emulator.device import ActivatedKey, Device, lookup_path, operation_path, register_path
+from emulator.device_side import ActivatedKey, Device, lookup_path, operation_path, register_path
 
 HUBS = ("one.azure-devices.net", "two.azure-devices.net")
 NOW = 1_790_000_000.0

@@ -5,7 +5,7 @@ import base64
 import pytest
 
 from dps_emulator.tokens import TokenError, parse_token
-from emulator.device import vector
+from emulator.device_side import vector
 
 SAS = vector("sas")["tokens"]
 SHAPES = [pytest.param(entry, id=entry["name"]) for entry in SAS]

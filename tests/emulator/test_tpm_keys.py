@@ -19,7 +19,7 @@ from dps_emulator.tpm_keys import (
     tpm2b,
     wrap,
 )
-from emulator.device import Device, vector
+from emulator.device_side import Device, vector
 
 VECTOR = vector("activation")
 INPUTS = {name: bytes.fromhex(text) for name, text in VECTOR["inputs"].items() if name != "uri"}

@@ -30,9 +30,9 @@ from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault
 from dps_emulator.service import Settings
 from dps_hal.contracts import IDENTITY
-from dps_hal.host.device import transport_for
 from dps_hal.host.files import FileStore
 from dps_hal.host.simulator import SimulatedTpm
+from dps_hal.host.transports import transport_for
 from dps_hal.tpm.keys import SIGN, USER_WITH_AUTH, object_name
 from dps_hal.tpm.wire import WireTpm
 from support.cloud.emulator import HUB, EmulatorInThread

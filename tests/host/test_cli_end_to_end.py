@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dps_agent.host import Provisioned, hub_token, load, parts, provision
-from dps_agent.host.progress import StepLines
+from dps_agent.host.steps import StepLines
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault
 from dps_emulator.service import Settings

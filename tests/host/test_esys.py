@@ -576,7 +576,7 @@ def test_a_node_whose_driver_is_late_is_tried_again(
         raise OSError(number, os.strerror(number), path)
 
     tpm = open_tpm("device:/dev/tpmrm9")
-    monkeypatch.setattr("dps_hal.host.device.os.open", refuse)
+    monkeypatch.setattr("dps_hal.host.transports.os.open", refuse)
     assert_refused(tpm.endorsement_key, RetryLater, "tpm.absent")
 
 

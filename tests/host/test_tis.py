@@ -18,7 +18,7 @@ from dps_agent.host.parts import open_tpm
 from dps_hal import platform
 from dps_hal.contracts import Tpm
 from dps_hal.errors import AskOperator, DpsError, RetryLater
-from dps_hal.host.device import transport_for
+from dps_hal.host.transports import transport_for
 from dps_hal.platform import hmac_sha256
 from dps_hal.tpm import commands
 from dps_hal.tpm.i2c import I2cBus

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from contracts.tpm import KEY, blob_for
 from dps_hal.contracts import Tpm
 from dps_hal.errors import AskOperator, DpsError, RetryLater
-from dps_hal.host.device import DeviceTransport, transport_for
+from dps_hal.host.transports import DeviceTransport, transport_for
 from dps_hal.platform import hmac_sha256, random_bytes
 from dps_hal.tpm import commands, operations, sessions
 from dps_hal.tpm.keys import (
@@ -565,7 +565,7 @@ def test_the_command_line_needs_no_extra_for_it(machine: Swtpm, tmp_path: Path) 
 
 def test_the_back_end_imports_no_library() -> None:
     program = (
-        f"import sys; sys.path[:0] = {sys.path!r}; import dps_hal.host.device;"
+        f"import sys; sys.path[:0] = {sys.path!r}; import dps_hal.host.transports;"
         "sys.exit(', '.join({'tpm2_pytss', 'cryptography', 'cffi', 'ctypes', 'ssl'} & set(sys.modules)) or None)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

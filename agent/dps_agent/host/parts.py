@@ -13,8 +13,8 @@ from dps_agent.effects import LoadRecord
 from dps_agent.host import Provisioned, kept_key
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.config import Configuration, check_keys_in_hardware, hierarchy_password, proxy_of
-from dps_agent.host.progress import StepLines
 from dps_agent.host.runner import ConfirmClock, Runner
+from dps_agent.host.steps import StepLines
 from dps_agent.lifecycle import PROVISIONED, Lifecycle
 from dps_agent.patience import decode_progress
 from dps_hal.contracts import IDENTITY, PROGRESS
@@ -69,7 +69,7 @@ def open_tpm(configuration: Configuration) -> TpmService:
         "exclusive": tpm.exclusive or (tpm.backend == "wire" and tpm.tcti.startswith("spi:")),
     }
     if tpm.backend == "wire":
-        from dps_hal.host.device import open_wire
+        from dps_hal.host.transports import open_wire
 
         return open_wire(tpm.tcti, **settings)
     from dps_hal.host.esys import EsysTpm

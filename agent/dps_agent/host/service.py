@@ -35,8 +35,8 @@ from dps_agent.host.parts import (
     open_tpm,
     tpm_warnings,
 )
-from dps_agent.host.progress import StepLines, utc_text
 from dps_agent.host.runner import ConfirmClock, Runner, TpmCall
+from dps_agent.host.steps import StepLines, utc_text
 from dps_agent.hub_effects import (
     Connect,
     Desired,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dps_hal.contracts import TpmService
-from dps_hal.host.device import open_wire
 from dps_hal.host.esys import EsysTpm
+from dps_hal.host.transports import open_wire
 
 OpenTpm = Callable[..., TpmService]
 

@@ -12,7 +12,7 @@ from dps_agent.assignment import difference, load_held
 from dps_agent.host.checks.device import OK, SKIPPED, WARNING, Finding
 from dps_agent.host.clock import SystemClock, is_synchronised
 from dps_agent.host.config import check_files, odd_passwords, readable_proxy_passwords
-from dps_agent.host.progress import utc_text
+from dps_agent.host.steps import utc_text
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import IdentityStale, RetryLater
 from dps_hal.host.codes import REMEDIES

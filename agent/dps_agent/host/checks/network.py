@@ -30,7 +30,7 @@ from dps_agent.host.network import websocket
 from dps_agent.host.network.dial import Dialler, address_text, tls_context
 from dps_agent.host.network.https import DpsConnection, host_and_port
 from dps_agent.host.network.proxy import ProxyRule
-from dps_agent.host.progress import utc_text
+from dps_agent.host.steps import utc_text
 from dps_agent.lifecycle import PROVISIONING
 from dps_agent.messages import TpmChallenge, device_registration
 from dps_agent.registration import API_VERSION, LOOKUP_REFUSALS, no_reply_error, read_register, refusal_of

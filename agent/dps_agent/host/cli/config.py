@@ -15,7 +15,7 @@ from dps_agent.host.config import (
     odd_passwords,
     without_password,
 )
-from dps_agent.host.progress import printable
+from dps_agent.host.steps import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
