@@ -1,6 +1,6 @@
-"""Root certificates in DER, as a board keeps them one behind the other: where each begins, and when it ends.
+"""Certificates in DER: where each of those begins that a board keeps one behind the other, and when they are valid.
 
-Nothing is verified here. Loaded while the settings are read, not longer.
+Nothing is verified here. A board loads it while the settings are read, not longer.
 """
 
 from dps_agent.utc import utc_s, whole_number
@@ -24,16 +24,24 @@ def certificates(content: bytes) -> "list[bytes]":
 
 
 def not_after_s(certificate: bytes) -> int:
-    """When an X.509 certificate in DER ends (RFC 5280, 4.1.2.5); ValueError where it is none."""
+    """When an X.509 certificate in DER ends; ValueError where it is none."""
+    return validity(certificate)[1]
+
+
+def validity(certificate: bytes) -> "tuple[int, int]":
+    """The first and the last second of an X.509 certificate in DER (RFC 5280, 4.1.2.5); ValueError where it is none."""
     at, _ = _element(certificate, 0)
     at, _ = _element(certificate, at)  # tbsCertificate
     skipped = 4 if certificate[at : at + 1] == _EXPLICIT_VERSION else 3
     for _ in range(skipped):  # version, serialNumber, signature, issuer
         _, at = _element(certificate, at)
-    at, _ = _element(certificate, at)  # validity
-    _, at = _element(certificate, at)  # notBefore
-    start, end = _element(certificate, at)
-    return _asn1_time_s(certificate[at], certificate[start:end])
+    at, _ = _element(certificate, at)
+    found = []
+    for _ in range(2):  # notBefore, notAfter
+        start, end = _element(certificate, at)
+        found.append(_asn1_time_s(certificate[at], certificate[start:end]))
+        at = end
+    return found[0], found[1]
 
 
 def _element(der: bytes, at: int) -> "tuple[int, int]":

@@ -12,8 +12,7 @@ from dps_agent.host import config
 from dps_agent.host.cli import main
 from dps_agent.host.config import ConfigurationError
 from dps_agent.host.diag import secrets_of
-from dps_agent.host.network import dial
-from dps_agent.host.network.dial import tls_context
+from dps_agent.host.network import dial, trust
 from dps_agent.host.network.proxy import ProxyRule
 from dps_deploy import settings as board_settings
 from dps_hal.errors import AskOperator
@@ -195,8 +194,8 @@ def test_every_root_in_a_file_is_trusted_however_an_editor_saved_it(
     path = tmp_path / "roots.pem"
     pem = b"".join(trustme.CA(organization_name=name).cert_pem.bytes() for name in ("one", "two"))
     path.write_bytes(mark + pem.replace(b"\n", line_end) + "Zürich".encode("latin-1"))
-    context = tls_context()
-    dial._trust(context, str(path))
+    context = trust.tls_context()
+    trust._take_file(context, str(path), "ca_file")
     assert len(context.get_ca_certs()) == 2
 
 

@@ -27,9 +27,10 @@ from dps_agent.host.checks.local import NOTHING_STORED
 from dps_agent.host.clock import is_synchronised
 from dps_agent.host.config import proxy_of
 from dps_agent.host.network import websocket
-from dps_agent.host.network.dial import Dialler, address_text, tls_context
+from dps_agent.host.network.dial import Dialler, address_text
 from dps_agent.host.network.https import DpsConnection, host_and_port
 from dps_agent.host.network.proxy import ProxyRule
+from dps_agent.host.network.trust import system_places, tls_context
 from dps_agent.host.steps import utc_text
 from dps_agent.lifecycle import PROVISIONING
 from dps_agent.messages import TpmChallenge, device_registration
@@ -307,9 +308,11 @@ def _system_roots() -> str:
     there = paths.cafile is not None and os.path.getsize(paths.cafile) > 0
     if there or (paths.capath is not None and os.listdir(paths.capath)):
         return "the system's"
-    file = os.environ.get(paths.openssl_cafile_env, paths.openssl_cafile)
-    folder = os.environ.get(paths.openssl_capath_env, paths.openssl_capath)
-    return f"the system's, and it has none: neither {file} nor anything in {folder} is there (package ca-certificates)"
+    file, _, *folders = system_places()
+    return (
+        f"the system's, and it has none: neither {file} nor anything in {os.pathsep.join(folders)} is there"
+        " (package ca-certificates)"
+    )
 
 
 def _issuer_shown(network: Network, peer: Peer) -> str:

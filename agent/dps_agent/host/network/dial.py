@@ -25,10 +25,9 @@ from dps_agent.effects import (
     NO_REPLY_TLS_VERSION,
     Failed,
 )
+from dps_agent.host.network.trust import Trust
 from dps_agent.http1 import Reader
 from dps_hal.errors import AskOperator
-from dps_hal.host.regular import read_regular
-from dps_text import NotText, without_mark
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,10 +38,6 @@ if TYPE_CHECKING:
     _Lookup: TypeAlias = "list[tuple[Any, ...]] | OSError | None"  # getaddrinfo's answer, its error, None: abort()
 
 
-CA_FILE_LIMIT = 8 * 1024 * 1024  # bytes; the roots of a distribution have a quarter of one MiB
-# A certificate in ca_file or among the system's roots ends a chain, whether it is a root or not. The form that RFC 5280
-# wants of certificates is not asked for: private authorities and inspecting proxies miss it, and it proves nothing.
-VERIFY_FLAGS = ssl.VERIFY_X509_TRUSTED_FIRST | ssl.VERIFY_X509_PARTIAL_CHAIN
 _HEAD_PIECE = 4096  # bytes
 
 # How OpenSSL's name for a failure without a verdict on a certificate ends, the reason, and what it says of the peer.
@@ -73,10 +68,9 @@ class Dialler:
 
     def __init__(self, proxies: ProxyRule, ca_file: str, setting: str = "ca_file") -> None:
         self._proxies = proxies
-        self._ca_file = ca_file
-        self._setting = setting
+        self.trust = Trust(ca_file, setting)
         if ca_file:
-            self._verifying_context()  # a wrong file is the operator's to correct: say so at once
+            self.trust.context()  # a wrong file is the operator's to correct: say so at once
         self._lock = threading.Lock()  # over the three below, which `abort` reaches from another thread
         self._socket: socket.socket | None = None
         self._looking_up: queue.SimpleQueue[_Lookup] | None = None
@@ -94,24 +88,39 @@ class Dialler:
         Both times are of the monotonic clock, `reach_by_s` for what comes before TLS. Raises Failed: `connect` where
         no TCP connection stood, `tls` where the peer was not verified.
         """
-        try:
-            context = self._verifying_context()  # for each connection: a service outlives the system's roots
-        except AskOperator as error:
-            raise Failed(NO_REPLY_TLS, error.message) from None
         reach_by_s = deadline_s if reach_by_s is None else min(reach_by_s, deadline_s)
-        try:
-            raw = self.reach(host, port, reach_by_s)
-            with self._lock:
-                self._refuse_if_aborted()
-                self._socket = tls = context.wrap_socket(
-                    raw, server_hostname=name, do_handshake_on_connect=False, suppress_ragged_eofs=False
-                )
-            tls.settimeout(seconds_until(deadline_s))
-            tls.do_handshake()
-        except (OSError, Failed) as error:
-            failed = self.explain(error, "in the TLS handshake")
-            self.close()
-            raise failed from None
+        while True:
+            try:
+                context = self.trust.context()
+            except AskOperator as error:
+                raise Failed(NO_REPLY_TLS, error.message) from None
+            session = None
+            try:
+                raw = self.reach(host, port, reach_by_s)
+                session = self.trust.session(name)
+                return self._shake_hands(context, session, name, raw, deadline_s)
+            except (OSError, Failed) as error:
+                failed = self.explain(error, "in the TLS handshake")
+                self.close()
+                # What a peer does not resume it may begin; and no refusal counts before all roots were asked.
+                if session is None and not (failed.reason == NO_REPLY_TLS and self.trust.look_further()):
+                    raise failed from None
+            reach_by_s = deadline_s  # it was reached
+
+    def _shake_hands(
+        self, context: ssl.SSLContext, session: ssl.SSLSession | None, name: str, raw: socket.socket, deadline_s: float
+    ) -> ssl.SSLSocket:
+        with self._lock:
+            self._refuse_if_aborted()
+            self._socket = tls = context.wrap_socket(
+                raw,
+                server_hostname=name,
+                session=session,
+                do_handshake_on_connect=False,
+                suppress_ragged_eofs=False,
+            )
+        tls.settimeout(seconds_until(deadline_s))
+        tls.do_handshake()
         return tls
 
     def explain(self, error: Exception, where: str) -> Failed:
@@ -154,20 +163,6 @@ class Dialler:
                 say_goodbye(closing)
             if closing is not None:
                 closing.close()
-
-    def _verifying_context(self) -> ssl.SSLContext:
-        context = tls_context()
-        try:
-            if self._ca_file:
-                _trust(context, self._ca_file)
-            else:
-                context.load_default_certs()
-        except (OSError, NotText) as error:  # ssl.SSLError is an OSError: the file holds no certificate
-            reason = error.reason if isinstance(error, ssl.SSLError) else getattr(error, "strerror", str(error))
-            raise AskOperator(
-                "config.invalid", f"{self._setting}: expected PEM certificates in '{self._ca_file}': {reason}"
-            ) from None
-        return context
 
     def reach(self, host: str, port: int, deadline_s: float) -> socket.socket:
         """A TCP connection that leads to `host`."""
@@ -236,36 +231,6 @@ class Dialler:
             raise Failed(NO_REPLY_CLOSED, "given up")
 
 
-def tls_context() -> ssl.SSLContext:
-    """What every TLS connection of the agent begins with, the same on every Python; the roots to trust come to it.
-
-    `ssl.create_default_context` decides otherwise from Python 3.13 on, and lets $SSLKEYLOGFILE have the session's keys.
-    Cipher suites are left to OpenSSL and to who configures it.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = True
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.verify_flags = VERIFY_FLAGS
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION  # else a send could have to wait for something to read
-    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # set by Python 3.11.2: a body cut off would look whole
-    return context
-
-
-def _trust(context: ssl.SSLContext, ca_file: str) -> None:
-    """Takes the roots in a PEM file; OSError, NotText.
-
-    OpenSSL passes over what stands in front of the first dashes of a line: behind a byte order mark that is a file's
-    first certificate, without a word where there is a second one.
-    """
-    content = read_regular(ca_file, CA_FILE_LIMIT)
-    unmarked = without_mark(content)
-    if unmarked is content:
-        context.load_verify_locations(ca_file)
-    else:
-        context.load_verify_locations(cadata=unmarked.decode("ascii", "ignore"))
-
-
 def say_goodbye(tls: ssl.SSLSocket) -> None:
     """Sends close_notify where that takes no time, and waits for no answer."""
     with contextlib.suppress(OSError, ValueError):  # not shaken hands, or broken
@@ -279,19 +244,6 @@ def seconds_until(deadline_s: float) -> float:
     if left_s <= 0:
         raise TimeoutError
     return left_s
-
-
-def validity_s(tls: ssl.SSLSocket) -> range:
-    """The UTC seconds at which the verified peer's certificate is valid; none where Python cannot read its dates.
-
-    OpenSSL takes what Python does not: a year before 1000, a name beside ours that is no UTF-8.
-    """
-    try:
-        certificate = tls.getpeercert() or {}
-        first_s, last_s = (ssl.cert_time_to_seconds(str(certificate[name])) for name in ("notBefore", "notAfter"))
-    except (ValueError, KeyError):
-        return range(0)
-    return range(first_s, last_s + 1)
 
 
 def read_head(

@@ -10,8 +10,9 @@ import time
 import urllib.parse
 
 from dps_agent.effects import NO_REPLY_CLOSED, Failed, NoReply, Reply
-from dps_agent.host.network.dial import Dialler, seconds_until, validity_s
+from dps_agent.host.network.dial import Dialler, seconds_until
 from dps_agent.host.network.proxy import NONE, ProxyRule
+from dps_agent.host.network.trust import validity_s
 from dps_agent.http1 import Reader
 from dps_hal.errors import AskOperator
 
@@ -98,6 +99,8 @@ class DpsConnection:
                 if reused and unanswered and failed.reason == NO_REPLY_CLOSED:
                     continue
                 return NoReply(f"{failed.reason}: {failed}", sent)
+            if not reused:
+                self._dialler.trust.keep(stream.tls)
             if not keep:
                 self.close()
             return reply
@@ -136,15 +139,15 @@ class _Stream:
     """A TLS connection on which one answer after the other is read."""
 
     def __init__(self, tls: ssl.SSLSocket) -> None:
-        self._tls = tls
+        self.tls = tls
         self._valid_s = validity_s(tls)
         self._reader = Reader(BODY_LIMIT, end_counts=True)  # a cut is an SSLEOFError
         self.answered = False  # a byte came since the last request
 
     def send(self, message: bytes, deadline_s: float) -> None:
         self.answered = False
-        self._tls.settimeout(seconds_until(deadline_s))
-        self._tls.sendall(message)
+        self.tls.settimeout(seconds_until(deadline_s))
+        self.tls.sendall(message)
 
     def answer(self, deadline_s: float) -> tuple[Reply, bool]:
         """The next answer, and whether the connection can take another request."""
@@ -152,8 +155,8 @@ class _Stream:
         try:
             next(reading)
             while True:
-                self._tls.settimeout(seconds_until(deadline_s))
-                received = self._tls.recv(_RECEIVE_SIZE)
+                self.tls.settimeout(seconds_until(deadline_s))
+                received = self.tls.recv(_RECEIVE_SIZE)
                 self.answered = self.answered or bool(received)
                 reading.send(received)
         except StopIteration as read:
@@ -166,8 +169,8 @@ class _Stream:
     def is_idle(self) -> bool:
         """Whether the connection still stands with nothing in it, so that it can take a request."""
         try:
-            self._tls.settimeout(0)
-            self._tls.recv(1)
+            self.tls.settimeout(0)
+            self.tls.recv(1)
         except ssl.SSLWantReadError:
             return True
         except OSError:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from paho.mqtt.reasoncodes import ReasonCode
 
+    from dps_agent.host.network.trust import Trust
     from dps_agent.hub_effects import Connect, Event
 
 AUTO = "auto"
@@ -134,6 +135,7 @@ class HubConnection:
         if wire.connack is None:
             self._end()
             return NoReply(wire.reason(), sent)
+        wire.leave_session(self._dialler.trust)
         if wire.connack.return_code:
             self._end()
             return wire.connack
@@ -513,6 +515,10 @@ class _Wire:
         """Whether there is something to write that paho does not know of."""
         owes_pong = self._frames is not None and self._frames.ping is not None
         return bool(self._unsent) or owes_pong or self._wants_write
+
+    def leave_session(self, trust: Trust) -> None:
+        """Lets the next connection resume this one, whose hub has spoken."""
+        trust.keep(self._tls)
 
     def flush(self) -> None:
         """Sends what can be sent now."""

@@ -1,0 +1,209 @@
+"""Whom a TLS connection trusts, and what an earlier one left to be resumed.
+
+Everything that a verdict on a certificate rests on is decided here: flags, versions, roots, and how long a verdict that
+was reached counts.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+import time
+
+from dps_agent.der import validity
+from dps_agent.utc import AGREEMENT_S
+from dps_hal.errors import AskOperator
+from dps_hal.host.regular import read_regular
+from dps_text import NotText, without_mark
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    _FileState: TypeAlias = "tuple[int, ...] | None"  # changes with a file or folder; None where there is none
+    _Sources: TypeAlias = "tuple[tuple[str, _FileState], ...]"
+
+CA_FILE_LIMIT = 8 * 1024 * 1024  # bytes; the roots of a distribution have a quarter of one MiB
+# A certificate in ca_file or among the system's roots ends a chain, whether it is a root or not. The form that RFC 5280
+# wants of certificates is not asked for: private authorities and inspecting proxies miss it, and it proves nothing.
+VERIFY_FLAGS = ssl.VERIFY_X509_TRUSTED_FIRST | ssl.VERIFY_X509_PARTIAL_CHAIN
+# How long roots that were read, and verdicts that were reached, count. OpenSSL never reads a file twice, so this is how
+# long a root that was replaced in its file, without a trace in its folder, may still be trusted; and how long a session
+# may be resumed without the chain being verified again. RFC 8446, 4.6.1 allows a week for the latter. A connection may
+# stand as long without being verified again, so a shorter time would protect nobody.
+TRUST_LIFE_S = 86400
+SESSIONS_LIMIT = 4  # peers; a device has one DPS and one hub
+
+
+class Trust:
+    """The roots for one purpose, the one context in which its connections are verified, and its sessions.
+
+    `ca_file` holds the only roots, in PEM; empty: the system's. `setting` is what the operator calls it. Used by one
+    thread at a time.
+
+    The context is made anew, and with it all sessions end, when a file, a folder or a variable of the environment that
+    it was made from has changed; after TRUST_LIFE_S; and when the system's clock was set, for certificates were judged
+    by what it said before. So a process that runs for months trusts what its system trusts.
+    """
+
+    def __init__(self, ca_file: str, setting: str) -> None:
+        self._ca_file = ca_file
+        self._setting = setting
+        self._context: ssl.SSLContext | None = None
+        # By the name that was verified, with the seconds at which the peer's certificate is valid.
+        self._sessions: dict[str, tuple[ssl.SSLSession, range]] = {}
+        self._sources: _Sources = ()
+        self._made_at_s = self._clock_ahead_s = 0.0
+        self._leaves_out = False  # there are roots of the system that it has not read
+
+    def context(self) -> ssl.SSLContext:
+        """What a connection is to be verified in now; AskOperator `config.invalid` where `ca_file` makes no sense."""
+        if self._context is None or not self._still_holds():
+            self._make(all_roots=False)
+        assert self._context is not None
+        return self._context
+
+    def look_further(self) -> bool:
+        """Whether there are roots that had no say in a refusal; from now on they have."""
+        if self._leaves_out:
+            self._make(all_roots=True)
+            return True
+        return False
+
+    def session(self, name: str) -> ssl.SSLSession | None:
+        """What a connection to `name` may resume, once (RFC 8446, C.4); None where a whole handshake is due.
+
+        Nobody looks at a certificate when a session is resumed, so none is that outlives its peer's.
+        """
+        session, valid_s = self._sessions.pop(name, (None, range(0)))
+        return session if int(time.time()) in valid_s else None
+
+    def keep(self, tls: ssl.SSLSocket) -> None:
+        """Takes what a verified connection leaves to the next one; to be called once the peer has said something.
+
+        In TLS 1.3 it comes behind the handshake, ahead of all else that a server says.
+        """
+        name, session = tls.server_hostname, tls.session
+        if name and session is not None and tls.context is self._context and (session.has_ticket or session.id):
+            self._sessions.pop(name, None)
+            self._sessions[name] = session, validity_s(tls)
+            if len(self._sessions) > SESSIONS_LIMIT:
+                del self._sessions[next(iter(self._sessions))]
+
+    def _still_holds(self) -> bool:
+        up_s = _up_s()
+        return (
+            up_s - self._made_at_s < TRUST_LIFE_S
+            and abs(time.time() - up_s - self._clock_ahead_s) <= AGREEMENT_S
+            and self._sources == self._sources_now()
+        )
+
+    def _sources_now(self) -> _Sources:
+        paths = (self._ca_file,) if self._ca_file else system_places()
+        return tuple((path, _state(path)) for path in paths)
+
+    def _make(self, all_roots: bool) -> None:
+        self._context = None
+        self._sessions.clear()
+        self._made_at_s = _up_s()
+        self._clock_ahead_s = time.time() - self._made_at_s
+        self._sources = self._sources_now()  # before they are read: a change meanwhile is seen by the next connection
+        context = tls_context()
+        if self._ca_file:
+            self._leaves_out = False
+            _take_file(context, self._ca_file, self._setting)
+        else:
+            self._leaves_out = not all_roots and _take_hashed(context)
+            if not self._leaves_out:
+                context.load_default_certs()
+        self._context = context
+
+
+def tls_context() -> ssl.SSLContext:
+    """What every TLS connection of the agent begins with, the same on every Python; the roots to trust come to it.
+
+    `ssl.create_default_context` decides otherwise from Python 3.13 on, and lets $SSLKEYLOGFILE have the session's keys.
+    Cipher suites are left to OpenSSL and to who configures it.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = True
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags = VERIFY_FLAGS
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # else a send could have to wait for something to read
+    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # set by Python 3.11.2: a body cut off would look whole
+    return context
+
+
+def validity_s(tls: ssl.SSLSocket) -> range:
+    """The UTC seconds at which the verified peer's certificate is valid; none where its dates are none of RFC 5280's.
+
+    Also of a resumed connection, whose peer has shown no certificate: of the one it showed at first.
+    """
+    try:
+        first_s, last_s = validity(tls.getpeercert(True) or b"")
+    except ValueError:
+        return range(0)
+    return range(first_s, last_s + 1)
+
+
+def _take_file(context: ssl.SSLContext, ca_file: str, setting: str) -> None:
+    """Takes the roots in a PEM file; AskOperator.
+
+    OpenSSL passes over what stands in front of the first dashes of a line: behind a byte order mark that is a file's
+    first certificate, without a word where there is a second one.
+    """
+    try:
+        content = read_regular(ca_file, CA_FILE_LIMIT)
+        unmarked = without_mark(content)
+        if unmarked is content:
+            context.load_verify_locations(ca_file)
+        else:
+            context.load_verify_locations(cadata=unmarked.decode("ascii", "ignore"))
+    except (OSError, NotText) as error:  # ssl.SSLError is an OSError: the file holds no certificate
+        reason = error.reason if isinstance(error, ssl.SSLError) else getattr(error, "strerror", str(error))
+        raise AskOperator("config.invalid", f"{setting}: expected PEM certificates in '{ca_file}': {reason}") from None
+
+
+def system_places() -> tuple[str, ...]:
+    """The file of the system's roots, what it would be if the environment named none, and the folders."""
+    paths = ssl.get_default_verify_paths()
+    file = os.environ.get(paths.openssl_cafile_env, paths.openssl_cafile)
+    folders = os.environ.get(paths.openssl_capath_env, paths.openssl_capath)
+    return (file, paths.openssl_cafile, *folders.split(os.pathsep))
+
+
+def _take_hashed(context: ssl.SSLContext) -> bool:
+    """Lets OpenSSL look up the system's roots one by one in its folders; False where they are not made for that.
+
+    To read a distribution's 140 certificates takes 25 ms and 2 MiB, and a chain ends at one of them. The file is left
+    out; a distribution has the same roots in both, but nobody is obliged to, so a refusal is no verdict before it was
+    read. A file of somebody's own choice is read at once, for it has roots that are in no folder.
+    """
+    file, usual_file, *folders = system_places()
+    if _state(file) != _state(usual_file) or not any(_is_hashed(folder) for folder in folders):
+        return False
+    context.load_verify_locations(capath=os.pathsep.join(folders))
+    return True
+
+
+def _is_hashed(folder: str) -> bool:
+    """Whether there are certificates in `folder` under names such as "607986c7.0", by which OpenSSL looks them up."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.name[8:9] == "." and entry.name[9:].isdecimal() for entry in entries)
+    except OSError:
+        return False
+
+
+def _state(path: str) -> _FileState:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a path that no file can have
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _up_s() -> float:
+    """Seconds since the boot, those of suspension included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
