@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from support.programs.tools import begun, processes_that_name, until
 
 TOOL = str(Path(__file__).parents[2] / "tools/powercut")
 ALLOWED = set(os.environ.get("ALLOW_SKIP", "").replace(",", " ").split())
@@ -116,26 +117,6 @@ def test_a_writer_of_other_sweeps_is_a_mistake_that_names_both() -> None:
     assert "header-only belongs to the sweeps lives" in done.stderr and "tpm has evict-first" in done.stderr
 
 
-def processes_that_name(folder: Path) -> list[int]:
-    found = []
-    for status in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if os.fsencode(folder) in status.read_bytes():
-                found.append(int(status.parent.name))
-        except OSError:
-            pass  # it has ended
-    return found
-
-
-def until(holds: Callable[[], bool]) -> bool:
-    until_s = time.monotonic() + 60
-    while not holds():
-        if time.monotonic() > until_s:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 @pytest.mark.parametrize(("sweep", "delay_s"), [("ext4", 0.05), ("ext4", 0.3), ("ext4", 0.7), ("tpm", 0.1)])
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name
@@ -147,7 +128,7 @@ def test_whatever_ends_the_tool_leaves_no_process_and_no_folder_for_good(
         return
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, TOOL, "--sweep", sweep]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ) as tool:
+    with begun(command, environ, stderr=subprocess.PIPE) as tool:
         under_way = "powercut-*/powercut-*/now" if sweep == "tpm" else "powercut-*/powercut-*/live"
         assert until(lambda: any(tmp_path.glob(under_way)) or tool.poll() is not None)
         time.sleep(delay_s)

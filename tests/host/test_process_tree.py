@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from support.programs.tools import begun, processes_that_name, until
 
 CHECKOUT = Path(__file__).parents[2]
 TOOL = CHECKOUT / "tools/test"
@@ -35,33 +35,12 @@ STARTS_MUCH = (
 )
 
 
-def processes_that_name(folder: Path) -> list[str]:
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes()
-        except OSError:
-            continue  # it has ended
-        if os.fsencode(folder) in words:
-            found.append(f"{process.name} {words!r}")
-    return found
-
-
-def until(holds: Callable[[], object], within_s: float = 120) -> bool:
-    until_s = time.monotonic() + within_s
-    while not holds():
-        if time.monotonic() > until_s:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name
 )
 def test_nothing_is_left_of_what_it_started(number: signal.Signals, tmp_path: Path) -> None:
     words = [sys.executable, "-c", STARTS_MUCH, str(tmp_path), STUBBORN]
-    with subprocess.Popen(words, env=ENVIRON) as tool:
+    with begun(words, ENVIRON) as tool:
         assert until(lambda: len(list(tmp_path.iterdir())) == 3 or tool.poll() is not None) and tool.poll() is None
         tool.send_signal(number)
         status = tool.wait(120)
@@ -71,7 +50,7 @@ def test_nothing_is_left_of_what_it_started(number: signal.Signals, tmp_path: Pa
 
 def test_nothing_is_left_where_its_worker_was_killed(tmp_path: Path) -> None:
     words = [sys.executable, "-c", STARTS_MUCH, str(tmp_path), STUBBORN]
-    with subprocess.Popen(words, env=ENVIRON) as tool:
+    with begun(words, ENVIRON) as tool:
         assert until(lambda: len(list(tmp_path.iterdir())) == 3 or tool.poll() is not None) and tool.poll() is None
         (worker,) = Path(f"/proc/{tool.pid}/task/{tool.pid}/children").read_text().split()
         os.kill(int(worker), signal.SIGKILL)
@@ -92,7 +71,7 @@ def test_what_a_shell_had_started_before_it_became_the_tool_is_left_alone(
     words = [sys.executable, "-c", STARTS_MUCH, str(own), STUBBORN, *([end] if isinstance(end, str) else [])]
     holder = os.open(fifo, os.O_RDWR)  # while it is open the others read from the FIFO
     try:
-        with subprocess.Popen(["sh", "-c", script, str(fifo), *words], env=ENVIRON, stderr=subprocess.DEVNULL) as tool:
+        with begun(["sh", "-c", script, str(fifo), *words], ENVIRON, stderr=subprocess.DEVNULL) as tool:
             assert until(lambda: len(list(own.iterdir())) == 3 or tool.poll() is not None)
             if isinstance(end, signal.Signals):
                 tool.send_signal(end)
@@ -133,7 +112,7 @@ def test_no_software_tpm_outlives_the_tests(number: signal.Signals, tmp_path: Pa
         f"sys.argv = [{str(TOOL)!r}, *words, {str(case)!r}]\n"
         f"runpy.run_path({str(TOOL)!r}, run_name='__main__')\n"
     )
-    with subprocess.Popen([sys.executable, "-c", python], env=ENVIRON, stdout=subprocess.DEVNULL) as tool:
+    with begun([sys.executable, "-c", python], ENVIRON, stdout=subprocess.DEVNULL) as tool:
         ready = tmp_path / "ready"
         assert until(lambda: ready.exists() or tool.poll() is not None) and ready.exists(), tool.poll()
         assert any("swtpm" in words for words in processes_that_name(tmp_path))
