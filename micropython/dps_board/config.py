@@ -1,6 +1,6 @@
 """The settings of a board, from `config.json`, and the root certificates that they name."""
 
-from dps_agent.settings import Settings
+from dps_agent.settings import settings_of
 from dps_board.memory import forget
 from dps_hal.errors import AskOperator
 
@@ -25,18 +25,7 @@ class BoardConfiguration:
         self.hub_roots = hub_roots
         self.roots_end_s = roots_end_s  # of the last of `roots`
         self.connect_to: str = values["connect_to"]
-        self.settings = Settings(
-            id_scope=values["id_scope"],
-            registration_id=values["registration_id"],
-            endpoint=values["endpoint"],
-            poll=values["poll"],
-            payload=values["payload"] or None,
-            registration_budget_s=values["retry.registration_budget_s"],
-            first_contact_spread_s=values["retry.first_contact_spread_s"],
-            hub_suffixes=tuple(values["hub.hub_suffixes"]),
-            keep_alive_s=values["hub.keep_alive_s"],
-            token_life_s=values["hub.token_life_s"],
-        )
+        self.settings = settings_of(values)
 
     def __repr__(self) -> str:
         return f"BoardConfiguration({self.settings.id_scope!r})"

@@ -61,7 +61,7 @@ class Hub:
         watchdog: "Callable[[], None] | None",
     ) -> None:
         values = config.values
-        self.connection = HubConnection(config.hub_roots, values["hub.port"], values["hub.connect_to"], watchdog)
+        self.connection = HubConnection(config.hub_roots, values["hub.connect_to"], watchdog)
         self._agent = agent
         self._tpm = tpm
         self._clock = clock

@@ -33,6 +33,7 @@ IDLE_POLL_S = 0.05
 _BUSY_MS = 1000  # after the last byte the next one is looked for more often
 _SEND_BYTES = 1024
 _CONNACK, _PUBLISH, _PUBACK, _SUBACK, _PINGRESP = 2, 3, 4, 9, 13  # table 2.1
+_MQTT_PORT = 8883  # of every hub
 _CONNECT = b"\x10"
 _CONNECT_AS = b"\x00\x04MQTT\x04"  # 3.1.1
 _FLAGS = b"\xc0"  # user name and password
@@ -42,19 +43,18 @@ _FLAGS_CLEAN = b"\xc2"  # and a clean session
 class HubConnection:
     """One connection to one hub after the other, and the events of hub and programs.
 
-    `roots` are the only certificates to trust, in DER. `connect_to`, "host:port", is dialled instead of the hub's
-    `port`; the name that is sent and that the certificate must carry stays the hub's. `while_waiting` is called at
+    `roots` are the only certificates to trust, in DER. `connect_to`, "host:port", is dialled instead of the hub;
+    the name that is sent and that the certificate must carry stays the hub's. `while_waiting` is called at
     least once a second while something waits.
     """
 
     def __init__(
         self,
         roots: "list[bytes]",
-        port: int = 8883,
         connect_to: str = "",
         while_waiting: "Callable[[], None] | None" = None,
     ) -> None:
-        self._dial = split_address(connect_to, port) if connect_to else ("", port)
+        self._dial = split_address(connect_to, _MQTT_PORT) if connect_to else ("", _MQTT_PORT)
         self._link = Link(roots, while_waiting)
         self._while_waiting = while_waiting
         self._reached = ""  # the hub behind the link

@@ -1,10 +1,10 @@
 """The activation blob, public areas, names, templates and wrapped keys as bytes."""
 
+from dps_hal.contracts import EK_TEMPLATES
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import aes128_cfb, hmac_sha256, sha256
 from dps_hal.tpm.activation import Activation, join_activation, parse_activation, split_activation
 from dps_hal.tpm.keys import (
-    EK_TEMPLATES,
     check_ek_public,
     check_id_key_public,
     check_srk_public,

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from dps_agent.host.config import default_of
+from dps_agent.host.settings_table import KEYS
 from dps_emulator.cli import HUB_SUFFIXES, _Log, _warn, main
 from dps_emulator.hub_devices import BoundedFile
 from dps_emulator.server import EmulatorServer, LogLine
@@ -107,7 +107,7 @@ def test_a_device_is_not_moved_to_a_hub_that_is_not_served(tmp_path: Path, capsy
 
 
 def test_a_hub_that_an_agent_would_refuse_is_warned_of() -> None:
-    assert default_of("hub.hub_suffixes") == HUB_SUFFIXES
+    assert KEYS["hub.hub_suffixes"].default == HUB_SUFFIXES
     with EmulatorProcess("--hub", "hub.plant.example", "--hub", "Own.Azure-Devices.net") as emulator:
         (warning,) = [line for line in emulator.stderr.splitlines() if "warning" in line]
         assert "an agent refuses the hub hub.plant.example unless hub_suffixes" in warning

@@ -196,11 +196,11 @@ def test_an_unknown_check_is_exit_2_and_the_known_ones_are_named(
 
 
 def test_settings_that_cannot_be_used_are_exit_6_and_all_else_is_skipped(desk: Desk) -> None:
-    desk.configure("esys", "device:/dev/tpmrm0", "exclusive = true", "ek_handle = 1")
+    desk.configure("esys", "device:/dev/tpmrm0", "persist_at = 1", "ek_handle = 1")
     status, found, document = desk.check()
     assert (status, document["code"], document["error"]["code"]) == (6, "config", "config.invalid")
     assert results(found) == {"settings": "failed", **dict.fromkeys(set(IDS[1:]) - {"clock"}, "skipped")}
-    assert "tpm.exclusive: " in found["settings"]["detail"]
+    assert "tpm.persist_at: " in found["settings"]["detail"]
     assert "tpm.ek_handle: " in found["settings"]["detail"]
 
 

@@ -531,8 +531,9 @@ def test_each_way_to_the_hub_is_gone_and_one_that_is_used_suffices(
         way: bench.emulator.hub_port if open_ports in ("both", way) else closed_port for way in ("mqtt", "websocket")
     }
     monkeypatch.setattr(websocket, "PORT", ports["websocket"])
+    monkeypatch.setattr(network, "MQTT_PORT", ports["mqtt"])
     bench.agent.settings.write_text(bench.agent.text.replace(f'connect_to = "{bench.emulator.hub_connect_to}"', ""))
-    status, found = found_by(bench, capsys, *setting("hub.port", ports["mqtt"]), *setting("hub.transport", transport))
+    status, found = found_by(bench, capsys, *setting("hub.transport", transport))
     assert (status, found["hub-mqtt"]["result"], found["hub-websocket"]["result"]) == expected
     if open_ports == "mqtt" and transport == "auto":
         assert "it is not needed" in found["hub-websocket"]["detail"]

@@ -233,17 +233,17 @@ def test_the_status_of_a_running_service_says_what_it_does_not_see(
 
 
 def test_flags_before_and_after_the_verb_both_count(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
-    assert desk.run("--set", "hub.port=1", "config", "show", "--set", "poll=operation", "--json") == 0
+    assert desk.run("--set", "hub.keep_alive_s=31", "config", "show", "--set", "poll=operation", "--json") == 0
     settings = document(capsys.readouterr().out)["settings"]
-    assert settings["hub.port"] == {"value": 1, "origin": "--set hub.port"}
+    assert settings["hub.keep_alive_s"] == {"value": 31, "origin": "--set hub.keep_alive_s"}
     assert settings["poll"] == {"value": "operation", "origin": "--set poll"}
 
 
 def test_wrong_settings_are_exit_6_with_every_problem(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in (["provision"], ["token"], ["enroll"], ["status"], ["reset"], ["config", "validate"]):
-        assert desk.run(*verb, "--set", "hub.port=0", "--set", "poll=x", "--json") == 6, verb
+        assert desk.run(*verb, "--set", "hub.keep_alive_s=0", "--set", "poll=x", "--json") == 6, verb
         error = document(capsys.readouterr().out)["error"]
-        assert [problem.split(":")[0] for problem in error["problems"]] == ["hub.port", "poll"]
+        assert [problem.split(":")[0] for problem in error["problems"]] == ["hub.keep_alive_s", "poll"]
         assert error["code"] == "config.invalid"
         assert error["remedy"]
 
@@ -736,7 +736,7 @@ def test_reset_erases_a_record_of_another_version(desk: Desk, capsys: pytest.Cap
 
 
 def test_config_show_is_a_settings_file_of_the_same_meaning(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--set", 'payload={a = "q\\"\\u0007", b = [1, 2.5, true], "c d" = {}}', "--set", "hub.port=443"]
+    words = ["--set", 'payload={a = "q\\"\\u0007", b = [1, 2.5, true], "c d" = {}}', "--set", "hub.keep_alive_s=60"]
     assert desk.run("config", "show", *words) == 0
     again = desk.settings.with_name("again.toml")
     again.write_text(capsys.readouterr().out)
@@ -752,7 +752,7 @@ def test_config_show_names_origins_and_what_is_not_read(desk: Desk, capsys: pyte
     text = capsys.readouterr().out
     assert re.search(r'^poll = "operation" +# --set poll$', text, re.M)
     assert re.search(rf"^id_scope = .+# {re.escape(str(desk.settings))}$", text, re.M)
-    assert re.search(r"^port = 8883 +# default$", text, re.M)
+    assert re.search(r"^keep_alive_s = 240 +# default$", text, re.M)
     assert "config.d are not read" in text
 
 

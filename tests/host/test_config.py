@@ -1,5 +1,6 @@
 """The settings: every key from every source, their order, and problems that name what to correct."""
 
+import json
 import os
 import re
 import tomllib
@@ -9,51 +10,17 @@ from typing import Any
 import pytest
 
 from dps_agent.host import config
-from dps_agent.host.config import KEYS, Configuration, ConfigurationError, environment_name, load
+from dps_agent.host.cli.config import as_toml
+from dps_agent.host.config import Configuration, ConfigurationError, environment_name, load
+from dps_agent.host.settings_table import KEYS
 from dps_agent.settings import Settings
+from dps_deploy import settings as deployment
 from dps_hal.errors import AskOperator
+from dps_hal.host.tcti import is_ours_alone
 
 TEMPLATE = Path(__file__).parents[2] / "agent" / "service" / "config.toml"
 
-# Every key: its default, another value as TOML writes it, and that value in Python.
-GOLDEN: dict[str, tuple[Any, str, Any]] = {
-    "id_scope": ("", '"0ne00111111"', "0ne00111111"),
-    "registration_id": ("auto", '"press-07"', "press-07"),
-    "endpoint": ("https://global.azure-devices-provisioning.net", '"https://localhost:8443"', "https://localhost:8443"),
-    "connect_to": ("", '"127.0.0.1:8443"', "127.0.0.1:8443"),
-    "ca_file": ("", '"/etc/ca.pem"', "/etc/ca.pem"),
-    "state_dir": ("", '"/var/lib/other"', "/var/lib/other"),
-    "runtime_dir": ("", '"/run/other"', "/run/other"),
-    "poll": ("lookup", '"operation"', "operation"),
-    "payload": ({}, '{line = 3, tags = ["a"]}', {"line": 3, "tags": ["a"]}),
-    "retry.registration_budget_s": (900, "60", 60),
-    "retry.first_contact_spread_s": (0, "300", 300),
-    "tpm.backend": ("esys", '"simulator"', "simulator"),
-    "tpm.tcti": ("device:/dev/tpmrm0", '"/tmp/tpm"', "/tmp/tpm"),
-    "tpm.ek_template": ("tcg-l1", '"azure-c-sdk"', "azure-c-sdk"),
-    "tpm.ek_handle": (0x81010001, "0x81010005", 0x81010005),
-    "tpm.srk_handle": (0x81000001, "0x81000005", 0x81000005),
-    "tpm.owner_auth_file": ("", '"/run/owner"', "/run/owner"),
-    "tpm.endorsement_auth_file": ("", '"/run/endorsement"', "/run/endorsement"),
-    "tpm.persist_at": (0, "0x81000100", 0x81000100),
-    "tpm.exclusive": (False, "true", True),
-    "tpm.i_know_keys_are_in_files": (False, "true", True),
-    "hub.port": (8883, "443", 443),
-    "hub.connect_to": ("", '"[::1]:8883"', "[::1]:8883"),
-    "hub.ca_file": ("", '"/etc/hub.pem"', "/etc/hub.pem"),
-    "hub.transport": ("auto", '"websocket"', "websocket"),
-    "hub.keep_alive_s": (240, "60", 60),
-    "hub.token_life_s": (3600, "7200", 7200),
-    "hub.hub_suffixes": (
-        (".azure-devices.net", ".azure-devices.cn", ".azure-devices.us"),
-        '[".example.test", "hub.test"]',
-        (".example.test", "hub.test"),
-    ),
-    "network.proxy": ("env", '"http://proxy:3128"', "http://proxy:3128"),
-    "network.proxy_file": ("", '"/etc/proxy"', "/etc/proxy"),
-    "api.socket": ("", '"/run/other.sock"', "/run/other.sock"),
-    "api.allow_token": (False, "true", True),
-}
+CASES = sorted(path.parent for path in (Path(__file__).parent / "settings").glob("*/config.toml"))
 NO_FILE = Path("/nonexistent/dps-agent/config.toml")
 ENVIRON = {"STATE_DIRECTORY": "/run/state", "DPS_AGENT_ID_SCOPE": "0ne00000000"}
 
@@ -77,46 +44,95 @@ def as_file(key: str, text: str) -> str:
 
 
 def with_scope(key: str) -> dict[str, str]:
-    """An environment without `key`: some values need a TPM that fits them, the other keys stand alone."""
-    environ = dict(ENVIRON)
-    tcti = {"tpm.backend": "/tmp/tpm", "tpm.exclusive": "swtpm:port=2321"}
-    if key in tcti:
-        environ["DPS_AGENT_TPM_TCTI"] = tcti[key]
+    """An environment without `key`: a simulator needs a folder, the other keys stand alone."""
+    environ = {**ENVIRON, **({"DPS_AGENT_TPM_TCTI": "/tmp/tpm"} if key == "tpm.backend" else {})}
     environ.pop(environment_name(key), None)
     return environ
 
 
-def test_the_golden_table_has_every_key_and_no_other() -> None:
-    assert list(GOLDEN) == list(KEYS)
+def flat(content: dict[str, Any]) -> dict[str, Any]:
+    """A settings file's values by their dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        inner = value.items() if isinstance(value, dict) and name != "payload" else ()
+        found.update({f"{name}.{last}": each for last, each in inner} if inner else {name: value})
+    return found
 
 
-def test_defaults_are_those_of_the_design() -> None:
-    assert {key: config.default_of(key) for key in KEYS} == {key: default for key, (default, _, _) in GOLDEN.items()}
+# Every key with another value than its default.
+OTHER: dict[str, Any] = {
+    key: value
+    for case in ("proxy-with-a-password", "every-setting")
+    for key, value in flat(tomllib.loads((CASES[0].parent / case / "config.toml").read_text())).items()
+}
 
 
-@pytest.mark.parametrize("key", GOLDEN)
+def as_python(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def of_the_agent(name: str) -> Any:
+    """What the agent on Linux makes of a case: the values that are not the default (all of `defaults`), or problems."""
+    try:
+        loaded = load("config.toml", environ={"STATE_DIRECTORY": "/run/state", "RUNTIME_DIRECTORY": "/run/here"})
+    except ConfigurationError as error:
+        return {"code": error.code, "problems": list(error.problems)}
+    values = {key: loaded.value(key) for key in KEYS}
+    settled = {"state_dir": "/run/state", "runtime_dir": "/run/here"}
+    defaults = {key: settled.get(key, setting.default) for key, setting in KEYS.items()}
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in values.items()
+        if name == "defaults" or value != defaults[key]
+    }
+
+
+def of_a_board() -> Any:
+    """What `tools/deploy` makes of a case: the content of config.json, or problems."""
+    try:
+        return deployment.read(Path("config.toml"), 0).config
+    except ConfigurationError as error:
+        return {"code": error.code, "problems": list(error.problems)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_settings_file_is_read_as_its_case_says(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(case)
+    found = {"agent": of_the_agent(case.name), "board": of_a_board()}
+    expected = json.loads(Path("expected.json").read_text())
+    assert found == expected, f"{case.name}: came {json.dumps(found, indent=2)}"
+
+
+def test_the_cases_have_every_setting_with_its_default_and_with_another_value() -> None:
+    defaults = json.loads((CASES[0].parent / "defaults" / "expected.json").read_text())
+    assert list(defaults["agent"]) == list(KEYS), "put it into tests/host/settings/defaults/expected.json"
+    assert set(OTHER) == set(KEYS), "put another value than the default into tests/host/settings/every-setting"
+    assert not [key for key, setting in KEYS.items() if as_python(OTHER[key]) == setting.default]
+
+
+@pytest.mark.parametrize("key", KEYS)
 def test_a_key_in_a_file_counts_and_its_origin_is_the_file(key: str, tmp_path: Path) -> None:
-    loaded = read(as_file(key, GOLDEN[key][1]), tmp_path, with_scope(key))
-    assert (loaded.value(key), loaded.origins[key]) == (GOLDEN[key][2], str(tmp_path / "given.toml"))
+    loaded = read(as_file(key, as_toml(OTHER[key])), tmp_path, with_scope(key))
+    assert (loaded.value(key), loaded.origins[key]) == (as_python(OTHER[key]), str(tmp_path / "given.toml"))
 
 
-@pytest.mark.parametrize("key", GOLDEN)
+@pytest.mark.parametrize("key", KEYS)
 def test_a_key_in_the_environment_counts_and_its_origin_is_the_variable(key: str) -> None:
-    environ = {**with_scope(key), environment_name(key): GOLDEN[key][1]}
+    environ = {**with_scope(key), environment_name(key): as_toml(OTHER[key])}
     loaded = load(environ=environ, system_file=NO_FILE)
-    assert (loaded.value(key), loaded.origins[key]) == (GOLDEN[key][2], f"environment {environment_name(key)}")
+    assert (loaded.value(key), loaded.origins[key]) == (as_python(OTHER[key]), f"environment {environment_name(key)}")
 
 
-@pytest.mark.parametrize("key", GOLDEN)
+@pytest.mark.parametrize("key", KEYS)
 def test_a_key_as_a_flag_counts_and_its_origin_is_the_flag(key: str) -> None:
-    loaded = load(overrides=[f"{key}={GOLDEN[key][1]}"], environ=with_scope(key), system_file=NO_FILE)
-    assert (loaded.value(key), loaded.origins[key]) == (GOLDEN[key][2], f"--set {key}")
+    loaded = load(overrides=[f"{key}={as_toml(OTHER[key])}"], environ=with_scope(key), system_file=NO_FILE)
+    assert (loaded.value(key), loaded.origins[key]) == (as_python(OTHER[key]), f"--set {key}")
 
 
-@pytest.mark.parametrize("key", [key for key, (default, _, _) in GOLDEN.items() if isinstance(default, str)])
+@pytest.mark.parametrize("key", [key for key, setting in KEYS.items() if isinstance(setting.default, str)])
 def test_text_in_the_environment_needs_no_quotes(key: str) -> None:
-    environ = {**with_scope(key), environment_name(key): GOLDEN[key][2]}
-    assert load(environ=environ, system_file=NO_FILE).value(key) == GOLDEN[key][2]
+    environ = {**with_scope(key), environment_name(key): OTHER[key]}
+    assert load(environ=environ, system_file=NO_FILE).value(key) == OTHER[key]
 
 
 def test_bare_digits_stay_text_where_text_is_expected() -> None:
@@ -124,8 +140,8 @@ def test_bare_digits_stay_text_where_text_is_expected() -> None:
 
 
 def test_a_value_in_the_environment_cannot_smuggle_another_key() -> None:
-    with pytest.raises(ConfigurationError, match=r"hub\.port: expected a whole number"):
-        load(environ={**ENVIRON, "DPS_AGENT_HUB_PORT": "443\npoll = 'operation'"}, system_file=NO_FILE)
+    with pytest.raises(ConfigurationError, match=r"hub\.keep_alive_s: expected a whole number"):
+        load(environ={**ENVIRON, "DPS_AGENT_HUB_KEEP_ALIVE_S": "443\npoll = 'operation'"}, system_file=NO_FILE)
 
 
 def test_environment_names_are_the_documented_ones() -> None:
@@ -136,18 +152,18 @@ def test_environment_names_are_the_documented_ones() -> None:
 
 def test_the_last_source_wins(tmp_path: Path) -> None:
     system = tmp_path / "config.toml"
-    system.write_text('id_scope = "file"\npoll = "operation"\n[retry]\nregistration_budget_s = 1\n[hub]\nport = 1\n')
+    system.write_text('id_scope = "file"\npoll = "operation"\n[retry]\nregistration_budget_s = 1\n')
     (tmp_path / "config.d").mkdir()
-    (tmp_path / "config.d" / "20.toml").write_text("[retry]\nregistration_budget_s = 20\n[hub]\nport = 20\n")
+    (tmp_path / "config.d" / "20.toml").write_text("[retry]\nregistration_budget_s = 20\n[hub]\nkeep_alive_s = 32\n")
     (tmp_path / "config.d" / "10.toml").write_text("[retry]\nregistration_budget_s = 10\nfirst_contact_spread_s = 10\n")
     (tmp_path / "config.d" / "30.txt").write_text("no TOML")
-    environ = {"STATE_DIRECTORY": "/run/state", "DPS_AGENT_HUB_PORT": "30", "DPS_AGENT_CA_FILE": "/env"}
+    environ = {"STATE_DIRECTORY": "/run/state", "DPS_AGENT_HUB_KEEP_ALIVE_S": "33", "DPS_AGENT_CA_FILE": "/env"}
     loaded = load(overrides=["ca_file=/flag"], environ=environ, system_file=system)
     assert loaded.id_scope == "file"
     assert loaded.poll == "operation"
     assert loaded.retry.first_contact_spread_s == 10
     assert loaded.retry.registration_budget_s == 20
-    assert loaded.hub.port == 30
+    assert loaded.hub.keep_alive_s == 33
     assert loaded.ca_file == "/flag"
     assert loaded.files == tuple(
         str(tmp_path / name) for name in ("config.toml", "config.d/10.toml", "config.d/20.toml")
@@ -159,7 +175,7 @@ def test_a_packages_defaults_give_way_to_every_file(tmp_path: Path, monkeypatch:
     packaged.write_text('[tpm]\nbackend = "wire"\n')
     monkeypatch.setattr(config, "PACKAGE_FILE", packaged)
     assert load(environ=ENVIRON, system_file=system).tpm.backend == "wire"
-    system.write_text("[tpm]\nexclusive = false\n")
+    system.write_text("[tpm]\npersist_at = 0\n")
     loaded = load(environ=ENVIRON, system_file=system)
     assert (loaded.tpm.backend, loaded.origins["tpm.backend"]) == ("wire", str(packaged))
     assert load(system, environ=ENVIRON, system_file=NO_FILE).tpm.backend == "wire"
@@ -170,14 +186,14 @@ def test_a_packages_defaults_give_way_to_every_file(tmp_path: Path, monkeypatch:
 
 def test_a_named_file_replaces_the_system_files_and_their_folder(tmp_path: Path) -> None:
     (tmp_path / "config.d").mkdir()
-    (tmp_path / "config.d" / "10.toml").write_text("[hub]\nport = 10\n")
-    assert read("", tmp_path).hub.port == 8883
+    (tmp_path / "config.d" / "10.toml").write_text("[hub]\nkeep_alive_s = 40\n")
+    assert read("", tmp_path).hub.keep_alive_s == 240
 
 
 def test_the_folder_counts_without_the_first_file(tmp_path: Path) -> None:
     (tmp_path / "config.d").mkdir()
-    (tmp_path / "config.d" / "10.toml").write_text("[hub]\nport = 10\n")
-    assert load(environ=ENVIRON, system_file=tmp_path / "config.toml").hub.port == 10
+    (tmp_path / "config.d" / "10.toml").write_text("[hub]\nkeep_alive_s = 40\n")
+    assert load(environ=ENVIRON, system_file=tmp_path / "config.toml").hub.keep_alive_s == 40
 
 
 @pytest.mark.parametrize(
@@ -187,7 +203,7 @@ def test_the_folder_counts_without_the_first_file(tmp_path: Path) -> None:
         ('[tpm]\nbackends = "esys"', "tpm.backend"),
         ('backend = "esys"', "tpm.backend"),
         ("[retries]\nx = 1", "retry"),
-        ("[network]\nport = 443", "hub.port"),
+        ("[network]\ntransport = 443", "hub.transport"),
         ('registrationId = "x"', "registration_id"),
     ],
 )
@@ -239,9 +255,7 @@ BAD = [
     ("tpm.ek_handle", "0"),
     ("tpm.srk_handle", "0x81800000"),
     ("tpm.persist_at", "0x80000000"),
-    ("tpm.exclusive", "1"),
     ("tpm.i_know_keys_are_in_files", "1"),
-    ("hub.port", "65536"),
     ("hub.transport", '"amqp"'),
     ("hub.keep_alive_s", "1178"),
     ("hub.token_life_s", "299"),
@@ -258,9 +272,47 @@ def test_a_bad_value_names_key_origin_expectation_and_what_came(key: str, text: 
     assert re.match(rf"{re.escape(key)}: expected .+; came .+ \({re.escape(str(tmp_path))}", problem), problem
 
 
+def test_registration_ids_of_the_grammar_are_taken(tmp_path: Path) -> None:
+    for text in (
+        "press-",
+        "a--",
+        "a",
+        "7",
+        "A",
+        "press-07",
+        "Press:07.line_4-b",
+        "a" * 128,
+        "a" + ":._-" * 31 + "b",
+        "0" * 128,
+    ):
+        assert read(f'registration_id = "{text}"', tmp_path).registration_id == text
+
+
+def test_registration_ids_outside_the_grammar_are_refused(tmp_path: Path) -> None:
+    for text in (
+        "",
+        "a" * 129,
+        "-a",
+        "-",
+        "a:",
+        "a.",
+        ":",
+        ".a",
+        "a_",
+        "a b",
+        "a/b",
+        "a\u00e9b",
+        "\u0660",
+        "a\nb",
+        "\u212a",
+    ):
+        (problem,) = problems_of("", tmp_path, None, f"registration_id={as_toml(text)}")
+        assert problem.startswith("registration_id: expected "), f"id={text!r}"
+
+
 def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     problems = problems_of(
-        'pol = "x"\nendpoint = "ftp://x"\n[hub]\nport = 0\n'
+        'pol = "x"\nendpoint = "ftp://x"\n[hub]\nkeep_alive_s = 0\n'
         '[tpm]\nbackend = "wire"\ntcti = "tabrmd"\nek_handle = 0x81000001\n',
         tmp_path,
         {"STATE_DIRECTORY": "/run/state", "DPS_AGENT_NETWORK_PROXY": "gopher"},
@@ -271,7 +323,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     assert named == [
         "pol",
         "endpoint",
-        "hub.port",
+        "hub.keep_alive_s",
         "network.proxy",
         "retry.registration_budget_s",
         "--set",
@@ -281,22 +333,28 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     ]
 
 
-SHARED = ("device:/dev/tpm0", "device:/dev/tpmrm0", "device", "tabrmd", "tabrmd:bus_type=session", "cmd:tpm2_send")
+@pytest.mark.parametrize(
+    "tcti", ["device:/dev/tpm0", "device", "tabrmd:bus_type=session", "cmd:tpm2_send", "swtpm", "mssim"]
+)
+def test_a_tpm_that_others_may_use_is_never_taken_for_ours_alone(tcti: str) -> None:
+    assert not is_ours_alone(tcti)
 
 
-@pytest.mark.parametrize("backend", ["esys", "wire"])
-@pytest.mark.parametrize("tcti", SHARED)
-def test_a_tpm_that_others_may_use_is_never_taken_for_ours_alone(backend: str, tcti: str, tmp_path: Path) -> None:
-    text = f'[tpm]\nbackend = "{backend}"\ntcti = "{tcti}"\n'
-    problems = problems_of(text + "exclusive = true\n", tmp_path)
-    (problem,) = [problem for problem in problems if problem.startswith("tpm.exclusive: expected false")]
-    assert tcti in problem
-    assert str(tmp_path) in problem
+@pytest.mark.parametrize("tcti", ["libtpms:/tmp/state", "spi:/dev/spidev0.0", "spi-ltt2go", "i2c-helper"])
+def test_a_tpm_without_a_driver_is_ours_alone(tcti: str) -> None:
+    assert is_ours_alone(tcti)
 
 
-@pytest.mark.parametrize("tcti", ["swtpm:port=2321", "mssim", "spi-ltt2go", "i2c-helper"])
-def test_a_tpm_without_a_driver_may_be_ours_alone(tcti: str, tmp_path: Path) -> None:
-    assert read(f'[tpm]\ntcti = "{tcti}"\nexclusive = true\n', tmp_path).tpm.exclusive
+@pytest.mark.parametrize(("key", "value"), [("hub.port", "8883"), ("hub.port", "443"), ("tpm.exclusive", "false")])
+def test_who_has_a_setting_that_has_gone_is_told_what_to_do_instead(key: str, value: str, tmp_path: Path) -> None:
+    for name, problems in (
+        (key, problems_of(as_file(key, value), tmp_path)),
+        (key, problems_of("", tmp_path, None, f"{key}={value}")),
+        (environment_name(key), problems_of("", tmp_path, {**ENVIRON, environment_name(key): value})),
+    ):
+        (problem,) = problems
+        assert problem.startswith(f"{name}: there is no such setting any more: "), problem
+        assert "leave it out" in problem and "nearest" not in problem, problem
 
 
 def test_a_missing_id_scope_has_its_own_code_and_is_no_problem_where_none_is_needed(tmp_path: Path) -> None:
@@ -454,24 +512,19 @@ def test_a_problem_with_the_proxy_does_not_show_its_password(url: str, tmp_path:
     assert "hunter2" not in problem
 
 
-def test_the_template_has_every_key_with_its_default_and_variable() -> None:
-    lines = TEMPLATE.read_text().splitlines()
-    assigned = [line for line in lines if re.match(r"# [a-z_]+ = ", line)]
-    opened = [line.removeprefix("# ") if line in assigned else line for line in lines]
-    parsed = tomllib.loads("\n".join(opened))
-    flat = {
-        key: parsed.get(key.split(".")[0]) if "." not in key else parsed[key.split(".")[0]].get(key.split(".")[1])
-        for key in KEYS
+def test_the_template_with_its_lines_opened_has_every_default() -> None:
+    opened = re.sub(r"(?m)^# (?=[a-z_]+ = )", "", TEMPLATE.read_text())
+    assert {key: as_python(value) for key, value in flat(tomllib.loads(opened)).items()} == {
+        key: setting.default for key, setting in KEYS.items()
     }
-    expected = {key: config.default_of(key) for key in KEYS}
-    assert {k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()} == expected
-    assert [line.rpartition("# ")[2] for line in assigned] == [environment_name(key) for key in KEYS]
+    variables = re.findall(r"(?m)^[a-z_]+ = .* # (\w+)$", opened)
+    assert variables == [environment_name(key) for key in KEYS]
 
 
 def test_the_template_as_it_is_changes_nothing() -> None:
     loaded = load(TEMPLATE, environ=ENVIRON)
     settled = ("id_scope", "state_dir", "runtime_dir")
-    assert all(loaded.value(key) == config.default_of(key) for key in KEYS if key not in settled)
+    assert all(loaded.value(key) == KEYS[key].default for key in KEYS if key not in settled)
     assert os.path.isabs(loaded.state_dir)
 
 

@@ -16,8 +16,8 @@ import pytest
 import trustme
 from littlefs import LittleFS
 
-from dps_agent.host import config as host_config
 from dps_agent.host.config import ConfigurationError
+from dps_agent.host.settings_table import KEYS
 from dps_board.keys import read_values
 from dps_deploy import settings
 from dps_deploy.copying import guard
@@ -31,7 +31,7 @@ BUILT_AT_S = 20_775 * 86400  # 2026-11-18
 MINIMAL = 'id_scope = "0ne00A1B2C3"\n'
 
 
-def read(tmp_path: Path, text: str) -> settings.BoardSettings:
+def read(tmp_path: Path, text: str) -> settings.Deployed:
     path = tmp_path / "board.toml"
     path.write_text(text)
     return settings.read(path, BUILT_AT_S)
@@ -51,17 +51,18 @@ def deploy(*words: str, cwd: Path = CHECKOUT, **environ: str) -> subprocess.Comp
 
 
 def test_a_board_reads_the_settings_that_were_made_for_it(tmp_path: Path) -> None:
-    text = MINIMAL + 'payload = {line = 7}\n[tpm]\ntcti = "i2c"\n[hub]\nport = 443\n[board]\nselect_pin = 5\n'
+    text = MINIMAL + 'payload = {line = 7}\n[tpm]\ntcti = "i2c"\n[hub]\nkeep_alive_s = 60\n[board]\nselect_pin = 5\n'
     values = read_values(read(tmp_path, text).config_json(True), "config.json")
     assert values["id_scope"] == "0ne00A1B2C3" and values["payload"] == {"line": 7}
-    assert (values["tpm.tcti"], values["hub.port"], values["board.select_pin"]) == ("i2c", 443, 5)
+    assert (values["tpm.tcti"], values["hub.keep_alive_s"], values["board.select_pin"]) == ("i2c", 60, 5)
     assert values["board.built_at_s"] == BUILT_AT_S and values["ca_file"] == "roots.der"
 
 
 def test_every_setting_of_linux_is_one_of_a_board_or_refused_with_a_reason() -> None:
     on_a_board = set(read_values(b'{"id_scope":"x"}', ""))
-    assert {key for key in on_a_board if not key.startswith("board.")} <= set(host_config.KEYS)
-    assert set(host_config.KEYS) - on_a_board == set(settings.NOT_ON_A_BOARD)
+    assert {key for key in on_a_board if not key.startswith("board.")} <= set(KEYS)
+    assert set(KEYS) - on_a_board == set(settings.NOT_ON_A_BOARD)
+    assert on_a_board == set(settings.board_defaults())
 
 
 REFUSED = [
@@ -73,9 +74,9 @@ REFUSED = [
     ("tmp = 1", "tmp: there is no such setting"),
     ("retry = 5", "retry: there is no such setting"),
     ("[retry]\nregistration_budget = 9", "the nearest is retry.registration_budget_s"),
-    ("[tpm]\nbackend = 'esys'", "tpm.backend: expected one of wire"),
-    ("[tpm]\ntcti = 'device:/dev/tpmrm0'", 'tpm.tcti: expected "spi" or "i2c"'),
-    ("[tpm]\ntcti = 'swtpm:host=127.0.0.1,port=2321'", 'tpm.tcti: expected "spi" or "i2c"'),
+    ("[tpm]\nbackend = 'esys'", 'tpm.backend: expected one of "wire"'),
+    ("[tpm]\ntcti = 'device:/dev/tpmrm0'", 'tpm.tcti: expected one of "spi", "i2c"'),
+    ("[tpm]\ntcti = 'swtpm:host=127.0.0.1,port=2321'", 'tpm.tcti: expected one of "spi", "i2c"'),
     ("[tpm]\nek_handle = 0x81000001", "tpm.srk_handle: expected another handle"),
     ("[tpm]\npersist_at = 0x81000100", "tpm.persist_at: on a board no other program"),
     ("[tpm]\nowner_auth_file = '/x'", "tpm.owner_auth_file: the agent on a board needs a TPM whose owner password"),
@@ -85,6 +86,24 @@ REFUSED = [
     ("[hub]\nhub_suffixes = []", "hub.hub_suffixes: expected"),
     ("[board]\nbuilt_at_s = 1", "board.built_at_s: this program sets it"),
     ("[board]\nled_pin = 'A1'", "board.led_pin: expected"),
+    ("[board]\nntp_server = 'ntp.example:x'", "board.ntp_server: expected"),
+    ("[board]\nntp_server = 'ntp.example:'", "board.ntp_server: expected"),
+    ("[board]\nntp_server = 'ntp.example:65536'", "board.ntp_server: expected"),
+    ("[board]\nwatchdog_s = 7", "board.watchdog_s: expected"),
+    ("[board]\nwatchdog_s = 601", "board.watchdog_s: expected"),
+    ("[board]\nwatchdog_s = true", "board.watchdog_s: expected"),
+    ("endpoint = 'https://x/path'", "endpoint: expected"),
+    ("endpoint = 'https://x:'", "endpoint: expected"),
+    ("endpoint = 'https://a b'", "endpoint: expected"),
+    ("connect_to = '127.0.0.1:70000'", "connect_to: expected"),
+    ("poll = 'push'", "poll: expected"),
+    ("payload = [1]", "payload: expected"),
+    ("[retry]\nregistration_budget_s = 0", "retry.registration_budget_s: expected"),
+    ("[retry]\nregistration_budget_s = true", "retry.registration_budget_s: expected"),
+    ("[tpm]\nek_handle = 0x80000001", "tpm.ek_handle: expected"),
+    ("[hub]\nhub_suffixes = [1]", "hub.hub_suffixes: expected"),
+    ("[hub]\nport = 8883", "hub.port: there is no such setting any more"),
+    ("[tpm]\nexclusive = true", "tpm.exclusive: there is no such setting any more"),
     ("[board]\nwifi_ssd = 'x'", "the nearest is board.wifi_ssid"),
     ("[board]\nwifi_password_file = 5", "board.wifi_password_file: expected the path of a file"),
 ]

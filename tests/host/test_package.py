@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from dps_agent.host.cli import VERBS
-from dps_agent.host.config import KEYS, environment_name
+from dps_agent.host.config import environment_name
+from dps_agent.host.settings_table import KEYS
 from dps_hal.errors import EXIT_GROUPS
 from dps_hal.host.codes import REMEDIES
 from dps_package.distributions import BuildFailed, check_content, debian_version

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dps_agent.effects import NoReply, Reply
-from dps_agent.host.config import without_password
 from dps_agent.host.network.https import DpsConnection
 from dps_agent.host.network.proxy import Proxy, ProxyRule, schemes_of
+from dps_agent.host.settings_table import without_password
 from dps_hal.errors import AskOperator
 from support.cloud.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering, proxying
 

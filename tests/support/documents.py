@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from typing import NamedTuple
 
 CHECKOUT = Path(__file__).parents[2]
+CODES = CHECKOUT / "docs" / "codes.md"
+OPERATORS = CHECKOUT / "docs" / "operators.md"
 DOCUMENTS = sorted([CHECKOUT / "README.md", CHECKOUT / "micropython" / "README.md", *(CHECKOUT / "docs").glob("*.md")])
 REASONS = {
     "root": "changes the machine: packages, users, systemd; the tests of the package do that in machines of their own",
@@ -105,59 +104,3 @@ def table_under(document: Path, title: str) -> list[list[str]]:
         elif rows or line.startswith("#"):
             break
     return rows[2:]
-
-
-# What is made from the code: python -m support.documents, with agent, hal and tests on PYTHONPATH.
-
-CODES = CHECKOUT / "docs" / "codes.md"
-OPERATORS = CHECKOUT / "docs" / "operators.md"
-AREAS = {
-    "tpm": "TPM",
-    "store": "Storage",
-    "record": "Stored assignment",
-    "dps": "Device Provisioning Service",
-    "network": "Network",
-    "hub": "Hub",
-    "clock": "Clock",
-    "config": "Settings",
-    "agent": "The agent itself",
-}
-
-
-def tables_of_codes() -> str:
-    """The tables of error codes, by area; the words of each line are those that the page has already."""
-    from dps_hal.host.codes import REMEDIES
-
-    before = {row[0]: row[1] for title in AREAS.values() for row in table_under(CODES, title)}
-    parts: list[str] = []
-    for area, title in AREAS.items():
-        codes = [code for code in REMEDIES if code.startswith(f"{area}.")]
-        rows = [(f"`{code}`", before.get(f"`{code}`", ""), REMEDIES[code]) for code in codes]
-        parts.append(f"### {title}\n\n" + _table(("code", "what the line says", "what to do"), rows))
-    return "\n".join(parts)
-
-
-def table_of_checks() -> str:
-    """The table of checks, in the order in which they run."""
-    from dps_agent.host.checks import CHECKS
-
-    rows = [(f"`{check.id}`", check.description, "yes" if check.online else "") for check in CHECKS]
-    return _table(("id", "makes sure", "network"), rows)
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [" | ".join(row) for row in (head, ("---",) * len(head), *rows)]
-    return "".join(f"| {line} |\n".replace("|  |", "| |") for line in lines)
-
-
-def rewrite() -> None:
-    """Puts the tables into the pages."""
-    text = CODES.read_text()
-    CODES.write_text(text[: text.index(f"### {AREAS['tpm']}\n")] + tables_of_codes())
-    head = "| id | makes sure | network |\n"
-    before, _, behind = OPERATORS.read_text().partition(head)
-    OPERATORS.write_text(f"{before}{table_of_checks()}\n{behind.partition(chr(10) * 2)[2]}")
-
-
-if __name__ == "__main__":
-    rewrite()

@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dps_agent.host.config import KEYS, ConfigurationError, hierarchy_password, read_toml
-from dps_board.keys import read_values
-from dps_hal.errors import AskOperator
+from dps_agent.host.config import ConfigurationError, hierarchy_password, read_toml
+from dps_agent.host.settings_table import GONE, KEYS, BoardSettings, Setting, rows_of
 from dps_text import Secret
 
 BUILT_AT = "board.built_at_s"
@@ -17,22 +16,21 @@ PASSWORD = "board.wifi_password"
 PASSWORD_FILE = "board.wifi_password_file"
 ROOTS_FILE = "roots.der"
 HUB_ROOTS_FILE = "hub-roots.der"
-NOT_ON_A_BOARD = {
-    "runtime_dir": "a board has no folder for what a restart may lose",
-    "tpm.owner_auth_file": "the agent on a board needs a TPM whose owner password is empty",
-    "tpm.endorsement_auth_file": "the agent on a board needs a TPM whose endorsement password is empty",
-    "tpm.persist_at": "on a board no other program could use the key, so it stays in the record",
-    "tpm.exclusive": "the TPM of a board always belongs to the agent alone",
-    "tpm.i_know_keys_are_in_files": "there is no simulator on a board",
-    "network.proxy": "a board dials the service itself",
-    "network.proxy_file": "a board dials the service itself",
-    "api.socket": "a program on a board uses dps_board.runner.Agent",
-    "api.allow_token": "a program on a board uses dps_board.runner.Agent",
+FILES_HERE = ("ca_file", "hub.ca_file", PASSWORD_FILE)  # on this machine; the board gets their content
+NOT_ON_A_BOARD = {key: setting.board for key, setting in KEYS.items() if isinstance(setting.board, str)}
+ON_A_BOARD: dict[str, Setting] = {
+    **{key: setting.board or setting for key, setting in KEYS.items() if not isinstance(setting.board, str)},
+    **rows_of("board", BoardSettings),
 }
-_BOARD_KEYS = set(read_values(b'{"id_scope":"x"}', ""))
 
 
-class BoardSettings(NamedTuple):
+def board_defaults() -> dict[str, Any]:
+    """Every key of config.json with what a board takes where it is not there."""
+    found = {key: setting.default for key, setting in ON_A_BOARD.items() if key != PASSWORD_FILE}
+    return {**found, BUILT_AT: 0, PASSWORD: ""}
+
+
+class Deployed(NamedTuple):
     """What the TOML file says, checked; `config` is the content of config.json without a password."""
 
     config: dict[str, Any]
@@ -60,7 +58,7 @@ class BoardSettings(NamedTuple):
         return json.dumps(config, indent=1, ensure_ascii=False).encode()
 
 
-def read(path: Path, built_at_s: int) -> BoardSettings:
+def read(path: Path, built_at_s: int) -> Deployed:
     """Reads and checks the settings in `path`; ConfigurationError with every problem found."""
     content = read_toml(path)
     values: dict[str, Any] = {}
@@ -72,12 +70,12 @@ def read(path: Path, built_at_s: int) -> BoardSettings:
     problems = [problem for key, value in values.items() if (problem := _problem(key, value, path))]
     if "id_scope" not in values:
         problems.insert(0, f"id_scope: expected the ID scope of your Device Provisioning Service; {path} has none")
-    handles = [values.get(key, KEYS[key].default) for key in ("tpm.ek_handle", "tpm.srk_handle")]
+    handles = [values.get(key, ON_A_BOARD[key].default) for key in ("tpm.ek_handle", "tpm.srk_handle")]
     if handles[0] == handles[1]:
         problems.append("tpm.srk_handle: expected another handle than tpm.ek_handle")
     if problems:
         raise ConfigurationError("config.invalid", problems)
-    files = [values.pop(key, "") for key in ("ca_file", "hub.ca_file", PASSWORD_FILE)]
+    files = [values.pop(key, "") for key in FILES_HERE]
     values[BUILT_AT] = built_at_s
     values["ca_file"] = ROOTS_FILE
     if files[1]:
@@ -86,35 +84,21 @@ def read(path: Path, built_at_s: int) -> BoardSettings:
     for key, value in values.items():
         table, _, name = key.rpartition(".")
         (config.setdefault(table, {}) if table else config)[name] = value
-    return BoardSettings(config, *files)
+    return Deployed(config, *files)
 
 
 def _problem(key: str, value: Any, path: Path) -> str:
     """What is wrong with one setting, "" for nothing."""
+    if key in GONE:
+        return f"{key}: there is no such setting any more: {GONE[key]} ({path})"
     if key in NOT_ON_A_BOARD:
         return f"{key}: {NOT_ON_A_BOARD[key]}; leave it out ({path})"
     if key == BUILT_AT:
         return f"{key}: this program sets it; leave it out ({path})"
     if key == PASSWORD:
         return f"{key}: expected {PASSWORD_FILE}, the path of a file that only you may read ({path})"
-    if key == PASSWORD_FILE:
-        return "" if isinstance(value, str) and value else f"{key}: expected the path of a file ({path})"
-    if key == "tpm.tcti" and value not in ("spi", "i2c"):
-        return f'{key}: expected "spi" or "i2c", where a board has its TPM; came {value!r} ({path})'
-    if key not in KEYS and key not in _BOARD_KEYS:
-        near = difflib.get_close_matches(key, sorted(_BOARD_KEYS - {PASSWORD, BUILT_AT} | {PASSWORD_FILE}), 1)
+    if key not in ON_A_BOARD:
+        near = difflib.get_close_matches(key, ON_A_BOARD, 1)
         return f"{key}: there is no such setting ({path})" + (f"; the nearest is {near[0]}" if near else "")
-    # A board has other words for where its TPM is and what serves it.
-    if key in KEYS and not key.startswith("tpm.") and not KEYS[key].accepts(value):
-        return f"{key}: expected {KEYS[key].expected}; came {repr(value)[:80]} ({path})"
-    if key in ("ca_file", "hub.ca_file"):
-        return ""  # a file on this machine; the board gets its content
-    table, _, name = key.rpartition(".")
-    document = {"id_scope": "x", **({table: {name: value}} if table else {name: value})}
-    try:
-        read_values(json.dumps(document).encode(), str(path))
-    except AskOperator as error:
-        return error.message
-    except TypeError:  # what TOML has and JSON has not: a date, in a list or alone
-        return f"{key}: expected a value without dates; came {repr(value)[:80]} ({path})"
-    return ""
+    setting = ON_A_BOARD[key]
+    return "" if setting.accepts(value) else f"{key}: expected {setting.expected}; came {repr(value)[:80]} ({path})"

@@ -1,17 +1,16 @@
 """The man page dps-agent(8), made of what the program says of itself: its parser, its settings, its error codes."""
 
 import argparse
-import re
 import time
 from collections.abc import Iterator, Sequence
 
 from dps_agent import __version__
 from dps_agent.host.checks import CHECKS
 from dps_agent.host.cli import command_line
-from dps_agent.host.cli.config import as_toml
-from dps_agent.host.config import KEYS, SYSTEM_FILE, SYSTEM_STATE_DIR, environment_name
+from dps_agent.host.cli.config import as_written
+from dps_agent.host.config import SYSTEM_FILE, SYSTEM_STATE_DIR, environment_name
+from dps_agent.host.settings_table import KEYS
 from dps_hal.host.codes import REMEDIES
-from dps_package.distributions import CHECKOUT
 
 _SERVICE = """\
 The service is dps-agent.service. It is started once the ID scope is set:
@@ -63,10 +62,9 @@ def manual(build_time_s: int) -> str:
         ".BR \\-\\-set ;",
         "the last wins.",
     ]
-    meanings = _meanings()
     for key, setting in KEYS.items():
-        lines += [f".TP\n.B {_plain(key)}", *([_plain(meanings[key]), ".br"] if meanings.get(key) else [])]
-        default = "none" if key == "id_scope" else _default(key, setting.default)
+        lines += [f".TP\n.B {_plain(key)}", _plain(setting.help), ".br"]
+        default = "none" if key == "id_scope" else as_written(setting, setting.default)
         lines += [_plain(f"Expected: {setting.expected}; default: {default}"), ".br", _plain(environment_name(key))]
     epilog = (parser.epilog or "").partition("\n\n")[0].partition("\n")[2]
     lines += [".SH EXIT STATUS"]
@@ -106,27 +104,6 @@ def _described(actions: Sequence[argparse.Action]) -> list[str]:
         text = (action.help or "") % vars(action)  # as argparse does
         lines += [".TP", " ".join(filter(None, (names, shown))), _plain(text)]
     return lines
-
-
-def _meanings() -> dict[str, str]:
-    """What the comments of the settings template say about each key that has one of its own."""
-    found: dict[str, str] = {}
-    table, comment = "", ""
-    for line in (CHECKOUT / "agent/service/config.toml").read_text().splitlines():
-        assigned = re.match(r"# (\w+) = ", line)
-        if line.startswith("["):
-            table = line.strip("[]") + "."
-        elif assigned:
-            found[table + assigned[1]] = comment
-        comment = f"{comment} {line.removeprefix('#').strip()}".strip() if line.startswith("#") and not assigned else ""
-    return found
-
-
-def _default(key: str, value: object) -> str:
-    """A default as the settings file has it; handles as everybody writes them."""
-    if value and key in ("tpm.ek_handle", "tpm.srk_handle"):
-        return f"{value:#x}"
-    return as_toml(list(value) if isinstance(value, tuple) else value)
 
 
 def _clause(sentence: str | None) -> str:

@@ -8,26 +8,29 @@ files of the system.
 import os
 import stat
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
-from dps_agent.settings import (
-    AUTO,
-    KEEP_ALIVE_LIMIT_S,
-    KEEP_ALIVE_S,
-    POLL_LOOKUP,
-    POLL_OPERATION,
-    TOKEN_LIFE_S,
-    Settings,
-    check_registration_id,
+from dps_agent.host.settings_table import (
+    AUTH_LIMIT,
+    GONE,
+    KEYS,
+    SECTIONS,
+    SOCKET_PATH_LIMIT,
+    ApiSettings,
+    HubSettings,
+    NetworkSettings,
+    RetrySettings,
+    TopSettings,
+    TpmSettings,
+    is_proxy_url,
 )
-from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
+from dps_agent.settings import Settings, settings_of
 from dps_hal.errors import AskOperator
 from dps_hal.host.regular import open_regular, read_regular
 from dps_hal.host.tcti import parse_tcti
-from dps_hal.tpm.keys import EK_TEMPLATES
 from dps_text import BYTE_ORDER_MARK, NotText, Secret, secret_of, text_of
 
 SYSTEM_FILE = Path("/etc/dps-agent/config.toml")
@@ -36,7 +39,6 @@ SYSTEM_STATE_DIR = "/var/lib/dps-agent"
 SYSTEM_RUNTIME_DIR = "/run/dps-agent"
 SOCKET_NAME = "api.sock"
 ROOT_SUFFIX = ".root"  # behind the path of the socket: that of the one for root and the service's own user alone
-SOCKET_PATH_LIMIT = 100  # bytes; sun_path of unix(7) has 108, and the socket is made under a longer name first
 ENVIRONMENT_PREFIX = "DPS_AGENT_"
 AZURE_ENDPOINT_SUFFIXES = (
     ".azure-devices-provisioning.net",
@@ -44,15 +46,9 @@ AZURE_ENDPOINT_SUFFIXES = (
     ".azure-devices-provisioning.us",
 )
 SETTINGS_LIMIT = 1024 * 1024  # bytes; the template with every setting has 1/100
-AUTH_LIMIT = 64  # bytes; an authValue is at most as long as the hierarchy's digest, TPM 2.0 Library Part 1, 13.5
-PASSWORD_FILES = {
-    "tpm.owner_auth_file": AUTH_LIMIT,
-    "tpm.endorsement_auth_file": AUTH_LIMIT,
-    "network.proxy_file": 2048,
-}
+PASSWORD_FILES = {key: setting.secret_limit for key, setting in KEYS.items() if setting.secret_limit}
 ENVIRONMENT_FILE = "/etc/environment"  # of every session: pam_env(8)
 UNIT_DROP_INS = ("/etc/systemd/system/dps-agent.service.d", "/run/systemd/system/dps-agent.service.d")
-OWNER_HANDLES = (0x81000000, 0x817FFFFF)  # persistent handles the owner may use, TCG handle registry, table 3
 
 
 class ConfigurationError(AskOperator):
@@ -64,214 +60,13 @@ class ConfigurationError(AskOperator):
         self.problems = tuple(problems)
 
 
-class Setting(NamedTuple):
-    """One setting: its default, what is expected in words, and the test of that."""
-
-    default: Any
-    expected: str
-    accepts: Callable[[Any], bool]
-
-
-class _Settings:
-    """Values that cannot be changed; a class attribute that is a `Setting` says what may be the value of that name.
-
-    No dataclass: what that module imports would be a thirtieth of the service's memory.
-    """
-
-    def __init__(self, **values: Any) -> None:
-        vars(self).update(values)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"{name}: settings cannot be changed")
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and vars(other) == vars(self)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        shown = [f"{name}={value!r}" for name, value in vars(self).items() if name != "origins"]
-        return f"{type(self).__name__}({', '.join(shown)})"
-
-
-def _setting(default: Any, expected: str, accepts: Callable[[Any], bool]) -> Any:
-    return Setting(default, expected, accepts)
-
-
-def _text(default: str, expected: str, accepts: Callable[[str], bool] = lambda _: True) -> Any:
-    return _setting(default, expected, lambda value: isinstance(value, str) and value.isprintable() and accepts(value))
-
-
-def _word(*words: str) -> Any:
-    return _setting(words[0], "one of " + ", ".join(f'"{word}"' for word in words), lambda value: value in words)
-
-
-def _whole(default: int, lowest: int, highest: int, unit: str) -> Any:
-    expected = f"a whole number {unit} from {lowest} to {highest}"
-    return _setting(default, expected, lambda value: type(value) is int and lowest <= value <= highest)
-
-
-def _switch() -> Any:
-    return _setting(False, "true or false", lambda value: type(value) is bool)
-
-
-def _handle(default: int) -> Any:
-    lowest, highest = OWNER_HANDLES
-    expected = f"a persistent handle from {lowest:#x} to {highest:#x}" + ("" if default else ", or 0 for none")
-
-    def accepts(value: Any) -> bool:
-        return type(value) is int and (lowest <= value <= highest or (value == 0 and not default))
-
-    return _setting(default, expected, accepts)
-
-
-def _is_id_scope(text: str) -> bool:
-    return 0 < len(text) <= 64 and text.isascii() and text.replace("-", "").replace("_", "").isalnum()
-
-
-def _is_registration_id(text: str) -> bool:
-    try:
-        check_registration_id(text)
-    except AskOperator:
-        return False
-    return True
-
-
-def _is_endpoint(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        plain = bool(parts.hostname) and parts.port != 0 and parts.username is None
-    except ValueError:  # a port that is no number, brackets that do not pair
-        return False
-    return plain and text.isascii() and text.isprintable() and " " not in text and text == f"https://{parts.netloc}"
-
-
-def _is_address(text: str) -> bool:
-    host, colon, port = text.rpartition(":")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not colon or not bare or (":" in bare and bare == host) or not port.isdecimal() or not port.isascii():
-        return False
-    return 0 < int(port[:6]) < 65536 and bare.isascii() and bare.isprintable() and not set("/@ []") & set(bare)
-
-
-def _is_proxy(text: str) -> bool:
-    return text in ("env", "none") or _is_proxy_url(text)
-
-
-def _is_proxy_url(text: str) -> bool:
-    try:
-        return text.startswith("http://") and bool(urlsplit(text).hostname) and urlsplit(text).port != 0
-    except ValueError:  # brackets that do not pair, a port that is none
-        return False
-
-
-def _is_socket(text: str) -> bool:
-    return text in ("", "none") or (text.startswith("/") and len(os.fsencode(text)) <= SOCKET_PATH_LIMIT)
-
-
-def _is_ours_alone(tcti: str) -> bool:
-    """Whether a TCTI can reach a TPM that no other program uses: a simulator's socket, or a bus without a driver."""
-    kind = tcti.partition(":")[0]
-    return kind in ("swtpm", "mssim", "libtpms", "spi") or kind.startswith(("spi-", "i2c-"))
-
-
-def _is_suffix_list(value: Any) -> bool:
-    def is_suffix(text: Any) -> bool:
-        letters = text.removeprefix(".").replace("-", "").replace(".", "") if isinstance(text, str) else ""
-        return letters.isascii() and letters.isalnum() and ".." not in text
-
-    return isinstance(value, list) and 0 < len(value) <= 32 and all(is_suffix(text) for text in value)
-
-
-def _is_json_table(value: Any) -> bool:
-    from dps_hal.platform import to_json
-
-    try:
-        return isinstance(value, dict) and len(to_json(value)) > 0
-    except (ValueError, TypeError, OverflowError, RecursionError):  # dates, NaN, endless nesting
-        return False
-
-
-_ADDRESS = '"host:port", or empty'
-_SECONDS = "of seconds"
-
-
-class RetrySettings(_Settings):
-    """[retry]: times in seconds."""
-
-    registration_budget_s: int = _whole(900, 1, 86400, _SECONDS)
-    first_contact_spread_s: int = _whole(0, 0, 86400, _SECONDS)
-
-
-class TpmSettings(_Settings):
-    """[tpm]: which TPM, and what is where in it."""
-
-    backend: str = _word("esys", "wire", "simulator")
-    tcti: str = _text("device:/dev/tpmrm0", "a TCTI string such as device:/dev/tpmrm0, or a simulator's folder", bool)
-    ek_template: str = _word(*EK_TEMPLATES)
-    ek_handle: int = _handle(EK_HANDLE)
-    srk_handle: int = _handle(SRK_HANDLE)
-    owner_auth_file: str = _text("", "the path of a file, or empty")
-    endorsement_auth_file: str = _text("", "the path of a file, or empty")
-    persist_at: int = _handle(0)
-    exclusive: bool = _switch()
-    i_know_keys_are_in_files: bool = _switch()
-
-
-class HubSettings(_Settings):
-    """[hub]: how the assigned hub is reached, and which hubs are acceptable."""
-
-    port: int = _whole(8883, 1, 65535, "(a port)")
-    connect_to: str = _text("", _ADDRESS, lambda text: not text or _is_address(text))
-    ca_file: str = _text("", "the path of a file, or empty")
-    transport: str = _word("auto", "mqtt", "websocket")
-    keep_alive_s: int = _whole(KEEP_ALIVE_S, 30, KEEP_ALIVE_LIMIT_S, _SECONDS)
-    token_life_s: int = _whole(TOKEN_LIFE_S, 300, 86400, _SECONDS)
-    hub_suffixes: tuple[str, ...] = _setting(
-        (".azure-devices.net", ".azure-devices.cn", ".azure-devices.us"),
-        "a list of 1 to 32 domain suffixes",
-        _is_suffix_list,
-    )
-
-
-class NetworkSettings(_Settings):
-    """[network]: what lies between the device and the service."""
-
-    proxy: str = _text("env", '"env", "none" or "http://host:port"', _is_proxy)
-    proxy_file: str = _text("", "the path of a file, or empty")
-
-
-class ApiSettings(_Settings):
-    """[api]: the socket for other programs on this device."""
-
-    socket: str = _text("", 'a path of at most 100 bytes that begins with /, "none", or empty', _is_socket)
-    allow_token: bool = _switch()
-
-
-class Configuration(_Settings):
+class Configuration(TopSettings):
     """Every setting with its value; `origins` names for each dotted key where that value came from.
 
     `state_dir` is never empty here: the rule for the empty setting has been applied. `runtime_dir` is empty only where
     there is no folder for what a restart may lose.
     """
 
-    id_scope: str = _text("", "an ID scope such as 0ne00000000 (letters, digits, - and _)", _is_id_scope)
-    registration_id: str = _text(
-        AUTO,
-        '"auto", or 1 to 128 ASCII letters, digits and : . _ -; first a letter or digit, last one or a dash',
-        _is_registration_id,
-    )
-    endpoint: str = _text(
-        "https://global.azure-devices-provisioning.net",
-        '"https://name" or "https://name:port", nothing behind it',
-        _is_endpoint,
-    )
-    connect_to: str = _text("", _ADDRESS, lambda text: not text or _is_address(text))
-    ca_file: str = _text("", "the path of a file, or empty")
-    state_dir: str = _text("", "the path of a folder, of a flash partition such as /dev/mtd3, or empty")
-    runtime_dir: str = _text("", "the path of a folder, or empty")
-    poll: str = _word(POLL_LOOKUP, POLL_OPERATION)
-    payload: dict[str, Any] = _setting({}, "a table that JSON can hold (no dates)", _is_json_table)
     retry: RetrySettings
     tpm: TpmSettings
     hub: HubSettings
@@ -284,18 +79,7 @@ class Configuration(_Settings):
         """The part that the logic knows; AskOperator `config.missing` where there is no id_scope."""
         if not self.id_scope:
             raise ConfigurationError("config.missing", [_ID_SCOPE_MISSING])
-        return Settings(
-            id_scope=self.id_scope,
-            registration_id=self.registration_id,
-            endpoint=self.endpoint,
-            poll=self.poll,
-            payload=self.payload or None,
-            registration_budget_s=self.retry.registration_budget_s,
-            first_contact_spread_s=self.retry.first_contact_spread_s,
-            hub_suffixes=self.hub.hub_suffixes,
-            keep_alive_s=self.hub.keep_alive_s,
-            token_life_s=self.hub.token_life_s,
-        )
+        return settings_of({key: self.value(key) for key in KEYS})
 
     @property
     def socket(self) -> str:
@@ -311,28 +95,10 @@ class Configuration(_Settings):
         return getattr(getattr(self, table) if table else self, name)
 
 
-_TABLES: dict[str, Any] = {
-    "retry": RetrySettings,
-    "tpm": TpmSettings,
-    "hub": HubSettings,
-    "network": NetworkSettings,
-    "api": ApiSettings,
-}
-KEYS: dict[str, Setting] = {
-    ".".join(filter(None, (table, name))): own
-    for table, kind in {"": Configuration, **_TABLES}.items()
-    for name, own in vars(kind).items()
-    if isinstance(own, Setting)
-}
 _ID_SCOPE_MISSING = (
     "id_scope: expected the ID scope of your Device Provisioning Service; it is set nowhere"
     f" (file, {ENVIRONMENT_PREFIX}ID_SCOPE or --set id_scope=...)"
 )
-
-
-def default_of(key: str) -> Any:
-    """The built-in default of one dotted key of `KEYS`."""
-    return KEYS[key].default
 
 
 def environment_name(key: str) -> str:
@@ -344,7 +110,7 @@ class _Collector:
     """Values and problems of all sources, in the order they are read."""
 
     def __init__(self) -> None:
-        self.values: dict[str, Any] = {key: default_of(key) for key in KEYS}
+        self.values: dict[str, Any] = {key: setting.default for key, setting in KEYS.items()}
         self.origins: dict[str, str] = dict.fromkeys(KEYS, "default")
         self.problems: list[tuple[str, str]] = []  # code, sentence
 
@@ -359,8 +125,7 @@ class _Collector:
         """Checks one value and keeps it; a later source replaces an earlier one."""
         setting = KEYS[key]
         if not setting.accepts(value):
-            shown = without_password(value) if key == "network.proxy" else value
-            self.problem(f"{key}: expected {setting.expected}; came {_shortened(shown)} ({origin})")
+            self.problem(f"{key}: expected {setting.expected}; came {_shortened(setting.shown(value))} ({origin})")
             return
         self.values[key] = tuple(value) if isinstance(value, list) else value
         self.origins[key] = origin
@@ -368,7 +133,7 @@ class _Collector:
     def take_text(self, key: str, text: str, origin: str) -> None:
         """Takes a value from the environment or the command line: as in TOML, text also without quotes."""
         value: Any = text
-        if not isinstance(default_of(key), str) or text[:1] in ('"', "'"):
+        if not isinstance(KEYS[key].default, str) or text[:1] in ('"', "'"):
             try:
                 parsed = tomllib.loads(f"value = {text}")
             except (ValueError, RecursionError):
@@ -384,7 +149,7 @@ class _Collector:
             self.problem(error.problems[0], error.code)
             return
         for name, value in content.items():
-            if name not in _TABLES:
+            if name not in SECTIONS:
                 self._take_named(name, value, str(path))
             elif not isinstance(value, dict):
                 self.problem(f"{name}: expected a table, [{name}]; came {_shortened(value)} ({path})")
@@ -396,9 +161,13 @@ class _Collector:
         if key in KEYS:
             self.take(key, value, origin)
         else:
-            self.unknown(key, origin, [*KEYS, *_TABLES])
+            self.unknown(key, origin, [*KEYS, *filter(None, SECTIONS)])
 
     def unknown(self, name: str, origin: str, known: Sequence[str]) -> None:
+        gone = {name: instead for key, instead in GONE.items() for name in (key, environment_name(key))}
+        if name in gone:
+            self.problem(f"{name}: there is no such setting any more: {gone[name]} ({origin})")
+            return
         nearest = _nearest(name, known)
         hint = f"; the nearest is {nearest}" if nearest else ""
         self.problem(f"{name}: there is no such setting ({origin}){hint}")
@@ -453,13 +222,12 @@ def load(
         collector.problem(_ID_SCOPE_MISSING, "config.missing")
     if collector.problems:
         raise ConfigurationError(collector.problems[0][0], [text for _, text in collector.problems])
-    tables = {
-        table: kind(
-            **{key.partition(".")[2]: value for key, value in collector.values.items() if key.startswith(table + ".")}
-        )
-        for table, kind in _TABLES.items()
-    }
-    top = {key: value for key, value in collector.values.items() if "." not in key}
+    values: dict[str, dict[str, Any]] = {table: {} for table in SECTIONS}
+    for key, value in collector.values.items():
+        table, _, name = key.rpartition(".")
+        values[table][name] = value
+    top = values.pop("")
+    tables: dict[str, Any] = {table: SECTIONS[table](**inner) for table, inner in values.items()}
     return Configuration(**top, **tables, files=tuple(map(str, files)), origins=collector.origins)
 
 
@@ -516,12 +284,7 @@ def _check_together(collector: _Collector) -> None:
             f"tpm.tcti: the simulator expects the folder that holds its keys; came {_shortened(tcti)}"
             f" ({origins['tpm.tcti']})"
         )
-    if values["tpm.exclusive"] and values["tpm.backend"] != "simulator" and not _is_ours_alone(tcti):
-        collector.problem(
-            "tpm.exclusive: expected false for a TPM that other programs may use, as through a device node or tabrmd;"
-            f" came true with tpm.tcti = {_shortened(tcti)} ({origins['tpm.exclusive']})"
-        )
-    if values["network.proxy_file"] and values["network.proxy"] != default_of("network.proxy"):
+    if values["network.proxy_file"] and values["network.proxy"] != KEYS["network.proxy"].default:
         both = f"{origins['network.proxy']}; {origins['network.proxy_file']}"
         collector.problem(f"network.proxy_file: expected either this or network.proxy; both are set ({both})")
     handles = ("tpm.ek_handle", "tpm.srk_handle", "tpm.persist_at")
@@ -608,7 +371,7 @@ def proxy_of(configuration: Configuration) -> str:
         return configuration.network.proxy
     content = hierarchy_password("network.proxy_file", path)
     url = content.decode("latin-1")
-    if not _is_proxy_url(url) or not url.isascii() or not url.isprintable():
+    if not is_proxy_url(url) or not url.isascii() or not url.isprintable():
         odd = f"; {content.odd}" if content.odd else ""
         problem = f'network.proxy_file: expected "http://[user:password@]host:port" in {path}; came something else{odd}'
         raise ConfigurationError("config.invalid", [problem])
@@ -702,14 +465,6 @@ def backend_shown(configuration: Configuration) -> str:
     tpm = configuration.tpm
     note = ", keys lie in plain files" if tpm.backend == "simulator" else ""
     return f"{tpm.backend} ({tpm.tcti}{note})"
-
-
-def without_password(value: Any) -> Any:
-    """A proxy's URL with its user and password replaced by ***."""
-    if not isinstance(value, str) or "@" not in value:
-        return value
-    scheme, _, rest = value.partition("://")
-    return f"{scheme}://***@{rest.rpartition('@')[2]}" if rest else "***@" + value.rpartition("@")[2]
 
 
 def _shortened(value: Any) -> str:

@@ -55,21 +55,6 @@ def message_id(name: str) -> str:
     return hashlib.sha256(f"dps-agent {name}".encode()).hexdigest()[:32]
 
 
-def catalog() -> str:
-    """The text of `agent/service/dps-agent.catalog`."""
-    entries = [(name, *text) for name, text in EVENTS.items()]
-    for code, remedy in REMEDIES.items():
-        end = "" if remedy.endswith("?") else "."
-        entries.append((code, code, remedy[0].upper() + remedy[1:] + end))
-    parts = ["# What 'journalctl -x' adds to the lines of dps-agent. Generated: python3 -m dps_agent.host.journal\n"]
-    for name, subject, text in entries:
-        parts.append(
-            f"-- {message_id(name)}\nSubject: {subject}\nDefined-By: dps-agent\nDocumentation: man:dps-agent(8)\n\n"
-            f"{text}\n"
-        )
-    return "\n".join(parts)
-
-
 class Journal:
     """Where the lines go; safe to use from any thread, never blocks for long, never fails."""
 
@@ -164,7 +149,3 @@ def _is_the_journal(stream: TextIO, environ: Mapping[str, str]) -> bool:
     except (OSError, ValueError, AttributeError):
         return False
     return environ.get("JOURNAL_STREAM", "") == f"{status.st_dev}:{status.st_ino}"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(catalog())

@@ -20,6 +20,7 @@ from dps_agent.patience import decode_progress
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.host.files import open_store
+from dps_hal.host.tcti import is_ours_alone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -65,8 +66,7 @@ def open_tpm(configuration: Configuration) -> TpmService:
         "srk_handle": tpm.srk_handle,
         "owner_auth": hierarchy_password("tpm.owner_auth_file", tpm.owner_auth_file),
         "endorsement_auth": hierarchy_password("tpm.endorsement_auth_file", tpm.endorsement_auth_file),
-        # A spidev is locked while it is open, and nobody keeps anything in the TPM when it is not.
-        "exclusive": tpm.exclusive or (tpm.backend == "wire" and tpm.tcti.startswith("spi:")),
+        "exclusive": is_ours_alone(tpm.tcti),
     }
     if tpm.backend == "wire":
         from dps_hal.host.transports import open_wire
@@ -106,7 +106,6 @@ def hub_connection(configuration: Configuration) -> HubConnection:
 
     hub = configuration.hub
     return HubConnection(
-        port=hub.port,
         connect_to=hub.connect_to,
         ca_file=hub.ca_file,
         transport=hub.transport,

@@ -14,14 +14,13 @@ import struct
 import tempfile
 from typing import TYPE_CHECKING
 
-from dps_hal.contracts import TpmCondition
+from dps_hal.contracts import EK_TEMPLATES, TpmCondition
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale
 from dps_hal.host.regular import read_regular
 from dps_hal.platform import aes128_cfb, hmac_sha256, random_bytes, same_bytes, sha256
 from dps_hal.tpm.activation import Activation, parse_activation
 from dps_hal.tpm.keys import (
     ALG_KEYEDHASH,
-    EK_TEMPLATES,
     MAX_HMAC_KEY_BYTES,
     RSA_BYTES,
     SHA256_BYTES,

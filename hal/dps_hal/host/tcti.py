@@ -37,6 +37,15 @@ def parse_tcti(tcti: str) -> tuple[str, str, int]:
     )
 
 
+def is_ours_alone(tcti: str) -> bool:
+    """Whether a TCTI says that no other program uses its TPM: it is on a bus without a driver, or inside this process.
+
+    Behind the socket of a simulator other programs may have left what they still need.
+    """
+    kind = tcti.partition(":")[0]
+    return kind in ("libtpms", "spi") or kind.startswith(("spi-", "i2c-"))
+
+
 def _whole(text: str) -> int:
     """A number of at most nine digits, 0 for anything else."""
     return int(text) if text.isdecimal() and text.isascii() and len(text) <= 9 else 0

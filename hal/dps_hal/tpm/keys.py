@@ -7,6 +7,7 @@ Every public area here is a marshalled TPM2B_PUBLIC, its two size bytes included
 import binascii
 import struct
 
+from dps_hal.contracts import EK_TEMPLATES
 from dps_hal.errors import AskOperator, IdentityStale
 from dps_hal.platform import hmac_sha256, sha256
 
@@ -66,7 +67,6 @@ EK_AUTH_POLICY: "Final" = binascii.unhexlify("837197674484b3f81a90cc8d46a5d724fd
 SHA256_BYTES: "Final" = 32
 RSA_BYTES: "Final" = 256  # modulus of RSA-2048
 MAX_HMAC_KEY_BYTES: "Final" = 64  # SHA-256's block; a TPM imports no longer HMAC key
-EK_TEMPLATES: "Final" = ("tcg-l1", "azure-c-sdk")
 
 
 def sized(content: bytes) -> bytes:

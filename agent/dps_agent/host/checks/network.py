@@ -27,7 +27,7 @@ from dps_agent.host.checks.local import NOTHING_STORED
 from dps_agent.host.clock import is_synchronised
 from dps_agent.host.config import proxy_of
 from dps_agent.host.network import websocket
-from dps_agent.host.network.dial import Dialler, address_text
+from dps_agent.host.network.dial import MQTT_PORT, Dialler, address_text
 from dps_agent.host.network.https import DpsConnection, host_and_port
 from dps_agent.host.network.proxy import ProxyRule
 from dps_agent.host.network.trust import system_places, tls_context
@@ -83,7 +83,7 @@ class Network:
     def hub(self, name: str, transport: str) -> Peer:
         """The hub of that name, for one transport."""
         hub = self._configuration.hub
-        host, port = name, hub.port if transport == MQTT else websocket.PORT
+        host, port = name, MQTT_PORT if transport == MQTT else websocket.PORT
         if hub.connect_to:
             host, dial_port = host_and_port(hub.connect_to, "hub.connect_to")
             port = dial_port or port

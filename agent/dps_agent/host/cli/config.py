@@ -6,15 +6,14 @@ from typing import Any
 
 from dps_agent.host.cli.verb import Outcome, Verb, configuration_of
 from dps_agent.host.config import (
-    KEYS,
     SYSTEM_FILE,
     Configuration,
     check_files,
     check_keys_in_hardware,
     marked_files,
     odd_passwords,
-    without_password,
 )
+from dps_agent.host.settings_table import KEYS, Setting
 from dps_agent.host.steps import printable
 
 
@@ -41,7 +40,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
 def _show(configuration: Configuration, explicit: str | None) -> Outcome:
     """Every setting as TOML that can be used as a file."""
-    shown = {key: _safe(key, configuration.value(key)) for key in KEYS}
+    shown = {key: _plain(KEYS[key].shown(configuration.value(key))) for key in KEYS}
     lines = [f"# {_sources(configuration, explicit)}"]
     table = ""
     for key, value in shown.items():
@@ -49,8 +48,7 @@ def _show(configuration: Configuration, explicit: str | None) -> Outcome:
         if inner != table:
             table = inner
             lines.append(f"[{table}]")
-        text = f"{value:#x}" if value and name in ("ek_handle", "srk_handle", "persist_at") else as_toml(value)
-        line = f"{name} = {text}"
+        line = f"{name} = {as_written(KEYS[key], value)}"
         if key == "id_scope" and not value:
             line = "# id_scope is not set"
         lines.append(f"{line:<55} # {configuration.origins[key]}")
@@ -64,9 +62,7 @@ def _sources(configuration: Configuration, explicit: str | None) -> str:
     return f"files: {', '.join(configuration.files)}" if configuration.files else f"no file ({SYSTEM_FILE} is absent)"
 
 
-def _safe(key: str, value: Any) -> Any:
-    if key == "network.proxy":
-        return without_password(value)
+def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -75,6 +71,11 @@ def _check_connection(configuration: Configuration) -> None:
     from dps_agent.host.parts import dps_connection
 
     dps_connection(configuration)
+
+
+def as_written(setting: Setting, value: Any) -> str:
+    """One setting's value as a settings file has it; handles as everybody writes them."""
+    return f"{value:#x}" if value and setting.in_hex else as_toml(_plain(value))
 
 
 def as_toml(value: Any) -> str:

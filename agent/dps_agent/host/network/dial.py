@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     _Lookup: TypeAlias = "list[tuple[Any, ...]] | OSError | None"  # getaddrinfo's answer, its error, None: abort()
 
 
+MQTT_PORT = 8883  # of every hub
 _HEAD_PIECE = 4096  # bytes
 
 # How OpenSSL's name for a failure without a verdict on a certificate ends, the reason, and what it says of the peer.

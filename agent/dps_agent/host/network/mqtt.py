@@ -28,7 +28,7 @@ from dps_agent.effects import (
     NoReply,
 )
 from dps_agent.host.network import websocket
-from dps_agent.host.network.dial import Dialler, say_goodbye
+from dps_agent.host.network.dial import MQTT_PORT, Dialler, say_goodbye
 from dps_agent.host.network.https import host_and_port
 from dps_agent.host.network.proxy import NONE, ProxyRule
 from dps_agent.hub_effects import Acknowledged, Arrived, ConnAck, Gone, Granted
@@ -81,7 +81,7 @@ class HubConnection:
     def __init__(
         self,
         *,
-        port: int = 8883,
+        port: int = MQTT_PORT,
         connect_to: str = "",
         ca_file: str = "",
         transport: str = AUTO,

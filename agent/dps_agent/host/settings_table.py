@@ -1,0 +1,414 @@
+"""Every setting: one row each, with its type, what may be its value, its default, and what it means.
+
+A new setting is a row here, the place where the code uses it, and a value in `tests/host/settings`; `tools/generate`
+writes the rest. From the rows come the checks of file, environment and flag (`config.load`), `config show`, the
+template `agent/service/config.toml`, the tables in the documents, the manual page, the checks of `tools/deploy`, and
+the defaults that a board has (`dps_board/keys.py`). What the logic itself has to know is also a field of
+`dps_agent.settings`.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from dps_agent.settings import AUTO, KEEP_ALIVE_LIMIT_S, KEEP_ALIVE_S, POLL_LOOKUP, POLL_OPERATION, TOKEN_LIFE_S
+from dps_hal.contracts import EK_HANDLE, EK_TEMPLATES, SRK_HANDLE
+
+SOCKET_PATH_LIMIT = 100  # bytes; sun_path of unix(7) has 108, and the socket is made under a longer name first
+REGISTRATION_ID_LIMIT = 128  # characters; Runtime Registration API, 2021-10-01
+# As that API has it, but for a dash at the end, which the service's own documents allow.
+_REGISTRATION_ID = f"[A-Za-z0-9](?:[A-Za-z0-9:._-]{{0,{REGISTRATION_ID_LIMIT - 2}}}[A-Za-z0-9-])?"
+AUTH_LIMIT = 64  # bytes; an authValue is at most as long as the hierarchy's digest, TPM 2.0 Library Part 1, 13.5
+PROXY_LIMIT = 2048  # bytes of a proxy's URL
+OWNER_HANDLES = (0x81000000, 0x817FFFFF)  # persistent handles the owner may use, TCG handle registry, table 3
+
+# What a setting that has gone is told in; its name is known, so that whoever has it learns what to do instead.
+GONE = {
+    "hub.port": 'every hub has MQTT at 8883; leave it out, and to dial another port set hub.connect_to = "host:port"',
+    "tpm.exclusive": "tpm.tcti says it: a TPM on a bus without a driver is the agent's alone; leave it out, and start a"
+    " simulator anew to rid it of what crashes left in it",
+}
+
+
+class Setting(NamedTuple):
+    """One row. `expected` says in words what `accepts` tests."""
+
+    default: Any
+    expected: str
+    accepts: Callable[[Any], bool]
+    help: str = ""  # in plain sentences; documents, template and manual page have them
+    board: "Setting | str | None" = None  # a board's own row, or why a board has none; None: a board has the same
+    in_hex: bool = False  # how people write it
+    secret_limit: int = 0  # bytes of the secret in the file that it names; 0: it names none
+    shown: Callable[[Any], Any] = lambda value: value  # what of a value may be seen
+
+
+class Section:
+    """One table of settings, whose values cannot be changed; a class attribute that is a `Setting` is a row.
+
+    No dataclass: what that module imports would be a thirtieth of the service's memory.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name}: settings cannot be changed")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        shown = [f"{name}={value!r}" for name, value in vars(self).items() if name != "origins"]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+# --- kinds of settings: each gives a row; `more` are the fields of `Setting` behind `accepts`
+
+
+def form(default: Any, expected: str, accepts: Callable[[Any], bool], **more: Any) -> Any:
+    """What is of no kind but its own."""
+    return Setting(default, expected, accepts, **more)
+
+
+def text(default: str, expected: str, accepts: Callable[[str], bool] = lambda _: True, **more: Any) -> Any:
+    """A printable text of a form of its own."""
+    return Setting(
+        default, expected, lambda value: isinstance(value, str) and value.isprintable() and accepts(value), **more
+    )
+
+
+def path(default: str = "", **more: Any) -> Any:
+    """The path of a file, or empty."""
+    return text(default, "the path of a file, or empty", **more)
+
+
+def address(**more: Any) -> Any:
+    """Where to dial, or empty."""
+    return text("", '"host:port", or empty', lambda value: not value or is_address(value), **more)
+
+
+def word(*words: str, **more: Any) -> Any:
+    """One of several words; the first is the default."""
+    expected = "one of " + ", ".join(f'"{each}"' for each in words)
+    return Setting(words[0], expected, lambda value: value in words, **more)
+
+
+def whole(default: int, lowest: int, highest: int, unit: str = "", **more: Any) -> Any:
+    """A whole number; `unit` is "of seconds", or what else stands behind "a whole number"."""
+    expected = " ".join(filter(None, ("a whole number", unit, f"from {lowest} to {highest}")))
+    return Setting(default, expected, lambda value: type(value) is int and lowest <= value <= highest, **more)
+
+
+def seconds(default: int, lowest: int, highest: int, **more: Any) -> Any:
+    """A whole number of seconds."""
+    return whole(default, lowest, highest, "of seconds", **more)
+
+
+def switch(**more: Any) -> Any:
+    """What is off by default."""
+    return Setting(False, "true or false", lambda value: type(value) is bool, **more)
+
+
+def handle(default: int, **more: Any) -> Any:
+    """A persistent handle of the owner's; where the default is 0, also that."""
+    lowest, highest = OWNER_HANDLES
+    expected = f"a persistent handle from {lowest:#x} to {highest:#x}" + ("" if default else ", or 0 for none")
+
+    def accepts(value: Any) -> bool:
+        return type(value) is int and (lowest <= value <= highest or (value == 0 and not default))
+
+    return Setting(default, expected, accepts, in_hex=True, **more)
+
+
+def _is_id_scope(value: str) -> bool:
+    return 0 < len(value) <= 64 and value.isascii() and value.replace("-", "").replace("_", "").isalnum()
+
+
+def _is_endpoint(value: str) -> bool:
+    try:
+        parts = urlsplit(value)
+        plain = bool(parts.hostname) and parts.port != 0 and parts.username is None and value[-1] != ":"
+    except ValueError:  # a port that is no number, brackets that do not pair
+        return False
+    return plain and value.isascii() and value.isprintable() and " " not in value and value == f"https://{parts.netloc}"
+
+
+def is_address(value: str) -> bool:
+    """Whether a text is "host:port"."""
+    host, colon, port = value.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not bare or (":" in bare and bare == host) or not port.isdecimal() or not port.isascii():
+        return False
+    return 0 < int(port[:6]) < 65536 and bare.isascii() and bare.isprintable() and not set("/@ []") & set(bare)
+
+
+def is_proxy_url(value: str) -> bool:
+    """Whether a text is the URL of a proxy."""
+    try:
+        return value.startswith("http://") and bool(urlsplit(value).hostname) and urlsplit(value).port != 0
+    except ValueError:  # brackets that do not pair, a port that is none
+        return False
+
+
+def _is_socket(value: str) -> bool:
+    return value in ("", "none") or (value.startswith("/") and len(os.fsencode(value)) <= SOCKET_PATH_LIMIT)
+
+
+def _is_suffix_list(value: Any) -> bool:
+    def is_suffix(each: Any) -> bool:
+        letters = each.removeprefix(".").replace("-", "").replace(".", "") if isinstance(each, str) else ""
+        return letters.isascii() and letters.isalnum() and ".." not in each
+
+    return isinstance(value, list) and 0 < len(value) <= 32 and all(is_suffix(each) for each in value)
+
+
+def _is_json_table(value: Any) -> bool:
+    from dps_hal.platform import to_json
+
+    try:
+        return isinstance(value, dict) and len(to_json(value)) > 0
+    except (ValueError, TypeError, OverflowError, RecursionError):  # dates, NaN, endless nesting
+        return False
+
+
+def without_password(value: Any) -> Any:
+    """A proxy's URL with its user and password replaced by ***."""
+    if not isinstance(value, str) or "@" not in value:
+        return value
+    scheme, _, rest = value.partition("://")
+    return f"{scheme}://***@{rest.rpartition('@')[2]}" if rest else "***@" + value.rpartition("@")[2]
+
+
+# --- the rows, in the order in which they are shown
+
+_DIALS_ITSELF = "a board dials the service itself"
+_NO_SOCKET = "a program on a board uses dps_board.runner.Agent"
+
+
+class TopSettings(Section):
+    """In front of the tables: which service, and where this device keeps what it has."""
+
+    id_scope: str = text(
+        "", "an ID scope such as 0ne00000000 (letters, digits, - and _)", _is_id_scope,
+        help='The ID scope of your Device Provisioning Service, e.g. "0ne00000000". There is no default.',
+    )  # fmt: skip
+    registration_id: str = text(
+        AUTO,
+        f'"auto", or 1 to {REGISTRATION_ID_LIMIT} ASCII letters, digits and : . _ -; first a letter or digit, last one'
+        " or a dash",
+        lambda value: re.fullmatch(_REGISTRATION_ID, value) is not None,
+        help="\"auto\" derives the id from the TPM's endorsement key, as Microsoft's tools print it;"
+        " 'dps-agent enroll' shows it.",
+    )
+    endpoint: str = text(
+        "https://global.azure-devices-provisioning.net",
+        '"https://name" or "https://name:port", nothing behind it', _is_endpoint,
+        help="The Device Provisioning Service (DPS) itself.",
+    )  # fmt: skip
+    connect_to: str = address(
+        help='"host:port" to dial instead; the name and the certificate stay the endpoint\'s.',
+    )
+    ca_file: str = path(
+        help="The only certificates to trust for DPS, in PEM; empty: the system's. Azure uses DigiCert Global Root G2"
+        " and Microsoft RSA Root Certificate Authority 2017: a file with those two keeps every other authority out.",
+        board=path("roots.der"),
+    )
+    state_dir: str = text(
+        "", "the path of a folder, of a flash partition such as /dev/mtd3, or empty",
+        help="The folder of the stored assignment, or a flash partition. Empty: $STATE_DIRECTORY (systemd), else"
+        " /var/lib/dps-agent if there or writable, else dps-agent in $XDG_STATE_HOME or ~/.local/state.",
+        board=text("/dps-agent", "the path of a folder", bool),
+    )  # fmt: skip
+    runtime_dir: str = text(
+        "", "the path of a folder, or empty",
+        help="The folder of what a restart may lose: the socket for other programs and what 'dps-agent status' reads."
+        " Empty: $RUNTIME_DIRECTORY (systemd), else /run/dps-agent, else dps-agent in $XDG_RUNTIME_DIR, else"
+        " state_dir.",
+        board="a board has no folder for what a restart may lose",
+    )  # fmt: skip
+    poll: str = word(
+        POLL_LOOKUP, POLL_OPERATION,
+        help='How to wait for the assignment: "lookup" (registration status lookup) or "operation" (operation status).',
+    )  # fmt: skip
+    payload: dict[str, Any] = form(
+        {}, "a table that JSON can hold (no dates)", _is_json_table,
+        help="Input for a custom allocation policy, sent as JSON.",
+    )  # fmt: skip
+
+
+class RetrySettings(Section):
+    """[retry]: times in seconds."""
+
+    registration_budget_s: int = seconds(
+        900, 1, 86400,
+        help="Seconds that one registration may take, all its waiting included.",
+    )  # fmt: skip
+    first_contact_spread_s: int = seconds(
+        0, 0, 86400,
+        help="The service's first contact comes at a random moment within so many seconds, at least five; for fleets"
+        " that are switched on at once.",
+    )  # fmt: skip
+
+
+class TpmSettings(Section):
+    """[tpm]: which TPM, and what is where in it."""
+
+    backend: str = word(
+        "esys", "wire", "simulator",
+        help='"esys" (a TPM through tpm2-tss), "wire" (a device node, swtpm or SPI, without any further package) or'
+        ' "simulator" (keys in plain files, for a desk without a TPM). The default of dps-agent-light is "wire".',
+        board=word("wire"),
+    )  # fmt: skip
+    tcti: str = text(
+        "device:/dev/tpmrm0", "a TCTI string such as device:/dev/tpmrm0, or a simulator's folder", bool,
+        help='"device:/dev/tpmrm0", "swtpm:host=127.0.0.1,port=2321" or another TCTI; for the simulator the folder of'
+        " its keys. A TPM on a bus without a driver is the agent's alone: what a crash left in it is flushed when it is"
+        " opened.",
+        board=word("spi", "i2c"),
+    )  # fmt: skip
+    ek_template: str = word(
+        *EK_TEMPLATES,
+        help='"tcg-l1" matches the manufacturer\'s certificate; "azure-c-sdk" is the key that Microsoft\'s C, Node and'
+        " Java tools create. They are different keys of the same TPM: a fleet keeps the one it is enrolled with.",
+    )
+    ek_handle: int = handle(EK_HANDLE, help="The persistent handle of the endorsement key.")
+    srk_handle: int = handle(SRK_HANDLE, help="The persistent handle of the storage root key.")
+    owner_auth_file: str = path(
+        help="A file with the password of the owner hierarchy, readable by the agent alone (0600); a credential of its"
+        " name comes first. One line end at the end is no part of it; everything else is.",
+        board="the agent on a board needs a TPM whose owner password is empty",
+        secret_limit=AUTH_LIMIT,
+    )
+    endorsement_auth_file: str = path(
+        help="The same for the endorsement hierarchy.",
+        board="the agent on a board needs a TPM whose endorsement password is empty",
+        secret_limit=AUTH_LIMIT,
+    )
+    persist_at: int = handle(
+        0,
+        help="Also make the hub key persistent at this handle, for other programs, e.g. 0x81000100; 0: do not.",
+        board="on a board no other program could use the key, so it stays in the record",
+    )
+    i_know_keys_are_in_files: bool = switch(
+        help="Allows the simulator for Azure's own endpoints. Anybody who reads the folder then is this device.",
+        board="there is no simulator on a board",
+    )
+
+
+class HubSettings(Section):
+    """[hub]: how the assigned hub is reached, and which hubs are acceptable."""
+
+    connect_to: str = address(
+        help='"host:port" to dial instead; the name, the certificate and the token stay the hub\'s.',
+    )
+    ca_file: str = path(
+        help="The only certificates to trust for the hub, in PEM; empty: the system's.",
+    )
+    transport: str = word(
+        "auto", "mqtt", "websocket",
+        help='"auto" (MQTT, else MQTT over WebSocket), "mqtt" or "websocket".',
+        board=word("auto", "mqtt"),
+    )  # fmt: skip
+    keep_alive_s: int = seconds(
+        KEEP_ALIVE_S, 30, KEEP_ALIVE_LIMIT_S,
+        help="A silent connection is asked for a sign of life within so many seconds; balancers in front of hubs drop"
+        " what is silent for four minutes.",
+    )  # fmt: skip
+    token_life_s: int = seconds(
+        TOKEN_LIFE_S, 300, 86400,
+        help="A token for the hub lives so many seconds; it is renewed at 80 % of its life.",
+    )  # fmt: skip
+    hub_suffixes: tuple[str, ...] = form(
+        (".azure-devices.net", ".azure-devices.cn", ".azure-devices.us"),
+        "a list of 1 to 32 domain suffixes",
+        _is_suffix_list,
+        help="The hubs that this device may be assigned to: the names, and all that end in them.",
+    )
+
+
+class NetworkSettings(Section):
+    """[network]: what lies between the device and the service."""
+
+    proxy: str = text(
+        "env", '"env", "none" or "http://host:port"', lambda value: value in ("env", "none") or is_proxy_url(value),
+        help='"env" (https_proxy and no_proxy), "none" or "http://host:port". No place for a password: every user may'
+        " read the settings.",
+        board=_DIALS_ITSELF,
+        shown=without_password,
+    )  # fmt: skip
+    proxy_file: str = path(
+        help='A file with the URL of a proxy that wants a password, "http://user:password@host:port", readable by the'
+        " agent alone (0600), instead of network.proxy; a credential of its name comes first.",
+        board=_DIALS_ITSELF,
+        secret_limit=PROXY_LIMIT,
+    )
+
+
+class ApiSettings(Section):
+    """[api]: the socket for other programs on this device."""
+
+    socket: str = text(
+        "", f'a path of at most {SOCKET_PATH_LIMIT} bytes that begins with /, "none", or empty', _is_socket,
+        help='The socket for other programs, open to the group dps-agent-clients: a path, "none", or empty for api.sock'
+        " in runtime_dir.",
+        board=_NO_SOCKET,
+    )  # fmt: skip
+    allow_token: bool = switch(
+        help="Also hand out tokens for this device's hub, of at most 15 minutes, to whoever may use the socket.",
+        board=_NO_SOCKET,
+    )
+
+
+class BoardSettings(Section):
+    """[board]: what a microcontroller alone has."""
+
+    bus: int = whole(0, 0, 7, help="The number of the SPI or I2C on which the TPM is.")
+    bus_hz: int = whole(0, 0, 43_000_000, help="The bus's clock; 0: 10 MHz on SPI, 400 kHz on I2C.")
+    select_pin: int = whole(17, 0, 255, help="The pin of the TPM's CS# on SPI.")
+    wifi_ssid: str = form(
+        "", "a text", lambda value: isinstance(value, str),
+        help="The Wi-Fi to join; empty: none, as with Ethernet or a program that joins.",
+    )  # fmt: skip
+    wifi_password_file: str = text(
+        "", "the path of a file", bool,
+        help="A file on your machine in UTF-8, mode 0600; its content, but one line end, goes to the board by --port"
+        " only.",
+    )  # fmt: skip
+    ntp_server: str = text(
+        "pool.ntp.org", '"host" or "host:port", or empty',
+        lambda value: not value or is_address(value) or is_address(f"{value}:123"),
+        help='"host" or "host:port", empty for none; the service\'s Date has the last word anyway.',
+    )  # fmt: skip
+    led_pin: int = whole(-1, -1, 255, help="The pin of an LED that is lit while the identity serves; -1: none.")
+    watchdog_s: int = form(
+        0, "0 for none, or a whole number from 8 to 600: a silent name server takes 7 s",
+        lambda value: type(value) is int and (value == 0 or 8 <= value <= 600),
+        help="Seconds until a board that hangs is reset; 0: never. RP2040 has at most 8, RP2350 16, and both take that;"
+        " 16 elsewhere.",
+    )  # fmt: skip
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "": TopSettings,
+    "retry": RetrySettings,
+    "tpm": TpmSettings,
+    "hub": HubSettings,
+    "network": NetworkSettings,
+    "api": ApiSettings,
+}
+
+
+def rows_of(table: str, section: type[Section]) -> dict[str, Setting]:
+    """The rows of one table of settings by their dotted keys."""
+    rows = vars(section).items()
+    return {f"{table}.{name}" if table else name: row for name, row in rows if isinstance(row, Setting)}
+
+
+KEYS: dict[str, Setting] = {}  # every setting of the agent on Linux
+for _table, _section in SECTIONS.items():
+    KEYS.update(rows_of(_table, _section))
