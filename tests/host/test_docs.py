@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from dps_agent import backoff, http1, lifecycle, patience, session, utc
 from dps_agent.host.cli import VERBS, command_line
 from dps_agent.host.config import environment_name, load
 from dps_agent.host.journal import Journal
+from dps_agent.host.local import events, routes, server
 from dps_agent.host.settings_table import KEYS
 from dps_agent.lifecycle import BOOT, PROVISIONED, STANDINGS, TRANSITIONS, TRUSTED
 from dps_agent.patience import CALM, PATIENCES
@@ -36,6 +38,7 @@ from support.documents import (
 )
 
 DESIGN = CHECKOUT / "agent" / "DESIGN.md"
+SPEC = CHECKOUT / "hal" / "SPEC.md"
 README = CHECKOUT / "README.md"
 EMULATOR = CHECKOUT / "docs" / "emulator.md"
 SOURCES = sorted([*(CHECKOUT / "agent").rglob("*.py"), *(CHECKOUT / "hal").rglob("*.py")])
@@ -419,6 +422,46 @@ def test_the_heaps_in_the_page_for_firmware_are_those_that_the_tests_allow() -> 
         assert re.search(rf"{words} {heap[1]} KiB", text), f"firmware.md: expected '{words} {heap[1]} KiB'"
 
 
+# Numbers in prose: each sentence here is made of the constants that it speaks of.
+
+FEW = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+KIB = 1024
+HELD_NUMBERS = [
+    (OPERATORS, f"Each user has a share, whatever number of programs it runs: {server.CLIENTS[1]} connections,"),
+    (OPERATORS, f"{server.STREAMS[1]} of them reading events, {server.UNDER_WAY[1]} messages and"),
+    (OPERATORS, f"{server.BYTES[1] // KIB} KiB of them, topics included, under way to the hub"),
+    (OPERATORS, f"The hub takes {session.TELEMETRY_LIMIT} bytes of body, properties and topic"),
+    (OPERATORS, f"has no acknowledgement within {routes.TELEMETRY_LIMIT_S:.0f} s is answered with 504"),
+    (OPERATORS, f"JSON; within {session.METHOD_LIMIT_S} s"),
+    (OPERATORS, f"at most {routes.TOKEN_LIFE_LIMIT_S} s; only with `allow_token`"),
+    (OPERATORS, f"{FEW[routes.USER_TOKENS_A_MINUTE]} a minute for a user, sixteen for all but root"),
+    (
+        OPERATORS,
+        f"The service holds up to {session.MESSAGE_LIMIT} messages, {events.HELD_LIMIT // KIB**2} MiB as they are",
+    ),
+    (OPERATORS, f"hung up {FEW[session.SHORT_ENDS_LIMIT]} times in a row is given up"),
+    (OPERATORS, f"when its hub has not existed for {lifecycle.HUB_GONE_S // 60} minutes"),
+    (OPERATORS, f"a random moment within {FEW[lifecycle.START_SPREAD_S]} seconds"),
+    (OPERATORS, f"within so many seconds, at least {FEW[lifecycle.START_SPREAD_S]};"),
+    (OPERATORS, f"it is renewed at {session.RENEW_AT * 100:.0f} % of its life"),
+    (OPERATORS, f"of at most {routes.TOKEN_LIFE_LIMIT_S // 60} minutes, to whoever may use the socket"),
+    (OPERATORS, f"never to more than {FEW[utc.AGREEMENT_S // 60]} minutes before what the last run believed"),
+    (SPEC, f"of which none was steady yet, at most {patience.CONNECTS_LIMIT};"),
+    (DESIGN, f"up to {FEW[patience.CONNECTS_LIMIT]}, from where the delay"),
+    (DESIGN, f"{backoff.HUB_LIMIT_S // 2} to {backoff.HUB_LIMIT_S} s in the end"),
+    (DESIGN, f"{backoff.HUB_FIRST_S // 2} to {backoff.HUB_FIRST_S} s at first"),
+    (DESIGN, f"until a connection has lasted {FEW[lifecycle.STEADY_S // 60]} minutes"),
+    (DESIGN, f"is erased {FEW[session.IDLE_AFTER_S]} seconds after the hub accepted the newer one"),
+    (DESIGN, f"and up to {backoff.POLL_LIMIT_S} s elsewhere (a longer one counts as that much)"),
+    (DESIGN, f"{http1.HEAD_LIMIT // KIB} KiB of heads and {http1.LINES_LIMIT} lines in all for each answer"),
+]
+
+
+@pytest.mark.parametrize(("document", "words"), HELD_NUMBERS, ids=[words[:40] for _, words in HELD_NUMBERS])
+def test_a_number_in_prose_is_the_constant_s(document: Path, words: str) -> None:
+    assert words in " ".join(prose_of(document).split()), f"{document.name}: expected '{words}'"
+
+
 # Links.
 
 
@@ -427,7 +470,7 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, DESIGN, CHECKOUT / "hal" / "SPEC.md"], ids=name_of)
+@pytest.mark.parametrize("document", [*DOCUMENTS, DESIGN, SPEC], ids=name_of)
 def test_every_link_leads_to_a_file_and_a_heading_that_exist(document: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(document)):
         if target.startswith("https://"):
