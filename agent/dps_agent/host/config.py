@@ -30,7 +30,6 @@ from dps_agent.host.settings_table import (
 from dps_agent.settings import Settings, settings_of
 from dps_hal.errors import AskOperator
 from dps_hal.host.regular import open_regular, read_regular
-from dps_hal.host.tcti import parse_tcti
 from dps_text import BYTE_ORDER_MARK, NotText, Secret, secret_of, text_of
 
 SYSTEM_FILE = Path("/etc/dps-agent/config.toml")
@@ -268,6 +267,8 @@ def _check_together(collector: _Collector) -> None:
     values, origins = collector.values, collector.origins
     tcti = values["tpm.tcti"]
     if values["tpm.backend"] == "wire":
+        from dps_hal.host.tcti import parse_tcti
+
         try:
             parse_tcti(tcti)
         except AskOperator as error:
