@@ -19,6 +19,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"  # dpkg fails without the sbin folders
 APT_DEADLINE_S = 900
 PIP_DEADLINE_S = 900
+AZURE_CLIENT = "azure-iot-device>=2.14,<3"
 
 VENV_PACKAGES = ("python3-venv",)
 SWTPM_PACKAGES = ("swtpm", "libtss2-dev", "gcc", "libc6-dev", "pkg-config", "python3-dev")  # tpm2-pytss has no wheels
@@ -65,6 +66,16 @@ def environment(name: str, extras: str) -> Path:
 
     It stands in `.cache` of the checkout, or in the user's cache folder where the checkout is not writable.
     """
+    content = f"{CHECKOUT} {extras}".encode() + (CHECKOUT / "pyproject.toml").read_bytes()
+    return _environment(name, content, ["--editable", f"{CHECKOUT}[{extras}]"])
+
+
+def azure_client() -> Path:
+    """The Python of an environment with Microsoft's device client, which needs paho-mqtt before 2."""
+    return _environment(f"azure-iot-device-{_version()}", AZURE_CLIENT.encode(), [AZURE_CLIENT]) / "bin/python"
+
+
+def _environment(name: str, content: bytes, installed: Sequence[str]) -> Path:
     require_python()
     if importlib.util.find_spec("ensurepip") is None:
         require_packages(VENV_PACKAGES)
@@ -81,8 +92,7 @@ def environment(name: str, extras: str) -> Path:
         ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        content = f"{sys.executable} {sys.version} {CHECKOUT} {extras}".encode()
-        wanted = hashlib.sha256(content + (CHECKOUT / "pyproject.toml").read_bytes()).hexdigest()
+        wanted = hashlib.sha256(f"{sys.executable} {sys.version} ".encode() + content).hexdigest()
         stamp = folder / "made-from"
         if stamp.is_file() and stamp.read_text() == wanted and (folder / "bin/python").exists():
             print(f"the environment in {folder} is up to date")
@@ -90,9 +100,13 @@ def environment(name: str, extras: str) -> Path:
         print(f"making the environment in {folder}: downloads packages, once", flush=True)
         _require_success([sys.executable, "-m", "venv", "--clear", str(folder)])
         pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
-        _require_success([*pip, "install", "--quiet", "--editable", f"{CHECKOUT}[{extras}]"])
+        _require_success([*pip, "install", "--quiet", *installed])
         stamp.write_text(wanted)
     return folder
+
+
+def _version() -> str:
+    return ".".join(map(str, sys.version_info[:3]))
 
 
 def _is_installed(package: str) -> bool:

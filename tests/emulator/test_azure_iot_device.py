@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import queue
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,33 +13,17 @@ from typing import Any
 
 import pytest
 
+from fresh_machine import azure_client
 from support.cloud.emulator import EmulatorInThread
 
 CLIENT = Path(__file__).with_name("azure_iot_device_client.py")
-REQUIREMENT = "azure-iot-device>=2.14,<3"
-PIP_DEADLINE_S = 300
 PATIENCE_S = 120
 
 
 @pytest.fixture(scope="module")
-def client_python(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with the client, kept in pytest's cache folder and made there once."""
-    cache: pytest.Cache | None = getattr(pytestconfig, "cache", None)
-    folder = cache.mkdir("azure-iot-device") if cache else tmp_path_factory.mktemp("azure-iot-device")
-    made_from = f"{REQUIREMENT} {sys.version}"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        stamp, python = folder / "made-from", folder / "venv/bin/python"
-        if not (stamp.is_file() and stamp.read_text() == made_from and python.exists()):
-            stamp.unlink(missing_ok=True)
-            for command in (
-                [sys.executable, "-m", "venv", "--clear", str(folder / "venv")],
-                [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", REQUIREMENT],
-            ):
-                made = subprocess.run(command, capture_output=True, text=True, timeout=PIP_DEADLINE_S, check=False)
-                assert made.returncode == 0, f"{' '.join(command)}\n{made.stdout}{made.stderr}"
-            stamp.write_text(made_from)
-    return python
+def client_python() -> Path:
+    """The interpreter of an environment with the client."""
+    return azure_client()
 
 
 class AzureClient:
@@ -69,7 +51,7 @@ class AzureClient:
 
 
 @contextlib.contextmanager
-def azure_client(python: Path, **order: object) -> Iterator[AzureClient]:
+def client_at_work(python: Path, **order: object) -> Iterator[AzureClient]:
     with subprocess.Popen(
         [str(python), "-I", str(CLIENT)],
         stdin=subprocess.PIPE,
@@ -92,7 +74,7 @@ def test_microsofts_client_does_everything_a_device_does(client_python: Path, we
         device = emulator.add_device("press-07")
         emulator.set_desired("press-07", {"period": 60})
         order = {"connectionString": device.connection_string, "caFile": str(emulator.ca_file)}
-        with azure_client(client_python, **order, port=emulator.hub_port, websockets=websockets) as client:
+        with client_at_work(client_python, **order, port=emulator.hub_port, websockets=websockets) as client:
             assert client.next("connected") is True
             twin = client.next("twin")
             assert twin == {"desired": {"period": 60, "$version": 2}, "reported": {"$version": 1}}

@@ -1,37 +1,67 @@
-"""`tools/bench`: what it says of numbers that are too large; the numbers themselves are the machine's."""
+"""`tools/bench`: what it says of numbers, and that what it measures is there; the numbers are the machine's."""
 
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
-from pathlib import Path
-from typing import Any
+import json
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "tools" / "bench"
+from dps_bench.costs import clean_environ, cpu_ms, memory_mib, run
+from dps_bench.report import Report
+from dps_bench.service import CPU_LIMIT_PERCENT, PEAK_LIMIT_MIB, over_limits
 
 
-@pytest.fixture(scope="module")
-def bench() -> Any:
-    spec = spec_from_loader("bench", SourceFileLoader("bench", str(BENCH)))
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def rows(wire: tuple[float, float], esys: tuple[float, float] = (1, 0)) -> dict[str, dict[str, float]]:
+    return {
+        name: {"peakMiB": peak_mib, "cpuMs": used_ms}
+        for name, (peak_mib, used_ms) in (("wire", wire), ("esys", esys), ("paho alone", (99, 9999)))
+    }
 
 
-def cost(peak_mib: float, cpu_s: float) -> dict[str, float]:
-    return {"peakMib": peak_mib, "cpuS": cpu_s, "cpuPercent": cpu_s / 3}
-
-
-def test_the_limits_of_run_are_the_promised_ones(bench: Any) -> None:
-    assert bench.PEAK_LIMIT_MIB == {"wire": 28, "esys": 45} and bench.CPU_LIMIT_PERCENT == 0.1
-    assert bench.over_limits({"wire": cost(28, 0.3), "esys": cost(45, 0.3)}, 300) == []
+def test_the_limits_of_run_are_the_promised_ones() -> None:
+    assert PEAK_LIMIT_MIB == {"wire": 28, "esys": 45} and CPU_LIMIT_PERCENT == 0.1
+    assert over_limits(rows((28, 300), (45, 300)), 300) == []
 
 
 @pytest.mark.parametrize(
     ("wire", "esys", "said"),
-    [((28.1, 0), (1, 0), "wire: a peak"), ((1, 0), (45.1, 0), "esys: a peak"), ((1, 0.32), (1, 0), "wire: 0.1")],
+    [((28.1, 0), (1, 0), "wire: a peak"), ((1, 0), (45.1, 0), "esys: a peak"), ((1, 320), (1, 0), "wire: 320")],
 )
-def test_each_limit_is_watched(bench: Any, wire: Any, esys: Any, said: str) -> None:
-    (text,) = bench.over_limits({"wire": cost(*wire), "esys": cost(*esys)}, 300)
+def test_each_limit_is_watched(wire: tuple[float, float], esys: tuple[float, float], said: str) -> None:
+    (text,) = over_limits(rows(wire, esys), 300)
     assert text.startswith(said)
+
+
+def test_a_small_program_s_memory_is_its_own_and_not_that_of_who_measures_it() -> None:
+    ballast = bytearray(64 * 1024 * 1024)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    cost = run(["/bin/true"])
+    assert 0 < cost.peak_mib < 20 and cost.wall_ms > 0, cost
+    del ballast
+
+
+def test_what_the_environment_says_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "DPS_AGENT_ID_SCOPE", "PYTHONHASHSEED"):
+        monkeypatch.setenv(name, "/nowhere")
+        assert name not in clean_environ()
+        assert clean_environ({name: "here"})[name] == "here"
+
+
+def test_a_process_s_own_numbers_are_read() -> None:
+    import os
+
+    before_ms = cpu_ms(os.getpid())
+    while cpu_ms(os.getpid()) <= before_ms:
+        sum(range(10_000))
+    assert memory_mib(os.getpid(), "VmHWM") >= memory_mib(os.getpid(), "VmRSS") > 1
+
+
+def test_a_report_says_the_same_twice() -> None:
+    report = Report("status", "median of 3")
+    report.row("wire", {"cpuMs": 30.0, "peakMiB": 12.5})
+    report.ratio("wire / floor", 30.0, 20.0)
+    report.say("syncs", 3)
+    report.absent.append("another client")
+    document = json.loads(report.document())
+    assert document["schema"] == "dps-bench-status/2"
+    assert (document["rows"], document["ratios"]) == ({"wire": {"cpuMs": 30.0, "peakMiB": 12.5}}, {"wire / floor": 1.5})
+    text = report.text()
+    assert "30.00 ms" in text and "12.50 MiB" in text and "not measured: another client" in text
