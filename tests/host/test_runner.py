@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import queue
@@ -124,6 +123,33 @@ class Hardware:
 
 def runner_on(hardware: Hardware, **options: Any) -> Runner:
     return Runner(tpm=hardware, store=hardware, connection=hardware, **{"clock": SystemClock(), **options})
+
+
+class VirtualTime:
+    """The monotonic time of runners: it passes only while `passing_for` one of them waits for its worker, in vain."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 1000.0
+        monkeypatch.setattr(runner, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def passing_for(self, one: Runner) -> Runner:
+        outcomes = one._outcomes
+
+        class Outcomes:
+            put = outcomes.put
+
+            def get(_, timeout: float) -> Any:
+                try:
+                    return outcomes.get_nowait()
+                except queue.Empty:
+                    self.now_s += timeout
+                    raise
+
+        one._outcomes = Outcomes()  # type: ignore[assignment]
+        return one
 
 
 def asking(*effects: Any) -> Generator[Any, Any, list[Any]]:
@@ -570,31 +596,30 @@ def test_a_request_that_survives_its_abort_ends_the_exchange(monkeypatch, hang) 
 
 
 def test_the_watchdog_is_fed_until_the_deadline_and_no_longer(monkeypatch, hang) -> None:
-    monkeypatch.setattr(runner, "_FEED_EVERY_S", 0.1)
-    monkeypatch.setattr(runner, "TPM_DEADLINE_S", 0.55)
+    monkeypatch.setattr(runner, "TPM_DEADLINE_S", 5.5)
+    virtual = VirtualTime(monkeypatch)
     fed: list[float] = []
-    one = runner_on(Hardware(sign=hang), watchdog=lambda: fed.append(time.monotonic()))
-    began_s = time.monotonic()
+    one = runner_on(Hardware(sign=hang), watchdog=lambda: fed.append(virtual.now_s))
     with pytest.raises(RetryLater):
-        one.run(asking(Sign(b"", b"")))
-    assert 3 <= len(fed) <= 6, fed
-    assert fed[-1] - began_s < 0.56
-    assert all(later - earlier >= 0.1 for earlier, later in itertools.pairwise(fed))
-    time.sleep(0.3)
-    assert fed[-1] - began_s < 0.56
+        virtual.passing_for(one).run(asking(Sign(b"", b"")))
+    assert fed == [1000, 1001, 1002, 1003, 1004, 1005] and virtual.now_s >= 1005.5
 
 
 def test_the_watchdog_is_fed_during_a_sleep(monkeypatch) -> None:
-    monkeypatch.setattr(runner, "_FEED_EVERY_S", 0.05)
-    fed: list[None] = []
-    runner_on(Hardware(), watchdog=lambda: fed.append(None)).run(asking(Sleep(0.5, "a while")))
-    assert 4 <= len(fed) <= 11
+    virtual = VirtualTime(monkeypatch)
+    fed: list[float] = []
+    one = runner_on(Hardware(), watchdog=lambda: fed.append(virtual.now_s))
+    virtual.passing_for(one).run(asking(Sleep(3.5, "a while")))
+    assert fed == [1000, 1001, 1002, 1003] and virtual.now_s == 1003.5
 
 
-def test_the_watchdog_is_fed_once_a_second_at_the_most() -> None:
-    fed: list[None] = []
-    runner_on(Hardware(), watchdog=lambda: fed.append(None)).run(asking(*[ReadEndorsementKey(b"")] * 50))
-    assert len(fed) == 1
+def test_the_watchdog_is_fed_once_a_second_at_the_most(monkeypatch) -> None:
+    virtual = VirtualTime(monkeypatch)
+    fed: list[float] = []
+    one = runner_on(Hardware(), watchdog=lambda: fed.append(virtual.now_s))
+    for virtual.now_s in (1000.0, 1000.9, 1001.0):
+        one.run(asking(*[ReadEndorsementKey(b"")] * 50))
+    assert fed == [1000, 1001]
 
 
 # stop
@@ -897,13 +922,15 @@ def test_the_end_of_a_wait_is_counted_by_the_runner_s_clock() -> None:
     assert 0.2 < time.monotonic() - began_s < SOON_S
 
 
-def test_the_watchdog_is_fed_during_a_wait_for_an_event(monkeypatch) -> None:
-    monkeypatch.setattr(runner, "_FEED_EVERY_S", 0.05)
-    fed: list[None] = []
+def test_the_watchdog_is_fed_during_a_wait_for_an_event(monkeypatch, hang) -> None:
+    virtual = VirtualTime(monkeypatch)
+    fed: list[float] = []
     hardware = Hardware()
-    one = runner_on(hardware, hub=Hub(hardware), watchdog=lambda: fed.append(None))
-    one.run(asking(NextEvent(time.monotonic() + 0.5)))
-    assert 4 <= len(fed) <= 11
+    hub = Hub(hardware, next_event=hang)
+    one = runner_on(hardware, hub=hub, watchdog=lambda: fed.append(virtual.now_s))
+    with pytest.raises(RetryLater):
+        virtual.passing_for(one).run(asking(NextEvent(one._clock.uptime_s() + 3.5)))
+    assert fed[:4] == [1000, 1001, 1002, 1003]
 
 
 def test_a_connect_over_its_deadline_is_aborted_and_answered_as_a_timeout(monkeypatch) -> None:
