@@ -33,6 +33,7 @@ from support.tpm.tap import TpmTap
 CHECKOUT = Path(__file__).parents[2]
 HUB = "emulator.azure-devices.net"
 PATIENCE_S = 120
+HEARING = ("env", "--default-signal=INT", sys.executable)  # what runs in the background may have it ignored
 NEVER_S = 600.0  # longer than anything waits
 PATHS = os.pathsep.join([str(CHECKOUT / "agent"), str(CHECKOUT / "hal")])
 
@@ -60,7 +61,7 @@ class Bench:
     def start(self, *words: str) -> "subprocess.Popen[str]":
         environ = {**{k: v for k, v in os.environ.items() if not k.startswith("DPS_AGENT_")}, "PYTHONPATH": PATHS}
         return subprocess.Popen(
-            [sys.executable, "-m", "dps_agent.host.cli", "--config", str(self.settings), *words],
+            [*HEARING, "-m", "dps_agent.host.cli", "--config", str(self.settings), *words],
             env=environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
