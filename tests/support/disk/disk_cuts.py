@@ -80,6 +80,10 @@ class OnFiles:
         if self._folder.exists():
             self._store.erase(record)
 
+    def forget_older(self, record: str) -> None:
+        """See `SlotStore.forget_older`."""
+        self._store.forget_older(record)
+
 
 class ForgetsTheFolder(FileStore):
     """The product, but no folder is ever synced: files are durable, their names are not."""

@@ -38,6 +38,7 @@ from support.disk.work_folder import work_folder
 
 SEED = 4  # of the random subsets; a state's name has it
 SUBSETS = 6  # random ones of each set of more than three unflushed writes
+FORGET = b""  # a step of a life: earlier content goes, the current stays
 LIFE: tuple[bytes | None, ...] = (
     b"hub A" * 500,
     b"hub B" * 600,
@@ -45,7 +46,9 @@ LIFE: tuple[bytes | None, ...] = (
     None,
     b"hub D" * 500,
     b"hub E" * 700,
+    FORGET,
 )
+HELD = (None, *LIFE[:-1], LIFE[-2])  # after so many steps
 
 
 class SyncingCalls(SystemCalls):
@@ -98,6 +101,9 @@ class OneFile(FileStore):
             slot = decode_slot(Path(self._path).read_bytes(), 0xFF)
             return None if slot.payload is None else slot
         return None
+
+    def forget_older(self, record: str) -> None:
+        """There is no older copy."""
 
     def erase(self, record: str) -> None:
         """Removes the file, durably."""
@@ -234,6 +240,8 @@ def recorded(writer: Writer, calls: SystemCalls, folder: Path) -> tuple[bytes, l
                     store = writer(str(place / "state"), calls)
                     if payload is None:
                         store.erase(IDENTITY)
+                    elif payload == FORGET:
+                        store.forget_older(IDENTITY)
                     else:
                         store.commit(IDENTITY, payload)
                     disk.finished(step)
@@ -245,9 +253,7 @@ def recorded(writer: Writer, calls: SystemCalls, folder: Path) -> tuple[bytes, l
 
 def fault(state: CrashState, writer: Writer, place: Path) -> str:
     """What is wrong after a boot from this disk, or ""."""
-    allowed = [LIFE[state.step - 1] if state.step else None]
-    if state.step < len(LIFE):
-        allowed.append(LIFE[state.step])
+    allowed = HELD[state.step : state.step + 2]
     backing = os.memfd_create("state", os.MFD_CLOEXEC)
     try:
         os.write(backing, state.image)

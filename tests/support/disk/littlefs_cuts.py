@@ -3,7 +3,8 @@
     MICROPYPATH=agent:hal:tests micropython tests/support/disk/littlefs_cuts.py [writer [state]]
 
 Runs under MicroPython only. One life is recorded operation by operation on a flash in memory; then every prefix of the
-operations, the last one torn, is mounted and loaded, and must hold a further commit. Prints one JSON document.
+operations, the last one torn, is mounted and loaded, and must hold a further commit. The same where one of the writes
+failed, on which the step ended, and then the power went. Prints one JSON document.
 """
 
 import json
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     NewStore = Callable[[str, Any], LittleFsStore]
 
+_EIO = 5
 BLOCKS = 32
 BLOCK_BYTES = 512
 PAGE_BYTES = 32
@@ -37,19 +39,25 @@ class Flash:
     def __init__(self, content: bytes) -> None:
         self.content = bytearray(content)
         self.operations: list[tuple[int, bytes]] = []  # first byte, content; an erase is all 0xFF
+        self.writes = 0
+        self.failing = 0  # which of them fails; 0: none
 
     def readblocks(self, block: int, buffer: bytearray, offset: int = 0) -> None:
         """See vfs.AbstractBlockDev."""
         start = block * BLOCK_BYTES + offset
         buffer[:] = self.content[start : start + len(buffer)]
 
-    def writeblocks(self, block: int, buffer: bytearray, offset: int = 0) -> None:
+    def writeblocks(self, block: int, buffer: bytearray, offset: int = 0) -> int:
         """See vfs.AbstractBlockDev."""
+        self.writes += 1
+        if self.writes == self.failing:
+            return -_EIO
         start = block * BLOCK_BYTES + offset
         programmed = bytearray(buffer)
         for i in range(len(programmed)):
             programmed[i] &= self.content[start + i]
         self._write(start, bytes(programmed))
+        return 0
 
     def ioctl(self, operation: int, argument: int) -> int:
         """See vfs.AbstractBlockDev."""
@@ -161,6 +169,19 @@ def fault(new_store: "NewStore", content: bytes, allowed: "tuple[bytes | None, .
     return ""
 
 
+def failed(new_store: "NewStore", flash: Flash, number: int, payload: "bytes | None") -> str:
+    """What is wrong with a step whose n-th write fails, or ""."""
+    with Mounted(flash):
+        flash.failing = flash.writes + number
+        try:
+            do(new_store(FOLDER, os), payload)
+        except DpsError:
+            return ""
+        except OSError as error:
+            return f"error {error.errno} came through"
+    return "" if flash.writes < flash.failing else "a write failed, and nothing said so"
+
+
 def tears(content: bytes) -> "list[int]":
     """Where an operation is torn: at every 32nd byte of a page, at a quarter of an erase."""
     step = PAGE_BYTES if len(content) < BLOCK_BYTES else BLOCK_BYTES // 4
@@ -202,6 +223,17 @@ def sweep(writer: str = "", only: str = "") -> "dict[str, Any]":
         if not only or name == only:
             states += 1
             wrong = fault(new_store, bytes(left), (after,))
+            if wrong:
+                lost.append(name + ": " + wrong)
+        for number in range(1, flash.writes + 1):
+            name = f"sweep=littlefs step={step} fail={number}"
+            if only and name != only:
+                continue
+            states += 1
+            failing = Flash(content)
+            wrong = failed(new_store, failing, number, after) or fault(
+                new_store, bytes(failing.content), (before, after)
+            )
             if wrong:
                 lost.append(name + ": " + wrong)
         if writer and lost:
