@@ -127,4 +127,5 @@ def _test_sources(tests: Path) -> Iterator[Path]:
         yield path
         for name in re.findall(r"^ *from support\.([\w.]+) import", for_a_board(path.read_text()), re.MULTILINE):
             module = tests / "support" / (name.replace(".", "/") + ".py")
-            waiting += [module, module.with_name("__init__.py")]
+            if module.is_file():  # else it is a folder, from which other programs' parts import
+                waiting += [module, module.with_name("__init__.py")]
