@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.host.codes import REMEDIES
 from dps_hal.host.tpm_node import is_managed
 from dps_hal.platform import hmac_sha256
-from dps_hal.tpm import operations
+from dps_hal.tpm import commands, operations
 from dps_hal.tpm.errors import RefusedError
 from dps_hal.tpm.verdicts import error_of, locked_out
 from support.claims import assert_refused
@@ -239,14 +238,23 @@ def test_a_slow_tpm_is_waited_for(tap: TpmTap, tpm: TpmService) -> None:
 
 
 def test_a_second_try_has_no_time_of_its_own(tap: TpmTap, tpm: TpmService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In virtual time: it passes in the pauses between commands, and the first HMAC takes 25 seconds."""
     wrapped_key = tpm.import_key(blob_for(tpm))
-    set_limit(monkeypatch, 3.0)
-    tap.delay(2.5, command="HMAC")
+    now_ms = 0
+
+    def pass_by(duration_ms: int) -> None:
+        nonlocal now_ms
+        now_ms += duration_ms
+
+    monkeypatch.setattr(commands, "pause_ms", pass_by)
+    monkeypatch.setattr(commands, "ticks_ms", lambda: now_ms)
+    monkeypatch.setattr(commands, "ms_since", lambda ticks: now_ms - ticks)
+    set_limit(monkeypatch, 30.0)
     tap.refuse(0x910, command="HMAC")  # a session that is gone: all is made anew
     tap.refuse(0x922, command="HMAC", skip=1, times=ALWAYS)
-    began_s = time.monotonic()
+    tap.on_command = lambda name: pass_by(25_000) if name == "HMAC" and now_ms < 25_000 else None
     assert_refused(lambda: tpm.sign(wrapped_key, b"message"), RetryLater, "tpm.timeout")
-    assert time.monotonic() - began_s < 4.2
+    assert 25_000 < now_ms <= 30_000
 
 
 def test_any_return_code_at_any_command_ends_in_one_of_the_four_classes(
