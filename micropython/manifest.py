@@ -13,6 +13,7 @@ package(
         "assignment.py",
         "backoff.py",
         "der.py",
+        "driver.py",
         "effects.py",
         "http1.py",
         "hub_effects.py",

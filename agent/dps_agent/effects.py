@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from dps_agent.hub_effects import (
         Acknowledge,
+        ConfirmClock,
         Connect,
         Disconnect,
         GiveUp,
@@ -127,6 +128,7 @@ if TYPE_CHECKING:
         | Commit
         | LoadRecord
         | ForgetOlder
+        | ConfirmClock
         | Connect
         | Subscribe
         | Publish

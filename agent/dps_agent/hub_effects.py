@@ -9,6 +9,15 @@ if TYPE_CHECKING:
 
     from dps_agent.sas import SasToken
 
+    class ConfirmClock(NamedTuple):
+        """Before a token is made; answered by None once all were asked for the time who may know it.
+
+        Where nobody vouches for the clock the certificate of `hub` is looked at; where there is no hub, "", or it is
+        not reached, DPS is asked.
+        """
+
+        hub: str
+
     class Connect(NamedTuple):
         """One MQTT 3.1.1 connection over TLS, client id `device_id`; an earlier one ends.
 
@@ -195,6 +204,7 @@ if TYPE_CHECKING:
 else:
     from collections import namedtuple
 
+    ConfirmClock = namedtuple("ConfirmClock", ("hub",))
     Connect = namedtuple("Connect", ("hub", "device_id", "user_name", "token", "keep_alive_s", "clean_session"))
     ConnAck = namedtuple("ConnAck", ("return_code", "session_present"))
     Subscribe = namedtuple("Subscribe", ("filters",))

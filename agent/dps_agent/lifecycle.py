@@ -47,44 +47,44 @@ CONNECTED = "connected"  # until the connection ends
 
 # Events.
 HOLDS = "the record holds"
-REGISTER = "a registration is due"
-FAILED_BEFORE = "registrations failed before"
+REGISTER = "registration due"
+FAILED_BEFORE = "failed before"
 COMMITTED = "the new identity is stored"
 RETRY = "it may work later"
-ASK = "an operator is needed"
-WAITED = "the wait is over"
-KEPT = "the registration failed, the identity still serves"
-ACCEPTED = "the hub accepted the device"
-PARTED = "the connection ended, or there was none"
+ASK = "operator needed"
+WAITED = "waited"
+KEPT = "the old one serves"  # the registration failed, the identity of before holds
+ACCEPTED = "the hub accepts it"
+PARTED = "no connection"  # it ended, or there was none
 RENEWED = "the next token is ready"
-STALE = "the identity no longer holds"
+STALE = "the identity is stale"
 
 # State, event, next state. One text, because a board has each tuple and each word in its heap.
 TRANSITIONS = """
 boot: the record holds: provisioned
-boot: a registration is due: provisioning
-boot: registrations failed before: waiting
+boot: registration due: provisioning
+boot: failed before: waiting
 boot: it may work later: waiting
-boot: an operator is needed: halted
+boot: operator needed: halted
 provisioning: the new identity is stored: provisioned
 provisioning: it may work later: waiting
-provisioning: an operator is needed: halted
-provisioning: the registration failed, the identity still serves: provisioned
-waiting: the wait is over: boot
-halted: the wait is over: boot
-provisioned: the wait is over: connecting
-provisioned: a registration is due: provisioning
-connecting: the hub accepted the device: connected
-connecting: the connection ended, or there was none: provisioned
-connecting: a registration is due: provisioning
-connecting: registrations failed before: waiting
-connecting: the identity no longer holds: boot
-connecting: an operator is needed: halted
+provisioning: operator needed: halted
+provisioning: the old one serves: provisioned
+waiting: waited: boot
+halted: waited: boot
+provisioned: waited: connecting
+provisioned: registration due: provisioning
+connecting: the hub accepts it: connected
+connecting: no connection: provisioned
+connecting: registration due: provisioning
+connecting: failed before: waiting
+connecting: the identity is stale: boot
+connecting: operator needed: halted
 connected: the next token is ready: connecting
-connected: the connection ended, or there was none: provisioned
-connected: a registration is due: provisioning
-connected: the identity no longer holds: boot
-connected: an operator is needed: halted
+connected: no connection: provisioned
+connected: registration due: provisioning
+connected: the identity is stale: boot
+connected: operator needed: halted
 """
 
 # The hub's standing towards this identity.
@@ -94,19 +94,19 @@ REFUSED = "refused"  # it refused as many as prove something: the device registe
 APPEALED = "appealed"  # DPS did not help: the hub is asked once more, it may have changed its mind
 
 # What the hub or DPS said.
-ACCEPTS = "the hub accepts a token, or the identity is new"
-REFUSES = "the hub refuses a fresh token"
+ACCEPTS = "accepted, or new"  # the hub accepts a token, or the identity is new
+REFUSES = "a fresh token is refused"
 NO_HELP = "the registration failed"
 
 STANDINGS = """
-trusted: the hub accepts a token, or the identity is new: trusted
-trusted: the hub refuses a fresh token: doubted
-doubted: the hub accepts a token, or the identity is new: trusted
-doubted: the hub refuses a fresh token: refused
-refused: the hub accepts a token, or the identity is new: trusted
+trusted: accepted, or new: trusted
+trusted: a fresh token is refused: doubted
+doubted: accepted, or new: trusted
+doubted: a fresh token is refused: refused
+refused: accepted, or new: trusted
 refused: the registration failed: appealed
-appealed: the hub accepts a token, or the identity is new: trusted
-appealed: the hub refuses a fresh token: refused
+appealed: accepted, or new: trusted
+appealed: a fresh token is refused: refused
 """
 
 # Whose wish the next registration is.
@@ -220,10 +220,6 @@ class Lifecycle:
         if self.assignment is None or self.assignment.assigned_hub != self._lacks_of:
             return []
         return [name for name in ("methods", "twin", "messages") if name in self._lacks]
-
-    def progress_in_order(self) -> "bytes | None":
-        """See `Patience.in_order`."""
-        return self.patience.in_order()
 
     # The life.
 

@@ -58,28 +58,28 @@ FAILED = "failed"  # the last attempt failed
 PROVING = "proving"  # an identity holds, and the failures before it count until the hub has accepted it
 
 # What it listens to.
-BEGUN = "an attempt begins"
-MISSED = "an attempt failed"
-HELD = "an identity holds"
-FORGIVEN = "the identity is good"
+BEGUN = "attempt begins"
+MISSED = "attempt failed"
+HELD = "it holds"  # an identity
+FORGIVEN = "it is good"  # the identity: the hub has accepted it, or none is wanted
 
 # State, event, next state. One text, because a board has each tuple and each word in its heap.
 PATIENCES = """
-calm: an attempt begins: trying
-calm: an attempt failed: failed
-calm: an identity holds: calm
-calm: the identity is good: calm
-trying: an attempt begins: trying
-trying: an attempt failed: failed
-trying: an identity holds: proving
-failed: an attempt begins: trying
-failed: an attempt failed: failed
-failed: an identity holds: proving
-failed: the identity is good: calm
-proving: an attempt begins: trying
-proving: an attempt failed: failed
-proving: an identity holds: proving
-proving: the identity is good: calm
+calm: attempt begins: trying
+calm: attempt failed: failed
+calm: it holds: calm
+calm: it is good: calm
+trying: attempt begins: trying
+trying: attempt failed: failed
+trying: it holds: proving
+failed: attempt begins: trying
+failed: attempt failed: failed
+failed: it holds: proving
+failed: it is good: calm
+proving: attempt begins: trying
+proving: attempt failed: failed
+proving: it holds: proving
+proving: it is good: calm
 """
 
 PATIENCE_CODES = ("dps.throttled", "dps.unavailable", "dps.conflict")  # of failures whose delay may be DPS's wish

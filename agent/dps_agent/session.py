@@ -30,6 +30,7 @@ from dps_agent.hub_effects import (
     AnswerMethod,
     Arrived,
     CloudMessage,
+    ConfirmClock,
     Connect,
     Desired,
     GiveUp,
@@ -205,6 +206,7 @@ class Session:
         self.accepted = False
         token, self._token = self._token, None
         if token is None:
+            yield ConfirmClock(self._assignment.assigned_hub)
             token = yield from self._make_token()
         self.was_provoked = False
         for telemetry in [telemetry for telemetry in self._in_flight if telemetry.withdrawn]:

@@ -27,6 +27,7 @@ else:
     _Time = namedtuple("_Time", ("now_s", "uptime_s", "source"))
 
 AGREEMENT_S = 300  # between our time and a peer's Date; as much as a refused token blames on the clock
+DATE_HOLDS_S = 3600  # so long a Date vouches for the time to the minute
 CERTIFICATE = "certificate"  # `Utc.source` of a time that nothing else vouches for: good for a token, no floor
 LONGEST_STEP_S = 400 * 86400  # a server's certificate is valid for 398 days: CA/Browser Forum BR, 6.3.2
 
@@ -45,6 +46,7 @@ class BelievedTime:
         self._start = _Time(self.floor_s, uptime_s, "floor")
         self._confirmed: _Time | None = None
         self._proposed: _Time | None = None
+        self._dated_at_s: int | None = None  # the uptime at which a Date confirmed the time last
 
     def propose(self, now_s: int, uptime_s: int, source: str) -> bool:
         """Takes `now_s` for the next handshake; False, and nothing changes, where it is out of bounds.
@@ -82,10 +84,16 @@ class BelievedTime:
             proposed, self._proposed = self._proposed, None
             if self.propose(date_s, uptime_s, "date") or proposed:
                 return False
+        elif date_s is not None:
+            self._dated_at_s = uptime_s
         self._confirmed = self._proposed or self._confirmed or self._start
         self._proposed = None
         self.floor_s = max(self.floor_s, min(now_s, self._highest_floor_s))
         return True
+
+    def is_dated(self, uptime_s: int) -> bool:
+        """Whether a Date vouches for the time to the minute: clocks drift, and people set them."""
+        return self._dated_at_s is not None and uptime_s - self._dated_at_s < DATE_HOLDS_S
 
     def needs_date(self, uptime_s: int) -> bool:
         """Whether there is a proposal that only a peer with a Date can confirm: it differs from what is believed."""

@@ -80,6 +80,10 @@ class BoardClock:
         """See `BelievedTime.verified`."""
         return self.time.verified(date_s, self._uptime_s())
 
+    def is_confirmed(self) -> bool:
+        """See `BelievedTime.is_dated`; NTP proposes a time and vouches for nothing."""
+        return self.time.is_dated(self._uptime_s())
+
     def needs_date(self) -> bool:
         """See `BelievedTime.needs_date`."""
         return self.time.needs_date(self._uptime_s())

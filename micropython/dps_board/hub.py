@@ -8,29 +8,17 @@ import gc
 
 from dps_agent.effects import NO_REPLY_TLS
 from dps_agent.hub_effects import (
-    NOT_AUTHORIZED,
-    Acknowledge,
     AnswerMethod,
     CloudMessage,
-    ConnAck,
-    Connect,
     Desired,
-    Disconnect,
-    GiveUp,
     MessageDone,
     MethodCall,
-    NextEvent,
-    Publish,
-    Readers,
-    SendAgain,
     SendTelemetry,
-    Subscribe,
     TelemetryDone,
-    Tell,
     Withdrawn,
 )
 from dps_board.mqtt import HubConnection
-from dps_board.runner import RELEASE_FOR_SLEEPS_OVER_S, TIMES_TO_TRY
+from dps_board.runner import TIMES_TO_TRY
 from dps_hal.errors import RetryLater
 from dps_hal.platform import from_json, to_json
 
@@ -40,102 +28,83 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dps_agent.effects import NoReply
-    from dps_agent.hub_effects import Message
+    from dps_agent.hub_effects import ConnAck, Message
     from dps_board.clock import BoardClock
     from dps_board.config import BoardConfiguration
     from dps_board.runner import Agent
-    from dps_hal.contracts import BoardTpm, Utc
-
 MESSAGES_LIMIT = 8  # messages and calls that the program has in hand; a hub delivers further messages later
 
 
 class Hub:
-    """One connection to one hub after the other. `answers` is what answers the effects of `dps_agent.hub_effects`."""
+    """One connection to one hub after the other. `answers` is what answers the effects that concern it."""
 
     def __init__(
         self,
         agent: "Agent",
         config: "BoardConfiguration",
-        tpm: "BoardTpm",
         clock: "BoardClock",
         watchdog: "Callable[[], None] | None",
     ) -> None:
         values = config.values
         self.connection = HubConnection(config.hub_roots, values["hub.connect_to"], watchdog)
         self._agent = agent
-        self._tpm = tpm
         self._clock = clock
         self._serial = 0  # of telemetry
-        self._telemetry: dict[int, _Telemetry] = {}  # by request id
+        self._telemetry: dict[int, list[Any]] = {}  # by request id, until the session has said what became of it
         self._tasks: list[object] = []  # of the program's own functions
-        self._reads: bool | None = (
-            None  # whether the program takes messages, as the session was told on this connection
-        )
-        self.answers: dict[type, Callable[..., Any]] = {
-            Connect: self._connect,
-            Subscribe: self.connection.subscribe,
-            Publish: self.connection.publish,
-            SendAgain: self.connection.send_again,
-            GiveUp: self.connection.give_up,
-            Acknowledge: self.connection.acknowledge,
-            NextEvent: self._next_event,
-            Disconnect: self.connection.disconnect,
-            Tell: self._tell,
+        self.answers: dict[str, Callable[..., Any]] = {
+            "Reach": self._reach,
+            "Connect": self._connect,
+            "Subscribe": self.connection.subscribe,
+            "Publish": self.connection.publish,
+            "SendAgain": self.connection.send_again,
+            "GiveUp": self.connection.give_up,
+            "Acknowledge": self.connection.acknowledge,
+            "NextEvent": self._next_event,
+            "Disconnect": self.connection.disconnect,
+            "Tell": self._tell,
         }
 
     async def end(self) -> None:
         """Tells the program that nothing more is sent, and disconnects."""
         for request_id in list(self._telemetry):
-            self._telemetry.pop(request_id).end(False, True)
+            self._tell(TelemetryDone(request_id, False, True))
         await self.connection.disconnect()
 
     async def publish(self, payload: bytes, properties: "dict[str, str]", limit_s: float) -> None:
         """See `Agent.publish`."""
         self._serial += 1
         request_id = self._serial
-        telemetry = self._telemetry[request_id] = _Telemetry()
+        waiting: list[Any] = [asyncio.Event()]  # and then the session's TelemetryDone
         event = SendTelemetry(request_id, properties, payload, 0)
-        unsent = False
+        unsent = not self.connection.post(event)
+        self._telemetry[request_id] = waiting
         try:
-            if self.connection.post(event):
-                await asyncio.wait_for(telemetry.ended.wait(), limit_s)
-            else:
-                telemetry.sent = False
+            if not unsent:
+                await asyncio.wait_for(waiting[0].wait(), limit_s)
         except asyncio.TimeoutError:  # noqa: UP041 -- on a board it is not the built-in one, which there is none of
             pass
         finally:
             self._telemetry.pop(request_id, None)
-            unsent = self.connection.take_back(event)
-            if telemetry.sent and not (unsent or telemetry.ended.is_set()):
+            unsent = self.connection.take_back(event) or unsent
+            if not unsent and not waiting[1:]:
                 self.connection.post(Withdrawn(request_id))
-        if unsent or not telemetry.sent:
+        if unsent or (waiting[1:] and not waiting[1].sent):
             raise RetryLater("agent.not_connected", "the telemetry was not sent: too much is on its way, or too large")
-        if not telemetry.accepted:
+        if not waiting[1:] or not waiting[1].accepted:
             text = "the hub did not acknowledge the telemetry: it may or may not have it"
             raise RetryLater("agent.not_connected", text)
 
-    async def learn_time(self, hub: str) -> "Utc":
-        """The time after DPS has confirmed a new one, or the hub what was believed last."""
-        failure = await self._reach(hub)
-        if failure is not None and not self._clock.utc().believable:
-            await self._ask_date()
-        return self._clock.utc()
-
-    async def _ask_date(self) -> None:
-        """Asks DPS for the Date: no hub says it, and one that is gone confirms nothing."""
-        await self._agent.request("GET", "/", b"", None)
-        self._agent.connection.close()
-
     async def _reach(self, hub: str) -> "NoReply | None":
         """Verifies the hub, under another time where its certificates speak against the one believed."""
-        self._agent.connection.close()  # there is memory for one
         failure: NoReply | None = None
         for _ in range(TIMES_TO_TRY):
             if self.connection.is_reached(hub):
                 return None
             await self._clock.before_handshake()
             if self._clock.needs_date():
-                await self._ask_date()
+                await self._agent.request("GET", "/", b"", None)  # no hub says what time it is
+                self._agent.connection.close()
                 if self._clock.needs_date() and self._clock.utc().believable:
                     self._clock.refused()  # what is believed serves until DPS can be asked
                 await self._clock.before_handshake()
@@ -151,20 +120,10 @@ class Hub:
         failure = await self._reach(hub)
         if failure is not None:
             return failure
-        answer = await self.connection.connect(hub, *identity)
-        self._reads = None
-        if isinstance(answer, ConnAck) and answer.return_code in NOT_AUTHORIZED and not self._agent.date_heard:
-            await self._ask_date()  # it may have been a token of another day
-        return answer
+        return await self.connection.connect(hub, *identity)
 
     async def _next_event(self, until_uptime_s: float) -> "Any":
-        reads = self._agent.on_message is not None
-        if reads is not self._reads:
-            self._reads = reads
-            return Readers(int(reads))
         within_s = max(until_uptime_s - self._clock.uptime_s(), 0)
-        if within_s > RELEASE_FOR_SLEEPS_OVER_S:
-            self._tpm.release()
         return await self.connection.next_event(int(within_s * 1000))
 
     # The program.
@@ -172,10 +131,11 @@ class Hub:
     def _tell(self, message: "Message") -> bool:
         """Whether the program takes the message."""
         if isinstance(message, TelemetryDone):
-            telemetry = self._telemetry.get(message.request_id)
-            if telemetry is not None:
-                telemetry.end(message.accepted, message.sent)
-            return telemetry is not None
+            waiting = self._telemetry.pop(message.request_id, None)
+            if waiting:
+                waiting.append(message)
+                waiting[0].set()
+            return waiting is not None
         work: Any
         takes: Any
         if isinstance(message, CloudMessage):
@@ -190,6 +150,7 @@ class Hub:
             return True  # nobody wants them, so they need not come again
         if takes is None or len(self._tasks) >= MESSAGES_LIMIT:
             return False
+        # One task for each message; it ends when the program's function does.
         self._tasks.append(asyncio.create_task(self._counted(work(message))))
         return True
 
@@ -228,21 +189,6 @@ class Hub:
 
     def _answer(self, call: "MethodCall", status: int, message: str) -> None:
         self.connection.post(AnswerMethod(call.call_id, status, to_json({"message": message}).encode()))
-
-
-class _Telemetry:
-    """One message on its way to the hub."""
-
-    def __init__(self) -> None:
-        self.accepted = False
-        self.sent = True  # or it may have been
-        self.ended = asyncio.Event()
-
-    def end(self, accepted: bool, sent: bool) -> None:
-        """Lets whoever waits for it go on."""
-        self.accepted = accepted
-        self.sent = sent
-        self.ended.set()
 
 
 async def _answer_of(function: "Any", *arguments: "Any") -> "Any":

@@ -1,4 +1,4 @@
-"""Does what the logic asks for, on a board: one asyncio task beside the firmware's own.
+"""Does what the logic asks for, on a board: one asyncio task beside the firmware's own, and a table of answers.
 
     agent = Agent(config, tpm, store, clock)
     asyncio.create_task(agent.run())
@@ -6,7 +6,8 @@
     await agent.publish(b'{"celsius": 21.5}')
 
 Waits, HTTP and MQTT leave the processor to the other tasks. A TPM command, a commit, the resolver and the arithmetic of
-a TLS handshake block it; the TPM's `while_waiting` feeds the watchdog meanwhile.
+a TLS handshake block it; the TPM's `while_waiting` feeds the watchdog meanwhile. What a device does whatever it runs on
+is the driver's business (`dps_agent.driver`).
 """
 
 import asyncio
@@ -14,25 +15,9 @@ import gc
 import sys
 
 from dps_agent import __version__
-from dps_agent.effects import (
-    NO_REPLY_TIMEOUT,
-    NO_REPLY_TLS,
-    Commit,
-    ForgetOlder,
-    Http,
-    ImportKey,
-    LoadRecord,
-    NoReply,
-    Random,
-    ReadEndorsementKey,
-    ReadStorageRootKey,
-    Reply,
-    Sign,
-    Sleep,
-    Uptime,
-    UtcNow,
-)
-from dps_agent.lifecycle import CONNECTED, CONNECTING, Lifecycle
+from dps_agent.driver import Driver
+from dps_agent.effects import NO_REPLY_TIMEOUT, NO_REPLY_TLS, NoReply, Reply
+from dps_agent.lifecycle import CONNECTED, Lifecycle
 from dps_agent.patience import decode_progress
 from dps_board.https import Connection
 from dps_board.memory import forget
@@ -54,13 +39,12 @@ if TYPE_CHECKING:
     from dps_hal.contracts import BoardTpm, Store
 
 HTTP_DEADLINE_MS = 60_000  # one request in all
-RELEASE_FOR_SLEEPS_OVER_S = 2
-CLOSE_FOR_SLEEPS_OVER_S = 60
 TELEMETRY_LIMIT_S = 30
 TELEMETRY_LIMIT = 262144  # bytes; see `dps_agent.session`
 TIMES_TO_TRY = 3  # of one request: under a proposal, under the floor, under the peer's Date
 NO_ROOM_S = 10  # before the life begins anew, where the heap had no room for the logic itself
-_GO_FIRST = (ReadEndorsementKey, ReadStorageRootKey, ImportKey, Sign, Commit)
+_GO_FIRST = ("ReadEndorsementKey", "ReadStorageRootKey", "ImportKey", "Sign", "Commit")
+_SMALL = ("Uptime", "UtcNow", "Random", "Release")  # they leave no garbage worth collecting
 _STEP_S = 0.25  # of a sleep, between two looks at the watchdog and at `stop`
 
 
@@ -111,22 +95,23 @@ class Agent:
         self._shown_state = ""
         self._waiting_for = ""
         self._stopping = False
-        self._connects = False
-        self.date_heard = False  # from DPS, in this life
-        # What answers each effect: a function of the effect's fields; it may return something to await.
-        self.answers: dict[type, Callable[..., Any]] = {
-            Http: self.request,
-            ReadEndorsementKey: self._endorsement_key,
-            ReadStorageRootKey: tpm.storage_root_key,
-            ImportKey: tpm.import_key,
-            Sign: tpm.sign,
-            Uptime: clock.uptime_s,
-            UtcNow: self._utc_now,
-            Random: lambda: int.from_bytes(random_bytes(3), "big") / 0x1000000,
-            Sleep: self._sleep,
-            Commit: store.commit,
-            LoadRecord: store.load,
-            ForgetOlder: store.forget_older,
+        # What answers each effect, by its name: a function of the effect's fields; it may return something to await.
+        self.answers: dict[str, Callable[..., Any]] = {
+            "Http": self.request,
+            "ReadEndorsementKey": self._endorsement_key,
+            "ReadStorageRootKey": tpm.storage_root_key,
+            "ImportKey": tpm.import_key,
+            "Sign": tpm.sign,
+            "TpmCall": self._call_tpm,
+            "Uptime": clock.uptime_s,
+            "UtcNow": clock.utc,
+            "ClockConfirmed": clock.is_confirmed,
+            "Random": lambda: int.from_bytes(random_bytes(3), "big") / 0x1000000,
+            "Sleep": self._sleep,
+            "Commit": store.commit,
+            "LoadRecord": store.load,
+            "ForgetOlder": store.forget_older,
+            "Release": self._release,
         }
 
     @property
@@ -156,34 +141,21 @@ class Agent:
 
     async def run(self, connect: bool = True) -> None:
         """Lives until `stop` is called; with `connect` False until the device is provisioned. Raises Broken only."""
-        self._connects = connect
         self._clock.restart(self._last_believed_s())
         while not self._stopping:
-            exchange = self._life.live(once=False, force=False, connect=connect)
+            driver = Driver(self._life, self._tpm.condition if connect else None, lambda: self.on_message is not None)
+            driven = driver.drive(self._life.live(once=False, force=False, connect=connect))
             text = ""
             try:
-                await self._drive(exchange)
+                await self._drive(driven)
                 return
             except (MemoryError, RetryLater) as failure:  # where the exchange could not go on after it
                 text = str(failure)
             finally:
-                exchange.close()
-                self.connection.close()
-                self._tpm.release()
+                driven.close()
                 self._show_state()
-                if self.hub is not None:
-                    await self.hub.end()
-                if self._stopping:
-                    self._forget_connects()
+                await self._drive(driver.end(self._stopping), ends=True)
             await self._sleep(NO_ROOM_S, text)
-
-    def _forget_connects(self) -> None:
-        try:
-            progress = self._life.progress_in_order()
-            if progress is not None:
-                self._store.commit(PROGRESS, progress)
-        except (DpsError, MemoryError):
-            pass  # the next connection waits a little longer
 
     def stop(self) -> None:
         """Ends `run` at the next effect, and a wait or a request under way at once.
@@ -218,17 +190,17 @@ class Agent:
         progress = decode_progress(stored.payload) if stored else None
         return progress.last_believed_s if progress else 0
 
-    async def _drive(self, exchange: "Generator[Effect, Any, None]") -> None:
+    async def _drive(self, driven: "Generator[Any, Any, None]", ends: bool = False) -> None:
         answer: Any = None
         error: DpsError | None = None
-        while not self._stopping:
-            effect = _advance(exchange, answer, error)
+        while ends or not self._stopping:
+            effect = _advance(driven, answer, error)
             if effect is None:
                 return
             self._show_state()
             answer = error = None
             try:
-                if type(effect) not in self.answers:
+                if type(effect).__name__ not in self.answers:
                     self._join_hub()
                 answer = self._answer(effect)
                 if hasattr(answer, "send"):  # a coroutine
@@ -243,29 +215,22 @@ class Agent:
             if self._observe is not None:
                 self._observe(effect, error or answer)
             self._feed()
-            if not isinstance(effect, (Uptime, UtcNow, Random)):
+            if type(effect).__name__ not in _SMALL:
                 gc.collect()  # the next step may want the largest block that there is
             await asyncio.sleep(0)
 
     def _answer(self, effect: "Effect") -> "Any":
         """What answers the effect; where TPM or store lack memory, they get that of the connection to DPS."""
+        kind = type(effect).__name__
         try:
-            return self.answers[type(effect)](*effect)
+            return self.answers[kind](*effect)
         except MemoryError:
-            if not isinstance(effect, _GO_FIRST):
+            if kind not in _GO_FIRST:
                 raise
         self.connection.close()
         self._tpm.release()
         gc.collect()
-        return self.answers[type(effect)](*effect)
-
-    def _utc_now(self) -> "Any":
-        """The time; before a token is made the hub itself confirms it, in the handshake that is due anyway."""
-        held = self._life.assignment
-        now = self._clock.utc()
-        if now.believable or held is None or self._life.state != CONNECTING:
-            return now
-        return self._join_hub().learn_time(held.assigned_hub)
+        return self.answers[kind](*effect)
 
     def _join_hub(self) -> "Hub":
         """What talks to the hub: loaded once the registration, for which it would leave no room, is through."""
@@ -273,7 +238,7 @@ class Agent:
             forget("dps_agent.registration", "dps_agent.messages")
             from dps_board.hub import Hub
 
-            self.hub = Hub(self, self._config, self._tpm, self._clock, self._watchdog)
+            self.hub = Hub(self, self._config, self._clock, self._watchdog)
             self.answers.update(self.hub.answers)
         return self.hub
 
@@ -281,13 +246,13 @@ class Agent:
 
     def _endorsement_key(self, name: bytes) -> bytes:
         key = self._tpm.endorsement_key(name)  # where it had to be made, what its maker left in the TPM was looked at
-        if self._connects and "tpmMaker" not in self._life.about:
-            try:
-                self._life.report("tpmMaker", self._tpm.condition().maker)
-            except DpsError:
-                pass  # nothing depends on it
         forget("dps_hal.tpm.upkeep", "dps_hal.tpm.verdicts")
         return key
+
+    def _call_tpm(self, call: "Callable[[], Any]") -> "Any":
+        answer = call()
+        forget("dps_hal.tpm.upkeep")
+        return answer
 
     async def request(self, method: str, path: str, body: bytes, authorization: "SasToken | None") -> "Reply | NoReply":
         """One request, made again under another time where certificates or Date speak against the one believed."""
@@ -300,7 +265,6 @@ class Agent:
             left_ms = HTTP_DEADLINE_MS - ms_since(started_ms)
             reply = await self.connection.request(method, path, body, authorization, left_ms)
             if isinstance(reply, Reply):
-                self.date_heard = self.date_heard or reply.date_s is not None
                 if self._clock.verified(reply.date_s):
                     break
             elif not reply.reason.startswith(NO_REPLY_TLS + ":") or not self._clock.refused():
@@ -309,10 +273,6 @@ class Agent:
         return reply
 
     async def _sleep(self, delay_s: float, reason: str) -> None:
-        if delay_s > RELEASE_FOR_SLEEPS_OVER_S:
-            self._tpm.release()
-        if delay_s > CLOSE_FOR_SLEEPS_OVER_S:
-            self.connection.close()
         self._waiting_for = reason
         until_s = self._clock.uptime_s() + delay_s
         while not self._stopping:
@@ -322,6 +282,16 @@ class Agent:
             self._feed()
             await asyncio.sleep(min(left_s, _STEP_S))
         self._waiting_for = ""
+
+    def _release(self, what: str) -> "Any":
+        """May return something to await."""
+        if what == "TPM":
+            self._tpm.release()
+        elif what == "DPS":
+            self.connection.close()
+        elif self.hub is not None:
+            return self.hub.end()
+        return None
 
     def _feed(self) -> None:
         if self._watchdog is not None:
@@ -333,10 +303,10 @@ class Agent:
             self._on_state(self.state)
 
 
-def _advance(exchange: "Generator[Effect, Any, None]", answer: "Any", error: "DpsError | None") -> "Effect | None":
-    """The exchange's next effect; None at its end."""
+def _advance(driven: "Generator[Any, Any, None]", answer: "Any", error: "DpsError | None") -> "Any":
+    """The next effect; None at the end."""
     try:
-        return exchange.send(answer) if error is None else exchange.throw(error)
+        return driven.send(answer) if error is None else driven.throw(error)
     except StopIteration:
         return None
     except (DpsError, MemoryError):

@@ -28,7 +28,7 @@ from support.tpm.swtpm import Swtpm
 
 MICROPYTHON = str(Path(sys.executable).with_name("micropython"))
 PROGRAMS = {"app.py", "boot.py", "main.py"}  # the firmware engineer's own; not part of the packages
-SIZE_LIMITS = {"dps_agent": 47, "dps_hal": 44, "dps_board": 27}  # KiB of .mpy
+SIZE_LIMITS = {"dps_agent": 48, "dps_hal": 44, "dps_board": 24}  # KiB of .mpy
 EK_CERTIFICATE_INDEX = 0x01C00002
 
 

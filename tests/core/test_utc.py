@@ -126,6 +126,15 @@ def test_a_time_forged_inside_the_certificates_life_is_corrected_by_the_peers_da
         assert time.verified(TODAY, 100) and time.utc(100) == (TODAY, True, "date")
 
 
+def test_a_date_vouches_for_the_time_for_an_hour_and_a_certificate_not_at_all() -> None:
+    time = believed()
+    assert time.propose(TODAY, 0, "ntp") and time.verified(None, 0) and not time.is_dated(0)
+    assert time.verified(TODAY + 1, 1) and time.is_dated(1) and time.is_dated(3600)
+    assert not time.is_dated(3601)
+    assert time.verified(None, 4000) and not time.is_dated(4000)
+    assert time.verified(TODAY + 4000, 4000) and time.is_dated(4000)
+
+
 def test_a_date_out_of_bounds_proposes_nothing() -> None:
     time = believed(TODAY)
     time.propose(TODAY + 90 * DAY, 100, "ntp")

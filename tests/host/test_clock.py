@@ -11,8 +11,8 @@ import pytest
 from dps_agent.effects import Http, NoReply, Reply, UtcNow
 from dps_agent.host import clock
 from dps_agent.host.clock import SystemClock, is_synchronised
-from dps_agent.host.runner import ConfirmClock, Runner
-from dps_agent.hub_effects import ConnAck, Connect
+from dps_agent.host.runner import Runner
+from dps_agent.hub_effects import ConfirmClock, ConnAck, Connect
 from dps_agent.sas import SasToken
 from dps_agent.utc import CERTIFICATE
 from dps_hal.contracts import Utc

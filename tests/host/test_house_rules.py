@@ -53,7 +53,10 @@ ABSENT_ATTRIBUTES = {
     *("translate", "tobytes", "cast", "_replace", "_asdict", "__cause__", "__context__", "__annotations__", "strerror"),
 }
 ABSENT_KEYWORDS = {"byteorder", "signed", "strict", "sort_keys", "flush", "defaults", "metaclass"}
-ANSWERED_BY_NONE = {"Sleep", "Commit", "ForgetOlder", "SendAgain", "GiveUp", "Acknowledge", "Disconnect"}
+ANSWERED_BY_NONE = {
+    *("Sleep", "Commit", "ForgetOlder", "SendAgain", "GiveUp", "Acknowledge", "Disconnect", "ConfirmClock"),
+    *("Release", "Reach"),
+}
 
 LIVES = {"life", "_life", "former"}  # names of variables and attributes that hold a Lifecycle
 

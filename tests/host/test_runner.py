@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import os
 import queue
@@ -11,10 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import dps_board
+from dps_agent import driver, effects
 from dps_agent.effects import (
     Commit,
     ForgetOlder,
@@ -31,11 +35,12 @@ from dps_agent.effects import (
     Uptime,
     UtcNow,
 )
-from dps_agent.host import runner
+from dps_agent.host import hub_ways, runner, worker
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.network.https import DpsConnection
 from dps_agent.host.network.mqtt import HubConnection
-from dps_agent.host.runner import Runner, bug
+from dps_agent.host.runner import Runner
+from dps_agent.host.worker import bug
 from dps_agent.hub_effects import (
     Acknowledge,
     ConnAck,
@@ -130,13 +135,14 @@ class VirtualTime:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 1000.0
-        monkeypatch.setattr(runner, "time", self)
+        for module in (runner, worker, hub_ways):
+            monkeypatch.setattr(module, "time", self)
 
     def monotonic(self) -> float:
         return self.now_s
 
     def passing_for(self, one: Runner) -> Runner:
-        outcomes = one._outcomes
+        outcomes = one._worker._outcomes
 
         class Outcomes:
             put = outcomes.put
@@ -148,7 +154,7 @@ class VirtualTime:
                     self.now_s += timeout
                     raise
 
-        one._outcomes = Outcomes()  # type: ignore[assignment]
+        one._worker._outcomes = Outcomes()  # type: ignore[assignment]
         return one
 
 
@@ -262,6 +268,36 @@ def test_an_exchange_that_asks_for_nothing_starts_no_thread_and_opens_no_tpm() -
     assert "release" not in hardware.calls
 
 
+BOARD = Path(dps_board.__file__).parent
+
+
+def answered_on_a_board(file: str) -> set[str]:
+    """The names of the effects in the table `answers` of one of a board's files."""
+    tables = [
+        node.value
+        for node in ast.walk(ast.parse((BOARD / file).read_text()))
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "self.answers"
+    ]
+    return {ast.literal_eval(key) for table in tables if isinstance(table, ast.Dict) for key in table.keys if key}
+
+
+def test_the_tables_of_both_runners_and_no_other_place_know_every_effect() -> None:
+    logic, policy = [ast.parse(Path(module.__file__).read_text()) for module in (effects, driver)]
+    [every] = [
+        node.value
+        for node in ast.walk(logic)
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "Effect"
+    ]
+    assert every is not None
+    known = {node.id for node in ast.walk(every) if isinstance(node, ast.Name)} - {"ConfirmClock"}  # the driver's own
+    known |= {node.name for node in ast.walk(policy) if isinstance(node, ast.ClassDef)} - {"Driver"}
+    hardware = Hardware()
+    one = runner_on(hardware, hub=Hub(hardware))
+    one.run(asking(Disconnect()))
+    assert {kind.__name__ for kind in one._ways} == known
+    assert answered_on_a_board("runner.py") | answered_on_a_board("hub.py") == known
+
+
 # errors
 
 
@@ -316,7 +352,8 @@ def test_an_exception_in_the_logic_comes_out_as_broken() -> None:
         yield Uptime()
         blunder()
 
-    with pytest.raises(Broken, match=r"KeyError at test_runner\.py:\d+ < test_runner\.py:\d+ < runner\.py") as caught:
+    places = r"test_runner\.py:\d+ < test_runner\.py:\d+ < driver\.py:\d+ < runner\.py"
+    with pytest.raises(Broken, match="KeyError at " + places) as caught:
         runner_on(Hardware()).run(logic())
     assert caught.value.__suppress_context__
     assert SECRET not in str(caught.value)
@@ -463,7 +500,7 @@ def test_an_interrupt_from_outside_waits_for_the_call_under_way() -> None:
 
     hardware = Hardware(commit=slow_commit)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "_FEED_EVERY_S", 0.05)
+        patch.setattr(worker, "_FEED_EVERY_S", 0.05)
         with pytest.raises(KeyboardInterrupt):
             runner_on(hardware, watchdog=ctrl_c).run(asking(Commit("identity", b"")))
     assert ended.is_set()
@@ -688,7 +725,7 @@ def test_stop_lets_a_commit_end_and_the_exchange_come_to_its_next_effect() -> No
 
 
 def test_stop_leaves_a_hanging_tpm_behind(monkeypatch, hang) -> None:
-    monkeypatch.setattr(runner, "STOP_GRACE_S", 0.3)
+    monkeypatch.setattr(worker, "STOP_GRACE_S", 0.3)
     one = runner_on(Hardware(import_key=hang))
     timer = stopping_soon(one)
     began_s = time.monotonic()
@@ -934,7 +971,7 @@ def test_the_watchdog_is_fed_during_a_wait_for_an_event(monkeypatch, hang) -> No
 
 
 def test_a_connect_over_its_deadline_is_aborted_and_answered_as_a_timeout(monkeypatch) -> None:
-    monkeypatch.setattr(runner, "CONNECT_DEADLINE_S", 0.2)
+    monkeypatch.setattr(hub_ways, "CONNECT_DEADLINE_S", 0.2)
     hardware = Hardware()
     hub = Hub(hardware, connect=lambda _effect: hub.events.get(timeout=60) or NoReply("closed: given up", True))
     assert runner_on(hardware, hub=hub).run(asking(CONNECT)) == [NoReply("timeout: no whole answer within 0.2 s", True)]
@@ -942,7 +979,7 @@ def test_a_connect_over_its_deadline_is_aborted_and_answered_as_a_timeout(monkey
 
 
 def test_a_hub_that_survives_its_abort_ends_the_exchange(monkeypatch, hang) -> None:
-    monkeypatch.setattr(runner, "EVENT_GRACE_S", 0.2)
+    monkeypatch.setattr(hub_ways, "EVENT_GRACE_S", 0.2)
     hardware = Hardware()
     one = runner_on(hardware, hub=Hub(hardware, next_event=hang))
     with pytest.raises(RetryLater) as caught:

@@ -12,7 +12,7 @@ import pytest
 
 from contracts.tpm import KEY, blob_for
 from dps_agent.effects import ImportKey, Sign
-from dps_agent.host import runner
+from dps_agent.host import runner, worker
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.parts import NoConnection
 from dps_agent.host.runner import Runner
@@ -69,7 +69,7 @@ def test_a_slow_tpm_without_room_for_the_storage_root_key_imports_and_signs(
     tap.delay(3.0, command="HMAC")
     assert_refused(lambda: one.run(asking(Sign(wrapped_key, MESSAGE))), RetryLater, "tpm.timeout")
     assert one.stuck
-    while runner.worker_hangs():
+    while worker.worker_hangs():
         time.sleep(0.1)
     tpm.release()
 

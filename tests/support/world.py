@@ -1,12 +1,14 @@
 """A world in virtual time for the logic: TPM, store, clock, DPS and hubs that answer effects, on both runtimes.
 
-`World.run` drives one generator as a runner does. A day of back-off takes no time; a generator that asks for more than
-`effect_limit` effects of one class counts as one that never ends. `World.at` lets something happen at its time.
+`World.run` is a runner: it drives one generator, by way of `dps_agent.driver`. A day of back-off takes no time; a
+generator that asks for more than `effect_limit` effects of one class counts as one that never ends. `World.at` lets
+something happen at its time.
 """
 
 import gc
 import struct
 
+from dps_agent.driver import ClockConfirmed, Driver, Reach, Release, TpmCall
 from dps_agent.effects import (
     Commit,
     ForgetOlder,
@@ -32,7 +34,6 @@ from dps_agent.hub_effects import (
     Gone,
     NextEvent,
     Publish,
-    Readers,
     SendAgain,
     Subscribe,
     Tell,
@@ -288,7 +289,11 @@ class World:
         self.packet_id = 0
         self.connected: FakeHub | None = None  # as far as the device knows
         self.acknowledged: list[Event] = []  # PUBACKs that an earlier connection brought
-        self.readers_told: int | None = None  # on this connection
+        self.driver = Driver(readers=lambda: self.program.readers)
+        self.released: list[tuple[float, str]] = []  # when, and what
+        self.reached: list[str] = []  # hubs, for their certificates alone
+        self.clock_confirmed = True  # by NTP, or a Date of the last hour
+        self.vouching: list[str] = []  # who makes the clock believable when asked: "DPS", a hub
         self.hurry = False  # ends the current Sleep
         self.over = False  # ends `run`
         self._plans: list[tuple[float, Callable[[], None]]] = []
@@ -321,6 +326,7 @@ class World:
     def run(self, generator: "Generator[Effect, Any, Any]") -> "Any":
         """Runs the generator to its end and returns its value; None where the run ended first. It is always closed."""
         self.over = False
+        generator = self.driver.drive(generator)
         try:
             effect = generator.send(None)
             while True:
@@ -349,7 +355,20 @@ class World:
                 raise refusal
         if isinstance(effect, Http):
             self.pass_to(self.uptime_s + LATENCY_S)
-            return self.dps.answer(effect)
+            reply = self.dps.answer(effect)
+            self.believable = self.believable or ("DPS" in self.vouching and isinstance(reply, Reply))
+            return reply
+        if isinstance(effect, Release):
+            self.released.append((self.uptime_s, effect.what))
+            return None
+        if isinstance(effect, Reach):
+            self.reached.append(effect.hub)
+            self.believable = self.believable or effect.hub in self.vouching
+            return None
+        if isinstance(effect, ClockConfirmed):
+            return self.clock_confirmed
+        if isinstance(effect, TpmCall):
+            return effect.call()
         if isinstance(effect, Sleep):
             assert effect.delay_s >= 0 and effect.reason, effect
             self.sleeps.append((effect.delay_s, effect.reason))
@@ -470,16 +489,12 @@ class World:
                 self.pass_to(self.uptime_s + CONNECT_LIMIT_S)
         elif answer.return_code == 0:
             self.connected = hub
-            self.readers_told = None
         return answer
 
     def _next_event(self, until_s: float) -> "Event | None":
         while not self.over:
             if self.acknowledged:
                 return self.acknowledged.pop(0)
-            if self.connected and self.readers_told != self.program.readers:
-                self.readers_told = self.program.readers
-                return Readers(self.readers_told)
             event = self.connected.take_event(self.uptime_s) if self.connected else None
             if isinstance(event, Acknowledged):
                 if event.packet_id not in self.in_flight:

@@ -1,12 +1,19 @@
 """The clock of a Linux host."""
 
-import math
+from __future__ import annotations
+
 import os
 import time
 
+from dps_agent.effects import NO_REPLY_TLS, NoReply
 from dps_agent.utc import AGREEMENT_S, CERTIFICATE, BelievedTime
 from dps_hal.contracts import Utc
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from dps_hal.contracts import Clock
+
+CLOCK_NOT_SET = NoReply(f"{NO_REPLY_TLS}: the clock is not set, so no certificate can be judged", False)
 _BUILD_FLOOR_S = 1_793_491_200  # 2026-11-01T00:00:00Z, this release: an earlier time is a clock that was never set
 _CEILING_S = 4_102_444_800  # 2100-01-01T00:00:00Z
 _TIMESYNCD_SAYS_SO = "/run/systemd/timesync/synchronized"  # systemd-timesyncd(8); the kernel may say so later
@@ -28,7 +35,6 @@ class SystemClock:
     def __init__(self, last_believed_s: int = 0) -> None:
         self._time = BelievedTime(_BUILD_FLOOR_S, last_believed_s, _CEILING_S, _uptime_s())
         self._certified: tuple[int, int] | None = None  # the time and uptime at which a certificate had its say
-        self._agreed_at_s = -math.inf  # the uptime at which a peer's Date had its say
 
     def uptime_s(self) -> float:
         """Monotonic seconds; they stand still while the machine is suspended."""
@@ -54,7 +60,7 @@ class SystemClock:
 
     def is_confirmed(self) -> bool:
         """Whether anybody vouches for the time to the minute: NTP, or a peer's Date within the last hour."""
-        return _uptime_s() - self._agreed_at_s < 3600 or is_synchronised()
+        return self._time.is_dated(_uptime_s()) or is_synchronised()
 
     def heard(self, date_s: int | None) -> None:
         """Takes the Date, None for none, of a peer whose certificate was verified under the system's time."""
@@ -71,7 +77,11 @@ class SystemClock:
             proposed = self._time.propose(date_s, uptime_s, "date")
         if proposed:
             self._time.verified(date_s, uptime_s)
-            self._agreed_at_s = uptime_s
+
+
+def may_judge(clock: Clock) -> bool:
+    """Whether a certificate may be judged under what this clock says now."""
+    return clock.may_judge() if isinstance(clock, SystemClock) else clock.utc().believable
 
 
 def _uptime_s() -> int:

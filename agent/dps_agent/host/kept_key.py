@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dps_agent.assignment import SEAL_BYTES, decode, seal_message
+from dps_agent.driver import TpmCall
 from dps_agent.effects import LoadRecord, Sign
-from dps_agent.host.runner import TpmCall
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import IdentityStale
 from dps_hal.platform import from_base64, from_json, same_bytes, to_base64

@@ -13,8 +13,9 @@ from dps_agent.effects import LoadRecord
 from dps_agent.host import Provisioned, kept_key
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.config import Configuration, check_keys_in_hardware, hierarchy_password, proxy_of
-from dps_agent.host.runner import ConfirmClock, Runner
+from dps_agent.host.runner import Runner
 from dps_agent.host.steps import StepLines
+from dps_agent.hub_effects import ConfirmClock
 from dps_agent.lifecycle import PROVISIONED, Lifecycle
 from dps_agent.patience import decode_progress
 from dps_hal.contracts import IDENTITY, PROGRESS

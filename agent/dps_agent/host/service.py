@@ -1,7 +1,7 @@
 """`dps-agent run`: the device's life in the foreground, for ever, under systemd or by hand.
 
 The life itself is `dps_agent.lifecycle`. Here is what a service adds: one generator, `Service._watched`, stands between
-the life and the runner. It sees every effect and every change of state, tells systemd, the journal and the state file,
+the life and its driver. It sees every effect and every change of state, tells systemd, the journal and the state file,
 and does what others ask for (signals, the socket) between two effects, where the life could be cut anyway.
 """
 
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dps_agent import __version__
 from dps_agent.assignment import difference, hub_token
-from dps_agent.effects import ReadEndorsementKey, Sleep, UtcNow
+from dps_agent.driver import Driver
+from dps_agent.effects import Sleep
 from dps_agent.host import kept_key
 from dps_agent.host.config import backend_shown
 from dps_agent.host.error_document import fields_of
@@ -35,9 +36,10 @@ from dps_agent.host.parts import (
     open_tpm,
     tpm_warnings,
 )
-from dps_agent.host.runner import ConfirmClock, Runner, TpmCall
+from dps_agent.host.runner import Runner
 from dps_agent.host.steps import StepLines, utc_text
 from dps_agent.hub_effects import (
+    ConfirmClock,
     Connect,
     Desired,
     Disconnect,
@@ -96,7 +98,6 @@ class Service:
         self._commands: deque[Command] = deque()  # of the socket, to be done between two effects
         self._registering: list[Command] = []  # to be answered when the registration has ended
         self._readers = 0  # programs that read events
-        self._reads_told: bool | None = None  # whether there are any, as the session heard on this connection
         self._woken = False  # _WAKE was posted, and `_next_event` has not looked since
         self._reload_asked = False
         self._stopping = False
@@ -129,11 +130,6 @@ class Service:
                 if not self._stopping:
                     self._begin_life()
             self._notifier.stopping()
-            if not self._equipment.runner.stuck:  # else its thread may be in the store
-                progress = self._life.progress_in_order()
-                with contextlib.suppress(DpsError):
-                    if progress is not None:
-                        self._store.commit(PROGRESS, progress)
             self._journal.event("stopped", "dps-agent ends", state=self._life.state)
 
     # Its parts.
@@ -167,7 +163,6 @@ class Service:
         self._leaving = False
         self._state = BOOT
         self._since_s = time.monotonic()
-        self._maker_known = False
         self._announced_key = b""  # the wrapped key that was announced
         self._persisted_key = b""  # that was made persistent, or cannot be
         self._shown: tuple[Any, ...] = ()
@@ -267,7 +262,9 @@ class Service:
     def _live_once(self) -> None:
         """Lives until it ends by itself: settings that changed, a reset, a signal."""
         try:
-            self._equipment.runner.run(self._watched(self._life.live(once=False, force=False, connect=True)))
+            driver = Driver(self._life, self._equipment.tpm.condition, lambda: self._readers)
+            watched = self._watched(self._life.live(once=False, force=False, connect=True))
+            self._equipment.runner.run(watched, driver)
         except RetryLater as error:
             if error.code != "agent.interrupted" or not self._stopping:
                 raise
@@ -301,15 +298,10 @@ class Service:
                         if over:
                             return
                     else:
-                        if isinstance(effect, UtcNow) and self._life.state == CONNECTING and self._life.assignment:
-                            yield ConfirmClock(self._life.assignment.assigned_hub)
                         answer = yield effect
                 except DpsError as failure:
                     error = failure
-                if error is None and isinstance(effect, ReadEndorsementKey):
-                    yield from self._ask_maker()
-                elif isinstance(effect, (Connect, Disconnect)) and self._api is not None:
-                    self._reads_told = None
+                if isinstance(effect, (Connect, Disconnect)) and self._api is not None:
                     self._api.forget()
 
     def _sleep(self, sleep: Sleep) -> Generator[Effect, Any, bool]:
@@ -340,21 +332,9 @@ class Service:
                 return True, None
             if self._life.asked_to_register:
                 return False, RegisterAgain()
-            reads = self._readers > 0
-            if reads is not self._reads_told:
-                self._reads_told = reads
-                return False, Readers(self._readers)
             event: Event | None = yield wanted
             if event is not _WAKE:
                 return False, event
-
-    def _ask_maker(self) -> Generator[Any, Any, None]:
-        """Who made the TPM, for the twin; once, when it is known to work."""
-        if not self._maker_known:
-            self._maker_known = True
-            with contextlib.suppress(RetryLater, AskOperator, IdentityStale):
-                condition = yield TpmCall(self._equipment.tpm.condition)
-                self._life.report("tpmMaker", condition.maker)
 
     # What was asked for.
 

@@ -77,6 +77,8 @@ class StepLines:
 
     def _http(self, effect: Http, answer: Any) -> str:
         operation = {"PUT": "register", "POST": "status lookup"}.get(effect.method, "operation status")
+        if effect.path == "/":
+            operation = "ask the time"
         if isinstance(answer, DpsError):
             return operation
         if isinstance(answer, NoReply):

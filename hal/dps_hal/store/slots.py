@@ -161,7 +161,7 @@ def encode_slot(generation: int, payload: "bytes | None") -> bytes:
 
 def decode_slot(content: bytes, erase_value: int) -> Slot:
     """What the bytes of one slot mean; every content has a meaning, nothing is raised."""
-    if content == bytes([erase_value]) * len(content):
+    if content.count(bytes([erase_value])) == len(content):  # which takes no second slot's memory
         return Slot(EMPTY, None, None, 0)
     if len(content) < OVERHEAD_BYTES:
         return Slot(DAMAGED, None, None, 0)

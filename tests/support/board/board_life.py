@@ -199,7 +199,7 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
                 effect = exchange.send(answer)
             except StopIteration as end:
                 return end.value.header().encode()  # type: ignore[no-any-return]
-            answer = agent.answers[type(effect)](*effect)
+            answer = agent.answers[type(effect).__name__](*effect)
 
     document: dict[str, Any] = {}
     try:
@@ -241,14 +241,14 @@ class NamedAnswers:
         self._heap = heap
         self._answers = answers
 
-    def __contains__(self, kind: type) -> bool:
-        return kind in self._answers
+    def __contains__(self, name: str) -> bool:
+        return name in self._answers
 
-    def __getitem__(self, kind: type) -> "Any":
-        answer, name, heap = self._answers[kind], kind.__name__, self._heap
+    def __getitem__(self, name: str) -> "Any":
+        answer, heap = self._answers[name], self._heap
 
         def call(*fields: "Any") -> "Any":
-            if name not in ("Uptime", "UtcNow", "Random", "Sleep", "Disconnect"):
+            if name not in ("Uptime", "UtcNow", "Random", "Sleep", "Disconnect", "Release"):
                 heap.phase = name + (" " + fields[0] if name == "Http" else "")
             heap.sample()
             return answer(*fields)

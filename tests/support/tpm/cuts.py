@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dps_agent.assignment import hub_token
+from dps_agent.driver import TpmCall
 from dps_agent.effects import Commit, Http, ImportKey, LoadRecord, ReadEndorsementKey, ReadStorageRootKey, Reply, Sign
 from dps_agent.host import kept_key
-from dps_agent.host.runner import TpmCall
 from dps_agent.lifecycle import PROVISIONED, Lifecycle
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.service import DpsService, Request, Settings

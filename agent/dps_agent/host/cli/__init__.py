@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
     except OSError:
         discard(sys.stderr)
-    runner = sys.modules.get("dps_agent.host.runner")
-    if arguments is None and runner is not None and runner.worker_hangs():
+    worker = sys.modules.get("dps_agent.host.worker")
+    if arguments is None and worker is not None and worker.worker_hangs():
         os._exit(status)  # everything was written and flushed
     return status
 
@@ -86,7 +86,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return _fail(RetryLater("agent.interrupted", "interrupted by the keyboard"), verb, as_json)
     except Exception as error:
-        from dps_agent.host.runner import bug
+        from dps_agent.host.worker import bug
 
         return _fail(bug(error), verb, as_json)
     if as_json:

@@ -45,7 +45,7 @@ from dps_agent.host.local.routes import (
 )
 from dps_agent.host.local.shares import Lines, Peer, Places, is_trusted
 from dps_agent.host.local.statefile import make_runtime_folder
-from dps_agent.host.runner import bug
+from dps_agent.host.worker import bug
 from dps_agent.http1 import Reader
 from dps_agent.hub_effects import MethodCall, Readers, SendTelemetry, TelemetryDone, Withdrawn
 from dps_agent.session import IN_FLIGHT_LIMIT, IN_FLIGHT_SIZE

@@ -1,0 +1,228 @@
+"""The one thread that does what may block, and the waiting for it.
+
+The main thread waits for a call with that call's own deadline, feeds the watchdog until then and no longer, and hears
+of signals meanwhile. A worker that overruns its deadline can be neither ended nor trusted: what it holds (a TPM's
+driver, a disk) would block a second one as well. So `stuck` says that the process is to exit; whatever starts it next
+starts clean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import queue
+import threading
+import time
+
+from dps_agent.effects import NO_REPLY_TIMEOUT, NoReply
+from dps_hal.errors import Broken, DpsError, RetryLater
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NamedTuple
+
+    class Outcome(NamedTuple):
+        """What became of one effect: its answer, or the error to throw."""
+
+        answer: Any
+        error: DpsError | None
+else:
+    from collections import namedtuple
+
+    Outcome = namedtuple("Outcome", ("answer", "error"))
+
+DONE = Outcome(None, None)
+ABORT_GRACE_S = 1.0  # an aborted request returns at once; this is for a loaded machine
+STOP_GRACE_S = 1.0  # a TPM command or a commit under way may end within this after `stop`
+_WHO = {"tpm.timeout": "the TPM", "store.io": "the storage", "network.timeout": "the connection to the hub"}
+_FEED_EVERY_S = 1.0
+_NAME = "dps-worker"
+_LONGEST_STEP_S = 60.0
+
+
+class Worker:
+    """Makes one call after the other, for one thread; any thread and any signal handler may `stop` or `hasten`.
+
+    `watchdog()` is called about once a second while everything is within its deadline. `stuck` is True once a call did
+    not end: the thread hangs in it. The thread is started by the first call and ended by `end`; one that is stuck ends
+    with the process.
+    """
+
+    def __init__(self, watchdog: Callable[[], None] | None) -> None:
+        self.stuck = False
+        self._watchdog = watchdog
+        self._hasty = False  # the current sleep, or the next one, ends at once
+        self._fed_at_s = -math.inf
+        self._stopped_at_s = math.inf
+        self._thread: threading.Thread | None = None
+        self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()  # None: end
+        self._outcomes: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()  # None: look whether to stop
+        self._busy = False  # the thread has a call whose outcome was not taken yet
+
+    def do(
+        self, call: Callable[[], Any], deadline_s: float, overrun_code: str, longest_s: Callable[[], float] = float
+    ) -> Outcome:
+        """The outcome of a call that nothing but its end ends; RetryLater `overrun_code` at its deadline.
+
+        `longest_s()` is asked then, for it may have turned out meanwhile that the call may take longer.
+        """
+        self._hand_over(call)
+        outcome = self._wait(deadline_s, STOP_GRACE_S)
+        if outcome is None and not self.is_stopped() and (more_s := longest_s() - deadline_s) > 0:
+            outcome = self._wait(more_s, STOP_GRACE_S)
+            deadline_s += more_s
+        if outcome is None:
+            self.stuck = True
+            self.refuse_if_stopped()
+            raise RetryLater(overrun_code, f"{_WHO[overrun_code]} did not answer within {deadline_s:g} s")
+        return outcome
+
+    def do_or_abort(
+        self,
+        call: Callable[[], Any],
+        deadline_s: float,
+        abort: Callable[[], None],
+        what: str,
+        interrupted: Callable[[], bool] = bool,
+    ) -> Outcome:
+        """The answer of a call that `abort` makes end, at its deadline or once `interrupted()` is true after `hasten`.
+
+        A NoReply that comes of the deadline says `timeout`. What the call raises comes out: it is not for the logic.
+        """
+        self._hand_over(call)
+        outcome = self._wait(deadline_s, 0.0, interrupted)
+        if outcome is None:
+            given_up = interrupted()
+            for _ in range(10):  # the thread may be about to begin: then the first one finds nothing to end
+                abort()
+                outcome = self._wait(ABORT_GRACE_S / 10)
+                if outcome is not None:
+                    break
+            else:
+                self.stuck = True
+                self.refuse_if_stopped()
+                raise RetryLater("network.timeout", f"{what} did not end within {deadline_s:g} s")
+            if isinstance(outcome.answer, NoReply) and not (given_up or self.is_stopped()):
+                text = f"{NO_REPLY_TIMEOUT}: no whole answer within {deadline_s:g} s"
+                outcome = Outcome(NoReply(text, outcome.answer.request_sent), None)
+        return required(outcome)
+
+    def sleep(self, delay_s: float) -> None:
+        """Returns after so many seconds, or at once after `hasten`."""
+        self._wait(delay_s, 0.0, lambda: self._hasty)
+        self.forget_haste()
+        self.refuse_if_stopped()
+
+    def stop(self) -> None:
+        """Ends what can be ended now, and lets `refuse_if_stopped` raise from now on."""
+        self._stopped_at_s = min(self._stopped_at_s, time.monotonic())
+        self._outcomes.put(None)  # a SimpleQueue, and no lock: the signal may have come while the main thread held it
+
+    def hasten(self) -> None:
+        """Ends the current sleep early, where there is none the next one."""
+        self._hasty = True
+        self._outcomes.put(None)
+
+    def forget_haste(self) -> None:
+        """The next sleep is as long as it is."""
+        self._hasty = False
+
+    def is_stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopped_at_s < math.inf
+
+    def refuse_if_stopped(self) -> None:
+        """RetryLater `agent.interrupted` after `stop`."""
+        if self.is_stopped():
+            raise RetryLater("agent.interrupted", "stopped before the end")
+
+    def feed(self) -> None:
+        """Calls the watchdog if that is due."""
+        now_s = time.monotonic()
+        if self._watchdog is not None and now_s - self._fed_at_s >= _FEED_EVERY_S:
+            self._fed_at_s = now_s
+            self._watchdog()
+
+    def settle(self, *aborts: Callable[[], None]) -> None:
+        """Ends a call whose outcome nobody has waited for: Ctrl-C came, or a callback failed."""
+        if self._busy and not self.stuck:
+            for abort in aborts:
+                abort()
+            self.stuck = self._wait(STOP_GRACE_S) is None
+
+    def end(self) -> None:
+        """Ends the thread, if it does not hang; the next call starts another one."""
+        if self._thread is not None:
+            self.stuck = self.stuck or self._busy
+            self._calls.put(None)
+            if not self.stuck:
+                self._thread.join()
+                self._thread = None
+
+    def _hand_over(self, call: Callable[[], Any]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=_work, args=(self._calls, self._outcomes), name=_NAME, daemon=True)
+            self._thread.start()
+        self._busy = True
+        self._calls.put(call)
+
+    def _wait(self, within_s: float, after_stop_s: float = math.inf, over: Callable[[], bool] = bool) -> Outcome | None:
+        """What comes first of four things.
+
+        1. The thread's outcome. 2. `within_s` is over: None. 3. So is `after_stop_s` since `stop`, if it came earlier
+        since now: None. 4. `over()` is true, which is looked at now and after each `hasten`: None.
+        """
+        began_s = time.monotonic()
+        until_s = began_s + within_s
+        step_s = _LONGEST_STEP_S if self._watchdog is None else _FEED_EVERY_S
+        while (left_s := min(until_s, max(began_s, self._stopped_at_s) + after_stop_s) - time.monotonic()) > 0:
+            self.feed()
+            if over():
+                break
+            with contextlib.suppress(queue.Empty):
+                outcome = self._outcomes.get(timeout=min(left_s, step_s))
+                if outcome is not None:
+                    self._busy = False
+                    return outcome
+        return None
+
+
+def worker_hangs() -> bool:
+    """Whether a worker of this process still hangs in what it was asked to do; see `Worker.stuck`."""
+    return any(thread.name == _NAME for thread in threading.enumerate())
+
+
+def bug(error: Exception) -> Broken:
+    """An unforeseen exception as Broken `agent.bug`: its type and where it came from, nothing of what it says."""
+    places = []
+    trace = error.__traceback__
+    while trace is not None:
+        places.append(f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return Broken("agent.bug", f"{type(error).__name__} at {' < '.join(places[:-5:-1])}")
+
+
+def attempt(call: Callable[[], Any]) -> Outcome:
+    """What becomes of a call made here and now."""
+    try:
+        return Outcome(call(), None)
+    except DpsError as error:
+        return Outcome(None, error)
+    except Exception as error:
+        return Outcome(None, bug(error))
+
+
+def required(outcome: Outcome) -> Outcome:
+    """The outcome, if it is an answer; raises the error."""
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome
+
+
+def _work(calls: queue.SimpleQueue[Callable[[], Any] | None], outcomes: queue.SimpleQueue[Outcome | None]) -> None:
+    """The thread; `Worker._hand_over` starts it and `Worker.end` ends it."""
+    while (call := calls.get()) is not None:
+        outcomes.put(attempt(call))
+        del call  # it may hold a key, and the next call may be far
