@@ -18,8 +18,13 @@ STEP_FIRST_S = 1  # bounds of our own delays inside one registration
 STEP_LIMIT_S = 60
 WAITING_FIRST_S = 30  # bounds of our own delays between two registrations
 WAITING_LIMIT_S = 3600
+# Each refusal for want of quota makes the next wait so much longer. DPS counts by the minute, so before the next minute
+# there is nothing to get.
+THROTTLED_STEP_S = 60
+HELD_AGAIN_S = 20  # at most, after a device that holds a challenge was refused: the quota for it is spent already
 HUB_FIRST_S = 10  # bounds of our own delays between two connections to the hub
 HUB_LIMIT_S = 300
+HUB_LEAST = 0.1  # of the longest, where a hub let nobody in: between the waves of those that it drops it has room
 HALTED_S = 3600  # a refused device asks again hourly
 
 
@@ -47,15 +52,27 @@ def after_request_s(seconds: int) -> "Generator[Effect, Any, float]":
     return seconds + random * max(seconds * 0.1, 0.2)
 
 
-def exponential_s(failures: int, first_s: float, limit_s: float) -> "Generator[Effect, Any, float]":
-    """The delay after the n-th failure in a row (n >= 1): between half and all of first * 2**(n-1), at most limit."""
+def throttled_s(refusals: int, asked_s: int) -> "Generator[Effect, Any, float]":
+    """The delay after the n-th refusal in a row for want of quota (n >= 1): n minutes or less, never less than asked.
+
+    What the service asks for is the least, for it does not know how many wait. Steps that stay the same, where doubling
+    would be usual: of a fleet that the quota serves in T seconds each member is refused about sqrt(T / 22) times, and
+    the last one waits about 16 * sqrt(T) s too long, or an hour.
+    """
     random: float = yield Random()
-    shortest_s = exponential_floor_s(failures, first_s, limit_s)
-    return shortest_s + random * shortest_s
+    longest_s = max(min(refusals * THROTTLED_STEP_S, WAITING_LIMIT_S), 2 * asked_s)
+    return (longest_s + random * longest_s) / 2
+
+
+def exponential_s(failures: int, first_s: float, limit_s: float, least: float = 0.5) -> "Generator[Effect, Any, float]":
+    """The delay after the n-th failure in a row (n >= 1): from `least` to all of first * 2**(n-1), at most limit."""
+    random: float = yield Random()
+    longest_s = 2 * exponential_floor_s(failures, first_s, limit_s)
+    return longest_s * (least + random * (1 - least))
 
 
 def exponential_floor_s(failures: int, first_s: float, limit_s: float) -> float:
-    """The shortest delay that `exponential_s` chooses after the n-th failure in a row."""
+    """Half of the longest delay that `exponential_s` chooses after the n-th failure in a row: usually the shortest."""
     ceiling = first_s
     for _ in range(min(failures, 40) - 1):
         ceiling = min(ceiling * 2, limit_s)

@@ -15,7 +15,7 @@ where they begin: a board has memory for one of them at a time.
 """
 
 from dps_agent.assignment import load_held
-from dps_agent.backoff import HALTED_S, HUB_FIRST_S, HUB_LIMIT_S, around_s, exponential_s
+from dps_agent.backoff import HALTED_S, HUB_FIRST_S, HUB_LEAST, HUB_LIMIT_S, around_s, exponential_s
 from dps_agent.effects import Commit, LoadRecord, Random, ReadEndorsementKey, Sleep, Uptime, UtcNow
 from dps_agent.patience import Patience, next_state
 from dps_agent.settings import AUTO
@@ -284,11 +284,15 @@ class Lifecycle:
         wish, self._wish = self._wish, OWN
         try:
             if self._uncommitted is None:
-                yield from self.patience.begin_attempt()
-                if wish == OWN and self.attempts == 1 and not once:
+                spread_s = 0.0
+                is_first = wish == OWN and not self.attempts and not once
+                if is_first:
                     random: float = yield Random()
-                    yield Sleep(random * self._spread_s(), "a random wait, for a fleet may start at once")
-                self._uncommitted = yield from self._register(wish)
+                    spread_s = random * self._spread_s()
+                yield from self.patience.begin_attempt(int(spread_s))
+                if is_first:
+                    yield Sleep(spread_s, "a random wait, for a fleet may start at once")
+                self._uncommitted = yield from self._register(wish, once)
             yield from self._commit(self._uncommitted[1])
         except DpsError as error:
             if error.code == "store.too_large":
@@ -299,6 +303,8 @@ class Lifecycle:
             if self.standing == REFUSED:
                 self._hear(NO_HELP)
                 return outcome
+            if error.code != "dps.throttled":  # DPS is there: no reason to look for the hub for so long again
+                self._missing_since_s = None
             self.registration_error = error
             delay_s: float = yield from exponential_s(1, HUB_FIRST_S, HUB_LIMIT_S)
             return KEPT, delay_s
@@ -314,7 +320,7 @@ class Lifecycle:
         yield from self._held()
         return COMMITTED, spread * COMMITTED_SPREAD_S
 
-    def _register(self, wish: str) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
+    def _register(self, wish: str, once: bool) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
         """One registration; a new identity and its record."""
         registration_id = self.settings.registration_id
         if registration_id == AUTO:
@@ -325,7 +331,7 @@ class Lifecycle:
             beside = yield from self._beside()
         from dps_agent.registration import register
 
-        found = yield from register(self.settings, registration_id, beside, wish != SEEKING)
+        found = yield from register(self.settings, registration_id, beside, wish != SEEKING, once)
         return found
 
     def _commit(self, record: bytes) -> "Generator[Effect, Any, None]":
@@ -455,11 +461,10 @@ class Lifecycle:
             random: float = yield Random()
             self._missing_since_s = now_s + random * self.settings.first_contact_spread_s
         elif may_ask_dps and now_s - self._missing_since_s >= HUB_GONE_S:
-            self._missing_since_s = None
             self._wish = SEEKING
             return REGISTER, 0
         self.patience.lose_connection(session.was_provoked)
-        delay_s = yield from self.patience.before_hub_s(0)
+        delay_s = yield from self.patience.before_hub_s(0, None, 0.5 if session.accepted else HUB_LEAST)
         return PARTED, delay_s
 
     def _hub_failed(self, error: DpsError) -> "Generator[Effect, Any, Outcome]":

@@ -19,6 +19,7 @@ from dps_agent.backoff import (
     around_s,
     exponential_floor_s,
     exponential_s,
+    throttled_s,
 )
 from dps_agent.effects import Commit, LoadRecord, Random, Uptime, UtcNow
 from dps_agent.utc import CERTIFICATE, LONGEST_STEP_S
@@ -121,6 +122,11 @@ class Patience:
         if last.attempts and self.state != TRYING:  # else memory ended an attempt of this life, counted already
             self.state = FAILED
         left_s: int = yield from self._left_of_last_delay_s()
+        if last.code == INTERRUPTED.code and left_s and left_s == last.next_try_delay_s:
+            # Of a spread nobody knows how much has passed. Less and less of it stays, or a device that never has power
+            # for so long would never register.
+            random: float = yield Random()
+            left_s = int(random * left_s)
         now_s: float = yield Uptime()
         self._own_not_before_s = now_s + left_s
         if last.code in PATIENCE_CODES and not self.dps_not_before_s:
@@ -140,8 +146,8 @@ class Patience:
         now_s: float = yield Uptime()
         return max(int(delay_s) + 1, int(self._not_before_s() - now_s + 0.999))
 
-    def begin_attempt(self) -> "Generator[Effect, Any, None]":
-        """Counts a registration that is about to begin.
+    def begin_attempt(self, spread_s: int = 0) -> "Generator[Effect, Any, None]":
+        """Counts a registration that is about to begin, after `spread_s` seconds that a restart shall not forget.
 
         Where nothing can be stored there is no point in asking DPS for a new key: raises what the store said. A store
         that fails in other ways may fail for this expendable record alone.
@@ -149,7 +155,7 @@ class Patience:
         self._hear(BEGUN)
         self.attempts += 1
         if self._is_first_of_life("attempts") or _is_power_of_two(self.attempts):
-            refusal = yield from self._store(INTERRUPTED, 0)
+            refusal = yield from self._store(INTERRUPTED, spread_s)
             if isinstance(refusal, AskOperator) or (refusal and refusal.code == "store.full"):
                 raise refusal
 
@@ -164,6 +170,8 @@ class Patience:
         self._hear(MISSED)
         if isinstance(error, AskOperator):
             chosen_s: float = yield from around_s(HALTED_S)
+        elif error.code == "dps.throttled":
+            chosen_s = yield from throttled_s(self.attempts, error.retry_after_s or 0)
         elif error.retry_after_s:
             chosen_s = yield from after_request_s(error.retry_after_s)
         else:
@@ -218,15 +226,18 @@ class Patience:
         if not provoked or self._unsteady < PROVOKED_LIMIT:
             self._unsteady += 1
 
-    def before_hub_s(self, spread_s: int, asked_s: "int | None" = None) -> "Generator[Effect, Any, float]":
+    def before_hub_s(
+        self, spread_s: int, asked_s: "int | None" = None, least: float = 0.5
+    ) -> "Generator[Effect, Any, float]":
         """The delay before the next connection.
 
-        1. What was asked for. 2. What lost connections lead to. 3. Where none was lost, a random part of `spread_s`.
+        1. What was asked for. 2. What lost connections lead to, at `least` so much of the longest. 3. Where none was
+        lost, a random part of `spread_s`.
         """
         if asked_s:
             delay_s: float = yield from after_request_s(asked_s)
         elif self._unsteady:
-            delay_s = yield from exponential_s(self._unsteady, HUB_FIRST_S, HUB_LIMIT_S)
+            delay_s = yield from exponential_s(self._unsteady, HUB_FIRST_S, HUB_LIMIT_S, least)
         else:
             random: float = yield Random()
             delay_s = random * spread_s

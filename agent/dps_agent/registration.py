@@ -5,12 +5,14 @@ registration status lookup until it is final -> import the hub key -> check ever
 the caller commits what `register` returns, and until then the old identity stays whole.
 
 Every wait lies inside one budget. One HTTP step is repeated inside that budget; the whole exchange starts over at the
-first PUT at most once, where the service no longer knows what we refer to or its answer does not fit this TPM.
+first PUT at most once, where the service no longer knows what we refer to or its answer does not fit this TPM. For who
+can wait, a wait for quota is no part of the budget once a challenge is held: it has cost quota, and holds for long.
 Source: Azure DPS Runtime Registration API, 2021-10-01.
 """
 
 from dps_agent.assignment import Assignment, check_clock, device_id_fault, hub_fault, payload_to_store, sealed
 from dps_agent.backoff import (
+    HELD_AGAIN_S,
     POLL_DEFAULT_LIMIT_S,
     POLL_DEFAULT_S,
     POLL_LIMIT_S,
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
 API_VERSION = "2021-10-01"
 UNREADABLE_LIMIT = 3  # answers in a row that make no sense before an exchange ends
 CLOCK_SKEW_S = 300  # between our clock and DPS's Date before a refused token is blamed on the clock
+THROTTLED = "dps.throttled"
 FINAL = (ASSIGNED, FAILED, DISABLED)
 # A lookup that answers so will not get better: the operation status serves for the rest of the exchange.
 LOOKUP_REFUSALS = (400, 401, 403, 404, 405, 415, 501)
@@ -78,22 +81,36 @@ STILL_UNASSIGNED_POLLS = 5  # lookups that say "unassigned" before the operation
 TEXT_LIMIT = 200  # characters of any text of the service that are shown, sent back or stored
 
 
+class _Budget:
+    """Until when an exchange may take."""
+
+    def __init__(self, end_s: float) -> None:
+        self.end_s = end_s
+        self.queue_end_s = 0.0  # 0: no challenge is held; else until then a wait for quota makes the budget longer
+
+
 def register(
-    settings: "Settings", registration_id: str, beside: "dict[str, Any] | None" = None, patient: bool = True
+    settings: "Settings",
+    registration_id: str,
+    beside: "dict[str, Any] | None" = None,
+    patient: bool = True,
+    queues: bool = True,
 ) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
     """Registers the device and returns its assignment and the payload to commit as record `identity`.
 
     The record also holds what is `beside`, by JSON name. Raises RetryLater, AskOperator; never leaves the device worse
-    than before. Not `patient`: where DPS does not answer the first request well, it is not asked again.
+    than before. Not `patient`: where DPS does not answer the first request well, it is not asked again. Where it has no
+    quota, who `queues` asks again within the budget. Who does not has waits of its own before the first request, and
+    keeps a challenge for as long as the token lives.
     """
     now_s: float = yield Uptime()
-    deadline_s = now_s + settings.registration_budget_s
-    begin_by_s = deadline_s if patient else now_s
+    budget = _Budget(now_s + settings.registration_budget_s)
+    begin = budget if patient else _Budget(now_s)
     try:
-        outcome = yield from _attempt(settings, registration_id, begin_by_s, deadline_s, beside)
+        outcome = yield from _attempt(settings, registration_id, begin, budget, beside, queues)
     except IdentityStale:
         try:
-            outcome = yield from _attempt(settings, registration_id, deadline_s, deadline_s, beside)
+            outcome = yield from _attempt(settings, registration_id, budget, budget, beside, queues)
         except IdentityStale as again:
             if again.code == "dps.operation_unknown":
                 raise RetryLater(again.code, again.message, None, again.request_id)
@@ -102,7 +119,12 @@ def register(
 
 
 def _attempt(
-    settings: "Settings", registration_id: str, begin_by_s: float, deadline_s: float, beside: "dict[str, Any] | None"
+    settings: "Settings",
+    registration_id: str,
+    begin: _Budget,
+    budget: _Budget,
+    beside: "dict[str, Any] | None",
+    queues: bool,
 ) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
     endorsement_key: bytes = yield ReadEndorsementKey(b"")
     storage_root_key: bytes = yield ReadStorageRootKey()
@@ -111,7 +133,7 @@ def _attempt(
     body = device_registration(registration_id, endorsement_key, storage_root_key, settings.payload)
 
     register_path = f"{path}/register{query}"
-    reply, answer = yield from _step(Http("PUT", register_path, body, None), begin_by_s, read_register)
+    reply, answer = yield from _step(Http("PUT", register_path, body, None), begin, read_register, queues)
     token: SasToken | None = None
     if isinstance(answer, TpmChallenge):
         if not answer.authentication_key:
@@ -121,13 +143,16 @@ def _attempt(
         challenge_key: bytes = yield ImportKey(activation)
         now: Utc = yield UtcNow()
         check_clock(now)
+        if not queues:
+            held_s: float = yield Uptime()
+            budget.queue_end_s = held_s + DPS_TOKEN_LIFE_S - CLOCK_SKEW_S
         resource = dps_resource(settings.id_scope, registration_id)
         token = yield from signed_token(resource, now.now_s + DPS_TOKEN_LIFE_S, challenge_key, DPS_KEY_NAME)
-        reply, answer = yield from _step(Http("PUT", register_path, body, token), deadline_s, read_register)
+        reply, answer = yield from _step(Http("PUT", register_path, body, token), budget, read_register)
         if isinstance(answer, TpmChallenge):
             raise _token_refused(reply, now)
 
-    state = yield from _poll(settings, path, query, body, token, reply, answer, deadline_s)
+    state = yield from _poll(settings, path, query, body, token, reply, answer, budget)
     del body, reply, answer  # a board needs their memory for the rest
     _check_answer(state, registration_id, settings)
     wrapped_key: bytes = yield ImportKey(activation_of(state.tpm and state.tpm.authentication_key, "the hub key"))
@@ -165,7 +190,7 @@ def _poll(
     token: "SasToken | None",
     reply: Reply,
     answer: RegistrationOperationStatus,
-    deadline_s: float,
+    budget: _Budget,
 ) -> "Generator[Effect, Any, DeviceRegistrationResult]":
     """Asks until the registration has ended well, and returns how; `reply` and `answer` are the last PUT's.
 
@@ -180,11 +205,11 @@ def _poll(
     polls = requests = 0
     ended = _is_final(answer) and answer.registration_state is not None
     while not ended:
-        yield from _wait_to_poll(reply, polls, requests, deadline_s)
+        yield from _wait_to_poll(reply, polls, requests, budget)
         polls += 1
         requests = 1
         if by_lookup:
-            reply, result = yield from _step(lookup, deadline_s, _read_lookup)
+            reply, result = yield from _step(lookup, budget, _read_lookup)
             if result is None:
                 by_lookup = False
             elif result.status in FINAL and not_yet_seen:
@@ -198,7 +223,7 @@ def _poll(
                     continue
             requests = 2
             del result  # its memory is for the next one
-        reply, answer = yield from _step(operation, deadline_s, _read_operation)
+        reply, answer = yield from _step(operation, budget, _read_operation)
         ended = _is_final(answer)
     state = answer.registration_state
     for status in (DISABLED, FAILED):
@@ -215,9 +240,12 @@ def _poll(
 
 
 def _step(
-    http: Http, deadline_s: float, read: "Callable[[Reply], Body]"
+    http: Http, budget: _Budget, read: "Callable[[Reply], Body]", queues: bool = True
 ) -> "Generator[Effect, Any, tuple[Reply, Body]]":
-    """Sends one request until `read` accepts its answer; RetryLater once the budget or our patience has ended."""
+    """Sends one request until `read` accepts its answer; RetryLater once the budget or our patience has ended.
+
+    Not `queues`: it is not sent again where there is no quota for it.
+    """
     failures = unreadable = 0
     while True:
         reply: Reply | NoReply = yield http
@@ -236,16 +264,19 @@ def _step(
         senseless = error.code in ("dps.malformed_answer", "network.protocol", "network.too_large", "network.not_tls")
         senseless = senseless or "tls_" in error.code  # a handshake that failed, though not for a certificate
         unreadable = unreadable + 1 if senseless else 0
-        if unreadable >= UNREADABLE_LIMIT or error.code == "network.tls":
+        throttled = error.code == THROTTLED
+        if unreadable >= UNREADABLE_LIMIT or error.code == "network.tls" or (throttled and not queues):
             raise error
+        holds = throttled and http.authorization is not None
+        first_s, limit_s = (HELD_AGAIN_S, HELD_AGAIN_S) if holds else (STEP_FIRST_S, STEP_LIMIT_S)
+        delay_s: float = yield from exponential_s(failures, first_s, limit_s)
         if error.retry_after_s:
-            delay_s: float = yield from after_request_s(error.retry_after_s)
-        else:
-            delay_s = yield from exponential_s(failures, STEP_FIRST_S, STEP_LIMIT_S)
-        yield from _sleep_within(delay_s, deadline_s, error)
+            asked_s: float = yield from after_request_s(error.retry_after_s)
+            delay_s = max(delay_s, asked_s) if throttled else asked_s
+        yield from _sleep_within(delay_s, budget, error)
 
 
-def _wait_to_poll(reply: Reply, polls: int, requests: int, deadline_s: float) -> "Generator[Effect, Any, None]":
+def _wait_to_poll(reply: Reply, polls: int, requests: int, budget: _Budget) -> "Generator[Effect, Any, None]":
     """Waits as long as `reply` asks for, by default longer the longer it takes.
 
     `polls` were made so far, the last one of `requests` requests. From the second poll on never faster than DPS lets
@@ -258,14 +289,17 @@ def _wait_to_poll(reply: Reply, polls: int, requests: int, deadline_s: float) ->
     if polls:
         delay_s = max(delay_s, POLL_DEFAULT_S * requests)
     error = RetryLater("dps.still_assigning", "DPS is still assigning the device to a hub")
-    yield from _sleep_within(delay_s, deadline_s, error)
+    yield from _sleep_within(delay_s, budget, error)
 
 
-def _sleep_within(delay_s: float, deadline_s: float, error: RetryLater) -> "Generator[Effect, Any, None]":
+def _sleep_within(delay_s: float, budget: _Budget, error: RetryLater) -> "Generator[Effect, Any, None]":
     """Sleeps for the reason that `error` gives, or raises it where the budget would not last."""
     now_s: float = yield Uptime()
-    if now_s + delay_s > deadline_s:
+    queues = error.code == THROTTLED and budget.queue_end_s > 0
+    if now_s + delay_s > (budget.queue_end_s if queues else budget.end_s):
         raise error
+    if queues:
+        budget.end_s += delay_s
     if delay_s:
         yield Sleep(delay_s, error.message)
 

@@ -14,6 +14,7 @@ while nothing of others is under way.
 """
 
 from dps_agent.assignment import hub_token
+from dps_agent.backoff import exponential_s
 from dps_agent.effects import (
     NO_REPLY_CLOSED,
     NO_REPLY_NOT_FOUND,
@@ -86,6 +87,8 @@ REPORTED_NAME = "dpsAgent"  # what the agent reports of itself stands under this
 
 RENEW_AT = 0.8  # of a token's life
 RENEW_SPREAD = 0.05  # up to so much of it earlier, so that a fleet does not renew together
+# The same for the token of a new connection: what has connected together would otherwise renew together for weeks.
+CONNECT_SPREAD = 0.5
 RENEW_AGAIN_S = 60  # after a token could not be made
 SUBSCRIBE_LIMIT_S = 30
 TELEMETRY_LIMIT = 262144  # bytes of topic and payload; IoT Hub quotas. A hub closes the connection on more, each time
@@ -93,7 +96,8 @@ TOPIC_LIMIT = 65535  # bytes; MQTT 3.1.1, 1.5.3
 METHOD_LIMIT_S = 25  # for a program's answer; callers wait 30 s unless they say otherwise
 TWIN_LIMIT_S = 60  # for the hub's answer to a twin request
 NEVER_S = 1e18
-TWIN_AGAIN_S = 300  # after the hub could not answer one, or did not answer two
+TWIN_AGAIN_S = 300  # after the hub did not answer two, or the program did not take the answer; at least
+TWIN_AGAIN_LIMIT_S = 7200  # what the hub refused is asked for ever more rarely, also over connections
 IDLE_AFTER_S = 10  # after the subscriptions, the older identity may be forgotten
 SHORT_S = 60  # a connection that ends so soon after something was sent may have ended because of that
 SHORT_ENDS_LIMIT = 3  # of connections in a row, right after one message was sent; then it is given up
@@ -175,6 +179,8 @@ class Session:
         self._desired_version = 0  # as told last
         self._desired_size = 0  # bytes of them, and of the patches told since they were told whole
         self._cleaned = False  # the older identity is gone
+        self._twin_refusals = 0  # in a row
+        self._twin_not_before_s = 0.0  # the wait after the last of them, which outlives a connection
         self._forget_connection()
 
     def _forget_connection(self) -> None:
@@ -207,7 +213,7 @@ class Session:
         token, self._token = self._token, None
         if token is None:
             yield ConfirmClock(self._assignment.assigned_hub)
-            token = yield from self._make_token()
+            token = yield from self._make_token(CONNECT_SPREAD)
         self.was_provoked = False
         for telemetry in [telemetry for telemetry in self._in_flight if telemetry.withdrawn]:
             yield from self._give_up_unanswered(telemetry)
@@ -399,7 +405,7 @@ class Session:
         """
         if self._token is None:
             try:
-                self._token = yield from self._make_token()
+                self._token = yield from self._make_token(RENEW_SPREAD)
             except (RetryLater, AskOperator):
                 if now_s >= self._expires_at_s:
                     raise
@@ -412,14 +418,14 @@ class Session:
         self.reason = "the token is renewed"
         return RENEW
 
-    def _make_token(self) -> "Generator[Effect, Any, SasToken]":
+    def _make_token(self, spread: float) -> "Generator[Effect, Any, SasToken]":
         life_s = self._settings.token_life_s
         token = yield from hub_token(self._assignment, life_s)
         now_s: float = yield Uptime()
         random: float = yield Random()
         self._expires_at_s = now_s + life_s
         self._expiry_utc_s = token.expires_at_s
-        self._renew_at_s = now_s + life_s * (RENEW_AT - RENEW_SPREAD * random)
+        self._renew_at_s = now_s + life_s * (RENEW_AT - spread * random)
         return token
 
     # What arrives.
@@ -505,7 +511,7 @@ class Session:
                 self._lacks[name] = (0.0, 0.0)  # it costs nothing to ask again
             elif name == TWIN:
                 self._twin_granted = True
-                self._twin_at_s = now_s  # whether the hub has one, its answer says
+                self._twin_at_s = max(now_s, self._twin_not_before_s)  # whether the hub has one, its answer says
             else:
                 self._has(name)
             codes = codes[count:]
@@ -652,7 +658,7 @@ class Session:
         self._twin_request = ""
         self._has(TWIN)
         older_before = self._older_twins
-        done = status in ("200", "204")
+        done = served = status in ("200", "204")
         if not self._asked_whole:
             self._reported = done
         elif done:
@@ -661,7 +667,12 @@ class Session:
             self._twin_known = done
         now_s: float = yield Uptime()
         at_once = done or (older_before, self._older_twins) == (0, 1)
-        self._twin_at_s = now_s if at_once else now_s + TWIN_AGAIN_S
+        self._twin_refusals = 0 if served else self._twin_refusals + 1
+        if not served:
+            delay_s: float = yield from exponential_s(self._twin_refusals, 2 * TWIN_AGAIN_S, TWIN_AGAIN_LIMIT_S)
+            self._twin_at_s = self._twin_not_before_s = now_s + delay_s
+        else:
+            self._twin_at_s = now_s if at_once else now_s + TWIN_AGAIN_S
 
     def _take_whole_twin(self, payload: "bytes | None") -> "Generator[Effect, Any, bool]":
         """Whether `payload` is a twin, no older one than the patches of this connection, and was taken.

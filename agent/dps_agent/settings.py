@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         first_contact_spread_s: int  # the first contact is spread at random over so many seconds; 5 at least
         hub_suffixes: "tuple[str, ...]"
         keep_alive_s: int  # of the connection to the hub
-        token_life_s: int  # of a token for the hub; renewed at 80 % of it
+        token_life_s: int  # of a token for the hub; renewed at 80 % of it at the latest
 else:
     from collections import namedtuple
 

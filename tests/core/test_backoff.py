@@ -1,6 +1,14 @@
 """Delays: what the service asks for, and our own."""
 
-from dps_agent.backoff import after_request_s, around_s, exponential_s, retry_after_s
+from dps_agent.backoff import (
+    THROTTLED_STEP_S,
+    WAITING_LIMIT_S,
+    after_request_s,
+    around_s,
+    exponential_s,
+    retry_after_s,
+    throttled_s,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -99,3 +107,22 @@ def test_our_own_delay_doubles_up_to_its_limit() -> None:
 
 def test_refused_devices_do_not_come_back_together() -> None:
     assert answered(around_s(3600), 0.0) == 1800 and 5300 < answered(around_s(3600), 0.99) < 5400
+
+
+def test_after_refusals_for_want_of_quota_the_delay_grows_by_a_minute_and_is_never_less_than_asked() -> None:
+    for refusals, asked_s, longest_s in (
+        (1, 0, THROTTLED_STEP_S),
+        (2, 0, 2 * THROTTLED_STEP_S),
+        (59, 0, 59 * THROTTLED_STEP_S),
+        (60, 0, WAITING_LIMIT_S),
+        (10**9, 0, WAITING_LIMIT_S),
+        (1, 5, THROTTLED_STEP_S),
+        (1, 60, 120),
+        (2, 60, 120),
+        (3, 60, 3 * THROTTLED_STEP_S),
+        (1, 86400, 2 * 86400),
+        (10**9, 86400, 2 * 86400),
+    ):
+        shortest_s = answered(throttled_s(refusals, asked_s), 0.0)
+        assert shortest_s == longest_s / 2 >= asked_s, (refusals, asked_s)
+        assert 0.99 * longest_s < answered(throttled_s(refusals, asked_s), 0.999) < longest_s, (refusals, asked_s)

@@ -121,7 +121,7 @@ def test_a_wait_that_dps_asks_for_is_kept() -> None:
     world = World()
     world.dps.script = [error_reply(429, 429001, retry_after="7200")]
     assert lived(world, once=False).state == PROVISIONED
-    assert 7200 <= world.slept("429")[0] <= 7922
+    assert 7200 <= world.slept("429")[0] <= 2 * 7200 + 1
 
 
 def test_a_lockout_waits_as_long_as_the_tpm_says() -> None:
@@ -245,8 +245,8 @@ def test_a_crash_loop_does_not_hammer_dps() -> None:
         assert "failed before this start" in effect.reason
 
 
-def first_sleep(world: World) -> Sleep:
-    generator = Lifecycle(settings()).live(False, False)
+def first_sleep(world: World, choice: "Settings | None" = None) -> Sleep:
+    generator = Lifecycle(choice or settings()).live(False, False)
     effect = generator.send(None)
     while not isinstance(effect, Sleep):
         effect = generator.send(world.answer(effect))
@@ -310,6 +310,40 @@ def test_the_first_contacts_of_a_fleet_are_spread() -> None:
         assert world.slept("fleet") == [random * START_SPREAD_S], "also where nobody has set how much"
     world = World()
     assert lived(world, once=True, choice=settings(spread_s=400)).state == PROVISIONED and world.slept("fleet") == []
+
+
+def test_a_restart_waits_for_the_rest_of_the_spread_and_writes_nothing_more_for_it() -> None:
+    world = World()
+    assert first_sleep(world, settings(spread_s=4000)).delay_s == 2000
+    assert world.commits == [PROGRESS]
+    world.uptime_s += 500
+    for _ in range(2):  # a second restart meanwhile changes nothing
+        assert 1490 <= first_sleep(world, settings(spread_s=4000)).delay_s <= 1500
+    assert world.commits == [PROGRESS]
+    world.uptime_s += 2000
+    assert first_sleep(world, settings(spread_s=4000)).delay_s < 31, "it has passed"
+
+
+def test_a_restart_that_does_not_know_the_time_waits_for_less_of_the_spread_each_time() -> None:
+    world = World()
+    world.believable = False
+    waits = [first_sleep(world, settings(spread_s=4000)).delay_s for _ in range(2)]
+    world.random = 0.1
+    waits.append(first_sleep(world, settings(spread_s=4000)).delay_s)
+    assert waits == [2000, 1000, 200], "a device with power for an hour a day has to register as well"
+
+
+def test_a_throttled_life_leaves_dps_alone_between_its_attempts() -> None:
+    world = World()
+    world.random = 0.0
+    world.dps.script = [error_reply(429, 429001)] * 4
+    lived(world, once=False)
+    assert world.slept("429") == [31, 61, 91, 121] and calls(world).count("PUT") == 5
+    world = World()
+    world.random = 0.0
+    world.dps.script = [error_reply(429, 429001)] * 4
+    assert lived(world, once=True).state == PROVISIONED, "who waits at a terminal does so for the budget"
+    assert sum(world.slept("429")) < 10
 
 
 def test_a_derived_registration_id_is_the_eks() -> None:

@@ -1,7 +1,7 @@
 """A life at the hub: when the device reconnects, when it registers again, and what it leaves alone."""
 
 from dps_agent.assignment import decode
-from dps_agent.backoff import HALTED_S, HUB_LIMIT_S
+from dps_agent.backoff import HALTED_S, HUB_LEAST, HUB_LIMIT_S
 from dps_agent.effects import NO_REPLY_NOT_FOUND, Http, NoReply, Sign
 from dps_agent.hub_effects import Connect, Disconnect, Publish, RegisterAgain, SendTelemetry
 from dps_agent.lifecycle import (
@@ -133,9 +133,9 @@ def test_every_reconnect_is_jittered_and_backs_off() -> None:
         live(world, 3600)
         waits = world.slept("refused")
         firsts.append(waits[0])
-        assert waits == sorted(waits) and HUB_LIMIT_S / 2 <= waits[-1] <= HUB_LIMIT_S, waits
-        assert len(world.hub.connections) < 40
-    assert firsts[0] < 0.6 * firsts[1], "the same delay for every device"
+        assert waits == sorted(waits) and HUB_LIMIT_S * HUB_LEAST <= waits[-1] <= HUB_LIMIT_S, waits
+        assert len(world.hub.connections) < 130
+    assert firsts[0] < 0.2 * firsts[1], "the same delay for every device"
 
 
 def test_connections_that_do_not_last_back_off_and_one_that_lasts_ends_that() -> None:
@@ -199,7 +199,7 @@ def test_silence_is_noticed_after_one_and_a_half_keep_alives() -> None:
     world = provisioned()
     start_s = world.uptime_s
     world.at(start_s + 100, lambda: world.hub.fall_silent(world.uptime_s))
-    life = live(world, 3600 * 0.7)
+    life = live(world, 3600 * 0.5)
     assert life.connections == 2 and life.state == CONNECTED
     assert start_s + 100 + 1.5 * KEEP_ALIVE_S <= world.hub.connections[1][0] <= start_s + 120 + 1.5 * KEEP_ALIVE_S
 
@@ -217,6 +217,7 @@ def test_a_kicked_device_comes_back() -> None:
 def test_while_the_tpm_is_locked_out_the_old_connection_serves() -> None:
     for error in (RetryLater("tpm.locked_out", "locked out", 60), AskOperator("tpm.denied", "denied")):
         world = provisioned()
+        world.random = 0.0  # the latest renewal
         start_s = world.uptime_s
         world.at(start_s + 100, lambda world=world, error=error: world.refuse.update({"Sign": [error] * 5}))  # type: ignore[misc]
         life = live(world, TOKEN_LIFE_S * 0.9)
@@ -227,6 +228,7 @@ def test_while_the_tpm_is_locked_out_the_old_connection_serves() -> None:
 
 def test_a_lockout_longer_than_the_token_ends_with_a_reconnect() -> None:
     world = provisioned()
+    world.random = 0.0  # the latest renewal
     start_s = world.uptime_s
 
     def lock() -> None:
@@ -533,7 +535,7 @@ def test_dps_asked_for_patience_survives_a_restart_at_a_hub_that_refuses() -> No
     assert len(world.dps.requests) == 1
     live(world, 6000)
     assert len(world.dps.requests) == 1, "the service had asked for two hours"
-    live(world, 1500)
+    live(world, 7200)
     assert world.dps.registrations > 1, "it never asked again"
 
 

@@ -1,8 +1,10 @@
 """A registration, step by step, against a DPS in virtual time."""
 
 from dps_agent.assignment import decode, seal_message
+from dps_agent.backoff import HELD_AGAIN_S
 from dps_agent.effects import NoReply
-from dps_agent.registration import UNREADABLE_LIMIT, register
+from dps_agent.registration import CLOCK_SKEW_S, UNREADABLE_LIMIT, register
+from dps_agent.sas import DPS_TOKEN_LIFE_S
 from dps_agent.settings import POLL_OPERATION
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import hmac_sha256, to_base64
@@ -34,6 +36,11 @@ SERVICE = None  # in a script: the service answers by itself
 
 def enrol(world: World, choice: "Settings | None" = None) -> "Any":
     return world.run(register(choice or settings(), DEVICE))
+
+
+def in_a_life(world: World) -> "Any":
+    """As a living service registers, which has waits of its own."""
+    return world.run(register(settings(), DEVICE, None, True, False))
 
 
 def scripted(*script: "Any") -> World:
@@ -171,6 +178,43 @@ def test_a_throttled_put_waits_as_long_as_dps_asks() -> None:
     assert 40 <= world.slept("429")[0] < 45
     assert 50 <= world.slept("429")[1] < 56
     assert calls(world)[:4] == ["PUT", "PUT", "PUT+token", "PUT+token"]
+
+
+def test_who_does_not_queue_leaves_when_there_is_no_quota_for_the_first_put() -> None:
+    for retry_after in (None, "5"):
+        world = scripted(error_reply(429, 429001, retry_after=retry_after))
+        error = assert_refused(lambda world=world: in_a_life(world), RetryLater, "dps.throttled")
+        assert calls(world) == ["PUT"] and world.sleeps == [] and (error.retry_after_s or 0) == int(retry_after or 0)
+    world = scripted(error_reply(503, 0), NoReply("timeout", True))
+    in_a_life(world)
+    assert calls(world)[:3] == ["PUT", "PUT", "PUT"], "what else fails is repeated as ever"
+
+
+def test_a_challenge_that_was_granted_is_not_given_up_for_want_of_quota() -> None:
+    throttled = error_reply(429, 429001, retry_after=None)
+    world = scripted(SERVICE, *[throttled] * 150, SERVICE, throttled, SERVICE)
+    in_a_life(world)
+    assert calls(world).count("PUT") == 1 and world.dps.registrations == 1
+    waits = world.slept("429")
+    assert HELD_AGAIN_S / 2 <= min(waits) <= max(waits) <= HELD_AGAIN_S, waits
+    assert 900 < sum(waits) < DPS_TOKEN_LIFE_S and len(waits) == 151, "the budget is for what DPS is slow with"
+
+
+def test_a_challenge_is_given_up_when_its_token_has_expired() -> None:
+    throttled = [error_reply(429, 429001)] * 999
+    world = scripted(SERVICE, *throttled)
+    assert_refused(lambda: enrol(world), RetryLater, "dps.throttled")
+    assert 880 <= sum(world.slept("429")) <= 900, "who queues has only the budget"
+    world = scripted(SERVICE, *throttled)
+    assert_refused(lambda: in_a_life(world), RetryLater, "dps.throttled")
+    assert DPS_TOKEN_LIFE_S - CLOCK_SKEW_S - HELD_AGAIN_S <= sum(world.slept("429")) <= DPS_TOKEN_LIFE_S - CLOCK_SKEW_S
+
+
+def test_a_wait_for_quota_leaves_slow_answers_the_budget_that_they_had() -> None:
+    throttled, slow = error_reply(429, 429001), error_reply(503, 0)
+    world = scripted(SERVICE, *[throttled] * 100, *[slow] * 999)
+    assert_refused(lambda: in_a_life(world), RetryLater, "dps.unavailable")
+    assert sum(world.slept("429")) > 900 and 800 < sum(world.slept("503")) <= 900
 
 
 def test_a_throttle_longer_than_the_budget_ends_the_exchange_and_names_the_delay() -> None:

@@ -33,6 +33,7 @@ from dps_agent.session import (
     SENDERS_LIMIT,
     SHORT_ENDS_LIMIT,
     TELEMETRY_LIMIT,
+    TWIN_AGAIN_LIMIT_S,
     TWIN_AGAIN_S,
     TWIN_LIMIT_S,
     Session,
@@ -121,9 +122,21 @@ def test_the_token_is_renewed_at_80_percent_of_its_life_or_a_little_earlier() ->
     for random, share in ((0.0, 0.80), (0.5, 0.775), (0.999, 0.75)):
         world = provisioned()
         world.random = random
-        live(world, TOKEN_LIFE_S)
-        first, second = [at_s for at_s, _ in world.hub.connections]
-        assert abs((second - first) / TOKEN_LIFE_S - share) < 0.003, f"random={random}: {second - first}"
+        live(world, 1.7 * TOKEN_LIFE_S)
+        second, third = [at_s for at_s, _ in world.hub.connections[1:3]]
+        assert abs((third - second) / TOKEN_LIFE_S - share) < 0.003, f"random={random}: {third - second}"
+
+
+def test_the_token_of_a_new_connection_is_renewed_at_30_to_80_percent_of_its_life() -> None:
+    for random, share in ((0.0, 0.80), (0.5, 0.55), (0.999, 0.30)):
+        for lost in (False, True):  # the first connection of a life, and one that followed a loss
+            world = provisioned()
+            world.random = random
+            if lost:
+                world.at(world.uptime_s + 100, lambda world=world: world.hub.drop(world.uptime_s))  # type: ignore[misc]
+            live(world, TOKEN_LIFE_S)
+            first, second = [at_s for at_s, _ in world.hub.connections[lost : lost + 2]]
+            assert abs((second - first) / TOKEN_LIFE_S - share) < 0.003, f"random={random}: {second - first}"
 
 
 def test_the_next_token_is_made_before_the_connection_is_given_up() -> None:
@@ -813,7 +826,7 @@ def test_a_patch_that_overtakes_the_first_twin_is_told_at_once() -> None:
 
 
 def test_a_hub_that_cannot_answer_for_the_twin_is_asked_again_later() -> None:
-    for statuses, longest_s in (([429, 500, 200, 500], 4), ([0, 0, 0], 3), ([400], 1)):
+    for statuses, longest_s in (([429, 500, 200, 500], 8), ([0, 0, 0], 3), ([400], 2)):
         world = provisioned()
         world.hub.twin_statuses = list(statuses)
         gets: list[float] = []
@@ -827,9 +840,33 @@ def test_a_hub_that_cannot_answer_for_the_twin_is_asked_again_later() -> None:
         live(world, longest_s * TWIN_AGAIN_S + 60)
         assert "dpsAgent" in world.hub.reported and world.program.desired() == [(1, True)], statuses
         pauses = [gets[place] - gets[place - 1] for place in range(1, len(gets))]
-        expected_s = {429: TWIN_AGAIN_S, 0: TWIN_LIMIT_S, 400: TWIN_AGAIN_S}[statuses[0]]
-        assert abs(pauses[0] - expected_s) < 2 and max(pauses) < TWIN_AGAIN_S + 2, pauses
+        expected_s = {429: 1.5 * TWIN_AGAIN_S, 0: TWIN_LIMIT_S, 400: 1.5 * TWIN_AGAIN_S}[statuses[0]]
+        assert abs(pauses[0] - expected_s) < 2 and max(pauses) < 3 * TWIN_AGAIN_S + 2, pauses
         assert len(pauses) < 3 or pauses[1] > TWIN_AGAIN_S - 2 or statuses[0], "asked every minute for ever"
+
+
+def test_a_twin_that_the_hub_refuses_is_asked_for_ever_more_rarely_also_on_new_connections() -> None:
+    firsts = []
+    for random in (0.0, 0.999):
+        world = provisioned()
+        world.random = random
+        world.hub.twin_statuses = [429] * 1000
+        gets: list[float] = []
+        publish = world.hub.publish
+
+        def noted(effect: "Any", packet_id: int, now_s: float, publish: "Any" = publish, gets: "Any" = gets) -> None:
+            gets.append(now_s)
+            publish(effect, packet_id, now_s)
+
+        world.hub.publish = noted  # type: ignore[method-assign]
+        for hour in range(1, 24):
+            world.at(world.uptime_s + hour * 3600, lambda world=world: world.hub.drop(world.uptime_s))  # type: ignore[misc]
+        live(world, 24 * 3600)
+        pauses = [gets[place] - gets[place - 1] for place in range(1, len(gets))]
+        firsts.append(pauses[0])
+        assert pauses[0] >= TWIN_AGAIN_S and max(pauses) <= TWIN_AGAIN_LIMIT_S + TOKEN_LIFE_S, pauses
+        assert 10 < len(gets) < 36 and min(pauses[4:]) >= TWIN_AGAIN_LIMIT_S / 2, pauses
+    assert firsts[1] > 1.9 * firsts[0], "the same delay for every device"
 
 
 def test_a_twin_too_large_for_the_device_is_not_asked_for_again_and_again() -> None:
@@ -846,7 +883,7 @@ def test_a_twin_too_large_for_the_device_is_not_asked_for_again_and_again() -> N
         return answer_twin(topic, status, payload, now_s)
 
     world.hub._answer_twin = too_large  # type: ignore[method-assign]
-    live(world, 0.7 * TOKEN_LIFE_S)
+    live(world, 0.5 * TOKEN_LIFE_S)
     assert len(gets) == 1 and "dpsAgent" in world.hub.reported
     assert [message for message in world.program.told if isinstance(message, Desired)] == [Desired(0, None, True)]
 
