@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 FOLDERS = ("tests/core", "tests/contracts", "tests/powercut")
-SOURCE_ROOTS = ["agent", "hal", "tests"]
+SOURCE_ROOTS = ["agent", "hal", "tools", "tests"]
 
 
 def files_in(place: str) -> "list[str]":

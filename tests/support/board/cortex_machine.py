@@ -40,6 +40,7 @@ INSTRUCTION_NS = 1 << ICOUNT_SHIFT
 LEFT_OUT = {  # files, and single tests
     "contracts/test_tcp_addresses.py": "there is no network",
     "powercut/test_lives.py": "it keeps whole disks in memory, 4 MB",
+    "core/test_fleet.py": "three hundred devices have no room in the memory of one",
     "core/test_thirty_days.py": "the log of its month needs more memory, which shows after half a minute",
     "core/test_lifecycle_hub.py::test_no_device_registers_again_after_its_network_had_no_names_for_a_while": (
         "too slow: the hours of 480 devices"
