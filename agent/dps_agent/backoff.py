@@ -21,6 +21,7 @@ WAITING_LIMIT_S = 3600
 # Each refusal for want of quota makes the next wait so much longer. DPS counts by the minute, so before the next minute
 # there is nothing to get.
 THROTTLED_STEP_S = 60
+THROTTLED_STEADY = 24  # refusals, after five hours; with the ones after it the wait grows three times as fast
 HELD_AGAIN_S = 20  # at most, after a device that holds a challenge was refused: the quota for it is spent already
 HUB_FIRST_S = 10  # bounds of our own delays between two connections to the hub
 HUB_LIMIT_S = 300
@@ -57,10 +58,11 @@ def throttled_s(refusals: int, asked_s: int) -> "Generator[Effect, Any, float]":
 
     What the service asks for is the least, for it does not know how many wait. Steps that stay the same, where doubling
     would be usual: of a fleet that the quota serves in T seconds each member is refused about sqrt(T / 22) times, and
-    the last one waits about 16 * sqrt(T) s too long, or an hour.
+    the last one waits about 16 * sqrt(T) s too long. From `THROTTLED_STEADY` on an hour is little beside T.
     """
     random: float = yield Random()
-    longest_s = max(min(refusals * THROTTLED_STEP_S, WAITING_LIMIT_S), 2 * asked_s)
+    steps = refusals + 2 * max(refusals - THROTTLED_STEADY, 0)
+    longest_s = max(min(steps * THROTTLED_STEP_S, WAITING_LIMIT_S), 2 * asked_s)
     return (longest_s + random * longest_s) / 2
 
 

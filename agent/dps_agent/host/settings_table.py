@@ -321,7 +321,8 @@ class HubSettings(Section):
     )  # fmt: skip
     token_life_s: int = seconds(
         TOKEN_LIFE_S, 300, 86400,
-        help="A token for the hub lives so many seconds; it is renewed at 80 % of its life.",
+        help="A token for the hub lives so many seconds; it is renewed at 75 to 80 % of its life, the"
+        " first one of a connection at 30 to 80 %.",
     )  # fmt: skip
     hub_suffixes: tuple[str, ...] = form(
         (".azure-devices.net", ".azure-devices.cn", ".azure-devices.us"),
