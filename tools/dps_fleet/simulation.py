@@ -431,6 +431,7 @@ _ANSWERS: "dict[Any, Callable[[Fleet, Device, Any], Any]]" = {
     effects.LoadRecord: _load,
     effects.Commit: _commit,
     effects.ForgetOlder: lambda fleet, device, effect: None,
+    hub_effects.ConfirmClock: lambda fleet, device, effect: None,
     hub_effects.NextEvent: _next_event,
     hub_effects.Connect: _connect,
     hub_effects.Subscribe: _subscribe,
