@@ -1,6 +1,6 @@
 """Runs the agent on an emulated Cortex-M3 with two software TPMs on its UARTs, and says what everything costs.
 
-    python -m support.board.cortex_machine MICROPYTHON MBEDTLS CACHE          (tools/test does)
+    python -m support.board.cortex_machine MICROPYTHON MBEDTLS CACHE          (tools/test --board does)
 
 MICROPYTHON and MBEDTLS are Debian's sources, unpacked; CACHE is a folder of its own. Exit status 0: the activation
 worked, the contract holds, and every shared test that fits into the board's heap passed.
