@@ -6,7 +6,7 @@ Whoever can write the storage but cannot use the TPM can neither forge a record 
 """
 
 from dps_agent.effects import ReadEndorsementKey, ReadStorageRootKey, Sign, UtcNow
-from dps_agent.sas import hub_resource, signed_token
+from dps_agent.sas import SasToken, hub_resource, string_to_sign
 from dps_agent.settings import AUTO
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import from_base64, from_json, same_bytes, to_base64, to_json
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from typing import Any, NamedTuple
 
     from dps_agent.effects import Effect
-    from dps_agent.sas import SasToken
     from dps_agent.settings import Settings
     from dps_hal.contracts import StoredRecord, Utc
 
@@ -236,6 +235,14 @@ def load_held(
     if not same_bytes(signature, seal):
         return None, "the stored assignment was altered: its seal does not fit"
     return assignment, ""
+
+
+def signed_token(
+    resource: str, expires_at_s: int, wrapped_key: bytes, key_name: str = ""
+) -> "Generator[Effect, Any, SasToken]":
+    """Asks the TPM to sign and returns the token; `resource` is already percent-encoded."""
+    signature: bytes = yield Sign(wrapped_key, string_to_sign(resource, expires_at_s))
+    return SasToken(resource, expires_at_s, signature, key_name)
 
 
 def hub_token(assignment: Assignment, life_s: int) -> "Generator[Effect, Any, SasToken]":

@@ -10,7 +10,15 @@ can wait, a wait for quota is no part of the budget once a challenge is held: it
 Source: Azure DPS Runtime Registration API, 2021-10-01.
 """
 
-from dps_agent.assignment import Assignment, check_clock, device_id_fault, hub_fault, payload_to_store, sealed
+from dps_agent.assignment import (
+    Assignment,
+    check_clock,
+    device_id_fault,
+    hub_fault,
+    payload_to_store,
+    sealed,
+    signed_token,
+)
 from dps_agent.backoff import (
     HELD_AGAIN_S,
     POLL_DEFAULT_LIMIT_S,
@@ -51,7 +59,7 @@ from dps_agent.messages import (
     decode,
     device_registration,
 )
-from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_encode, signed_token
+from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_encode
 from dps_agent.settings import POLL_LOOKUP
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import from_base64

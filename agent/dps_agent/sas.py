@@ -1,4 +1,4 @@
-"""Shared access signature tokens for DPS and for a hub, signed by a TPM key.
+"""Shared access signature tokens for DPS and for a hub, and the text that a key signs for one.
 
 Form: `SharedAccessSignature sr={resource}&sig={signature}&se={expiry}[&skn={key name}]`, where the signature is
 HMAC-SHA256 over `resource LF expiry` with the resource exactly as it stands in the token. Source: Azure IoT Hub
@@ -6,15 +6,6 @@ developer guide, "Control access with shared access signatures"; DPS guide, "sym
 """
 
 import binascii
-
-from dps_agent.effects import Sign
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Generator
-    from typing import Any
-
-    from dps_agent.effects import Effect
 
 DPS_KEY_NAME = "registration"  # the only key name of device registrations
 DPS_TOKEN_LIFE_S = 3600
@@ -83,11 +74,3 @@ def hub_resource(hub: str, device_id: str) -> str:
 def string_to_sign(resource: str, expires_at_s: int) -> bytes:
     """What the key signs: the encoded resource, a line feed, the expiry in decimal Unix seconds."""
     return f"{resource}\n{expires_at_s}".encode()
-
-
-def signed_token(
-    resource: str, expires_at_s: int, wrapped_key: bytes, key_name: str = ""
-) -> "Generator[Effect, Any, SasToken]":
-    """Asks the TPM to sign and returns the token; `resource` is already percent-encoded."""
-    signature: bytes = yield Sign(wrapped_key, string_to_sign(resource, expires_at_s))
-    return SasToken(resource, expires_at_s, signature, key_name)

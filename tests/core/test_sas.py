@@ -1,5 +1,6 @@
 """Tokens of DPS and hub against computed and published vectors."""
 
+from dps_agent.assignment import signed_token
 from dps_agent.effects import Sign
 from dps_agent.sas import (
     DPS_KEY_NAME,
@@ -7,7 +8,6 @@ from dps_agent.sas import (
     dps_resource,
     hub_resource,
     percent_encode,
-    signed_token,
     string_to_sign,
 )
 from dps_hal.platform import hmac_sha256

@@ -23,7 +23,7 @@ import pytest
 from contracts.tpm import blob_for
 from dps_agent.assignment import Assignment, encode, seal_message
 from dps_agent.host import runner
-from dps_agent.host.checks import local, network
+from dps_agent.host.checks import local, network, ways
 from dps_agent.host.cli import main
 from dps_agent.host.network import websocket
 from dps_emulator.enrollments import Enrollment
@@ -429,7 +429,7 @@ def test_the_chain_and_the_root_are_named(bench: Bench, quiet: None, capsys: pyt
 def test_a_server_that_says_nothing_ends_the_wait(
     silent: str, bench: Bench, quiet: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(network, "DIAL_LIMIT_S", 0.5)
+    monkeypatch.setattr(ways, "DIAL_LIMIT_S", 0.5)
     monkeypatch.setattr(network, "ANSWER_LIMIT_S", 0.5)
     certificates = Certificates(bench.folder)
     context = certificates.good() if silent == "tls" else None

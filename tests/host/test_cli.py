@@ -378,7 +378,7 @@ def test_who_may_not_look_into_the_service_s_folder_is_not_told_to_take_it_over(
         advice = f"make the folder yours (sudo install -d -o press -m 0700 {folder})"
         raise AskOperator("store.denied", f"cannot open {folder}/identity.0: Permission denied; {advice}")
 
-    monkeypatch.setattr("dps_hal.host.files.open_store", refuse)
+    monkeypatch.setattr("dps_hal.host.state_dir.open_store", refuse)
     monkeypatch.setattr("dps_agent.host.cli.os.geteuid", lambda: 1000)
     words = ["--config", os.devnull, "--set", "id_scope=0ne00000000", "--set", "runtime_dir=/nonexistent"]
     assert main(["status", *words, "--set", "state_dir=/var/lib/dps-agent"]) == 1

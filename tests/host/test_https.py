@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dps_agent.effects import NoReply, Reply
-from dps_agent.host.network.https import BODY_LIMIT, DpsConnection, host_and_port
+from dps_agent.host.network.https import BODY_LIMIT, DpsConnection
 from dps_agent.http1 import HEAD_LIMIT
 from dps_agent.sas import SasToken
 from dps_agent.utc import http_date_s
 from dps_hal.errors import AskOperator
+from dps_text.addresses import host_and_port
 from support.cloud.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering
 
 if TYPE_CHECKING:
@@ -751,7 +752,7 @@ def test_an_endpoint_that_makes_no_sense_is_the_operator_s(endpoint: str) -> Non
     [("a.b:8443", ("a.b", 8443)), ("[::1]:443", ("::1", 443)), ("127.0.0.1", ("127.0.0.1", None))],
 )
 def test_host_and_port_come_apart(text: str, parts: tuple[str, int | None]) -> None:
-    assert host_and_port(text, "connect_to") == parts
+    assert host_and_port(text) == parts
 
 
 def test_a_ca_file_without_certificates_is_the_operator_s(tmp_path) -> None:

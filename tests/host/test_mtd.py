@@ -11,9 +11,10 @@ import pytest
 from contracts.store import RULES, payload_of
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, RetryLater
-from dps_hal.host.files import FileStore, SystemCalls, open_store
+from dps_hal.host.files import FileStore, SystemCalls
 from dps_hal.host.ioctl import read_request, write_request
 from dps_hal.host.mtd import MEMERASE, MEMGETINFO, NAND, NOR, WRITEABLE, MtdStore
+from dps_hal.host.state_dir import open_store
 
 PATH = "/dev/mtd3"
 

@@ -19,7 +19,7 @@ from dps_hal.contracts import Tpm
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.host.transports import DeviceTransport, transport_for
 from dps_hal.platform import hmac_sha256, random_bytes
-from dps_hal.tpm import commands, operations, sessions
+from dps_hal.tpm import commands, operations, rules, sessions
 from dps_hal.tpm.keys import (
     RSA_BYTES,
     SIGN,
@@ -138,26 +138,26 @@ class Interposer:
 
 
 ALTERED = (  # every command of a registration
-    commands.CODES["read_public"],
-    commands.CODES["start_auth_session"],
-    commands.CODES["policy_secret"],
-    commands.CODES["activate_credential"],
-    commands.CODES["import"],
-    commands.CODES["load"],
-    commands.CODES["hmac"],
-    commands.CODES["flush_context"],
+    rules.CODES["read_public"],
+    rules.CODES["start_auth_session"],
+    rules.CODES["policy_secret"],
+    rules.CODES["activate_credential"],
+    rules.CODES["import"],
+    rules.CODES["load"],
+    rules.CODES["hmac"],
+    rules.CODES["flush_context"],
 )
 
 
 NOT_KNOWN_AS_ALTERED = (
-    (commands.CODES["start_auth_session"], 13, "tpm.failed"),  # the handle of another session, which there could be
+    (rules.CODES["start_auth_session"], 13, "tpm.failed"),  # the handle of another session, which there could be
 )
 
 # What hal/SPEC.md, "On the TPM's bus", names as unproved, as places in an answer of this length.
 UNPROVED: dict[int, Callable[[int], range]] = {
     # The policy session's own nonce, attributes and empty HMAC, behind all that the HMAC proves.
-    commands.CODES["activate_credential"]: lambda length: range(length - 21, length),
-    commands.CODES["flush_context"]: range,  # it says nothing
+    rules.CODES["activate_credential"]: lambda length: range(length - 21, length),
+    rules.CODES["flush_context"]: range,  # it says nothing
 }
 
 
@@ -202,7 +202,7 @@ def test_a_byte_flipped_in_every_answer_is_refused(code: int, machine: Swtpm) ->
     assert machine.leftovers() == []
 
 
-@pytest.mark.parametrize("code", [commands.CODES["create_primary"], commands.CODES["evict_control"]], ids=hex)
+@pytest.mark.parametrize("code", [rules.CODES["create_primary"], rules.CODES["evict_control"]], ids=hex)
 def test_a_byte_flipped_at_the_first_boot_gives_no_other_key(code: int, machine: Swtpm) -> None:
     """Without a password the first command has a password session: its answer's end is unproved, SPEC names it."""
     bus = Interposer(machine)
@@ -210,9 +210,7 @@ def test_a_byte_flipped_at_the_first_boot_gives_no_other_key(code: int, machine:
     ek = first.endorsement_key()
     first.release()
     places = (
-        [*range(14), 19, 200, 360, 400, 460, -39, -20, -5, -1]
-        if code == commands.CODES["create_primary"]
-        else range(19)
+        [*range(14), 19, 200, 360, 400, 460, -39, -20, -5, -1] if code == rules.CODES["create_primary"] else range(19)
     )
     for place in places:
         machine.clear()
@@ -241,7 +239,7 @@ def test_a_byte_flipped_at_the_first_boot_gives_no_other_key(code: int, machine:
 
 
 @pytest.mark.parametrize(
-    "code", [commands.CODES["get_capability"], commands.CODES["nv_read_public"], commands.CODES["nv_read"]], ids=hex
+    "code", [rules.CODES["get_capability"], rules.CODES["nv_read_public"], rules.CODES["nv_read"]], ids=hex
 )
 def test_a_byte_flipped_in_what_only_diagnostics_ask_changes_no_key_and_no_signature(code: int, machine: Swtpm) -> None:
     bus = Interposer(machine)
@@ -268,7 +266,7 @@ def test_a_byte_flipped_in_what_only_diagnostics_ask_changes_no_key_and_no_signa
             assert tpm.endorsement_key() == ek, f"place={place}"
             assert tpm.sign(wrapped_key, MESSAGE) == hmac_sha256(KEY, MESSAGE), f"place={place}"
         except DpsError as error:  # what an exclusive TPM holds is asked when it is opened
-            assert (code, error.code) == (commands.CODES["get_capability"], "tpm.bus_altered"), (
+            assert (code, error.code) == (rules.CODES["get_capability"], "tpm.bus_altered"), (
                 f"place={place}: {error.code}"
             )
         tpm.release()
@@ -285,7 +283,7 @@ def test_one_flipped_byte_costs_one_new_session(machine: Swtpm) -> None:
     struck: list[int] = []
 
     def flip_once(command: bytes, response: bytes) -> bytes:
-        if command[6:10] != struct.pack(">I", commands.CODES["hmac"]) or struck:
+        if command[6:10] != struct.pack(">I", rules.CODES["hmac"]) or struck:
             return response
         struck.append(1)
         return response[:-1] + bytes([response[-1] ^ 1])
@@ -302,7 +300,7 @@ def test_an_answer_without_its_proof_is_refused(machine: Swtpm) -> None:
     wrapped_key = tpm.import_key(blob_for(tpm))
     forged = struct.pack(">HII", 0x8001, 44, 0) + sized(bytes(32))
     bus.change = lambda command, response: (
-        forged if command[6:10] == struct.pack(">I", commands.CODES["hmac"]) else response
+        forged if command[6:10] == struct.pack(">I", rules.CODES["hmac"]) else response
     )
     assert_refused(lambda: tpm.sign(wrapped_key, MESSAGE), RetryLater, "tpm.bus_altered")
     tpm.release()
@@ -316,7 +314,7 @@ def test_an_answer_of_an_earlier_session_is_refused(machine: Swtpm) -> None:
     recorded: list[bytes] = []
 
     def replay(command: bytes, response: bytes) -> bytes:
-        if command[6:10] != struct.pack(">I", commands.CODES["hmac"]):
+        if command[6:10] != struct.pack(">I", rules.CODES["hmac"]):
             return response
         recorded.append(response)
         return recorded[0]
@@ -371,7 +369,7 @@ def own_modulus() -> bytes:
 def leave_a_session_and_an_object(machine: Swtpm) -> list[int]:
     start = struct.pack(">II", commands.NULL, commands.NULL) + sized(bytes(16)) + b"\x00\x00"
     for kind in (b"\x00", b"\x01"):  # HMAC, policy
-        machine.command(commands.CODES["start_auth_session"], start + kind + bytes.fromhex("0010 000b"))
+        machine.command(rules.CODES["start_auth_session"], start + kind + bytes.fromhex("0010 000b"))
     loaded = srk_public(own_modulus())[:6] + struct.pack(">I", 0x00030440) + srk_public(own_modulus())[10:]
     machine.command(0x167, b"\x00\x00" + loaded + struct.pack(">I", commands.NULL))
     return machine.leftovers()

@@ -11,30 +11,15 @@ the `DPS_AGENT_*` environment counts as well. Both raise the four classes of `dp
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from dps_agent.host.config import Configuration, load
+from dps_agent.host.provisioned import Provisioned
 from dps_hal.errors import AskOperator
 
 __all__ = ["Configuration", "Provisioned", "hub_token", "load", "provision"]
 
 TOKEN_LIFE_S = 3600
 TOKEN_LIFE_LIMIT_S = 365 * 86400
-
-
-class Provisioned(NamedTuple):
-    """The hub of this device, and how it was come by."""
-
-    assigned_hub: str
-    device_id: str
-    registration_id: str
-    substatus: str
-    already_provisioned: bool  # the stored assignment holds, DPS was not asked
-    backend: str  # "simulator": the keys lie in plain files
-    payload: Any  # what a custom allocation returned, None for nothing
-    payload_omitted: bool  # it was too large to store
-    duration_s: float
-    warnings: tuple[str, ...]  # what else was asked for and could not be done
 
 
 def provision(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from dps_agent.host.config import PASSWORD_FILES, environment_name, password_file, proxy_of
-from dps_agent.host.steps import utc_text
+from dps_agent.host.printed import utc_text
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError
 from dps_hal.host.files import FileSlots

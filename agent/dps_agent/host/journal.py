@@ -15,7 +15,7 @@ import threading
 from collections.abc import Mapping
 from typing import TextIO
 
-from dps_agent.host.steps import printable
+from dps_agent.host.printed import printable
 from dps_hal.host.codes import REMEDIES
 
 JOURNAL_SOCKET = "/run/systemd/journal/socket"

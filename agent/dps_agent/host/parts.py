@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from dps_agent import __version__
 from dps_agent.assignment import decode, hub_token, load_held
 from dps_agent.effects import LoadRecord
-from dps_agent.host import Provisioned, kept_key
+from dps_agent.host import kept_key
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.config import Configuration, check_keys_in_hardware, hierarchy_password, proxy_of
+from dps_agent.host.provisioned import Provisioned
 from dps_agent.host.runner import Runner
 from dps_agent.host.steps import StepLines
 from dps_agent.hub_effects import ConfirmClock
@@ -20,7 +21,7 @@ from dps_agent.lifecycle import PROVISIONED, Lifecycle
 from dps_agent.patience import decode_progress
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
-from dps_hal.host.files import open_store
+from dps_hal.host.state_dir import open_store
 from dps_hal.host.tcti import is_ours_alone
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dps_agent.assignment import check_clock
+from dps_agent.assignment import check_clock, signed_token
 from dps_agent.effects import Http, ImportKey, NoReply, ReadEndorsementKey, ReadStorageRootKey, UtcNow
 from dps_agent.messages import DeviceRegistrationResult, TpmChallenge, decode, device_registration
 from dps_agent.registration import API_VERSION, activation_of, no_reply_error, read_register, refusal_of
-from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_encode, signed_token
+from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_encode
 from dps_agent.settings import AUTO
 from dps_hal.tpm.keys import registration_id_from_ek
 

@@ -36,8 +36,9 @@ from dps_agent.host.parts import (
     open_tpm,
     tpm_warnings,
 )
+from dps_agent.host.printed import utc_text
 from dps_agent.host.runner import Runner
-from dps_agent.host.steps import StepLines, utc_text
+from dps_agent.host.steps import StepLines
 from dps_agent.hub_effects import (
     ConfirmClock,
     Connect,
@@ -54,8 +55,8 @@ from dps_agent.lifecycle import BOOT, CONNECTED, CONNECTING, HALTED, PROVISIONED
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.host.codes import REMEDIES
-from dps_hal.host.files import open_store
 from dps_hal.host.mounts import doubt
+from dps_hal.host.state_dir import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

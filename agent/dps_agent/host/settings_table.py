@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from dps_agent.settings import AUTO, KEEP_ALIVE_LIMIT_S, KEEP_ALIVE_S, POLL_LOOKUP, POLL_OPERATION, TOKEN_LIFE_S
 from dps_hal.contracts import EK_HANDLE, EK_TEMPLATES, SRK_HANDLE
+from dps_text.addresses import host_and_port
 
 SOCKET_PATH_LIMIT = 100  # bytes; sun_path of unix(7) has 108, and the socket is made under a longer name first
 REGISTRATION_ID_LIMIT = 128  # characters; Runtime Registration API, 2021-10-01
@@ -140,11 +141,10 @@ def _is_endpoint(value: str) -> bool:
 
 def is_address(value: str) -> bool:
     """Whether a text is "host:port"."""
-    host, colon, port = value.rpartition(":")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not colon or not bare or (":" in bare and bare == host) or not port.isdecimal() or not port.isascii():
+    try:
+        return host_and_port(value)[1] is not None
+    except ValueError:
         return False
-    return 0 < int(port[:6]) < 65536 and bare.isascii() and bare.isprintable() and not set("/@ []") & set(bare)
 
 
 def is_proxy_url(value: str) -> bool:

@@ -1,10 +1,10 @@
 """One line for each step of an exchange, with its duration; never a body, a token or a key."""
 
 import contextlib
-import time
 from typing import Any, Protocol
 
 from dps_agent.effects import Commit, Http, ImportKey, LoadRecord, NoReply, ReadEndorsementKey, ReadStorageRootKey, Sign
+from dps_agent.host.printed import printable
 from dps_agent.messages import ASSIGNED, REQUEST_ID_HEADER
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import DpsError
@@ -96,16 +96,6 @@ class StepLines:
         with contextlib.suppress(OSError):
             self._stream.write(printable(text) + "\n")
             self._stream.flush()
-
-
-def printable(text: str) -> str:
-    """`text` with what could steer a terminal made visible; line ends stay."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-
-def utc_text(utc_s: float) -> str:
-    """Unix seconds as RFC 3339 text in UTC, "" for 0."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(utc_s)) if utc_s else ""
 
 
 def _duration(seconds: float) -> str:

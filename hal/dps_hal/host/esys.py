@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.host.service_tpm import ServiceTpm
 from dps_hal.host.tpm_node import is_managed, open_device
-from dps_hal.tpm.commands import CAP_HANDLES, CODES, ENDORSEMENT, NULL, OWNER, Key, Repeated
+from dps_hal.tpm.commands import CAP_HANDLES, ENDORSEMENT, NULL, OWNER, Key, Repeated
 from dps_hal.tpm.errors import (
     LAYER_ESYS,
     LAYER_MARSHALLING,
@@ -24,6 +24,7 @@ from dps_hal.tpm.errors import (
     RefusedError,
 )
 from dps_hal.tpm.keys import ALG_SHA256, RSA_BYTES, SHA256_BYTES, ek_public, object_name, sized, srk_public
+from dps_hal.tpm.rules import CODES
 
 if TYPE_CHECKING:
     from typing import Any

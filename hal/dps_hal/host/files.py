@@ -1,6 +1,6 @@
 """The record store on a Linux file system: two files of one slot each per record, in a folder of the agent's own.
 
-`open_store` also takes the path of a flash partition. Every system call goes through one `SystemCalls` object, so that
+Every system call goes through one `SystemCalls` object, so that
 tests can count, fail and cut each of them. Why two files, written in place: `hal/SPEC.md`.
 """
 
@@ -467,15 +467,6 @@ class FileStore(LockedStore):
             yield
         finally:
             self._folder.close(fd)
-
-
-def open_store(state_dir: str) -> LockedStore:
-    """The store that the setting `state_dir` names: a folder, or a flash partition such as /dev/mtd3."""
-    if state_dir.startswith("/dev/mtd"):
-        from dps_hal.host.mtd import MtdStore
-
-        return MtdStore(state_dir)
-    return FileStore(state_dir)
 
 
 def _user_name(user: int) -> str:

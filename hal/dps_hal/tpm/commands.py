@@ -17,7 +17,7 @@ from dps_hal.tpm.errors import (
     RefusedError,
 )
 from dps_hal.tpm.keys import take_sized
-from dps_hal.tpm.rules import LEAST_LIMIT_S
+from dps_hal.tpm.rules import CODES, LEAST_LIMIT_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -176,27 +176,6 @@ else:
 
     Key = namedtuple("Key", ("handle", "public", "name"))
 
-
-CODES: "Final" = {  # TPM_CC by our names, Part 2, table 12
-    "evict_control": 0x120,
-    "create_primary": 0x131,
-    "sequence_complete": 0x13E,
-    "startup": 0x144,
-    "shutdown": 0x145,
-    "activate_credential": 0x147,
-    "nv_read": 0x14E,
-    "policy_secret": 0x151,
-    "hmac": 0x155,
-    "import": 0x156,
-    "load": 0x157,
-    "hmac_start": 0x15B,
-    "sequence_update": 0x15C,
-    "flush_context": 0x165,
-    "nv_read_public": 0x169,
-    "read_public": 0x173,
-    "start_auth_session": 0x176,
-    "get_capability": 0x17A,
-}
 
 OWNER: "Final" = 0x40000001  # TPM_RH, Part 2, table 28, with the next three
 NULL: "Final" = 0x40000007

@@ -1,4 +1,4 @@
-"""What every back end of a real TPM does alike in a registration: limits, passwords, what is our SRK."""
+"""What every back end of a real TPM does alike in a registration: commands, limits, passwords, what is our SRK."""
 
 from dps_hal.errors import AskOperator
 from dps_hal.tpm.keys import check_srk_public
@@ -8,6 +8,27 @@ if TYPE_CHECKING:
     from typing import Final
 
     from dps_hal.tpm.errors import RefusedError
+
+CODES: "Final" = {  # TPM_CC by our names, Part 2, table 12
+    "evict_control": 0x120,
+    "create_primary": 0x131,
+    "sequence_complete": 0x13E,
+    "startup": 0x144,
+    "shutdown": 0x145,
+    "activate_credential": 0x147,
+    "nv_read": 0x14E,
+    "policy_secret": 0x151,
+    "hmac": 0x155,
+    "import": 0x156,
+    "load": 0x157,
+    "hmac_start": 0x15B,
+    "sequence_update": 0x15C,
+    "flush_context": 0x165,
+    "nv_read_public": 0x169,
+    "read_public": 0x173,
+    "start_auth_session": 0x176,
+    "get_capability": 0x17A,
+}
 
 MAX_BUFFER_BYTES: "Final" = 1024  # TPM2B_MAX_BUFFER of the PC Client Platform TPM Profile; longer is a sequence
 MAX_AUTH_BYTES: "Final" = 64  # TPM2B_AUTH

@@ -3,8 +3,8 @@
 import struct
 
 from dps_hal.platform import aes128_cfb, hmac_sha256, random_bytes, same_bytes, sha256
-from dps_hal.tpm.commands import CODES
 from dps_hal.tpm.keys import ALG_AES, ALG_CFB, ALG_NULL, ALG_SHA256, SHA256_BYTES, kdfa, oaep_encrypt, sized, take_sized
+from dps_hal.tpm.rules import CODES
 
 _NONCE_BYTES = 16
 _CONTINUE = 0x01  # TPMA_SESSION, Part 2, table 34, with the next two

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from dps_agent.host.checks import local, tpm
-from dps_agent.host.checks.device import FAILED, SKIPPED, Check, Device, Finding, failed
+from dps_agent.host.checks.device import Device
+from dps_agent.host.checks.finding import FAILED, SKIPPED, Check, Finding, failed
 from dps_hal.errors import DpsError
 
 __all__ = ["CHECKS", "Check", "Device", "Finding", "run_checks"]

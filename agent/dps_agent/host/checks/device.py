@@ -1,58 +1,29 @@
-"""What a check is, what comes of it, and the device that it looks at."""
+"""The device that the checks look at."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dps_agent.assignment import decode
 from dps_agent.effects import Commit, LoadRecord
 from dps_agent.host.clock import SystemClock
-from dps_agent.host.config import Configuration, ConfigurationError
+from dps_agent.host.config import Configuration
 from dps_agent.host.local.statefile import read_live
 from dps_agent.host.parts import NoConnection, offline_runner, open_tpm
 from dps_agent.host.runner import Runner
 from dps_agent.settings import AUTO
 from dps_hal.contracts import IDENTITY
-from dps_hal.host.codes import REMEDIES
 from dps_hal.tpm.keys import registration_id_from_ek
 
 if TYPE_CHECKING:
     from dps_agent.assignment import Assignment
     from dps_agent.effects import Effect
-    from dps_agent.host.checks.network import Network
+    from dps_agent.host.checks.ways import Network
     from dps_hal.contracts import StoredRecord, TpmCondition, TpmService
-    from dps_hal.errors import DpsError
 
     Answer = TypeVar("Answer")
-
-OK = "ok"
-WARNING = "warning"
-FAILED = "failed"
-SKIPPED = "skipped"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What came of one check: OK, WARNING, FAILED or SKIPPED, what was seen, what to do; `error` where it failed."""
-
-    result: str
-    detail: str
-    remedy: str = ""
-    error: DpsError | None = None
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check: its stable id, what it makes sure of as a sentence, the checks without which it has no sense."""
-
-    id: str
-    description: str
-    needs: tuple[str, ...]
-    run: Callable[[Device], Finding]
-    online: bool = False  # it uses the network
 
 
 class Device:
@@ -117,7 +88,7 @@ class Device:
     @cached_property
     def network(self) -> Network:
         """The ways to DPS and to the hub."""
-        from dps_agent.host.checks.network import Network
+        from dps_agent.host.checks.ways import Network
 
         return Network(self.configuration)
 
@@ -165,9 +136,3 @@ class _Other:
 
     def release(self) -> None:
         """Nothing is open."""
-
-
-def failed(error: DpsError, remedy: str = "") -> Finding:
-    """The finding for an error; `remedy` where the one of its code does not fit."""
-    detail = "; ".join(error.problems) if isinstance(error, ConfigurationError) else error.message
-    return Finding(FAILED, detail, remedy or REMEDIES.get(error.code, ""), error)

@@ -9,21 +9,21 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from dps_agent.assignment import difference, load_held
-from dps_agent.host.checks.device import OK, SKIPPED, WARNING, Finding
+from dps_agent.host.checks.finding import NOTHING_STORED, OK, SKIPPED, WARNING, Finding
 from dps_agent.host.clock import SystemClock, is_synchronised
 from dps_agent.host.config import check_files, odd_passwords, readable_proxy_passwords
-from dps_agent.host.steps import utc_text
+from dps_agent.host.printed import utc_text
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import IdentityStale, RetryLater
 from dps_hal.host.codes import REMEDIES
-from dps_hal.host.files import FileSlots, StateFolder, SystemCalls, open_store
+from dps_hal.host.files import FileSlots, StateFolder, SystemCalls
 from dps_hal.host.mounts import doubt
+from dps_hal.host.state_dir import open_store
 
 if TYPE_CHECKING:
     from dps_agent.host.checks.device import Device
 
 SCRATCH_NAME = ".dps-agent-check"
-NOTHING_STORED = "no assignment is stored"
 _SCRATCH = b"dps-agent check\n" * 256  # as much as one slot
 
 

@@ -5,16 +5,13 @@ Imported only by a check that uses the network: it brings TLS.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import ssl
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 from dps_agent import __version__
 from dps_agent.effects import (
-    NO_REPLY_CLOSED,
     NO_REPLY_CONNECT,
     NO_REPLY_DNS,
     NO_REPLY_TLS,
@@ -22,88 +19,30 @@ from dps_agent.effects import (
     NoReply,
     Reply,
 )
-from dps_agent.host.checks.device import OK, SKIPPED, WARNING, Finding, failed
-from dps_agent.host.checks.local import NOTHING_STORED
+from dps_agent.host.checks import ways
+from dps_agent.host.checks.finding import NOTHING_STORED, OK, SKIPPED, WARNING, Finding, failed
+from dps_agent.host.checks.ways import MQTT, WEBSOCKET
 from dps_agent.host.clock import is_synchronised
 from dps_agent.host.config import proxy_of
-from dps_agent.host.network import websocket
-from dps_agent.host.network.dial import MQTT_PORT, Dialler, address_text
-from dps_agent.host.network.https import DpsConnection, host_and_port
-from dps_agent.host.network.proxy import ProxyRule
+from dps_agent.host.network.dial import Dialler
+from dps_agent.host.network.https import DpsConnection
 from dps_agent.host.network.trust import system_places, tls_context
-from dps_agent.host.steps import utc_text
+from dps_agent.host.printed import utc_text
 from dps_agent.lifecycle import PROVISIONING
 from dps_agent.messages import TpmChallenge, device_registration
 from dps_agent.registration import API_VERSION, LOOKUP_REFUSALS, no_reply_error, read_register, refusal_of
 from dps_agent.sas import percent_encode
 from dps_agent.utc import AGREEMENT_S
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
+from dps_text.addresses import address_text
 
 if TYPE_CHECKING:
     from dps_agent.host.checks.device import Device
-    from dps_agent.host.config import Configuration
+    from dps_agent.host.checks.ways import Network, Peer
 
-DIAL_LIMIT_S = 10.0  # name, TCP, proxy and TLS of one peer
 ANSWER_LIMIT_S = 20.0  # one request to DPS in all
-MQTT, WEBSOCKET = "mqtt", "websocket"
 _NAMES = {MQTT: "MQTT", WEBSOCKET: "WebSocket"}
 _CLOCK_SAYS = ("certificate has expired", "certificate is not yet valid")  # OpenSSL's words for both
-
-
-class Peer(NamedTuple):
-    """Whom TLS is spoken with: the certificate's name, where it is dialled, the roots and their setting."""
-
-    name: str
-    host: str
-    port: int
-    ca_file: str
-    setting: str
-
-
-class Network:
-    """The ways to DPS and to the hub, each gone once."""
-
-    def __init__(self, configuration: Configuration) -> None:
-        self._configuration = configuration
-        self.proxies = ProxyRule(proxy_of(configuration))
-        self._hub_ways: dict[str, Failed | None] = {}
-        self.reply: Reply | None = None  # DPS's
-
-    @property
-    def dps(self) -> Peer:
-        """DPS's endpoint."""
-        parts = urlsplit(self._configuration.endpoint)
-        name, port = parts.hostname or "", parts.port or 443
-        host = name
-        if self._configuration.connect_to:
-            host, dial_port = host_and_port(self._configuration.connect_to, "connect_to")
-            port = dial_port or port
-        return Peer(name, host, port, self._configuration.ca_file, "ca_file")
-
-    def hub(self, name: str, transport: str) -> Peer:
-        """The hub of that name, for one transport."""
-        hub = self._configuration.hub
-        host, port = name, MQTT_PORT if transport == MQTT else websocket.PORT
-        if hub.connect_to:
-            host, dial_port = host_and_port(hub.connect_to, "hub.connect_to")
-            port = dial_port or port
-        return Peer(name, host, port, hub.ca_file, "hub.ca_file")
-
-    def transports(self) -> list[str]:
-        """Those that the agent tries, in its order."""
-        hub = self._configuration.hub
-        transports = [MQTT, WEBSOCKET] if hub.transport == "auto" else [hub.transport]
-        return transports[:1] if hub.connect_to else transports
-
-    def hub_way(self, name: str, transport: str) -> Failed | None:
-        """Why the hub is not reached on that transport, None where it is."""
-        if transport not in self._hub_ways:
-            self._hub_ways[transport] = None
-            try:
-                _reach_hub(self, self.hub(name, transport), transport)
-            except Failed as failure:
-                self._hub_ways[transport] = failure
-        return self._hub_ways[transport]
 
 
 def proxy(device: Device) -> Finding:
@@ -118,7 +57,7 @@ def proxy(device: Device) -> Finding:
     dialler = Dialler(network.proxies, "")
     dialler.begin()
     try:
-        dialler.reach(target.host, target.port, time.monotonic() + DIAL_LIMIT_S).close()
+        dialler.reach(target.host, target.port, time.monotonic() + ways.DIAL_LIMIT_S).close()
     except (Failed, OSError) as error:
         failure = dialler.explain(error, "at the proxy")
         shown = "network.proxy" if setting.proxy != "env" else "https_proxy in the environment"
@@ -139,7 +78,7 @@ def dns(device: Device) -> Finding:
     dialler = Dialler(network.proxies, "")
     dialler.begin()
     try:
-        found = dialler.addresses(target.host, target.port, time.monotonic() + DIAL_LIMIT_S)
+        found = dialler.addresses(target.host, target.port, time.monotonic() + ways.DIAL_LIMIT_S)
     except Failed as failure:
         raise _error(Failed(NO_REPLY_DNS, str(failure)), "the name of DPS was not looked up") from None
     addresses = sorted({str(entry[4][0]) for entry in found})
@@ -150,7 +89,7 @@ def dps_tls(device: Device) -> Finding:
     network = device.network
     target = network.dps
     try:
-        with _dialled(network, target) as tls:
+        with ways.dialled(network, target) as tls:
             return Finding(OK, f"{tls.version()} with {_chain_shown(tls, target)}")
     except Failed as failure:
         what = f"no TLS connection to DPS at {address_text(target.host, target.port)}"
@@ -260,26 +199,6 @@ def _hub(device: Device, transport: str) -> Finding:
     return failed(error, remedy)
 
 
-def _reach_hub(network: Network, peer: Peer, transport: str) -> None:
-    with _dialled(network, peer) as tls:
-        if transport == WEBSOCKET:
-            try:
-                websocket.upgrade(tls, peer.name, time.monotonic() + DIAL_LIMIT_S)
-            except OSError:
-                raise Failed(NO_REPLY_CLOSED, "the connection ended in the WebSocket's handshake") from None
-
-
-@contextlib.contextmanager
-def _dialled(network: Network, peer: Peer) -> Any:
-    """A verified TLS connection for the length of a block; Failed."""
-    dialler = Dialler(network.proxies, peer.ca_file, peer.setting)
-    dialler.begin()
-    try:
-        yield dialler.dial(peer.name, peer.host, peer.port, time.monotonic() + DIAL_LIMIT_S)
-    finally:
-        dialler.close()
-
-
 def _chain_shown(tls: ssl.SSLSocket, peer: Peer) -> str:
     """Whom the certificate is for, who issued it, and the root at the end."""
     chain = _chain(tls, "get_verified_chain")
@@ -323,8 +242,8 @@ def _issuer_shown(network: Network, peer: Peer) -> str:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # to see what is shown; nothing is sent
     try:
-        with dialler.reach(peer.host, peer.port, time.monotonic() + DIAL_LIMIT_S) as raw:
-            raw.settimeout(DIAL_LIMIT_S)
+        with dialler.reach(peer.host, peer.port, time.monotonic() + ways.DIAL_LIMIT_S) as raw:
+            raw.settimeout(ways.DIAL_LIMIT_S)
             with context.wrap_socket(raw, server_hostname=peer.name) as tls:
                 shown = _chain(tls, "get_unverified_chain")
     except (OSError, Failed):

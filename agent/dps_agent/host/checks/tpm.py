@@ -8,8 +8,7 @@ import time
 from glob import glob
 from typing import TYPE_CHECKING
 
-from dps_agent.host.checks.device import OK, SKIPPED, WARNING, Finding, failed
-from dps_agent.host.checks.local import NOTHING_STORED
+from dps_agent.host.checks.finding import NOTHING_STORED, OK, SKIPPED, WARNING, Finding, failed
 from dps_agent.host.parts import TRANSIENT_SRK
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.host.codes import REMEDIES

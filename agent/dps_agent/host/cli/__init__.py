@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from dps_agent.host.cli.verb import Outcome, UsageError, Verb, discard, error_document, exit_word
 from dps_agent.host.config import SYSTEM_FILE, SYSTEM_STATE_DIR
-from dps_agent.host.steps import printable
+from dps_agent.host.printed import printable
 from dps_hal.errors import EXIT_GROUPS, AskOperator, DpsError, RetryLater
 from dps_hal.host.codes import REMEDIES
 from dps_hal.platform import to_json

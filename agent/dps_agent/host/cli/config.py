@@ -13,8 +13,8 @@ from dps_agent.host.config import (
     marked_files,
     odd_passwords,
 )
+from dps_agent.host.printed import printable
 from dps_agent.host.settings_table import KEYS, Setting
-from dps_agent.host.steps import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

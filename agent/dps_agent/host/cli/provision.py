@@ -8,7 +8,8 @@ from typing import Any
 from dps_agent.host.cli.running import ask_service
 from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, seconds_up_to, table
 from dps_agent.host.config import Configuration, backend_shown
-from dps_agent.host.steps import StepLines, printable
+from dps_agent.host.printed import printable
+from dps_agent.host.steps import StepLines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Outcome:
     """Erases both records; needs no network, and the TPM only where the hub key is kept in it as well."""
     from dps_agent.host.local.statefile import read_live
-    from dps_hal.host.files import open_store
+    from dps_hal.host.state_dir import open_store
 
     configuration = configuration_of(arguments, need_id_scope=False)
     store = open_store(configuration.state_dir)

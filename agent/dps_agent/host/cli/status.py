@@ -109,7 +109,7 @@ def _of_records(configuration: Configuration) -> Outcome:
     from dps_agent.host.local.statefile import assignment_document
     from dps_agent.lifecycle import HALTED, PROVISIONED, WAITING
     from dps_agent.patience import Progress, decode_progress
-    from dps_hal.host.files import open_store
+    from dps_hal.host.state_dir import open_store
 
     store = open_store(configuration.state_dir)
     stored = store.load(IDENTITY)

@@ -5,7 +5,7 @@ import argparse
 from dps_agent.host import TOKEN_LIFE_LIMIT_S, TOKEN_LIFE_S
 from dps_agent.host.cli.running import ask_service
 from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, seconds_up_to
-from dps_agent.host.steps import utc_text
+from dps_agent.host.printed import utc_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

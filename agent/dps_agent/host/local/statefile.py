@@ -11,7 +11,7 @@ from typing import Any
 
 from dps_agent.assignment import Assignment
 from dps_agent.host.config import SYSTEM_RUNTIME_DIR, Configuration
-from dps_agent.host.steps import utc_text
+from dps_agent.host.printed import utc_text
 from dps_hal.errors import AskOperator
 from dps_hal.host.regular import NotRegular, read_regular
 from dps_hal.platform import from_json, to_json

@@ -10,7 +10,6 @@ import queue
 import socket
 import ssl
 import threading
-import time
 
 from dps_agent.effects import (
     NO_REPLY_CLOSED,
@@ -25,8 +24,8 @@ from dps_agent.effects import (
     NO_REPLY_TLS_VERSION,
     Failed,
 )
+from dps_agent.host.network.heads import seconds_until
 from dps_agent.host.network.trust import Trust
-from dps_agent.http1 import Reader
 from dps_hal.errors import AskOperator
 
 TYPE_CHECKING = False
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 
 MQTT_PORT = 8883  # of every hub
-_HEAD_PIECE = 4096  # bytes
 
 # How OpenSSL's name for a failure without a verdict on a certificate ends, the reason, and what it says of the peer.
 # Alerts: RFC 8446, 6.2. A peer that dislikes our certificate wants one, for it was shown none.
@@ -237,35 +235,6 @@ def say_goodbye(tls: ssl.SSLSocket) -> None:
     with contextlib.suppress(OSError, ValueError):  # not shaken hands, or broken
         tls.settimeout(0)
         tls.unwrap()
-
-
-def seconds_until(deadline_s: float) -> float:
-    """Seconds until `deadline_s` of the monotonic clock; TimeoutError where there are none."""
-    left_s = deadline_s - time.monotonic()
-    if left_s <= 0:
-        raise TimeoutError
-    return left_s
-
-
-def read_head(
-    connection: socket.socket, names: tuple[str, ...], deadline_s: float
-) -> tuple[int, dict[str, str], bytes]:
-    """Status and those headers of the next HTTP answer, and what came behind its head; raises Failed and OSError."""
-    reader = Reader(0, names)
-    reading = reader.final_head()
-    try:
-        next(reading)
-        while True:
-            connection.settimeout(seconds_until(deadline_s))
-            reading.send(connection.recv(_HEAD_PIECE))
-    except StopIteration as read:
-        status, headers, _ = read.value
-    return status, headers, reader.rest
-
-
-def address_text(host: str, port: int) -> str:
-    """ "host:port", an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _without_verdict(error: ssl.SSLError) -> Failed:

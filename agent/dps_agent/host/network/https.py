@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import ssl
 import time
-import urllib.parse
 
 from dps_agent.effects import NO_REPLY_CLOSED, Failed, NoReply, Reply
-from dps_agent.host.network.dial import Dialler, seconds_until
+from dps_agent.host.network.dial import Dialler
+from dps_agent.host.network.heads import seconds_until
 from dps_agent.host.network.proxy import NONE, ProxyRule
 from dps_agent.host.network.trust import validity_s
 from dps_agent.http1 import Reader
 from dps_hal.errors import AskOperator
+from dps_text.addresses import host_and_port
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,19 +26,13 @@ _HTTPS_PORT = 443
 _RECEIVE_SIZE = 16 * 1024  # bytes; the largest TLS record
 
 
-def host_and_port(text: str, setting: str) -> tuple[str, int | None]:
-    """The two parts of "host", "host:port" or "[IPv6]:port"; AskOperator `config.invalid` names `setting` if not so."""
-    host, port = "", None
+def peer_of(text: str, setting: str) -> tuple[str, int | None]:
+    """Host and port of a peer; AskOperator `config.invalid` names `setting` where they are none."""
     try:
-        parts = urllib.parse.urlsplit(f"//{text}")
-        host, port = parts.hostname or "", parts.port
-        host.encode("idna")  # what getaddrinfo and TLS do with it
-        valid = bool(host) and parts.netloc == text and text.isascii() and "@" not in text and port != 0
-    except ValueError:  # an unbalanced bracket, a port out of range, a label that is empty or too long
-        valid = False
-    if not valid:
-        raise AskOperator("config.invalid", f"{setting}: expected a host name with or without :port, got '{text}'")
-    return host, port
+        return host_and_port(text)
+    except ValueError:
+        wanted = f"{setting}: expected a host name with or without :port, got '{text}'"
+        raise AskOperator("config.invalid", wanted) from None
 
 
 class DpsConnection:
@@ -65,10 +60,10 @@ class DpsConnection:
         self._authority = authority.removesuffix("/")
         if scheme.lower() != "https":
             raise AskOperator("config.invalid", f"endpoint: expected \"https://name\", got '{endpoint}'")
-        self._host, port = host_and_port(self._authority, "endpoint")
+        self._host, port = peer_of(self._authority, "endpoint")
         self._dial_host, self._dial_port = self._host, port or _HTTPS_PORT
         if connect_to:
-            self._dial_host, dial_port = host_and_port(connect_to, "connect_to")
+            self._dial_host, dial_port = peer_of(connect_to, "connect_to")
             self._dial_port = dial_port or self._dial_port
         self._dialler = Dialler(ProxyRule(proxy), ca_file)
         self._timeout_s = timeout_s

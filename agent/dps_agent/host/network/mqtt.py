@@ -29,7 +29,7 @@ from dps_agent.effects import (
 )
 from dps_agent.host.network import websocket
 from dps_agent.host.network.dial import MQTT_PORT, Dialler, say_goodbye
-from dps_agent.host.network.https import host_and_port
+from dps_agent.host.network.https import peer_of
 from dps_agent.host.network.proxy import NONE, ProxyRule
 from dps_agent.hub_effects import Acknowledged, Arrived, ConnAck, Gone, Granted
 from dps_agent.session import TOPIC_LIMIT
@@ -89,7 +89,7 @@ class HubConnection:
         websocket_port: int = websocket.PORT,
     ) -> None:
         self._ports = {MQTT: port, WEBSOCKET: websocket_port}
-        self._connect_to = host_and_port(connect_to, "hub.connect_to") if connect_to else None
+        self._connect_to = peer_of(connect_to, "hub.connect_to") if connect_to else None
         transports = [MQTT, WEBSOCKET] if transport == AUTO else [transport]
         self._transports = transports[:1] if connect_to else transports  # in the order in which they are tried
         self._dialler = Dialler(ProxyRule(proxy), ca_file, "hub.ca_file")

@@ -19,8 +19,9 @@ from dps_agent.effects import (
     NO_REPLY_PROXY_SCHEME,
     Failed,
 )
-from dps_agent.host.network.dial import address_text, read_head, seconds_until
+from dps_agent.host.network.heads import read_head, seconds_until
 from dps_hal.errors import AskOperator
+from dps_text.addresses import address_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import os
 import struct
 
 from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_NOT_FOUND, NO_REPLY_PROTOCOL, Failed
-from dps_agent.host.network.dial import read_head, seconds_until
+from dps_agent.host.network.heads import read_head, seconds_until
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
