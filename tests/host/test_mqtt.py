@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dps_agent.effects import NoReply
-from dps_agent.host import runner
+from dps_agent.host import hub_ways, runner
 from dps_agent.host.network import mqtt as host_mqtt
 from dps_agent.host.network.mqtt import PACKET_LIMIT, HubConnection
 from dps_agent.host.network.websocket import Frames, packed
@@ -281,6 +281,75 @@ def test_a_hub_is_verified_without_a_connection(serve, certificates: Certificate
     assert not any(seen), "nothing was said to it"
 
 
+def test_a_hub_that_was_verified_is_not_dialled_again(serve) -> None:
+    server, hub = serve(accepting())
+    assert hub.is_verified(HUB) and hub.connect(connecting()) == ConnAck(0, False)
+    assert (server.connections, server.handshakes) == (1, 1)
+    assert hub.is_verified(HUB) and hub.publish(TOPIC, b"", 0) == 0, "the connection stands"
+    assert hub.connect(connecting()) == ConnAck(0, False)
+    assert server.connections == 2
+    assert hub.is_verified("other.example") is False
+    assert hub.connect(connecting()) == ConnAck(0, False)
+
+
+def test_who_was_verified_long_ago_or_is_another_is_not_taken_for_the_hub(serve, monkeypatch) -> None:
+    closed: list[Peer] = []
+
+    def behave(peer: Peer) -> None:
+        try:
+            accepting()(peer)
+        finally:
+            closed.append(peer)
+
+    server, hub = serve(behave)
+    assert hub.is_verified(HUB)
+    hub._reached = ("other.example", *hub._reached[1:])
+    assert hub.connect(connecting()) == ConnAck(0, False) and server.connections == 2
+    monkeypatch.setattr(host_mqtt, "REACHED_LIFE_S", 0.0)
+    assert hub.is_verified(HUB)
+    assert hub.connect(connecting()) == ConnAck(0, False) and server.connections == 4
+    assert hub.is_verified(HUB)
+    hub.close()
+    until_s = time.monotonic() + SOON_S
+    while len(closed) < 5 and time.monotonic() < until_s:
+        time.sleep(0.01)
+    assert len(closed) == server.connections == 5, "none is left open"
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_a_hub_that_hung_up_on_silence_is_dialled_again_and_once(serve, heard: bool) -> None:
+    def behave(peer: Peer) -> None:
+        if server.connections == 1:
+            if heard:
+                peer.receive()
+            peer.say_goodbye()
+            peer.cut()
+        else:
+            accepting()(peer)
+
+    server, hub = serve(behave)
+    assert hub.is_verified(HUB)
+    assert hub.connect(connecting()) == ConnAck(0, False)
+    assert server.connections == 2
+
+
+def test_a_hub_that_hangs_up_on_every_connect_is_given_up_after_the_second(serve) -> None:
+    server, hub = serve(lambda peer: peer.receive())
+    assert hub.is_verified(HUB)
+    assert_no_reply(hub.connect(connecting()), "closed")
+    assert server.connections == 2
+
+
+def test_a_clock_is_confirmed_by_a_certificate_and_never_by_a_session(serve) -> None:
+    server, hub = serve(accepting())
+    assert hub.connect(connecting()) == ConnAck(0, False)
+    assert hub.is_verified(HUB)
+    assert hub.connect(connecting()) == ConnAck(0, False)
+    assert server._context.session_stats()["hits"] == 0
+    assert hub.connect(connecting()) == ConnAck(0, False)
+    assert server._context.session_stats()["hits"] == 1
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [(socket.EAI_NONAME, "not_found"), (socket.EAI_NODATA, "not_found"), (socket.EAI_AGAIN, "dns"), (0, "dns")],
@@ -321,7 +390,7 @@ def test_the_deadlines_are_the_designed_ones() -> None:
     assert host_mqtt.CONNECT_LIMIT_S == 60
     assert (host_mqtt.PING_AFTER, host_mqtt.SILENCE) == (0.75, 1.5)
     assert host_mqtt.FLUSH_LIMIT_S + host_mqtt.LINGER_S < runner.EXIT_GRACE_S, "a signal leaves time for a polite end"
-    assert runner.EXIT_GRACE_S < runner.HUB_DEADLINE_S
+    assert runner.EXIT_GRACE_S < hub_ways.HUB_DEADLINE_S
 
 
 def test_silence_of_one_and_a_half_keep_alives_ends_the_connection(serve) -> None:
@@ -387,7 +456,7 @@ def test_a_hub_whose_window_is_full_does_not_block_us(serve) -> None:
             assert hub.publish(TOPIC, bytes(256 * 1024), 1)
         assert soon(hub, 0.05) is None
         hub.close()
-        assert time.monotonic() - began_s < runner.HUB_DEADLINE_S, "whoever has asked for it waits no longer"
+        assert time.monotonic() - began_s < hub_ways.HUB_DEADLINE_S, "whoever has asked for it waits no longer"
     finally:
         over.set()
 
@@ -687,7 +756,7 @@ def test_a_silent_peer_holds_no_disconnect_up(serve) -> None:
             hub.publish(TOPIC, bytes(200_000), 1)
         began_s = time.monotonic()
         hub.close()
-        assert time.monotonic() - began_s < runner.HUB_DEADLINE_S, "whoever has asked for it waits no longer"
+        assert time.monotonic() - began_s < hub_ways.HUB_DEADLINE_S, "whoever has asked for it waits no longer"
     finally:
         over.set()
 

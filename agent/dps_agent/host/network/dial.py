@@ -80,12 +80,13 @@ class Dialler:
         self.aborted = False
 
     def dial(
-        self, name: str, host: str, port: int, deadline_s: float, reach_by_s: float | None = None
+        self, name: str, host: str, port: int, deadline_s: float, reach_by_s: float | None = None, afresh: bool = False
     ) -> ssl.SSLSocket:
         """A TLS connection to `host`, through its proxy if it has one, whose certificate is for `name`.
 
-        Both times are of the monotonic clock, `reach_by_s` for what comes before TLS. Raises Failed: `connect` where
-        no TCP connection stood, `tls` where the peer was not verified.
+        Both times are of the monotonic clock, `reach_by_s` for what comes before TLS. `afresh`: the peer has to show
+        its certificate, so no session is resumed. Raises Failed: `connect` where no TCP connection stood, `tls` where
+        the peer was not verified.
         """
         reach_by_s = deadline_s if reach_by_s is None else min(reach_by_s, deadline_s)
         while True:
@@ -96,7 +97,7 @@ class Dialler:
             session = None
             try:
                 raw = self.reach(host, port, reach_by_s)
-                session = self.trust.session(name)
+                session = None if afresh else self.trust.session(name)
                 return self._shake_hands(context, session, name, raw, deadline_s)
             except (OSError, Failed) as error:
                 failed = self.explain(error, "in the TLS handshake")

@@ -60,6 +60,7 @@ SILENCE = 1.5  # times the keep-alive without a byte from the hub: MQTT 3.1.1, 3
 PING_AFTER = 0.75  # times the keep-alive
 FLUSH_LIMIT_S = 0.4  # for what is to be sent before a polite end
 LONGEST_WAIT_S = 3600.0  # in one go; poll(2) counts milliseconds in 31 bits
+REACHED_LIFE_S = 30.0  # time for a TPM to sign a token; a hub waits about as long for a CONNECT
 LINGER_S = 0.2  # for the hub to end the connection after our DISCONNECT
 _CONNACK, _PUBLISH, _PUBACK, _SUBACK, _PINGRESP = 2, 3, 4, 9, 13  # packet types, MQTT 3.1.1, table 2.1
 _RECEIVE_SIZE = 16 * 1024  # bytes; the largest TLS record
@@ -97,6 +98,7 @@ class HubConnection:
         self._client: _Client | None = None  # of the identity
         self._in_flight: dict[int, tuple[bytes, bytes]] = {}  # packet id -> topic and payload, QoS 1
         self._wire: _Wire | None = None
+        self._reached: tuple[str, _Wire, float] | None = None  # by `is_verified`: the hub, the wire, since when
         self._connected = False  # the hub has accepted us, and nobody was told that it ended
         self._keep_alive_s = 0.0
         self._pinged_at_s = 0.0
@@ -110,47 +112,28 @@ class HubConnection:
         deadline_s = time.monotonic() + CONNECT_LIMIT_S
         self._dialler.begin()
         self._aborted = False
-        self.disconnect()
-        client = self._client_of(effect)
-        sent = False
-        try:
-            wire = self._wire = self._reach(effect.hub, deadline_s)
-            sent = True
-            client.wire = wire
-            client.username_pw_set(effect.user_name, effect.token.header())
-            try:
-                client.connect(effect.hub, keepalive=effect.keep_alive_s)  # the packet is made in here
-            finally:
-                client.username_pw_set(None)
-            self._keep_alive_s = float(effect.keep_alive_s)
-            while wire.connack is None and not wire.closed:
-                if self._aborted:
-                    raise Failed(NO_REPLY_CLOSED, "given up")
-                if time.monotonic() >= deadline_s:
-                    raise Failed(NO_REPLY_TIMEOUT, "the hub did not answer to CONNECT in time")
-                self._serve(deadline_s)
-        except Failed as failed:
-            self._end()
-            return NoReply(f"{failed.reason}: {failed}", sent)
-        if wire.connack is None:
-            self._end()
-            return NoReply(wire.reason(), sent)
-        wire.leave_session(self._dialler.trust)
-        if wire.connack.return_code:
-            self._end()
-            return wire.connack
-        self._pinged_at_s = time.monotonic()
-        self._connected = True
-        self._look_for_the_end()
-        return wire.connack
+        wire = self._take_reached(effect.hub)
+        if wire is not None:
+            answer = self._introduce(effect, wire, deadline_s)
+            # A hub may hang up on who keeps silent while our CONNECT is on its way.
+            if self._aborted or not (isinstance(answer, NoReply) and answer.reason.startswith(NO_REPLY_CLOSED)):
+                return answer
+        return self._introduce(effect, None, deadline_s)
 
     def is_verified(self, hub: str) -> bool:
-        """Whether the hub is reached and its certificate is good, for who has not connected; within CONNECT_LIMIT_S."""
+        """Whether the hub is reached and its certificate is good by the clock of now; within CONNECT_LIMIT_S.
+
+        A connection that stands is left alone. What was reached serves the next `connect`, if that comes within
+        REACHED_LIFE_S.
+        """
         self._dialler.begin()
+        self._forget_reached()
         try:
-            self._reach(hub, time.monotonic() + CONNECT_LIMIT_S).close()
+            # A session resumed would say nothing of the clock.
+            wire = self._reach(hub, time.monotonic() + CONNECT_LIMIT_S, afresh=True)
         except Failed:
             return False
+        self._reached = (hub, wire, time.monotonic())
         return True
 
     def subscribe(self, filters: tuple[tuple[str, int], ...]) -> int | None:
@@ -257,6 +240,57 @@ class HubConnection:
 
     # Connecting.
 
+    def _take_reached(self, hub: str) -> _Wire | None:
+        """The wire to `hub` on which nothing was said yet, if there is one that the hub still waits on."""
+        if self._reached is not None:
+            name, wire, at_s = self._reached
+            if name == hub and time.monotonic() < at_s + REACHED_LIFE_S:
+                self._reached = None
+                return wire
+        self._forget_reached()
+        return None
+
+    def _forget_reached(self) -> None:
+        if self._reached is not None:
+            self._reached[1].close()
+            self._reached = None
+
+    def _introduce(self, effect: Connect, reached: _Wire | None, deadline_s: float) -> ConnAck | NoReply:
+        """CONNECT and its answer, on the wire that was `reached` or on another."""
+        self.disconnect()
+        client = self._client_of(effect)
+        sent = False
+        try:
+            wire = self._wire = reached or self._reach(effect.hub, deadline_s)
+            sent = True
+            client.wire = wire
+            client.username_pw_set(effect.user_name, effect.token.header())
+            try:
+                client.connect(effect.hub, keepalive=effect.keep_alive_s)  # the packet is made in here
+            finally:
+                client.username_pw_set(None)
+            self._keep_alive_s = float(effect.keep_alive_s)
+            while wire.connack is None and not wire.closed:
+                if self._aborted:
+                    raise Failed(NO_REPLY_CLOSED, "given up")
+                if time.monotonic() >= deadline_s:
+                    raise Failed(NO_REPLY_TIMEOUT, "the hub did not answer to CONNECT in time")
+                self._serve(deadline_s)
+        except Failed as failed:
+            self._end()
+            return NoReply(f"{failed.reason}: {failed}", sent)
+        if wire.connack is None:
+            self._end()
+            return NoReply(wire.reason(), sent)
+        wire.leave_session(self._dialler.trust)
+        if wire.connack.return_code:
+            self._end()
+            return wire.connack
+        self._pinged_at_s = time.monotonic()
+        self._connected = True
+        self._look_for_the_end()
+        return wire.connack
+
     def _client_of(self, effect: Connect) -> _Client:
         """The paho client of this identity; another identity has nothing in flight, and no events."""
         identity = (effect.hub, effect.device_id)
@@ -271,23 +305,23 @@ class HubConnection:
         self._client.clean(effect.clean_session)
         return self._client
 
-    def _reach(self, hub: str, deadline_s: float) -> _Wire:
+    def _reach(self, hub: str, deadline_s: float, afresh: bool = False) -> _Wire:
         """A wire to the hub on the first transport that reaches it."""
         for transport in self._transports[:-1]:
             try:
-                return self._open(transport, hub, deadline_s, time.monotonic() + REACH_LIMIT_S)
+                return self._open(transport, hub, deadline_s, time.monotonic() + REACH_LIMIT_S, afresh)
             except Failed as failed:
                 if failed.reason != NO_REPLY_CONNECT:
                     raise
         last = self._transports[-1]
-        wire = self._open(last, hub, deadline_s, deadline_s)
+        wire = self._open(last, hub, deadline_s, deadline_s, afresh)
         self._transports.remove(last)
         self._transports.insert(0, last)  # it works here
         return wire
 
-    def _open(self, transport: str, hub: str, deadline_s: float, reach_by_s: float) -> _Wire:
+    def _open(self, transport: str, hub: str, deadline_s: float, reach_by_s: float, afresh: bool) -> _Wire:
         host, port = self._connect_to or (hub, None)
-        tls = self._dialler.dial(hub, host, port or self._ports[transport], deadline_s, reach_by_s)
+        tls = self._dialler.dial(hub, host, port or self._ports[transport], deadline_s, reach_by_s, afresh)
         try:
             if transport == MQTT:
                 wire = _Wire(tls, None, b"")
@@ -307,6 +341,7 @@ class HubConnection:
             self._take_acknowledgements(self._wire)
             self._wire.close()
             self._wire = None
+        self._forget_reached()
 
     # The loop.
 
