@@ -443,7 +443,10 @@ HELD_NUMBERS = [
     (OPERATORS, f"when its hub has not existed for {lifecycle.HUB_GONE_S // 60} minutes"),
     (OPERATORS, f"a random moment within {FEW[lifecycle.START_SPREAD_S]} seconds"),
     (OPERATORS, f"within so many seconds, at least {FEW[lifecycle.START_SPREAD_S]};"),
-    (OPERATORS, f"it is renewed at {session.RENEW_AT * 100:.0f} % of its life"),
+    (
+        OPERATORS,
+        f"it is renewed at {(session.RENEW_AT - session.RENEW_SPREAD) * 100:.0f} to {session.RENEW_AT * 100:.0f} %",
+    ),
     (OPERATORS, f"of at most {routes.TOKEN_LIFE_LIMIT_S // 60} minutes, to whoever may use the socket"),
     (OPERATORS, f"never to more than {FEW[utc.AGREEMENT_S // 60]} minutes before what the last run believed"),
     (SPEC, f"of which none was steady yet, at most {patience.CONNECTS_LIMIT};"),
