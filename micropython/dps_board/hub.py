@@ -17,21 +17,35 @@ from dps_agent.hub_effects import (
     TelemetryDone,
     Withdrawn,
 )
+from dps_board.clock import TIMES_TO_TRY
 from dps_board.mqtt import HubConnection
-from dps_board.runner import TIMES_TO_TRY
 from dps_hal.errors import RetryLater
 from dps_hal.platform import from_json, to_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, Protocol
 
-    from dps_agent.effects import NoReply
+    from dps_agent.effects import NoReply, Reply
     from dps_agent.hub_effects import ConnAck, Message
     from dps_board.clock import BoardClock
     from dps_board.config import BoardConfiguration
-    from dps_board.runner import Agent
+    from dps_board.https import Connection
+
+    class Program(Protocol):
+        """What the hub's side needs of an `Agent`: the way to DPS, and what the program wants to be called for."""
+
+        connection: Connection
+        on_message: Callable[[dict[str, str], bytes | None], Any] | None
+        on_method: Callable[[str, Any], Any] | None
+        on_desired: Callable[[int, dict[str, Any] | None, bool], Any] | None
+
+        async def request(self, method: str, path: str, body: bytes, authorization: None) -> NoReply | Reply:
+            """As `Agent.request`."""
+            ...
+
+
 MESSAGES_LIMIT = 8  # messages and calls that the program has in hand; a hub delivers further messages later
 
 
@@ -40,7 +54,7 @@ class Hub:
 
     def __init__(
         self,
-        agent: "Agent",
+        agent: "Program",
         config: "BoardConfiguration",
         clock: "BoardClock",
         watchdog: "Callable[[], None] | None",

@@ -19,6 +19,7 @@ from dps_agent.driver import Driver
 from dps_agent.effects import NO_REPLY_TIMEOUT, NO_REPLY_TLS, NoReply, Reply
 from dps_agent.lifecycle import CONNECTED, Lifecycle
 from dps_agent.patience import decode_progress
+from dps_board.clock import TIMES_TO_TRY
 from dps_board.https import Connection
 from dps_board.memory import forget
 from dps_hal.contracts import PROGRESS
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 HTTP_DEADLINE_MS = 60_000  # one request in all
 TELEMETRY_LIMIT_S = 30
 TELEMETRY_LIMIT = 262144  # bytes; see `dps_agent.session`
-TIMES_TO_TRY = 3  # of one request: under a proposal, under the floor, under the peer's Date
 NO_ROOM_S = 10  # before the life begins anew, where the heap had no room for the logic itself
 _GO_FIRST = ("ReadEndorsementKey", "ReadStorageRootKey", "ImportKey", "Sign", "Commit")
 _SMALL = ("Uptime", "UtcNow", "Random", "Release")  # they leave no garbage worth collecting

@@ -6,7 +6,7 @@ not in dps_hal/host.
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import TypeGuard
 
@@ -513,6 +513,62 @@ def test_the_rule_sees_a_violation_and_finds_none_in_the_tree(
     assert list(rule(ast.parse(broken))), f"the rule {name!r} does not see: {broken}"
     assert not list(rule(ast.parse(kept))), f"the rule {name!r} complains about: {kept}"
     assert not violations(rule, paths), "\n".join(violations(rule, paths))
+
+
+def imported_modules(tree: ast.Module, module: str, known: Container[str]) -> set[str]:
+    """The modules of `known` that the source of `module` imports, anywhere in it and for a type checker as well.
+
+    `from a import b` is the module a.b where there is one, else a. That Python runs a package's `__init__` before any
+    module in it does not count as an import.
+    """
+    found: set[str] = set()
+    for node in nodes(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found.update(name if name in known else node.module for name in whole)
+    return {name for name in found if name in known} - {module}
+
+
+def circles(imported: Mapping[str, set[str]]) -> list[list[str]]:
+    """The modules that reach themselves, those of one circle together; `imported` has what each imports."""
+    reached = {module: set(others) for module, others in imported.items()}
+    for middle in imported:
+        for module in imported:
+            if middle in reached[module]:
+                reached[module] |= reached[middle]
+    found = {tuple(sorted(o for o in reached[m] if m in reached[o])) for m in reached if m in reached[m]}
+    return sorted(list(circle) for circle in found)
+
+
+def modules_below(*folders: str) -> dict[str, Path]:
+    """Every module in these source roots, by the name it is imported by."""
+    found = {}
+    for root in [CHECKOUT / folder for folder in folders]:
+        for path in sorted(root.rglob("*.py")):
+            found[".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")] = path
+    return found
+
+
+def test_a_circle_of_imports_is_seen() -> None:
+    sources = {
+        "a.b": "from a import c",
+        "a.c": "def late():\n    import d",
+        "d": "if TYPE_CHECKING:\n    from a.b import name",
+        "e": "from d import x\nimport a.b",
+    }
+    imported = {module: imported_modules(ast.parse(text), module, sources) for module, text in sources.items()}
+    assert imported == {"a.b": {"a.c"}, "a.c": {"d"}, "d": {"a.b"}, "e": {"d", "a.b"}}
+    assert circles(imported) == [["a.b", "a.c", "d"]]
+    assert circles(imported | {"d": set()}) == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    modules = modules_below("agent", "hal", "micropython", "tools")
+    imported = {name: imported_modules(ast.parse(path.read_text()), name, modules) for name, path in modules.items()}
+    assert sum(map(len, imported.values())) > len(modules), "the imports are not seen"
+    assert circles(imported) == []
 
 
 def test_every_error_code_is_of_a_known_area() -> None:
