@@ -1,10 +1,12 @@
 """`tools/bench`: what it says of numbers, and that what it measures is there; the numbers are the machine's."""
 
 import json
+import os
 
 import pytest
 
 from dps_bench.costs import clean_environ, cpu_ms, memory_mib, run
+from dps_bench.instructions import counted
 from dps_bench.report import Report
 from dps_bench.service import CPU_LIMIT_PERCENT, PEAK_LIMIT_MIB, over_limits
 
@@ -46,12 +48,15 @@ def test_what_the_environment_says_is_not_measured(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_process_s_own_numbers_are_read() -> None:
-    import os
-
     before_ms = cpu_ms(os.getpid())
     while cpu_ms(os.getpid()) <= before_ms:
         sum(range(10_000))
     assert memory_mib(os.getpid(), "VmHWM") >= memory_mib(os.getpid(), "VmRSS") > 1
+
+
+def test_the_instructions_of_a_program_do_not_depend_on_the_neighbours() -> None:
+    least, more = counted(["-S", "-c", "pass"], {}), counted(["-S", "-c", "sum(range(100_000))"], {})
+    assert abs(counted(["-S", "-c", "pass"], {}) - least) < least / 1000 and more > least * 1.01
 
 
 def test_a_report_says_the_same_twice() -> None:
