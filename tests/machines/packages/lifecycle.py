@@ -83,6 +83,16 @@ class Machine:
             time.sleep(0.2)
         self.run("systemctl show dps-agent -p StatusText --value; dps-agent status")
 
+    def settled_record(self) -> str:
+        """Digests of both copies, once the older one is erased: a while after the hub has taken the newer one."""
+        content = f"for copy in {RECORD}; do tr -d '\\000\\377' < $copy | wc -c; done"  # an erased copy has none
+        until_s = time.monotonic() + CONNECT_DEADLINE_S
+        while "0" not in self.run(content, shown=False).split():
+            if time.monotonic() > until_s:
+                raise CommandFailed(f"the older copy is still there after {CONNECT_DEADLINE_S} s")
+            time.sleep(0.5)
+        return self.run(f"sha256sum {RECORD}")
+
     def registrations(self) -> int:
         """How many registrations the emulator's DPS has accepted."""
         return sum(line.operation == "register" and line.status == 202 for line in self.emulator.log)
@@ -152,7 +162,7 @@ def live_full(device: Machine, package: Path, newer: Path) -> None:
     claim("two registrations", device.registrations() == 2, device.registrations())
     found = device.run(f"stat -c '%u %a %n' {STATE} {STATE}/*")
     claim("owners and modes are as before", found == owners, found)
-    record = device.run(f"sha256sum {RECORD}")
+    record = device.settled_record()
 
     title("upgrade of a service that somebody disabled: it stays so")
     device.run("systemctl disable --now dps-agent")
@@ -245,7 +255,7 @@ def live_light(device: Machine, package: Path, newer: Path, full: Path) -> None:
     device.run("systemctl enable --now dps-agent")
     device.await_connected()
     claim("one registration", device.registrations() == 1, device.registrations())
-    record = device.run(f"sha256sum {RECORD}")
+    record = device.settled_record()
 
     title("upgrade where only the unit's environment has the ID scope")
     device.run("rm /etc/dps-agent/config.d/10-scope.toml")
