@@ -531,7 +531,7 @@ def test_each_way_to_the_hub_is_gone_and_one_that_is_used_suffices(
         way: bench.emulator.hub_port if open_ports in ("both", way) else closed_port for way in ("mqtt", "websocket")
     }
     monkeypatch.setattr(websocket, "PORT", ports["websocket"])
-    monkeypatch.setattr(network, "MQTT_PORT", ports["mqtt"])
+    monkeypatch.setattr(ways, "MQTT_PORT", ports["mqtt"])
     bench.agent.settings.write_text(bench.agent.text.replace(f'connect_to = "{bench.emulator.hub_connect_to}"', ""))
     status, found = found_by(bench, capsys, *setting("hub.transport", transport))
     assert (status, found["hub-mqtt"]["result"], found["hub-websocket"]["result"]) == expected
