@@ -15,6 +15,7 @@ package(
         "der.py",
         "driver.py",
         "effects.py",
+        "fleet.py",
         "http1.py",
         "hub_effects.py",
         "lifecycle.py",

@@ -17,6 +17,7 @@ where they begin: a board has memory for one of them at a time.
 from dps_agent.assignment import load_held
 from dps_agent.backoff import HALTED_S, HUB_FIRST_S, HUB_LEAST, HUB_LIMIT_S, around_s, exponential_s
 from dps_agent.effects import Commit, LoadRecord, Random, ReadEndorsementKey, Sleep, Uptime, UtcNow
+from dps_agent.fleet import UNKNOWN, dps_spread_s, hub_spread_s, token_life_s
 from dps_agent.patience import Patience, next_state
 from dps_agent.settings import AUTO
 from dps_hal.contracts import IDENTITY
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from dps_agent.assignment import Assignment
     from dps_agent.effects import Effect
+    from dps_agent.fleet import Fleet
     from dps_agent.session import Session
     from dps_agent.settings import Settings
     from dps_hal.contracts import StoredRecord, Utc
@@ -119,7 +121,7 @@ HUB_GONE_S = 1800  # without a hub of this name, before the device registers aga
 # A connection that lasted so long ends the count of failed ones. Twice HUB_LIMIT_S: of two devices with one identity
 # each ends the other's connection, and none may last so long while the other one waits.
 STEADY_S = 600
-START_SPREAD_S = 5  # first contact of a life with DPS or the hub, where first_contact_spread_s says no more
+START_SPREAD_S = 5  # first contact of a life with DPS or the hub, where nothing says more
 COMMITTED_SPREAD_S = 2  # the first connection with a new identity
 
 
@@ -179,6 +181,12 @@ class Lifecycle:
     def dps_not_before_s(self) -> float:
         """The uptime before which DPS does not want to be asked."""
         return self.patience.dps_not_before_s
+
+    @property
+    def fleet(self) -> "Fleet":
+        """The fleet as the hub told it last, else as the settings have it."""
+        told = self.patience.fleet
+        return self.settings.fleet if told == UNKNOWN else told
 
     @property
     def retry_after_s(self) -> "int | None":
@@ -266,7 +274,8 @@ class Lifecycle:
         if self.assignment and not wanted:
             self.reason = f"assigned to {self.assignment.assigned_hub}"
             yield from self._held()
-            delay_s: float = yield from self.patience.before_hub_s(self._spread_s())
+            spread_s = max(hub_spread_s(self.fleet), START_SPREAD_S)
+            delay_s: float = yield from self.patience.before_hub_s(spread_s)
             return HOLDS, delay_s
         if self.assignment:
             self.reason = "the hub refused the device" if self.standing == REFUSED else "asked to register again"
@@ -288,7 +297,7 @@ class Lifecycle:
                 is_first = wish == OWN and not self.attempts and not once
                 if is_first:
                     random: float = yield Random()
-                    spread_s = random * self._spread_s()
+                    spread_s = random * max(self._dps_spread_s(), START_SPREAD_S)
                 yield from self.patience.begin_attempt(int(spread_s))
                 if is_first:
                     yield Sleep(spread_s, "a random wait, for a fleet may start at once")
@@ -385,8 +394,10 @@ class Lifecycle:
             if self._lacks_of != held.assigned_hub:
                 self._lacks_of, self._lacks = held.assigned_hub, {}
             self._session = Session(self.settings, held, about, self.summary, self.serial, self._lacks)
+            self._session.keep_fleet = self.patience.keep_fleet
         session = self._session
         session.dps_not_before_s = self.dps_not_before_s
+        session.token_life_s = self.settings.token_life_s or token_life_s(self.fleet)
         if self._connected_since_s is None:
             yield from self.patience.begin_connection()
         try:
@@ -459,7 +470,7 @@ class Lifecycle:
             self._missing_since_s = None
         elif self._missing_since_s is None:
             random: float = yield Random()
-            self._missing_since_s = now_s + random * self.settings.first_contact_spread_s
+            self._missing_since_s = now_s + random * self._dps_spread_s()
         elif may_ask_dps and now_s - self._missing_since_s >= HUB_GONE_S:
             self._wish = SEEKING
             return REGISTER, 0
@@ -499,5 +510,5 @@ class Lifecycle:
             self._missing_since_s = None
         self.standing = next_state(STANDINGS, self.standing, said)
 
-    def _spread_s(self) -> int:
-        return max(self.settings.first_contact_spread_s, START_SPREAD_S)
+    def _dps_spread_s(self) -> int:
+        return self.settings.first_contact_spread_s or dps_spread_s(self.fleet)

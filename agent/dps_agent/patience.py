@@ -22,6 +22,7 @@ from dps_agent.backoff import (
     throttled_s,
 )
 from dps_agent.effects import Commit, LoadRecord, Random, Uptime, UtcNow
+from dps_agent.fleet import NAMES, UNKNOWN, fleet_of
 from dps_agent.utc import CERTIFICATE, LONGEST_STEP_S
 from dps_hal.contracts import PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, RetryLater
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from typing import Any, NamedTuple
 
     from dps_agent.effects import Effect
+    from dps_agent.fleet import Fleet
     from dps_hal.contracts import StoredRecord, Utc
 
     class Progress(NamedTuple):
@@ -106,6 +108,7 @@ class Patience:
         self._keyless = 0  # assignments without a key in a row
         self._connects = 0  # connections begun in a row, none of them steady yet; also those of earlier lives
         self._unsteady = 0  # connections in a row that did not last, or could not even begin
+        self.fleet: Fleet = UNKNOWN  # as the hub told it last
         self._stored: Progress | None = None  # `progress` as it was read or written last
         self._counted: list[str] = []  # which of the two counts this life has stored already
 
@@ -116,6 +119,7 @@ class Patience:
         except DpsError:
             return  # what ails the store shows when the identity is loaded
         last = self._stored = decode_progress(stored.payload) if stored else None
+        self.fleet = decode_fleet(stored.payload) if stored else UNKNOWN
         if last is None:
             return
         self.attempts = self.failed = last.attempts
@@ -257,6 +261,12 @@ class Patience:
         """A new identity was stored: the connections that the one before lost say nothing about it."""
         self._unsteady = 0
 
+    def keep_fleet(self, fleet: "Fleet") -> "Generator[Effect, Any, None]":
+        """The hub told how large the fleet is; stored where it is news."""
+        if fleet != self.fleet:
+            self.fleet = fleet
+            yield from self._write(self._stored or Progress(self.attempts, *NOTHING[1:]))
+
     # The record.
 
     def in_order(self) -> "bytes | None":
@@ -265,7 +275,7 @@ class Patience:
         An orderly end is no crash, so the connections begun count no more.
         """
         last = self._stored
-        return encode_progress(Progress(*last[:6], 0)) if last and last.connects else None
+        return encode_progress(Progress(*last[:6], 0), self.fleet) if last and last.connects else None
 
     def _hear(self, event: str) -> None:
         self.state = next_state(PATIENCES, self.state, event)
@@ -324,7 +334,7 @@ class Patience:
 
     def _write(self, progress: Progress) -> "Generator[Effect, Any, DpsError | None]":
         try:
-            yield Commit(PROGRESS, encode_progress(progress))
+            yield Commit(PROGRESS, encode_progress(progress, self.fleet))
         except DpsError as refusal:  # whatever ails the store: the record is expendable
             return refusal
         self._stored = progress
@@ -345,19 +355,28 @@ def _is_power_of_two(number: int) -> bool:
     return number & (number - 1) == 0
 
 
-def encode_progress(progress: Progress) -> bytes:
-    """The JSON text of the record `progress`."""
-    return to_json(
-        {
-            "attempts": progress.attempts,
-            "nextTryDelayS": progress.next_try_delay_s,
-            "lastBelievedS": progress.last_believed_s,
-            "halted": progress.halted,
-            "code": progress.code,
-            "message": progress.message,
-            "connects": progress.connects,
-        }
-    ).encode()
+def encode_progress(progress: Progress, fleet: "Fleet" = UNKNOWN) -> bytes:
+    """The JSON text of the record `progress`; what the hub told of the fleet stands in it where it told something."""
+    value: dict[str, Any] = {
+        "attempts": progress.attempts,
+        "nextTryDelayS": progress.next_try_delay_s,
+        "lastBelievedS": progress.last_believed_s,
+        "halted": progress.halted,
+        "code": progress.code,
+        "message": progress.message,
+        "connects": progress.connects,
+    }
+    if fleet != UNKNOWN:
+        value["fleet"] = dict(zip(NAMES, fleet))
+    return to_json(value).encode()
+
+
+def decode_fleet(stored: bytes) -> "Fleet":
+    """The fleet in a stored `progress` record; UNKNOWN where there is none that can be used."""
+    try:
+        return fleet_of(from_json(stored)) or UNKNOWN
+    except ValueError:
+        return UNKNOWN
 
 
 def decode_progress(stored: bytes) -> "Progress | None":

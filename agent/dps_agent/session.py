@@ -24,6 +24,7 @@ from dps_agent.effects import (
     Random,
     Uptime,
 )
+from dps_agent.fleet import TOKEN_LIFE_S, fleet_of
 from dps_agent.hub_effects import (
     NOT_AUTHORIZED,
     Acknowledge,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
 
     from dps_agent.assignment import Assignment
     from dps_agent.effects import Effect
+    from dps_agent.fleet import Fleet
     from dps_agent.hub_effects import ConnAck, Event
     from dps_agent.sas import SasToken
     from dps_agent.settings import Settings
@@ -169,6 +171,8 @@ class Session:
         self._token: SasToken | None = None  # for the next connection
         self._renew_at_s = 0.0
         self.dps_not_before_s = 0.0
+        self.token_life_s: int = settings.token_life_s or TOKEN_LIFE_S
+        self.keep_fleet: Callable[[Fleet], Generator[Effect, Any, None]] | None = None  # the size of the fleet is told
         self._expires_at_s = 0.0
         self._expiry_utc_s = 0  # the same moment, as the token says it
         self._in_flight: list[_Telemetry] = []  # in the order in which it was sent first
@@ -419,7 +423,7 @@ class Session:
         return RENEW
 
     def _make_token(self, spread: float) -> "Generator[Effect, Any, SasToken]":
-        life_s = self._settings.token_life_s
+        life_s = self.token_life_s
         token = yield from hub_token(self._assignment, life_s)
         now_s: float = yield Uptime()
         random: float = yield Random()
@@ -685,6 +689,7 @@ class Session:
             twin = from_json(payload)
             desired, reported = twin["desired"], twin["reported"]
             version = desired["$version"]
+            own = desired.get(REPORTED_NAME)
             self._reported = reported.get(REPORTED_NAME) == self._about
             text = to_json(desired).encode()
             if len(text) > DESIRED_LIMIT:
@@ -700,6 +705,7 @@ class Session:
             self._older_twins += 1
             return False
         self._older_twins = 0
+        yield from self._take_fleet(own)
         if version != self._desired_version:
             taken: bool = yield Tell(Desired(version, text, True))
             if not taken:
@@ -707,6 +713,12 @@ class Session:
             self._desired_version = version
         self._desired_size = len(text)
         return True
+
+    def _take_fleet(self, own: "Any") -> "Generator[Effect, Any, None]":
+        """The desired properties for the agent itself may say how large the fleet is; an absurd one changes nothing."""
+        fleet = fleet_of(own)
+        if fleet is not None and self.keep_fleet:
+            yield from self.keep_fleet(fleet)
 
     def _take_desired(self, topic: str, payload: "bytes | None") -> "Generator[Effect, Any, None]":
         try:
@@ -717,7 +729,8 @@ class Session:
         now_s: float = yield Uptime()
         again_s = now_s
         size = self._desired_size + len(payload or b"")  # what they may have come to; the whole says how much it is
-        if payload is not None and version == self._desired_version + 1 and size <= DESIRED_LIMIT:
+        ours = payload is not None and REPORTED_NAME.encode() in payload  # the whole says what they have come to
+        if payload is not None and not ours and version == self._desired_version + 1 and size <= DESIRED_LIMIT:
             taken: bool = yield Tell(Desired(version, payload, False))
             if taken:
                 self._desired_version = version

@@ -4,6 +4,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NamedTuple
 
+    from dps_agent.fleet import Fleet
+
     class Settings(NamedTuple):
         """The settings of one device's life; the host reads them from TOML, a board from JSON."""
 
@@ -13,10 +15,11 @@ if TYPE_CHECKING:
         poll: str  # POLL_LOOKUP or POLL_OPERATION
         payload: "dict[str, Any] | None"  # custom allocation input
         registration_budget_s: int
-        first_contact_spread_s: int  # the first contact is spread at random over so many seconds; 5 at least
+        first_contact_spread_s: int  # with DPS, spread at random over so many seconds, 5 at least; 0: as `fleet` says
         hub_suffixes: "tuple[str, ...]"
+        fleet: "Fleet"
         keep_alive_s: int  # of the connection to the hub
-        token_life_s: int  # of a token for the hub; renewed at 80 % of it at the latest
+        token_life_s: int  # of a token for the hub; renewed at 80 % of it at the latest; 0: as `fleet` says
 else:
     from collections import namedtuple
 
@@ -31,6 +34,7 @@ else:
             "registration_budget_s",
             "first_contact_spread_s",
             "hub_suffixes",
+            "fleet",
             "keep_alive_s",
             "token_life_s",
         ),
@@ -39,7 +43,6 @@ else:
 AUTO = "auto"
 KEEP_ALIVE_S = 240  # balancers in front of hubs drop what is silent for four minutes
 KEEP_ALIVE_LIMIT_S = 1177  # a hub drops after 1.5 times that, and after 1767 s at the latest; IoT Hub MQTT guide
-TOKEN_LIFE_S = 3600
 POLL_LOOKUP = "lookup"
 POLL_OPERATION = "operation"
 
@@ -55,6 +58,7 @@ def settings_of(values: "dict[str, Any]") -> Settings:
         registration_budget_s=values["retry.registration_budget_s"],
         first_contact_spread_s=values["retry.first_contact_spread_s"],
         hub_suffixes=tuple(values["hub.hub_suffixes"]),
+        fleet=(values["fleet.devices"], values["fleet.dps_quota_per_min"], values["fleet.hub_connects_per_s"]),
         keep_alive_s=values["hub.keep_alive_s"],
         token_life_s=values["hub.token_life_s"],
     )

@@ -4,7 +4,7 @@ The floor is what the quota allows at best: both PUTs of a registration count. 3
 stand for 100,000 at 1,000: only devices for each request a minute matter.
 """
 
-from dps_agent.settings import TOKEN_LIFE_S
+from dps_agent.fleet import TOKEN_LIFE_S
 from dps_emulator.quotas import Quota
 from dps_fleet.simulation import Dps, Fleet, Hub, agent
 from dps_fleet.wire import FIRST_HUB

@@ -2,6 +2,7 @@
 
 from dps_agent.assignment import decode
 from dps_agent.effects import Sign
+from dps_agent.fleet import TOKEN_LIFE_S
 from dps_agent.hub_effects import (
     AnswerMethod,
     Arrived,
@@ -40,7 +41,7 @@ from dps_agent.session import (
     decode_properties,
     encode_properties,
 )
-from dps_agent.settings import KEEP_ALIVE_S, TOKEN_LIFE_S
+from dps_agent.settings import KEEP_ALIVE_S
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.platform import from_json

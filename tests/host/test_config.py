@@ -435,7 +435,8 @@ def test_the_logic_gets_its_settings(tmp_path: Path) -> None:
     loaded = read('id_scope = "s"\nregistration_id = "r"\npayload = {a = 1}', tmp_path)
     suffixes = (".azure-devices.net", ".azure-devices.cn", ".azure-devices.us")
     endpoint = "https://global.azure-devices-provisioning.net"
-    assert loaded.settings() == Settings("0ne00000000", "r", endpoint, "lookup", {"a": 1}, 900, 0, suffixes, 240, 3600)
+    expected = ("0ne00000000", "r", endpoint, "lookup", {"a": 1}, 900, 0, suffixes, (0, 0, 0), 240, 0)
+    assert loaded.settings() == Settings(*expected)
     assert read("", tmp_path).settings().payload is None
 
 

@@ -25,6 +25,7 @@ from dps_agent.effects import (
     Uptime,
     UtcNow,
 )
+from dps_agent.fleet import TOKEN_LIFE_S, UNKNOWN
 from dps_agent.hub_effects import (
     Acknowledge,
     Acknowledged,
@@ -39,7 +40,7 @@ from dps_agent.hub_effects import (
     Tell,
 )
 from dps_agent.sas import percent_encode
-from dps_agent.settings import KEEP_ALIVE_S, POLL_LOOKUP, TOKEN_LIFE_S, Settings
+from dps_agent.settings import KEEP_ALIVE_S, POLL_LOOKUP, Settings
 from dps_hal.contracts import StoredRecord, Utc
 from dps_hal.errors import DpsError, IdentityStale
 from dps_hal.platform import MICROPYTHON, from_json, hmac_sha256, sha256, to_base64, to_json
@@ -75,6 +76,7 @@ def settings(
     budget_s: int = 900,
     spread_s: int = 0,
     id_scope: str = SCOPE,
+    fleet: "tuple[int, int, int]" = UNKNOWN,
 ) -> Settings:
     """Settings as an operator would write them."""
     return Settings(
@@ -86,6 +88,7 @@ def settings(
         budget_s,
         spread_s,
         (".azure-devices.net", ".azure-devices.cn"),
+        fleet,
         KEEP_ALIVE_S,
         TOKEN_LIFE_S,
     )

@@ -20,6 +20,7 @@ from dps_agent.host.settings_table import (
     SECTIONS,
     SOCKET_PATH_LIMIT,
     ApiSettings,
+    FleetSettings,
     HubSettings,
     NetworkSettings,
     RetrySettings,
@@ -69,6 +70,7 @@ class Configuration(TopSettings):
     retry: RetrySettings
     tpm: TpmSettings
     hub: HubSettings
+    fleet: FleetSettings
     network: NetworkSettings
     api: ApiSettings
     files: tuple[str, ...]

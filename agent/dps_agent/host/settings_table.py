@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from dps_agent.settings import AUTO, KEEP_ALIVE_LIMIT_S, KEEP_ALIVE_S, POLL_LOOKUP, POLL_OPERATION, TOKEN_LIFE_S
+from dps_agent.fleet import LIMITS, TOKEN_LIFE_S, WEEK_S
+from dps_agent.settings import AUTO, KEEP_ALIVE_LIMIT_S, KEEP_ALIVE_S, POLL_LOOKUP, POLL_OPERATION
 from dps_hal.contracts import EK_HANDLE, EK_TEMPLATES, SRK_HANDLE
 from dps_text.addresses import host_and_port
 
@@ -249,9 +250,9 @@ class RetrySettings(Section):
         help="Seconds that one registration may take, all its waiting included.",
     )  # fmt: skip
     first_contact_spread_s: int = seconds(
-        0, 0, 86400,
-        help="The service's first contact comes at a random moment within so many seconds, at least five; for fleets"
-        " that are switched on at once.",
+        0, 0, WEEK_S,
+        help="The service's first contact with DPS comes at a random moment within so many seconds, at least five; for"
+        " fleets that are switched on at once. 0: as [fleet] says.",
     )  # fmt: skip
 
 
@@ -319,9 +320,11 @@ class HubSettings(Section):
         help="A silent connection is asked for a sign of life within so many seconds; balancers in front of hubs drop"
         " what is silent for four minutes.",
     )  # fmt: skip
-    token_life_s: int = seconds(
-        TOKEN_LIFE_S, 300, 86400,
-        help="A token for the hub lives so many seconds; it is renewed at 75 to 80 % of its life, the"
+    token_life_s: int = form(
+        0, f"0, or a whole number of seconds from 300 to {WEEK_S}",
+        lambda value: type(value) is int and (value == 0 or 300 <= value <= WEEK_S),
+        help=f"A token for the hub lives so many seconds, 0: as [fleet] says, {TOKEN_LIFE_S} where it says nothing;"
+        " it is renewed at 75 to 80 % of its life, the"
         " first one of a connection at 30 to 80 %.",
     )  # fmt: skip
     hub_suffixes: tuple[str, ...] = form(
@@ -330,6 +333,25 @@ class HubSettings(Section):
         _is_suffix_list,
         help="The hubs that this device may be assigned to: the names, and all that end in them.",
     )
+
+
+class FleetSettings(Section):
+    """[fleet]: how many devices share the services; 0: nobody knows. docs/fleet.md has the sums."""
+
+    devices: int = whole(
+        0, 0, LIMITS[0],
+        help="How many devices may come back together, for instance after a blackout; 0: nobody knows.",
+    )  # fmt: skip
+    dps_quota_per_min: int = whole(
+        0, 0, LIMITS[1],
+        help="Registrations a minute that the Device Provisioning Service takes of them all; 1000 unless Microsoft has"
+        " raised it. With devices it makes the spread of the first contact.",
+    )  # fmt: skip
+    hub_connects_per_s: int = whole(
+        0, 0, LIMITS[2],
+        help="New connections a second that the hubs take together. With devices it makes the spread of the first"
+        " connection and the life of a token.",
+    )  # fmt: skip
 
 
 class NetworkSettings(Section):
@@ -399,6 +421,7 @@ SECTIONS: dict[str, type[Section]] = {
     "retry": RetrySettings,
     "tpm": TpmSettings,
     "hub": HubSettings,
+    "fleet": FleetSettings,
     "network": NetworkSettings,
     "api": ApiSettings,
 }

@@ -1,0 +1,97 @@
+"""What a device makes of the size of its fleet, and of a hub that tells it another one."""
+
+from dps_agent.fleet import (
+    HUB_SPREAD_LIMIT_S,
+    TOKEN_LIFE_S,
+    UNKNOWN,
+    WEEK_S,
+    dps_spread_s,
+    fleet_of,
+    hub_spread_s,
+    token_life_s,
+)
+from dps_agent.lifecycle import START_SPREAD_S, Lifecycle
+from dps_agent.patience import Progress, decode_fleet, decode_progress, encode_progress
+from dps_hal.contracts import PROGRESS
+from dps_hal.platform import from_json
+from support.world import World, settings
+
+MILLION = (1_000_000, 1000, 100)
+TOLD = {"devices": 1_000_000, "dpsQuotaPerMin": 1000, "hubConnectsPerS": 100}
+
+
+def lived(world: World, hours: float, fleet: "tuple[int, int, int]" = UNKNOWN, spread_s: int = 0) -> Lifecycle:
+    life = Lifecycle(settings(fleet=fleet, spread_s=spread_s))
+    world.end_at(world.uptime_s + hours * 3600)
+    world.run(life.live(False, False, True))
+    return life
+
+
+def test_spread_and_token_life_follow_from_the_fleet_and_end_at_a_week() -> None:
+    assert (dps_spread_s(UNKNOWN), hub_spread_s(UNKNOWN), token_life_s(UNKNOWN)) == (0, 0, TOKEN_LIFE_S)
+    assert (dps_spread_s(MILLION), hub_spread_s(MILLION), token_life_s(MILLION)) == (
+        125_000,
+        HUB_SPREAD_LIMIT_S,
+        26_000,
+    )
+    small = (30_000, 1000, 200)
+    assert (dps_spread_s(small), hub_spread_s(small), token_life_s(small)) == (3750, 150, TOKEN_LIFE_S)
+    huge = (100_000_000, 1, 1)
+    assert (dps_spread_s(huge), hub_spread_s(huge), token_life_s(huge)) == (WEEK_S, HUB_SPREAD_LIMIT_S, WEEK_S)
+
+
+def test_the_spread_of_the_settings_wins_and_none_delays_the_hub() -> None:
+    for spread_s, fleet, longest_s in ((0, UNKNOWN, START_SPREAD_S), (0, MILLION, 125_000), (400, MILLION, 400)):
+        world = World()
+        lived(world, 30, fleet, spread_s)
+        assert world.slept("fleet") == [longest_s * 0.5]
+        world.sleeps.clear()
+        started_s = world.uptime_s
+        connections = len(world.hub.connections)
+        lived(world, 1, fleet, spread_s)
+        connected_s = world.hub.connections[connections][0] - started_s
+        assert connected_s <= HUB_SPREAD_LIMIT_S, "a reboot waits for the hub alone"
+
+
+def test_a_hub_may_tell_how_large_the_fleet_is_and_that_outlives_a_restart() -> None:
+    world = World()
+    world.hub.change_desired(world.uptime_s, "dpsAgent", {"fleet": TOLD}, False)
+    life = lived(world, 0.1)
+    assert life.fleet == MILLION and decode_fleet(world.store[PROGRESS]) == MILLION
+    writes = len(world.commits)
+    life = lived(world, 0.1)
+    assert life.fleet == MILLION and len(world.commits) - writes <= 2, "what is known is not written again"
+    world.hub.change_desired(world.uptime_s, "dpsAgent", None, False)
+    assert lived(world, 0.1).fleet == UNKNOWN == decode_fleet(world.store[PROGRESS])
+    world.at(world.uptime_s + 60, lambda: world.hub.change_desired(world.uptime_s, "dpsAgent", {"fleet": TOLD}))
+    assert lived(world, 0.1).fleet == MILLION, "also by a patch"
+
+
+def test_an_absurd_fleet_changes_nothing() -> None:
+    for own in (
+        {"fleet": 7},
+        {"fleet": {"devices": -1}},
+        {"fleet": {"devices": True}},
+        {"fleet": {"devices": "many"}},
+        {"fleet": {"devices": 10**12}},
+        {"fleet": dict(TOLD, dpsQuotaPerMin=1)},
+        {"fleet": dict(TOLD, hubConnectsPerS=1)},
+    ):
+        assert fleet_of(own) is None, own
+        world = World()
+        world.hub.change_desired(world.uptime_s, "dpsAgent", own, False)
+        assert lived(world, 0.1, MILLION).fleet == MILLION and b"fleet" not in world.store[PROGRESS], own
+    assert fleet_of(None) == fleet_of({}) == fleet_of(7) == UNKNOWN
+
+
+def test_a_record_without_a_fleet_is_what_it_was() -> None:
+    progress = Progress(3, 120, 1800000000, False, "dps.throttled", "DPS answered 429", 1)
+    text = (
+        b'{"attempts":3,"nextTryDelayS":120,"lastBelievedS":1800000000,"halted":false,"code":"dps.throttled",'
+        b'"message":"DPS answered 429","connects":1'
+    )
+    golden = text + b',"fleet":{"devices":1000000,"dpsQuotaPerMin":1000,"hubConnectsPerS":100}}'
+    assert from_json(encode_progress(progress)) == from_json(text + b"}")
+    assert from_json(encode_progress(progress, MILLION)) == from_json(golden)
+    assert decode_progress(golden) == progress and decode_fleet(golden) == MILLION
+    assert decode_fleet(text + b"}") == decode_fleet(b"rubbish") == decode_fleet(b"7") == UNKNOWN
