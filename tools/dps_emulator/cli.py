@@ -171,6 +171,19 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add("--clock-skew", type=_number(0, 86_400), default=300, metavar="S", help="accept tokens expired so long ago")
     add("--tier", choices=("standard", "basic"), default="standard", help="basic: the hubs take telemetry only")
+    add("--quota", type=_rate("min"), metavar="N/min", help="registration requests that are granted; the others: 429")
+    add(
+        "--quota-by",
+        choices=("minute", "bucket"),
+        default="minute",
+        help="fixed minutes, or a bucket of a second's part",
+    )
+    add("--quota-counts", type=int, choices=(1, 2, 3), default=2, help="1: PUT with token, 2: both PUTs, 3: polls too")
+    add("--quota-retry-after", type=_retry_after, default=None, metavar="S", help="Retry-After of a 429; default none")
+    add("--connects", type=_rate("s"), metavar="N/s", help="new connections that the hubs take; the others are dropped")
+    add(
+        "--connect-queue", type=_number(0, 3600, float), default=0.0, metavar="S", help="or wait for so long; default 0"
+    )
     add("--faults", type=Path, metavar="FILE", help="fault script, a JSON list; see dps_emulator/faults.py")
     add("--log-file", type=Path, metavar="FILE", help="append the log here too, a regular file")
     add(
@@ -283,7 +296,7 @@ def _log_file(path: Path | None, limit_bytes: int) -> "BoundedFile | None":
 
 
 def _settings(arguments: argparse.Namespace) -> "Settings":
-    from dps_emulator.service import Settings
+    from dps_emulator.service import CHALLENGE, POLL, REGISTER, Settings
 
     lookup, stale_lookups = arguments.lookup
     return Settings(
@@ -301,6 +314,12 @@ def _settings(arguments: argparse.Namespace) -> "Settings":
         refuse_by=arguments.refuse_by,
         clock_skew_s=arguments.clock_skew,
         tier=arguments.tier,
+        quota_per_min=arguments.quota,
+        quota_by=arguments.quota_by,
+        quota_counts=(REGISTER, CHALLENGE, POLL)[: arguments.quota_counts],
+        retry_after_429_s=arguments.quota_retry_after,
+        connects_per_s=arguments.connects,
+        connect_queue_s=arguments.connect_queue,
     )
 
 
@@ -586,6 +605,18 @@ def _number(low: float, high: float, kind: type = int) -> Any:
 
 def _retry_after(text: str) -> int | None:
     return None if text == "none" else int(_number(0, 86_400)(text))
+
+
+def _rate(unit: str) -> Callable[[str], int]:
+    """Reads a rate such as 1000/min."""
+
+    def read(text: str) -> int:
+        number, slash, after = text.partition("/")
+        if slash and after != unit:
+            raise argparse.ArgumentTypeError(f"'{text}' is not of the form N/{unit}")
+        return int(_number(1, 10**9)(number))
+
+    return read
 
 
 def _property(text: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from dps_emulator import mqtt, websocket
 from dps_emulator.faults import MQTT, Fault, FaultScript
 from dps_emulator.hub import Hubs, Link, Refusal, operation_of, silence_limit_s
+from dps_emulator.quotas import Gate
 from dps_emulator.registrations import StateError
 
 FIRST_PACKET_S = 30.0  # from TCP accept to CONNECT
@@ -35,13 +36,18 @@ class HubServer:
         faults: Callable[[], FaultScript],
         clock: Callable[[], float],
         notice: Callable[[str], None],
+        gate: Gate | None = None,
     ) -> None:
-        """`tls` becomes this server's own; `faults()` is the script in force; `clock` returns Unix seconds."""
+        """`tls` becomes this server's own; `faults()` is the script in force; `clock` returns Unix seconds.
+
+        `gate` lets new connections in.
+        """
         self.hubs = hubs
         self.tls = tls
         self.faults = faults
         self.now = clock
         self.notice = notice
+        self.gate = gate
         self._socket = listening
         self._server_names: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
         tls.sni_callback = self._named
@@ -174,6 +180,11 @@ class _Connection:
         if fault.drop:
             self._reset = fault.reset
             return
+        if self._server.gate:
+            wait_s = self._server.gate.wait_s(asyncio.get_running_loop().time())
+            if wait_s is None:
+                return
+            await asyncio.sleep(wait_s)
         try:
             await self._writer.start_tls(self._server.tls, ssl_handshake_timeout=TLS_HANDSHAKE_S)
         except (ssl.SSLError, ConnectionError) as error:

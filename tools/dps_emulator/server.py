@@ -26,6 +26,7 @@ from dps_emulator.faults import Fault, FaultScript
 from dps_emulator.hub import HubContext, HubLine, Hubs
 from dps_emulator.hub_devices import FILE_LIMIT_BYTES, BoundedFile, HubDevice, MessageFile, MessagesInMemory
 from dps_emulator.hub_server import ABORT, HubServer, place
+from dps_emulator.quotas import Gate
 from dps_emulator.registrations import StateError, utc_text
 from dps_emulator.service import (
     INTERNAL_ERROR,
@@ -138,7 +139,9 @@ class EmulatorServer:
         self._tls = server_tls(authority, [*own_names, DPS_HOST, *service.settings.hubs])
         self.hubs = _hubs(service, state_dir, hub_log, messages_limit_bytes)
         hub_tls = server_tls(authority, [*own_names, *service.settings.hubs])
-        self._hub_server = HubServer(self.hubs, hub_tls, self._hub_socket, lambda: self.faults, clock, notice)
+        chosen = service.settings
+        gate = Gate(chosen.connects_per_s, chosen.connect_queue_s) if chosen.connects_per_s else None
+        self._hub_server = HubServer(self.hubs, hub_tls, self._hub_socket, lambda: self.faults, clock, notice, gate)
         self._control = Control(self._hub_server, self.set_faults)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._serving = threading.Event()

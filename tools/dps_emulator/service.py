@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, unquote
 from dps_emulator.enrollments import REGISTRATION_ID_GRAMMAR, Enrollment, is_registration_id, registration_key
 from dps_emulator.hub_devices import HubDevice
 from dps_emulator.json_text import parse_json
+from dps_emulator.quotas import MINUTE, Quota
 from dps_emulator.registrations import Assignment, Failure, Operation, Registration, StateError, utc_text
 from dps_emulator.tokens import TokenError, device_token_refusal, expiry_refusal, parse_token
 from dps_emulator.tpm_keys import (
@@ -44,11 +45,16 @@ ENROLLMENT_DISABLED = 403001
 SCOPE_NOT_FOUND = 404200
 NOT_FOUND = 404201
 OPERATION_NOT_FOUND = 404202
+THROTTLED = 429001
 METHOD_NOT_ALLOWED = 405001
 BODY_TOO_LARGE = 413001
 NOT_JSON = 415001
 INTERNAL_ERROR = 500001
 
+
+# What a quota may count. Nothing is published about what the real one does; both steps of a registration are our guess.
+CHALLENGE, REGISTER, POLL = "challenge", "register", "poll"
+COUNTED = (CHALLENGE, REGISTER)
 
 METHODS = {"register": "PUT", "operation": "GET", "lookup": "POST"}
 
@@ -72,6 +78,12 @@ class Settings:
     clock_skew_s: int = 300  # a token may have expired so long ago
     tier: Literal["standard", "basic"] = "standard"  # of the hubs
     challenge_life_s: int = 3600
+    quota_per_min: int | None = None  # requests that are granted; None: all
+    quota_by: str = MINUTE  # how they are counted, see `Quota`
+    quota_counts: tuple[str, ...] = COUNTED
+    retry_after_429_s: int | None = None  # what a refusal for want of quota carries; None: no such header
+    connects_per_s: float | None = None  # new connections to the hubs; None: all
+    connect_queue_s: float = 0.0  # those beyond wait for so long before they are dropped
 
 
 @dataclass(frozen=True)
@@ -165,6 +177,8 @@ class DpsService:
         self.registrations = registrations
         self.assigned: Callable[[Assignment | None, Assignment, float], None] = lambda previous, assignment, now: None
         self._random_bytes = random_bytes
+        per_minute = settings.quota_per_min
+        self._quota = Quota(per_minute, settings.quota_by) if per_minute else None
         self._challenges: dict[str, _Challenge] = {}  # the oldest first
         self._by_place: dict[tuple[str, str], str] | None = None  # registrations by hub and device, None: not yet read
         self._place_of: dict[str, tuple[str, str]] = {}
@@ -175,6 +189,7 @@ class DpsService:
         request_id = self._guid()
         exchange = _Exchange(self, request, now)
         try:
+            self._require_quota(request, now)
             response = exchange.run()
         except _ChallengeNeeded as needed:
             response = self._challenge(exchange.registration_id, needed, now)
@@ -186,6 +201,15 @@ class DpsService:
             request_id=request_id,
             notice=exchange.notice,
         )
+
+    def _require_quota(self, request: Request, now: float) -> None:
+        """Raises the refusal where the quota counts this request and has no room for it."""
+        with_token = "authorization" in request.headers
+        kind = (REGISTER if with_token else CHALLENGE) if request.method == METHODS["register"] else POLL
+        if self._quota is None or kind not in self.settings.quota_counts or self._quota.take(now):
+            return
+        after_s = self.settings.retry_after_429_s
+        raise RefusalError(THROTTLED, "Throttled", **({} if after_s is None else {"Retry-After": str(after_s)}))
 
     def enroll(self, enrollment: Enrollment) -> None:
         """Adds or replaces an enrolment."""
