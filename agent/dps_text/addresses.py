@@ -1,10 +1,16 @@
-"""Addresses as people write them: "host", "host:port", "[IPv6]:port"."""
+"""Addresses as people write them: "host", "host:port", "[IPv6]:port".
 
-import urllib.parse
+What nearly all of them look like is read without `urllib` and the IDNA codec, which cost more than all else here.
+"""
 
 
 def host_and_port(text: str) -> tuple[str, int | None]:
     """Both parts of an address, the port None where there is none; ValueError where it is no address."""
+    found = plain_address(text)
+    if found is not None:
+        return found
+    import urllib.parse
+
     parts = urllib.parse.urlsplit(f"//{text}")  # ValueError: brackets that do not pair, a port out of range
     host, port = parts.hostname or "", parts.port
     host.encode("idna")  # as getaddrinfo and TLS do: ValueError for a label that is empty or too long
@@ -12,6 +18,23 @@ def host_and_port(text: str) -> tuple[str, int | None]:
     if not host or not plain or parts.netloc != text or port == 0:
         raise ValueError(f"expected host or host:port; came {text!r}")
     return host, port
+
+
+def plain_address(text: str) -> tuple[str, int | None] | None:
+    """The same for a name of letters, digits, dashes and dots, or IPv4; None where more must be looked at."""
+    host, colon, digits = text.partition(":")
+    if not is_plain_host(host):
+        return None
+    if not colon:
+        return host.lower(), None
+    if not (digits.isascii() and digits.isdecimal() and 0 < int(digits[:6]) < 65536):
+        return None
+    return host.lower(), int(digits[:6])
+
+
+def is_plain_host(host: str) -> bool:
+    """Whether the IDNA codec, or a parser of URLs, would leave a name as it is, but for its case."""
+    return host.isascii() and all(len(each) < 64 and each.replace("-", "").isalnum() for each in host.split("."))
 
 
 def address_text(host: str, port: int) -> str:

@@ -1,7 +1,6 @@
 """The one file that knows there are two runtimes: JSON, base64, AES, randomness, short waits."""
 
 import binascii
-import hashlib
 import os
 import sys
 import time
@@ -20,14 +19,22 @@ NESTING_LIMIT = 32  # levels of JSON; DPS's own bodies have 4
 MICROPYTHON = sys.implementation.name == "micropython"
 
 if MICROPYTHON:
+    from hashlib import sha256 as _sha256
+
     from cryptolib import aes as _aes  # pyright: ignore[reportMissingImports]
 
     def _encrypt_block(key: bytes):  # type: ignore[no-untyped-def]
         return _aes(key, 1).encrypt  # 1: ECB
 else:
-    from dps_hal.host.aes import Aes128
+
+    def _sha256(message: bytes):  # type: ignore[no-untyped-def,misc]
+        from hashlib import sha256  # brings OpenSSL, which who only reads records has no use for
+
+        return sha256(message)
 
     def _encrypt_block(key: bytes):  # type: ignore[no-untyped-def]
+        from dps_hal.host.aes import Aes128  # makes its tables
+
         return Aes128(key).encrypt
 
 
@@ -82,7 +89,7 @@ def random_bytes(count: int) -> bytes:
 
 def sha256(message: bytes) -> bytes:
     """SHA-256 of `message`, 32 bytes."""
-    return hashlib.sha256(message).digest()
+    return _sha256(message).digest()
 
 
 def hmac_sha256(key: bytes, message: bytes) -> bytes:
@@ -93,7 +100,7 @@ def hmac_sha256(key: bytes, message: bytes) -> bytes:
     for i in range(len(key)):
         inner[i] ^= key[i]
         outer[i] ^= key[i]
-    digest = hashlib.sha256(bytes(inner))
+    digest = _sha256(bytes(inner))
     digest.update(message)  # not one behind the other: that would be a copy of a long message
     return sha256(bytes(outer) + digest.digest())
 

@@ -173,7 +173,7 @@ def test_the_last_source_wins(tmp_path: Path) -> None:
 def test_a_packages_defaults_give_way_to_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packaged, system = tmp_path / "defaults.toml", tmp_path / "config.toml"
     packaged.write_text('[tpm]\nbackend = "wire"\n')
-    monkeypatch.setattr(config, "PACKAGE_FILE", packaged)
+    monkeypatch.setattr(config, "PACKAGE_FILE", str(packaged))
     assert load(environ=ENVIRON, system_file=system).tpm.backend == "wire"
     system.write_text("[tpm]\npersist_at = 0\n")
     loaded = load(environ=ENVIRON, system_file=system)

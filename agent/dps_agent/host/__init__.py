@@ -10,11 +10,15 @@ a settings file (then the system's own files are not read), or None for the syst
 the `DPS_AGENT_*` environment counts as well. Both raise the four classes of `dps_hal.errors`.
 """
 
-from pathlib import Path
+from __future__ import annotations
 
 from dps_agent.host.config import Configuration, load
 from dps_agent.host.provisioned import Provisioned
 from dps_hal.errors import AskOperator
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
 
 __all__ = ["Configuration", "Provisioned", "hub_token", "load", "provision"]
 
@@ -23,7 +27,7 @@ TOKEN_LIFE_LIMIT_S = 365 * 86400
 
 
 def provision(
-    config: Configuration | Path | str | None = None, *, force: bool = False, timeout_s: float | None = None
+    config: Configuration | os.PathLike[str] | str | None = None, *, force: bool = False, timeout_s: float | None = None
 ) -> Provisioned:
     """Registers this device unless its stored assignment holds (`force`: also then) and stores the assignment.
 
@@ -35,7 +39,7 @@ def provision(
     return provision_once(_configuration(config), force=force, timeout_s=timeout_s)
 
 
-def hub_token(config: Configuration | Path | str | None = None, *, life_s: int = TOKEN_LIFE_S) -> str:
+def hub_token(config: Configuration | os.PathLike[str] | str | None = None, *, life_s: int = TOKEN_LIFE_S) -> str:
     """A shared access signature token for the assigned hub, valid for `life_s` seconds, signed in the TPM.
 
     AskOperator `record.absent` before the first registration; IdentityStale `record.stale` where the stored
@@ -49,5 +53,5 @@ def hub_token(config: Configuration | Path | str | None = None, *, life_s: int =
     return token.header()
 
 
-def _configuration(config: Configuration | Path | str | None) -> Configuration:
+def _configuration(config: Configuration | os.PathLike[str] | str | None) -> Configuration:
     return config if isinstance(config, Configuration) else load(config)

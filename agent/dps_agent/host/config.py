@@ -5,13 +5,10 @@ Order, the last wins: built-in defaults, those of the package that brought the a
 files of the system.
 """
 
+from __future__ import annotations
+
 import os
 import stat
-import tomllib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 from dps_agent.host.settings_table import (
     AUTH_LIMIT,
@@ -33,8 +30,13 @@ from dps_hal.errors import AskOperator
 from dps_hal.host.regular import open_regular, read_regular
 from dps_text import BYTE_ORDER_MARK, NotText, Secret, secret_of, text_of
 
-SYSTEM_FILE = Path("/etc/dps-agent/config.toml")
-PACKAGE_FILE = Path(__file__).with_name("defaults.toml")  # where a package has other defaults than these
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+SYSTEM_FILE = "/etc/dps-agent/config.toml"
+PACKAGE_FILE = os.path.join(os.path.dirname(__file__), "defaults.toml")  # where a package has other defaults than these
 SYSTEM_STATE_DIR = "/var/lib/dps-agent"
 SYSTEM_RUNTIME_DIR = "/run/dps-agent"
 SOCKET_NAME = "api.sock"
@@ -135,6 +137,8 @@ class _Collector:
         """Takes a value from the environment or the command line: as in TOML, text also without quotes."""
         value: Any = text
         if not isinstance(KEYS[key].default, str) or text[:1] in ('"', "'"):
+            import tomllib
+
             try:
                 parsed = tomllib.loads(f"value = {text}")
             except (ValueError, RecursionError):
@@ -143,7 +147,7 @@ class _Collector:
                 value = parsed["value"]
         self.take(key, value, origin)
 
-    def take_file(self, path: Path) -> None:
+    def take_file(self, path: str) -> None:
         try:
             content = read_toml(path)
         except ConfigurationError as error:
@@ -151,12 +155,12 @@ class _Collector:
             return
         for name, value in content.items():
             if name not in SECTIONS:
-                self._take_named(name, value, str(path))
+                self._take_named(name, value, path)
             elif not isinstance(value, dict):
                 self.problem(f"{name}: expected a table, [{name}]; came {_shortened(value)} ({path})")
             else:
                 for inner, inner_value in value.items():
-                    self._take_named(f"{name}.{inner}", inner_value, str(path))
+                    self._take_named(f"{name}.{inner}", inner_value, path)
 
     def _take_named(self, key: str, value: Any, origin: str) -> None:
         if key in KEYS:
@@ -174,8 +178,10 @@ class _Collector:
         self.problem(f"{name}: there is no such setting ({origin}){hint}")
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a settings file holds; ConfigurationError `config.unreadable` names the file, and the line of the fault."""
+    import tomllib  # with `datetime` and more, the dearest of a start: not where there is no file
+
     try:
         return tomllib.loads(text_of(read_regular(path, SETTINGS_LIMIT)))
     except OSError as error:
@@ -188,11 +194,11 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def load(
-    config_file: "Path | str | None" = None,
+    config_file: str | os.PathLike[str] | None = None,
     *,
     overrides: Sequence[str] = (),
-    environ: "Mapping[str, str] | None" = None,
-    system_file: Path = SYSTEM_FILE,
+    environ: Mapping[str, str] | None = None,
+    system_file: str | os.PathLike[str] = SYSTEM_FILE,
     need_id_scope: bool = True,
 ) -> Configuration:
     """Reads all sources and returns the effective settings.
@@ -204,7 +210,7 @@ def load(
     collector = _Collector()
     if os.path.isfile(PACKAGE_FILE):
         collector.take_file(PACKAGE_FILE)
-    files = [Path(config_file)] if config_file is not None else _system_files(system_file, collector)
+    files = [os.fspath(config_file)] if config_file is not None else _system_files(os.fspath(system_file), collector)
     for path in files:
         collector.take_file(path)
     _take_environment(collector, environ)
@@ -229,24 +235,23 @@ def load(
         values[table][name] = value
     top = values.pop("")
     tables: dict[str, Any] = {table: SECTIONS[table](**inner) for table, inner in values.items()}
-    return Configuration(**top, **tables, files=tuple(map(str, files)), origins=collector.origins)
+    return Configuration(**top, **tables, files=tuple(files), origins=collector.origins)
 
 
-def _system_files(system_file: Path, collector: "_Collector") -> list[Path]:
+def _system_files(system_file: str, collector: _Collector) -> list[str]:
     """The system's files that exist; a file that exists but cannot be read is the reader's problem."""
-    found: list[Path] = []
-    folder = system_file.with_name("config.d")
+    found: list[str] = []
+    folder = os.path.join(os.path.dirname(system_file), "config.d")
     try:
         found += [system_file] if _exists(system_file) else []
-        found += (
-            sorted(folder / name for name in os.listdir(folder) if name.endswith(".toml")) if _exists(folder) else []
-        )
+        names = sorted(os.listdir(folder)) if _exists(folder) else []
+        found += [os.path.join(folder, name) for name in names if name.endswith(".toml")]
     except OSError as error:
         collector.problem(f"{error.filename}: cannot be read: {error.strerror}", "config.unreadable")
     return found
 
 
-def _exists(path: Path) -> bool:
+def _exists(path: str) -> bool:
     """Whether there is something at `path`; PermissionError where that cannot be known."""
     try:
         os.lstat(path)
@@ -339,9 +344,13 @@ def _settle_runtime_dir(collector: _Collector, environ: Mapping[str, str]) -> No
 
 def check_keys_in_hardware(configuration: Configuration) -> None:
     """AskOperator `tpm.simulator_refused` for a simulated TPM at Azure's own endpoints."""
-    host = (urlsplit(configuration.endpoint).hostname or "").rstrip(".")
     tpm = configuration.tpm
-    if tpm.backend == "simulator" and not tpm.i_know_keys_are_in_files and host.endswith(AZURE_ENDPOINT_SUFFIXES):
+    if tpm.backend != "simulator" or tpm.i_know_keys_are_in_files:
+        return
+    from urllib.parse import urlsplit
+
+    host = (urlsplit(configuration.endpoint).hostname or "").rstrip(".")
+    if host.endswith(AZURE_ENDPOINT_SUFFIXES):
         raise AskOperator(
             "tpm.simulator_refused",
             f"expected a hardware TPM for {host}; came the simulator, whose keys lie readable in {tpm.tcti}",
@@ -383,6 +392,8 @@ def proxy_of(configuration: Configuration) -> str:
 
 def readable_proxy_passwords(configuration: Configuration) -> list[str]:
     """A sentence for each place that holds a proxy's password and that others may read; none shows anything of it."""
+    from pathlib import Path
+
     found = []
     origin = configuration.origins["network.proxy"]
     if "@" in configuration.network.proxy and origin in configuration.files and (readers := _readers(origin)):
@@ -391,12 +402,12 @@ def readable_proxy_passwords(configuration: Configuration) -> list[str]:
         found.append(f"{ENVIRONMENT_FILE} holds a proxy's password, and {readers} may read it")
     for folder in UNIT_DROP_INS:
         for path in sorted(Path(folder).glob("*.conf")):
-            if _names_a_password(path, "Environment="):
+            if _names_a_password(str(path), "Environment="):
                 found.append(f"{path} holds a proxy's password, and 'systemctl show' shows it to every user")
     return found
 
 
-def _names_a_password(path: str | Path, start: str) -> bool:
+def _names_a_password(path: str, start: str) -> bool:
     """Whether a line that begins with `start` is about a proxy's URL with user or password."""
     try:
         lines = text_of(read_regular(path, SETTINGS_LIMIT)).splitlines()
@@ -408,6 +419,8 @@ def _names_a_password(path: str | Path, start: str) -> bool:
 
 def _readers(path: str) -> str:
     """Who else may read a file, "" for nobody; the folders above it count."""
+    from pathlib import Path
+
     try:
         modes = [os.stat(each).st_mode for each in (Path(path), *Path(os.path.abspath(path)).parents)]
     except OSError:
@@ -417,7 +430,7 @@ def _readers(path: str) -> str:
     return "its group" if modes[0] & 0o040 and all(mode & 0o011 for mode in modes[1:]) else ""
 
 
-def hierarchy_password(key: str, path: str, environ: "Mapping[str, str] | None" = None) -> Secret:
+def hierarchy_password(key: str, path: str, environ: Mapping[str, str] | None = None) -> Secret:
     """The secret in the file that setting `key` names, without one line end at its end; empty for no file.
 
     A credential of the file's name is taken in its place: the service's user cannot read what root keeps for root.

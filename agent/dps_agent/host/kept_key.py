@@ -7,8 +7,6 @@ that key, the record's own, or nothing; anything else is somebody else's and sta
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
-
 from dps_agent.assignment import SEAL_BYTES, decode, seal_message
 from dps_agent.driver import TpmCall
 from dps_agent.effects import LoadRecord, Sign
@@ -17,20 +15,25 @@ from dps_hal.errors import IdentityStale
 from dps_hal.platform import from_base64, from_json, same_bytes, to_base64
 from dps_hal.tpm.keys import object_name, unwrap
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from typing import Any, NamedTuple
 
     from dps_hal.contracts import StoredRecord, TpmService
 
+    class _Ours(NamedTuple):
+        """What the stored record says of its keys in the TPM."""
+
+        wrapped_key: bytes
+        handle: int  # `persist_at` when the record was made; 0: nowhere
+        names: tuple[bytes, ...]  # of the keys that are ours: the record's own, then its former one if it names one
+else:
+    from collections import namedtuple
+
+    _Ours = namedtuple("_Ours", ("wrapped_key", "handle", "names"))
+
 ENTRY = "persistAt"  # of the record: {"handle": number, "former": base64 of a name or ""}
-
-
-class _Ours(NamedTuple):
-    """What the stored record says of its keys in the TPM."""
-
-    wrapped_key: bytes
-    handle: int  # `persist_at` when the record was made; 0: nowhere
-    names: tuple[bytes, ...]  # of the keys that are ours: the record's own, then its former one if it names one
 
 
 def persist(tpm: TpmService, handle: int) -> Generator[Any, Any, None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from typing import TYPE_CHECKING, Any
 
 from dps_agent import __version__
 from dps_agent.assignment import decode, hub_token, load_held
@@ -24,8 +23,10 @@ from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLa
 from dps_hal.host.state_dir import open_store
 from dps_hal.host.tcti import is_ours_alone
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
+    from typing import Any
 
     from dps_agent.assignment import Assignment
     from dps_agent.host.network.https import DpsConnection

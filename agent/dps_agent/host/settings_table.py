@@ -7,16 +7,14 @@ the defaults that a board has (`dps_board/keys.py`). What the logic itself has t
 `dps_agent.settings`.
 """
 
+from __future__ import annotations
+
 import os
-import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from dps_agent.fleet import LIMITS, TOKEN_LIFE_S, WEEK_S
 from dps_agent.settings import AUTO, KEEP_ALIVE_LIMIT_S, KEEP_ALIVE_S, POLL_LOOKUP, POLL_OPERATION
 from dps_hal.contracts import EK_HANDLE, EK_TEMPLATES, SRK_HANDLE
-from dps_text.addresses import host_and_port
+from dps_text.addresses import host_and_port, plain_address
 
 SOCKET_PATH_LIMIT = 100  # bytes; sun_path of unix(7) has 108, and the socket is made under a longer name first
 REGISTRATION_ID_LIMIT = 128  # characters; Runtime Registration API, 2021-10-01
@@ -34,17 +32,30 @@ GONE = {
 }
 
 
-class Setting(NamedTuple):
-    """One row. `expected` says in words what `accepts` tests."""
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NamedTuple
 
-    default: Any
-    expected: str
-    accepts: Callable[[Any], bool]
-    help: str = ""  # in plain sentences; documents, template and manual page have them
-    board: "Setting | str | None" = None  # a board's own row, or why a board has none; None: a board has the same
-    in_hex: bool = False  # how people write it
-    secret_limit: int = 0  # bytes of the secret in the file that it names; 0: it names none
-    shown: Callable[[Any], Any] = lambda value: value  # what of a value may be seen
+    class Setting(NamedTuple):
+        """One row. `expected` says in words what `accepts` tests."""
+
+        default: Any
+        expected: str
+        accepts: Callable[[Any], bool]
+        help: str = ""  # in plain sentences; documents, template and manual page have them
+        board: Setting | str | None = None  # a board's own row, or why a board has none; None: a board has the same
+        in_hex: bool = False  # how people write it
+        secret_limit: int = 0  # bytes of the secret in the file that it names; 0: it names none
+        shown: Callable[[Any], Any] = lambda value: value  # what of a value may be seen
+else:
+    from collections import namedtuple
+
+    Setting = namedtuple(
+        "Setting",
+        ("default", "expected", "accepts", "help", "board", "in_hex", "secret_limit", "shown"),
+        defaults=("", None, False, 0, lambda value: value),
+    )
 
 
 class Section:
@@ -131,7 +142,19 @@ def _is_id_scope(value: str) -> bool:
     return 0 < len(value) <= 64 and value.isascii() and value.replace("-", "").replace("_", "").isalnum()
 
 
+def _is_registration_id(value: str) -> bool:
+    import re
+
+    return re.fullmatch(_REGISTRATION_ID, value) is not None
+
+
 def _is_endpoint(value: str) -> bool:
+    if not value.startswith("https://"):
+        return False
+    if plain_address(value.removeprefix("https://")):
+        return True
+    from urllib.parse import urlsplit
+
     try:
         parts = urlsplit(value)
         plain = bool(parts.hostname) and parts.port != 0 and parts.username is None and value[-1] != ":"
@@ -150,8 +173,14 @@ def is_address(value: str) -> bool:
 
 def is_proxy_url(value: str) -> bool:
     """Whether a text is the URL of a proxy."""
+    if not value.startswith("http://"):
+        return False
+    if plain_address(value.removeprefix("http://")):
+        return True
+    from urllib.parse import urlsplit
+
     try:
-        return value.startswith("http://") and bool(urlsplit(value).hostname) and urlsplit(value).port != 0
+        return bool(urlsplit(value).hostname) and urlsplit(value).port != 0
     except ValueError:  # brackets that do not pair, a port that is none
         return False
 
@@ -202,7 +231,7 @@ class TopSettings(Section):
         AUTO,
         f'"auto", or 1 to {REGISTRATION_ID_LIMIT} ASCII letters, digits and : . _ -; first a letter or digit, last one'
         " or a dash",
-        lambda value: re.fullmatch(_REGISTRATION_ID, value) is not None,
+        _is_registration_id,
         help="\"auto\" derives the id from the TPM's endorsement key, as Microsoft's tools print it;"
         " 'dps-agent enroll' shows it.",
     )

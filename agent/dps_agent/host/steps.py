@@ -1,7 +1,8 @@
 """One line for each step of an exchange, with its duration; never a body, a token or a key."""
 
+from __future__ import annotations
+
 import contextlib
-from typing import Any, Protocol
 
 from dps_agent.effects import Commit, Http, ImportKey, LoadRecord, NoReply, ReadEndorsementKey, ReadStorageRootKey, Sign
 from dps_agent.host.printed import printable
@@ -10,14 +11,18 @@ from dps_hal.contracts import IDENTITY
 from dps_hal.errors import DpsError
 from dps_hal.platform import from_json
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Protocol
+
+    class Lines(Protocol):
+        """What takes the lines: a text file, or `dps_agent.host.journal.Journal`."""
+
+        def write(self, text: str, /) -> object: ...
+        def flush(self) -> object: ...
+
+
 _WIDTH = 44  # columns before the duration
-
-
-class Lines(Protocol):
-    """What takes the lines: a text file, or `dps_agent.host.journal.Journal`."""
-
-    def write(self, text: str, /) -> object: ...
-    def flush(self) -> object: ...
 
 
 class StepLines:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from typing import TYPE_CHECKING
 
 from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.host.service_tpm import ServiceTpm
@@ -26,6 +25,7 @@ from dps_hal.tpm.errors import (
 from dps_hal.tpm.keys import ALG_SHA256, RSA_BYTES, SHA256_BYTES, ek_public, object_name, sized, srk_public
 from dps_hal.tpm.rules import CODES
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

@@ -3,9 +3,10 @@
 Source: proc_pid_mountinfo(5), and Linux, Documentation/filesystems/overlayfs.rst.
 """
 
+from __future__ import annotations
+
 import os
 import re
-from typing import NamedTuple
 
 MOUNTS_FILE = "/proc/self/mountinfo"
 MEMORY = ("tmpfs", "ramfs", "devtmpfs", "rootfs")  # the last is the initramfs, where no other root took its place
@@ -13,12 +14,20 @@ NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "afs", "virtiofs")
 LOCKLESS = ("9p",)  # ENOLCK from flock(2) there: the server takes no locks (Linux, fs/9p/vfs_file.c)
 
 
-class Mount(NamedTuple):
-    """One line of the file: where, what, and the file system's own options."""
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NamedTuple
 
-    place: str
-    kind: str
-    options: tuple[str, ...]
+    class Mount(NamedTuple):
+        """One line of the file: where, what, and the file system's own options."""
+
+        place: str
+        kind: str
+        options: tuple[str, ...]
+else:
+    from collections import namedtuple
+
+    Mount = namedtuple("Mount", ("place", "kind", "options"))
 
 
 def doubt(path: str, mounts_file: str = MOUNTS_FILE) -> str:

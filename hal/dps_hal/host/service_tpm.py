@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dps_hal.contracts import EK_TEMPLATES
 from dps_hal.errors import AskOperator
 from dps_hal.tpm.commands import ENDORSEMENT, OWNER
@@ -11,6 +9,7 @@ from dps_hal.tpm.keys import ek_template, object_name, unwrap
 from dps_hal.tpm.procedure import TpmProcedure
 from dps_hal.tpm.upkeep import EK_CERTIFICATE_INDEX, if_readable, template_in
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

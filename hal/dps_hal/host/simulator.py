@@ -12,7 +12,6 @@ import errno
 import os
 import struct
 import tempfile
-from typing import TYPE_CHECKING
 
 from dps_hal.contracts import EK_TEMPLATES, TpmCondition
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale
@@ -34,6 +33,7 @@ from dps_hal.tpm.keys import (
     wrap,
 )
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 

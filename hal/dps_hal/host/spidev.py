@@ -12,7 +12,6 @@ import fcntl
 import os
 import struct
 from array import array
-from typing import TYPE_CHECKING
 
 from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.host.ioctl import write_request
@@ -20,6 +19,7 @@ from dps_hal.host.tpm_node import open_device
 from dps_hal.tpm.spi import SpiBus
 from dps_hal.tpm.tis import TisTransport
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from dps_hal.contracts import WhileWaiting
 

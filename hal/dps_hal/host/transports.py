@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import select
-from typing import TYPE_CHECKING
 
 from dps_hal.errors import RetryLater
 from dps_hal.host.service_tpm import ServiceTpm
@@ -15,6 +14,7 @@ from dps_hal.platform import ms_since, ticks_ms
 from dps_hal.tpm.tcp import SwtpmTransport
 from dps_hal.tpm.wire import WireCommands
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

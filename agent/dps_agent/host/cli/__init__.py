@@ -3,22 +3,25 @@
 TPM, TLS and MQTT are imported by the verbs that use them, when they run: `--help` and `status` stay small.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib import import_module
-from typing import Any, NoReturn
 
 from dps_agent.host.cli.verb import Outcome, UsageError, Verb, discard, error_document, exit_word
 from dps_agent.host.config import SYSTEM_FILE, SYSTEM_STATE_DIR
 from dps_agent.host.printed import printable
 from dps_hal.errors import EXIT_GROUPS, AskOperator, DpsError, RetryLater
 from dps_hal.host.codes import REMEDIES
-from dps_hal.platform import to_json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any, NoReturn
 
 SCHEMA = "dps-agent/1"
 VERBS = ("provision", "run", "status", "enroll", "check", "token", "reset", "config", "diag", "version")  # modules
@@ -116,7 +119,7 @@ def command_line(first: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser.set_defaults(config=None, set_before=[], json=False, verbose=False)
     verbs = parser.add_subparsers(dest="verb", metavar="verb", title="verbs")
     for name in [name for name in VERBS if name in first] or VERBS:
-        verb: Verb = import_module(f"{__name__}.{name}").VERB
+        verb: Verb = __import__(f"{__name__}.{name}", fromlist=["VERB"]).VERB
         own = verbs.add_parser(verb.name, help=verb.help, description=verb.help[0].upper() + verb.help[1:] + ".")
         verb.add_arguments(own)
         _add_common(own, "set_after")
@@ -149,6 +152,8 @@ def _add_common(parser: argparse.ArgumentParser, set_name: str) -> None:
 
 
 def _document(code: str, verb: str, content: Mapping[str, Any]) -> str:
+    from dps_hal.platform import to_json
+
     head: dict[str, Any] = {"schema": SCHEMA, "code": code}
     if verb:
         head["verb"] = verb

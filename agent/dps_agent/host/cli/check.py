@@ -1,11 +1,15 @@
 """`dps-agent check`: whether this device can register and connect, with the cause in the first line where it cannot."""
 
+from __future__ import annotations
+
 import argparse
-from typing import TYPE_CHECKING, Any
 
 from dps_agent.host.cli.verb import Outcome, UsageError, Verb, configuration_of, error_document, exit_word
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from dps_agent.host.checks import Check, Device, Finding
 
 
@@ -26,7 +30,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     return examine(arguments)[1]
 
 
-def examine(arguments: argparse.Namespace) -> "tuple[Device, Outcome]":
+def examine(arguments: argparse.Namespace) -> tuple[Device, Outcome]:
     """Runs the checks; the device as they saw it, and the outcome."""
     from dps_agent.host.checks import CHECKS, Device, run_checks
 
@@ -41,7 +45,7 @@ def examine(arguments: argparse.Namespace) -> "tuple[Device, Outcome]":
     return device, _outcome(run_checks(device, only, arguments.offline))
 
 
-def _outcome(found: "list[tuple[Check, Finding]]") -> Outcome:
+def _outcome(found: list[tuple[Check, Finding]]) -> Outcome:
     width = max(len(check.id) for check, _ in found) + 2
     lines: list[str] = []
     checks: list[dict[str, Any]] = []

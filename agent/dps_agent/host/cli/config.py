@@ -1,8 +1,9 @@
 """`dps-agent config`: the settings with the origin of each, or only whether they can be used."""
 
+from __future__ import annotations
+
 import argparse
 import sys
-from typing import Any
 
 from dps_agent.host.cli.verb import Outcome, Verb, configuration_of
 from dps_agent.host.config import (
@@ -15,6 +16,10 @@ from dps_agent.host.config import (
 )
 from dps_agent.host.printed import printable
 from dps_agent.host.settings_table import KEYS, Setting
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

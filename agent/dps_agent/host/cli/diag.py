@@ -1,16 +1,21 @@
 """`dps-agent diag`: one archive for a report, secrets removed."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
 
 from dps_agent.host.cli import check, config, status, version
 from dps_agent.host.cli.verb import Outcome, UsageError, Verb, configuration_of, discard, error_document, exit_word
 from dps_hal.errors import AskOperator, DpsError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,11 +1,16 @@
 """`dps-agent enroll`: what the Device Provisioning Service must know of this TPM, in the form it is wanted."""
 
+from __future__ import annotations
+
 import argparse
-from typing import Any
 
 from dps_agent.host.cli.verb import Outcome, UsageError, Verb, configuration_of, table
 from dps_agent.host.config import backend_shown
 from dps_agent.settings import AUTO
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 FORMATS = ("text", "csv", "json", "az")
 

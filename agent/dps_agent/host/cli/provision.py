@@ -1,15 +1,19 @@
 """`dps-agent provision`: registers once and shows each step."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 import time
-from typing import Any
 
 from dps_agent.host.cli.running import ask_service
 from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, seconds_up_to, table
 from dps_agent.host.config import Configuration, backend_shown
 from dps_agent.host.printed import printable
-from dps_agent.host.steps import StepLines
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +43,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
         }
         return _outcome(configuration, {**answer, **own})
     from dps_agent.host.parts import provision_once
+    from dps_agent.host.steps import StepLines
 
     provisioned = provision_once(
         configuration,

@@ -1,15 +1,19 @@
 """Asks the service that runs with the same state folder to do what only one process may do."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os
-import socket
 import sys
-from typing import Any
 
 from dps_agent.host.cli.verb import UsageError
 from dps_agent.host.config import ROOT_SUFFIX, Configuration
 from dps_hal.errors import AskOperator, RetryLater
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 ANSWER_LIMIT = 1 << 20  # bytes
 ANSWER_LIMIT_S = 20.0  # for what takes a service no more than a TPM's answer
@@ -63,6 +67,8 @@ def unseen_settings(configuration: Configuration) -> list[str]:
 
 def _post(path: str, target: str, timeout_s: float) -> bytes:
     """The whole answer to one request, at the socket that root does not share with the clients' group where it may."""
+    import socket
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(timeout_s)
         try:

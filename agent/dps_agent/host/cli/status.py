@@ -3,10 +3,11 @@
 Offline and without the TPM: from what the running service says of itself, else from the stored records alone.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 import time
-from typing import Any
 
 from dps_agent.host.cli.running import UNSEEN, ask_service, unseen_settings
 from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, table
@@ -15,6 +16,10 @@ from dps_agent.host.error_document import error_fields
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, IdentityStale
 from dps_hal.host.codes import REMEDIES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _OF_THE_DEVICE = ("tpm", "store", "record")  # areas of errors that put the stored identity itself in question
 _CODES = {  # anything else is "not yet": retry

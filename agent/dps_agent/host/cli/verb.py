@@ -1,31 +1,39 @@
 """What every verb of the command line is made of, and what it returns."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO
 
 from dps_agent.host.config import Configuration, ConfigurationError, load
 from dps_agent.host.error_document import fields_of
 from dps_hal.errors import AskOperator, DpsError, exit_group
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any, NamedTuple, TextIO
 
-class Outcome(NamedTuple):
-    """The result of one verb: `lines` for people, `document` for `--json`; `code` is a word of EXIT_GROUPS."""
+    class Outcome(NamedTuple):
+        """The result of one verb: `lines` for people, `document` for `--json`; `code` is a word of EXIT_GROUPS."""
 
-    lines: Sequence[str]
-    document: Mapping[str, Any]
-    code: str = "ok"
+        lines: Sequence[str]
+        document: Mapping[str, Any]
+        code: str = "ok"
 
+    class Verb(NamedTuple):
+        """One verb: what `--help` says, its own arguments, and what it does."""
 
-class Verb(NamedTuple):
-    """One verb: what `--help` says, its own arguments, and what it does."""
+        name: str
+        help: str
+        add_arguments: Callable[[argparse.ArgumentParser], None]
+        run: Callable[[argparse.Namespace], Outcome]
+else:
+    from collections import namedtuple
 
-    name: str
-    help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], Outcome]
+    Outcome = namedtuple("Outcome", ("lines", "document", "code"), defaults=("ok",))
+    Verb = namedtuple("Verb", ("name", "help", "add_arguments", "run"))
 
 
 class UsageError(AskOperator):

@@ -4,17 +4,23 @@ The file lies in the runtime folder, in memory wherever there is one; it holds n
 counts only while the process that wrote it lives.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import time
-from typing import Any
 
-from dps_agent.assignment import Assignment
 from dps_agent.host.config import SYSTEM_RUNTIME_DIR, Configuration
 from dps_agent.host.printed import utc_text
 from dps_hal.errors import AskOperator
 from dps_hal.host.regular import NotRegular, read_regular
 from dps_hal.platform import from_json, to_json
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from dps_agent.assignment import Assignment
 
 SCHEMA = "dps-agent-state/1"
 FILE_NAME = "state.json"

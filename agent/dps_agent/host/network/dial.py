@@ -27,6 +27,7 @@ from dps_agent.effects import (
 from dps_agent.host.network.heads import seconds_until
 from dps_agent.host.network.trust import Trust
 from dps_hal.errors import AskOperator
+from dps_text.addresses import is_plain_host
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Dialler:
             self._refuse_if_aborted()
             self._socket = tls = context.wrap_socket(
                 raw,
-                server_hostname=name,
+                server_hostname=_without_codec(name),
                 session=session,
                 do_handshake_on_connect=False,
                 suppress_ragged_eofs=False,
@@ -273,9 +274,14 @@ def _lookup_reason(error: OSError) -> str:
     return NO_REPLY_NOT_FOUND if isinstance(error, socket.gaierror) and error.errno in nothing else NO_REPLY_DNS
 
 
+def _without_codec(host: str) -> str | bytes:
+    """A name as resolver and TLS take it: for a text they would load the IDNA codec, which would leave it as it is."""
+    return host.encode() if is_plain_host(host) else host
+
+
 def _look_up(host: str, port: int, found: queue.SimpleQueue[_Lookup]) -> None:
     try:
-        found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        found.put(socket.getaddrinfo(_without_codec(host), port, type=socket.SOCK_STREAM))
     except OSError as error:
         found.put(error)
     except UnicodeError:  # a name that DNS cannot have

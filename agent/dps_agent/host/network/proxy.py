@@ -7,9 +7,7 @@ lies below it, and peers on this machine are never reached through the environme
 
 from __future__ import annotations
 
-import base64
 import os
-import urllib.parse
 
 from dps_agent.effects import (
     NO_REPLY_CLOSED,
@@ -43,11 +41,14 @@ class Proxy:
     """
 
     def __init__(self, url: str, source: str) -> None:
+        import base64
+        import urllib.parse
+
         wanted = AskOperator("config.invalid", f'{source}: expected "http://[user:password@]host:port"')
         try:
             parts = urllib.parse.urlsplit(url)
             self.host, self.port = parts.hostname or "", parts.port or _DEFAULT_PORT
-            self.host.encode("idna")
+            self.host.encode("idna")  # ValueError for a label that is too long
             valid = parts.scheme == "http" and bool(self.host) and url.isascii() and url.isprintable()
         except ValueError:  # a port that is no number, brackets that do not pair, a label that is too long
             raise wanted from None
