@@ -125,63 +125,55 @@ if TYPE_CHECKING:
         tracking_id: "str | None"
         unknown: "dict[str, Any]"  # fields that this version of the API does not have, as they came
 
-else:
+
+# The kinds of a field; any other is a message.
+STRING, INTEGER, ANY, STRINGS = "a string", "a 32-bit integer", "any value", "an object of strings"
+_KINDS: "dict[str, Any]" = {"": STRING, "INTEGER": INTEGER, "ANY": ANY, "STRINGS": STRINGS}
+# The fields of each message, JSON names and kinds: one text for each, because a board has pairs, and each word, in its
+# heap.
+FIELDS: "dict[Any, str]" = {}
+
+if not TYPE_CHECKING:
     from collections import namedtuple
 
-    TpmAttestation = namedtuple("TpmAttestation", "endorsement_key storage_root_key unknown")
-    DeviceRegistration = namedtuple("DeviceRegistration", "payload registration_id tpm unknown")
-    TpmRegistrationResult = namedtuple("TpmRegistrationResult", "authentication_key unknown")
-    X509CertificateInfo = namedtuple(
-        "X509CertificateInfo",
-        "issuer_name not_after_utc not_before_utc serial_number sha1_thumbprint sha256_thumbprint "
-        "subject_name version unknown",
-    )
-    X509RegistrationResult = namedtuple(
-        "X509RegistrationResult",
-        "certificate_info enrollment_group_id signing_certificate_info unknown",
-    )
-    SymmetricKeyRegistrationResult = namedtuple("SymmetricKeyRegistrationResult", "enrollment_group_id unknown")
-    DeviceRegistrationResult = namedtuple(
-        "DeviceRegistrationResult",
-        "assigned_hub created_date_time_utc device_id error_code error_message etag "
-        "last_updated_date_time_utc payload registration_id status substatus symmetric_key tpm x509 unknown",
-    )
-    RegistrationOperationStatus = namedtuple(
-        "RegistrationOperationStatus",
-        "operation_id status registration_state unknown",
-    )
-    TpmChallenge = namedtuple(
-        "TpmChallenge",
-        "message authentication_key key_name unencrypted_authentication_key unknown",
-    )
-    ProvisioningServiceErrorDetails = namedtuple(
-        "ProvisioningServiceErrorDetails",
-        "error_code info message timestamp_utc tracking_id unknown",
-    )
+    def _message(name: str, fields: str) -> "Any":
+        """A message of these fields: a named tuple, whose names are the JSON names as Python writes them."""
+        names = []
+        for word in fields.split():
+            attribute = ""
+            for letter in word.partition(":")[0]:
+                attribute += letter if letter == letter.lower() else "_" + letter.lower()
+            names.append(attribute)
+        names.append("unknown")
+        message = _KINDS[name] = namedtuple(name, names)
+        FIELDS[message] = fields
+        return message
 
-# JSON names and kinds in the order of the tuples above. A kind is a name of this module: INTEGER (int32), ANY, STRINGS,
-# a message, or STRING where none is named. One text for each, because a board has pairs, and each word, in its heap.
-STRING, INTEGER, ANY, STRINGS = "a string", "a 32-bit integer", "any value", "an object of strings"
-FIELDS: "dict[Any, str]" = {
-    TpmAttestation: "endorsementKey storageRootKey",
-    DeviceRegistration: "payload:ANY registrationId tpm:TpmAttestation",
-    TpmRegistrationResult: "authenticationKey",
-    X509CertificateInfo: (
-        "issuerName notAfterUtc notBeforeUtc serialNumber sha1Thumbprint sha256Thumbprint subjectName version:INTEGER"
-    ),
-    X509RegistrationResult: (
-        "certificateInfo:X509CertificateInfo enrollmentGroupId signingCertificateInfo:X509CertificateInfo"
-    ),
-    SymmetricKeyRegistrationResult: "enrollmentGroupId",
-    DeviceRegistrationResult: (
+    TpmAttestation = _message("TpmAttestation", "endorsementKey storageRootKey")
+    DeviceRegistration = _message("DeviceRegistration", "payload:ANY registrationId tpm:TpmAttestation")
+    TpmRegistrationResult = _message("TpmRegistrationResult", "authenticationKey")
+    X509CertificateInfo = _message(
+        "X509CertificateInfo",
+        "issuerName notAfterUtc notBeforeUtc serialNumber sha1Thumbprint sha256Thumbprint subjectName version:INTEGER",
+    )
+    X509RegistrationResult = _message(
+        "X509RegistrationResult",
+        "certificateInfo:X509CertificateInfo enrollmentGroupId signingCertificateInfo:X509CertificateInfo",
+    )
+    SymmetricKeyRegistrationResult = _message("SymmetricKeyRegistrationResult", "enrollmentGroupId")
+    DeviceRegistrationResult = _message(
+        "DeviceRegistrationResult",
         "assignedHub createdDateTimeUtc deviceId errorCode:INTEGER errorMessage etag lastUpdatedDateTimeUtc "
         "payload:ANY registrationId status substatus symmetricKey:SymmetricKeyRegistrationResult "
-        "tpm:TpmRegistrationResult x509:X509RegistrationResult"
-    ),
-    RegistrationOperationStatus: "operationId status registrationState:DeviceRegistrationResult",
-    TpmChallenge: "message authenticationKey keyName unencryptedAuthenticationKey",
-    ProvisioningServiceErrorDetails: "errorCode:INTEGER info:STRINGS message timestampUtc trackingId",
-}
+        "tpm:TpmRegistrationResult x509:X509RegistrationResult",
+    )
+    RegistrationOperationStatus = _message(
+        "RegistrationOperationStatus", "operationId status registrationState:DeviceRegistrationResult"
+    )
+    TpmChallenge = _message("TpmChallenge", "message authenticationKey keyName unencryptedAuthenticationKey")
+    ProvisioningServiceErrorDetails = _message(
+        "ProvisioningServiceErrorDetails", "errorCode:INTEGER info:STRINGS message timestampUtc trackingId"
+    )
 
 
 def fields_of(message: "Any") -> "Fields":
@@ -189,7 +181,7 @@ def fields_of(message: "Any") -> "Fields":
     fields = []
     for word in FIELDS[message].split():
         name, _, kind = word.partition(":")
-        fields.append((name, globals()[kind or "STRING"]))
+        fields.append((name, _KINDS[kind]))
     return fields
 
 
