@@ -29,6 +29,11 @@ class ServiceTpm(TpmProcedure):
     def _makers_template(self) -> bytes:
         return template_in(lambda index: self._nv_content(index, self._salted_session))
 
+    @property
+    def unneeded_passwords(self) -> tuple[str, ...]:
+        """As `TpmService.unneeded_passwords`."""
+        return self._passwords.unneeded
+
     def ek_indices(self) -> tuple[int, ...]:
         """As `TpmService.ek_indices`."""
         found = self._operate(lambda: self._commands.handles(EK_CERTIFICATE_INDEX))

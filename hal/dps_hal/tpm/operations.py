@@ -126,11 +126,6 @@ class Operations:
         except RefusedError:
             return False  # the first refusal counts
 
-    @property
-    def unneeded_passwords(self) -> "tuple[str, ...]":
-        """As `TpmService` has it."""
-        return self._passwords.unneeded
-
     def _open(self) -> None:
         if self._opened:
             return
