@@ -14,5 +14,6 @@ def forget(*modules: str) -> None:
     for module in modules if MICROPYTHON else ():
         if sys.modules.pop(module, None) is not None:
             package, _, name = module.rpartition(".")
-            sys.modules[package].__dict__.pop(name, None)
+            if package:
+                sys.modules[package].__dict__.pop(name, None)
     gc.collect()

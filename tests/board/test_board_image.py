@@ -15,11 +15,11 @@ import trustme
 
 from dps_deploy.copying import CopyError, copy
 from dps_deploy.flash_image import littlefs_image
-from dps_deploy.modules import compiled, for_a_board, packaged
+from dps_deploy.modules import BUSES, PROGRAM, compiled, for_a_board, for_board
 from dps_emulator.enrollments import read_enrollments
 from dps_emulator.service import Settings
 from dps_hal.platform import sha256
-from support.board.compiled import CHECKOUT, Image, board_files, der
+from support.board.compiled import CHECKOUT, Image, board_sources, build, der
 from support.board.serial_board import SerialBoard, boot
 from support.cloud.emulator import EmulatorInThread
 from support.cloud.ntp import NtpServer
@@ -27,40 +27,29 @@ from support.documents import blocks_of
 from support.tpm.swtpm import Swtpm
 
 MICROPYTHON = str(Path(sys.executable).with_name("micropython"))
-PROGRAMS = {"app.py", "boot.py", "main.py"}  # the firmware engineer's own; not part of the packages
-SIZE_LIMITS = {"dps_agent": 48, "dps_hal": 44, "dps_board": 24}  # KiB of .mpy
+SIZE_LIMIT = 87 * 1024  # bytes of .mpy of a board with SPI and littlefs
+TEXTS_LIMIT = 8 * 1024  # the words of its errors
+BUNDLES = {"dps_base.py", "dps_registration.py", "dps_hub.py"}
 EK_CERTIFICATE_INDEX = 0x01C00002
 
 
-def test_the_compiled_files_stay_small(image: Image) -> None:
-    totals = dict.fromkeys(SIZE_LIMITS, 0)
-    for path, size in sorted(image.sizes.items()):
+def test_the_compiled_files_stay_small() -> None:
+    """Three bundles, what a factory calls, and the heads of packages that name what is public."""
+    sources = for_board(PROGRAM, without=[BUSES["i2c"]]).packages
+    sizes = {path: len(compiled(source, path)) for path, source in sources.items()}
+    for path, size in sorted(sizes.items()):
         print(f"{size:6d} {path}")
-        if path not in PROGRAMS:
-            totals[path.partition("/")[0]] += size
-    print(f"{sum(totals.values()):6d} in all: {totals}")
-    assert {name: size for name, size in totals.items() if size > SIZE_LIMITS[name] * 1024} == {}
-
-
-def test_manifest_and_package_name_exactly_what_a_board_loads() -> None:
-    wanted = {(module.file, module.path) for module in packaged()}
-    folder = CHECKOUT / "micropython"
-    frozen: set[tuple[Path, str]] = set()
-
-    def package(name: str, files: tuple[str, ...], base_path: str, opt: int) -> None:
-        assert opt == 3
-        frozen.update(((folder / base_path / name / file).resolve(), f"{name}/{file}") for file in files)
-
-    exec((folder / "manifest.py").read_text(), {"package": package, "include": lambda path: None})
-    assert frozen == wanted
-    urls = json.loads((folder / "package.json").read_text())["urls"]
-    assert {((folder / source).resolve(), target) for target, source in urls} == wanted
-    assert [tuple(row) for row in urls] == sorted(tuple(row) for row in urls)
+    texts = sizes.pop("dps_texts.py")
+    print(f"{sum(sizes.values()):6d} in all, and {texts} of texts")
+    assert {path for path in sizes if "/" not in path} == BUNDLES
+    assert sum(sizes.values()) <= SIZE_LIMIT and texts <= TEXTS_LIMIT
+    assert "dps_texts.py" not in for_board(PROGRAM, texts=False).packages
 
 
 def test_nothing_happens_when_a_boards_file_is_loaded(image: Image, tmp_path: Path) -> None:
     """No file, socket, pin or task at import: the modules that could make one are not even there."""
-    paths = [module.path for module in board_files()]
+    sources = board_sources()
+    paths = [path for path in [*sources.programs, *sources.packages] if not path.startswith("board_")]
     modules = [path.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in paths]
     program = (
         "import sys, builtins\n"
@@ -88,8 +77,8 @@ def test_what_only_a_type_checker_reads_and_the_names_of_private_constants_are_l
     kept = names.replace("1 << 4", "const(1 << 4)").replace('"a = b"', 'const("a = b")')
     assert for_a_board(names) == kept
     assert b"LIMIT" in compiled("LIMIT = 16\n", "a.py") and b"LIMIT" not in compiled("_LIMIT = 16\n", "a.py")
-    for module in board_files():
-        assert "TYPE_CHECKING" not in for_a_board(module.file.read_text()), module.path
+    for path, source in board_sources().packages.items():
+        assert "TYPE_CHECKING" not in source and "MICROPYTHON" not in source, path
 
 
 @pytest.mark.parametrize(
@@ -114,6 +103,42 @@ def test_whatever_ends_the_example_unforeseen_resets_the_board(image: Image, rai
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and (lines[-1:] == ["reset"]) == resets, done.stdout + done.stderr
     assert not resets or ("reset within 0 s" in lines[-2] and raised[:5] in done.stdout)
+
+
+@pytest.mark.parametrize("texts", [True, False])
+def test_an_error_has_its_words_where_they_are_and_its_number_and_values_where_not(tmp_path: Path, texts: bool) -> None:
+    image = build(tmp_path / "image", texts)
+    program = (
+        "import sys\n"
+        "from dps_hal.errors import AskOperator\n"
+        "from dps_hal.store.littlefs import LittleFsStore\n"
+        "from dps_board.config import load\n"
+        "try:\n load('nowhere.json')\n"
+        "except AskOperator as error:\n print(error.code, error, sorted(sys.modules)[-1][:9])\n"
+    )
+    done = subprocess.run(
+        [MICROPYTHON, "-c", program],
+        env={**os.environ, "MICROPYPATH": f"{image.folder}:.frozen"},
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    table = deploy_texts()
+    number = table.index("{}: cannot be read: error {}")
+    said = "nowhere.json: cannot be read: error 2" if texts else f"({number}) nowhere.json, 2"
+    assert done.stdout.startswith(f"config.unreadable {said} "), done.stdout + done.stderr
+    assert "dps_texts" not in done.stdout
+
+
+def deploy_texts() -> list[str]:
+    """What tools/deploy prints as the words of each number."""
+    done = subprocess.run(
+        [sys.executable, "tools/deploy", "--texts"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return [line[5:] for line in done.stdout.splitlines()]
 
 
 def test_the_pieces_work_under_micropython() -> None:
@@ -252,11 +277,17 @@ def test_a_firmware_mounts_and_writes_the_image_whatever_it_programs_at_once(
 
 
 def test_a_copy_over_the_console_runs_and_a_second_one_finds_nothing_to_do(bench: Bench) -> None:
-    bench.flash.write_bytes(littlefs_image({"app.py": b"raise SystemExit('a source hides the module')"}, IMAGE_BYTES))
+    before = {"app.py": b"raise SystemExit('a source hides the module')", "lib/dps_hal/tpm/wire.mpy": bytes(9)}
+    bench.flash.write_bytes(littlefs_image(before, IMAGE_BYTES))
     with bench.serial_board() as board:
         said = bench.deploy("--port", board.device)
-        assert "copied lib/dps_board/runner.mpy" in said and said.endswith("Reset the board to start it.\n"), said
+        assert "copied lib/dps_base.mpy" in said and said.endswith("Reset the board to start it.\n"), said
         assert bench.deploy("--port", board.device).endswith("nothing to copy: all is there\n")
+        words = ["connect", board.device, "resume", "fs", "ls", "lib/dps_hal/tpm"]
+        there = subprocess.run(
+            [sys.executable, "-m", "mpremote", *words], capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+        assert "__init__.mpy" in there and "wire.mpy" not in there, "what an earlier deployment left is gone"
         bench.write_settings("led_pin = -1\n")
         said = bench.deploy("--port", board.device)
         copied = [line.removeprefix("copied ") for line in said.splitlines() if line.startswith("copied ")]
@@ -282,11 +313,16 @@ def test_a_board_on_fat_is_told_at_its_start(image: Image) -> None:
     code = (
         "import vfs\n"
         "from dps_board import parts\n"
-        "from tests.support.disk.littlefs_cuts import Flash\n"
         "class Config:\n values = {'state_dir': '/fat/dps-agent'}\n"
-        "flash = Flash(bytes(131072))\n"
-        "flash.ioctl = lambda operation, argument: {4: 256, 5: 512}.get(operation, 0)\n"
-        "flash.writeblocks = lambda block, content, offset=0: flash._write(block * 512 + offset, content)\n"
+        "class Flash:\n"
+        " content = bytearray(131072)\n"
+        " def readblocks(self, block, buffer, offset=0):\n"
+        "  buffer[:] = self.content[block * 512 + offset :][: len(buffer)]\n"
+        " def writeblocks(self, block, buffer, offset=0):\n"
+        "  self.content[block * 512 + offset : block * 512 + offset + len(buffer)] = buffer\n"
+        " def ioctl(self, operation, argument):\n"
+        "  return {4: 256, 5: 512}.get(operation, 0)\n"
+        "flash = Flash()\n"
         "vfs.VfsFat.mkfs(flash)\n"
         "vfs.mount(vfs.VfsFat(flash), '/fat')\n"
         "try:\n parts.make_store(Config)\n"
@@ -294,7 +330,7 @@ def test_a_board_on_fat_is_told_at_its_start(image: Image) -> None:
     )
     done = subprocess.run(
         [MICROPYTHON, "-c", code],
-        env={**os.environ, "MICROPYPATH": f"{image.folder}:{CHECKOUT}:.frozen"},
+        env={**os.environ, "MICROPYPATH": f"{image.folder}:.frozen"},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.stdout.startswith("store.unsuitable expected a littlefs at /fat/dps-agent"), done.stdout + done.stderr
@@ -312,8 +348,14 @@ def test_the_program_of_the_readme_runs_in_the_examples_place(bench: Bench) -> N
 
 def test_mip_installs_what_a_board_loads(bench: Bench) -> None:
     bench.flash.write_bytes(littlefs_image({"boot.py": b""}, 2 * IMAGE_BYTES))
+    done = subprocess.run(
+        [sys.executable, "tools/deploy", "--freeze", str(bench.folder / "firmware")],
+        cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
     with bench.serial_board() as board:
-        words = ["connect", board.device, "resume", "mip", "install", "--target", "/lib", "micropython/package.json"]
+        package = str(bench.folder / "firmware" / "package.json")
+        words = ["connect", board.device, "resume", "mip", "install", "--target", "/lib", package]
         done = subprocess.run(
             [sys.executable, "-m", "mpremote", *words],
             cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False,

@@ -156,10 +156,9 @@ def test_a_registration_takes_few_tpm_commands(desk: Desk) -> None:
 def test_what_a_registration_loads_only_for_a_moment_is_not_in_the_heap_afterwards(desk: Desk) -> None:
     desk.serve(retry_after_s=0)
     life = desk.live()
-    assert life["state"] == "provisioned" and "dps_agent.registration" in life["loaded"], life
-    for name in ("board.keys", "board.ntp", "agent.der", "agent.session", "hal.tpm.upkeep"):
-        assert f"dps_{name}" not in life["loaded"]
-    assert "dps_hal.tpm.verdicts" not in life["loaded"], "no refusal, so nobody asked what one leads to"
+    assert life["state"] == "provisioned" and "dps_registration" in life["loaded"], life
+    assert "dps_hub" not in life["loaded"], "what talks to the hub is loaded when there is one to talk to"
+    assert "dps_texts" not in life["loaded"], "nobody raised an error, or its words were let go of again"
 
 
 def test_the_tasks_of_the_firmware_go_on_during_a_registration(desk: Desk) -> None:

@@ -22,7 +22,7 @@ from dps_board.keys import read_values
 from dps_deploy import settings
 from dps_deploy.copying import guard
 from dps_deploy.flash_image import BLOCK_BYTES, BOARDS, DoesNotFit, littlefs_image
-from dps_deploy.modules import CompileError, compiled, needed
+from dps_deploy.modules import BUSES, PROGRAM, CompileError, beyond_public, compiled, for_board, for_firmware, needed
 from dps_deploy.roots import DEFAULT_ROOTS, RootError, find_roots
 from support.documents import REASONS, blocks_of, commands_of
 
@@ -300,6 +300,16 @@ def test_what_is_frozen_into_the_firmware_does_not_go_along(tmp_path: Path) -> N
     assert listed == ["app.mpy", "boot.py", "config.json", "main.py", "roots.der"], done.stdout + done.stderr
 
 
+def test_a_program_for_a_frozen_agent_imports_what_every_firmware_names(tmp_path: Path) -> None:
+    for page in (README, CHECKOUT / "docs" / "firmware.md"):
+        assert beyond_public([found.text for found in blocks_of(page) if found.language == "python"]) == []
+    (tmp_path / "board.toml").write_text(MINIMAL)
+    (tmp_path / "own.py").write_text("from dps_agent.sas import SasToken\nfrom dps_hal.errors import RetryLater\n")
+    done = deploy("board.toml", "--dry-run", "--frozen", "--app", "own.py", cwd=tmp_path)
+    assert done.returncode == 2 and "imports dps_agent.sas.SasToken, which a firmware" in done.stderr, done.stderr
+    assert deploy("board.toml", "--dry-run", "--app", "own.py", cwd=tmp_path).returncode == 0
+
+
 def test_the_same_input_makes_the_same_image(tmp_path: Path) -> None:
     (tmp_path / "board.toml").write_text(MINIMAL)
     images = []
@@ -323,7 +333,8 @@ def test_the_same_input_makes_the_same_image(tmp_path: Path) -> None:
         (["--dry-run", "--roots", "No Such Root"], "'No Such Root' is neither a file nor a root"),
         (["--dry-run", "--app", "absent.py"], "absent.py"),
         (["--dry-run", "--app", "broken.py"], "broken.py"),
-        ([], "one of the arguments --dry-run --image --port is required"),
+        ([], "one of the arguments --dry-run --image --port --freeze --texts is required"),
+        (["--texts"], "--freeze and --texts, and nothing else, are for every board alike"),
     ],
 )
 def test_a_command_line_that_cannot_be_is_refused_in_words(tmp_path: Path, words: list[str], said: str) -> None:
@@ -397,6 +408,22 @@ def test_only_what_the_program_loads_goes_along(tmp_path: Path) -> None:
     (tmp_path / "beside.py").write_text("def late():\n    from dps_hal.errors import AskOperator\n")
     paths = [module.path for module in needed((), tmp_path / "app.py")]
     assert paths == ["app.py", "beside.py", "dps_hal/__init__.py", "dps_hal/errors.py"]
+
+
+def test_a_board_has_the_driver_of_its_own_bus_and_what_its_program_asks_for(tmp_path: Path) -> None:
+    sizes = set()
+    for bus in ("spi", "i2c"):
+        (tmp_path / "board.toml").write_text(MINIMAL + f'[tpm]\ntcti = "{bus}"\n')
+        done = deploy("board.toml", "--dry-run", cwd=tmp_path)
+        sizes.add(re.findall(r"(\d+) lib/dps_base\.mpy", done.stdout)[0])
+    assert len(sizes) == 2, done.stdout
+    base = for_board(PROGRAM, without=[BUSES["i2c"]]).packages["dps_base.py"]
+    assert "class SpiBus" in base and "class I2cBus" not in base and "def block_store" not in base
+    (tmp_path / "app.py").write_text(
+        "from dps_hal.tpm.i2c import I2cBus\nfrom dps_hal.store.block import block_store\n"
+    )
+    base = for_board(tmp_path / "app.py", without=BUSES.values()).packages["dps_base.py"]
+    assert "class SpiBus" not in base and "class I2cBus" in base and "def block_store" in base
 
 
 def test_nothing_of_the_host_goes_to_a_board() -> None:
@@ -495,15 +522,11 @@ def test_the_readme_names_every_setting_of_a_board() -> None:
 
 
 def test_the_sizes_in_the_readme_are_near_the_truth() -> None:
-    sizes: dict[str, int] = {}
-    for module in needed(("boot", "main", "dps_board.factory")):
-        package = module.path.partition("/")[0]
-        sizes[package] = sizes.get(package, 0) + len(compiled(module.file.read_text(), module.path))
-    for package in ("dps_agent", "dps_hal", "dps_board"):
-        row = re.search(rf"^\| `{package}`.*\| (\d+) \|$", README.read_text(), re.MULTILINE)
-        assert row is not None and abs(int(row[1]) - sizes[package] / 1024) < 2, (
-            f"{package}: {sizes[package] / 1024:.1f}"
-        )
+    sources = for_firmware()
+    for name in ("dps_base", "dps_registration", "dps_hub", "dps_texts"):
+        row = re.search(rf"^\| `{name}`.*\| (\d+) \|$", README.read_text(), re.MULTILINE)
+        size = len(compiled(sources[f"{name}.py"], f"{name}.py")) / 1024
+        assert row is not None and abs(int(row[1]) - size) < 1, f"{name}: {size:.1f}"
 
 
 def test_the_defaults_do_not_end_soon() -> None:

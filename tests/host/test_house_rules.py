@@ -203,9 +203,16 @@ def the_two_faces_of_a_tuple_agree(tree: ast.Module) -> Iterator[str]:
             yield from (f"{entry.lineno}: a default in {node.name}" for entry in fields if entry.value is not None)
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             call = node.value
-            if isinstance(call.func, ast.Name) and call.func.id == "namedtuple":
+            is_one = isinstance(call.func, ast.Name) and bool(call.args) and isinstance(call.args[0], ast.Constant)
+            if is_one and ast.unparse(call.func) == "namedtuple":
                 fields = ast.literal_eval(call.args[1])
                 built[ast.unparse(node.targets[0])] = tuple(fields.split() if isinstance(fields, str) else fields)
+                if ast.literal_eval(call.args[0]) != ast.unparse(node.targets[0]):
+                    yield f"{node.lineno}: {ast.unparse(node.targets[0])} calls itself {ast.unparse(call.args[0])}"
+            if is_one and ast.unparse(call.func) == "_message":  # by JSON names; see messages.py
+                words = [word.partition(":")[0] for word in ast.literal_eval(call.args[1]).split()]
+                snake = [re.sub("[A-Z]", lambda letter: "_" + letter[0].lower(), word) for word in words]
+                built[ast.unparse(node.targets[0])] = (*snake, "unknown")
                 if ast.literal_eval(call.args[0]) != ast.unparse(node.targets[0]):
                     yield f"{node.lineno}: {ast.unparse(node.targets[0])} calls itself {ast.unparse(call.args[0])}"
     for name in sorted(declared.keys() | built.keys()):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from dps_deploy.bundles import OURS
 from dps_hal.errors import AskOperator
 from dps_hal.store.littlefs import refuse_unless_littlefs
 
@@ -13,6 +14,7 @@ ANSWER_LIMIT_S = 10
 CHUNK_BYTES = 512  # the board needs several times that
 _LAST = "main.py"
 _NEW = "main.new"
+_FOLDER = 0x4000  # of a file's mode
 _GUARD = """\
 # Stands in for the program until all of its files are there.
 import binascii, hashlib
@@ -46,7 +48,8 @@ def copy(files: Mapping[str, bytes], device: str, show: Callable[[str], None], r
     """Makes the files on the board at `device` those of `files`, by path; returns how many differed.
 
     main.py is written first, as the guard, and last, as itself. A file that is there already is left alone; a source
-    beside a module is removed, because the board would load it instead. CopyError; Unsuitable where the folder
+    beside a module is removed, because the board would load it instead, and so are modules of ours that an earlier
+    deployment left there. CopyError; Unsuitable where the folder
     `records`, if one is named, does not lie on a littlefs.
     """
     from mpremote.transport import TransportError
@@ -64,6 +67,9 @@ def copy(files: Mapping[str, bytes], device: str, show: Callable[[str], None], r
             differing = [path for path in sorted(files) if not _is_there(board, path, files[path])]
             shadows = [f"{path[:-4]}.py" for path in sorted(files) if path.endswith(".mpy")]
             shadows = [path for path in shadows if board.fs_exists(path)]
+            for folder in [f"lib/{package}" for package in OURS]:
+                if any(path.startswith(f"{folder}/") for path in files):  # else mip has put them there
+                    shadows += [path for path in _modules(board, folder) if path not in files]
             if differing or shadows:
                 doing = f"write {_LAST}"
                 begun = True
@@ -113,6 +119,16 @@ class _Mounts:
 
 def _is_there(board: Any, path: str, content: bytes) -> bool:
     return board.fs_exists(path) and bytes(board.fs_hashfile(path, "sha256")) == hashlib.sha256(content).digest()
+
+
+def _modules(board: Any, folder: str) -> Iterator[str]:
+    """The files in a folder of the board, at any depth; none where it is not there."""
+    for entry in board.fs_listdir(folder) if board.fs_exists(folder) else ():
+        path = f"{folder}/{entry.name}"
+        if entry.st_mode & _FOLDER:
+            yield from _modules(board, path)
+        else:
+            yield path
 
 
 def _make_folders(board: Any, path: str) -> None:

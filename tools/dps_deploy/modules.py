@@ -1,4 +1,7 @@
-"""Which files a board loads, and their form in its flash."""
+"""Which files a board loads, and their form in its flash.
+
+Programs stay what they are, module by module; our own modules become bundles, see `dps_deploy.bundles`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import ast
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dps_deploy import bundles, error_texts
 from dps_text import text_of
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -17,7 +21,29 @@ ROOTS = (CHECKOUT / "micropython", CHECKOUT / "agent", CHECKOUT / "hal")  # fold
 PROGRAM = CHECKOUT / "micropython" / "app.py"
 STARTS = ("boot", "main")  # run as text by the firmware
 FACTORY = "dps_board.factory"  # called over the serial console
-OTHER_PARTS = ("dps_hal.store.block",)  # what a program may choose in place of what the example chooses
+BUSES = {"spi": "dps_hal.tpm.spi", "i2c": "dps_hal.tpm.i2c"}  # by `tpm.tcti`: a board has one of them
+# What every program may import, and which names of it; none: all that do not begin with an underscore. A program that
+# is deployed with the bundles may import anything.
+PUBLIC: dict[str, tuple[str, ...]] = {
+    "dps_agent.lifecycle": (
+        *("BOOT", "PROVISIONING", "WAITING", "HALTED"),
+        *("PROVISIONED", "CONNECTING", "CONNECTED"),
+    ),
+    "dps_board.clock": ("BoardClock",),
+    "dps_board.config": ("CONFIG_FILE", "BoardConfiguration", "load"),
+    "dps_board.factory": ("enrolment_line", "print_enrolment"),
+    "dps_board.parts": (),
+    "dps_board.runner": ("Agent",),
+    "dps_hal.contracts": ("IDENTITY", "PROGRESS", "StoredRecord", "TpmCondition", "Utc"),
+    "dps_hal.errors": ("AskOperator", "Broken", "DpsError", "IdentityStale", "RetryLater"),
+    "dps_hal.platform": ("declare_random_source",),
+    "dps_hal.store.block": ("block_store",),
+    "dps_hal.store.littlefs": ("LittleFsStore",),
+    "dps_hal.tpm.i2c": ("I2cBus",),
+    "dps_hal.tpm.spi": ("SpiBus",),
+    "dps_hal.tpm.tis": ("TisTransport",),
+    "dps_hal.tpm.wire": ("WireTpm",),
+}
 COMPILER_LIMIT_S = 60
 NOT_ON_A_BOARD = ("dps_hal/host/", "dps_hal/tpm/tcp.py")  # what needs an operating system; a TPM behind a socket
 
@@ -28,35 +54,122 @@ class Module(NamedTuple):
     file: Path
     path: str
 
+    @property
+    def name(self) -> str:
+        """That under which it is imported."""
+        return self.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
 
 class CompileError(Exception):
     """The compiler refuses a file; the text is its own."""
 
 
-def needed(entries: Iterable[str], program: Path = PROGRAM) -> list[Module]:
+class Sources(NamedTuple):
+    """What is to be compiled for a board, by path."""
+
+    programs: dict[str, str]  # the firmware engineer's own, and what they import from their folder
+    packages: dict[str, str]  # ours
+
+
+def needed(entries: Iterable[str], program: Path = PROGRAM, without: Collection[str] = ()) -> list[Module]:
     """What `entries` and `program` (module `app`) import on a board, at any depth, themselves included; sorted by path.
 
-    What is found in none of ROOTS nor beside `program` is the firmware's own.
+    What is found in none of ROOTS nor beside `program` is the firmware's own. Of the modules `without` there are those
+    that the program itself imports.
     """
     found: dict[str, Module] = {}
     seen: set[str] = set()
-    waiting = ["app", *entries]
+    waiting = [("app", True), *((entry, True) for entry in entries)]
     while waiting:
-        name = waiting.pop()
-        if name in seen:
+        name, by_program = waiting.pop()
+        if name in seen or (name in without and not by_program):
             continue
         seen.add(name)
-        waiting.extend(name[:at] for at, character in enumerate(name) if character == ".")
+        waiting.extend((name[:at], by_program) for at, character in enumerate(name) if character == ".")
         module = Module(program, "app.py") if name == "app" else _find(name, [*ROOTS, program.parent])
         if module is not None:
             found[module.path] = module
-            waiting.extend(_imported(text_of(module.file.read_bytes())))
+            imported = _imported(text_of(module.file.read_bytes()))
+            waiting.extend((each, not _is_ours(name)) for each in imported)
     return [found[path] for path in sorted(found)]
 
 
-def packaged() -> list[Module]:
-    """The files of the packages that a firmware freezes or `mip` installs, without the programs."""
-    return [module for module in needed((*STARTS, FACTORY, *OTHER_PARTS)) if "/" in module.path]
+def for_board(program: Path, without: Collection[str] = (), texts: bool = True) -> Sources:
+    """What a board with this program loads; `without` as in `needed`; `texts`: the words of errors are there."""
+    modules = needed((*STARTS, FACTORY, error_texts.FINDER[0]), program, without)
+    ours = [module for module in modules if _is_ours(module.name)]
+    programs = {module.path: text_of(module.file.read_bytes()) for module in modules if module not in ours}
+    return Sources(programs, packages(ours, programs.values(), texts))
+
+
+def for_firmware(texts: bool = True) -> dict[str, str]:
+    """What a firmware freezes for any program, by path."""
+    return packages(of_any_program(), (), texts)
+
+
+def beyond_public(programs: Iterable[str]) -> list[str]:
+    """What `programs`, sources, import of ours that a firmware for any program has not."""
+    ours = {module.name for module in of_any_program()}
+    asked = sorted({each for source in programs for each in _asked(source, ours)})
+    return [
+        f"{module}.{name}".strip(".")
+        for module, name in asked
+        if module not in PUBLIC or (name and PUBLIC[module] and name not in PUBLIC[module])
+    ]
+
+
+def texts_of_errors() -> list[str]:
+    """The words that stand for a number, the same on every board."""
+    words = error_texts.Words()
+    error_texts.without_sentences(_trees(of_any_program()), words)
+    return words.texts
+
+
+def packages(modules: Iterable[Module], programs: Iterable[str], texts: bool = True) -> dict[str, str]:
+    """The bundles of `modules` by path, with all that is public and that `programs`, sources, import."""
+    trees = _trees(modules)
+    public = {name: set(names) for name, names in PUBLIC.items() if name in trees}
+    for source in programs:
+        for module, name in _asked(source, trees):
+            if not name:
+                public[module] = set()
+            elif public.get(module, {name}):
+                public.setdefault(module, set()).add(name)
+    words = error_texts.Words(texts_of_errors())
+    error_texts.without_sentences(trees, words)
+    made = bundles.bundled(trees, public)
+    if texts:
+        made[error_texts.TABLE] = words.module(made.values())
+    heads = {name.rpartition(".")[0] for name in public}
+    return {
+        name.replace(".", "/") + ("/__init__.py" if name in heads else ".py"): source for name, source in made.items()
+    }
+
+
+def of_any_program() -> list[Module]:
+    """Our modules that a program may load."""
+    return [module for module in needed((*PUBLIC, error_texts.FINDER[0])) if _is_ours(module.name)]
+
+
+def _is_ours(name: str) -> bool:
+    return name.partition(".")[0] in bundles.OURS
+
+
+def _trees(modules: Iterable[Module]) -> dict[str, ast.Module]:
+    return {module.name: ast.parse(text_of(module.file.read_bytes())) for module in modules}
+
+
+def _asked(source: str, modules: Collection[str]) -> Iterator[tuple[str, str]]:
+    """What a program imports of `modules`: a module and a name in it, none for all of them."""
+    for node in ast.walk(bundles.without_notes(ast.parse(source))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                if f"{node.module}.{alias.name}" in modules:
+                    yield f"{node.module}.{alias.name}", ""
+                elif node.module in modules:
+                    yield node.module, alias.name
 
 
 def _find(name: str, folders: Sequence[Path]) -> Module | None:

@@ -98,15 +98,15 @@ class Program:
 
 def fill_heap() -> None:
     """Lets the session fail once, as it would with a full heap."""
-    from dps_agent.session import Session
+    import dps_hub  # type: ignore[import-not-found]  # the bundle with `dps_agent.session`
 
-    send = Session._send
+    send = dps_hub.Session._send
 
-    def full(session: Session, telemetry: object) -> None:
-        Session._send = send  # type: ignore[method-assign]
+    def full(session: object, telemetry: object) -> None:
+        dps_hub.Session._send = send
         raise MemoryError("memory allocation failed, allocating 2032 bytes")
 
-    Session._send = full  # type: ignore[method-assign, assignment]
+    dps_hub.Session._send = full
 
 
 async def publish_in_vain(agent: Agent, document: "dict[str, Any]") -> None:

@@ -11,26 +11,15 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpremote.romfs import make_romfs
 
-from dps_deploy.modules import FACTORY, OTHER_PARTS, STARTS, Module, compiled, needed
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from dps_deploy.modules import PROGRAM, Module, Sources, compiled, for_board, of_any_program, packages
 
 CHECKOUT = Path(__file__).resolve().parents[3]
-FOR_TESTS = tuple(
-    Module(CHECKOUT / root / path, path)
-    for root, path in (
-        ("hal", "dps_hal/tpm/tcp.py"),
-        ("tests/support/board", "board_app.py"),
-        ("tests/support/board", "board_https.py"),
-        ("tests/support/board", "board_hub.py"),
-        ("tests/support/board", "board_life.py"),
-    )
-)
+PROGRAMS = ("board_app.py", "board_https.py", "board_hub.py", "board_life.py")  # for tests, beside this file
+TO_SWTPM = Module(CHECKOUT / "hal/dps_hal/tpm/tcp.py", "dps_hal/tpm/tcp.py")  # for tests, not for boards
 LIBFAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 
 
@@ -40,29 +29,28 @@ class Image:
 
     folder: Path
     rom: Path
-    sizes: Mapping[str, int]  # bytes of .mpy by the path of the source
 
 
-def board_files() -> list[Module]:
-    """Every file that a board may load: the example program, what it needs, and what others may choose in its place."""
-    return needed((*STARTS, FACTORY, *OTHER_PARTS))
+def board_sources(texts: bool = True) -> Sources:
+    """What a board may load, as it is deployed: the example program, the bundles, and what tests run on them."""
+    programs = dict(for_board(PROGRAM).programs)
+    programs |= {name: Path(__file__).with_name(name).read_text() for name in PROGRAMS}
+    return Sources(programs, packages([*of_any_program(), TO_SWTPM], programs.values(), texts))
 
 
-def build(folder: Path) -> Image:
-    """Compiles the board's files, and what tests run on it, into `folder`."""
+def build(folder: Path, texts: bool = True) -> Image:
+    """Compiles that into `folder`."""
     code = folder / "mpy"
-    sizes = {}
-    for module in [*board_files(), *FOR_TESTS]:
-        target = (code / module.path).with_suffix(".mpy")
+    sources = board_sources(texts)
+    for path, source in {**sources.programs, **sources.packages}.items():
+        target = (code / path).with_suffix(".mpy")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(compiled(module.file.read_text(), module.path))
-        if module not in FOR_TESTS:
-            sizes[module.path] = target.stat().st_size
+        target.write_bytes(compiled(source, path))
     with contextlib.redirect_stdout(io.StringIO()):
         image = make_romfs(str(code), mpy_cross=None)
     rom = folder / "rom.img"
     rom.write_bytes(image)
-    return Image(code, rom, sizes)
+    return Image(code, rom)
 
 
 def micropython(
@@ -74,7 +62,7 @@ def micropython(
     rtc: Path | None = None,
     timeout_s: float = 90,
 ) -> list[dict[str, Any]]:
-    """Calls `main(*arguments)` of a module of FOR_TESTS on a heap of `heap_kb` and returns the JSON lines it printed.
+    """Calls `main(*arguments)` of one of PROGRAMS on a heap of `heap_kb` and returns the JSON lines it printed.
 
     `in_flash`: the compiled files are executed where they lie, outside the heap, as in a ROMFS partition; otherwise
     they are loaded into the heap. `rtc`: a file with the time that the C library shows, which the board may change.

