@@ -316,6 +316,7 @@ def tool_flags(tool: str) -> set[str]:
 
 TOOL_FOLDERS = {
     "deploy": ("tools/dps_deploy",),
+    "fleet": ("tools/dps_fleet",),
     "package": ("tools/dps_package",),
     "vm-test": ("tests/machines/vm",),
 }
