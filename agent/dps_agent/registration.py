@@ -126,6 +126,12 @@ def register(
     return outcome
 
 
+def registration_path(id_scope: str, registration_id: str, step: str = "") -> str:
+    """Path and query of a request about a registration: `step` is "/register", "/operations/…", or "" to look it up."""
+    resource = f"/{percent_encode(id_scope)}/registrations/{percent_encode(registration_id)}"
+    return f"{resource}{step}?api-version={API_VERSION}"
+
+
 def _attempt(
     settings: "Settings",
     registration_id: str,
@@ -136,11 +142,8 @@ def _attempt(
 ) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
     endorsement_key: bytes = yield ReadEndorsementKey(b"")
     storage_root_key: bytes = yield ReadStorageRootKey()
-    path = f"/{percent_encode(settings.id_scope)}/registrations/{percent_encode(registration_id)}"
-    query = f"?api-version={API_VERSION}"
     body = device_registration(registration_id, endorsement_key, storage_root_key, settings.payload)
-
-    register_path = f"{path}/register{query}"
+    register_path = registration_path(settings.id_scope, registration_id, "/register")
     reply, answer = yield from _step(Http("PUT", register_path, body, None), begin, read_register, queues)
     token: SasToken | None = None
     if isinstance(answer, TpmChallenge):
@@ -160,7 +163,7 @@ def _attempt(
         if isinstance(answer, TpmChallenge):
             raise _token_refused(reply, now)
 
-    state = yield from _poll(settings, path, query, body, token, reply, answer, budget)
+    state = yield from _poll(settings, registration_id, body, token, reply, answer, budget)
     del body, reply, answer  # a board needs their memory for the rest
     _check_answer(state, registration_id, settings)
     wrapped_key: bytes = yield ImportKey(activation_of(state.tpm and state.tpm.authentication_key, "the hub key"))
@@ -192,8 +195,7 @@ def _attempt(
 
 def _poll(
     settings: "Settings",
-    path: str,
-    query: str,
+    registration_id: str,
     body: bytes,
     token: "SasToken | None",
     reply: Reply,
@@ -206,8 +208,9 @@ def _poll(
     counts only if a lookup of this exchange said "not yet" before; otherwise, and where anything is missing, the
     status of this very operation decides.
     """
-    lookup = Http("POST", path + query, body, token)
-    operation = Http("GET", f"{path}/operations/{percent_encode(answer.operation_id or '')}{query}", b"", token)
+    lookup = Http("POST", registration_path(settings.id_scope, registration_id), body, token)
+    step = f"/operations/{percent_encode(answer.operation_id or '')}"
+    operation = Http("GET", registration_path(settings.id_scope, registration_id, step), b"", token)
     by_lookup = settings.poll == POLL_LOOKUP
     not_yet_seen = False
     polls = requests = 0

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from dps_agent.assignment import check_clock, signed_token
 from dps_agent.effects import Http, ImportKey, NoReply, ReadEndorsementKey, ReadStorageRootKey, UtcNow
 from dps_agent.messages import DeviceRegistrationResult, TpmChallenge, decode, device_registration
-from dps_agent.registration import API_VERSION, activation_of, no_reply_error, read_register, refusal_of
-from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_encode
+from dps_agent.registration import activation_of, no_reply_error, read_register, refusal_of, registration_path
+from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource
 from dps_agent.settings import AUTO
 from dps_hal.tpm.keys import registration_id_from_ek
 
@@ -36,10 +36,9 @@ def look_up(settings: Settings) -> Generator[Effect, Any, DeviceRegistrationResu
     registration_id = settings.registration_id
     if registration_id == AUTO:
         registration_id = registration_id_from_ek(endorsement_key)
-    path = f"/{percent_encode(settings.id_scope)}/registrations/{percent_encode(registration_id)}"
-    query = f"?api-version={API_VERSION}"
     body = device_registration(registration_id, endorsement_key, storage_root_key, settings.payload)
-    challenge: Reply | NoReply = yield Http("PUT", f"{path}/register{query}", body, None)
+    register_path = registration_path(settings.id_scope, registration_id, "/register")
+    challenge: Reply | NoReply = yield Http("PUT", register_path, body, None)
     if isinstance(challenge, NoReply):
         raise no_reply_error(challenge)
     answer = read_register(challenge)
@@ -50,7 +49,7 @@ def look_up(settings: Settings) -> Generator[Effect, Any, DeviceRegistrationResu
     check_clock(now)
     resource = dps_resource(settings.id_scope, registration_id)
     token = yield from signed_token(resource, now.now_s + DPS_TOKEN_LIFE_S, key, DPS_KEY_NAME)
-    reply: Reply | NoReply = yield Http("POST", path + query, body, token)
+    reply: Reply | NoReply = yield Http("POST", registration_path(settings.id_scope, registration_id), body, token)
     if isinstance(reply, NoReply):
         raise no_reply_error(reply)
     if reply.status not in (200, 202):

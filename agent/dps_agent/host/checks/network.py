@@ -30,8 +30,7 @@ from dps_agent.host.network.trust import system_places, tls_context
 from dps_agent.host.printed import utc_text
 from dps_agent.lifecycle import PROVISIONING
 from dps_agent.messages import TpmChallenge, device_registration
-from dps_agent.registration import API_VERSION, LOOKUP_REFUSALS, no_reply_error, read_register, refusal_of
-from dps_agent.sas import percent_encode
+from dps_agent.registration import LOOKUP_REFUSALS, no_reply_error, read_register, refusal_of, registration_path
 from dps_agent.utc import AGREEMENT_S
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_text.addresses import address_text
@@ -108,8 +107,6 @@ def dps_answers(device: Device) -> Finding:
     if device.live is not None and device.live["state"] == PROVISIONING:
         return Finding(SKIPPED, "the service registers just now, and DPS takes one challenge at a time")
     registration_id = device.registration_id
-    path = f"/{percent_encode(configuration.id_scope)}/registrations/{percent_encode(registration_id)}"
-    query = f"?api-version={API_VERSION}"
     body = device_registration(registration_id, device.endorsement_key, device.storage_root_key, None)
     connection = DpsConnection(
         configuration.endpoint,
@@ -120,9 +117,10 @@ def dps_answers(device: Device) -> Finding:
         proxy_of(configuration),
     )
     try:
-        reply = connection.request("POST", path + query, body, None)
+        reply = connection.request("POST", registration_path(configuration.id_scope, registration_id), body, None)
         if isinstance(reply, Reply) and reply.status in LOOKUP_REFUSALS and not _is_challenge(reply):
-            reply = connection.request("PUT", f"{path}/register{query}", body, None)
+            register_path = registration_path(configuration.id_scope, registration_id, "/register")
+            reply = connection.request("PUT", register_path, body, None)
     finally:
         connection.close()
     if isinstance(reply, NoReply):
