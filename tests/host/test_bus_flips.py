@@ -32,17 +32,6 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swtpm]:
         yield new
 
 
-@pytest.fixture
-def tap(machine: Swtpm) -> Iterator[TpmTap]:
-    with TpmTap(machine.port) as new:
-        yield new
-
-
-@pytest.fixture(params=BACK_ENDS)
-def open_tpm(request: pytest.FixtureRequest) -> OpenTpm:
-    return BACK_ENDS[request.param]
-
-
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A size that was flipped is waited for; nothing else here takes as long."""

@@ -243,12 +243,6 @@ def test_an_empty_chunk_is_refused_and_ends_the_reading(name: str, certified: Sw
 OWNERWRITE, PPREAD, OWNERREAD, AUTHREAD, NO_DA = 1 << 1, 1 << 16, 1 << 17, 1 << 18, 1 << 25  # TPMA_NV
 
 
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Swtpm]:
-    with Swtpm(tmp_path / "tpm") as new:
-        yield new
-
-
 @pytest.fixture(params=BACK_ENDS)
 def back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     for variable in [variable for variable in os.environ if variable.startswith("DPS_AGENT_")]:

@@ -49,23 +49,6 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Swtpm, 
         yield first, second
 
 
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Swtpm]:
-    with Swtpm(tmp_path / "tpm") as new:
-        yield new
-
-
-@pytest.fixture
-def tap(machine: Swtpm) -> Iterator[TpmTap]:
-    with TpmTap(machine.port) as new:
-        yield new
-
-
-@pytest.fixture(params=BACK_ENDS)
-def open_tpm(request: pytest.FixtureRequest) -> OpenTpm:
-    return BACK_ENDS[request.param]
-
-
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.__name__)
 def test_contract(claim: Callable[[Tpm, Tpm], None], machines: tuple[Swtpm, Swtpm], open_tpm: OpenTpm) -> None:
     first, second = (open_tpm(each.tcti) for each in machines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,17 +21,6 @@ from support.tpm.swtpm import Swtpm
 ECC_STORAGE = bytes.fromhex("001a 0023 000b 00030472 0000 0006 0080 0043 0010 0003 0010 0000 0000")
 RSA_SIGNING = bytes.fromhex("0018 0001 000b 00040472 0000 0010 0014 000b 0800 00000000 0000")
 FOREIGN = {"ecc": ECC_STORAGE, "rsa-signing": RSA_SIGNING}
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Swtpm]:
-    with Swtpm(tmp_path / "tpm") as new:
-        yield new
-
-
-@pytest.fixture(params=BACK_ENDS)
-def open_tpm(request: pytest.FixtureRequest) -> OpenTpm:
-    return BACK_ENDS[request.param]
 
 
 def signs(tpm: TpmService) -> None:

@@ -29,23 +29,6 @@ WITH_SECRETS = {"ActivateCredential", "Import", "Load", "HMAC"}
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Swtpm]:
-    with Swtpm(tmp_path / "tpm") as new:
-        yield new
-
-
-@pytest.fixture
-def tap(machine: Swtpm) -> Iterator[TpmTap]:
-    with TpmTap(machine.port) as new:
-        yield new
-
-
-@pytest.fixture(params=BACK_ENDS)
-def open_tpm(request: pytest.FixtureRequest) -> OpenTpm:
-    return BACK_ENDS[request.param]
-
-
-@pytest.fixture
 def tpm(tap: TpmTap, open_tpm: OpenTpm) -> Iterator[TpmService]:
     """A TPM whose true keys were there before anybody stood on the bus."""
     new = open_tpm(tap.tcti)

@@ -43,12 +43,6 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Swtpm, 
         yield first, second
 
 
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Swtpm]:
-    with Swtpm(tmp_path / "tpm") as new:
-        yield new
-
-
 @pytest.fixture(params=BUSES)
 def bus(request: pytest.FixtureRequest) -> str:
     name: str = request.param

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,6 @@ from support.tpm.tap import TpmTap
 
 ALWAYS = 1000
 MESSAGE = b"message"
-
-
-@pytest.fixture
-def tap(tmp_path: Path) -> Iterator[TpmTap]:
-    with Swtpm(tmp_path / "tpm") as machine, TpmTap(machine.port) as new:
-        yield new
 
 
 def runner_on(tpm: Tpm, folder: Path) -> Runner:

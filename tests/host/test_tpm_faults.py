@@ -21,7 +21,7 @@ from dps_hal.tpm.errors import RefusedError
 from dps_hal.tpm.verdicts import error_of, locked_out
 from support.claims import assert_refused
 from support.tpm import swtpm
-from support.tpm.backends import BACK_ENDS, OpenTpm
+from support.tpm.backends import OpenTpm
 from support.tpm.swtpm import Swtpm
 from support.tpm.tap import DeviceNode, TpmTap, UnreliableNode
 
@@ -45,11 +45,6 @@ def shared_tap(machine: Swtpm) -> Iterator[TpmTap]:
 def tap(shared_tap: TpmTap) -> TpmTap:
     shared_tap.forget()
     return shared_tap
-
-
-@pytest.fixture(params=BACK_ENDS)
-def open_tpm(request: pytest.FixtureRequest) -> OpenTpm:
-    return BACK_ENDS[request.param]
 
 
 @pytest.fixture

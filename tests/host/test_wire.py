@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,18 +37,6 @@ from support.tpm.swtpm import Swtpm
 from support.tpm.tap import DeviceNode, TpmTap
 
 MESSAGE = b"message"
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Swtpm]:
-    with Swtpm(tmp_path / "tpm") as new:
-        yield new
-
-
-@pytest.fixture
-def tap(machine: Swtpm) -> Iterator[TpmTap]:
-    with TpmTap(machine.port) as new:
-        yield new
 
 
 def import_and_sign(tpm: Tpm, activation: bytes) -> bytes:
