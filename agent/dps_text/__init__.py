@@ -1,4 +1,4 @@
-"""What people write into files, read in one way by every part: text, secrets, and lists of enrolments (`enrolments`).
+"""What people write, read in one way by every part: text, secrets, whole numbers, lists of enrolments (`enrolments`).
 
 An editor or a spreadsheet puts bytes into a file that nobody typed: a byte order mark, CR LF, UTF-16. Standard library
 alone, and nothing of a protocol: the agent, the tools and the emulator, which shares nothing else with the agent, use
@@ -30,6 +30,13 @@ def text_of(content: bytes) -> str:
         raise NotText(
             f"expected text in UTF-8; came the byte 0x{wrong:02x} at line {line}, byte {column}: save the file as UTF-8"
         ) from None
+
+
+def whole_number(text: str, lowest: int, highest: int) -> int | None:
+    """The number from `lowest` to `highest` that `text` writes in at most twelve digits of ASCII, else None."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= 12):
+        return None
+    return int(text) if lowest <= int(text) <= highest else None
 
 
 class Secret(bytes):

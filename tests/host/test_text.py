@@ -19,7 +19,7 @@ from dps_hal.errors import AskOperator
 from dps_hal.tpm.errors import RefusedError
 from dps_hal.tpm.rules import ENDORSEMENT_AUTH_SET, OWNER_AUTH_SET, PT_PERMANENT, Passwords
 from dps_hal.tpm.verdicts import error_of
-from dps_text import NotText, Secret, oddities, secret_of, text_of
+from dps_text import NotText, Secret, oddities, secret_of, text_of, whole_number
 
 BOTH_SET = {PT_PERMANENT: OWNER_AUTH_SET | ENDORSEMENT_AUTH_SET}
 
@@ -259,3 +259,12 @@ def test_a_password_of_too_many_bytes_says_what_is_odd_in_it(tmp_path: Path) -> 
     file.write_bytes(b"hunter2\n" * 20)
     with pytest.raises(AskOperator, match=r"expected 1 to 64 bytes in .*; came more; it has more than one line"):
         config.hierarchy_password("tpm.owner_auth_file", str(file), {})
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "+1", " 1", "1_0", "1.0", "1e1", "²", "١", "11", "1" * 5000])
+def test_what_is_no_whole_number_in_the_bounds_is_none(text: str) -> None:
+    assert whole_number(text, 1, 10) is None
+
+
+def test_a_whole_number_counts_up_to_both_bounds() -> None:
+    assert [whole_number(text, 1, 10) for text in ("1", "10", "007")] == [1, 10, 7]

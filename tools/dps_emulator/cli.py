@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dps_text import NotText, text_of
+from dps_text import NotText, text_of, whole_number
 
 if TYPE_CHECKING:
     from dps_emulator.enrollments import Imported
@@ -639,9 +639,10 @@ def _lookup(text: str) -> tuple[str | int, int]:
         return text, 0
     if text in ("401", "404"):
         return int(text), 0
-    count = text.removeprefix("stale:")
-    if count != text and count.isascii() and count.isdigit():
-        return "fresh", int(count)
+    kind, _, written = text.partition(":")
+    count = whole_number(written, 0, 10**9) if kind == "stale" else None
+    if count is not None:
+        return "fresh", count
     raise argparse.ArgumentTypeError(f"'{text}' is none of fresh, stale:N, no-key, 401, 404")
 
 

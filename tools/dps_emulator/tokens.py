@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from dps_emulator.registrations import utc_text
+from dps_text import whole_number
 
 SCHEME = "SharedAccessSignature "
 
@@ -85,7 +86,7 @@ def parse_token(text: str) -> Token:
         if not values.get(name):
             raise TokenError(f"has no '{name}'")
     expiry = values["se"]
-    if not (expiry.isascii() and expiry.isdigit() and len(expiry) <= 12):
+    if whole_number(expiry, 0, 10**12) is None:
         raise TokenError("has an 'se' that is no number of seconds since 1970")
     try:
         signature = base64.b64decode(unquote(values["sig"]), validate=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dps_hal.errors import AskOperator
+from dps_text import whole_number
 
 SPI_HZ = 10_000_000  # every TPM takes it: PTP, the SPI binding
 _HIGHEST_SPI_HZ = 100_000_000
@@ -20,15 +21,16 @@ def parse_tcti(tcti: str) -> tuple[str, str, int]:
         return kind, settings, 0
     if kind == "spi":
         path, _, clock = settings.partition("?")
-        frequency_hz = _whole(clock.removeprefix("hz=")) if clock.startswith("hz=") else 0 if clock else SPI_HZ
-        if path and 0 < frequency_hz <= _HIGHEST_SPI_HZ:
+        name, _, number = (clock or f"hz={SPI_HZ}").partition("=")
+        frequency_hz = whole_number(number, 1, _HIGHEST_SPI_HZ) if name == "hz" else None
+        if path and frequency_hz:
             return kind, path, frequency_hz
     if kind == "swtpm":
         named = {"host": "127.0.0.1", "port": "2321"}
         pairs = [part.partition("=") for part in settings.split(",") if settings]
         named.update({name: value for name, _, value in pairs})
-        port = _whole(named["port"])
-        if len(named) == 2 and named["host"] and 0 < port < 65536:
+        port = whole_number(named["port"], 1, 65535)
+        if len(named) == 2 and named["host"] and port:
             return kind, named["host"], port
     raise AskOperator(
         "config.invalid",
@@ -44,8 +46,3 @@ def is_ours_alone(tcti: str) -> bool:
     """
     kind = tcti.partition(":")[0]
     return kind in ("libtpms", "spi") or kind.startswith(("spi-", "i2c-"))
-
-
-def _whole(text: str) -> int:
-    """A number of at most nine digits, 0 for anything else."""
-    return int(text) if text.isdecimal() and text.isascii() and len(text) <= 9 else 0

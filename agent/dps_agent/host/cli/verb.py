@@ -9,6 +9,7 @@ import os
 from dps_agent.host.config import Configuration, ConfigurationError, load
 from dps_agent.host.error_document import fields_of
 from dps_hal.errors import AskOperator, DpsError, exit_group
+from dps_text import whole_number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,9 +49,10 @@ def seconds_up_to(highest_s: int) -> Callable[[str], int]:
     """What argparse calls to read whole seconds from 1 to `highest_s`."""
 
     def read(text: str) -> int:
-        if not (text.isascii() and text.isdecimal() and 0 < int(text[:12]) <= highest_s):
+        seconds = whole_number(text, 1, highest_s)
+        if seconds is None:
             raise argparse.ArgumentTypeError(f"expected whole seconds from 1 to {highest_s}; came {text!r}")
-        return int(text)
+        return seconds
 
     return read
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dps_agent.hub_effects import CloudMessage, Desired, MethodCall
 from dps_agent.session import CALL_LIMIT, MESSAGE_LIMIT, METHOD_LIMIT_S
 from dps_hal.platform import from_json, to_json
+from dps_text import whole_number
 
 if TYPE_CHECKING:
     from dps_agent.hub_effects import Message
@@ -126,9 +127,8 @@ class Events:
 
     def _number_in(self, event_id: str) -> int:
         """The number in an event's id, 0 where it is of another process, of an earlier connection, or none."""
-        number = event_id.rpartition("-")[2]
-        ours = number.isascii() and number.isdecimal() and len(number) < 10 and event_id == self._id(int(number))
-        return int(number) if ours else 0
+        number = whole_number(event_id.rpartition("-")[2], 1, 10**9) or 0
+        return number if event_id == self._id(number) else 0
 
     def _has_room(self, payload: bytes | None) -> bool:
         """Whether it makes sense to look into this payload."""

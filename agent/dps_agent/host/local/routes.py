@@ -30,6 +30,7 @@ from dps_agent.host.local.shares import Rate, is_trusted
 from dps_agent.hub_effects import AnswerMethod, MessageDone, SendTelemetry, TelemetryDone
 from dps_agent.sas import percent_decode
 from dps_agent.session import TELEMETRY_LIMIT, telemetry_topic
+from dps_text import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -244,6 +245,7 @@ def _query(text: str) -> dict[str, str]:
 
 def _number(parameters: dict[str, str], name: str, default: int, highest: int) -> int:
     text = parameters.get(name, str(default))
-    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 0 < int(text) <= highest):
+    number = whole_number(text, 1, highest)
+    if number is None:
         raise Refused(400, "agent.usage", f"{name}: expected a whole number from 1 to {highest}; came {text[:20]!r}")
-    return int(text)
+    return number

@@ -50,6 +50,7 @@ from dps_agent.http1 import Reader
 from dps_agent.hub_effects import MethodCall, Readers, SendTelemetry, TelemetryDone, Withdrawn
 from dps_agent.session import IN_FLIGHT_LIMIT, IN_FLIGHT_SIZE
 from dps_hal.platform import to_json
+from dps_text import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -763,8 +764,8 @@ def client_group() -> int | None:
         for line in groups:
             name, _, rest = line.partition(":")
             number = rest.split(":")[1] if rest.count(":") >= 2 else ""
-            if name == CLIENT_GROUP and number.isascii() and number.isdecimal():
-                return int(number)
+            if name == CLIENT_GROUP and (group := whole_number(number, 0, 2**32 - 1)) is not None:
+                return group
     return None
 
 
