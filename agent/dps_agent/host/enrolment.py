@@ -6,13 +6,12 @@ import contextlib
 import fcntl
 import os
 import shlex
-import stat
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from dps_hal.errors import AskOperator, RetryLater
-from dps_hal.host.regular import read_regular
+from dps_hal.host.regular import read_regular, replace_file
 from dps_hal.platform import to_json
 from dps_text import BYTE_ORDER_MARK, text_of, without_mark
 from dps_text.enrolments import EnrolmentList, Entry, ListError, Named, read_enrolments
@@ -80,7 +79,7 @@ def append(path: str, form: str, enrolment: Enrolment) -> Appended:
                 raise AskOperator("agent.file", f"{path}: {error}") from None
             for named in listed.named:
                 _refuse_duplicate(path, enrolment, named)
-            _replace(path, _with(content, form, enrolment, listed))
+            replace_file(path, _with(content, form, enrolment, listed))
     except OSError as error:
         raise AskOperator("agent.file", f"{path} cannot be read or written: {error.strerror}") from None
     notes = [f"line {line}: '{name}' is an enrolment of the kind {kind}" for line, name, kind in listed.others]
@@ -178,26 +177,3 @@ def _read(path: str) -> bytes:
         return read_regular(path, FILE_LIMIT)
     except FileNotFoundError:
         return b""
-
-
-def _replace(path: str, content: bytes) -> None:
-    """Writes the file anew under another name and gives it its own; mode and owner stay those that it had."""
-    part = f"{path}.new"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(part)  # of an append that was cut
-    try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        with open(fd, "wb") as file:
-            with contextlib.suppress(FileNotFoundError):
-                former = os.stat(path)
-                os.fchmod(fd, stat.S_IMODE(former.st_mode))
-                if os.geteuid() == 0:
-                    os.fchown(fd, former.st_uid, former.st_gid)
-            file.write(content)
-            file.flush()
-            os.fsync(fd)
-        os.replace(part, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-        raise

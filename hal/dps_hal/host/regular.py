@@ -1,9 +1,10 @@
-"""Opens files that somebody else may have put there: what is no regular file is named, and nobody is held up.
+"""Opens and replaces files that somebody else may have put there: what is no regular file is named, nobody is held up.
 
 A FIFO without a writer holds up who opens it, a device acts when it is opened, a link leads elsewhere, and a file may
 be without end. Root's commands read in folders of the service's user, and the service reads what others left.
 """
 
+import contextlib
 import errno
 import os
 import stat
@@ -38,6 +39,36 @@ def read_regular(path: "str | os.PathLike[str]", limit_bytes: int, follow: bool 
     if len(content) > limit_bytes:
         raise NotRegular(f"it has more than {limit_bytes} bytes", os.fspath(path))
     return content
+
+
+def replace_file(path: str, content: bytes, mode: "int | None" = None) -> None:
+    """Writes the file anew under another name and gives it its own; OSError, and then the former is whole.
+
+    With a `mode` it is for a folder in memory. Without, mode and owner stay those that it had, and the content is on
+    the disk before the name; whether the name is, is the caller's business.
+    """
+    part = f"{path}.new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(part)  # of a program that was cut
+    try:
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode or 0o666)
+        with open(fd, "wb") as file:
+            if mode:
+                os.fchmod(fd, mode)
+            elif os.path.exists(path):
+                former = os.stat(path)
+                os.fchmod(fd, stat.S_IMODE(former.st_mode))
+                if os.geteuid() == 0:
+                    os.fchown(fd, former.st_uid, former.st_gid)
+            file.write(content)
+            file.flush()
+            if not mode:
+                os.fsync(fd)
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
 
 
 def open_regular(path: "str | os.PathLike[str]", follow: bool = True) -> int:

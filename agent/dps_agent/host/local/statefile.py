@@ -13,7 +13,7 @@ import time
 from dps_agent.host.config import SYSTEM_RUNTIME_DIR, Configuration
 from dps_agent.host.printed import utc_text
 from dps_hal.errors import AskOperator
-from dps_hal.host.regular import NotRegular, read_regular
+from dps_hal.host.regular import NotRegular, read_regular, replace_file
 from dps_hal.platform import from_json, to_json
 
 TYPE_CHECKING = False
@@ -53,16 +53,9 @@ class StateFile:
             return
         content, self._content = self._content, None
         self._full_at_s = max(self._full_at_s, now_s) + WRITE_EVERY_S
-        part = f"{self._path}.new"
         try:
             make_runtime_folder(os.path.dirname(self._path))
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part)
-            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _FILE_MODE)
-            with open(fd, "wb") as file:
-                os.fchmod(fd, _FILE_MODE)  # the service's umask keeps others out of everything else
-                file.write(content)
-            os.replace(part, self._path)
+            replace_file(self._path, content, _FILE_MODE)  # the service's umask keeps others out of everything else
             self.failure = ""
         except OSError as error:
             self.failure = f"{self._path} cannot be written: {error.strerror}"
