@@ -3,6 +3,8 @@
 What nearly all of them look like is read without `urllib` and the IDNA codec, which cost more than all else here.
 """
 
+from dps_text import whole_number
+
 
 def host_and_port(text: str) -> tuple[str, int | None]:
     """Both parts of an address, the port None where there is none; ValueError where it is no address."""
@@ -27,9 +29,8 @@ def plain_address(text: str) -> tuple[str, int | None] | None:
         return None
     if not colon:
         return host.lower(), None
-    if not (digits.isascii() and digits.isdecimal() and 0 < int(digits[:6]) < 65536):
-        return None
-    return host.lower(), int(digits[:6])
+    port = whole_number(digits, 1, 65535)
+    return (host.lower(), port) if port else None
 
 
 def is_plain_host(host: str) -> bool:

@@ -749,7 +749,12 @@ def test_an_endpoint_that_makes_no_sense_is_the_operator_s(endpoint: str) -> Non
 
 @pytest.mark.parametrize(
     ("text", "parts"),
-    [("a.b:8443", ("a.b", 8443)), ("[::1]:443", ("::1", 443)), ("127.0.0.1", ("127.0.0.1", None))],
+    [
+        ("a.b:8443", ("a.b", 8443)),
+        ("a.b:0000801", ("a.b", 801)),
+        ("[::1]:443", ("::1", 443)),
+        ("127.0.0.1", ("127.0.0.1", None)),
+    ],
 )
 def test_host_and_port_come_apart(text: str, parts: tuple[str, int | None]) -> None:
     assert host_and_port(text) == parts
