@@ -6,6 +6,7 @@ TPM, TLS and MQTT are imported by the verbs that use them, when they run: `--hel
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import io
 import os
@@ -54,18 +55,39 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line, `sys.argv` by default, and returns its exit status.
 
-    As a program it ends the process itself where a worker still hangs in the TPM or on a disk: the interpreter's own
-    end would wait for it.
+    As a program, by `sys.argv`, it ends the process itself wherever it can; see `_leave`.
     """
     status = _run(arguments)
     try:
         sys.stderr.flush()
     except OSError:
         discard(sys.stderr)
-    worker = sys.modules.get("dps_agent.host.worker")
-    if arguments is None and worker is not None and worker.worker_hangs():
-        os._exit(status)  # everything was written and flushed
+    if arguments is None:
+        _leave(status)
     return status
+
+
+def _leave(status: int) -> None:
+    """Ends the process as it stands: all is written and given back, and to take the interpreter apart takes long.
+
+    Also where a worker still hangs in the TPM or on a disk, for which the interpreter's own end would wait. Returns
+    where another thread is owed its end, or the output cannot be written, of which the interpreter tells by its status.
+    """
+    worker = sys.modules.get("dps_agent.host.worker")
+    if worker is not None and worker.worker_hangs():
+        os._exit(status)  # everything was written and flushed
+    threading = sys.modules.get("threading")
+    if threading is not None and any(
+        not thread.daemon for thread in threading.enumerate() if thread is not threading.current_thread()
+    ):
+        return
+    atexit._run_exitfuncs()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    except (OSError, ValueError):
+        return
+    os._exit(status)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
