@@ -9,14 +9,10 @@ import time
 from dps_agent import __version__
 from dps_agent.assignment import decode, hub_token, load_held
 from dps_agent.effects import LoadRecord
-from dps_agent.host import kept_key
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.config import Configuration, check_keys_in_hardware, hierarchy_password, proxy_of
 from dps_agent.host.provisioned import Provisioned
 from dps_agent.host.runner import Runner
-from dps_agent.host.steps import StepLines
-from dps_agent.hub_effects import ConfirmClock
-from dps_agent.lifecycle import PROVISIONED, Lifecycle
 from dps_agent.patience import decode_progress
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
@@ -31,6 +27,7 @@ if TYPE_CHECKING:
     from dps_agent.assignment import Assignment
     from dps_agent.host.network.https import DpsConnection
     from dps_agent.host.network.mqtt import HubConnection
+    from dps_agent.host.steps import StepLines
     from dps_agent.sas import SasToken
     from dps_hal.contracts import Store, StoredRecord, TpmService
     from dps_hal.host.files import LockedStore
@@ -128,6 +125,9 @@ def provision_once(
 
     `steps` is told of each step. `with_signals` ends it cleanly at SIGTERM and SIGINT; for the main thread only.
     """
+    from dps_agent.host import kept_key
+    from dps_agent.lifecycle import PROVISIONED, Lifecycle
+
     started_s = time.monotonic()
     settings = configuration.settings()
     if timeout_s is not None:
@@ -217,6 +217,8 @@ def hub_token_once(configuration: Configuration, life_s: int) -> tuple[Assignmen
 
     The network is used only where nobody keeps the system's clock: DPS is asked what time it is.
     """
+    from dps_agent.hub_effects import ConfirmClock
+
     settings = configuration.settings()
 
     def exchange() -> Generator[Any, Any, tuple[Assignment, SasToken]]:

@@ -123,11 +123,19 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _parsed(words: Sequence[str]) -> argparse.Namespace:
     """What `words` say; UsageError where that is nothing. The parser's memory is free again when the verb runs."""
-    parser = command_line(words[:1])
+    parser = command_line(_verb_in(words))
     parsed = parser.parse_args(words, argparse.Namespace(set_after=[]))
     if parsed.verb is None:  # not left to argparse: it would say this of an option that it does not know, too
         raise UsageError("expected a verb", parser.format_usage())
     return parsed
+
+
+def _verb_in(words: Sequence[str]) -> Sequence[str]:
+    """The word that is the verb, or would have to be; none where there is none."""
+    at = 0
+    while words[at : at + 1] and words[at].startswith("-"):
+        at += 2 if words[at] in ("--config", "--set") else 1
+    return words[at : at + 1]
 
 
 def command_line(first: Sequence[str] = ()) -> argparse.ArgumentParser:
