@@ -11,6 +11,14 @@ where a device behaves so whatever it runs on:
 4. A life that connects reports who made its TPM, and its session hears whether programs read messages.
 5. In the end all is given back, whatever fails; a life that was ended on purpose is no crash, and `progress` says so.
 
+There is no machine here. The driver sees each effect once on its way down and each answer once on its way up, and
+remembers one thing: what the session was told of readers on this connection. It pushes the life in one place (4) and
+reads its patience in another (5).
+
+What comes back for an effect: its answer, or a DpsError, which is thrown into the exchange where it yielded the effect.
+To make a DpsError of any other exception is the runner's business. What is not here either: deadlines, watchdogs, the
+end by a signal (a runner closes `drive`, and all that is open in it ends), and what it takes to do an effect.
+
 Pure, as the logic is: no socket, clock or thread. A runner runs `drive`, closes it, and then runs `end`.
 """
 
@@ -57,8 +65,8 @@ else:
     ClockConfirmed = namedtuple("ClockConfirmed", ())
     TpmCall = namedtuple("TpmCall", ("call",))
 
-_RELEASE_FOR_S = 2  # of waiting and more
-_CLOSE_FOR_S = 60
+_RELEASE_FOR_S = 2  # before a longer wait the TPM is released
+_CLOSE_FOR_S = 60  # before a longer wait DPS is hung up on
 
 
 class Driver:
@@ -118,7 +126,10 @@ class Driver:
     def _answer(self, effect: "Any") -> "Asking":
         """What answers one effect, with what else is due before and after it.
 
-        Effects go by name: a board that registers has not loaded those of the hub.
+        Before: 1. `ConfirmClock` is answered here. 2. `Sleep` releases what a long wait does not need. 3. `NextEvent`
+        is answered by Readers where that has changed, else it releases as a `Sleep` does. 4. `Connect` hangs up on DPS.
+        After: 5. a refused `Connect` may ask for DPS's Date. 6. The first EK reports who made the TPM. Effects go by
+        name: a board that registers has not loaded those of the hub.
         """
         kind = type(effect).__name__
         if kind == "ConfirmClock":

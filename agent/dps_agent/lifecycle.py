@@ -1,13 +1,32 @@
-"""The life of a device: three small machines, each with its table.
+"""The life of a device: three small machines run side by side, each with its table.
 
-1. The life itself, one of seven states (`TRANSITIONS`). Each state is a method that does the state's work and returns
-   the event which ended it and how many seconds the next state has to wait. Only `live` sets the state.
-2. The hub's standing towards this identity (`STANDINGS`): whether it still trusts the device. It does no work and
-   only remembers what the hub and DPS have said; `_hear` is its only door.
-3. Patience (`dps_agent.patience`): how often what failed, and how long that makes the device wait.
+1. The **life**, one of seven states (`TRANSITIONS`), does the work. Each state is a method that does the state's work
+   and returns the event which ended it and how many seconds the next state has to wait; so a delay belongs to one
+   transition and nothing else can read it. Only `live` sets the state.
+2. The hub's **standing** towards this identity (`STANDINGS`), one of four: whether the hub still trusts the device. It
+   does no work and only remembers what hub and DPS have said; `_hear` is its only door.
+3. **Patience** (`dps_agent.patience`), one of four: what failed how often, and how long that makes the device wait.
 
-The first one pushes the other two and reads them. Whoever runs a life reads its attributes and never sets them: to
-register is asked for with `ask_to_register`, what is to be reported of the device with `report`.
+Which events they see. The life sees the ends of its own work: of a look at the record, a registration, a wait, a
+connection. Standing sees three things: the hub accepted a token (or the identity is new), the hub refused a token that
+was made just before under a clock that is still believed, a registration of a refused device failed. Patience sees an
+attempt begin and fail, an identity hold, and an identity prove good.
+
+Who pushes whom. The life pushes standing and patience, and asks both where it goes next; they push nobody. The hub's
+session (`dps_agent.session`) says by one word how a connection ended, and `_parted` makes an event of it. Whoever runs
+a life reads its attributes and never sets them: a registration is asked for with `ask_to_register`, what is to be
+reported of the device is told with `report`, and `abandon` leaves the hub.
+
+What the tables do not say:
+
+- A life begins at BOOT, trusted, and `live` called again goes back to BOOT from anywhere, for a MemoryError may have
+  ended it anywhere. Standing and an identity that is not stored yet (`_uncommitted`) outlive that.
+- A life ends in PROVISIONED where no hub is wanted, and in WAITING or HALTED where it was to be lived `once`. A bug of
+  ours (Broken) ends it wherever it is.
+- On its way into BOOT, WAITING or HALTED the life leaves the identity's session; from CONNECTED back to CONNECTING,
+  and through PROVISIONED, the session stays, and telemetry under way with it.
+- Somebody who asks to register changes no state: PROVISIONED and BOOT look for the wish when their wait or work ends,
+  and the session's end says it on a connection.
 
 The identity changes only when `Commit` has been answered; any other end of an attempt leaves it as it was. Every wait
 has an end and a reason, and the reason is what `status` shows. The registration and the hub's session are imported
@@ -263,6 +282,12 @@ class Lifecycle:
                 return
 
     def _boot(self, wait_first: bool, once: bool) -> "Generator[Effect, Any, Outcome]":
+        """What the record leads to.
+
+        1. The store or the TPM gives an error: it may work later, or an operator is needed. 2. The record holds, and
+        nothing speaks for another registration. 3. Registrations failed before this start: wait. 4. DPS asked for
+        patience: wait. 5. Otherwise: register.
+        """
         try:
             stored: StoredRecord | None = yield LoadRecord(IDENTITY)
             self.rolled_back = stored is not None and stored.rolled_back
@@ -290,6 +315,12 @@ class Lifecycle:
         return FAILED_BEFORE, delay_s
 
     def _provision(self, once: bool) -> "Generator[Effect, Any, Outcome]":
+        """What a registration leads to, where it failed first.
+
+        1. It failed, and no identity holds, no hub is wanted, or the new identity is only not stored yet: wait. 2. It
+        failed for a device that the hub has refused: wait, and then ask the hub once more. 3. It failed, and the old
+        identity serves: back to its hub. 4. The new identity is stored.
+        """
         wish, self._wish = self._wish, OWN
         try:
             if self._uncommitted is None:

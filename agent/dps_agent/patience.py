@@ -1,8 +1,22 @@
 """What has failed so far, how long that makes the device wait, and what of both outlives a restart.
 
-Patience does no work: it listens while the life registers and connects, counts, and says how long to wait. Where it
-stands with DPS is one of four states, and every change of it is a row of `PATIENCES`. Beside it two things are only
-counted: registrations that failed in a row, and connections to the hub that were not steady.
+Patience does no work: it listens while the life registers and connects, counts, and says how long to wait. It is one
+machine and two counts:
+
+1. Where the device stands with DPS is one of four states; every event of it is a row of `PATIENCES`, and `_hear` is
+   the only door.
+2. `attempts` counts registrations that failed in a row, the one under way included.
+3. `_connects` and `_unsteady` count connections that were not steady: those begun, and those that ended.
+
+Who pushes it. The life alone: `begin_attempt`, `fail_attempt`, `hold` and `forgive` are the four events of the table;
+`begin_connection`, `lose_connection`, `steady` and `begin_identity` only count. The hub's session hands on what the hub
+told of the fleet (`keep_fleet`), which is stored here because the record is. Patience pushes nobody: it returns
+delays, and the life waits.
+
+What is not in the table. `load` puts a device that has failed in an earlier life into FAILED, before any event. The
+times before which DPS is not to be asked (`dps_not_before_s`, DPS's wish, and the device's own) are no states: what is
+forgiven is the counts, and never DPS's wish. An AskOperator is a failure as any other in the table and only has a
+longer delay; that HALTED follows is the life's decision.
 
 Both counts go up before the work begins, so that work which a crash ends is counted as well. They are stored in the
 record `progress` with the first count of a life and whenever a count doubles. The record is expendable: a device that
@@ -164,7 +178,11 @@ class Patience:
                 raise refusal
 
     def fail_attempt(self, error: DpsError) -> "Generator[Effect, Any, tuple[DpsError, int]]":
-        """Counts what failed; returns the error as it is to be shown, and the delay before the next attempt."""
+        """Counts what failed; returns the error as it is to be shown, and the delay before the next attempt.
+
+        1. An operator is needed: about HALTED_S. 2. DPS has no quota: what `throttled_s` makes of its wish. 3. DPS
+        named a time: that one. 4. Anything else: longer with each attempt.
+        """
         self._keyless = self._keyless + 1 if error.code == "dps.assigned_without_key" else 0
         if self._keyless > KEYLESS_LIMIT:
             error = AskOperator(error.code, error.message, None, error.request_id)
@@ -270,7 +288,7 @@ class Patience:
     # The record.
 
     def in_order(self) -> "bytes | None":
-        """The record that a caller stores who ends a life on purpose; None where the stored one may stay.
+        """Callers that end a life on purpose store this record; None where the stored one may stay.
 
         An orderly end is no crash, so the connections begun count no more.
         """

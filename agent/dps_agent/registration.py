@@ -1,13 +1,31 @@
 """One registration with DPS, from the TPM's keys to a checked assignment: read it from top to bottom.
 
-PUT register -> 401 with a challenge -> the TPM activates it and signs a token -> PUT with the token -> 202 -> poll the
-registration status lookup until it is final -> import the hub key -> check everything -> seal. Nothing is stored here:
-the caller commits what `register` returns, and until then the old identity stays whole.
+There is no machine here, only a sequence; each step begins once the one before has succeeded:
 
-Every wait lies inside one budget. One HTTP step is repeated inside that budget; the whole exchange starts over at the
-first PUT at most once, where the service no longer knows what we refer to or its answer does not fit this TPM. For who
-can wait, a wait for quota is no part of the budget once a challenge is held: it has cost quota, and holds for long.
-Source: Azure DPS Runtime Registration API, 2021-10-01.
+1. The TPM shows EK and SRK.
+2. PUT register, without a token -> 401 with a challenge; a service that takes us without one goes on at 5.
+3. The TPM activates the challenge and signs a token with the key in it.
+4. PUT register with the token -> 202 and the number of an operation.
+5. Poll the registration status lookup, and where that does not help the operation, until one of them is final.
+6. The TPM imports the hub key.
+7. Check everything, and seal the record. Nothing is stored here: the caller commits what `register` returns, and until
+   then the old identity stays whole.
+
+Three loops lie around it, from the inside out, and no wait is in any other place:
+
+- `_step` repeats one request until its answer can be read, where that may help and the budget lasts.
+- `_poll` repeats lookup and operation, at DPS's pace and never faster than DPS lets a device poll.
+- `register` starts over at 1 at most once, where the service no longer knows what we refer to or its answer does not
+  fit this TPM (IdentityStale).
+
+All of them spend one budget (`_Budget`); a wait that would go beyond it is not begun, and the reason for the wait is
+raised instead. Two callers have it otherwise. One that is not `patient` gives the first request no time to be repeated.
+One that does not queue has waits of its own before the first request; in return a wait for quota does not count for it
+once a challenge is held, for the challenge has cost quota and holds for long.
+
+Who must act on a failure is decided in one place, at the end of the file (`_classed`). How often registrations have
+failed, and when the next one begins, is not known here: see `dps_agent.patience`. Source: Azure DPS Runtime
+Registration API, 2021-10-01.
 """
 
 from dps_agent.assignment import (
@@ -107,9 +125,9 @@ def register(
     """Registers the device and returns its assignment and the payload to commit as record `identity`.
 
     The record also holds what is `beside`, by JSON name. Raises RetryLater, AskOperator; never leaves the device worse
-    than before. Not `patient`: where DPS does not answer the first request well, it is not asked again. Where it has no
-    quota, who `queues` asks again within the budget. Who does not has waits of its own before the first request, and
-    keeps a challenge for as long as the token lives.
+    than before. Not `patient`: where DPS does not answer the first request well, it is not asked again. Where DPS has
+    no quota, a caller that `queues` has it asked again within the budget. One that does not has waits of its own before
+    the first request, and a challenge is kept for it for as long as the token lives.
     """
     now_s: float = yield Uptime()
     budget = _Budget(now_s + settings.registration_budget_s)
@@ -206,7 +224,11 @@ def _poll(
 
     A lookup may still answer for an earlier registration, also for one of ours that was never committed. What it says
     counts only if a lookup of this exchange said "not yet" before; otherwise, and where anything is missing, the
-    status of this very operation decides.
+    status of this very operation decides. What a lookup leads to:
+
+    1. It is refused: from now on the operation alone is asked. 2. It is final and counts: the failure is raised, or
+    what is complete is returned. 3. It is not final: the next poll, but for an "unassigned" that stays, whose reason
+    the operation knows. 4. Anything else: the operation is asked at once.
     """
     lookup = Http("POST", registration_path(settings.id_scope, registration_id), body, token)
     step = f"/operations/{percent_encode(answer.operation_id or '')}"
@@ -255,7 +277,10 @@ def _step(
 ) -> "Generator[Effect, Any, tuple[Reply, Body]]":
     """Sends one request until `read` accepts its answer; RetryLater once the budget or our patience has ended.
 
-    Not `queues`: it is not sent again where there is no quota for it.
+    Not `queues`: it is not sent again where there is no quota for it. What comes back: 1. No answer. 2. An answer that
+    `read` accepts, which ends this. 3. One that may be better later, by Retry-After if it has one. 4. One too large for
+    the heap. What `read` raises that is no RetryLater comes out. UNREADABLE_LIMIT answers in a row that make no sense,
+    a certificate that is refused, and want of quota where the caller does not queue, end it at once.
     """
     failures = unreadable = 0
     while True:

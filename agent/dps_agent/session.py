@@ -1,16 +1,35 @@
 """The hub side of one identity: what is said on each connection to its hub, from the token to the end.
 
-`open` and `stay` are the two halves of one connection, `NextEvent` is their only wait. What must outlive a connection
-(telemetry under way, the twin's version) is kept in the `Session` and belongs to its identity alone; what the hub
-lacks, `lacks`, belongs to the hub. Topics, answers and limits: IoT Hub developer guide, "Communicate with an IoT hub
-using MQTT".
+`open` and `stay` are the two halves of one connection, `NextEvent` is their only wait, and each ends with one word: how
+the connection ended (LOST, NOT_FOUND, REFUSED, RENEW, REGISTER), or "" where it stands. What must outlive a connection
+(telemetry under way, the twin's version) is kept in the `Session` and belongs to its identity alone; what belongs to
+one connection is set anew in `_forget_connection`; what the hub lacks, `lacks`, belongs to the hub. Topics, answers and
+limits: IoT Hub developer guide, "Communicate with an IoT hub using MQTT".
 
-Methods, twin and messages are optional: a hub of the Basic tier has none of them and hangs up on whoever asks. So what
-a connection asked for, or sent, less than SHORT_S before it ended is held against it. A feature is left out at the next
-connection and asked for alone once that one has lasted; if the hub hangs up again, ever more rarely. A message is sent
-again alone, and given up after SHORT_ENDS_LIMIT such ends in a row. Who sends such messages again and again has
-strikes, which time takes away: with more than STRIKES_FREE he sends one message at a time, ever more rarely, and only
-while nothing of others is under way.
+Four things run side by side on a connection; only a suspect message holds up what the others would ask of the hub:
+
+1. Each feature (methods, twin, messages) is asked for (`_asked`), and then the hub has it (`_has`), refuses it, or
+   hangs up on it (`lacks`).
+2. The twin is first asked for whole (`_twin_known`), then reported to (`_reported`), one request at a time; a patch
+   that was missed begins that anew.
+3. Each telemetry message is under way (`_in_flight`) until it is acknowledged or given up. It may be `suspect`, which
+   decides when it is sent again, and `withdrawn`: nobody waits for it.
+4. The next token is made while this one serves; once it is ready the connection ends with RENEW.
+
+Which events they see. From the hub: Granted (1), Arrived (2, methods and messages), Acknowledged (3), Gone (all). From
+programs: SendTelemetry and Withdrawn (3), AnswerMethod, MessageDone. From the driver: Readers (1), where programs begin
+or cease to read messages. From whoever wants it: RegisterAgain, which ends the connection. Time is the fifth source:
+`_do_what_is_due` looks at all of them, and `_next_due_s` says when it is to look again.
+
+Whom the session pushes. Programs, by `Tell`: a message, a call, desired properties, what became of telemetry. The
+life, by the word at the end. Patience, by `keep_fleet`, of which it knows no more than the function.
+
+What blames whom. Methods, twin and messages are optional: a hub of the Basic tier has none of them and hangs up on
+whoever asks. So what a connection asked for, or sent, less than SHORT_S before it ended is held against it. A feature
+is left out at the next connection and asked for alone once that one has lasted; if the hub hangs up again, ever more
+rarely. A message is sent again alone, and given up after SHORT_ENDS_LIMIT such ends in a row. Somebody who sends such
+messages again and again has strikes, which time takes away: with more than STRIKES_FREE he sends one message at a time,
+ever more rarely, and only while nothing of others is under way.
 """
 
 from dps_agent.assignment import hub_token
@@ -95,18 +114,18 @@ RENEW_AGAIN_S = 60  # after a token could not be made
 SUBSCRIBE_LIMIT_S = 30
 TELEMETRY_LIMIT = 262144  # bytes of topic and payload; IoT Hub quotas. A hub closes the connection on more, each time
 TOPIC_LIMIT = 65535  # bytes; MQTT 3.1.1, 1.5.3
-METHOD_LIMIT_S = 25  # for a program's answer; callers wait 30 s unless they say otherwise
+METHOD_LIMIT_S = 25  # for a program's answer to a call; the hub's callers wait 30 s unless they say otherwise
 TWIN_LIMIT_S = 60  # for the hub's answer to a twin request
 NEVER_S = 1e18
-TWIN_AGAIN_S = 300  # after the hub did not answer two, or the program did not take the answer; at least
+TWIN_AGAIN_S = 300  # between twin requests, at least, once the hub left two unanswered or a program took no answer
 TWIN_AGAIN_LIMIT_S = 7200  # what the hub refused is asked for ever more rarely, also over connections
-IDLE_AFTER_S = 10  # after the subscriptions, the older identity may be forgotten
+IDLE_AFTER_S = 10  # so long after the subscriptions the older identity may be forgotten
 SHORT_S = 60  # a connection that ends so soon after something was sent may have ended because of that
 SHORT_ENDS_LIMIT = 3  # of connections in a row, right after one message was sent; then it is given up
 STRIKE_S = 600  # after so long one strike is forgotten
 STRIKES_FREE = 3
 STRIKES_LIMIT = 9  # SHORT_S doubled five times, half an hour
-SENDERS_LIMIT = 16  # with strikes, that are remembered
+SENDERS_LIMIT = 16  # senders whose strikes are remembered
 LACKING_GROWTH = 8  # from SHORT_S on: how much longer what the hub hung up on is left out each time
 LACKING_LIMIT_S = 86400
 IN_FLIGHT_LIMIT = 32  # telemetry messages without acknowledgement
@@ -121,7 +140,7 @@ RID_LIMIT = 256  # characters of a request id; a hub's have few
 DESIRED_LIMIT = 131072  # bytes of desired properties and the patches to them; a hub keeps 32 KiB
 
 # MQTT 3.1.1, table 3.1
-_UNACCEPTABLE = (1, 2)  # protocol version, client id
+_UNACCEPTABLE = (1, 2)  # return codes: the hub takes neither this protocol version nor this client id
 _SUBSCRIPTION_FAILED = 0x80
 
 
@@ -137,7 +156,7 @@ class _Telemetry:
         self.suspect = suspect  # the hub may hang up on it: it did before, or its sender has strikes
         self.withdrawn = False  # nobody waits for it any more
         self.size = size
-        self.sent_at_s: float | None = sent_at_s  # None: not on this connection
+        self.sent_at_s: float | None = sent_at_s  # None: it was not sent on this connection yet
         self.short_ends = 0  # of connections in a row, right after it was sent
 
 
@@ -178,13 +197,13 @@ class Session:
         self._in_flight: list[_Telemetry] = []  # in the order in which it was sent first
         self._lacks = lacks
         self._strikes: dict[int, tuple[int, float]] = {}  # sender -> their number, and when the last one came
-        self._struck: list[int] = []  # senders, once for each connection
+        self._struck: list[int] = []  # senders that got a strike for this connection: one each
         self._reads = False  # a program reads messages
-        self._desired_version = 0  # as told last
-        self._desired_size = 0  # bytes of them, and of the patches told since they were told whole
+        self._desired_version = 0  # of the desired properties that programs were told last
+        self._desired_size = 0  # bytes of the desired properties when told whole, and of the patches told since
         self._cleaned = False  # the older identity is gone
-        self._twin_refusals = 0  # in a row
-        self._twin_not_before_s = 0.0  # the wait after the last of them, which outlives a connection
+        self._twin_refusals = 0  # twin requests in a row that the hub refused
+        self._twin_not_before_s = 0.0  # until when the last refusal makes us wait, also over connections
         self._forget_connection()
 
     def _forget_connection(self) -> None:
@@ -198,7 +217,7 @@ class Session:
         for telemetry in self._in_flight:
             telemetry.sent_at_s = None
         self._renewed_at_s = NEVER_S  # when the next token was ready
-        self._twin_granted = False  # before that nothing is asked of it
+        self._twin_granted = False  # the hub granted its topics: before that nothing is asked of the twin
         self._twin_request = ""  # the one that waits for an answer
         self._twin_at_s = NEVER_S  # its end, or when to ask again
         self._asked_whole = False  # it asks for the twin, else it reports
@@ -286,6 +305,12 @@ class Session:
     # What is due.
 
     def _do_what_is_due(self, now_s: float) -> "Generator[Effect, Any, str]":
+        """What time asks for, in this order; returns how the connection ended, or "".
+
+        1. Calls that no program has answered. 2. Telemetry of an earlier connection. 3. A twin request. 4. An end,
+        where the hub has not granted the subscriptions in time. 5. A feature that the hub lacked. 6. The older
+        identity, which is forgotten. 7. The next token, and with it the end.
+        """
         if self._overdue(now_s):  # the answer may have come in time and wait here
             end = yield from self._take_what_waits()
             if end:
@@ -361,7 +386,11 @@ class Session:
         return self._may_be_sent_s(-1, True)
 
     def _may_be_sent_s(self, sender: int, suspect: bool) -> float:
-        """When to send a message: a suspect one beside no other such, and one of who has too many strikes alone."""
+        """When to send a message.
+
+        1. One that is not suspect: now. 2. A suspect one: beside no other such. 3. One whose sender has more than
+        STRIKES_FREE strikes: beside nothing at all, and the later the more strikes there are.
+        """
         if not suspect:
             return 0.0
         strikes, due_s = self._strikes.get(sender, (0, 0.0))
@@ -655,7 +684,13 @@ class Session:
         _sent: int | None = yield Publish(f"{topic}?$rid={self._twin_request}", payload, 0)
 
     def _take_twin(self, rest: str, payload: "bytes | None") -> "Generator[Effect, Any, None]":
-        """The answer to a twin request: `rest` is `{status}/?$rid={rid}[&$version={version}]`."""
+        """The answer to a twin request: `rest` is `{status}/?$rid={rid}[&$version={version}]`.
+
+        1. It answers another request than the one under way: nothing. 2. It answers a report: `_reported` says whether
+        the hub took it. 3. It brings the twin: `_twin_known` says whether that could be used. Then, when to go on:
+        4. The hub refused: ever later, also over connections. 5. All is well, or a patch has overtaken the twin for the
+        first time: at once. 6. Otherwise: after TWIN_AGAIN_S.
+        """
         status, _, query = rest.partition("/")
         if _query_value(query, "$rid") != self._twin_request or not self._twin_request:
             return
@@ -681,7 +716,9 @@ class Session:
     def _take_whole_twin(self, payload: "bytes | None") -> "Generator[Effect, Any, bool]":
         """Whether `payload` is a twin, no older one than the patches of this connection, and was taken.
 
-        One that is too large for this device is not asked for again before the next patch; the program is told.
+        1. It is too large for this device: the program is told, and it is not asked for again before the next patch.
+        2. It is no twin: False. 3. It is older than a patch that came meanwhile: False. 4. The programs know this
+        version: True. 5. It is news: whether it was taken.
         """
         try:
             if payload is None:
@@ -721,6 +758,12 @@ class Session:
             yield from self.keep_fleet(fleet)
 
     def _take_desired(self, topic: str, payload: "bytes | None") -> "Generator[Effect, Any, None]":
+        """A patch to the desired properties.
+
+        1. It is the next one and a program takes it: done. 2. It is the next one and no program takes it: all
+        properties are asked for after TWIN_AGAIN_S. 3. One before it was missed, it is too large, or it speaks of the
+        agent itself: all properties are asked for at once. 4. Its version is known: nothing.
+        """
         try:
             version = int(_query_value(topic, "$version"))
         except ValueError:
@@ -736,7 +779,7 @@ class Session:
                 self._desired_version = version
                 self._desired_size = size
                 return
-            again_s += TWIN_AGAIN_S  # the program has its hands full
+            again_s += TWIN_AGAIN_S  # the program took nothing: it has its hands full
         if version != self._desired_version:  # one was missed: ask for all of them
             self._twin_known = False
             if not self._twin_request:
@@ -745,10 +788,16 @@ class Session:
     # How it ends.
 
     def _lost(self, what: str, reason: str) -> "Generator[Effect, Any, str]":
-        """The end of a connection that the hub had accepted, held against what it may be the answer to."""
+        """The end of a connection that the hub had accepted, held against what it may be the answer to.
+
+        1. A suspect message was sent just before: its sender gets a strike. 2. Otherwise, features were asked for just
+        before: they are left out for a while, ever longer. 3. Otherwise, the connection was short: what it went without
+        was not the reason. 4. In any case messages sent just before are suspect, and one that was so too often is given
+        up. A hub that has only fallen silent hung up on no message.
+        """
         now_s: float = yield Uptime()
         recent: list[_Telemetry] = []
-        if reason.partition(":")[0] != NO_REPLY_TIMEOUT:  # who is silent does not hang up on anything
+        if reason.partition(":")[0] != NO_REPLY_TIMEOUT:  # a hub that is silent does not hang up on anything
             for telemetry in self._in_flight:
                 if telemetry.sent_at_s is not None and now_s < telemetry.sent_at_s + SHORT_S:
                     recent.append(telemetry)
