@@ -1,6 +1,19 @@
 """How the effects that concern the hub are done on Linux; loaded with the first of them.
 
 A verb that never asks for a hub, such as `provision`, has no use for any of this.
+
+There are four ways, and the table at the end says which effect goes which:
+
+1. `told`: at once, on the thread of the runner. A message goes to programs, and nobody waits for them.
+2. `soon`: on `dps-worker`, for things that wait for no answer; only a machine in trouble reaches HUB_DEADLINE_S.
+3. `dialled`: on `dps-worker`, as long as a connection may take. It ends early by `abort` where somebody stops the
+   runner or has asked for something that makes the connection vain.
+4. `next_event`: on `dps-worker`, until an event comes or its time is over. Whoever has something for the session posts
+   it, which ends the wait; so haste before it means nothing.
+
+`HubConnection` is used by one call at a time on `dps-worker`, and in the end, when none is under way, by the runner's
+own thread (`close`). Three of its methods are for other threads at any time: `post` and `take_back` (the socket's, a
+signal handler's) and `abort` (the runner's).
 """
 
 from __future__ import annotations
@@ -50,8 +63,8 @@ if TYPE_CHECKING:
 
 
 CONNECT_DEADLINE_S = 65.0  # HubConnection itself ends after 60 s
-HUB_DEADLINE_S = 10.0  # for what waits for nobody
-EVENT_GRACE_S = 10.0  # after the end of a wait for an event
+HUB_DEADLINE_S = 10.0  # for a call that waits for no answer
+EVENT_GRACE_S = 10.0  # by which a wait for an event may overrun its own end
 
 
 def hub_ways(

@@ -1,8 +1,26 @@
 """Does what the logic asks for, on Linux: resources, and a table of how each effect is done with them.
 
-What a device does whatever it runs on is the driver's business (`dps_agent.driver`), waiting and deadlines are the
-worker's (`dps_agent.host.worker`). Where an effect does not end in time the exchange ends, `run` raises, and the
-process is to exit; whatever starts it next starts clean.
+Four parts play together, and only the last two know threads:
+
+1. The exchange (a life, a registration, one call) yields effects and knows no world.
+2. The driver (`dps_agent.driver`) is what a device does whatever it runs on: it adds effects of its own.
+3. The runner has one table, effect -> how it is done. It runs on the thread that called `run`, which never blocks in
+   anything that has no end.
+4. The worker (`dps_agent.host.worker`) has the one thread in which calls may block, `dps-worker`, and all waiting and
+   deadlines.
+
+Each turn of `_drive` is the same: take the next effect, feed the watchdog, look whether somebody called `stop`, do the
+effect, and hand its outcome to the driver: an answer, or a DpsError that is thrown there. What an effect of the TPM,
+the store or the clock raises goes to the logic, as a DpsError; what one of HTTP or the hub raises comes out of `run`,
+for those answer by values.
+
+How `run` ends: 1. with the exchange's result; 2. with the exchange's own error; 3. with `agent.interrupted`, after
+`stop`; 4. with the code of an overrun deadline. In the last case the worker is `stuck`: the process is to exit, and
+whatever starts it next starts clean. In any case `_end` closes the exchange, ends what is still under way, lets the
+driver give back TPM, DPS and hub, and ends the thread.
+
+Other threads and signal handlers reach a runner by `stop`, `hasten`, `post` and `take_back` alone. The third thread,
+`dps-exit`, belongs to the process: see `install_signals`.
 """
 
 from __future__ import annotations

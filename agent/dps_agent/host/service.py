@@ -3,6 +3,27 @@
 The life itself is `dps_agent.lifecycle`. Here is what a service adds: one generator, `Service._watched`, stands between
 the life and its driver. It sees every effect and every change of state, tells systemd, the journal and the state file,
 and does what others ask for (signals, the socket) between two effects, where the life could be cut anyway.
+
+There is no machine of its own here: what the service does follows from the life's state, and what it remembers beside
+that is what was asked for and not done yet, and what was announced already. Three things ask:
+
+1. A signal handler sets `_stopping` or `_reload_asked`, on the main thread, in the middle of anything.
+2. The socket's thread (`dps-api`) appends a `Command`, or posts an event for the hub's session.
+3. The life yields an effect. On the way `_look` notices what the last step has changed, and `_obey` does what 1 and 2
+   have asked for.
+
+Who pushes whom. SIGHUP and a command only note and `_wake`: the runner's sleep ends by haste, its wait for an event by
+`_WAKE`, an event that says nothing, and a connection that is being made ends where `_connects_in_vain`. All that
+follows runs on the main thread, in `_watched`: it asks the life to register (`ask_to_register`), leaves its hub
+(`abandon`), or ends it by not going on with it. The life knows nothing of the service.
+
+How a life ends here, and what follows. 1. SIGTERM or SIGINT: the runner stops, and so does the service. 2. Settings
+that changed: a new life begins with new equipment (`_next_equipment`). 3. A reset: a new life begins with what there
+is. 4. An error that makes going on impossible: the service ends with it. New lives inherit from the former what
+outlives an identity: see `Lifecycle`.
+
+Threads: the main one runs `run` from beginning to end; `dps-worker` and `dps-exit` are the runner's, `dps-api` is the
+socket's. The main thread alone touches the life, and `_api` is told of it by values (`Snapshot`).
 """
 
 from __future__ import annotations
@@ -69,7 +90,7 @@ if TYPE_CHECKING:
 
 _WAITS = (WAITING, HALTED, PROVISIONED)
 _ASSIGNED = (PROVISIONED, CONNECTING, CONNECTED)
-_WAKE = MessageDone(0)  # an event that says nothing: no message has this id
+_WAKE = MessageDone(0)  # an event that says nothing, for no message has this id
 
 
 class _Equipment(NamedTuple):
@@ -104,8 +125,8 @@ class Service:
         self._stopping = False
         self._hasty = False  # the next wait before another try is skipped
         self._leaving = False  # this life is over
-        self._warned: set[str] = set()  # what was said of the TPM, once
-        self._lacked: tuple[str, list[str]] = ("", [])  # which hub, and what it was said to lack
+        self._warned: set[str] = set()  # warnings of the TPM that the journal has; each is said once
+        self._lacked: tuple[str, list[str]] = ("", [])  # the hub, and what the journal said that it lacks
 
     def run(self) -> None:
         """Lives until SIGTERM or SIGINT; raises what makes going on impossible."""
@@ -165,7 +186,7 @@ class Service:
         self._state = BOOT
         self._since_s = time.monotonic()
         self._announced_key = b""  # the wrapped key that was announced
-        self._persisted_key = b""  # that was made persistent, or cannot be
+        self._persisted_key = b""  # the wrapped key that was made persistent, or cannot be
         self._shown: tuple[Any, ...] = ()
 
     def _open_api(self) -> LocalServer | None:
@@ -242,7 +263,7 @@ class Service:
         self._equipment.runner.hasten()
 
     def _post_wake(self) -> None:
-        """One _WAKE, however much there is to look at; noted first, for who hears it takes the note away."""
+        """Posts one _WAKE, however much there is to look at; it is noted first, for hearing it removes the note."""
         if not self._woken:
             self._woken = True
             if not self._equipment.runner.post(_WAKE):
@@ -359,7 +380,7 @@ class Service:
         return over
 
     def _leave_hub(self) -> Generator[Effect, Any, None]:
-        """Ends the connection with the life: who waits for an answer of the hub's gets one, what is queued goes."""
+        """Ends the connection with the life: programs that wait for the hub are answered, what is queued is dropped."""
         self._leaving = True
         self._show(self._life.reason, None)
         yield from self._life.abandon()
@@ -427,7 +448,7 @@ class Service:
         elif command.name == "status":
             if life.state == PROVISIONING:
                 raise RetryLater("agent.busy", "a registration is under way")
-            self._answer(command, 200, {})  # who asks looks it up: here that would keep the hub waiting
+            self._answer(command, 200, {})  # whoever asks looks it up: to do that here would keep the hub waiting
         elif life.assignment is not None and life.state in _ASSIGNED and not command.force:
             self._answer(command, 200, self._provisioned(already=True))
         elif life.state == PROVISIONING:

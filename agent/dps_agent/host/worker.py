@@ -1,9 +1,21 @@
 """The one thread that does what may block, and the waiting for it.
 
-The main thread waits for a call with that call's own deadline, feeds the watchdog until then and no longer, and hears
-of signals meanwhile. A worker that overruns its deadline can be neither ended nor trusted: what it holds (a TPM's
-driver, a disk) would block a second one as well. So `stuck` says that the process is to exit; whatever starts it next
-starts clean.
+Two threads play together. The waiting one, on which a runner runs, hands over a call, waits for its outcome with that
+call's own deadline, feeds the watchdog until then and no longer, and hears of signals meanwhile. The working one,
+`dps-worker`, is started by the first call and does one call after the other until `end`; it knows nothing of deadlines
+and never touches a `Worker`'s attributes. Two queues are all that they share: calls go one way, outcomes the other.
+
+What a `Worker` is in follows from three facts:
+
+- `_busy`: a call was handed over and its outcome was not taken yet. There is one call at a time.
+- stopped, once `stop` was called, for ever: a call that can be aborted is aborted at once, any other may go on for
+  STOP_GRACE_S, and then `refuse_if_stopped` raises.
+- `stuck`, once a call did not end, for ever: it can be neither ended nor trusted, and what it holds (a TPM's driver, a
+  disk) would block a second thread as well. So the process is to exit; whatever starts it next starts clean.
+
+Haste is an event and no fact: `hasten` ends the sleep of now, or the next one, and makes `_wait` look at `interrupted`.
+Signal handlers may run on the waiting thread in the middle of anything. So `stop` and `hasten` take no lock: they set a
+value and put None into the queue of outcomes, which wakes the waiting thread, if it waits.
 """
 
 from __future__ import annotations
@@ -34,8 +46,8 @@ else:
     Outcome = namedtuple("Outcome", ("answer", "error"))
 
 DONE = Outcome(None, None)
-ABORT_GRACE_S = 1.0  # an aborted request returns at once; this is for a loaded machine
-STOP_GRACE_S = 1.0  # a TPM command or a commit under way may end within this after `stop`
+ABORT_GRACE_S = 1.0  # an aborted request returns at once; so long it may take on a loaded machine
+STOP_GRACE_S = 1.0  # a TPM command or a commit under way may go on for so long after `stop`
 _WHO = {"tpm.timeout": "the TPM", "store.io": "the storage", "network.timeout": "the connection to the hub"}
 _FEED_EVERY_S = 1.0
 _NAME = "dps-worker"
@@ -64,9 +76,11 @@ class Worker:
     def do(
         self, call: Callable[[], Any], deadline_s: float, overrun_code: str, longest_s: Callable[[], float] = float
     ) -> Outcome:
-        """The outcome of a call that nothing but its end ends; RetryLater `overrun_code` at its deadline.
+        """The outcome of a call that nothing but its end ends.
 
-        `longest_s()` is asked then, for it may have turned out meanwhile that the call may take longer.
+        1. It ends within `deadline_s`: its outcome. 2. It ends within `longest_s()`, which is asked at the deadline,
+        for it may have turned out meanwhile that the call may take longer: its outcome. 3. `stop` came, and it does not
+        end within STOP_GRACE_S: stuck, RetryLater `agent.interrupted`. 4. Otherwise: stuck, RetryLater `overrun_code`.
         """
         self._hand_over(call)
         outcome = self._wait(deadline_s, STOP_GRACE_S)
@@ -87,9 +101,11 @@ class Worker:
         what: str,
         interrupted: Callable[[], bool] = bool,
     ) -> Outcome:
-        """The answer of a call that `abort` makes end, at its deadline or once `interrupted()` is true after `hasten`.
+        """The answer of a call that `abort` makes end; what the call raises comes out: it is not for the logic.
 
-        A NoReply that comes of the deadline says `timeout`. What the call raises comes out: it is not for the logic.
+        1. It ends by itself: its answer. 2. At its deadline it is aborted and ends: its answer, where a NoReply says
+        `timeout`. 3. After `stop`, or once `interrupted()` is true after `hasten`, it is aborted and ends: its answer.
+        4. It was aborted and does not end: stuck, RetryLater `network.timeout` or, after `stop`, `agent.interrupted`.
         """
         self._hand_over(call)
         outcome = self._wait(deadline_s, 0.0, interrupted)
@@ -222,7 +238,10 @@ def required(outcome: Outcome) -> Outcome:
 
 
 def _work(calls: queue.SimpleQueue[Callable[[], Any] | None], outcomes: queue.SimpleQueue[Outcome | None]) -> None:
-    """The thread; `Worker._hand_over` starts it and `Worker.end` ends it."""
+    """The thread `dps-worker`: started by the first call after the last `end`, ends with the next `end`.
+
+    One that hangs in a call ends with the process.
+    """
     while (call := calls.get()) is not None:
         outcomes.put(attempt(call))
         del call  # it may hold a key, and the next call may be far

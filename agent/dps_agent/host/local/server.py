@@ -1,12 +1,35 @@
-"""HTTP/1.1 on a Unix socket for other programs on this device.
+"""HTTP/1.1 on a Unix socket for other programs on this device: sockets, limits and the one thread, and no route.
 
-One thread serves all of them and waits for none: every size, count and time has a bound, and a program that is too slow
-loses its connection. What may be asked for stands in `routes`. Nothing is queued here: telemetry is accepted once the
-hub has it, and a cloud-to-device message stays the hub's until a program says that it is done with it.
+The thread, `dps-api`, serves all programs and waits for none: every size, count and time has a bound, and a program
+that is too slow loses its connection. It is started by `LocalServer.start` and ends after `close`. What may be asked
+for stands in `routes`, what the hub sent in `events`. Nothing is queued here: telemetry is accepted once the hub has
+it, and a cloud-to-device message stays the hub's until a program says that it is done with it.
 
-Who may use the socket is not trusted: each user has a share of everything that is counted (`shares`), and what a client
-that has gone asked for is taken back where nobody has begun with it. A second socket, `path` with ROOT_SUFFIX, is open
-to root and the service's own user alone: no crowd at the first one keeps them waiting.
+Each connection (`_Client`) is a small machine of its own, whose state is what it has and not a name:
+
+1. Idle: nothing of a request has come. It has IDLE_LIMIT_S.
+2. It sends a head (`head`), then a body (`body`); it has REQUEST_LIMIT_S for both together. With the head its user's
+   share is taken. It is given back once the request was begun with, that of telemetry once the session is done with it.
+3. It waits for us (`pending`): a command is with the service, or telemetry with the hub's session.
+4. It is sent to (`lines`): the answer, and then it is idle again; it may take no byte for SEND_LIMIT_S.
+5. It reads events (`streams`), to its end.
+
+`ends` says that the connection goes once all is sent, `over` that the program sends nothing more and may still wait for
+its answer, `ignored` that what comes of a body is thrown away. A connection may go in any state: `_drop` gives back
+what it had, but for telemetry that the session has begun with. Nothing is read of one that waits for us, so that a
+program cannot queue.
+
+A turn of the thread (`_take_turn`) has six steps: 1. What came on connections, and what they can take. 2. New
+connections. 3. Requests that were left over, for each client has REQUESTS_A_TURN. 4. What the service's thread has put
+into the inbox. 5. Events for readers. 6. Whoever has had his time.
+
+Who pushes whom. The service's thread calls `show`, `tell`, `answer`, `forget`; where they change what only this thread
+may touch, they go through the inbox and an alarm (`_later`, `_wake`). This thread calls `post`, `command` and
+`take_back`, which return at once, and touches nothing else of the service but its journal.
+
+Users of the socket are not trusted: each has a share of everything that is counted (`shares`), and what a client that
+has gone asked for is taken back where nobody has begun with it. A second socket, `path` with ROOT_SUFFIX, is open to
+root and the service's own user alone: no crowd at the first one keeps them waiting.
 """
 
 from __future__ import annotations
@@ -60,21 +83,22 @@ if TYPE_CHECKING:
 
 CLIENT_GROUP = "dps-agent-clients"
 GROUP_FILE = "/etc/group"
-BACKLOG = 4096  # connections that wait to be looked at; who finds no room among them gets EAGAIN, whoever filled it
-ACCEPTS_A_TURN = 256  # connections
-REQUESTS_A_TURN = 16  # of one client, then come the others
+BACKLOG = 4096  # connections that wait to be looked at; a program that finds it full gets EAGAIN, whoever filled it
+ACCEPTS_A_TURN = 256  # connections that are let in before anything else is done
+REQUESTS_A_TURN = 16  # requests of one client that are done before the others have their turn
 READ_SIZE = 20 * 1024  # bytes of heads in one go: one that is too long is read, so that its answer arrives
 BODY_LIMIT = 256 * 1024  # bytes; IoT Hub quotas: a device-to-cloud message
 LINES_LIMIT = 128  # events that a reader may be behind
 READERS_LIMIT = 2 * 1024 * 1024  # bytes that all readers together may be behind, beside what is held anyway
 REQUEST_LIMIT_S = 10.0  # from a request's first byte to its last
 IDLE_LIMIT_S = 60.0  # between two requests
-SEND_LIMIT_S = 10.0  # without any byte taken
+SEND_LIMIT_S = 10.0  # in which a client takes no byte of what it is sent
 HEARTBEAT_S = 60.0  # an empty line, so that both sides notice when the other is gone
 
-# In all, of one user who is not trusted, kept for those who are: four users at their limits leave the kept ones alone.
+# Three numbers each: in all, of one user who is not trusted, kept for root and the service's own user. Four users at
+# their limits leave the kept ones alone.
 CLIENTS = (32, 7, 4)  # connections
-STREAMS = (16, 3, 4)  # of them with GET /events
+STREAMS = (16, 3, 4)  # connections with GET /events
 UNDER_WAY = (IN_FLIGHT_LIMIT, 7, 4)  # telemetry messages, from the end of their heads until the hub has answered
 BYTES = (IN_FLIGHT_SIZE, 2 * BODY_LIMIT, 2 * BODY_LIMIT)  # of bodies and the topics that they go under, for as long
 
@@ -104,7 +128,7 @@ class _Body(NamedTuple):
     begun: Begun
     size: int
     share: int  # bytes, taken of its user's: the body, and the topic that it goes to the hub under
-    closes: bool  # the connection, once this was answered
+    closes: bool  # once this was answered the connection ends
     content: bytearray
 
 
@@ -123,17 +147,17 @@ class _Client:
         self.socket = connection
         self.peer = peer
         self.reader = Reader(0, REQUEST_HEADERS)
-        self.came = b""  # and not given to the reader yet
-        self.head: Reading[Head] | None = None  # that has begun and is not whole
+        self.came = b""  # what has come and was not given to the reader yet
+        self.head: Reading[Head] | None = None  # a head that has begun and is not whole
         self.body: _Body | None = None
         self.ignored = 0  # bytes still to come of a body that nobody wants
         self.lines: deque[bytes] = deque()  # to send; the same objects for all readers of events
-        self.sent = 0  # bytes of the first of them
+        self.sent = 0  # bytes of the first line that were sent
         self.deadline_s = now_s + IDLE_LIMIT_S
         self.pending: int | None = None  # the request that waits for an answer
-        self.asked: Event | Command | None = None  # what waits for it
+        self.asked: Event | Command | None = None  # what the service or the session has to answer
         self.streams = False
-        self.ends = False  # once all is sent
+        self.ends = False  # it is closed once all is sent
         self.over = False  # it sends nothing more, and may wait for an answer
 
     def is_idle(self) -> bool:
@@ -198,7 +222,7 @@ class LocalServer:
         self._alarm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll.register(self._alarm, select.EPOLLIN)
         self._ended = False
-        # Started by `start`, ends after `close`; it waits for nothing but its sockets and the alarm.
+        # Started by `start`, ends with the turn in which it sees `close`; it waits for its sockets and the alarm alone.
         self._thread = threading.Thread(target=self._serve, name="dps-api", daemon=True)
 
     def start(self) -> None:
@@ -312,6 +336,12 @@ class LocalServer:
         return max(min(ends) - time.monotonic(), 0.0) + 0.01 if ends else None
 
     def _expire(self, now_s: float) -> None:
+        """What becomes of connections whose time is over.
+
+        1. It waits for us: it is told that it was not done, or that nobody knows. 2. It takes nothing of what it is
+        sent, or is idle: it goes. 3. It reads events: an empty line, which shows whether it is there. 4. Its request
+        did not come to its end: 408.
+        """
         self._events.expire(now_s)
         for client in [client for client in self._clients.values() if client.deadline_s <= now_s]:
             if client.pending is not None:
@@ -356,7 +386,7 @@ class LocalServer:
 
     def _let_in(self, connection: socket.socket) -> None:
         """Makes a client of a connection, or closes it; what fails leaves nothing of it here."""
-        if _is_gone(connection):  # first of all: who only knocks must cost us no more than it costs him
+        if _is_gone(connection):  # first of all: a program that only knocks must cost us no more than itself
             connection.close()
             return
         connection.setblocking(False)
@@ -391,14 +421,14 @@ class LocalServer:
         return True
 
     def _drop_idle(self, clients: list[_Client]) -> bool:
-        """Drops who of these waits longest between two requests; False where none does."""
+        """Drops the one of these that waits longest between two requests; False where none does."""
         idle = [client for client in clients if client.is_idle()]
         if idle:
             self._drop(min(idle, key=lambda client: client.deadline_s))
         return bool(idle)
 
     def _drop_unfinished(self, clients: list[_Client]) -> bool:
-        """Drops who of these has begun a request last and not ended it; False where there is none."""
+        """Drops the one of these that has begun a request last and not ended it; False where there is none."""
         unfinished = [client for client in clients if not client.waits_for_us()]
         if unfinished:
             self._drop(max(unfinished, key=lambda client: client.deadline_s))
@@ -445,7 +475,7 @@ class LocalServer:
     def _advance(self, client: _Client) -> None:
         """Answers what was received, one request after the other, each once the answer before has gone."""
         if client.socket.fileno() < 0:
-            return  # dropped meanwhile
+            return  # it was dropped meanwhile
         for _ in range(REQUESTS_A_TURN):
             if client.waits_for_us() or not self._take_request(client):
                 break
@@ -507,7 +537,7 @@ class LocalServer:
                 raise Refused(503, "agent.busy", "it was not read: too much is under way", RETRY_AFTER_S)
         except Refused:
             client.ends = head.closes or expects
-            client.ignored = 0 if expects else head.length  # who is not told to go on need not send it
+            client.ignored = 0 if expects else head.length  # a client that is not told to go on does not send it
             raise
         if begun.topic_size:
             self._hub_places.take(user)
@@ -633,7 +663,7 @@ class LocalServer:
         self._send(client)
 
     def _broadcast(self) -> None:
-        """Sends what is new to all readers; who is too slow is dropped, and gets what is held when it comes again."""
+        """Sends what is new to all readers; one that is too slow is dropped, and gets what is held when it is back."""
         for content in self._events.news():
             for client in [client for client in self._clients.values() if client.streams]:
                 if len(client.lines) >= LINES_LIMIT:
@@ -667,7 +697,7 @@ class LocalServer:
     def _send(self, client: _Client) -> None:
         """Sends what the client takes now; the rest follows when it is ready, or the connection ends."""
         if client.socket.fileno() < 0:
-            return  # dropped meanwhile
+            return  # it was dropped meanwhile
         progress = False
         while client.lines:
             try:
