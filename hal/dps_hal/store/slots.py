@@ -3,6 +3,27 @@
 Each record has two slots. A write goes to the slot that does not hold the current copy, so at every instant one whole
 copy is untouched. `hal/SPEC.md` has the bytes; the files of `dps_hal.host.files`, raw flash and block devices are
 devices.
+
+Each slot by itself is in one of five states (EMPTY, DAMAGED, FOREIGN, VALID, TOMBSTONE), which its bytes alone decide:
+`decode_slot` has a meaning for every content. What a record is follows from both slots, each time anew, for the store
+remembers nothing: the whole slot with the later generation is the current copy. Generations wrap, so "later" is by
+serial-number arithmetic.
+
+What may happen between two instants: power goes, at any byte, and leaves the slot that was being written EMPTY, DAMAGED
+or whole; the program is killed, and a cache may show what the medium does not have; the medium reports an error, or
+reads back something else. A write therefore has one order, and each step has a reason:
+
+1. Settle: what a cache shows as the current copy is on the medium, before the other slot is touched (`_settled`).
+2. Choose the slot that may be lost, and a generation that is later than that of the slot which stays (`_write`).
+3. Erase it, program it, sync, and read it back.
+4. If that failed, take it back (`_withdraw`): a copy that a cache shows and the medium does not have must not become
+   the current one, or the next write would go over the last durable copy.
+
+To erase a record needs a tombstone first, for to erase the current copy would bring the older one back. To forget the
+older copy is one erase.
+
+Who pushes whom: nobody. There is no thread, clock or lock here; callers see to it that one program at a time writes.
+A slot of another format version (FOREIGN) is never overwritten, only erased on request.
 """
 
 import binascii
@@ -87,7 +108,12 @@ class SlotStore:
         self.max_payload = min([devices[record].slot_bytes for record in devices]) - OVERHEAD_BYTES
 
     def load(self, record: str) -> "StoredRecord | None":
-        """The newest valid payload; see `Store.load`."""
+        """The newest valid payload; see `Store.load`.
+
+        1. A slot is of an unknown format: AskOperator. 2. Both slots are empty: None. 3. No copy is whole, and one is
+        damaged: an empty payload, which no reader takes for a record. 4. The newest copy is a tombstone: None. 5. The
+        newest copy; `rolled_back` where the other slot is damaged and may have been a later one.
+        """
         slots = _read_known(record, self._device(record))
         newest = _newest(slots)
         if newest is None:
@@ -161,7 +187,7 @@ def encode_slot(generation: int, payload: "bytes | None") -> bytes:
 
 def decode_slot(content: bytes, erase_value: int) -> Slot:
     """What the bytes of one slot mean; every content has a meaning, nothing is raised."""
-    if content.count(bytes([erase_value])) == len(content):  # which takes no second slot's memory
+    if content.count(bytes([erase_value])) == len(content):  # this takes no memory of the size of a slot
         return Slot(EMPTY, None, None, 0)
     if len(content) < OVERHEAD_BYTES:
         return Slot(DAMAGED, None, None, 0)
@@ -259,12 +285,16 @@ def _is_later(generation: int, than: int) -> bool:
 
 
 def _write(record: str, device: "SlotDevice", slots: "list[Slot]", payload: "bytes | None") -> int:
-    """Programs the slot that does not hold the current copy, durably, and returns its index; `slots` are settled."""
+    """Programs the slot that does not hold the current copy, durably, and returns its index; `slots` are settled.
+
+    Which slot: 1. There is a current copy: the other one. 2. There is none, slot 0 is empty and slot 1 damaged: slot 1.
+    3. There is none otherwise: slot 0. Then the copy is written and read back, or taken back where that failed.
+    """
     newest = _newest(slots)
     if newest is not None:
         target = 1 - newest
     elif slots[0].state == EMPTY and slots[1].state == DAMAGED:
-        target = 1  # over the damaged copy, which would go on looking like a newer one
+        target = 1  # it goes over the damaged copy, which would go on looking like a newer one
     else:
         target = 0
     generation = slots[1 - target].generation or 0  # later than the copy that stays, also where that one is damaged

@@ -1,5 +1,25 @@
 """TPM commands and responses as bytes, and the connection that carries them.
 
+Two contracts meet here. `Commands` is what stands above: one method for each TPM command, and the time of an operation
+(`begin`, `extend`, `in_time`). `Transport` is what stands below: bytes there, bytes back, and nothing of TPM in it.
+Between them are two classes. `Repeated` runs a command again while the TPM asks for that, and esys shares it.
+`Connection` makes bytes of a command, with or without a session, and takes a response apart.
+
+What comes back for one command:
+
+1. The response of a command that succeeded: the handle in it and its parameters, in clear.
+2. A return code that asks for the same command again (RC_RESEND): repeated, ever more slowly, within the operation's
+   time. A TPM that was never started (RC_INITIALIZE) is started, once a command.
+3. Any other return code: RefusedError with it. What that means is not known here.
+4. Bytes that are no response to this command, or that a session does not prove: RefusedError RC_ALTERED. Its return
+   code and its parameters are believed in nothing.
+5. A connection that broke: RefusedError RC_CONNECTION_LOST.
+6. No response in time: RetryLater `tpm.timeout`. After this, as after 5, each further command is RC_CONNECTION_LOST
+   until `close`: a late response would be taken for that to the next command.
+
+There is one flag, `_broken`, which is set from the first byte of a command to the last one of its response. Time is
+judged here alone: a transport gets what is left of the operation's, and LEAST_LIMIT_S at least.
+
 Layouts: TPM 2.0 Library Part 1, 18 (headers, handles, authorisation and parameter areas) and Part 3 (each command).
 """
 
@@ -223,9 +243,9 @@ class Repeated:
                 return once()
             except RefusedError as error:
                 refused = error
-            if refused.code == RC_INITIALIZE and not started:  # a TPM on which no firmware has run
+            if refused.code == RC_INITIALIZE and not started:  # no firmware has started this TPM
                 started = True
-                self._start_up(name)  # the command itself says whether it helped
+                self._start_up(name)  # whether it helped, the command itself says
             elif refused.code in RC_RESEND and self._left_ms() > wait_ms:
                 pause_ms(wait_ms)
                 wait_ms = min(2 * wait_ms, 1000)

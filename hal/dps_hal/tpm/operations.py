@@ -1,6 +1,29 @@
 """What carries the calls of a TPM: one operation over a connection, what it holds, and what is flushed when.
 
-Handles and their ranges: TPM 2.0 Library Part 2, 7.2 and 7.4.
+Four floors stand on one another, and none knows what is above it: the procedure (which command comes next and what its
+answer means), this one (one operation and its end), the `Commands` (one command, repeated while the TPM asks for that),
+the transport (bytes there and back). Two small machines are on this floor:
+
+1. The **connection** is open (`_opened`) from the first command of an operation until something ends it, and may last
+   over many operations. While it is open, every session and transient object that was made in it is `_held`.
+2. An **operation** (`_operate`) is tried until it succeeds, or until a failure counts. It has one time for all tries.
+
+Which events they see: the answer of the procedure's step, a RefusedError from a command, a DpsError of ours. The
+operation pushes the connection: `_open` before each try; after a failure `_close` where the connection is lost,
+`_end_connection`, which tidies up first, where it is to begin anew. `Doubts` (`dps_hal.tpm.verdicts`) says whether a
+failure counts at its first coming. Whoever uses a TPM calls `release`, which ends the connection in order.
+
+What a connection may leave behind, and who cares for it:
+
+- `_held`: what is open now. `_tidy` flushes it.
+- `_orphans`: what could not be flushed before the connection ended. The next connection does it in `_open`, and asks
+  for an object's name first, for the TPM may have restarted and another program's object may be at that handle.
+- `_lost`: what we may have without knowing its handle, since an answer was altered. `_flush_lost` asks the TPM, and
+  flushes only where it cannot be anybody else's.
+- With `exclusive` whatever is in the TPM at `_open` is ours and goes.
+
+What cannot be flushed is no failure: an operation that succeeded has succeeded, and what is left is tried again at the
+next opportunity. Handles and their ranges: TPM 2.0 Library Part 2, 7.2 and 7.4.
 """
 
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
@@ -35,9 +58,9 @@ class Operations:
         self._commands = commands
         self._passwords = passwords
         self._exclusive = exclusive
-        self._shutdown_due = False  # a key without noDA was used: a power cut would now count as a failed guess
+        self._shutdown_due = False  # a key without noDA was used: now a power cut would count as a failed guess
         self._orphans: list[tuple[int, bytes]] = []  # handles and names of what a lost connection left in the TPM
-        self.creates_key = False  # see TpmService
+        self.creates_key = False  # `TpmService` says what it is for
         self._opened = False
         self._forget_connection()
 
@@ -66,6 +89,7 @@ class Operations:
             self._close()
 
     def _tidy(self) -> None:
+        """Leaves nothing of this connection's: 1. what is held; 2. the shutdown that is due; 3. what is lost."""
         for _ in range(3):  # a TPM that refused to flush once may do it now
             for made in reversed(list(self._held)):
                 self._flush(made)
@@ -85,9 +109,15 @@ class Operations:
             self._shutdown_due = False
 
     def _operate(self, operation: "Callable[[], Answer]") -> "Answer":
+        """What `operation` gives, tried again where its failure may mean nothing.
+
+        1. It succeeds: its answer. 2. A hierarchy has no password and was shown one: again at once, without. 3. The TPM
+        refused a command, or one of our checks did: `Doubts` says whether that counts. If not, again over a new
+        connection. 4. A refusal that the TPM has counted as a failed guess: it counts, for another one costs more.
+        """
         self._commands.begin(COMMAND_LIMIT_S)
         self.creates_key = False
-        doubts: Any = None  # made once there are any
+        doubts: Any = None  # made at the first failure
         while True:
             error: DpsError
             stale = lost = again = counted = False

@@ -4,6 +4,23 @@ Two sets of `Commands` carry it: bytes of our own (`dps_hal.tpm.wire`), and tpm2
 asks them for one TPM command at a time, and decides which comes next and what its answer means. `Operations` below it
 knows no keys: it repeats an operation, ends connections, and flushes. What only Linux asks for is in
 `dps_hal.host.service_tpm`, what a board seldom asks for in `dps_hal.tpm.upkeep`, which is loaded when it is asked.
+
+Each thing stands on the one before, and is made when it is first needed on a connection:
+
+1. The EK is read, or made and made persistent, and checked against its template. The first one that is seen is pinned:
+   another one later is no TPM of ours.
+2. The session is salted to the EK. From here on every secret is encrypted, and every answer is proved by its HMAC.
+3. The SRK is read, looked for at other handles, or made; and proved in the session. Where it has no room in NV memory
+   it is a transient object, and the same one at every start.
+4. A policy session shows that we know the endorsement hierarchy's password; one credential is activated with it.
+5. The key in the credential is imported under the SRK, or a key that was wrapped before is loaded, used and flushed.
+
+`_ek`, `_srk` and `_session` belong to a connection, and `_forget_connection` forgets them; a key at a persistent handle
+is read again on the next one, because nobody says what happened to the TPM meanwhile. `_pinned_ek` and `_ek_name`
+outlive connections. No other key is remembered: wrapped keys are the caller's.
+
+What a step raises: RefusedError where the TPM refused a command, which `Operations` makes an error of ours or tries
+again; AskOperator and the like where one of our checks failed, which is doubted as well.
 """
 
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
@@ -64,7 +81,7 @@ class TpmProcedure(Operations):
         self._srk_handle = srk_handle
         self._ek_name = b""  # of the one to make where none is there: that of the record, then the pinned one
         self._pinned_ek = b""  # the first EK seen; nothing is ever salted to another
-        self.srk_found_at: int | None = None  # see TpmService
+        self.srk_found_at: int | None = None  # `TpmService` says what it is for
 
     def _forget_connection(self) -> None:
         super()._forget_connection()
@@ -177,7 +194,9 @@ class TpmProcedure(Operations):
     def _storage_root_key(self) -> "Key":
         """The SRK, proved by the session: the holder of the EK took a command for an object of this name.
 
-        Without the proof, somebody on the bus could show a key of his own, and the registration would be for that.
+        1. It is at its handle. 2. Something else is there: the SRK is looked for at the handles behind it. 3. It is
+        nowhere: it is made. Without the proof, somebody on the bus could show a key of his own, and the registration
+        would be for that.
         """
         if self._srk is None:
             srk = self._present(self._srk_handle)
@@ -280,7 +299,7 @@ class TpmProcedure(Operations):
         policy = self._policy_of(ENDORSEMENT)
         try:
             inner_key = commands.activate_credential(ek, srk, activation, session, policy)
-            self._held.remove(policy)  # the TPM has freed it
+            self._held.remove(policy)  # the TPM has freed the session by itself
         finally:
             self._flush(policy)
         try:
@@ -317,7 +336,7 @@ class TpmProcedure(Operations):
                 commands.sequence_update(sequence, message[at : at + MAX_BUFFER_BYTES], session)
                 at += MAX_BUFFER_BYTES
             digest = commands.sequence_complete(sequence, message[at:], session)
-            self._held.remove(sequence)  # the TPM has freed it
+            self._held.remove(sequence)  # the TPM has freed the sequence by itself
         finally:
             self._flush(sequence)
         return digest

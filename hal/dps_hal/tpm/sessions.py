@@ -1,4 +1,22 @@
-"""A salted HMAC session with parameter encryption (TPM 2.0 Library Part 1, 19 and 21)."""
+"""A salted HMAC session with parameter encryption (TPM 2.0 Library Part 1, 19 and 21).
+
+What it is for: whoever sits on the bus to a TPM reads and changes what he likes. So we choose a salt and encrypt it to
+the EK, which only the TPM can open. From the salt and two nonces both sides make the session key, and from it:
+
+- the HMAC of each command, over its code, the names of its handles and its parameters, proves to the TPM who asks;
+- the HMAC of each response proves to us that the TPM gave it, to this very command;
+- the first parameter of a command, and that of a response, is encrypted where it is a TPM2B, as all secrets are.
+
+Two nonces roll: ours is new with each command (`authorize`), the TPM's with each response (`accept`). The older one is
+part of the HMAC, so no command and no response can be played again. A session is in one of two states, though nothing
+names them: at rest, or between `authorize` and `accept` of one command. A command that is sent again, because the TPM
+asked for that, is the same bytes, for the TPM has not rolled its nonce. A response that `accept` refuses leaves the
+TPM's nonce as it was here, and nobody can tell which one the TPM has: the session is good for nothing then, and
+`Operations` begins a new connection.
+
+What is not here: which commands may be run without a session (the caller's choice), passwords that are tried
+(`dps_hal.tpm.rules`), and the policy session, which carries no secret and proves nothing.
+"""
 
 import struct
 
@@ -52,11 +70,11 @@ class SaltedSession:
         self._nonce_caller = random_bytes(_NONCE_BYTES)
         self._attributes = _CONTINUE
         self._auth = auth or b""
-        if name != "evict_control":  # of our commands the one whose parameters are no TPM2B; two more answer none
-            if auth is not None and name != "nv_read":  # whose first parameter is no TPM2B either
+        if name != "evict_control":  # its first parameter is a handle, and its response has none
+            if auth is not None and name != "nv_read":  # its first parameter is a number and no TPM2B either
                 self._attributes |= _DECRYPT
                 parameters = self._crypted(self._nonce_caller, self._nonce_tpm, parameters, False)
-            if name not in ("hmac_start", "sequence_update"):
+            if name not in ("hmac_start", "sequence_update"):  # the responses of these have no parameters either
                 self._attributes |= _ENCRYPT
         digest = sha256(struct.pack(">I", CODES[name]) + b"".join(names) + parameters)
         proof = self._hmac(digest, self._nonce_caller, self._nonce_tpm)
