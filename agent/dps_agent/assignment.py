@@ -35,11 +35,11 @@ if TYPE_CHECKING:
         status: str
         substatus: str
         etag: str
-        created_utc: str  # as DPS wrote them, RFC 3339
+        created_utc: str  # as DPS wrote it, RFC 3339; the next one as well
         last_updated_utc: str
         assigned_at_s: int  # the device's own clock, Unix seconds
         payload: Any  # what a custom allocation returned
-        payload_omitted: bool  # it was too large to store
+        payload_omitted: bool  # there was a payload, and it was too large to store
 else:
     from collections import namedtuple
 

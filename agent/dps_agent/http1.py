@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Value = TypeVar("Value")
     Reading: TypeAlias = Generator[None, bytes, Value]
 
-HEAD_LIMIT = 16 * 1024  # bytes
+HEAD_LIMIT = 16 * 1024  # bytes of a head
 LINES_LIMIT = 100
 ANSWER_HEADERS = (  # read by somebody; the others are not kept
     "connection",
@@ -39,7 +39,7 @@ ANSWER_HEADERS = (  # read by somebody; the others are not kept
     "x-ms-error-code",
     "x-ms-request-id",
 )
-_CHUNK_LINE_LIMIT = 1024  # bytes
+_CHUNK_LINE_LIMIT = 1024  # bytes of the line before a chunk
 _TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"  # RFC 9110, 5.6.2, in lower case
 
 

@@ -166,7 +166,7 @@ class Lifecycle:
         self.state = BOOT
         self.standing = TRUSTED
         self.reason = "starting"  # why it is in this state, in words
-        self.wait_s = 0.0  # of this state
+        self.wait_s = 0.0  # how long this state waits, where it does
         self.assignment: Assignment | None = None  # the identity that holds
         self.committed = False  # this life stored a new identity
         self.rolled_back = False  # a newer copy of the record was damaged, an older one serves
@@ -178,11 +178,11 @@ class Lifecycle:
         self._connects = False  # the life goes on at the hub
         self._wish = OWN
         self._uncommitted: tuple[Assignment, bytes] | None = None
-        self._session: Session | None = None  # of `assignment`
-        self._lacks: dict[str, tuple[float, float]] = former._lacks if former else {}  # see `Session`
-        self._lacks_of: str = former._lacks_of if former else ""  # the hub
+        self._session: Session | None = None  # the hub's side of `assignment`, while the life is at its hub
+        self._lacks: dict[str, tuple[float, float]] = former._lacks if former else {}  # as `Session` has it
+        self._lacks_of: str = former._lacks_of if former else ""  # the hub that lacks it
         self._missing_since_s: float | None = None  # the uptime at which the hub's name was first not found
-        self._connected_since_s: float | None = None  # across renewals of the token
+        self._connected_since_s: float | None = None  # a renewal of the token does not begin it anew
 
     # What others read and ask for.
 
@@ -399,7 +399,7 @@ class Lifecycle:
         """An attempt failed; raises what is a bug of this program."""
         if isinstance(error, Broken):
             raise error
-        self.error, self.reason = error, error.message  # even where memory ends what follows
+        self.error, self.reason = error, error.message  # now, for what follows may end for want of memory
         self.error, wait_s = yield from self.patience.fail_attempt(error)
         return (ASK if isinstance(self.error, AskOperator) else RETRY), wait_s
 

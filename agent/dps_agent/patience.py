@@ -58,8 +58,8 @@ if TYPE_CHECKING:
         next_try_delay_s: int  # chosen after the last of them
         last_believed_s: int  # the last believable time, Unix seconds; 0: none
         halted: bool  # the last failure needs the operator
-        code: str  # of the last failure
-        message: str
+        code: str  # the error code of the last failure
+        message: str  # the text of the last failure
         connects: int  # connections to the hub begun in a row, none of them steady yet
 else:
     from collections import namedtuple
@@ -77,7 +77,7 @@ PROVING = "proving"  # an identity holds, and the failures before it count until
 # What it listens to.
 BEGUN = "attempt begins"
 MISSED = "attempt failed"
-HELD = "it holds"  # an identity
+HELD = "it holds"  # an identity does
 FORGIVEN = "it is good"  # the identity: the hub has accepted it, or none is wanted
 
 # State, event, next state. One text, because a board has each tuple and each word in its heap.
@@ -187,7 +187,7 @@ class Patience:
         if self._keyless > KEYLESS_LIMIT:
             error = AskOperator(error.code, error.message, None, error.request_id)
         if self.state != TRYING:
-            self.attempts += 1  # it failed before it could begin
+            self.attempts += 1  # it failed before `begin_attempt` could count it
         self.failed += 1
         self._hear(MISSED)
         if isinstance(error, AskOperator):
@@ -408,7 +408,7 @@ def decode_progress(stored: bytes) -> "Progress | None":
             bool(value["halted"]),
             value["code"],
             value["message"],
-            value.get("connects", 0),  # 0.1.0 knew nothing of it
+            value.get("connects", 0),  # dps-agent 0.1.0 stored no such count
         )
         for number in (progress.attempts, progress.next_try_delay_s, progress.last_believed_s, progress.connects):
             if isinstance(number, bool) or not isinstance(number, int) or number < 0:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         first_contact_spread_s: int  # with DPS, spread at random over so many seconds, 5 at least; 0: as `fleet` says
         hub_suffixes: "tuple[str, ...]"
         fleet: "Fleet"
-        keep_alive_s: int  # of the connection to the hub
+        keep_alive_s: int  # MQTT's, on the connection to the hub
         token_life_s: int  # of a token for the hub; renewed at 80 % of it at the latest; 0: as `fleet` says
 else:
     from collections import namedtuple

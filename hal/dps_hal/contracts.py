@@ -213,4 +213,4 @@ PROGRESS: "Final" = "progress"  # record: attempts and delays; expendable
 
 EK_HANDLE: "Final" = 0x81010001  # TCG TPM v2.0 Provisioning Guidance, table 2
 SRK_HANDLE: "Final" = 0x81000001  # TCG TPM v2.0 Provisioning Guidance, table 2
-EK_TEMPLATES: "Final" = ("tcg-l1", "azure-c-sdk")  # the words for them
+EK_TEMPLATES: "Final" = ("tcg-l1", "azure-c-sdk")  # the words that settings have for them

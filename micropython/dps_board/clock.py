@@ -38,7 +38,7 @@ class BoardClock:
         self._ntp_server, self._ntp_port = split_address(ntp_server, 123)
         self._while_waiting = while_waiting
         self._ticks_ms = ticks_ms()
-        self._before_ms = 0  # uptime at these ticks
+        self._before_ms = 0  # the uptime at these ticks
         self._uptime_ms = 0
         self._asked_s: int | None = None  # uptime of the last question to NTP
         self.time = BelievedTime(built_s, 0, roots_end_s, 0)

@@ -23,7 +23,7 @@ class BoardConfiguration:
         self.values = values
         self.roots = roots  # certificates in DER
         self.hub_roots = hub_roots
-        self.roots_end_s = roots_end_s  # of the last of `roots`
+        self.roots_end_s = roots_end_s  # when the last of `roots` ends
         self.connect_to: str = values["connect_to"]
         self.settings = settings_of(values)
 

@@ -63,9 +63,9 @@ class Hub:
         self.connection = HubConnection(config.hub_roots, values["hub.connect_to"], watchdog)
         self._agent = agent
         self._clock = clock
-        self._serial = 0  # of telemetry
+        self._serial = 0  # how many telemetry messages the program has sent
         self._telemetry: dict[int, list[Any]] = {}  # by request id, until the session has said what became of it
-        self._tasks: list[object] = []  # of the program's own functions
+        self._tasks: list[object] = []  # those in which the program's own functions run
         self.answers: dict[str, Callable[..., Any]] = {
             "Reach": self._reach,
             "Connect": self._connect,
@@ -89,7 +89,7 @@ class Hub:
         """See `Agent.publish`."""
         self._serial += 1
         request_id = self._serial
-        waiting: list[Any] = [asyncio.Event()]  # and then the session's TelemetryDone
+        waiting: list[Any] = [asyncio.Event()]  # behind it the session's TelemetryDone, once it has come
         event = SendTelemetry(request_id, properties, payload, 0)
         unsent = not self.connection.post(event)
         self._telemetry[request_id] = waiting
@@ -164,7 +164,7 @@ class Hub:
             return True  # nobody wants them, so they need not come again
         if takes is None or len(self._tasks) >= MESSAGES_LIMIT:
             return False
-        # One task for each message; it ends when the program's function does.
+        # One task for each message: started here, ends when the program's function does; nobody cancels it.
         self._tasks.append(asyncio.create_task(self._counted(work(message))))
         return True
 

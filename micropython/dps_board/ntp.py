@@ -23,7 +23,7 @@ async def ask(
 ) -> "int | None":
     """Seconds since 1970 by `server`, None where no sound answer came within `limit_ms`.
 
-    Our transmit time is random, and the answer has to carry it: who does not see the request cannot answer it.
+    Our transmit time is random, and the answer has to carry it: somebody who does not see the request cannot answer it.
     """
     asker = None
     try:
@@ -40,7 +40,7 @@ async def ask(
             try:
                 answer = asker.recv(48)
             except OSError:
-                continue  # nothing yet
+                continue  # nothing has come yet
             now_s = read_answer(answer, mark)
             if now_s is not None:
                 return now_s

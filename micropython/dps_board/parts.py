@@ -128,7 +128,10 @@ def make_led(config: "BoardConfiguration") -> "Callable[[str], None] | None":
 
 
 async def keep_joined(config: "BoardConfiguration") -> None:
-    """Joins the Wi-Fi and joins it again whenever it is lost; returns at once where none is named."""
+    """Joins the Wi-Fi and joins it again whenever it is lost; returns at once where none is named.
+
+    Otherwise it never ends by itself: it is for a task that the program starts, and cancels in the end.
+    """
     ssid = config.values["board.wifi_ssid"]
     if not ssid:
         return

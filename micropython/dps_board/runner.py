@@ -8,6 +8,10 @@
 Waits, HTTP and MQTT leave the processor to the other tasks. A TPM command, a commit, the resolver and the arithmetic of
 a TLS handshake block it; the TPM's `while_waiting` feeds the watchdog meanwhile. What a device does whatever it runs on
 is the driver's business (`dps_agent.driver`).
+
+Tasks: the program starts the one that runs `Agent.run`; it ends after `stop`, or with a bug of ours. Where the heap had
+no room it goes on with the same life, from its beginning. It starts one more for each message that the program takes:
+see `Hub._tell`.
 """
 
 import asyncio
@@ -39,9 +43,9 @@ if TYPE_CHECKING:
     from dps_board.hub import Hub
     from dps_hal.contracts import BoardTpm, Store
 
-HTTP_DEADLINE_MS = 60_000  # one request in all
+HTTP_DEADLINE_MS = 60_000  # for one request, however often it is made again
 TELEMETRY_LIMIT_S = 30
-TELEMETRY_LIMIT = 262144  # bytes; see `dps_agent.session`
+TELEMETRY_LIMIT = 262144  # bytes, as `dps_agent.session` has it
 NO_ROOM_S = 10  # before the life begins anew, where the heap had no room for the logic itself
 _GO_FIRST = ("ReadEndorsementKey", "ReadStorageRootKey", "ImportKey", "Sign", "Commit")
 _SMALL = ("Uptime", "UtcNow", "Random", "Release")  # they leave no garbage worth collecting
@@ -203,14 +207,14 @@ class Agent:
                 if type(effect).__name__ not in self.answers:
                     self._join_hub()
                 answer = self._answer(effect)
-                if hasattr(answer, "send"):  # a coroutine
+                if hasattr(answer, "send"):  # it is a coroutine
                     answer = await answer
             except DpsError as failure:
                 error = failure
                 forget("dps_hal.tpm.verdicts")
             except MemoryError as failure:
                 error = RetryLater("agent.busy", f"the heap had no room for the next step: {failure}")
-            except Exception as failure:  # not CancelledError, which is none
+            except Exception as failure:  # CancelledError is no Exception, and comes out
                 error = _bug(failure)
             if self._observe is not None:
                 self._observe(effect, error or answer)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 POLL_S = 0.005
-_IS_BARE = ssl.__name__ == "tls"  # takes no keyword for roots
+_IS_BARE = ssl.__name__ == "tls"  # this module takes no keyword for roots
 _MBEDTLS_ENDS = (-0x7280, -0x7880, -0x7F00)  # mbedtls/ssl.h: no goodbye, a goodbye, no memory
 _MBEDTLS_X509 = (-0x3000, -0x2080)  # mbedtls/x509.h: from, to; a certificate that cannot be read
 _MBEDTLS_REASONS = {-0x7200: NO_REPLY_NOT_TLS, -0x6E80: NO_REPLY_TLS_VERSION}  # a record, a version of no TLS

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 AGENT = str(Path(sys.executable).parent / "dps-agent")
 REGISTRATION_ID = "press-07"
-PAYLOAD_SIZE = 200  # bytes of a message
+PAYLOAD_SIZE = 200  # bytes of each message
 
 # Counts what the program that follows asks the kernel to put on the disk. As bytes in a file: the program may leave in
 # whichever way it likes.
@@ -51,8 +51,8 @@ sys.exit(main())
 class Tapped(NamedTuple):
     """What one command of the agent asked others for."""
 
-    requests: int  # to DPS
-    commands: int  # to the TPM
+    requests: int  # those that DPS got
+    commands: int  # those that the TPM got
     tpm_ms: float
 
 

@@ -581,7 +581,7 @@ def _warn(text: str) -> None:
 
 
 def _print_to_stderr(line: str) -> None:
-    with contextlib.suppress(OSError):  # who reads it may have gone, its disk be full
+    with contextlib.suppress(OSError):  # whoever reads it may have gone, or the disk may be full
         print(line, file=sys.stderr, flush=True)
 
 

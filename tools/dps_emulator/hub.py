@@ -305,7 +305,7 @@ class Hub:
     def known_devices(self) -> Iterator[HubDevice]:
         """The devices that this hub has a record of, without those whose record is damaged."""
         for key in list(self._stored):
-            with contextlib.suppress(StateError):  # who keeps the records names it
+            with contextlib.suppress(StateError):  # what keeps the records has named the failure
                 device = self.find(key)
                 if device:
                     yield device

@@ -69,13 +69,14 @@ class HubServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for transport in self._transports:
             transport.abort()
-        await asyncio.sleep(0)  # in which they end
+        await asyncio.sleep(0)  # the loop's next turn, in which they end
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _tick(self) -> None:
+        """The task that lets time pass for the hubs: started by `start`, cancelled by `close`."""
         while True:
             try:
                 self.hubs.tick(self.now())
@@ -87,6 +88,7 @@ class HubServer:
         self._server_names[connection] = name or ""
 
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """The task of one connection: asyncio starts it, and it ends with the connection or is cancelled by `close`."""
         # Before anything waits: the first TLS record must not be read by the plain stream.
         writer.transport.pause_reading()  # type: ignore[attr-defined]  # typeshed: a WriteTransport
         self._transports.add(writer.transport)

@@ -19,7 +19,7 @@ class Quota:
         self.by = by
         self.burst = max(per_minute / 60 if burst is None else burst, 1.0)
         self._left = per_minute if by == MINUTE else self.burst
-        self._at_s: float | None = None  # when that was so
+        self._at_s: float | None = None  # the time at which that was so
 
     def take(self, now_s: float) -> bool:
         """Whether one more request is granted."""

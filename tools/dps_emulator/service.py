@@ -501,7 +501,7 @@ class _Exchange:
     def _enrollment(self, device: _DeviceRegistration, challenge: _Challenge | None) -> Enrollment | None:
         """The device's enrolment, after its EK was compared.
 
-        Where the service takes anybody, one is made for who has proven by `challenge` to be the TPM that it claims.
+        Where the service takes anybody, one is made for whoever has proven by `challenge` to be the TPM that it claims.
         """
         enrollment = self.service.enrollments.get(registration_key(self.registration_id))
         if enrollment is None and self.settings.enroll_any and challenge and self.operation == "register":

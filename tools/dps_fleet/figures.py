@@ -5,7 +5,7 @@ from typing import Any
 
 from dps_fleet.simulation import KINDS, Fleet
 
-BINS = 300  # of the series
+BINS = 300  # pieces of time in a series
 
 
 def figures(fleet: Fleet, start_s: float, floor_s: float) -> dict[str, Any]:

@@ -20,7 +20,7 @@ _TOKEN = SasToken("r", 0, b"")
 _PUT = Http("PUT", "/", b"", None)
 _PUT_TOKEN = Http("PUT", "/", b"", _TOKEN)
 _GET = Http("GET", "/", b"", _TOKEN)
-_START_S = 1.0  # of a program
+_START_S = 1.0  # how long a program takes to start
 _GOOD = (200, 202, 401)
 
 Steps = Generator[Any, Any, None]

@@ -272,8 +272,8 @@ class Device:
         self.progress: bytes | None = None
         self.generator: Generator[Any, Any, Any] | None = None
         self.hub: Hub | None = None
-        self.waits = False  # for an event
-        self.timer = 0  # the number of that wait
+        self.waits = False  # it waits for an event
+        self.timer = 0  # the number of the wait that counts
         self.events: list[Any] = []  # that came while it did not wait
         self.is_open = False  # its connection to DPS
         self.ready_s = 0.0  # when DPS has assigned it

@@ -44,7 +44,7 @@ class SystemClock:
         """The time; believable once NTP or a verified peer vouches for it."""
         now_s, uptime_s = int(time.time()), _uptime_s()
         if _is_plausible(now_s) and is_synchronised():
-            self._time = BelievedTime(_BUILD_FLOOR_S, 0, _CEILING_S, uptime_s)  # whatever was believed before
+            self._time = BelievedTime(_BUILD_FLOOR_S, 0, _CEILING_S, uptime_s)  # what was believed before is forgotten
             self._time.propose(now_s, uptime_s, "system")
             self._time.verified(now_s, uptime_s)
         found = self._time.utc(uptime_s)

@@ -49,7 +49,7 @@ AZURE_ENDPOINT_SUFFIXES = (
 )
 SETTINGS_LIMIT = 1024 * 1024  # bytes; the template with every setting has 1/100
 PASSWORD_FILES = {key: setting.secret_limit for key, setting in KEYS.items() if setting.secret_limit}
-ENVIRONMENT_FILE = "/etc/environment"  # of every session: pam_env(8)
+ENVIRONMENT_FILE = "/etc/environment"  # the environment of every session: pam_env(8)
 UNIT_DROP_INS = ("/etc/systemd/system/dps-agent.service.d", "/run/systemd/system/dps-agent.service.d")
 
 

@@ -167,7 +167,7 @@ def _locked(folder: str) -> Iterator[None]:
                     raise RetryLater("agent.busy", f"another program keeps {folder} locked") from None
             time.sleep(0.02)
         yield
-        os.fsync(fd)  # the file's name
+        os.fsync(fd)  # the folder, so that the file's name is durable
     finally:
         os.close(fd)
 

@@ -126,7 +126,7 @@ class Journal:
 
     def _write(self, message: str, level: int, fields: Mapping[str, str]) -> None:
         line = printable(message).replace("\n", " | ")
-        with contextlib.suppress(OSError, ValueError):  # who reads it is busy or gone: a line is worth no wait
+        with contextlib.suppress(OSError, ValueError):  # its reader is busy or gone: a line is worth no wait
             if self._socket is None:
                 with self._lock:
                     self._print(line)

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Mapping
 
-TEXT_LIMIT = 400  # characters of a status
+TEXT_LIMIT = 400  # characters of the status line that systemd shows
 
 
 class Notifier:

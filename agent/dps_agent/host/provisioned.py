@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         already_provisioned: bool  # the stored assignment holds, DPS was not asked
         backend: str  # "simulator": the keys lie in plain files
         payload: Any  # what a custom allocation returned, None for nothing
-        payload_omitted: bool  # it was too large to store
+        payload_omitted: bool  # there was a payload, and it was too large to store
         duration_s: float
         warnings: tuple[str, ...]  # what else was asked for and could not be done
 else:

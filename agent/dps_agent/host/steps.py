@@ -44,7 +44,7 @@ class StepLines:
             step = f"{step}: {answer.code}"
         elif isinstance(effect, (ReadEndorsementKey, ReadStorageRootKey)):
             if step in self._read and not self._verbose:
-                return  # asked for again, answered from memory
+                return  # it was asked for again and answered from memory
             self._read.add(step)
         self._line(f"{step:<{_WIDTH}} {_duration(seconds):>8}")
         if self._verbose and isinstance(effect, Http):
@@ -70,7 +70,7 @@ class StepLines:
         if isinstance(effect, ImportKey):
             return f"import {self._key} key"
         if isinstance(effect, Sign):
-            sealing = effect.message[:1] == b"\x00"  # no token begins so
+            sealing = effect.message[:1] == b"\x00"  # no token's text begins with a zero byte
             return "sign seal" if sealing else "sign token"
         if isinstance(effect, Commit):
             if effect.record == IDENTITY:

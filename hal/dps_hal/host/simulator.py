@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 MAX_MESSAGE_BYTES = 4096  # the bound in dps_hal.contracts.Tpm.sign, held here so that no caller gets used to more
-_FILE_LIMIT = 65536  # bytes of a key
+_FILE_LIMIT = 65536  # bytes of a key's file
 _NOT_FOR_THIS_TPM = "the key that DPS sent was made for another TPM, or altered"
 
 

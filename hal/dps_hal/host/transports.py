@@ -67,7 +67,7 @@ class DeviceTransport:
                 raise OSError(errno.EIO, "the driver's answer ended early")
             response += piece
             if len(response) > _MAX_RESPONSE_BYTES:
-                break  # no TPM's; the caller refuses it
+                break  # no TPM gives such a size; the caller refuses it
         return response
 
     def close(self) -> None:

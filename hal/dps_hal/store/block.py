@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Final
 
-SYNC: "Final" = 3  # operations of ioctl
+SYNC: "Final" = 3  # an operation of ioctl, as the next are
 BLOCK_COUNT: "Final" = 4
 BLOCK_BYTES: "Final" = 5
 ERASE_BLOCK: "Final" = 6
@@ -33,7 +33,7 @@ class BlockSlots:
         self._first_block = first_block
         self._program_bytes = program_bytes
         self._block_bytes: int = device.ioctl(BLOCK_BYTES, 0)
-        self.blocks: int = -(-slot_bytes // self._block_bytes)  # of one slot
+        self.blocks: int = -(-slot_bytes // self._block_bytes)  # how many make one slot
 
     def read(self, slot: int) -> bytes:
         """See `SlotDevice.read`."""

@@ -8,7 +8,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-RC_BAD_TAG: "Final" = 0x01E  # all that a TPM 1.2 answers
+RC_BAD_TAG: "Final" = 0x01E  # a TPM 1.2 answers nothing else
 RC_INITIALIZE: "Final" = 0x100  # TPM_RC, Part 2, table 17, with the next seven
 RC_SEQUENCE: "Final" = 0x103
 RC_NV_UNINITIALIZED: "Final" = 0x14A

@@ -45,7 +45,7 @@ class SwtpmTransport:
             if len(response) == 10:
                 wanted = int.from_bytes(response[2:6], "big")
                 if wanted > _MAX_RESPONSE_BYTES:
-                    break  # no TPM's; the caller refuses it
+                    break  # no TPM gives such a size; the caller refuses it
         return response
 
     def close(self) -> None:

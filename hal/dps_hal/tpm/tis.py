@@ -97,7 +97,7 @@ class TisTransport:
         self._write(_STATUS, _GO)
         self._wait(_VALID | _AVAILABLE, _VALID | _AVAILABLE, self._limit_ms, "answer")
         response = self._take()
-        self._write(_STATUS, _READY)  # it may forget the response
+        self._write(_STATUS, _READY)  # the TPM may forget the response
         return response
 
     def close(self) -> None:

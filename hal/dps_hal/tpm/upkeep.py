@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dps_hal.tpm.commands import Commands, Key
 
 EK_CERTIFICATE_INDEX: "Final" = 0x01C00002  # TCG EK Credential Profile, 2.2.1.4: RSA-2048 EK certificate
-EK_NONCE_INDEX: "Final" = 0x01C00003  # what of it decides how the certified key is made, with the next
+EK_NONCE_INDEX: "Final" = 0x01C00003  # this and the next decide how the certified key is made
 EK_TEMPLATE_INDEX: "Final" = 0x01C00004
 _NV_CHUNK_BYTES = 512  # where the TPM does not say; TPM_PT_NV_BUFFER_MAX of the PC Client profile is no smaller
 _LEAST_NV_CHUNK_BYTES = 32  # a TPM that states less would take thousands of commands
@@ -33,7 +33,7 @@ PT_FIRMWARE_VERSION_1: "Final" = 0x10B
 PT_NV_BUFFER_MAX: "Final" = 0x12C
 PT_HR_TRANSIENT_AVAIL: "Final" = 0x207
 _NV_OWNERREAD = 1 << 17  # TPMA_NV, Part 2, table 217, with the next two: the owner's password suffices for reading
-_NV_AUTHREAD = 1 << 18  # or its own
+_NV_AUTHREAD = 1 << 18  # the index's own password suffices for reading
 _NV_NO_DA = 1 << 25  # a wrong password is not counted as a failed guess
 
 

@@ -58,7 +58,7 @@ def error_of(refused: "RefusedError", locked_out: "Callable[[str], RetryLater]")
         return AskOperator(
             "tpm.unsupported", f"{message}: this is a TPM 1.2, or switched to be one; it takes a TPM 2.0"
         )
-    if refused.altered or (command == "read_public" and base in FMT1_AUTH):  # which needs no password
+    if refused.altered or (command == "read_public" and base in FMT1_AUTH):  # ReadPublic needs no password
         return RetryLater("tpm.bus_altered", f"{command}: expected the TPM's own answer; came one altered on its way")
     if command == "start_auth_session" and refused.parameter == 2:  # the salt is for a key that this TPM has not
         return RetryLater("tpm.bus_altered", f"{message}: the endorsement key that it shows is not its own")

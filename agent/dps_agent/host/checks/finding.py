@@ -36,8 +36,8 @@ class Check:
     id: str
     description: str
     needs: tuple[str, ...]
-    run: Callable[[Any], Finding]  # of a `Device`
-    online: bool = False  # it uses the network
+    run: Callable[[Any], Finding]  # called with the `Device`
+    online: bool = False  # the check uses the network
 
 
 def failed(error: DpsError, remedy: str = "") -> Finding:

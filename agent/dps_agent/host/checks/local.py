@@ -85,7 +85,7 @@ def _write_scratch(folder: StateFolder, place: str) -> None:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with folder.reporting("write", path):
         with suppress(FileNotFoundError):
-            os.unlink(path)  # of a check that was killed
+            os.unlink(path)  # a check that was killed has left it
         try:
             with open(os.open(path, flags, 0o600), "r+b", buffering=0) as file:
                 written = 0

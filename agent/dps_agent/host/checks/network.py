@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from dps_agent.host.checks.device import Device
     from dps_agent.host.checks.ways import Network, Peer
 
-ANSWER_LIMIT_S = 20.0  # one request to DPS in all
+ANSWER_LIMIT_S = 20.0  # for one request to DPS, all in all
 _NAMES = {MQTT: "MQTT", WEBSOCKET: "WebSocket"}
 _CLOCK_SAYS = ("certificate has expired", "certificate is not yet valid")  # OpenSSL's words for both
 

@@ -211,7 +211,7 @@ def _fail(error: DpsError, verb: str, as_json: bool) -> int:
 
 
 def _of_the_service(error: DpsError, verb: str) -> DpsError:
-    """The same error with other advice where it is the service's own folder that is closed to who runs this.
+    """The same error with other advice where it is the service's own folder that is closed to this user.
 
     Whoever made that folder his own would take the device's identity away from the service.
     """

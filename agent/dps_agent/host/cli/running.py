@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-ANSWER_LIMIT = 1 << 20  # bytes
+ANSWER_LIMIT = 1 << 20  # bytes of one answer
 ANSWER_LIMIT_S = 20.0  # for what takes a service no more than a TPM's answer
 UNSEEN = "the service that runs has settings of its own; change its files and reload it, or stop it first"
 _FINDS_THE_SERVICE = ("state_dir", "runtime_dir")
@@ -26,7 +26,8 @@ def ask_service(configuration: Configuration, path: str, timeout_s: float | None
 
     Raises what the service answered as an error; RetryLater `agent.out_of_time` where it does not within `timeout_s`,
     which stderr is told, None for a time in which one that is well answers, else `agent.not_running`; AskOperator
-    `agent.denied` for who may not use the socket; UsageError for settings on the command line, which it does not see.
+    `agent.denied` where this user may not use the socket; UsageError for settings on the command line, which the
+    running agent does not see.
     """
     from dps_agent.host.local.statefile import read_live
 

@@ -37,10 +37,10 @@ class Events:
         self._connection = 0  # to the hub: ids of an earlier one mean nothing any more
         self._held: dict[int, bytes] = {}  # cloud-to-device messages, as they are sent
         self._calls: dict[int, tuple[bytes, float]] = {}  # method calls as they are sent, with their ends
-        self._held_size = 0  # bytes of both
+        self._held_size = 0  # bytes of held messages and calls
         self._desired: tuple[int, bytes | None] | None = None  # version and JSON text; None: they are too large
-        self._news: list[bytes] = []  # for the readers of now
-        self._patches_size = 0  # bytes of the patches among them
+        self._news: list[bytes] = []  # lines that the readers of now were not sent yet
+        self._patches_size = 0  # bytes of the patches among the news
 
     # For the service's thread.
 

@@ -45,7 +45,7 @@ TOKEN_LIFE_LIMIT_S = 900
 TOKENS_A_MINUTE = 16  # for all users who are not trusted: the TPM makes each, and has other work
 USER_TOKENS_A_MINUTE = 4
 SMALL_LIMIT = 4096  # bytes of a body that nothing is looked for in
-RETRY_AFTER_S = 5  # where nothing better is known
+RETRY_AFTER_S = 5  # what a refusal names where nothing better is known
 _COMMANDS = ("provision", "reset", "token", "status")
 
 
@@ -72,7 +72,7 @@ class Begun(NamedTuple):
     """A request that may have its body; with a topic it takes one of the places for telemetry under way."""
 
     finish: Callable[[bytes], Reply | Later | Stream]
-    topic_size: int = 0  # bytes
+    topic_size: int = 0  # bytes of the topic that it goes to the hub under; 0: it does not go there
 
 
 class Command(NamedTuple):

@@ -36,7 +36,7 @@ def is_trusted(user: int) -> bool:
 
 
 class Places:
-    """So many of one thing `in_all`, `of_one` user who is not trusted, and the last `kept` for those who are."""
+    """Places of one kind: so many `in_all`, `of_one` user who is not trusted, and the last `kept` for trusted ones."""
 
     def __init__(self, in_all: int, of_one: int, kept: int) -> None:
         self._in_all = in_all
@@ -79,7 +79,7 @@ class Rate:
         self._in_all = in_all
         self._of_one = of_one
         self._period_s = period_s
-        self._times: deque[tuple[float, int]] = deque()  # when, and for whom
+        self._times: deque[tuple[float, int]] = deque()  # when a line was said, and for which user
 
     def wait_s(self, user: int, now_s: float) -> float:
         """Counts once more for this user and returns 0; else how long it has to wait, and nothing is counted."""

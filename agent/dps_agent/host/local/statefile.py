@@ -37,7 +37,7 @@ class StateFile:
     def __init__(self, folder: str) -> None:
         self.failure = ""
         self._path = os.path.join(folder, FILE_NAME) if folder else ""
-        self._content: bytes | None = None  # to write
+        self._content: bytes | None = None  # what is still to be written
         self._full_at_s = 0.0  # when BURST writes are free again; each one moves it by WRITE_EVERY_S
         self._process = {"schema": SCHEMA, "pid": os.getpid(), "startTicks": start_ticks(os.getpid())}
 

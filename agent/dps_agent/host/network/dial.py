@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     _Lookup: TypeAlias = "list[tuple[Any, ...]] | OSError | None"  # getaddrinfo's answer, its error, None: abort()
 
 
-MQTT_PORT = 8883  # of every hub
+MQTT_PORT = 8883  # every hub's
 
 # How OpenSSL's name for a failure without a verdict on a certificate ends, the reason, and what it says of the peer.
 # Alerts: RFC 8446, 6.2. A peer that dislikes our certificate wants one, for it was shown none.
@@ -74,7 +74,7 @@ class Dialler:
         self._lock = threading.Lock()  # over the three below, which `abort` reaches from another thread
         self._socket: socket.socket | None = None
         self._looking_up: queue.SimpleQueue[_Lookup] | None = None
-        self.aborted = False  # since `begin`
+        self.aborted = False  # `abort` was called since `begin`
 
     def begin(self) -> None:
         """From now on an `abort` counts; one that came before is forgotten."""
@@ -147,7 +147,7 @@ class Dialler:
             if self._looking_up is not None:
                 self._looking_up.put(None)
             if self._socket is not None:
-                with contextlib.suppress(OSError):  # not connected (any more)
+                with contextlib.suppress(OSError):  # it is not connected, or not any more
                     # The socket below TLS: SSLSocket.shutdown would drop the TLS state that the blocked thread uses.
                     socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
@@ -188,7 +188,11 @@ class Dialler:
         return raw
 
     def addresses(self, host: str, port: int, deadline_s: float) -> list[tuple[Any, ...]]:
-        """What the resolver says; asked on a thread of its own, because getaddrinfo can be neither timed nor ended."""
+        """What the resolver says; asked on a thread of its own, because getaddrinfo can be neither timed nor ended.
+
+        1. The addresses. 2. None of them in time, and what comes later is not read: Failed. 3. `abort` was called:
+        Failed. 4. The resolver's error: Failed.
+        """
         found: queue.SimpleQueue[_Lookup] = queue.SimpleQueue()
         with self._lock:
             self._refuse_if_aborted()
@@ -234,7 +238,7 @@ class Dialler:
 
 def say_goodbye(tls: ssl.SSLSocket) -> None:
     """Sends close_notify where that takes no time, and waits for no answer."""
-    with contextlib.suppress(OSError, ValueError):  # not shaken hands, or broken
+    with contextlib.suppress(OSError, ValueError):  # there was no handshake, or the connection is broken
         tls.settimeout(0)
         tls.unwrap()
 
@@ -280,6 +284,10 @@ def _without_codec(host: str) -> str | bytes:
 
 
 def _look_up(host: str, port: int, found: queue.SimpleQueue[_Lookup]) -> None:
+    """The thread `dps-resolver`: started for each name by `Dialler.addresses`, ends when getaddrinfo does.
+
+    One that nobody waits for any more ends likewise, or with the process.
+    """
     try:
         found.put(socket.getaddrinfo(_without_codec(host), port, type=socket.SOCK_STREAM))
     except OSError as error:

@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
 
-_PIECE = 4096  # bytes
+_PIECE = 4096  # bytes that are read in one go
 
 
 def seconds_until(deadline_s: float) -> float:

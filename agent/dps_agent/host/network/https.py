@@ -21,7 +21,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from dps_agent.sas import SasToken
 
-BODY_LIMIT = 64 * 1024  # bytes
+BODY_LIMIT = 64 * 1024  # bytes of an answer's body
 _HTTPS_PORT = 443
 _RECEIVE_SIZE = 16 * 1024  # bytes; the largest TLS record
 

@@ -51,15 +51,15 @@ CONNECT_LIMIT_S = 60.0  # from the name's lookup to CONNACK
 REACH_LIMIT_S = 20.0  # for TCP, where there is another port to try
 PACKET_LIMIT = 256 * 1024 + 65536 + 8  # bytes after the first five: the largest message of a hub, the longest topic
 GRANTED_LIMIT = 2 + 8  # bytes of a SUBACK: paho makes kilobytes of each; nobody subscribes to so much at once
-EVENTS_LIMIT = 64  # of the hub, not yet asked for; then it is not read any more
-EVENTS_SIZE = 1024 * 1024  # bytes of them, topics included
+EVENTS_LIMIT = 64  # events of the hub that nobody has asked for yet; with so many the hub is not read any more
+EVENTS_SIZE = 1024 * 1024  # bytes of these events, topics included
 ANSWERS_LIMIT = 128  # packets beside telemetry that the hub has not taken; at half of them it is not read any more
-ANSWERS_SIZE = 1024 * 1024  # bytes of them
-POSTS_LIMIT = 128  # events of programs, not yet asked for; how many bytes they have is for who posts them to bound
+ANSWERS_SIZE = 1024 * 1024  # bytes of these packets
+POSTS_LIMIT = 128  # events of programs that nobody has asked for yet; whoever posts them bounds their bytes
 SILENCE = 1.5  # times the keep-alive without a byte from the hub: MQTT 3.1.1, 3.1.2.10, seen from the other side
-PING_AFTER = 0.75  # times the keep-alive
+PING_AFTER = 0.75  # times the keep-alive after which the hub is pinged
 FLUSH_LIMIT_S = 0.4  # for what is to be sent before a polite end
-LONGEST_WAIT_S = 3600.0  # in one go; poll(2) counts milliseconds in 31 bits
+LONGEST_WAIT_S = 3600.0  # in one poll(2), which counts milliseconds in 31 bits
 REACHED_LIFE_S = 30.0  # time for a TPM to sign a token; a hub waits about as long for a CONNECT
 LINGER_S = 0.2  # for the hub to end the connection after our DISCONNECT
 _CONNACK, _PUBLISH, _PUBACK, _SUBACK, _PINGRESP = 2, 3, 4, 9, 13  # packet types, MQTT 3.1.1, table 2.1
@@ -95,7 +95,7 @@ class HubConnection:
         self._transports = transports[:1] if connect_to else transports  # in the order in which they are tried
         self._dialler = Dialler(ProxyRule(proxy), ca_file, "hub.ca_file")
         self._identity = ("", "")  # hub and device id
-        self._client: _Client | None = None  # of the identity
+        self._client: _Client | None = None  # paho's, for this identity
         self._in_flight: dict[int, tuple[bytes, bytes]] = {}  # packet id -> topic and payload, QoS 1
         self._wire: _Wire | None = None
         self._reached: tuple[str, _Wire, float] | None = None  # by `is_verified`: the hub, the wire, since when
@@ -316,7 +316,7 @@ class HubConnection:
         last = self._transports[-1]
         wire = self._open(last, hub, deadline_s, deadline_s, afresh)
         self._transports.remove(last)
-        self._transports.insert(0, last)  # it works here
+        self._transports.insert(0, last)  # this one works here, and is tried first from now on
         return wire
 
     def _open(self, transport: str, hub: str, deadline_s: float, reach_by_s: float, afresh: bool) -> _Wire:
@@ -451,7 +451,7 @@ class HubConnection:
 
     def _ring(self) -> None:
         bell = self._bell
-        if bell is not None:  # else nobody waits
+        if bell is not None:  # without a bell nobody waits
             with contextlib.suppress(OSError):  # it rings already, or was closed just now
                 bell[1].send(b"\0")
 
@@ -575,7 +575,7 @@ class _Wire:
             if not self._received and not self._fill():
                 return b""
             if not self._received:
-                raise BlockingIOError  # nothing but pings came
+                raise BlockingIOError  # nothing has come but pings, which paho need not see
             # A head is read byte by byte, and no piece is of two packets.
             piece = bytes(self._received[: min(size, self._left) if self._left else 1])
             del self._received[: len(piece)]
