@@ -22,7 +22,7 @@ from typing import NoReturn
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ORDERLY_END_S = 40  # for `work` to end what it has begun
-KILLED_S = 20  # until a killed process has gone; one in the kernel may take long
+KILLED_S = 20  # in which a killed process goes; one in the kernel may take long
 
 
 def supervised(work: Callable[[], int]) -> int:
@@ -67,7 +67,7 @@ def _be_the_worker(work: Callable[[], int], supervisor: int) -> NoReturn:
             signal.signal(number, _stop)
         _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         _adopt_orphans()
-        if os.getppid() == supervisor:  # else it went before the kernel would have told
+        if os.getppid() == supervisor:  # otherwise it went before the kernel would have told
             status = work()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1

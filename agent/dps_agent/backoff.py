@@ -25,7 +25,7 @@ THROTTLED_STEADY = 24  # refusals, after five hours; with the ones after it the 
 HELD_AGAIN_S = 20  # at most, after a device that holds a challenge was refused: the quota for it is spent already
 HUB_FIRST_S = 10  # bounds of our own delays between two connections to the hub
 HUB_LIMIT_S = 300
-HUB_LEAST = 0.1  # of the longest, where a hub let nobody in: between the waves of those that it drops it has room
+HUB_LEAST = 0.1  # of the longest delay, where a hub let nobody in: between the waves that it drops it has room
 HALTED_S = 3600  # a refused device asks again hourly
 
 

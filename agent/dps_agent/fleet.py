@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 UNKNOWN = (0, 0, 0)
 LIMITS = (100_000_000, 10_000_000, 1_000_000)
-NAMES = ("devices", "dpsQuotaPerMin", "hubConnectsPerS")  # in desired properties
+NAMES = ("devices", "dpsQuotaPerMin", "hubConnectsPerS")  # as desired properties name them
 WEEK_S = 604_800  # neither a spread nor a token's life follows to be longer
-TOKEN_LIFE_S = 3600  # or longer, where the hub could not renew the whole fleet in that time
+TOKEN_LIFE_S = 3600  # it is longer where the hub could not renew the whole fleet in that time
 HUB_SPREAD_LIMIT_S = 300  # a device that starts alone waits no longer than after a lost connection
 
 

@@ -171,8 +171,8 @@ class Lifecycle:
         self.committed = False  # this life stored a new identity
         self.rolled_back = False  # a newer copy of the record was damaged, an older one serves
         self.error: DpsError | None = None  # what ended the last attempt
-        self.registration_error: DpsError | None = None  # of the last registration, while the older identity serves
-        self.connections = 0  # that the hub accepted in this life
+        self.registration_error: DpsError | None = None  # the last registration's, while the older identity serves
+        self.connections = 0  # how many the hub has accepted in this life
         self.serial: int = former.serial if former else 0  # what `Session.serial` has come to
         self._beside = beside
         self._connects = False  # the life goes on at the hub

@@ -99,13 +99,13 @@ proving: it holds: proving
 proving: it is good: calm
 """
 
-PATIENCE_CODES = ("dps.throttled", "dps.unavailable", "dps.conflict")  # of failures whose delay may be DPS's wish
+PATIENCE_CODES = ("dps.throttled", "dps.unavailable", "dps.conflict")  # codes of failures whose delay may be DPS's wish
 KEYLESS_LIMIT = 3  # assignments without a key in a row before an operator is asked
 MESSAGE_LIMIT = 400  # characters of an error's text that `progress` keeps
 # Of connections that `progress` counts; the delay grows no more. At 40 to 80 s a crash loop costs the hub about a
 # thousand connections a day, and a device on bad mains is not kept waiting for long when it has power.
 CONNECTS_LIMIT = 5
-PROVOKED_LIMIT = 2  # of ends that a message provoked, as far as they count: 10 to 20 s
+PROVOKED_LIMIT = 2  # so many ends that a message provoked count, which makes 10 to 20 s
 INTERRUPTED = RetryLater("agent.interrupted", "a registration began and did not end")
 NOTHING = Progress(0, 0, 0, False, "", "", 0)
 
@@ -137,7 +137,7 @@ class Patience:
         if last is None:
             return
         self.attempts = self.failed = last.attempts
-        if last.attempts and self.state != TRYING:  # else memory ended an attempt of this life, counted already
+        if last.attempts and self.state != TRYING:  # in TRYING memory ended an attempt of this life
             self.state = FAILED
         left_s: int = yield from self._left_of_last_delay_s()
         if last.code == INTERRUPTED.code and left_s and left_s == last.next_try_delay_s:

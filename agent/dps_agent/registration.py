@@ -168,7 +168,7 @@ def _attempt(
         if not answer.authentication_key:
             raise refusal_of(reply)
         activation = activation_of(answer.authentication_key, "the challenge")
-        del reply, answer  # of 2 KiB, which a board needs for the next ones
+        del reply, answer  # their 2 KiB a board needs for the next ones
         challenge_key: bytes = yield ImportKey(activation)
         now: Utc = yield UtcNow()
         check_clock(now)
@@ -290,7 +290,7 @@ def _step(
         else:
             try:
                 answer = read(reply)
-                body = reply.body if reply.status >= 400 else b""  # of a good one all is in `answer`
+                body = reply.body if reply.status >= 400 else b""  # all of a good reply is in `answer`
                 return Reply(reply.status, reply.headers, body, reply.date_s), answer
             except RetryLater as refused:
                 error = refused
@@ -440,7 +440,7 @@ ALLOCATION_FAILURES = (400207, 400208, 400209)  # webhook failed, no hub linked,
 def no_reply_error(reply: NoReply) -> RetryLater:
     """The error for an exchange without an answer."""
     word = reply.reason.split(":")[0]
-    word = NO_REPLY_DNS if word == NO_REPLY_NOT_FOUND else word  # of DPS itself: whether it exists is no question
+    word = NO_REPLY_DNS if word == NO_REPLY_NOT_FOUND else word  # whether DPS itself exists is no question
     code = "network.unreachable" if word == NO_REPLY_CONNECT else "network." + word
     return RetryLater(code, f"no answer from DPS ({_printable(reply.reason)})")
 

@@ -106,7 +106,7 @@ FEATURES = (METHODS, TWIN, MESSAGES)
 API_VERSION = "2021-04-12"
 REPORTED_NAME = "dpsAgent"  # what the agent reports of itself stands under this name in the twin
 
-RENEW_AT = 0.8  # of a token's life
+RENEW_AT = 0.8  # so much of a token's life at the latest
 RENEW_SPREAD = 0.05  # up to so much of it earlier, so that a fleet does not renew together
 # The same for the token of a new connection: what has connected together would otherwise renew together for weeks.
 CONNECT_SPREAD = 0.5
@@ -121,7 +121,7 @@ TWIN_AGAIN_S = 300  # between twin requests, at least, once the hub left two una
 TWIN_AGAIN_LIMIT_S = 7200  # what the hub refused is asked for ever more rarely, also over connections
 IDLE_AFTER_S = 10  # so long after the subscriptions the older identity may be forgotten
 SHORT_S = 60  # a connection that ends so soon after something was sent may have ended because of that
-SHORT_ENDS_LIMIT = 3  # of connections in a row, right after one message was sent; then it is given up
+SHORT_ENDS_LIMIT = 3  # of connections in a row, right after one message was sent: with so many it is given up
 STRIKE_S = 600  # after so long one strike is forgotten
 STRIKES_FREE = 3
 STRIKES_LIMIT = 9  # SHORT_S doubled five times, half an hour
@@ -157,7 +157,7 @@ class _Telemetry:
         self.withdrawn = False  # nobody waits for it any more
         self.size = size
         self.sent_at_s: float | None = sent_at_s  # None: it was not sent on this connection yet
-        self.short_ends = 0  # of connections in a row, right after it was sent
+        self.short_ends = 0  # how many connections in a row ended right after it was sent
 
 
 class Session:
@@ -187,7 +187,7 @@ class Session:
         self._assignment = assignment
         self._about = about
         self._status = status
-        self._token: SasToken | None = None  # for the next connection
+        self._token: SasToken | None = None  # the one that the next connection takes
         self._renew_at_s = 0.0
         self.dps_not_before_s = 0.0
         self.token_life_s: int = settings.token_life_s or TOKEN_LIFE_S
@@ -199,7 +199,7 @@ class Session:
         self._strikes: dict[int, tuple[int, float]] = {}  # sender -> their number, and when the last one came
         self._struck: list[int] = []  # senders that got a strike for this connection: one each
         self._reads = False  # a program reads messages
-        self._desired_version = 0  # of the desired properties that programs were told last
+        self._desired_version = 0  # the version of the desired properties that programs were told last
         self._desired_size = 0  # bytes of the desired properties when told whole, and of the patches told since
         self._cleaned = False  # the older identity is gone
         self._twin_refusals = 0  # twin requests in a row that the hub refused
@@ -210,7 +210,7 @@ class Session:
         # Packet id -> features and when they were asked for, of those not answered yet.
         self._subscriptions: dict[int, tuple[tuple[str, ...], float]] = {}
         self._subscribed: list[str] = []  # features that were asked for
-        self._asked: dict[str, float] = {}  # those that the hub has not answered for yet, and since when
+        self._asked: dict[str, float] = {}  # features that the hub has not answered for yet, and since when
         self._ready_at_s = 0.0  # when the first subscriptions were answered
         self._unacknowledged: dict[int, tuple[int, int]] = {}  # message id -> packet id, size; 0: without one
         self._calls: dict[int, tuple[str, float, int]] = {}  # call id -> the hub's request id, latest answer, size
@@ -219,10 +219,10 @@ class Session:
         self._renewed_at_s = NEVER_S  # when the next token was ready
         self._twin_granted = False  # the hub granted its topics: before that nothing is asked of the twin
         self._twin_request = ""  # the one that waits for an answer
-        self._twin_at_s = NEVER_S  # its end, or when to ask again
+        self._twin_at_s = NEVER_S  # when the request ends, or when to ask again
         self._asked_whole = False  # it asks for the twin, else it reports
-        self._older_twins = 0  # in a row, than the newest patch
-        self._newest_version = 0  # of the desired properties, as the hub named it in a patch
+        self._older_twins = 0  # how many twins in a row were older than the newest patch
+        self._newest_version = 0  # the newest version of the desired properties that a patch has named
         self._twin_known = False
         self._reported = False
 
@@ -242,7 +242,7 @@ class Session:
             yield from self._give_up_unanswered(telemetry)
         hub, device_id = self._assignment.assigned_hub, self._assignment.device_id
         user_name = f"{hub}/{device_id}/?api-version={API_VERSION}"
-        fresh = not self._reads  # or the hub delivers at once what an earlier reader left, and counts that
+        fresh = not self._reads  # with an old one the hub delivers at once what an earlier reader left, and counts that
         answer: ConnAck | NoReply = yield Connect(hub, device_id, user_name, token, self._settings.keep_alive_s, fresh)
         if isinstance(answer, NoReply):
             return self._ended("was not reached", answer.reason)

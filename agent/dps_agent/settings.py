@@ -15,11 +15,11 @@ if TYPE_CHECKING:
         poll: str  # POLL_LOOKUP or POLL_OPERATION
         payload: "dict[str, Any] | None"  # custom allocation input
         registration_budget_s: int
-        first_contact_spread_s: int  # with DPS, spread at random over so many seconds, 5 at least; 0: as `fleet` says
+        first_contact_spread_s: int  # seconds over which it is spread, 5 at least; 0: as `fleet` says
         hub_suffixes: "tuple[str, ...]"
         fleet: "Fleet"
         keep_alive_s: int  # MQTT's, on the connection to the hub
-        token_life_s: int  # of a token for the hub; renewed at 80 % of it at the latest; 0: as `fleet` says
+        token_life_s: int  # a hub token's; it is renewed at 80 % of that at the latest; 0: as `fleet` says
 else:
     from collections import namedtuple
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 ASK_AGAIN_S = 86400  # a believed time: quartz drifts by seconds a day
 _ASK_AGAIN_UNSURE_S = 10
 _ANCHOR_MS = 86_400_000  # ticks wrap after 12 days, differences are right up to 6
-TIMES_TO_TRY = 3  # of one request: under a proposal, under the floor, under the peer's Date
+TIMES_TO_TRY = 3  # for one request: under a proposal, under the floor, under the peer's Date
 
 
 class BoardClock:

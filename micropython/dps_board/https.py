@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dps_agent.sas import SasToken
 
 BODY_LIMIT = 16 * 1024  # bytes of an answer's body
-_ROOM_BYTES = 1600  # of DPS's largest answer where the payload is small
+_ROOM_BYTES = 1600  # what DPS's largest answer takes where the payload is small
 _RECEIVE_BYTES = 512
 _SEND_BYTES = 1024
 _HTTPS_PORT = 443

@@ -64,7 +64,7 @@ class Hub:
         self._agent = agent
         self._clock = clock
         self._serial = 0  # how many telemetry messages the program has sent
-        self._telemetry: dict[int, list[Any]] = {}  # by request id, until the session has said what became of it
+        self._telemetry: dict[int, list[Any]] = {}  # by request id, until the session says what became of it
         self._tasks: list[object] = []  # those in which the program's own functions run
         self.answers: dict[str, Callable[..., Any]] = {
             "Reach": self._reach,

@@ -37,7 +37,7 @@ _MQTT_PORT = 8883  # every hub's
 _CONNECT = b"\x10"
 _CONNECT_AS = b"\x00\x04MQTT\x04"  # 3.1.1
 _FLAGS = b"\xc0"  # user name and password
-_FLAGS_CLEAN = b"\xc2"  # and a clean session
+_FLAGS_CLEAN = b"\xc2"  # the same, and a clean session
 
 
 class HubConnection:
@@ -231,7 +231,7 @@ class HubConnection:
         """Ends the connection, politely where that takes less than a second; nobody is told."""
         if self._connected:
             self._connected = False
-            self._keep_acknowledged()  # so that there is room: what is left unread would break the connection
+            self._keep_acknowledged()  # this makes room: what is left unread would break the connection
             self._send(b"\xe0\x00", b"")
             self._link.begin(PART_LIMIT_MS)
             try:

@@ -49,7 +49,7 @@ TELEMETRY_LIMIT = 262144  # bytes, as `dps_agent.session` has it
 NO_ROOM_S = 10  # before the life begins anew, where the heap had no room for the logic itself
 _GO_FIRST = ("ReadEndorsementKey", "ReadStorageRootKey", "ImportKey", "Sign", "Commit")
 _SMALL = ("Uptime", "UtcNow", "Random", "Release")  # they leave no garbage worth collecting
-_STEP_S = 0.25  # of a sleep, between two looks at the watchdog and at `stop`
+_STEP_S = 0.25  # how long a sleep goes on between two looks at the watchdog and at `stop`
 
 
 class Agent:
@@ -82,7 +82,7 @@ class Agent:
     ) -> None:
         values = config.values
         self.connection = Connection(config.settings.endpoint, config.roots, config.connect_to, watchdog)
-        self.hub: Hub | None = None  # as soon as there is one to talk to
+        self.hub: Hub | None = None  # there is one as soon as there is a hub to talk to
         self.on_message: Callable[[dict[str, str], bytes | None], Any] | None = None
         self.on_method: Callable[[str, Any], Any] | None = None
         self.on_desired: Callable[[int, dict[str, Any] | None, bool], Any] | None = None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SETTLE_S = 15  # a new connection does a few more things: the twin, the older identity
-PEAK_LIMIT_MIB = {"wire": 28, "esys": 45}  # of `run`, with Debian 12's Python
+PEAK_LIMIT_MIB = {"wire": 28, "esys": 45}  # what `run` may take at its peak, with Debian 12's Python
 CPU_LIMIT_PERCENT = 0.1  # of one processor, connected with nothing to do
 ROUNDS = 10  # rounds in which each sender has its turn
 NO_AZURE = "azure-iot-device, which could not be installed"

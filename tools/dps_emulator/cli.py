@@ -32,7 +32,7 @@ HUB_SUFFIXES = (
 )  # an agent's without settings of its own
 ID_SCOPE = "0ne00000000"
 HUB = "emulator.azure-devices.net"
-NAMED = 20  # of the lines that an import passes over
+NAMED = 20  # lines that an import passes over and that it names
 
 
 class _UsageError(Exception):

@@ -29,7 +29,7 @@ MAX_TELEMETRY_BYTES = 256 * 1024
 MAX_CLOUD_MESSAGE_BYTES = 64 * 1024
 MAX_METHOD_BYTES = 128 * 1024
 MAX_QUEUE = 50  # messages waiting for one device
-MAX_DELIVERIES = 10  # of one message, then it is given up
+MAX_DELIVERIES = 10  # deliveries of one message before it is given up
 MAX_KEEP_ALIVE_S = 1177  # the hub caps 1.5 times the client's value at 29.45 min
 MESSAGE_LIFE_S = 3600
 
@@ -47,7 +47,7 @@ METHOD_TIMEOUT = 504101
 _CODES = {400: ARGUMENT_INVALID, 413: TOO_LARGE, 429: THROTTLED}
 
 _DETAIL_LIMIT = 400  # characters of a line that a client may have chosen
-_READABLE = "/:=,;$#'"  # in the log, besides what a URL leaves as it is
+_READABLE = "/:=,;$#'"  # characters that the log shows as they are, besides those that a URL leaves so
 # Documented is `{hub}/{deviceId}/?api-version=…`; a hub takes it without the version, the question mark, or both.
 _USER_NAME = re.compile(r"(?P<hub>[^/?]+)/(?P<client_id>[^/?]+)(?:/.*)?", re.DOTALL)
 MAX_IN_FLIGHT = 1000  # unacknowledged messages of QoS 1 to one device, its queue apart; ours
@@ -139,7 +139,7 @@ class Hub:
         self.context = context
         self.links: dict[str, Link] = {}
         self._stored = devices
-        self._devices: dict[str, HubDevice] = {}  # those in use: this hub alone writes them
+        self._devices: dict[str, HubDevice] = {}  # devices in use, which this hub alone writes
         self._issued_key = issued_key
 
     def device(self, device_id: str) -> HubDevice:
@@ -394,7 +394,7 @@ class Link:
         if qos is None:
             return
         if len(self._in_flight) >= MAX_IN_FLIGHT or len(topic.encode()) > _MAX_TOPIC_BYTES:
-            self._wire.drop()  # which the link learns of when the connection has ended
+            self._wire.drop()  # the link learns of it when the connection has ended
             return
         packet_id = self._next_packet_id() if qos else 0
         if packet_id:
@@ -569,7 +569,7 @@ class Hubs:
     """All hubs that are linked to one service."""
 
     service: DpsService
-    folders: Callable[[str], MutableMapping[str, HubDevice]] = field(repr=False)  # by the hub's name
+    folders: Callable[[str], MutableMapping[str, HubDevice]] = field(repr=False)  # a hub's devices, by its name
     context: HubContext
 
     def __post_init__(self) -> None:

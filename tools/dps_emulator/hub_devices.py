@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from dps_emulator.twin import Twin
 
 MESSAGES_KEPT = 10_000
-FILE_LIMIT_BYTES = 64 * 1024 * 1024  # of messages.jsonl and of the log file, each; one more is kept from before
+FILE_LIMIT_BYTES = 64 * 1024 * 1024  # messages.jsonl and the log file may each have so many; the one before is kept
 _APPENDING = os.O_CREAT | os.O_APPEND | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -27,7 +27,7 @@ class CloudMessage:
     payload: bytes = field(repr=False)
     properties: Mapping[str, str]
     expires_at_s: float
-    packet_id: int = 0  # of the delivery under way; 0: none
+    packet_id: int = 0  # that of the delivery under way; 0: none
     deliveries: int = 0
 
 
@@ -40,7 +40,7 @@ class HubDevice:
     enabled: bool = True
     withdrawn: bool = False  # refused until DPS assigns it anew
     twin: Twin = field(default_factory=Twin)
-    subscriptions: dict[str, int] | None = None  # of the persistent session, with QoS; None: there is no such session
+    subscriptions: dict[str, int] | None = None  # the persistent session's, with QoS; None: there is none
     queue: list[CloudMessage] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class _Connection:
         self._server = server
         self._reader = reader
         self._writer = writer
-        self._frames: websocket.FrameStream | None = None  # of a WebSocket
+        self._frames: websocket.FrameStream | None = None  # those of a WebSocket, where it is one
         self._packets = mqtt.PacketStream()
         self._link: Link | None = None
         self._device_id = ""

@@ -197,7 +197,7 @@ def _connect(body: _Body) -> Connect:
     if name not in ("MQTT", "MQIsdp"):
         raise ProtocolError("a CONNECT of another protocol")
     if (name, level) != ("MQTT", LEVEL):
-        body.rest()  # its form depends on the level
+        body.rest()  # the form of what follows depends on the level
         return Connect(level)
     flags, keep_alive_s, client_id = body.take(1)[0], body.number(), body.text()
     will, will_qos = None, flags >> 3 & 3

@@ -29,7 +29,7 @@ class Quota:
         elif now_s // 60 != at_s // 60:
             self._left = self.per_minute + min(
                 self._left % 1, self.per_minute % 1
-            )  # of 1.5 a minute every other has two
+            )  # where there are 1.5 a minute, every other minute has two
         self._at_s = now_s
         if self._left < 1:
             return False

@@ -83,7 +83,7 @@ class Settings:
     quota_counts: tuple[str, ...] = COUNTED
     retry_after_429_s: int | None = None  # what a refusal for want of quota carries; None: no such header
     connects_per_s: float | None = None  # new connections to the hubs; None: all
-    connect_queue_s: float = 0.0  # those beyond wait for so long before they are dropped
+    connect_queue_s: float = 0.0  # connections beyond that wait for so long before they are dropped
 
 
 @dataclass(frozen=True)
@@ -427,7 +427,7 @@ class _Exchange:
         return self._register(device) if self.operation == "register" else self._lookup(device)
 
     def _register(self, device: _DeviceRegistration) -> Response:
-        challenge = self._proven(device)  # with a token, before anything is looked up
+        challenge = self._proven(device)  # the token is checked before anything is looked up
         enrollment = self._enrollment(device, challenge)
         failure = self._failure(enrollment, device)
         if challenge is None:

@@ -29,8 +29,8 @@ class Purpose:
 
     operation: Operation
     request_id: str = ""
-    status: int = 0  # of a method's answer
-    properties: Mapping[str, str | None] | None = None  # of telemetry
+    status: int = 0  # the status of a method's answer
+    properties: Mapping[str, str | None] | None = None  # the properties of telemetry
 
 
 def cloud_to_device(device_id: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dps_emulator.json_text import parse_json
 
-MAX_SECTION_BYTES = 32 * 1024  # of desired and of reported, each
+MAX_SECTION_BYTES = 32 * 1024  # so many of desired and of reported properties, each
 MAX_DEPTH = 10
 MAX_NAME_BYTES = 1024
 _FORBIDDEN_IN_NAMES = frozenset(" .$")

@@ -27,7 +27,7 @@ class Order(NamedTuple):
 
     make: "Make"
     cores: int
-    identity: wire.Assigned | None  # with which a fleet boots that has registered before; a peer's devices have none
+    identity: wire.Assigned | None  # a fleet that has registered before boots with it; a peer's devices have none
     hub_per_s: float
     progress: Progress
 

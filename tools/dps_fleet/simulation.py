@@ -274,8 +274,8 @@ class Device:
         self.hub: Hub | None = None
         self.waits = False  # it waits for an event
         self.timer = 0  # the number of the wait that counts
-        self.events: list[Any] = []  # that came while it did not wait
-        self.is_open = False  # its connection to DPS
+        self.events: list[Any] = []  # events that came while it did not wait
+        self.is_open = False  # its connection to DPS is open
         self.ready_s = 0.0  # when DPS has assigned it
         self.polls: list[float] = []  # the last ones
         self.requests = self.refused = self.challenges = self.connects = self.commits = self.twins = 0

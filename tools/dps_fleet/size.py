@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from dps_agent.fleet import dps_spread_s, hub_spread_s, token_life_s
 
-PUTS = 2  # of a registration that the quota counts, as far as anybody outside knows
+PUTS = 2  # how many of a registration's the quota counts, as far as anybody outside knows
 # New connections a second of a hub, and creations in its registry a minute, by units of each tier.
 # Source: Azure IoT Hub quotas and throttling.
 HUB_CONNECTS_PER_S = {"S1": (12, 100), "S2": (120, 120), "S3": (6000, 6000)}  # a unit, and at least
@@ -20,9 +20,9 @@ class Size(NamedTuple):
     hub_floor_s: float  # until the last device is connected, at best
     hub_spread_s: int
     token_life_s: int
-    connected_share_for_an_hour: float  # of the fleet that tokens of an hour keep connected
-    quota_per_min: float  # to ask Microsoft for, to be back in time
-    registry_units: int  # that DPS needs to create devices as fast as it registers them
+    connected_share_for_an_hour: float  # the part of the fleet that tokens of an hour keep connected
+    quota_per_min: float  # the quota to ask Microsoft for, to be back in time
+    registry_units: int  # units that DPS needs to create devices as fast as it registers them
 
 
 def hub_connects_per_s(tier: str, units: int) -> int:

@@ -61,7 +61,7 @@ class Variant(NamedTuple):
     fields: Sequence[str]  # further lines of its control file
     site: Path
     paths: Sequence[str]  # sys.path of its launcher
-    defaults: str  # of settings, where they are other than the agent's own; TOML
+    defaults: str  # settings that are other than the agent's own, as TOML
     about: str
 
 

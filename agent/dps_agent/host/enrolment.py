@@ -28,7 +28,7 @@ class Enrolment(NamedTuple):
     registration_id: str
     endorsement_key: str  # base64 of its TPM2B_PUBLIC
     backend: str
-    certificate_sha256: str  # of the EK certificate in DER, hex; empty where there is none that can be read
+    certificate_sha256: str  # SHA-256 of the EK certificate in DER, hex; empty where none can be read
 
     def csv_row(self) -> str:
         """The columns of CSV_HEADER; none of them can hold a comma or a quote."""

@@ -33,7 +33,7 @@ else:
 
     _Ours = namedtuple("_Ours", ("wrapped_key", "handle", "names"))
 
-ENTRY = "persistAt"  # of the record: {"handle": number, "former": base64 of a name or ""}
+ENTRY = "persistAt"  # an entry of the record: {"handle": number, "former": base64 of a name or ""}
 
 
 def persist(tpm: TpmService, handle: int) -> Generator[Any, Any, None]:

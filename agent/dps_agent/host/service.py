@@ -114,11 +114,11 @@ class Service:
         self._clock = clock_for(self._store)
         self._state_file = StateFile(configuration.runtime_dir)
         self._equipment = self._equip(configuration)
-        self._next_equipment: _Equipment | None = None  # of new settings, once the life of now has ended
+        self._next_equipment: _Equipment | None = None  # what new settings lead to, once the life of now has ended
         self._life = Lifecycle(self._equipment.settings)
         self._api: LocalServer | None = None
-        self._commands: deque[Command] = deque()  # of the socket, to be done between two effects
-        self._registering: list[Command] = []  # to be answered when the registration has ended
+        self._commands: deque[Command] = deque()  # the socket's, to be done between two effects
+        self._registering: list[Command] = []  # those that are answered when the registration has ended
         self._readers = 0  # programs that read events
         self._woken = False  # _WAKE was posted, and `_next_event` has not looked since
         self._reload_asked = False
@@ -237,7 +237,7 @@ class Service:
         runner = self._equipment.runner
         taken = not self._leaving and runner.post(event)
         if taken and (self._leaving or runner is not self._equipment.runner):
-            return not runner.take_back(event)  # else `_leave_hub` has found it, and answers
+            return not runner.take_back(event)  # where it is not there any more `_leave_hub` has found it, and answers
         return taken
 
     def _take_back(self, asked: Event | Command) -> bool:

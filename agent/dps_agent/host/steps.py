@@ -31,7 +31,7 @@ class StepLines:
     def __init__(self, stream: Lines, verbose: bool) -> None:
         self._stream = stream
         self._verbose = verbose
-        self._key = "challenge"  # which key the next ImportKey carries
+        self._key = "challenge"  # the name of the key that the next ImportKey carries
         self._read: set[str] = set()  # the steps that are worth one line only
         self._limit_shown = False
 

@@ -22,7 +22,7 @@ _FILE_MODE = 0o600
 _FOLDER_MODE = 0o700
 # O_NONBLOCK: a FIFO under one of our names must not hold us up.
 _GUARDS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-_NOT_OFFERED = (errno.ENOSYS, errno.EOPNOTSUPP)  # by network file systems and some in user space
+_NOT_OFFERED = (errno.ENOSYS, errno.EOPNOTSUPP)  # network file systems and some in user space answer so
 _NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO)
 
 

@@ -2,7 +2,7 @@
 
 import platform
 
-_THREE_BITS = ("mips", "ppc", "powerpc", "sparc", "alpha")  # for the direction; elsewhere it has two
+_THREE_BITS = ("mips", "ppc", "powerpc", "sparc", "alpha")  # here the direction has three bits, elsewhere two
 
 
 def read_request(kind: str, number: int, size: int, machine: str = "") -> int:

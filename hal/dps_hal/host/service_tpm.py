@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dps_hal.tpm.commands import Key
 
 PLAIN_L1 = "tcg-l1 without the maker's template"  # what `template_of` says where NV has another for tcg-l1
-_LAST_EK_INDEX = 0x01C000FF  # of the low and the high range; behind it are the certificates of issuers
+_LAST_EK_INDEX = 0x01C000FF  # the end of the low and the high range; behind it are the certificates of issuers
 
 
 class ServiceTpm(TpmProcedure):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from dps_hal.errors import DpsError
 
-_UNMAPPED_GID = 65534  # of any group that is not mapped into a user namespace, such as a unit's PrivateUsers makes
+_UNMAPPED_GID = 65534  # any group's that a user namespace, such as PrivateUsers makes, does not map
 _SYSFS = "/sys/class"
 _CONTAINER_MARKS = ("/run/systemd/container", "/run/.containerenv", "/.dockerenv")  # nspawn and LXC, Podman, Docker
 _CONTAINER_ROOTS = ("/docker/", "/containerd/", "/containers/storage/")  # where the layers of / lie
@@ -131,9 +131,9 @@ def _look_elsewhere() -> str:
 
 
 def _join(group: str, user: str) -> str:
-    if "INVOCATION_ID" in os.environ:  # of a systemd unit, whose user may exist only while it runs
+    if "INVOCATION_ID" in os.environ:  # this is a systemd unit, whose user may exist only while it runs
         return f"put SupplementaryGroups={group} under [Service] with 'sudo systemctl edit dps-agent' and restart it"
-    if group.isdecimal():  # that no file on this machine names
+    if group.isdecimal():  # no file on this machine names the group
         made = f"'sudo groupadd --gid {group} tpm' and "
         return f"run {made}'sudo usermod -aG tpm {user}', for the group has no name here, and log in again"
     return f"run 'sudo usermod -aG {group} {user}' and log in again"

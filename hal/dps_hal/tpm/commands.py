@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
         handle: int
         public: bytes  # marshalled TPM2B_PUBLIC, of an NV index TPM2B_NV_PUBLIC; empty for a session or sequence
-        name: bytes  # by SHA-256 over the public area, or as the TPM states it; empty for a session or sequence
+        name: bytes  # its SHA-256 name, or the one that the TPM states; empty for a session or sequence
 
     Given = Any  # a Key that one of the Commands gave, which may be more than that
 
@@ -206,7 +206,7 @@ CAP_TPM_PROPERTIES: "Final" = 6
 
 _NO_SESSIONS = 0x8001  # TPM_ST
 _SESSIONS = 0x8002
-_MAX_BYTES = 4096  # of a command or response; TPMs state 1 to 4 KiB
+_MAX_BYTES = 4096  # of a command or response; TPMs say that they take 1 to 4 KiB
 _EMPTY_PASSWORD = struct.pack(">IHBH", PASSWORD_SESSION, 0, 0, 0)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         """What a TPM says of the endorsement key that its maker has certified."""
 
         verdict: str  # one of the words below, on this endorsement key
-        sha256: str  # of the certificate in DER, hex; empty where there is none that could be read as one
+        sha256: str  # SHA-256 of the certificate in DER, hex; empty where none could be read
         locked: str  # why it cannot be read, else empty
         template: str  # how the certified key is made, in words
         usable: bool  # whether `ek_template = "tcg-l1"` makes it so
@@ -30,7 +30,7 @@ else:
 
     Certified = namedtuple("Certified", ("verdict", "sha256", "locked", "template", "usable", "by_maker"))
 
-MATCH: "Final" = "match"  # then the key is what `ek_template = "tcg-l1"` gives
+MATCH: "Final" = "match"  # the key is what `ek_template = "tcg-l1"` gives
 MISMATCH: "Final" = "mismatch"
 ABSENT: "Final" = "absent"
 LOCKED: "Final" = "locked"  # the TPM does not let us read it

@@ -155,7 +155,7 @@ def makers_template(template: bytes, nonce: bytes) -> bytes:
         raise AskOperator(code, f"the maker's nonce: expected at most {RSA_BYTES} bytes; came {len(nonce or unique)}")
     if nonce:
         unique = nonce + bytes(RSA_BYTES - len(nonce))
-    return sized(public[2:offset] + sized(unique))  # with the exponent as it is written there: it changes the key
+    return sized(public[2:offset] + sized(unique))  # the exponent stays as it is written there: it changes the key
 
 
 def rsa_modulus(public: bytes) -> bytes:

@@ -79,7 +79,7 @@ class TpmProcedure(Operations):
         self._ek_template = template_of_ek(ek_template)
         self._ek_handle = ek_handle
         self._srk_handle = srk_handle
-        self._ek_name = b""  # of the one to make where none is there: that of the record, then the pinned one
+        self._ek_name = b""  # the name of the EK to make where none is there: the record's, then the pinned one's
         self._pinned_ek = b""  # the first EK seen; nothing is ever salted to another
         self.srk_found_at: int | None = None  # `TpmService` says what it is for
 

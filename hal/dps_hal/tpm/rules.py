@@ -37,7 +37,7 @@ MAX_AUTH_BYTES: "Final" = 64  # TPM2B_AUTH
 COMMAND_LIMIT_S: "Final" = 20.0
 KEY_CREATION_LIMIT_S: "Final" = 170.0  # one that creates a key: RSA-2048 takes up to minutes on slow parts
 RELEASE_LIMIT_S: "Final" = 5.0
-LEAST_LIMIT_S: "Final" = 5.0  # of one command: given up half-way it leaves in the TPM what only its answer names
+LEAST_LIMIT_S: "Final" = 5.0  # for one command: given up half-way it leaves in the TPM what only its answer names
 
 PT_PERMANENT: "Final" = 0x200  # TPM_PT, TPM 2.0 Library Part 2, table 24
 OWNER_AUTH_SET: "Final" = 1  # TPMA_PERMANENT, Part 2, table 36, with the next

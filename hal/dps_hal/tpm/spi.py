@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _CAPABILITY: "Final" = 0x014  # TPM_INTF_CAPABILITY_x, with the next two
-_FRAME_BYTES: "Final" = (4, 8, 32, 64)  # by DataTransferSizeSupport
+_FRAME_BYTES: "Final" = (4, 8, 32, 64)  # DataTransferSizeSupport is the index
 _CAPABILITY_ZERO: "Final" = 0x0FFFF000
 _WAIT_BYTES: "Final" = 250  # of wait states after an SPI header; parts need a few, and other drivers give up after 50
 

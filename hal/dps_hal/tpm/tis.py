@@ -62,7 +62,7 @@ _FIFO_MS: "Final" = _TIMEOUT_A_MS
 _HEARD_MS: "Final" = 500
 _FIRST_PAUSE_US: "Final" = 50
 _LONGEST_PAUSE_US: "Final" = 10_000
-_TRIES: "Final" = 3  # of what the TPM has not begun, or offers again
+_TRIES: "Final" = 3  # for a command that the TPM has not begun, or a response that it offers again
 _MAX_RESPONSE_BYTES: "Final" = 4096
 
 

@@ -41,7 +41,7 @@ _FMT1_INSUFFICIENT = 0x9A
 _FMT1_POLICY_FAIL = 0x9D
 _FMT1_INTEGRITY = 0x9F
 _BY_SRK = ("activate_credential", "import", "load")  # the first session is for the storage root key
-_VERDICTS = 3  # of which no two agree, and we give up
+_VERDICTS = 3  # after so many, no two of which agree, we give up
 # Two integrity digests and a seed value with their sizes, type, empty authorisation, the key's size, the key.
 _LONGEST_DUPLICATE = 3 * (2 + SHA256_BYTES) + 2 + 2 + 2 + 2 + MAX_HMAC_KEY_BYTES
 
@@ -101,7 +101,7 @@ def error_of(refused: "RefusedError", locked_out: "Callable[[str], RetryLater]")
         if refused.odd:
             message += f"; what is in there may not be what was meant: {refused.odd}"
         return AskOperator("tpm.hierarchy_auth", message)
-    if refused.counted:  # by a key that has shown when it was imported that it has no password
+    if refused.counted:  # the key has shown when it was imported that it has no password
         return RetryLater("tpm.bus_altered", f"{message}: expected it to take the command; it was altered on its way")
     if refused.by_key:
         return own_password(refused)

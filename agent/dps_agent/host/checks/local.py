@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dps_agent.host.checks.device import Device
 
 SCRATCH_NAME = ".dps-agent-check"
-_SCRATCH = b"dps-agent check\n" * 256  # as much as one slot
+_SCRATCH = b"dps-agent check\n" * 256  # as many bytes as one slot has
 
 
 def used_settings(device: Device) -> Finding:

@@ -93,7 +93,7 @@ def _leave(status: int) -> None:
 def _run(arguments: Sequence[str] | None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["--version"]:
-        words[0] = "version"  # as most programs have it
+        words[0] = "version"  # most programs call it `--version`
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us; the next file opened must not take its place
             # What is printed must not seem to have gone anywhere: no file for reading takes it.

@@ -34,7 +34,7 @@ class Events:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._origin = os.urandom(8).hex()  # no other process had it: an id of another one is a stranger here
-        self._connection = 0  # to the hub: ids of an earlier one mean nothing any more
+        self._connection = 0  # number of the connection to the hub: ids of an earlier one mean nothing any more
         self._held: dict[int, bytes] = {}  # cloud-to-device messages, as they are sent
         self._calls: dict[int, tuple[bytes, float]] = {}  # method calls as they are sent, with their ends
         self._held_size = 0  # bytes of held messages and calls
@@ -152,7 +152,7 @@ class Events:
                 return True  # a patch that is no object changes nothing
             changes = to_json(value).encode()
             known = b"{}" if whole or self._desired is None else self._desired[1]
-            if known is not None:  # else a patch makes nothing whole of what was too large
+            if known is not None:  # a patch makes nothing whole of what was too large
                 text = to_json(_merged(from_json(known), value)).encode()
         self._desired = (version, text if text is not None and len(text) <= DESIRED_LIMIT else None)
         content = _desired_chunk(version, whole, changes)

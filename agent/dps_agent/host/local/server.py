@@ -100,7 +100,7 @@ HEARTBEAT_S = 60.0  # an empty line, so that both sides notice when the other is
 CLIENTS = (32, 7, 4)  # connections
 STREAMS = (16, 3, 4)  # connections with GET /events
 UNDER_WAY = (IN_FLIGHT_LIMIT, 7, 4)  # telemetry messages, from the end of their heads until the hub has answered
-BYTES = (IN_FLIGHT_SIZE, 2 * BODY_LIMIT, 2 * BODY_LIMIT)  # of bodies and the topics that they go under, for as long
+BYTES = (IN_FLIGHT_SIZE, 2 * BODY_LIMIT, 2 * BODY_LIMIT)  # bytes of bodies and their topics, for as long
 
 _REASONS = {
     200: "OK",
@@ -151,7 +151,7 @@ class _Client:
         self.head: Reading[Head] | None = None  # a head that has begun and is not whole
         self.body: _Body | None = None
         self.ignored = 0  # bytes still to come of a body that nobody wants
-        self.lines: deque[bytes] = deque()  # to send; the same objects for all readers of events
+        self.lines: deque[bytes] = deque()  # what is still to be sent; all readers of events share the objects
         self.sent = 0  # bytes of the first line that were sent
         self.deadline_s = now_s + IDLE_LIMIT_S
         self.pending: int | None = None  # the request that waits for an answer
@@ -199,8 +199,8 @@ class LocalServer:
         self._take_back = take_back
         self._journal = journal
         self._lines = Lines(journal)
-        self._clients: dict[int, _Client] = {}  # by descriptor
-        self._unfinished: list[_Client] = []  # with requests that were received and wait for their turn
+        self._clients: dict[int, _Client] = {}  # by the number of the descriptor
+        self._unfinished: list[_Client] = []  # clients whose requests were received and wait for their turn
         self._inbox: deque[Callable[[], None]] = deque()  # work from other threads
         self._serial = 0
         self._pending: dict[int, _Client] = {}

@@ -42,7 +42,7 @@ class Places:
         self._in_all = in_all
         self._of_one = of_one
         self._kept = kept
-        self._taken: dict[int, int] = {}  # by user
+        self._taken: dict[int, int] = {}  # places taken, by user
 
     def has_room(self, user: int, count: int = 1) -> bool:
         """Whether this user may have so many more."""

@@ -475,7 +475,7 @@ class _Client(paho.Client):
             manual_ack=True,
         )
         self.wire: _Wire | None = None
-        self._in_flight = in_flight  # whose packet ids are not to be used
+        self._in_flight = in_flight  # telemetry under way, whose packet ids are not to be used
 
     def _create_socket(self) -> Any:
         assert self.wire is not None
@@ -529,9 +529,9 @@ class _Wire:
         self._received = bytearray(frames.unpack(received) if frames is not None else received)
         self._unsent = bytearray()
         self._wants_write = False
-        self._head = bytearray()  # of the packet that is being read
+        self._head = bytearray()  # the first bytes of the packet that is being read
         self._left = 0  # bytes of that packet which are still to be read, once its head is whole
-        self._body: bytearray | None = None  # of a packet that is looked into
+        self._body: bytearray | None = None  # the body of a packet that is looked into
 
     def reason(self) -> str:
         """Why it ended, as in NoReply."""

@@ -130,7 +130,7 @@ def tls_context() -> ssl.SSLContext:
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags = VERIFY_FLAGS
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION  # else a send could have to wait for something to read
+    context.options |= ssl.OP_NO_RENEGOTIATION  # with it a send could have to wait for something to read
     context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # set by Python 3.11.2: a body cut off would look whole
     return context
 

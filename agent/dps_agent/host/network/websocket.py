@@ -63,7 +63,7 @@ class Frames:
     """What goes between the two ends after the upgrade."""
 
     def __init__(self) -> None:
-        self._head = bytearray()  # of a frame whose head, or control payload, has not arrived in full
+        self._head = bytearray()  # what has come of a frame's head, or of a control frame's payload
         self._left = 0  # bytes of a data frame's payload that are still to come
         self.ping: bytes | None = None  # what the last one said that is not answered yet; no other needs to be, 5.5.3
 
