@@ -5,14 +5,12 @@ machine stay as they are. Debian's program runs with the C library of Debian 13,
 """
 
 import fcntl
-import shlex
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fresh_machine import APT_DEADLINE_S, NotReady, cache_folder, output_of
+from fresh_machine import APT_DEADLINE_S, NotReady, cache_folder, output_of, require_success
 
 SUITE = "trixie"
 OLDEST = (1, 25)  # what the suite has
@@ -58,13 +56,14 @@ def interpreter() -> Path:
         _apt(folder, "deb", "download", *INTERPRETER_PACKAGES)
         root = folder / "root"
         for package in sorted(folder.glob("*.deb")):
-            _run(["dpkg-deb", "-x", str(package), str(root)], folder, UNPACK_DEADLINE_S)
+            require_success(["dpkg-deb", "-x", str(package), str(root)], UNPACK_DEADLINE_S, folder)
             package.unlink()
         loader = _only(root, "usr/lib/*/ld-linux*.so.*").relative_to(root)
         launcher = folder / "micropython"
         launcher.write_text(LAUNCHER.format(loader=loader, libraries=loader.parent))
         launcher.chmod(0o755)
-        version = _run([str(launcher), "-c", "import sys; print(sys.implementation[1][:2])"], folder, 10).strip()
+        words = [str(launcher), "-c", "import sys; print(sys.implementation[1][:2])"]
+        version = require_success(words, 10, folder).strip()
         if version != str(OLDEST):
             raise NotReady(f"expected MicroPython {OLDEST} in Debian's {SUITE}; came {version}")
 
@@ -123,7 +122,7 @@ def _apt(folder: Path, types: str, *command: str) -> None:
     source = APT_SOURCE.format(types=types, mirror=_mirror(), suite=SUITE, keyring=keyring)
     (apt / "sources.d" / "debian.sources").write_text(source)
     for words in (["update", "-q"], list(command)):
-        _run(["apt-get", "-c", str(apt / "apt.conf"), *words], folder, APT_DEADLINE_S)
+        require_success(["apt-get", "-c", str(apt / "apt.conf"), *words], APT_DEADLINE_S, folder)
     shutil.rmtree(apt)
 
 
@@ -144,24 +143,3 @@ def _only(folder: Path, pattern: str) -> Path:
     if len(found) != 1:
         raise NotReady(f"expected one {pattern} in {folder}; came {len(found)}; remove the folder to fetch it anew")
     return found[0]
-
-
-def _run(command: list[str], folder: Path, deadline_s: int) -> str:
-    """The output of a program that is run in `folder`; NotReady if it fails."""
-    try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=deadline_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise NotReady(f"this did not end within {deadline_s} s: {shlex.join(command)}") from error
-    if done.returncode:
-        raise NotReady(f"{done.stdout.rstrip()}\nthis failed with status {done.returncode}: {shlex.join(command)}")
-    return done.stdout

@@ -98,9 +98,9 @@ def _environment(name: str, content: bytes, installed: Sequence[str]) -> Path:
             print(f"the environment in {folder} is up to date")
             return folder
         print(f"making the environment in {folder}: downloads packages, once", flush=True)
-        _require_success([sys.executable, "-m", "venv", "--clear", str(folder)])
+        require_success([sys.executable, "-m", "venv", "--clear", str(folder)], PIP_DEADLINE_S)
         pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
-        _require_success([*pip, "install", "--quiet", *installed])
+        require_success([*pip, "install", "--quiet", *installed], PIP_DEADLINE_S)
         stamp.write_text(wanted)
     return folder
 
@@ -127,17 +127,20 @@ def cache_folder() -> Path:
     return Path(user_cache) / "dps-agent" / hashlib.sha256(bytes(CHECKOUT)).hexdigest()[:12]
 
 
-def _require_success(command: list[str]) -> None:
-    status, output = output_of(command, PIP_DEADLINE_S)
+def require_success(command: list[str], deadline_s: int, folder: Path | None = None) -> str:
+    """The output of a program that is run in `folder`; NotReady if it fails."""
+    status, output = output_of(command, deadline_s, folder)
     if status != 0:
         raise NotReady(f"{output.rstrip()}\nthis failed with status {status}: {shlex.join(command)}")
+    return output
 
 
-def output_of(command: list[str], deadline_s: int) -> tuple[int, str]:
+def output_of(command: list[str], deadline_s: int, folder: Path | None = None) -> tuple[int, str]:
     """Exit status and output of a program; NotReady if it does not end in time."""
     try:
         done = subprocess.run(
             command,
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

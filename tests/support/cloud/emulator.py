@@ -75,7 +75,18 @@ class DeviceCredentials(NamedTuple):
 class HubCommands:
     """What a test asks of the hubs and does to them; failures are `dps_emulator.control.ControlError`."""
 
+    port = 0
     hub_port = 0
+
+    @property
+    def url(self) -> str:
+        """Where it listens; the certificate covers 127.0.0.1 too."""
+        return f"https://127.0.0.1:{self.port}"
+
+    @property
+    def connect_to(self) -> str:
+        """The same as `host:port`."""
+        return f"127.0.0.1:{self.port}"
 
     @property
     def hub_connect_to(self) -> str:
@@ -216,16 +227,6 @@ class EmulatorInThread(HubCommands):
         self._thread = threading.Thread(target=self._server.run, name="dps-emulator", daemon=True)
 
     @property
-    def url(self) -> str:
-        """Where it listens; the certificate covers 127.0.0.1 too."""
-        return f"https://127.0.0.1:{self.port}"
-
-    @property
-    def connect_to(self) -> str:
-        """The same as `host:port`."""
-        return f"127.0.0.1:{self.port}"
-
-    @property
     def hub_log(self) -> list[HubLine]:
         """See HubCommands."""
         return list(self._hub_log)
@@ -271,16 +272,6 @@ class EmulatorProcess(HubCommands):
         self.flags = ["--state-dir", str(self.state_dir), "--ca-file", str(self.ca_file), *flags]
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        """Where it listens; the certificate covers 127.0.0.1 too."""
-        return f"https://127.0.0.1:{self.port}"
-
-    @property
-    def connect_to(self) -> str:
-        """The same as `host:port`."""
-        return f"127.0.0.1:{self.port}"
 
     @property
     def stderr(self) -> str:
