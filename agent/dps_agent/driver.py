@@ -7,7 +7,8 @@ where a device behaves so whatever it runs on:
 
 1. Before a token is made somebody confirms a clock that nobody keeps: the hub's certificate, else DPS's Date.
 2. A token that was refused may have been one of another day: unless the clock is confirmed DPS is asked for its Date.
-3. Before a long wait TPM and DPS are released, and DPS before the hub is dialled: a board has memory for one of them.
+3. Before a long wait TPM and DPS are released, DPS before the hub is dialled and the hub before DPS is asked what time
+   it is: a board has memory for one of them.
 4. A life that connects reports who made its TPM, and its session hears whether programs read messages.
 5. In the end all is given back, whatever fails; a life that was ended on purpose is no crash, and `progress` says so.
 
@@ -176,6 +177,9 @@ class Driver:
             now: Utc = yield UtcNow()
             if now.believable:
                 return
+            from dps_agent.hub_effects import Disconnect
+
+            yield Disconnect()  # the hub was perhaps reached all the same, and DPS is next
         yield from self._ask_date()
 
     def _ask_date(self) -> "Asking":

@@ -73,6 +73,8 @@ def read_values(content: bytes, path: str) -> "dict[str, Any]":
                 expected = _KINDS[type(settings[key])]
                 raise AskOperator("config.invalid", f"{key}: expected {expected}; came {came} ({path})")
             settings[key] = value
+    if not all(isinstance(suffix, str) and suffix for suffix in settings["hub.hub_suffixes"]):
+        raise AskOperator("config.invalid", f"hub.hub_suffixes: expected texts that are not empty ({path})")
     if not settings["id_scope"]:
         raise AskOperator("config.missing", f"id_scope: expected it in {path}; it is not there")
     return settings

@@ -73,6 +73,8 @@ def test_settings_of_another_name_or_type_are_refused_by_name() -> None:
         ("payload", {"payload": [1]}),
         ("retry.registration_budget_s", {"retry": {"registration_budget_s": True}}),
         ("hub.hub_suffixes", {"hub": {"hub_suffixes": "hub.example"}}),
+        ("hub.hub_suffixes", {"hub": {"hub_suffixes": [".azure-devices.net", ""]}}),
+        ("hub.hub_suffixes", {"hub": {"hub_suffixes": [1]}}),
         ("hub.keep_alive_s", {"hub": {"keep_alive_s": 1.5}}),
         ("board.led_pin", {"board": {"led_pin": "LED"}}),
         ("board.colour", {"board": {"colour": "red"}}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -414,6 +415,16 @@ def test_a_system_without_any_roots_is_told_in_words(
     (roots / "12345678.0").touch()
     _, found = found_by(bench, capsys, "--only", "dps-tls", *setting("ca_file", ""))
     assert found["dps-tls"]["detail"].endswith("the roots are the system's")
+
+
+def test_roots_in_a_folder_that_may_not_be_listed_are_no_bug_of_the_agents(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> list[str]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent")
+    monkeypatch.setenv("SSL_CERT_DIR", "/etc")
+    monkeypatch.setattr(network.os, "listdir", refuse)
+    assert network._system_roots() == "the system's, of which nothing can be said: /etc: Permission denied"
 
 
 def test_the_chain_and_the_root_are_named(bench: Bench, quiet: None, capsys: pytest.CaptureFixture[str]) -> None:

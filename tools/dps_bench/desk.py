@@ -152,6 +152,7 @@ class Desk:
                 (folder / entry.name).symlink_to(entry.path)
             words = [openssl, "x509", "-noout", "-hash", "-in", str(self.service.ca_file)]
             name = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+            (folder / f"{name}.0").unlink(missing_ok=True)  # a link into the system's folder
             shutil.copy(self.service.ca_file, folder / f"{name}.0")
             return {"SSL_CERT_DIR": str(folder)}
         bundle = folder / "bundle.pem"

@@ -153,7 +153,10 @@ def _by(client: subprocess.Popen[str], count: int) -> tuple[float, list[float]]:
     assert client.stdin is not None and client.stdout is not None
     client.stdin.write(f"{count}\n")
     client.stdin.flush()
-    found = json.loads(client.stdout.readline())
+    line = client.stdout.readline()
+    if not line:
+        raise CommandFailed(f"the other client ended with status {client.wait()}")
+    found = json.loads(line)
     return found["cpuMs"], found["waitsMs"]
 
 
@@ -169,7 +172,10 @@ def _post(connection: socket.socket, message: bytes) -> None:
     status, *fields = head.lower().split(b"\r\n")
     size = next((int(field[15:]) for field in fields if field.startswith(b"content-length:")), 0)
     while len(body) < size:
-        body += connection.recv(4096)
+        piece = connection.recv(4096)
+        if not piece:
+            raise CommandFailed(f"the service ended the connection inside its answer: {answer!r}")
+        body += piece
     if not status.startswith(b"http/1.1 200 "):
         raise CommandFailed(f"the service did not send it: {answer!r}")
 

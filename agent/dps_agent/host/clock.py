@@ -59,7 +59,7 @@ class SystemClock:
         return _is_plausible(int(time.time()))
 
     def is_confirmed(self) -> bool:
-        """Whether anybody vouches for the time to the minute: NTP, or a peer's Date within the last hour."""
+        """Whether anybody vouches for the time to the minute: NTP or a peer's Date, now or within the last hour."""
         return self._time.is_dated(_uptime_s()) or is_synchronised()
 
     def heard(self, date_s: int | None) -> None:

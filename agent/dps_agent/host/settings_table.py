@@ -281,7 +281,8 @@ class RetrySettings(Section):
     first_contact_spread_s: int = seconds(
         0, 0, WEEK_S,
         help="The service's first contact with DPS comes at a random moment within so many seconds, at least five; for"
-        " fleets that are switched on at once. 0: as [fleet] says.",
+        " fleets that are switched on at once. 0: as [fleet] says. The first connection to the hub is spread by [fleet]"
+        " alone.",
     )  # fmt: skip
 
 

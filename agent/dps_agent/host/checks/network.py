@@ -222,9 +222,12 @@ def _why_unverified(network: Network, peer: Peer, failure: Failed) -> str:
 def _system_roots() -> str:
     """What to call the roots that OpenSSL takes of itself; where there are none, where they would be."""
     paths = ssl.get_default_verify_paths()
-    there = paths.cafile is not None and os.path.getsize(paths.cafile) > 0
-    if there or (paths.capath is not None and os.listdir(paths.capath)):
-        return "the system's"
+    try:
+        there = paths.cafile is not None and os.path.getsize(paths.cafile) > 0
+        if there or (paths.capath is not None and os.listdir(paths.capath)):
+            return "the system's"
+    except OSError as error:  # OpenSSL needs to enter the folder, not to list it
+        return f"the system's, of which nothing can be said: {error.filename}: {error.strerror}"
     file, _, *folders = system_places()
     return (
         f"the system's, and it has none: neither {file} nor anything in {os.pathsep.join(folders)} is there"
