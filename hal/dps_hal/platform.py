@@ -19,7 +19,7 @@ NESTING_LIMIT = 32  # levels of JSON; DPS's own bodies have 4
 MICROPYTHON = sys.implementation.name == "micropython"
 
 if MICROPYTHON:
-    from hashlib import sha256 as _sha256
+    from hashlib import sha256 as _sha256  # pyright: ignore[reportAssignmentType]
 
     from cryptolib import aes as _aes  # pyright: ignore[reportMissingImports]
 

@@ -85,10 +85,10 @@ def table(found: dict[str, Any]) -> str:
 
 def picture(found: dict[str, Any], title: str, path: Path) -> None:
     """Requests a second and devices done over time, as SVG or PNG."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     series = found["series"]
     width_s = series["widthS"]

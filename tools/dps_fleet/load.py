@@ -148,7 +148,7 @@ class Device:
 
 if "locust" in sys.modules:  # this file is the locustfile
     import gevent
-    from locust import User, constant, task
+    from locust import User, constant, task  # pyright: ignore[reportMissingImports]
 
     _TPM = SimulatedTpm(tempfile.mkdtemp(prefix="dps-fleet-tpm-"))
     _WAITING = {"users": 0}
