@@ -37,7 +37,7 @@ def token_life_s(fleet: "Fleet") -> int:
 
 
 def fleet_of(desired: "Any") -> "Fleet | None":
-    """The fleet in the desired properties `dpsAgent`; UNKNOWN where there is none, None where it is absurd."""
+    """The fleet in the desired properties `dpsAgent`; UNKNOWN where there is none, None where it is no fleet."""
     value = desired.get("fleet") if isinstance(desired, dict) else None
     if value is None:
         return UNKNOWN
@@ -50,6 +50,18 @@ def fleet_of(desired: "Any") -> "Fleet | None":
             return None
         numbers.append(number)
     devices, per_minute, per_s = numbers
+    return devices, per_minute, per_s
+
+
+def merged(told: "Fleet", own: "Fleet") -> "Fleet | None":
+    """The fleet as the hub told it, and as the settings have it where it told nothing; None where that is absurd.
+
+    Nobody waits for longer than a week, nor for longer than twice what the settings give.
+    """
+    devices, per_minute, per_s = [told_number or number for told_number, number in zip(told, own)]
     if devices * 125 > per_minute * WEEK_S > 0 or devices * 26 > per_s * 10 * WEEK_S > 0:
-        return None  # nobody waits for longer than a week
+        return None
+    for limit, own_limit in ((per_minute, own[1]), (per_s, own[2])):
+        if own[0] and own_limit:
+            devices = min(devices, 2 * own[0] * limit // own_limit)
     return devices, per_minute, per_s

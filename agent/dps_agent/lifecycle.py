@@ -36,7 +36,7 @@ where they begin: a board has memory for one of them at a time.
 from dps_agent.assignment import load_held
 from dps_agent.backoff import HALTED_S, HUB_FIRST_S, HUB_LEAST, HUB_LIMIT_S, around_s, exponential_s
 from dps_agent.effects import Commit, LoadRecord, Random, ReadEndorsementKey, Sleep, Uptime, UtcNow
-from dps_agent.fleet import UNKNOWN, dps_spread_s, hub_spread_s, token_life_s
+from dps_agent.fleet import dps_spread_s, hub_spread_s, merged, token_life_s
 from dps_agent.patience import Patience, next_state
 from dps_agent.settings import AUTO
 from dps_hal.contracts import IDENTITY
@@ -203,9 +203,8 @@ class Lifecycle:
 
     @property
     def fleet(self) -> "Fleet":
-        """The fleet as the hub told it last, else as the settings have it."""
-        told = self.patience.fleet
-        return self.settings.fleet if told == UNKNOWN else told
+        """The fleet as the hub told it last, and as the settings have it where it told nothing, or what is absurd."""
+        return merged(self.patience.fleet, self.settings.fleet) or self.settings.fleet
 
     @property
     def retry_after_s(self) -> "int | None":
@@ -425,7 +424,7 @@ class Lifecycle:
             if self._lacks_of != held.assigned_hub:
                 self._lacks_of, self._lacks = held.assigned_hub, {}
             self._session = Session(self.settings, held, about, self.summary, self.serial, self._lacks)
-            self._session.keep_fleet = self.patience.keep_fleet
+            self._session.keep_fleet = self._keep_fleet
         session = self._session
         session.dps_not_before_s = self.dps_not_before_s
         session.token_life_s = self.settings.token_life_s or token_life_s(self.fleet)
@@ -527,6 +526,11 @@ class Lifecycle:
             return ASK, int(delay_s) + 1
         delay_s = yield from self.patience.before_hub_s(0, error.retry_after_s)
         return PARTED, delay_s
+
+    def _keep_fleet(self, told: "Fleet") -> "Generator[Effect, Any, None]":
+        """The hub told how large the fleet is; what is absurd beside the settings changes nothing."""
+        if merged(told, self.settings.fleet):
+            yield from self.patience.keep_fleet(told)
 
     def abandon(self) -> "Generator[Effect, Any, None]":
         """Leaves the identity's session; programs that wait for the hub's answer are told that it will not come."""

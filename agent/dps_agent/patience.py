@@ -9,8 +9,8 @@ machine and two counts:
 3. `_connects` and `_unsteady` count connections that were not steady: those begun, and those that ended.
 
 Who pushes it. The life alone: `begin_attempt`, `fail_attempt`, `hold` and `forgive` are the four events of the table;
-`begin_connection`, `lose_connection`, `steady` and `begin_identity` only count. The hub's session hands on what the hub
-told of the fleet (`keep_fleet`), which is stored here because the record is. Patience pushes nobody: it returns
+`begin_connection`, `lose_connection`, `steady` and `begin_identity` only count. The life hands on what the hub told of
+the fleet (`keep_fleet`), which is stored here because the record is. Patience pushes nobody: it returns
 delays, and the life waits.
 
 What is not in the table. `load` puts a device that has failed in an earlier life into FAILED, before any event. The

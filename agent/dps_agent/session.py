@@ -22,7 +22,7 @@ or cease to read messages. From whoever wants it: RegisterAgain, which ends the 
 `_do_what_is_due` looks at all of them, and `_next_due_s` says when it is to look again.
 
 Whom the session pushes. Programs, by `Tell`: a message, a call, desired properties, what became of telemetry. The
-life, by the word at the end. Patience, by `keep_fleet`, of which it knows no more than the function.
+life, by the word at the end, and by `keep_fleet`, of which it knows no more than the function.
 
 What blames whom. Methods, twin and messages are optional: a hub of the Basic tier has none of them and hangs up on
 whoever asks. So what a connection asked for, or sent, less than SHORT_S before it ended is held against it. A feature

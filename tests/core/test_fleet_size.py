@@ -8,6 +8,7 @@ from dps_agent.fleet import (
     dps_spread_s,
     fleet_of,
     hub_spread_s,
+    merged,
     token_life_s,
 )
 from dps_agent.lifecycle import START_SPREAD_S, Lifecycle
@@ -25,6 +26,12 @@ def lived(world: World, hours: float, fleet: "tuple[int, int, int]" = UNKNOWN, s
     world.end_at(world.uptime_s + hours * 3600)
     world.run(life.live(False, False, True))
     return life
+
+
+def registered() -> World:
+    world = World()
+    assert lived(world, 0.1).connections == 1
+    return world
 
 
 def test_spread_and_token_life_follow_from_the_fleet_and_end_at_a_week() -> None:
@@ -67,6 +74,26 @@ def test_a_hub_may_tell_how_large_the_fleet_is_and_that_outlives_a_restart() -> 
     assert lived(world, 0.1).fleet == MILLION, "also by a patch"
 
 
+def test_what_a_hub_leaves_unsaid_is_as_the_settings_have_it() -> None:
+    world = registered()
+    world.hub.change_desired(world.uptime_s, "dpsAgent", {"fleet": {"devices": 1_500_000}}, False)
+    life = lived(world, 0.1, MILLION)
+    assert life.fleet == (1_500_000, 1000, 100) and dps_spread_s(life.fleet) == 187_500
+    assert lived(world, 0.1).fleet == (1_500_000, 0, 0), "the record has what was told alone"
+    world.hub.change_desired(world.uptime_s, "dpsAgent", {"fleet": {"devices": 5_000_000}}, False)
+    few = (1000, 1, 0)
+    assert lived(world, 0.1, few).fleet == few, "with the quota of the settings it takes more than a week"
+
+
+def test_what_a_hub_tells_makes_nobody_wait_for_longer_than_twice_what_the_settings_give() -> None:
+    for told in ((3_000_000, 0, 0), (0, 300, 0), (0, 0, 30), (9_000_000, 5000, 100), (1_000_000, 1000, 100)):
+        both = merged(told, MILLION)
+        assert both is not None and dps_spread_s(both) <= 2 * dps_spread_s(MILLION), told
+        assert token_life_s(both) <= 2 * token_life_s(MILLION), told
+    assert merged((3_000_000, 0, 0), (1_000_000, 1000, 0)) == (2_000_000, 1000, 0)
+    assert merged((3_000_000, 1000, 0), UNKNOWN) == (3_000_000, 1000, 0), "nobody set one"
+
+
 def test_an_absurd_fleet_changes_nothing() -> None:
     for own in (
         {"fleet": 7},
@@ -77,10 +104,12 @@ def test_an_absurd_fleet_changes_nothing() -> None:
         {"fleet": dict(TOLD, dpsQuotaPerMin=1)},
         {"fleet": dict(TOLD, hubConnectsPerS=1)},
     ):
-        assert fleet_of(own) is None, own
-        world = World()
+        told = fleet_of(own)
+        assert told is None or merged(told, UNKNOWN) is None, own
+        world = registered()
         world.hub.change_desired(world.uptime_s, "dpsAgent", own, False)
         assert lived(world, 0.1, MILLION).fleet == MILLION and b"fleet" not in world.store[PROGRESS], own
+        assert lived(world, 0.1).fleet == UNKNOWN
     assert fleet_of(None) == fleet_of({}) == fleet_of(7) == UNKNOWN
 
 
