@@ -106,6 +106,9 @@ MESSAGE_LIMIT = 400  # characters of an error's text that `progress` keeps
 # thousand connections a day, and a device on bad mains is not kept waiting for long when it has power.
 CONNECTS_LIMIT = 5
 PROVOKED_LIMIT = 2  # so many ends that a message provoked count, which makes 10 to 20 s
+FLEET_AGAIN_S = (
+    86400  # between two writes for what the hub tells of the fleet alone: it may tell something else each second
+)
 INTERRUPTED = RetryLater("agent.interrupted", "a registration began and did not end")
 NOTHING = Progress(0, 0, 0, False, "", "", 0)
 
@@ -123,6 +126,8 @@ class Patience:
         self._connects = 0  # connections begun in a row, none of them steady yet; also those of earlier lives
         self._unsteady = 0  # connections in a row that did not last, or could not even begin
         self.fleet: Fleet = UNKNOWN  # as the hub told it last
+        self._fleet_stored: Fleet = UNKNOWN
+        self._fleet_not_before_s = 0.0  # for the fleet alone nothing is written before this uptime
         self._stored: Progress | None = None  # `progress` as it was read or written last
         self._counted: list[str] = []  # which of the two counts this life has stored already
 
@@ -133,7 +138,7 @@ class Patience:
         except DpsError:
             return  # what ails the store shows when the identity is loaded
         last = self._stored = decode_progress(stored.payload) if stored else None
-        self.fleet = decode_fleet(stored.payload) if stored else UNKNOWN
+        self.fleet = self._fleet_stored = decode_fleet(stored.payload) if stored else UNKNOWN
         if last is None:
             return
         self.attempts = self.failed = last.attempts
@@ -280,9 +285,13 @@ class Patience:
         self._unsteady = 0
 
     def keep_fleet(self, fleet: "Fleet") -> "Generator[Effect, Any, None]":
-        """The hub told how large the fleet is; stored where it is news."""
-        if fleet != self.fleet:
-            self.fleet = fleet
+        """The hub told how large the fleet is; stored where it is news, once in FLEET_AGAIN_S or with what is due."""
+        self.fleet = fleet
+        if fleet == self._fleet_stored:
+            return
+        now_s: float = yield Uptime()
+        if now_s >= self._fleet_not_before_s:
+            self._fleet_not_before_s = now_s + FLEET_AGAIN_S
             yield from self._write(self._stored or Progress(self.attempts, *NOTHING[1:]))
 
     # The record.
@@ -355,7 +364,7 @@ class Patience:
             yield Commit(PROGRESS, encode_progress(progress, self.fleet))
         except DpsError as refusal:  # whatever ails the store: the record is expendable
             return refusal
-        self._stored = progress
+        self._stored, self._fleet_stored = progress, self.fleet
         return None
 
 

@@ -94,6 +94,25 @@ def test_what_a_hub_tells_makes_nobody_wait_for_longer_than_twice_what_the_setti
     assert merged((3_000_000, 1000, 0), UNKNOWN) == (3_000_000, 1000, 0), "nobody set one"
 
 
+def test_a_hub_that_tells_another_size_each_second_wears_out_no_flash() -> None:
+    world = registered()
+    writes = world.commits.count(PROGRESS)
+    started_s = world.uptime_s
+    for second in range(300):
+        own = {"fleet": {"devices": 1000 + second}}
+        world.at(started_s + 60 + second, lambda own=own: world.hub.change_desired(world.uptime_s, "dpsAgent", own))  # type: ignore[misc]
+    life = lived(world, 0.2)
+    assert life.fleet == (1299, 0, 0), "what it told last holds at once"
+    assert world.commits.count(PROGRESS) - writes <= 3
+    assert decode_fleet(world.store[PROGRESS]) == life.fleet, "stored with the next write that was due"
+    started_s = world.uptime_s
+    for own, hours in (({"fleet": TOLD}, 1), ({"fleet": {"devices": 7}}, 2)):
+        at_s = started_s + hours * 3600
+        world.at(at_s, lambda own=own: world.hub.change_desired(world.uptime_s, "dpsAgent", own))  # type: ignore[misc]
+    lived(world, 30)
+    assert decode_fleet(world.store[PROGRESS]) == (7, 0, 0), "a day later, at the latest with the next token"
+
+
 def test_an_absurd_fleet_changes_nothing() -> None:
     for own in (
         {"fleet": 7},
