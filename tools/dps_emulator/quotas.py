@@ -1,6 +1,7 @@
 """How much a service takes: requests by the minute or from a bucket, and connections one after the other.
 
-Values only: whoever asks brings the time, in seconds of any clock that does not run backwards. Runs on MicroPython too.
+Values only: whoever asks brings the time, in seconds of any clock. One that is set back takes nothing from a quota.
+A gate wants a clock that does not run backwards. Runs on MicroPython too.
 """
 
 MINUTE = "minute"
@@ -25,7 +26,7 @@ class Quota:
         """Whether one more request is granted."""
         at_s = now_s if self._at_s is None else self._at_s
         if self.by == BUCKET:
-            self._left = min(self.burst, self._left + (now_s - at_s) * self.per_minute / 60)
+            self._left = min(self.burst, self._left + max(now_s - at_s, 0) * self.per_minute / 60)
         elif now_s // 60 != at_s // 60:
             self._left = self.per_minute + min(
                 self._left % 1, self.per_minute % 1
