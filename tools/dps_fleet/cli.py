@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dps_agent.fleet import UNKNOWN, token_life_s
 from dps_agent.settings import KEEP_ALIVE_S, POLL_LOOKUP, Settings
@@ -19,6 +20,11 @@ from dps_fleet.scenarios import SCENARIOS, Order
 from dps_fleet.simulation import LOOKUP, OPERATION, PUT, PUT_TOKEN, Dps, Fleet, Hub, agent, remember_answers
 from dps_fleet.size import HUB_CONNECTS_PER_S, Size, hub_connects_per_s, size
 
+AZURE = tuple(
+    f".{service}.{ending}"
+    for service in ("azure-devices-provisioning", "azure-devices")
+    for ending in ("net", "cn", "us", "de")
+)
 COUNTED = {1: (PUT_TOKEN,), 2: (PUT, PUT_TOKEN), 3: (PUT, PUT_TOKEN, LOOKUP, OPERATION)}
 
 
@@ -56,6 +62,20 @@ def _retry_after(text: str) -> int | None:
     return int(text)
 
 
+def _url(text: str) -> str:
+    wrong = argparse.ArgumentTypeError(f"expected a URL such as https://localhost:8443, got {text!r}")
+    try:
+        parts = urlsplit(text)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError:
+        raise wrong from None
+    if not host or parts.scheme != "https" or parts.path.strip("/") or "@" in parts.netloc:
+        raise wrong
+    if f".{host.rstrip('.')}".endswith(AZURE):
+        raise argparse.ArgumentTypeError(f"{host} is Azure's: load only an emulator or a stand-in of your own")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tools/fleet", description="What a fleet does to its services.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -85,14 +105,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("load", help="real cores on real sockets, by locust")
     add = command.add_argument
-    add("--url", required=True, help="of the emulator or of a test DPS of your own")
+    add("--url", type=_url, required=True, help="of the emulator, or of a stand-in of your own")
     add("--ca-file", type=Path, required=True, metavar="FILE")
     add("--id-scope", default=wire.SCOPE)
     add("--devices", type=_number, default=500, metavar="N")
     add("--at-once", type=_number, default=100, metavar="N", help="devices that register at a time; default 100")
     add("--timeout", type=_duration, default=3600.0, metavar="TIME", help="default 1h")
     add("--json", type=Path, metavar="FILE")
-    add("locust", nargs="*", help="more for locust, after --: --processes 2, --master, --worker …")
+    add("locust", nargs="*", help="more for locust, after --: --processes 2, or --master --expect-workers 2, --worker")
     command.set_defaults(run=_load)
     return parser
 

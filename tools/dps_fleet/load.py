@@ -1,8 +1,10 @@
 """The fleet on real sockets: real cores, the agent's own HTTPS client, simulated TPMs; locust is the engine.
 
 `tools/fleet load` starts locust with this file as its locustfile. Locust's users are places at which devices register,
-one after the other, each under an id of its own, until the number that was asked for has begun. All devices of a
-process share one simulated TPM, whose RSA keys take long to make.
+one after the other, each under an id of its own. A place asks locust's master for each device that it begins and tells
+it what became of that, in messages of locust's own, so that no more and no fewer begin than were asked for, and the
+master knows of all, wherever its workers run. All devices of a process share one simulated TPM, whose RSA keys take
+long to make.
 """
 
 import json
@@ -15,6 +17,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dps_agent import effects
 from dps_agent.host.network.https import DpsConnection
@@ -25,40 +28,47 @@ from dps_hal.errors import DpsError
 from dps_hal.host.simulator import SimulatedTpm
 
 PREFIX = "DPS_FLEET_"
+ASK, TURN, END = "fleet-ask", "fleet-turn", "fleet-end"  # messages: a place to the master, its answer, what came of it
 
 
 def load(arguments: Namespace) -> int:
     """Runs locust until all devices have registered, and says what it came to; its exit status."""
     with tempfile.TemporaryDirectory(prefix="dps-fleet-") as folder:
         results = Path(folder) / "results"
-        results.touch()
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(sys.path),
             f"{PREFIX}CA_FILE": str(arguments.ca_file.resolve()),
             f"{PREFIX}ID_SCOPE": arguments.id_scope,
-            f"{PREFIX}EACH": str(arguments.devices // arguments.at_once or 1),
-            f"{PREFIX}RESULTS": str(results),
+            f"{PREFIX}DEVICES": str(arguments.devices),
+            f"{PREFIX}TIMEOUT_S": str(arguments.timeout),
+            f"{PREFIX}FOLDER": folder,
         }
         users = str(arguments.at_once)
         words = ["-f", __file__, "--headless", "--host", arguments.url, "--users", users, "--spawn-rate", users]
-        limit = ["--run-time", f"{int(arguments.timeout)}s", "--only-summary"]
+        command = [sys.executable, "-m", "locust", *words, "--only-summary", *arguments.locust]
         began_s = time.monotonic()
-        status = subprocess.call([sys.executable, "-m", "locust", *words, *limit, *arguments.locust], env=environment)
-        lines = [json.loads(line) for line in results.read_text().splitlines()]
-    found = _summary(lines, time.monotonic() - began_s)
+        status = subprocess.call(command, env=environment)
+        if "--worker" in arguments.locust:
+            return status  # what it came to is the master's to say
+        lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    found = summary(lines, arguments.devices, time.monotonic() - began_s)
     print("\n".join(f"{name:24} {value}" for name, value in found.items()))
     if arguments.json:
         arguments.json.write_text(json.dumps(found))
-    return status if status else int(found["devices"] == 0 or found["failed"] > 0)
+    return status or int(found["registered"] < arguments.devices)
 
 
-def _summary(lines: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
+def summary(lines: list[dict[str, Any]], asked: int, wall_s: float) -> dict[str, Any]:
+    """What it came to: a line for each device that began, of the number that was asked for; times are the master's."""
     number = max(len(lines), 1)
+    registered = sum(line["registered"] for line in lines)
     return {
+        "asked": asked,
         "devices": len(lines),
-        "failed": sum(not line["registered"] for line in lines),
-        "seconds": round(max((line["endedS"] for line in lines), default=0) - _first_s(lines), 1),
+        "registered": registered,
+        "failed": asked - registered,
+        "seconds": round(max((line["endedS"] for line in lines if line["registered"]), default=0.0), 1),
         "wallS": round(wall_s, 1),
         "requestsADevice": round(sum(line["requests"] for line in lines) / number, 2),
         "refusedADevice": round(sum(line["refused"] for line in lines) / number, 2),
@@ -66,20 +76,13 @@ def _summary(lines: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
     }
 
 
-def _first_s(lines: list[dict[str, Any]]) -> float:
-    return min((float(line["beganS"]) for line in lines), default=0.0)
-
-
 class Device:
     """One device: its core, its connection, and what it has asked for."""
 
     def __init__(self, url: str, tpm: SimulatedTpm, sleep: Any, told: Any) -> None:
         self.name = f"fleet-{os.getpid()}-{random.getrandbits(48):x}"
-        port = url.rpartition(":")[2].rstrip("/")
-        endpoint = "https://localhost"
-        self._connection = DpsConnection(
-            endpoint, connect_to=f"127.0.0.1:{port}", ca_file=os.environ[f"{PREFIX}CA_FILE"]
-        )
+        endpoint = f"https://{urlsplit(url).netloc}"
+        self._connection = DpsConnection(endpoint, ca_file=os.environ[f"{PREFIX}CA_FILE"])
         scope = os.environ[f"{PREFIX}ID_SCOPE"]
         suffixes = (".azure-devices.net",)
         self._life = Lifecycle(
@@ -148,34 +151,75 @@ class Device:
 
 if "locust" in sys.modules:  # this file is the locustfile
     import gevent
-    from locust import User, constant, task  # pyright: ignore[reportMissingImports]
+    from gevent import queue
+    from locust import User, constant, events, runners, task  # pyright: ignore[reportMissingImports]
 
-    _TPM = SimulatedTpm(tempfile.mkdtemp(prefix="dps-fleet-tpm-"))
-    _WAITING = {"users": 0}
+    from dps_agent.host.network import dial
+
+    dial._without_codec = str  # type: ignore[assignment]  # gevent's sockets take names as text only
+    _TURNS: Any = queue.Queue()  # the master's answers: whether one more device may begin
+    _TPMS: list[SimulatedTpm] = []
+
+    def _tpm() -> SimulatedTpm:
+        if not _TPMS:
+            _TPMS.append(SimulatedTpm(tempfile.mkdtemp(dir=os.environ[f"{PREFIX}FOLDER"])))
+        return _TPMS[0]
+
+    class Conductor:
+        """What the master knows: how many devices may still begin, and what became of the others."""
+
+        def __init__(self, runner: Any) -> None:
+            self._runner = runner
+            self._left = self._running = int(os.environ[f"{PREFIX}DEVICES"])
+            self._began_s = 0.0
+            runner.register_message(ASK, self._asked)
+            runner.register_message(END, self._ended)
+            gevent.spawn_later(float(os.environ[f"{PREFIX}TIMEOUT_S"]), self._end)
+
+        def _asked(self, environment: Any, msg: Any) -> None:
+            self._began_s = self._began_s or time.monotonic()
+            may = self._left > 0
+            self._left -= may
+            self._runner.send_message(TURN, may, msg.node_id)
+
+        def _ended(self, environment: Any, msg: Any) -> None:
+            line = {**msg.data, "endedS": time.monotonic() - self._began_s}
+            with open(os.path.join(os.environ[f"{PREFIX}FOLDER"], "results"), "a") as results:
+                results.write(json.dumps(line) + "\n")
+            self._running -= 1
+            if not self._running:
+                gevent.spawn(self._end)
+
+        def _end(self) -> None:
+            """Ends the places first, for what they tell of devices that are not registered."""
+            self._runner.stop()
+            self._runner.quit()
+
+    @events.init.add_listener  # type: ignore[untyped-decorator]
+    def _begin(environment: Any, **others: Any) -> None:
+        runner = environment.runner
+        if isinstance(runner, (runners.LocalRunner, runners.WorkerRunner)):
+            runner.register_message(TURN, lambda environment, msg: _TURNS.put(msg.data))
+        if isinstance(runner, (runners.LocalRunner, runners.MasterRunner)):
+            Conductor(runner)
 
     class Place(User):  # type: ignore[misc]
         """One place at which devices register."""
 
         wait_time = constant(0)
 
-        def on_start(self) -> None:
-            self.left = int(os.environ[f"{PREFIX}EACH"])
-            _WAITING["users"] += 1
-
         @task  # type: ignore[untyped-decorator]
         def register(self) -> None:
-            if not self.left:
-                _WAITING["users"] -= 1
-                if not _WAITING["users"] and self.environment.runner:
-                    gevent.spawn(self.environment.runner.quit)
-                gevent.sleep(1e6)
-            self.left -= 1
-            device = Device(str(self.host), _TPM, gevent.sleep, self._tell)
-            began_s = time.time()
-            registered = device.register()
-            line = {"registered": registered, "beganS": began_s, "endedS": time.time(), **device.counts}
-            with open(os.environ[f"{PREFIX}RESULTS"], "a") as results:
-                results.write(json.dumps(line) + "\n")
+            runner = self.environment.runner
+            runner.send_message(ASK)
+            if not _TURNS.get():
+                gevent.sleep(1e6)  # until the master ends the run
+            device = Device(str(self.host), _tpm(), gevent.sleep, self._tell)
+            registered = False
+            try:
+                registered = device.register()
+            finally:  # the end of the run too ends a device
+                runner.send_message(END, {"registered": registered, **device.counts})
 
         def _tell(self, name: str, took_ms: float) -> None:
             self.environment.events.request.fire(
