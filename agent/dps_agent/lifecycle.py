@@ -182,6 +182,7 @@ class Lifecycle:
         self._lacks: dict[str, tuple[float, float]] = former._lacks if former else {}  # as `Session` has it
         self._lacks_of: str = former._lacks_of if former else ""  # the hub that lacks it
         self._missing_since_s: float | None = None  # the uptime at which the hub's name was first not found
+        self._refused_until_s: float | None = None  # a refusal before it proves nothing: a fleet is spread
         self._connected_since_s: float | None = None  # a renewal of the token does not begin it anew
 
     # What others read and ask for.
@@ -326,8 +327,8 @@ class Lifecycle:
                 spread_s = 0.0
                 is_first = wish == OWN and not self.attempts and not once
                 if is_first:
-                    random: float = yield Random()
-                    spread_s = random * max(self._dps_spread_s(), START_SPREAD_S)
+                    random: float = yield Random()  # with an identity, the hub was asked meanwhile
+                    spread_s = random * max(0 if self.assignment else self._dps_spread_s(), START_SPREAD_S)
                 yield from self.patience.begin_attempt(int(spread_s))
                 if is_first:
                     yield Sleep(spread_s, "a random wait, for a fleet may start at once")
@@ -343,7 +344,8 @@ class Lifecycle:
                 self._hear(NO_HELP)
                 return outcome
             if error.code != "dps.throttled":  # DPS is there: no reason to look for the hub for so long again
-                self._missing_since_s = None
+                now_s: float = yield Uptime()
+                self._missing_since_s = now_s
             self.registration_error = error
             delay_s: float = yield from exponential_s(1, HUB_FIRST_S, HUB_LIMIT_S)
             return KEPT, delay_s
@@ -490,7 +492,7 @@ class Lifecycle:
             now: Utc = yield UtcNow()
             before = self.standing
             if session.clock_kept(now, now_s):
-                self._hear(REFUSES)
+                yield from self._refuse(now_s)
             if self.standing == REFUSED:
                 if may_ask_dps and (before == APPEALED or not self.attempts):
                     return REGISTER, 0
@@ -527,6 +529,16 @@ class Lifecycle:
         delay_s = yield from self.patience.before_hub_s(0, error.retry_after_s)
         return PARTED, delay_s
 
+    def _refuse(self, now_s: float) -> "Generator[Effect, Any, None]":
+        """The hub refused a fresh token. A fleet that it refuses stays doubted for a spread, and asks it on."""
+        if self.standing == DOUBTED and not self.attempts and self._dps_spread_s():
+            if self._refused_until_s is None:
+                random: float = yield Random()
+                self._refused_until_s = now_s + random * self._dps_spread_s()
+            if now_s < self._refused_until_s:
+                return
+        self._hear(REFUSES)
+
     def _keep_fleet(self, told: "Fleet") -> "Generator[Effect, Any, None]":
         """The hub told how large the fleet is; what is absurd beside the settings changes nothing."""
         if merged(told, self.settings.fleet):
@@ -542,7 +554,7 @@ class Lifecycle:
     def _hear(self, said: str) -> None:
         """What hub or DPS said changes the standing; a hub that accepts is also not missing."""
         if said == ACCEPTS:
-            self._missing_since_s = None
+            self._missing_since_s = self._refused_until_s = None
         self.standing = next_state(STANDINGS, self.standing, said)
 
     def _dps_spread_s(self) -> int:

@@ -592,6 +592,29 @@ def test_a_fleet_whose_hub_is_gone_comes_to_dps_spread() -> None:
         assert 0 <= waited_s <= HUB_LIMIT_S + 1, f"random={random}: {waited_s}"
 
 
+def first_asked(world: World) -> "list[float]":
+    """The times at which DPS is asked from now on, in a list that grows."""
+    times_s: list[float] = []
+    answer = world.dps.answer
+
+    def noted(http: Http) -> "Any":
+        times_s.append(world.uptime_s)
+        return answer(http)
+
+    world.dps.answer = noted  # type: ignore[method-assign]
+    return times_s
+
+
+def test_a_hub_that_is_gone_is_waited_for_with_one_spread_whatever_dps_answers() -> None:
+    for status in (503, 429):
+        world = provisioned()
+        world.hub.absent = NO_REPLY_NOT_FOUND
+        asked_s = first_asked(world)
+        world.dps.script = [error_reply(status, status * 1000 + 1)] * 2
+        live(world, 3 * 36000, 36000)
+        assert asked_s[2] - asked_s[0] < 2 * (HUB_GONE_S + 2 * HUB_LIMIT_S), (status, asked_s)
+
+
 def test_a_hub_that_cannot_be_reached_is_not_gone() -> None:
     for reason in ("connect: refused", "tls: expired", "timeout", "closed", "protocol: HTTP", "dns: try again"):
         world = provisioned()
@@ -818,8 +841,17 @@ def test_the_older_identity_is_forgotten_once_and_a_failed_registration_forgets_
 def test_a_fleet_that_lost_its_hub_does_not_come_to_dps_all_at_once() -> None:
     world = provisioned()
     world.hub.script = [5, 5]
-    live(world, 600, spread_s=400)
-    assert world.slept("fleet") == [200.0]
+    life = live(world, 600, spread_s=4000)
+    assert life.state == CONNECTED and world.dps.requests == [], "the hub refused it for a moment"
+    for random in (0.25, 0.5):
+        world = provisioned()
+        world.random = random
+        asked_s = first_asked(world)
+        start_s = world.uptime_s
+        world.hub.script = [5] * 100
+        live(world, 2 * HUB_LIMIT_S + 4000, spread_s=4000)
+        assert 0 <= asked_s[0] - start_s - random * 4000 <= HUB_LIMIT_S + 60, "each at its time"
+        assert len(world.hub.connections) > 4, "the hub is asked on meanwhile"
     world = provisioned()
     world.at(world.uptime_s + 300, lambda: world.hub.call(world.uptime_s, "reprovision", "1"))
     live(world, 600, spread_s=400)
