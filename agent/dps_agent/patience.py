@@ -123,6 +123,7 @@ class Patience:
         self.dps_not_before_s = dps_not_before_s  # DPS wants nobody to ask it before this uptime
         self._own_not_before_s = 0.0  # the device itself does not want to ask before this one
         self._keyless = 0  # assignments without a key in a row
+        self._throttled = 0  # refusals for want of quota since the last success
         self._connects = 0  # connections begun in a row, none of them steady yet; also those of earlier lives
         self._unsteady = 0  # connections in a row that did not last, or could not even begin
         self.fleet: Fleet = UNKNOWN  # as the hub told it last
@@ -142,6 +143,7 @@ class Patience:
         if last is None:
             return
         self.attempts = self.failed = last.attempts
+        self._throttled = last.attempts if last.code == "dps.throttled" else 0
         if last.attempts and self.state != TRYING:  # in TRYING memory ended an attempt of this life
             self.state = FAILED
         left_s: int = yield from self._left_of_last_delay_s()
@@ -198,7 +200,8 @@ class Patience:
         if isinstance(error, AskOperator):
             chosen_s: float = yield from around_s(HALTED_S)
         elif error.code == "dps.throttled":
-            chosen_s = yield from throttled_s(self.attempts, error.retry_after_s or 0)
+            self._throttled += 1
+            chosen_s = yield from throttled_s(self._throttled, error.retry_after_s or 0)
         elif error.retry_after_s:
             chosen_s = yield from after_request_s(error.retry_after_s)
         else:
@@ -221,7 +224,7 @@ class Patience:
     def forgive(self) -> "Generator[Effect, Any, None]":
         """Forgets what failed, but for the patience that DPS asked for."""
         self._hear(FORGIVEN)
-        self.attempts = self.failed = 0
+        self.attempts = self.failed = self._throttled = 0
         last = self._stored
         if last is None or not last.attempts:
             return
@@ -258,16 +261,17 @@ class Patience:
     ) -> "Generator[Effect, Any, float]":
         """The delay before the next connection.
 
-        1. What was asked for. 2. What lost connections lead to, at `least` so much of the longest. 3. Where none was
-        lost, a random part of `spread_s`.
+        1. What was asked for. 2. What lost connections lead to, at `least` so much of the longest, or a random part of
+        `spread_s`, whichever is longer: the power may have failed again while a fleet came back.
         """
+        delay_s = 0.0
         if asked_s:
-            delay_s: float = yield from after_request_s(asked_s)
+            delay_s = yield from after_request_s(asked_s)
         elif self._unsteady:
             delay_s = yield from exponential_s(self._unsteady, HUB_FIRST_S, HUB_LIMIT_S, least)
-        else:
+        if spread_s:
             random: float = yield Random()
-            delay_s = random * spread_s
+            delay_s = max(delay_s, random * spread_s)
         return delay_s
 
     def counts_connections(self) -> bool:

@@ -12,8 +12,9 @@ from dps_agent.fleet import (
     token_life_s,
 )
 from dps_agent.lifecycle import START_SPREAD_S, Lifecycle
-from dps_agent.patience import Progress, decode_fleet, decode_progress, encode_progress
+from dps_agent.patience import Patience, Progress, decode_fleet, decode_progress, encode_progress
 from dps_hal.contracts import PROGRESS
+from dps_hal.errors import RetryLater
 from dps_hal.platform import from_json
 from support.world import World, settings
 
@@ -111,6 +112,36 @@ def test_a_hub_that_tells_another_size_each_second_wears_out_no_flash() -> None:
         world.at(at_s, lambda own=own: world.hub.change_desired(world.uptime_s, "dpsAgent", own))  # type: ignore[misc]
     lived(world, 30)
     assert decode_fleet(world.store[PROGRESS]) == (7, 0, 0), "a day later, at the latest with the next token"
+
+
+def test_the_first_refusal_for_want_of_quota_is_followed_by_a_minute_whatever_failed_before() -> None:
+    world, patience = World(), Patience()
+    world.run(patience.load())
+
+    def failed(error: RetryLater) -> int:
+        world.run(patience.begin_attempt())
+        _, delay_s = world.run(patience.fail_attempt(error))
+        return int(delay_s)
+
+    for _ in range(10):
+        failed(RetryLater("network.unreachable", "no network"))
+    throttled = RetryLater("dps.throttled", "DPS answered 429")
+    waits = [failed(throttled), failed(RetryLater("network.unreachable", "no network")), failed(throttled)]
+    assert waits[0] <= 61 and 60 < waits[2] <= 121, waits
+    patience.hold()
+    world.run(patience.forgive())
+    assert failed(throttled) <= 61
+
+
+def test_a_fleet_whose_power_fails_again_while_it_comes_back_is_spread_as_before() -> None:
+    world = registered()
+    for _ in range(2):
+        world.sleeps.clear()
+        world.random = 0.9
+        life = Lifecycle(settings(fleet=MILLION))
+        world.end_at(world.uptime_s + 280)  # the power fails soon after the connection
+        world.run(life.live(False, False, True))
+        assert life.connections == 1 and world.sleeps[0][0] == 0.9 * HUB_SPREAD_LIMIT_S, world.sleeps
 
 
 def test_an_absurd_fleet_changes_nothing() -> None:
