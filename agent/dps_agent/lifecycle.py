@@ -209,8 +209,13 @@ class Lifecycle:
 
     @property
     def retry_after_s(self) -> "int | None":
-        """Seconds until the next attempt, in WAITING and HALTED."""
-        return int(self.wait_s) if self.state in (WAITING, HALTED) else None
+        """Seconds until the next attempt, in WAITING and HALTED and while it spreads."""
+        return int(self.wait_s) if self.spreads or self.state in (WAITING, HALTED) else None
+
+    @property
+    def spreads(self) -> bool:
+        """Whether a registration waits for its turn in a fleet, for so long that somebody may want to end it."""
+        return self.state == PROVISIONING and self.wait_s > START_SPREAD_S
 
     @property
     def asked_to_register(self) -> bool:
@@ -331,7 +336,9 @@ class Lifecycle:
                     spread_s = random * max(0 if self.assignment else self._dps_spread_s(), START_SPREAD_S)
                 yield from self.patience.begin_attempt(int(spread_s))
                 if is_first:
+                    self.wait_s = spread_s
                     yield Sleep(spread_s, "a random wait, for a fleet may start at once")
+                    self.wait_s = 0
                 self._uncommitted = yield from self._register(wish, once)
             yield from self._commit(self._uncommitted[1])
         except DpsError as error:

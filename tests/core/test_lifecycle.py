@@ -324,7 +324,19 @@ def test_a_restart_waits_for_the_rest_of_the_spread_and_writes_nothing_more_for_
     assert first_sleep(world, settings(spread_s=4000)).delay_s < 31, "it has passed"
 
 
-def test_a_restart_that_does_not_know_the_time_waits_for_less_of_the_spread_each_time() -> None:
+def test_a_life_says_how_long_it_is_spread() -> None:
+    life = Lifecycle(settings(spread_s=4000))
+    generator, world = life.live(False, False), World()
+    effect = generator.send(None)
+    while not isinstance(effect, Sleep):
+        assert not life.spreads and life.retry_after_s is None
+        effect = generator.send(world.answer(effect))
+    assert life.spreads and life.retry_after_s == effect.delay_s == 2000 and "fleet" in effect.reason
+    generator.send(world.answer(effect))
+    assert not life.spreads and life.retry_after_s is None and life.state == PROVISIONING
+
+
+def test_each_restart_that_does_not_know_the_time_waits_for_a_random_part_of_the_spread() -> None:
     world = World()
     world.believable = False
     waits = [first_sleep(world, settings(spread_s=4000)).delay_s for _ in range(2)]

@@ -326,6 +326,24 @@ def test_status_remote_does_not_come_between_a_registration(agent: RunningAgent,
     assert [line.operation for line in emulator.log].count("register") == 2, "the registration's own two"
 
 
+def test_a_device_that_is_spread_says_so_and_registers_at_once_for_whoever_asks(
+    agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    agent.settings.write_text(agent.text + "[retry]\nfirst_contact_spread_s = 600000\n")
+    agent.start()
+    agent.await_state("provisioning")
+    until_s = time.monotonic() + PATIENCE_S
+    while not (found := agent.status())["until"]:
+        assert time.monotonic() < until_s
+        time.sleep(0.1)
+    assert "a fleet may start at once" in found["reason"] and "register" not in [
+        line.operation for line in emulator.log
+    ]
+    assert agent.command("status", "--remote", exit_status=4)["error"]["code"] == "dps.not_found", "nobody is busy"
+    assert agent.command("provision")["alreadyProvisioned"] is False
+    agent.await_connected()
+
+
 def test_status_remote_reports_differences_and_what_dps_refuses(
     agent: RunningAgent, emulator: EmulatorInThread
 ) -> None:

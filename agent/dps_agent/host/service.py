@@ -335,6 +335,8 @@ class Service:
                 self._hasty = False
                 if self._life.state == PROVISIONED or not self._patience_s():
                     return False
+            if self._life.spreads and self._registering:
+                return False
             left_s = until_s - time.monotonic()
             if left_s <= 0:
                 return False
@@ -425,7 +427,7 @@ class Service:
         """One command of the socket; whether the life is over."""
         life = self._life
         if command.name == "reset":
-            if self._life.state == PROVISIONING:
+            if life.state == PROVISIONING and not life.spreads:
                 raise RetryLater("agent.busy", "a registration is under way")
             try:
                 yield from kept_key.withdraw(self._equipment.tpm, self._equipment.configuration.tpm.persist_at)
@@ -446,7 +448,7 @@ class Service:
             document = {"token": token.header(), "expiresAt": utc_text(token.expires_at_s)}
             self._answer(command, 200, {**document, "assignedHub": held.assigned_hub, "deviceId": held.device_id})
         elif command.name == "status":
-            if life.state == PROVISIONING:
+            if life.state == PROVISIONING and not life.spreads:
                 raise RetryLater("agent.busy", "a registration is under way")
             self._answer(command, 200, {})  # whoever asks looks it up: to do that here would keep the hub waiting
         elif life.assignment is not None and life.state in _ASSIGNED and not command.force:
