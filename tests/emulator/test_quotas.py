@@ -20,6 +20,10 @@ def test_by_the_minute_what_is_left_of_a_minute_is_lost() -> None:
     assert quota.wait_s(63) == 57
     quota = Quota(1.5)
     assert [quota.take(now_s) for now_s in (0, 1, 60, 61, 62, 120)] == [True, False, True, True, False, True]
+    for per_minute in (0.3, 1.3):
+        quota = Quota(per_minute)
+        granted = sum(quota.take(60 * minute + second) for minute in range(100) for second in range(3))
+        assert granted == pytest.approx(100 * per_minute, abs=1), "parts of a request add up"
 
 
 def test_a_bucket_fills_continuously_and_holds_a_second_of_it() -> None:

@@ -28,9 +28,7 @@ class Quota:
         if self.by == BUCKET:
             self._left = min(self.burst, self._left + max(now_s - at_s, 0) * self.per_minute / 60)
         elif now_s // 60 != at_s // 60:
-            self._left = self.per_minute + min(
-                self._left % 1, self.per_minute % 1
-            )  # where there are 1.5 a minute, every other minute has two
+            self._left = self.per_minute + self._left % 1  # where there are 1.5 a minute, every other one has two
         self._at_s = now_s
         if self._left < 1:
             return False

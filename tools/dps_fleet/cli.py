@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dps_agent.fleet import UNKNOWN, token_life_s
+from dps_agent.fleet import UNKNOWN, dps_spread_s, token_life_s
 from dps_agent.settings import KEEP_ALIVE_S, POLL_LOOKUP, Settings
 from dps_emulator.quotas import BUCKET, MINUTE, Gate, Quota
 from dps_fleet import wire
-from dps_fleet.figures import figures, peak_to_mean, picture, table
+from dps_fleet.figures import comparison, figures, peak_to_mean, picture, table
 from dps_fleet.peers import PEERS, peer
 from dps_fleet.scenarios import SCENARIOS, Order
 from dps_fleet.simulation import LOOKUP, OPERATION, PUT, PUT_TOKEN, Dps, Fleet, Hub, agent, remember_answers
 from dps_fleet.size import HUB_CONNECTS_PER_S, Size, hub_connects_per_s, size
 
+ALL = "all"  # one after the other, in one table
+FEWEST_A_MINUTE = 100  # so many requests a minute are as even as the whole fleet's
 AZURE = tuple(
     f".{service}.{ending}"
     for service in ("azure-devices-provisioning", "azure-devices")
@@ -90,11 +92,17 @@ def _parser() -> argparse.ArgumentParser:
     add("scenario", choices=list(SCENARIOS))
     _add_fleet(command)
     add("--cores", type=_number, default=3000, metavar="N", help="so many stand for all of them; default 3000")
-    add("--policy", choices=["agent", *PEERS], default="agent", help="who waits; default: this agent")
+    add("--policy", choices=["agent", *PEERS, ALL], default="agent", help="who waits; default: this agent")
     add("--config", type=Path, metavar="FILE", help="the agent's settings; default: its defaults")
     add("--sized", action="store_true", help="the agent knows devices, quota and hub: [fleet] is set to them")
+    add("--clockless", action="store_true", help="a device knows no time until DPS has told it, anew after each start")
     add("--retry-after", type=_retry_after, default=None, metavar="S|none|minute", help="of a 429; default none")
-    add("--quota-by", choices=(MINUTE, BUCKET), default=MINUTE, help="how DPS counts; default by the minute")
+    add(
+        "--quota-by",
+        choices=(MINUTE, BUCKET),
+        default=MINUTE,
+        help="how DPS counts; a bucket holds a second of it, at least 1",
+    )
     add("--counts", type=int, choices=COUNTED, default=2, help="requests of a registration that count; default 2")
     add("--hub-queue", type=float, default=0.0, metavar="S", help="the hub lets connections wait so long; default 0")
     add("--twins", type=float, metavar="N", help="twin reads a second that the hub takes; default: all")
@@ -174,23 +182,40 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 def _run(arguments: argparse.Namespace) -> int:
     remember_answers()
+    if arguments.policy == ALL:
+        if arguments.png:
+            print("tools/fleet: error: --png draws one policy, not all", file=sys.stderr)
+            return 2
+        found = {policy: _simulated(arguments, policy) for policy in ("agent", *PEERS)}
+        _write(found, arguments, comparison(found))
+        return 0 if all(one["done"] == one["devices"] for one in found.values()) else 1
+    one = _simulated(arguments, arguments.policy)
+    _write(one, arguments, table(one))
+    if arguments.png:
+        picture(one, _title(arguments), arguments.png)
+    return 0 if one["done"] == one["devices"] else 1
+
+
+def _simulated(arguments: argparse.Namespace, policy: str) -> dict[str, Any]:
+    """The figures of the scenario with those who wait in this way."""
     scenario, is_of_the_hub = SCENARIOS[arguments.scenario]
     scale = min(arguments.cores / arguments.devices, 1.0)
     cores = min(arguments.cores, arguments.devices)
-    counts = arguments.counts - (arguments.policy == "azure-iot-device" and arguments.counts > 1)
+    counts = arguments.counts - (policy == "azure-iot-device" and arguments.counts > 1)
     dps_floor_s = min(counts, 2) * 60 * arguments.devices / arguments.dps_quota
     hub_floor_s = arguments.devices / _per_s(arguments)
     fleet = Fleet(random.Random(arguments.seed).random, 6 * max(dps_floor_s, hub_floor_s) + 200_000)
+    fleet.has_clocks = not arguments.clockless
     quota = Quota(arguments.dps_quota * scale, arguments.quota_by)
     fleet.dps = Dps(fleet, quota, COUNTED[arguments.counts], arguments.retry_after)
     for assigned in (wire.FIRST_HUB, wire.SECOND_HUB):
         twins = Quota(arguments.twins * scale * 60, BUCKET) if arguments.twins else None
         gate = Gate(_per_s(arguments) * scale, arguments.hub_queue)
         fleet.hubs[assigned.hub] = Hub(fleet, assigned, gate, twins)
-    is_agent = arguments.policy == "agent"
+    is_agent = policy == "agent"
     settings = _settings(arguments)
     order = Order(
-        agent(settings) if is_agent else peer(arguments.policy),
+        agent(settings) if is_agent else peer(policy),
         cores,
         wire.FIRST_HUB if is_agent else None,
         _per_s(arguments) * scale,
@@ -202,26 +227,35 @@ def _run(arguments: argparse.Namespace) -> int:
         print("\r" + " " * 70 + "\r", end="", file=sys.stderr)
     found = figures(fleet, start_s, hub_floor_s if is_of_the_hub else dps_floor_s)
     found["wallS"] = round(time.monotonic() - began_s, 1)
+    found["warning"] = None
+    spreads = is_agent and (settings.first_contact_spread_s or dps_spread_s(settings.fleet))
+    if spreads and scale < 1 and quota.per_minute < FEWEST_A_MINUTE:
+        enough = -(-FEWEST_A_MINUTE * arguments.devices // arguments.dps_quota)
+        found["warning"] = (
+            f"{quota.per_minute:.3g} requests a minute for {cores:,} cores are uneven in themselves: "
+            f"more are refused than of the whole fleet; take --cores {min(enough, arguments.devices)}"
+        )
+        print(f"tools/fleet: warning: {found['warning']}", file=sys.stderr)
     if arguments.scenario == "renewals":
         life_s = settings.token_life_s or token_life_s(settings.fleet)
         connects = fleet.hubs[wire.FIRST_HUB.hub].connects
         step_s = life_s // 12  # from the first renewal to the end of the first life
         counts_a_step = [connects.within(at, at + step_s) for at in range(int(0.3 * life_s), int(0.8 * life_s), step_s)]
         found["renewalsPeakToMean"] = round(peak_to_mean(counts_a_step), 2)
-    _write(found, arguments, sys.stdout.write)
-    return 0 if found["done"] == found["devices"] else 1
+    return found
 
 
-def _write(found: dict[str, Any], arguments: argparse.Namespace, out: Callable[[str], Any]) -> None:
-    title = f"{arguments.scenario}: {arguments.devices:,} devices, {arguments.dps_quota:,} a minute, {arguments.policy}"
+def _title(arguments: argparse.Namespace) -> str:
+    return f"{arguments.scenario}: {arguments.devices:,} devices, {arguments.dps_quota:,} a minute, {arguments.policy}"
+
+
+def _write(found: dict[str, Any], arguments: argparse.Namespace, text: str) -> None:
     if arguments.json and str(arguments.json) == "-":
-        out(json.dumps(found) + "\n")
-    else:
-        out(f"{title}\n{table(found)}\n")
-        if arguments.json:
-            arguments.json.write_text(json.dumps(found))
-    if arguments.png:
-        picture(found, title, arguments.png)
+        print(json.dumps(found))
+        return
+    print(f"{_title(arguments)}\n{text}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found))
 
 
 def _bar(cores: int) -> Callable[[int, float], None] | None:

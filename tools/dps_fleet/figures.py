@@ -72,15 +72,35 @@ def table(found: dict[str, Any]) -> str:
         ("requests a device", f"{found['requestsADevice']} (most {found['mostRequestsADevice']})"),
         ("refused for want of quota", f"{found['refusedPercent']} %"),
         ("challenges granted a device", found["challengesADevice"]),
-        ("flash writes a device", f"{found['writesADevice']} (most {found['mostWritesADevice']})"),
+        ("flash writes a device till then", f"{found['writesADevice']} (most {found['mostWritesADevice']})"),
         ("connections to hubs a device", found["connectsADevice"]),
         ("connections dropped", f"{found['droppedPercent']} %"),
         ("most requests in a second", found["peakRequestsAS"]),
         ("polled faster than 5 in 10 s", f"{found['pollsTooFast']} times"),
     ]
     if found.get("renewalsPeakToMean"):
-        shown.append(("renewals' peak", f"{found['renewalsPeakToMean']} x their mean, in the first life of the tokens"))
+        of = "their mean, by twelfths of a life, from 0.3 to 0.8 of the tokens' first"
+        shown.append(("renewals' peak", f"{found['renewalsPeakToMean']} x {of}"))
     return "\n".join(f"{name:32} {value}" for name, value in shown)
+
+
+def comparison(found: dict[str, dict[str, Any]]) -> str:
+    """The figures of several who wait, by name, a line each."""
+    columns = {
+        "came back": "done",
+        "x the floor": "timesFloor",
+        "requests": "requestsADevice",
+        "refused %": "refusedPercent",
+        "challenges": "challengesADevice",
+        "connections": "connectsADevice",
+        "polled too fast": "pollsTooFast",
+    }
+    rows = {"": list(columns), **{name: [one[key] for key in columns.values()] for name, one in found.items()}}
+    return "\n".join(f"{name:18}" + "".join(f"{_shown(cell):>16}" for cell in cells) for name, cells in rows.items())
+
+
+def _shown(cell: Any) -> str:
+    return "—" if cell is None else str(cell)
 
 
 def picture(found: dict[str, Any], title: str, path: Path) -> None:

@@ -137,6 +137,7 @@ class Dps:
         return self._throttled[after_s]
 
     def _answer(self, device: "Device", kind: int, now_s: float) -> "Reply":
+        device.knows_time = True  # each answer has the time in it
         refusal = self.refusal(device, kind, now_s)
         if refusal is not None:
             return refusal
@@ -252,6 +253,7 @@ class Device:
         "hub",
         "identity",
         "is_open",
+        "knows_time",
         "life",
         "make",
         "packet_id",
@@ -276,6 +278,7 @@ class Device:
         self.timer = 0  # the number of the wait that counts
         self.events: list[Any] = []  # events that came while it did not wait
         self.is_open = False  # its connection to DPS is open
+        self.knows_time = True  # somebody has told it the time since it started, or it has a clock
         self.ready_s = 0.0  # when DPS has assigned it
         self.polls: list[float] = []  # the last ones
         self.requests = self.refused = self.challenges = self.connects = self.commits = self.twins = 0
@@ -312,6 +315,7 @@ class Device:
                 self.resume(None)
         elif what is _BOOT:
             self.generator = self.make(self)
+            self.knows_time = self.fleet.has_clocks
             self.resume(None)
         elif kind is tuple:
             if self.hub is not None:
@@ -421,7 +425,7 @@ def _disconnect(fleet: "Fleet", device: Device, effect: hub_effects.Disconnect) 
 _ANSWERS: "dict[Any, Callable[[Fleet, Device, Any], Any]]" = {
     effects.Uptime: lambda fleet, device, effect: fleet.now_s,
     effects.Random: lambda fleet, device, effect: fleet.random(),
-    effects.UtcNow: lambda fleet, device, effect: Utc(wire.NOW_S + int(fleet.now_s), True, "simulation"),
+    effects.UtcNow: lambda fleet, device, effect: Utc(wire.NOW_S + int(fleet.now_s), device.knows_time, "simulation"),
     effects.Sleep: _sleep,
     effects.Http: _http,
     effects.Sign: lambda fleet, device, effect: wire.SIGNATURE,
@@ -453,6 +457,7 @@ class Fleet:
         self.hubs: dict[str, Hub] = {}
         self.dps = Dps(self, Quota(1e12))
         self.goal = "connected"
+        self.has_clocks = True  # else a device believes no time until DPS has answered, anew after each start
         self.retires = False
         self.done = 0
         self.done_at = Series()
