@@ -97,11 +97,16 @@ class StateFolder:
     """The folder with the records' files: opens them, makes them, and says what went wrong.
 
     The folder itself may be a symbolic link (systemd's DynamicUser makes it one); the names in it may not.
+
+    It also knows what this process has made durable, so that nothing is synced twice. A file is as it was known only
+    while it has the same content: another process may have written to it, and may have been killed before its sync.
     """
 
     def __init__(self, path: str, calls: SystemCalls) -> None:
         self.path = os.path.abspath(path)
         self.calls = calls
+        self.on_disk: dict[str, bytes] = {}  # name -> content that a sync of this process has left there
+        self._names_durable = False
 
     def open(self, name: str, access: int) -> int | None:
         """A descriptor of an existing file, or None where there is none."""
@@ -119,6 +124,7 @@ class StateFolder:
         if fd is not None:
             return fd
         path = os.path.join(self.path, name)
+        self._names_durable = False
         with self.reporting("create", path):
             try:
                 fd = self.calls.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _GUARDS, _FILE_MODE)
@@ -162,10 +168,17 @@ class StateFolder:
             except OSError as error:
                 raise self.failure(error, "sync", os.path.dirname(self.path)) from error
 
-    def sync(self) -> None:
-        """Makes the names in the folder durable."""
-        with self.reporting("sync", self.path):
-            self._sync_folder(self.path)
+    def sync_names(self) -> None:
+        """Makes the names in the folder durable, unless this process has done so and has made none since."""
+        if not self._names_durable:
+            with self.reporting("sync", self.path):
+                self._sync_folder(self.path)
+            self._names_durable = True
+
+    def doubt(self) -> None:
+        """Something failed: from now on the disk is asked again for everything."""
+        self.on_disk.clear()
+        self._names_durable = False
 
     @contextmanager
     def reporting(self, action: str, path: str) -> Iterator[None]:
@@ -291,8 +304,8 @@ class FileSlots:
                     if size < self.slot_bytes and self._holds_nothing(slot):
                         grown = True
                         self._write(slot, bytes([self.erase_value]) * (self.slot_bytes - size), size)
-        if grown:
-            self.sync()
+            if grown:
+                self._sync_files()  # the names become durable with the commit that follows
         self._close()
 
     def erase(self, slot: int) -> None:
@@ -303,16 +316,16 @@ class FileSlots:
                 self._write(slot, bytes([self.erase_value]) * size)
 
     def settle(self, slot: int) -> None:
-        """See `SlotDevice.settle`."""
+        """See `SlotDevice.settle`; nothing where this process has made the content durable before."""
         with self._closing_on_failure():
-            if self._is_open(slot):
+            if not self._is_on_disk(slot, self.read(slot)) and self._is_open(slot):
                 self.sync()
 
     def renew(self, slot: int) -> None:
-        """See `SlotDevice.renew`."""
+        """See `SlotDevice.renew`; nothing where this process has made the content durable before."""
         with self._closing_on_failure(), self._reporting("write", slot):
             content = self.read(slot)
-            if content and self._is_open(slot):
+            if content and not self._is_on_disk(slot, content) and self._is_open(slot):
                 self._write(slot, content)
 
     def program(self, slot: int, content: bytes) -> None:
@@ -330,14 +343,21 @@ class FileSlots:
         Not every file system and kernel drops its cache when asked; there reads show it as before.
         """
         with self._closing_on_failure():
-            for slot in sorted(self._written):
-                with self._reporting("sync", slot):
-                    self._folder.calls.fsync(self._written[slot])
-                with suppress(OSError):
-                    self._folder.calls.drop_cache(self._written[slot])
             if self._written:
-                self._folder.sync()
+                self._sync_files()
+                self._folder.sync_names()
         self._close()
+
+    def _sync_files(self) -> None:
+        for slot in sorted(self._written):
+            with self._reporting("sync", slot):
+                self._folder.calls.fsync(self._written[slot])
+            with suppress(OSError):
+                self._folder.calls.drop_cache(self._written[slot])
+            self._folder.on_disk[self._names[slot]] = self.read(slot)
+
+    def _is_on_disk(self, slot: int, content: bytes) -> bool:
+        return self._folder.on_disk.get(self._names[slot]) == content
 
     def _holds_nothing(self, slot: int) -> bool:
         return decode_slot(self.read(slot), self.erase_value).state <= DAMAGED
@@ -352,6 +372,7 @@ class FileSlots:
         return True
 
     def _write(self, slot: int, content: bytes, offset: int = 0) -> None:
+        self._folder.on_disk.pop(self._names[slot], None)
         done = 0
         while done < len(content):
             taken = self._folder.calls.pwrite(self._written[slot], content[done:], offset + done)
@@ -368,6 +389,7 @@ class FileSlots:
             yield
         except BaseException:
             self._close()
+            self._folder.doubt()
             raise
 
     def _close(self) -> None:

@@ -3,13 +3,17 @@
 `support.disk.posix_disk` is the disk: it keeps no more than POSIX promises, so that it also tells what one file system
 happens to forgive, such as a forgotten fsync of a folder. Four sweeps: a cut; a process that is killed, which leaves
 the cache, then a cut in the next one; the same where what the first one left could not be written; and a process whose
-fsync fails, or that one and the next, then a cut in the next process.
+fsync fails, or that one and the next, then a cut in the next process. Each once more for a process that goes on: it
+lives all of a life, and its own fsync fails, or another process commits in between, or is killed at it.
+
+How many syncs each commit and reset makes is part of the sweep (`SYNCS`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from copy import deepcopy
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
@@ -20,6 +24,7 @@ from dps_hal.host.files import FileSlots, FileStore, StateFolder, SystemCalls
 from dps_hal.store.slots import SlotStore
 from support.disk.faulty_writers import (
     BelievesItsEyes,
+    ErasesBothWithOneSync,
     InPlace,
     Naive,
     RenewsTheCurrentCopy,
@@ -37,13 +42,18 @@ LIFE: tuple[bytes | None, ...] = (b"hub A", b"hub B" * 300, b"hub C", None, None
 
 
 class Plan(NamedTuple):
-    """A life in `folder`; with `then` each step is ended by `ended`, and the next process's step `then` is cut."""
+    """A life in `folder`; with `then` each step is ended by `ended`, and the next process's step `then` is cut.
+
+    `goes_on`: one process lives this life, also what is cut. `ended` is then an fsync of its own that fails, or how
+    another process ends that commits in between.
+    """
 
     name: str
     folder: str
     life: tuple[bytes | None, ...]
     then: tuple[bytes | None, ...] = ()
     ended: str = ""
+    goes_on: bool = False
 
 
 KILLED, LOST, FAILED = "kill", "lose", "fail"  # by a kill; by that, and its writes fail; by an fsync that fails
@@ -56,7 +66,15 @@ PLANS = (
     Plan("lose-then-reset", FOLDER, LIFE, (None,), LOST),
     Plan("fail-then-commit", FOLDER, LIFE, (b"second process",), FAILED),
     Plan("fail-then-reset", FOLDER, LIFE, (None,), FAILED),
+    Plan("cut-in-one-process", FOLDER, (*LIFE, b"hub E", b"hub F"), goes_on=True),
+    Plan("fail-and-go-on", FOLDER, LIFE[:3], (b"second try", None), FAILED, True),
+    Plan("kill-of-another", FOLDER, LIFE[:3], (b"same process", None), KILLED, True),
+    Plan("loss-of-another", FOLDER, LIFE[:3], (b"same process", None), LOST, True),
 )
+ANOTHERS = b"of another process"
+# fsyncs of one process by what it does: the first commit of a folder; then in the next process, of two records in turn:
+# a commit of either, and again; then a reset of the first record, and of the second.
+SYNCS = {"first commit": 7, "a process's first": 3, "of the other record": 2, "later": 1, "reset": 3, "first reset": 5}
 
 
 class OnFiles:
@@ -93,6 +111,64 @@ class ForgetsTheFolder(FileStore):
         self._folder._sync_folder = lambda path: None  # type: ignore[method-assign]
 
 
+class TrustsOthersNames(FileStore):
+    """The product, but the folder is synced only by a process that has made a name in it."""
+
+    def __init__(self, folder: str, calls: SystemCalls) -> None:
+        super().__init__(folder, calls)
+        self._folder._names_durable = True
+
+
+class ForgetsTheParent(FileStore):
+    """The product, but the name of the folder itself is never made durable."""
+
+    def __init__(self, folder: str, calls: SystemCalls) -> None:
+        super().__init__(folder, calls)
+        self._folder._sync_folder = partial(_synced_unless_above, self._folder)  # type: ignore[method-assign]
+
+
+def _synced_unless_above(folder: StateFolder, path: str) -> None:
+    if path == folder.path:
+        StateFolder._sync_folder(folder, path)
+
+
+class NeverSettles(FileStore):
+    """The product, but the copy that stays is not synced, whoever wrote it."""
+
+    def __init__(self, folder: str, calls: SystemCalls) -> None:
+        super().__init__(folder, calls)
+        for files in self._files.values():
+            files.settle = lambda slot: None  # type: ignore[method-assign]
+
+
+class KnowsFilesByName(FileStore):
+    """The product, but what it has synced once it takes for durable, whatever is there by now."""
+
+    def __init__(self, folder: str, calls: SystemCalls) -> None:
+        super().__init__(folder, calls)
+        for files in self._files.values():
+            files._is_on_disk = partial(_has_synced, files)  # type: ignore[method-assign]
+
+
+def _has_synced(files: FileSlots, slot: int, content: bytes) -> bool:
+    return files._names[slot] in files._folder.on_disk
+
+
+class SyncsEachFileOnce(FileStore):
+    """The product, but a process that has synced a file does not do so again."""
+
+    def __init__(self, folder: str, calls: SystemCalls) -> None:
+        super().__init__(folder, calls)
+        for files in self._files.values():
+            files._sync_files = partial(_synced_once, files, set())  # type: ignore[method-assign]
+
+
+def _synced_once(files: FileSlots, synced: set[int]) -> None:
+    for slot in set(files._written) - synced:
+        files._folder.calls.fsync(files._written[slot])
+        synced.add(slot)
+
+
 WRITERS: dict[str, Writer] = {
     "": FileStore,
     "naive": partial(OnFiles, Naive),
@@ -102,15 +178,21 @@ WRITERS: dict[str, Writer] = {
     "trusts-the-cache": partial(OnFiles, TrustsTheCache),
     "believes-its-eyes": partial(OnFiles, BelievesItsEyes),
     "renews-the-current": partial(OnFiles, RenewsTheCurrentCopy),
+    "reset-with-one-sync": partial(OnFiles, ErasesBothWithOneSync),
+    "trusts-others-names": TrustsOthersNames,
+    "no-parent-fsync": ForgetsTheParent,
+    "never-settles": NeverSettles,
+    "knows-files-by-name": KnowsFilesByName,
+    "syncs-each-file-once": SyncsEachFileOnce,
 }
 
 
 def sweep(writer: str = "", only: str = "", at_first: bool = False) -> tuple[int, list[str]]:
     """Number of states, and the lost ones."""
     states = 0
-    lost: list[str] = []
+    lost = [] if writer or only else wrong_counts()
     for plan in PLANS:
-        cuts = _followed(plan, WRITERS[writer]) if plan.then else _cut(plan, WRITERS[writer])
+        cuts = (_going_on if plan.goes_on else _followed if plan.then else _cut)(plan, WRITERS[writer])
         seen: set[tuple[Any, ...]] = set()
         for name, disk, allowed in cuts:
             if only and not only.startswith(name + " "):
@@ -133,6 +215,7 @@ def sweep(writer: str = "", only: str = "", at_first: bool = False) -> tuple[int
 
 
 Cut = tuple[str, SimulatedDisk, tuple[bytes | None, ...]]
+Disturbed = tuple[str, SimulatedDisk, Any, tuple[bytes | None, ...]]
 
 
 def _cut(plan: Plan, writer: Writer) -> Iterator[Cut]:
@@ -172,6 +255,100 @@ def _followed(plan: Plan, writer: Writer) -> Iterator[Cut]:
         before = after
 
 
+def _going_on(plan: Plan, writer: Writer) -> Iterator[Cut]:
+    """As `_followed`, but what is cut is done by the process that has lived so far."""
+    disk = SimulatedDisk()
+    store = writer(plan.folder, disk)
+    before = None
+    for step, after in enumerate(plan.life):
+        for wrong, left, process, may_be in _disturbed(plan, writer, disk, store, before, after):
+            for then in plan.then or (after,):
+                finished = False
+                cut = 0
+                while not finished:
+                    cut += 1
+                    one, going_on = deepcopy((left, process))
+                    one.count_anew(cut)
+                    finished = _did(going_on, then)
+                    allowed = (then,) if finished else (*may_be, then)
+                    name = f"sweep=disk plan={plan.name} step={step}{wrong} then={'commit' if then else 'reset'}"
+                    yield f"{name} cut={cut}", one, allowed
+        _did(store, after)
+        before = after
+
+
+def _disturbed(
+    plan: Plan, writer: Writer, disk: SimulatedDisk, store: Any, before: bytes | None, payload: bytes | None
+) -> Iterator[Disturbed]:
+    """Each state that the plan brings the disk and a process to, and what may be loaded then."""
+    if plan.ended == FAILED:
+        found = _failing_itself(disk, store, before, payload)
+    elif plan.ended:
+        found = _beside_another(plan, writer, disk, store, before)
+    else:
+        yield "", disk, store, (before,)
+        return
+    for name, left, process, may_be in found:
+        for way, chosen in enumerate(left.ways()):
+            one, going_on = deepcopy((left, process))
+            one.choose(chosen)
+            yield f"{name} way={way}", one, going_on, may_be
+
+
+def _failing_itself(
+    disk: SimulatedDisk, store: Any, before: bytes | None, payload: bytes | None
+) -> Iterator[Disturbed]:
+    for number in count(1):
+        for failing in ((number,), (number, number + 1)):
+            one, process = deepcopy((disk, store))
+            one.count_anew()
+            one.failing_syncs = failing
+            try:
+                if _did(process, payload):
+                    return
+            except DpsError:
+                yield f" fail={','.join(map(str, failing))}", one, process, (before, payload)
+
+
+def _beside_another(
+    plan: Plan, writer: Writer, disk: SimulatedDisk, store: Any, before: bytes | None
+) -> Iterator[Disturbed]:
+    finished = False
+    number = 0
+    while not finished:
+        number += 1
+        one, process = deepcopy((disk, store))
+        one.count_anew(number)
+        finished = _did(writer(plan.folder, one), ANOTHERS)
+        if not finished and plan.ended == LOST:
+            one.forget()
+        yield f" kill={number}", one, process, (ANOTHERS,) if finished else (before, ANOTHERS)
+
+
+def wrong_counts() -> list[str]:
+    """Each kind of step whose fsyncs are not as many as `SYNCS` says."""
+    disk = SimulatedDisk()
+    first, later = FileStore(FOLDER, disk), FileStore(FOLDER, disk)
+    steps: tuple[tuple[str, FileStore, str, bytes | None], ...] = (
+        ("first commit", first, IDENTITY, b"hub A"),
+        ("", first, PROGRESS, b"trying"),
+        ("a process's first", later, IDENTITY, b"hub B"),
+        ("of the other record", later, PROGRESS, b"calm"),
+        ("later", later, IDENTITY, b"hub C"),
+        ("later", later, PROGRESS, b"trying"),
+        ("reset", later, IDENTITY, None),
+        ("first reset", FileStore(FOLDER, disk), PROGRESS, None),
+    )
+    wrong = []
+    for name, store, record, payload in steps:
+        disk.count_anew()
+        _did(store, payload, record)
+        made = disk.counts.get("fsync", 0)
+        if made != SYNCS.get(name, made):
+            wrong.append(f"sweep=disk step={name!r}: {made} fsyncs where {SYNCS[name]} were expected")
+    return wrong
+
+
 def _ended(
     plan: Plan, writer: Writer, disk: SimulatedDisk, payload: bytes | None
 ) -> Iterator[tuple[str, SimulatedDisk]]:
@@ -201,13 +378,13 @@ def _certain(name: str, disk: SimulatedDisk) -> Iterator[tuple[str, SimulatedDis
         yield f"{name} way={way}", one
 
 
-def _did(store: Any, payload: bytes | None) -> bool:
+def _did(store: Any, payload: bytes | None, record: str = IDENTITY) -> bool:
     """Does one step of a life; whether it came to its end before the cut."""
     try:
         if payload is None:
-            store.erase(IDENTITY)
+            store.erase(record)
         else:
-            store.commit(IDENTITY, payload)
+            store.commit(record, payload)
     except PowerCut:
         return False
     return True

@@ -69,7 +69,7 @@ class Inode:
 class SimulatedDisk(SystemCalls):
     """See the module; `cut_at` counts calls that change something, from 1; 0 is never. `failing` is (n-th call, errno).
 
-    `failing_syncs` are those fsyncs, counted from 1, that fail with EIO.
+    `failing_syncs` are those fsyncs, counted from 1, that fail with EIO, `missing_syncs` those that nobody makes.
     `room_bytes` is how much all files may grow; None: without end.
     """
 
@@ -84,6 +84,7 @@ class SimulatedDisk(SystemCalls):
         self.cut_at = 0
         self.failing = (0, 0)
         self.failing_syncs: tuple[int, ...] = ()
+        self.missing_syncs: tuple[int, ...] = ()
         self.room_bytes: int | None = None
         self.counts: dict[str, int] = {}
         self.chowned: list[tuple[str, int, int]] = []
@@ -99,12 +100,16 @@ class SimulatedDisk(SystemCalls):
         disk = deepcopy(self)
         disk._descriptors.clear()
         disk._locks.clear()
-        disk.counts.clear()
-        disk.calls = disk.changes = 0
-        disk.cut_at = cut_at
-        disk.failing = (0, 0)
-        disk.failing_syncs = ()
+        disk.count_anew(cut_at)
         return disk
+
+    def count_anew(self, cut_at: int = 0) -> None:
+        """From now on calls, changes and syncs count from 1 again, and nothing but the cut is planned."""
+        self.counts.clear()
+        self.calls = self.changes = 0
+        self.cut_at = cut_at
+        self.failing = (0, 0)
+        self.failing_syncs = self.missing_syncs = ()
 
     def forget(self) -> None:
         """The kernel's own write-back fails; the next fsync does not know of it."""
@@ -113,12 +118,20 @@ class SimulatedDisk(SystemCalls):
 
     def certain(self) -> Iterator["SimulatedDisk"]:
         """This disk in each way in which writes that failed may have left it; all show the same."""
-        paths = sorted(path for path, inode in self._inodes.items() if len(inode.durable) > 1)
-        for contents in product(*(sorted(self._inodes[path].durable) for path in paths)):
+        for way in self.ways():
             disk = deepcopy(self)
-            for path, content in zip(paths, contents, strict=True):
-                disk._inodes[path].durable = {content}
+            disk.choose(way)
             yield disk
+
+    def ways(self) -> "list[tuple[tuple[str, bytes], ...]]":
+        """What writes that failed may have left, for `choose`."""
+        unsure = {path: inode.durable for path, inode in sorted(self._inodes.items()) if len(inode.durable) > 1}
+        return [tuple(zip(unsure, contents, strict=True)) for contents in product(*map(sorted, unsure.values()))]
+
+    def choose(self, way: "tuple[tuple[str, bytes], ...]") -> None:
+        """Makes one of `ways` the one that is so."""
+        for path, content in way:
+            self._inodes[path].durable = {content}
 
     def aftermaths(self, focus: str = "") -> list[Tree]:
         """Every file tree that may be left when the power goes now, none twice.
@@ -198,6 +211,8 @@ class SimulatedDisk(SystemCalls):
             inode.forget()
             raise
         self._spend()
+        if self.counts["fsync"] in self.missing_syncs:
+            return
         if inode.is_folder:
             self._durable_names.update(path for path in self._inodes if os.path.dirname(path) == self._descriptors[fd])
         inode.store()
