@@ -201,11 +201,12 @@ def difference(assignment: Assignment, settings: "Settings") -> str:
 
 
 def load_held(
-    settings: "Settings", stored: "StoredRecord | None"
+    settings: "Settings", stored: "StoredRecord | None", wanted: bool = True
 ) -> "Generator[Effect, Any, tuple[Assignment | None, str]]":
     """The stored record `identity` as an assignment if it holds, else None and the reason in words.
 
-    It holds when settings, EK, SRK and seal fit. AskOperator `tpm.ek_changed`: it was made for another EK.
+    It holds when settings, EK, SRK and seal fit. AskOperator `tpm.ek_changed`: it was made for another EK. Not
+    `wanted`: it will not be used, so that the TPM is not asked for the seal.
     """
     if stored is None:
         return None, "no assignment is stored"
@@ -228,6 +229,8 @@ def load_held(
     storage_root_key: bytes = yield ReadStorageRootKey()
     if object_name(storage_root_key) != assignment.srk_name:
         return None, "the TPM was cleared: it has another storage root key"
+    if not wanted:
+        return None, "asked to register again"
     try:
         signature: bytes = yield Sign(assignment.wrapped_key, seal_message(text))
     except IdentityStale as error:

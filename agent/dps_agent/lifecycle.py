@@ -296,7 +296,8 @@ class Lifecycle:
         try:
             stored: StoredRecord | None = yield LoadRecord(IDENTITY)
             self.rolled_back = stored is not None and stored.rolled_back
-            self.assignment, self.reason = yield from load_held(self.settings, stored)
+            to_be_used = self._connects or not self.asked_to_register
+            self.assignment, self.reason = yield from load_held(self.settings, stored, to_be_used)
         except DpsError as error:
             outcome = yield from self._failed(error)
             return outcome

@@ -87,7 +87,9 @@ def test_a_failed_forced_registration_keeps_the_old_identity() -> None:
         world.dps.script = script
         life = lived(reboot(world), force=True)
         assert life.state in (WAITING, HALTED) and life.error is not None and not life.committed
-        assert world.store[IDENTITY] == before and life.assignment is not None
+        assert world.store[IDENTITY] == before
+        again = lived(reboot(world))
+        assert again.assignment is not None and not again.committed, "the old identity does not serve any more"
 
 
 def test_refused_devices_halt_and_ask_again_about_hourly() -> None:
@@ -383,6 +385,25 @@ def test_a_replaced_tpm_halts_and_keeps_the_record() -> None:
         life = lived(reboot(world), force=force)
         assert life.state == HALTED and life.error is not None and life.error.code == "tpm.ek_changed"
         assert world.store[IDENTITY] == before and world.dps.requests == []
+
+
+def test_a_registration_that_is_forced_uses_the_stored_key_for_nothing() -> None:
+    world = World()
+    before = lived(world).assignment
+    assert before is not None
+    signed = []
+    honest = world.tpm.sign
+
+    def sign(wrapped_key: bytes, message: bytes) -> bytes:
+        signed.append(wrapped_key)
+        return honest(wrapped_key, message)
+
+    world.tpm.sign = sign  # type: ignore[method-assign]
+    lived(reboot(world))
+    assert signed == [before.wrapped_key], "one that holds is used, and so its seal is asked for"
+    del signed[:]
+    assert lived(reboot(world), force=True).committed
+    assert len(signed) == 2 and before.wrapped_key not in signed, "the challenge's key and the new one"
 
 
 def test_a_damaged_record_registers_again() -> None:

@@ -251,10 +251,10 @@ class EsysCommands(Repeated):
         return self._known(tr, public, object_name(public))
 
     def activate_credential(
-        self, ek: EsysKey, srk: EsysKey, activation: Activation, session: EsysKey | None, policy: EsysKey
+        self, ek: EsysKey, srk: EsysKey, activation: Activation, session: EsysKey | None, policy: EsysKey, keep: bool
     ) -> bytes:
-        # Without continueSession the TPM frees the policy session when the command succeeds.
-        self._esapi.trsess_set_attributes(session=policy.tr, attributes=0, mask=0xFF)
+        attributes = self._tss.TPMA_SESSION.CONTINUESESSION if keep else 0
+        self._esapi.trsess_set_attributes(session=policy.tr, attributes=attributes, mask=0xFF)
         inner_key = self._command(
             "activate_credential",
             activate_handle=srk.tr,

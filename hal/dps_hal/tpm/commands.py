@@ -122,9 +122,9 @@ if TYPE_CHECKING:
             ...
 
         def activate_credential(
-            self, ek: Given, srk: Given, activation: Activation, session: Any, policy: Given
+            self, ek: Given, srk: Given, activation: Activation, session: Any, policy: Given, keep: bool
         ) -> bytes:
-            """The inner key, a TPM2B; when it succeeds the TPM frees the policy session."""
+            """The inner key, a TPM2B; when it succeeds the policy session is as new with `keep`, else it is gone."""
             ...
 
         def import_key(self, srk: Given, inner_key: bytes, activation: Activation, session: Any) -> bytes:
@@ -291,22 +291,20 @@ class Connection(Repeated):
         session: "SaltedSession | None" = None,
         names: "tuple[bytes, ...]" = (),
         auth: "bytes | None" = None,
-        policy: int = 0,
+        policy: bytes = b"",
         password: bool = False,
         gives_handle: bool = False,
     ) -> "tuple[int, bytes]":
         """Runs the command `name`; returns the handle in its response (0 for none) and the response's parameters.
 
         With `session`: `names` has the name of each handle, `auth` the authorisation value of the first, None where
-        it needs none; `policy` is a policy session for the second. With `password`: the first has an empty password.
+        it needs none; `policy` authorises the second. With `password`: the first has an empty password.
         RefusedError: the TPM's return code, RC_ALTERED or RC_CONNECTION_LOST.
         """
         area = _EMPTY_PASSWORD if password else b""
         if session is not None:
             parameters, area = session.authorize(name, names, parameters, auth)
-            if policy:
-                # Without continueSession the TPM frees the policy session when the command succeeds.
-                area += struct.pack(">IHBH", policy, 0, 0, 0)
+            area += policy
         command = _framed(name, handles, area, parameters)
         if len(command) > _MAX_BYTES:
             raise RefusedError(name, RC_TOO_LARGE)

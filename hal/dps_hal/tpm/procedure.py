@@ -12,12 +12,13 @@ Each thing stands on the one before, and is made when it is first needed on a co
 2. The session is salted to the EK. From here on every secret is encrypted, and every answer is proved by its HMAC.
 3. The SRK is read, looked for at other handles, or made; and proved in the session. Where it has no room in NV memory
    it is a transient object, and the same one at every start.
-4. A policy session shows that we know the endorsement hierarchy's password; one credential is activated with it.
+4. A policy session shows that we know the endorsement hierarchy's password; a credential is activated with it. The
+   session serves twice, for a registration has two.
 5. The key in the credential is imported under the SRK, or a key that was wrapped before is loaded, used and flushed.
 
-`_ek`, `_srk` and `_session` belong to a connection, and `_forget_connection` forgets them; a key at a persistent handle
-is read again on the next one, because nobody says what happened to the TPM meanwhile. `_pinned_ek` and `_ek_name`
-outlive connections. No other key is remembered: wrapped keys are the caller's.
+`_ek`, `_srk`, `_session` and `_policy` belong to a connection, and `_forget_connection` forgets them; a key at a
+persistent handle is read again on the next one, because nobody says what happened to the TPM meanwhile. `_pinned_ek`
+and `_ek_name` outlive connections. No other key is remembered: wrapped keys are the caller's.
 
 What a step raises: RefusedError where the TPM refused a command, which `Operations` makes an error of ours or tries
 again; AskOperator and the like where one of our checks failed, which is doubted as well.
@@ -88,6 +89,7 @@ class TpmProcedure(Operations):
         self._ek: Key | None = None
         self._srk: Key | None = None
         self._session: Any = None
+        self._policy: Any = None  # a policy session that was used once, and serves once more
 
     # --- the contract
 
@@ -280,10 +282,10 @@ class TpmProcedure(Operations):
 
     # --- what the operations do
 
-    def _policy_of(self, hierarchy: int) -> "Key":
-        """A policy session to which we have shown that we know the hierarchy's password."""
+    def _policy_of(self, hierarchy: int, policy: "Any" = None) -> "Any":
+        """A policy session, a new one for None, to which we have shown that we know the hierarchy's password."""
         session = self._salted_session()
-        policy: Key = self._made(self._commands.start_policy)
+        policy = policy or self._made(self._commands.start_policy)
         try:
             self._commands.policy_secret(hierarchy, policy, session, self._auth(hierarchy))
         except RefusedError as refused:
@@ -296,12 +298,19 @@ class TpmProcedure(Operations):
         commands = self._commands
         session = self._salted_session()
         ek, srk = self._endorsement_key(), self._storage_root_key()
-        policy = self._policy_of(ENDORSEMENT)
+        # One policy session for challenge and hub key: after the first use the TPM has reset it, after the second it is
+        # gone. Where there is no second use, release() flushes it.
+        used, self._policy = self._policy, None
+        policy = self._policy_of(ENDORSEMENT, used)
         try:
-            inner_key = commands.activate_credential(ek, srk, activation, session, policy)
-            self._held.remove(policy)  # the TPM has freed the session by itself
+            inner_key = commands.activate_credential(ek, srk, activation, session, policy, used is None)
+            if used is None:
+                self._policy = policy
+            else:
+                self._held.remove(policy)  # the TPM has freed the session by itself
         finally:
-            self._flush(policy)
+            if self._policy is None:
+                self._flush(policy)
         try:
             private = commands.import_key(srk, inner_key, activation, session)
         except RefusedError as refused:

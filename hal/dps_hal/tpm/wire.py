@@ -107,7 +107,7 @@ class WireCommands(Connection):
         )
 
     def activate_credential(
-        self, ek: Key, srk: Key, activation: "Activation", session: SaltedSession, policy: Key
+        self, ek: Key, srk: Key, activation: "Activation", session: SaltedSession, policy: Key, keep: bool
     ) -> bytes:
         _, inner_key = self.run(
             "activate_credential",
@@ -116,7 +116,7 @@ class WireCommands(Connection):
             session=session,
             names=(srk.name, ek.name),
             auth=b"",
-            policy=policy.handle,
+            policy=struct.pack(">IHBH", policy.handle, 0, keep, 0),  # `keep` is continueSession
         )
         return inner_key
 
