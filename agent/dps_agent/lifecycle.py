@@ -36,7 +36,7 @@ where they begin: a board has memory for one of them at a time.
 from dps_agent.assignment import load_held
 from dps_agent.backoff import HALTED_S, HUB_FIRST_S, HUB_LEAST, HUB_LIMIT_S, around_s, exponential_s
 from dps_agent.effects import Commit, LoadRecord, Random, ReadEndorsementKey, Sleep, Uptime, UtcNow
-from dps_agent.fleet import dps_spread_s, hub_spread_s, merged, token_life_s
+from dps_agent.fleet import UNKNOWN, dps_spread_s, hub_spread_s, merged, token_life_s
 from dps_agent.patience import Patience, next_state
 from dps_agent.settings import AUTO
 from dps_hal.contracts import IDENTITY
@@ -358,6 +358,8 @@ class Lifecycle:
             delay_s: float = yield from exponential_s(1, HUB_FIRST_S, HUB_LIMIT_S)
             return KEPT, delay_s
         yield from self.abandon()
+        if self.assignment is None or self.assignment.assigned_hub != self._uncommitted[0].assigned_hub:
+            self.patience.fleet = UNKNOWN  # another hub told it
         self.assignment = self._uncommitted[0]
         self._uncommitted = None
         self.committed = True
@@ -437,7 +439,7 @@ class Lifecycle:
             self._session.keep_fleet = self._keep_fleet
         session = self._session
         session.dps_not_before_s = self.dps_not_before_s
-        session.token_life_s = self.settings.token_life_s or token_life_s(self.fleet)
+        session.token_life_s = self._token_life_s()
         if self._connected_since_s is None:
             yield from self.patience.begin_connection()
         try:
@@ -551,6 +553,8 @@ class Lifecycle:
         """The hub told how large the fleet is; what is absurd beside the settings changes nothing."""
         if merged(told, self.settings.fleet):
             yield from self.patience.keep_fleet(told)
+            if self._session:
+                self._session.token_life_s = self._token_life_s()
 
     def abandon(self) -> "Generator[Effect, Any, None]":
         """Leaves the identity's session; programs that wait for the hub's answer are told that it will not come."""
@@ -564,6 +568,9 @@ class Lifecycle:
         if said == ACCEPTS:
             self._missing_since_s = self._refused_until_s = None
         self.standing = next_state(STANDINGS, self.standing, said)
+
+    def _token_life_s(self) -> int:
+        return self.settings.token_life_s or token_life_s(self.fleet)
 
     def _dps_spread_s(self) -> int:
         return self.settings.first_contact_spread_s or dps_spread_s(self.fleet)

@@ -13,10 +13,12 @@ from dps_agent.fleet import (
 )
 from dps_agent.lifecycle import START_SPREAD_S, Lifecycle
 from dps_agent.patience import Patience, Progress, decode_fleet, decode_progress, encode_progress
+from dps_agent.settings import Settings
 from dps_hal.contracts import PROGRESS
 from dps_hal.errors import RetryLater
 from dps_hal.platform import from_json
-from support.world import World, settings
+from support.cloud.fake_hub import FakeHub
+from support.world import HUB, World, settings
 
 MILLION = (1_000_000, 1000, 100)
 TOLD = {"devices": 1_000_000, "dpsQuotaPerMin": 1000, "hubConnectsPerS": 100}
@@ -142,6 +144,30 @@ def test_a_fleet_whose_power_fails_again_while_it_comes_back_is_spread_as_before
         world.end_at(world.uptime_s + 280)  # the power fails soon after the connection
         world.run(life.live(False, False, True))
         assert life.connections == 1 and world.sleeps[0][0] == 0.9 * HUB_SPREAD_LIMIT_S, world.sleeps
+
+
+def test_what_a_hub_told_ends_with_its_assignment() -> None:
+    for new_hub in (HUB, "second.azure-devices.net"):
+        world = registered()
+        world.hubs["second.azure-devices.net"] = FakeHub("second.azure-devices.net")
+        world.hub.change_desired(world.uptime_s, "dpsAgent", {"fleet": TOLD}, False)
+        assert lived(world, 0.1).fleet == MILLION
+        world.dps.hub = new_hub
+        life = Lifecycle(settings())
+        world.run(life.live(True, True))
+        assert life.assignment is not None and life.assignment.assigned_hub == new_hub
+        wanted = MILLION if new_hub == HUB else UNKNOWN
+        assert (life.fleet, decode_fleet(world.store[PROGRESS])) == (wanted, wanted), new_hub
+
+
+def test_the_next_token_lives_as_long_as_the_hub_told_just_now() -> None:
+    world = registered()
+    world.hub.change_desired(world.uptime_s, "dpsAgent", {"fleet": TOLD}, False)
+    connections = len(world.hub.connections)
+    life = Lifecycle(Settings(*settings()[:-1], 0))
+    world.end_at(world.uptime_s + 6 * 3600)
+    world.run(life.live(False, False, True))
+    assert len(world.hub.connections) - connections == 2, "the token after the first one lives for 26,000 s"
 
 
 def test_an_absurd_fleet_changes_nothing() -> None:
