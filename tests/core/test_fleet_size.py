@@ -154,7 +154,8 @@ def test_what_a_hub_told_ends_with_its_assignment() -> None:
         assert lived(world, 0.1).fleet == MILLION
         world.dps.hub = new_hub
         life = Lifecycle(settings())
-        world.run(life.live(True, True))
+        world.end_at(world.uptime_s + 300)
+        world.run(life.live(False, True, True))
         assert life.assignment is not None and life.assignment.assigned_hub == new_hub
         wanted = MILLION if new_hub == HUB else UNKNOWN
         assert (life.fleet, decode_fleet(world.store[PROGRESS])) == (wanted, wanted), new_hub
