@@ -153,6 +153,7 @@ def test_what_a_hub_told_ends_with_its_assignment() -> None:
         world.hub.change_desired(world.uptime_s, "dpsAgent", {"fleet": TOLD}, False)
         assert lived(world, 0.1).fleet == MILLION
         world.dps.hub = new_hub
+        world.hubs["second.azure-devices.net"].absent = "connect: refused"  # it has told nothing yet
         life = Lifecycle(settings())
         world.end_at(world.uptime_s + 300)
         world.run(life.live(False, True, True))
