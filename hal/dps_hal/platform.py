@@ -117,6 +117,12 @@ def same_bytes(a: bytes, b: bytes) -> bool:
 
 def aes128_cfb(key: bytes, content: bytes, decrypt: bool, iv: bytes = bytes(16)) -> bytes:
     """AES-128-CFB with 128-bit feedback (TPM 2.0 Library Part 1, 11.4.10); no padding."""
+    if not MICROPYTHON:
+        from dps_hal.host.libcrypto import aes128_cfb as by_libcrypto
+
+        found = by_libcrypto(key, content, decrypt, iv)
+        if found is not None:
+            return found
     encrypt_block = _encrypt_block(key)
     out = bytearray(len(content))
     feedback = iv

@@ -40,7 +40,7 @@ AGENT_MAY_IMPORT = {
     *("dps_hal.tpm.activation", "dps_hal.tpm.keys"),
 }
 # platform.py alone knows two runtimes.
-PLATFORM_MAY_IMPORT = {"os", "sys", "time", "ujson", "cryptolib", "dps_hal.host.aes"}
+PLATFORM_MAY_IMPORT = {"os", "sys", "time", "ujson", "cryptolib", "dps_hal.host.aes", "dps_hal.host.libcrypto"}
 
 # MicroPython has no such built-in, and finds out only when an exception is matched against it.
 ABSENT_EXCEPTIONS = {
