@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     Cfb = Callable[[bytes, bytes, bool, bytes], "bytes | None"]
 
-# SP 800-38A, F.3.13: key, initial vector, two segments in clear and encrypted; the first alone is the same in CTR and OFB.
+# SP 800-38A, F.3.13: key, initial vector, two segments in clear and encrypted; the first is the same in other modes.
 _KEY = bytes.fromhex("2b7e151628aed2a6abf7158809cf4f3c")
 _IV = bytes(range(16))
 _CLEAR = bytes.fromhex("6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e51")
