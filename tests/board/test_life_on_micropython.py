@@ -127,7 +127,7 @@ def test_a_registration_takes_one_tls_handshake(desk: Desk) -> None:
 
 def test_a_retry_after_that_is_a_date_is_obeyed(desk: Desk) -> None:
     desk.serve(retry_after_s=0)
-    desk.emulator.script(Fault(operation="register", request=1, status=429, retry_after_date_s=4))
+    desk.emulator.script(Fault(operation="register", request=1, status=503, retry_after_date_s=4))
     assert desk.live()["state"] == "provisioned"
     refused, again = [datetime.datetime.fromisoformat(line.time[:26]) for line in desk.emulator.log[:2]]
     assert desk.asked()[:2] == ["register", "register"] and (again - refused).total_seconds() >= 3.9

@@ -15,6 +15,7 @@ from dps_agent.hub_effects import (
     AnswerMethod,
     Arrived,
     CloudMessage,
+    ConfirmClock,
     ConnAck,
     Connect,
     GiveUp,
@@ -213,6 +214,9 @@ class Surroundings:
             return Utc(NOW_S + int(self.uptime_s), True, "the test")
         if isinstance(effect, Random):
             return 0.5
+        if isinstance(effect, ConfirmClock):
+            assert effect.hub, "before it dials somebody has to confirm the clock"
+            return None
         if isinstance(effect, Connect):
             assert isinstance(effect.token, SasToken)
             answer, granted, self.events = self.connection
