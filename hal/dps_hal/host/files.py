@@ -157,12 +157,12 @@ class StateFolder:
             with self.reporting("create", path):
                 with suppress(FileExistsError):  # another process was faster
                     self.calls.mkdir(path, _FOLDER_MODE)
-                self._sync_folder(os.path.dirname(path))
+                self.sync_folder(os.path.dirname(path))
         if not missing:
             # A process that made the folder may have died before the line above. Where somebody else made it we may
             # not be allowed to open what holds it, and need not.
             try:
-                self._sync_folder(os.path.dirname(self.path))
+                self.sync_folder(os.path.dirname(self.path))
             except PermissionError:
                 pass
             except OSError as error:
@@ -172,7 +172,7 @@ class StateFolder:
         """Makes the names in the folder durable, unless this process has done so and has made none since."""
         if not self._names_durable:
             with self.reporting("sync", self.path):
-                self._sync_folder(self.path)
+                self.sync_folder(self.path)
             self._names_durable = True
 
     def doubt(self) -> None:
@@ -239,7 +239,8 @@ class StateFolder:
             except FileNotFoundError:
                 return None
 
-    def _sync_folder(self, path: str) -> None:
+    def sync_folder(self, path: str) -> None:
+        """Makes the names in a folder durable, where its file system can; OSError."""
         fd = self.calls.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self.calls.fsync(fd)

@@ -108,7 +108,7 @@ class ForgetsTheFolder(FileStore):
 
     def __init__(self, folder: str, calls: SystemCalls) -> None:
         super().__init__(folder, calls)
-        self._folder._sync_folder = lambda path: None  # type: ignore[method-assign]
+        self._folder.sync_folder = lambda path: None  # type: ignore[method-assign]
 
 
 class TrustsOthersNames(FileStore):
@@ -124,12 +124,12 @@ class ForgetsTheParent(FileStore):
 
     def __init__(self, folder: str, calls: SystemCalls) -> None:
         super().__init__(folder, calls)
-        self._folder._sync_folder = partial(_synced_unless_above, self._folder)  # type: ignore[method-assign]
+        self._folder.sync_folder = partial(_synced_unless_above, self._folder)  # type: ignore[method-assign]
 
 
 def _synced_unless_above(folder: StateFolder, path: str) -> None:
     if path == folder.path:
-        StateFolder._sync_folder(folder, path)
+        StateFolder.sync_folder(folder, path)
 
 
 class NeverSettles(FileStore):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from contextlib import suppress
@@ -101,14 +100,7 @@ def _write_scratch(folder: StateFolder, place: str) -> None:
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(path)
-        names = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            folder.calls.fsync(names)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # EINVAL: this file system has no fsync for folders
-                raise
-        finally:
-            os.close(names)
+        folder.sync_folder(place)
 
 
 def _has_room(folder: StateFolder) -> bool:
