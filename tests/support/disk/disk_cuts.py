@@ -223,12 +223,7 @@ def _cut(plan: Plan, writer: Writer) -> Iterator[Cut]:
     disk = SimulatedDisk()
     before = None
     for step, after in enumerate(plan.life):
-        cut = 0
-        finished = False
-        while not finished:
-            cut += 1
-            one = disk.copy(cut)
-            finished = _did(writer(plan.folder, one), after)
+        for cut, one, finished in _moments(plan.folder, writer, disk, after):
             allowed = (after,) if finished else (before, after)
             yield f"sweep=disk plan={plan.name} step={step} cut={cut}", one, allowed
         disk = one.copy()  # the cut that came too late
@@ -242,12 +237,7 @@ def _followed(plan: Plan, writer: Writer) -> Iterator[Cut]:
     for step, after in enumerate(plan.life):
         for ended, left in _ended(plan, writer, disk, after):
             for then in plan.then:
-                cut = 0
-                finished = False
-                while not finished:
-                    cut += 1
-                    one = left.copy(cut)
-                    finished = _did(writer(plan.folder, one), then)
+                for cut, one, finished in _moments(plan.folder, writer, left, then):
                     allowed = (then,) if finished else (before, after, then)
                     yield f"sweep=disk plan={plan.name} step={step} {ended} cut={cut}", one, allowed
         disk = disk.copy()
@@ -376,6 +366,19 @@ def _ended(
 def _certain(name: str, disk: SimulatedDisk) -> Iterator[tuple[str, SimulatedDisk]]:
     for way, one in enumerate(disk.certain()):
         yield f"{name} way={way}", one
+
+
+def _moments(
+    folder: str, writer: Writer, disk: SimulatedDisk, payload: bytes | None
+) -> Iterator[tuple[int, SimulatedDisk, bool]]:
+    """A cut at each of the effects of one step in turn, the disk then, and last the step that came to its end."""
+    cut = 0
+    finished = False
+    while not finished:
+        cut += 1
+        one = disk.copy(cut)
+        finished = _did(writer(folder, one), payload)
+        yield cut, one, finished
 
 
 def _did(store: Any, payload: bytes | None, record: str = IDENTITY) -> bool:

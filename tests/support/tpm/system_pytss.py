@@ -29,22 +29,12 @@ def main(ports: "list[str]") -> int:
         return 2
     from contracts.tpm import CLAIMS
     from dps_hal.host.esys import EsysTpm
-    from support.run_shared import report
+    from support.tpm.wire_contract import run_claims
 
     print(f"tpm2-pytss {version('tpm2-pytss')} on Python {sys.version.split()[0]}")
-    passed = failed = 0
-    for claim in (*CLAIMS, a_registration):
-        tpms = [EsysTpm(f"swtpm:host=127.0.0.1,port={port}") for port in ports]
-        try:
-            claim(tpms[0], tpms[1])
-            passed += 1
-        except Exception as error:
-            failed += 1
-            report(claim.__name__, error)
-        for tpm in tpms:
-            tpm.release()
-    print(f"{passed} passed, {failed} failed")
-    return 0 if passed and not failed else 1
+    return run_claims(
+        (*CLAIMS, a_registration), lambda: [EsysTpm(f"swtpm:host=127.0.0.1,port={port}") for port in ports]
+    )
 
 
 def a_registration(tpm: "EsysTpm", other_tpm: "EsysTpm") -> None:

@@ -10,8 +10,10 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+    from typing import Any
 
+    from dps_hal.contracts import Tpm
     from dps_hal.tpm.commands import Transport
 
 
@@ -24,14 +26,20 @@ def main(ports: "list[str]", transport_to: "Callable[[int], Transport] | None" =
     from contracts.tpm import CLAIMS
     from dps_hal.tpm.tcp import SwtpmTransport
     from dps_hal.tpm.wire import WireTpm
+
+    def opened(port: str) -> "Tpm":
+        return WireTpm(transport_to(int(port)) if transport_to else SwtpmTransport("127.0.0.1", int(port)))
+
+    return run_claims(CLAIMS, lambda: [opened(port) for port in ports])
+
+
+def run_claims(claims: "Iterable[Callable[[Any, Any], None]]", opened: "Callable[[], list[Any]]") -> int:
+    """Each claim with the two TPMs that `opened()` makes for it; prints what fails and the counts; the exit status."""
     from support.run_shared import report
 
     passed = failed = 0
-    for claim in CLAIMS:
-        tpms = [
-            WireTpm(transport_to(int(port)) if transport_to else SwtpmTransport("127.0.0.1", int(port)))
-            for port in ports
-        ]
+    for claim in claims:
+        tpms = opened()
         try:
             claim(tpms[0], tpms[1])
             passed += 1
