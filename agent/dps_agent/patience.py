@@ -106,9 +106,7 @@ MESSAGE_LIMIT = 400  # characters of an error's text that `progress` keeps
 # thousand connections a day, and a device on bad mains is not kept waiting for long when it has power.
 CONNECTS_LIMIT = 5
 PROVOKED_LIMIT = 2  # so many ends that a message provoked count, which makes 10 to 20 s
-FLEET_AGAIN_S = (
-    86400  # between two writes for what the hub tells of the fleet alone: it may tell something else each second
-)
+FLEET_AGAIN_S = 86400  # between two writes of what the hub tells of the fleet alone, which may be news each second
 INTERRUPTED = RetryLater("agent.interrupted", "a registration began and did not end")
 NOTHING = Progress(0, 0, 0, False, "", "", 0)
 
@@ -148,8 +146,8 @@ class Patience:
             self.state = FAILED
         left_s: int = yield from self._left_of_last_delay_s()
         if last.code == INTERRUPTED.code and left_s and left_s == last.next_try_delay_s:
-            # Of a spread nobody knows how much has passed. Less and less of it stays, or a device that never has power
-            # for so long would never register.
+            # Of a spread nobody knows how much has passed. A random part of the whole stays, or a device that never has
+            # power for so long would never register.
             random: float = yield Random()
             left_s = int(random * left_s)
         now_s: float = yield Uptime()

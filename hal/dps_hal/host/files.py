@@ -1,7 +1,7 @@
 """The record store on a Linux file system: two files of one slot each per record, in a folder of the agent's own.
 
-Every system call goes through one `SystemCalls` object, so that
-tests can count, fail and cut each of them. Why two files, written in place: `hal/SPEC.md`.
+Every system call goes through one `SystemCalls` object, so that tests can count, fail and cut each of them. Why two
+files, written in place: `hal/SPEC.md`.
 """
 
 import errno

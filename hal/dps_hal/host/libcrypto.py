@@ -7,8 +7,7 @@ have none, and `dps_hal.host.aes` serves. OpenSSL has had these functions since 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
