@@ -23,6 +23,7 @@ from dps_agent.host.journal import Journal
 from dps_agent.host.local.routes import Command
 from dps_agent.host.service import Service
 from dps_agent.hub_effects import MessageDone, NextEvent, Readers, SendTelemetry, TelemetryDone
+from dps_agent.lifecycle import CONNECTING
 from dps_agent.patience import decode_progress
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault
@@ -591,6 +592,19 @@ def test_our_own_bug_in_a_command_ends_the_service(tmp_path: Path, monkeypatch: 
     service._commands.append(Command(1, "token"))
     with pytest.raises(Broken):
         list(service._obey())
+
+
+def test_a_connection_is_not_waited_for_where_a_registration_was_asked_for_just_before_it_was_dialled(
+    tmp_path: Path,
+) -> None:
+    """The command is done between two effects: by then it is no longer among those that are waiting."""
+    service = bare_service(tmp_path)
+    assert not service._connects_in_vain()
+    service._life.state = CONNECTING
+    service._commands.append(Command(1, "provision", force=True))
+    assert service._connects_in_vain(), "asked for meanwhile"
+    list(service._obey())
+    assert not service._commands and service._connects_in_vain(), "asked for just before"
 
 
 def test_the_socket_is_named_so_that_it_is_found_from_any_folder(

@@ -254,8 +254,10 @@ class Service:
         self._wake()
 
     def _connects_in_vain(self) -> bool:
-        """Whether a connection that is being made is to be given up for what was asked for meanwhile."""
-        return self._reload_asked or any(command.name == "reset" or command.force for command in list(self._commands))
+        """Whether a connection is to be given up while it is made, for what was asked for just before or meanwhile."""
+        if self._reload_asked or self._life.asked_to_register:
+            return True
+        return any(command.name == "reset" or command.force for command in list(self._commands))
 
     def _wake(self) -> None:
         """Ends what the runner waits for, so that `_watched` gets its turn."""
