@@ -81,10 +81,11 @@ def test_a_registration_takes_few_transfers(burst: int, machine: Swtpm) -> None:
     activation = blob_for(tpm)
     tpm.release()
     spi.bytes = spi.frames = 0
-    assert import_and_sign(tpm, activation) == hmac_sha256(KEY, MESSAGE)
+    for _ in range(2):  # the challenge, then the hub's key
+        assert import_and_sign(tpm, activation) == hmac_sha256(KEY, MESSAGE)
     tpm.release()
     print(f"burst={burst}: {spi.frames} frames, {spi.bytes} bytes, {1000 * spi.bytes * 8 / 1_000_000:.0f} ms at 1 MHz")
-    assert spi.frames < (500 if burst >= 32 else 20_000)
+    assert spi.frames < (740 if burst >= 32 else 20_000)
 
 
 def test_bit_errors_cost_time_or_an_error_never_a_wrong_signature(bus: str, machine: Swtpm) -> None:
