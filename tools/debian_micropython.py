@@ -1,10 +1,11 @@
-"""MicroPython as Debian 13 has it: the oldest release that the project supports, ready to run, and its sources.
+"""MicroPython as Debian 13 has it: the oldest release that the project supports, ready to run, and its sources; QEMU.
 
 apt-get fetches both into a folder of their own and checks Debian's signatures; the lists, sources and packages of the
 machine stay as they are. Debian's program runs with the C library of Debian 13, whatever the machine has.
 """
 
 import fcntl
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,10 @@ from fresh_machine import APT_DEADLINE_S, NotReady, cache_folder, output_of, req
 SUITE = "trixie"
 OLDEST = (1, 25)  # what the suite has
 INTERPRETER_PACKAGES = ("micropython", "libc6", "libffi8", "libmbedcrypto16", "libmbedtls21", "libmbedx509-7")
-SOURCES = ("micropython", "mbedtls")
+SOURCES = ("micropython", "mbedtls", "lwip")
+QEMU_NEEDED = (8, 1)  # the first with a TPM on I2C
+QEMU_SUITE = "bookworm-backports"  # for Debian 12, which has an older one; later releases have what is needed
+QEMU_PACKAGES = ("qemu-system-arm", "qemu-system-common", "qemu-system-data")
 FETCH_PACKAGES = ("debian-archive-keyring",)  # Ubuntu lacks it
 BUILD_PACKAGES = (
     *("dpkg-dev", "xz-utils", "bzip2", "gcc", "libc6-dev", "make"),  # what unpacks sources, and their own compiler
@@ -24,6 +28,7 @@ BUILD_PACKAGES = (
 KEYRINGS = ("debian-archive-keyring.gpg", "debian-archive-keyring.pgp")  # Debian 12 has the first, later ones both
 DEBIAN = "http://deb.debian.org/debian"
 UNPACK_DEADLINE_S = 120
+QEMU_BELOW = "root/usr/bin/qemu-system-arm"
 
 LAUNCHER = """#!/bin/sh
 # Debian 13's MicroPython with that release's own loader and libraries.
@@ -53,7 +58,7 @@ def interpreter() -> Path:
     """The program `micropython`, downloaded once (4 MB and the package list)."""
 
     def make(folder: Path) -> None:
-        _apt(folder, "deb", "download", *INTERPRETER_PACKAGES)
+        _apt(folder, SUITE, "deb", "download", *INTERPRETER_PACKAGES)
         root = folder / "root"
         for package in sorted(folder.glob("*.deb")):
             require_success(["dpkg-deb", "-x", str(package), str(root)], UNPACK_DEADLINE_S, folder)
@@ -70,16 +75,44 @@ def interpreter() -> Path:
     return _made_once(f"micropython-{SUITE}", make) / "micropython"
 
 
-def sources() -> tuple[Path, Path]:
-    """The folders with the sources of MicroPython and of mbedTLS, downloaded once (12 MB and the source list)."""
+def sources() -> tuple[Path, Path, Path]:
+    """The folders with the sources of MicroPython, mbedTLS and lwIP, downloaded once (13 MB and the source list)."""
 
     def make(folder: Path) -> None:
-        _apt(folder, "deb-src", "source", *SOURCES)
+        _apt(folder, SUITE, "deb-src", "source", *SOURCES)
         for archive in folder.glob("*.tar.*"):
             archive.unlink()
 
-    folder = _made_once(f"micropython-{SUITE}-source", make)
-    return _only(folder, "micropython-*/"), _only(folder, "mbedtls-*/")
+    folder = _made_once(f"board-sources-{SUITE}", make)
+    return _only(folder, "micropython-*/"), _only(folder, "mbedtls-*/"), _only(folder, "lwip-*/")
+
+
+def emulator() -> list[str]:
+    """The words that start a qemu-system-arm which has a TPM on I2C: the machine's own, else one downloaded once.
+
+    The one that is downloaded (13 MB) runs where it was unpacked, with the libraries of the machine's own.
+    """
+    installed = shutil.which("qemu-system-arm")
+    if installed is not None and _version_of([installed]) >= QEMU_NEEDED:
+        return [installed]
+
+    def make(folder: Path) -> None:
+        _apt(folder, QEMU_SUITE, "deb", "download", *QEMU_PACKAGES)
+        for package in sorted(folder.glob("*.deb")):
+            require_success(["dpkg-deb", "-x", str(package), str(folder / "root")], UNPACK_DEADLINE_S, folder)
+            package.unlink()
+        if _version_of([str(folder / QEMU_BELOW)]) < QEMU_NEEDED:
+            raise NotReady(f"expected QEMU {QEMU_NEEDED} in Debian's {QEMU_SUITE}, and that it runs on this machine")
+
+    folder = _made_once("qemu", make)
+    return [str(folder / QEMU_BELOW), "-L", str(folder / "root/usr/share/qemu")]
+
+
+def _version_of(program: list[str]) -> tuple[int, ...]:
+    """The version that QEMU says it has; () where it does not run."""
+    status, output = output_of([*program, "--version"], 30)
+    found = re.search(r"version (\d+)\.(\d+)", output)
+    return (int(found[1]), int(found[2])) if status == 0 and found else ()
 
 
 def _made_once(name: str, make: Callable[[Path], None]) -> Path:
@@ -88,7 +121,7 @@ def _made_once(name: str, make: Callable[[Path], None]) -> Path:
     with _locked(folder.with_suffix(".lock")):
         stamp = folder / "complete"
         if not stamp.is_file():
-            print(f"fetching Debian {SUITE}'s MicroPython into {folder}, once", flush=True)
+            print(f"fetching from Debian into {folder}, once", flush=True)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             make(folder)
@@ -109,7 +142,7 @@ def _locked(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _apt(folder: Path, types: str, *command: str) -> None:
+def _apt(folder: Path, suite: str, types: str, *command: str) -> None:
     """Runs apt-get in `folder` with lists and settings of its own, which it removes again."""
     keyring = next((path for name in KEYRINGS if (path := Path("/usr/share/keyrings", name)).is_file()), None)
     if keyring is None:
@@ -119,7 +152,7 @@ def _apt(folder: Path, types: str, *command: str) -> None:
         (apt / below).mkdir(parents=True)
     (apt / "status").touch()
     (apt / "apt.conf").write_text(APT_CONFIGURATION.format(folder=apt))
-    source = APT_SOURCE.format(types=types, mirror=_mirror(), suite=SUITE, keyring=keyring)
+    source = APT_SOURCE.format(types=types, mirror=_mirror(), suite=suite, keyring=keyring)
     (apt / "sources.d" / "debian.sources").write_text(source)
     for words in (["update", "-q"], list(command)):
         require_success(["apt-get", "-c", str(apt / "apt.conf"), *words], APT_DEADLINE_S, folder)

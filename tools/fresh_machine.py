@@ -3,6 +3,7 @@
 Runs on the system's Python before anything is installed, so it imports the standard library only.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import importlib
@@ -12,14 +13,29 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"  # dpkg fails without the sbin folders
 APT_DEADLINE_S = 900
 PIP_DEADLINE_S = 900
+NPM_DEADLINE_S = 180
+SYSTEM_ROOTS = Path("/etc/ssl/certs/ca-certificates.crt")  # Node knows only its own
 AZURE_CLIENT = "azure-iot-device>=2.14,<3"
+# azure-iot-hub needs six and does not say so
+AZURE_SERVICES = ("azure-iot-deviceprovisioning==1.0.0b1", "azure-iot-hub>=2.7,<3", "six")
+
+AZURE_NODE = (
+    "azure-iot-device-mqtt@^1.16.4",
+    "azure-iot-device@^1.18.4",
+    "azure-iot-provisioning-device-http@^1.9.1",
+    "azure-iot-provisioning-device-mqtt@^1.8.1",
+    "azure-iot-provisioning-device@^1.9.1",
+    "azure-iot-security-symmetric-key@^1.8.1",
+    "azure-iot-security-tpm@^1.9.3",
+    "azure-iot-security-x509@^1.7.12",
+)
 
 VENV_PACKAGES = ("python3-venv",)
 SWTPM_PACKAGES = ("swtpm", "libtss2-dev", "gcc", "libc6-dev", "pkg-config", "python3-dev")  # tpm2-pytss has no wheels
@@ -75,6 +91,11 @@ def azure_client() -> Path:
     return _environment(f"azure-iot-device-{_version()}", AZURE_CLIENT.encode(), [AZURE_CLIENT]) / "bin/python"
 
 
+def azure_service() -> Path:
+    """The Python of an environment with Microsoft's clients of the service APIs of DPS and hubs."""
+    return _environment(f"azure-service-{_version()}", " ".join(AZURE_SERVICES).encode(), AZURE_SERVICES) / "bin/python"
+
+
 def _environment(name: str, content: bytes, installed: Sequence[str]) -> Path:
     require_python()
     if importlib.util.find_spec("ensurepip") is None:
@@ -83,6 +104,43 @@ def _environment(name: str, content: bytes, installed: Sequence[str]) -> Path:
         if importlib.util.find_spec("ensurepip") is None:
             raise NotReady(f"{sys.executable} has no ensurepip, so it can't make a virtual environment")
     folder = cache_folder() / name
+    with _locked(folder):
+        wanted = hashlib.sha256(f"{sys.executable} {sys.version} ".encode() + content).hexdigest()
+        stamp = folder / "made-from"
+        if stamp.is_file() and stamp.read_text() == wanted and (folder / "bin/python").exists():
+            return folder
+        print(f"making the environment in {folder}: downloads packages, once", file=sys.stderr, flush=True)
+        require_success([sys.executable, "-m", "venv", "--clear", str(folder)], PIP_DEADLINE_S)
+        pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+        require_success([*pip, "install", "--quiet", *installed], PIP_DEADLINE_S)
+        stamp.write_text(wanted)
+    return folder
+
+
+def azure_node_folder() -> Path:
+    """Where Microsoft's clients for Node are, once they are made."""
+    return cache_folder() / "azure-node"
+
+
+def azure_node() -> Path:
+    """A folder with Microsoft's clients for Node, of DPS and of a hub; npm must be installed."""
+    folder = azure_node_folder()
+    with _locked(folder):
+        stamp = folder / "made-from"
+        if not stamp.is_file() or stamp.read_text() != " ".join(AZURE_NODE):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            roots = os.environ.get("NODE_EXTRA_CA_CERTS", str(SYSTEM_ROOTS))
+            npm = ["env", *([f"NODE_EXTRA_CA_CERTS={roots}"] if Path(roots).is_file() else []), "npm", "install"]
+            quiet = ["--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1", "--prefix", str(folder)]
+            require_success([*npm, *quiet, *AZURE_NODE], NPM_DEADLINE_S)
+            stamp.write_text(" ".join(AZURE_NODE))
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other programs from making `folder` at the same time; raises NotReady."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.with_suffix(".lock"), "w")  # noqa: SIM115 (entered below)
@@ -92,17 +150,7 @@ def _environment(name: str, content: bytes, installed: Sequence[str]) -> Path:
         ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        wanted = hashlib.sha256(f"{sys.executable} {sys.version} ".encode() + content).hexdigest()
-        stamp = folder / "made-from"
-        if stamp.is_file() and stamp.read_text() == wanted and (folder / "bin/python").exists():
-            print(f"the environment in {folder} is up to date")
-            return folder
-        print(f"making the environment in {folder}: downloads packages, once", flush=True)
-        require_success([sys.executable, "-m", "venv", "--clear", str(folder)], PIP_DEADLINE_S)
-        pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
-        require_success([*pip, "install", "--quiet", *installed], PIP_DEADLINE_S)
-        stamp.write_text(wanted)
-    return folder
+        yield
 
 
 def _version() -> str:

@@ -1,4 +1,4 @@
-"""What is made from the tables in the code: settings, error codes, journal events, checks.
+"""What is made from the tables in the code: settings, error codes, journal events, checks, metrics.
 
 `tools/generate` writes it, and a test compares. Around a table that stands in a document everything else is kept, and
 in the tables of codes the words of each line, which stand nowhere else.
@@ -14,6 +14,7 @@ from dps_agent.host.checks import CHECKS
 from dps_agent.host.cli.config import as_written
 from dps_agent.host.config import environment_name
 from dps_agent.host.journal import EVENTS, message_id
+from dps_agent.host.metrics import METRICS, sample_name
 from dps_agent.host.settings_table import KEYS, SECTIONS, BoardSettings, Setting, rows_of
 from dps_deploy.settings import ON_A_BOARD, board_defaults
 from dps_hal.host.codes import REMEDIES
@@ -83,7 +84,9 @@ def codes_page(page: str) -> str:
 
 
 def operators_page(page: str) -> str:
-    """docs/operators.md with the tables of settings, checks and events."""
+    """docs/operators.md with the tables of settings, checks, metrics and events."""
+    metrics = ((f"`{sample_name(metric)}`", metric.kind, metric.help) for metric in METRICS)
+    page = _with_table(page, ("metric", "kind", "says"), metrics)
     page = _with_table(page, ("setting", "default", "meaning"), _rows_of_settings(KEYS))
     checks = ((f"`{check.id}`", check.description, "yes" if check.online else "") for check in CHECKS)
     page = _with_table(page, ("id", "makes sure", "network"), checks)

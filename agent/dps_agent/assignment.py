@@ -1,16 +1,19 @@
-"""The assignment of a device to a hub: what is checked before it is stored, how it is stored, when it still holds.
+"""The assignment of a device to a hub: what is checked before it is stored, and how it is stored.
 
 A stored assignment is JSON and behind it a seal of 32 bytes: HMAC-SHA256 by the hub key itself over
 `00 || "dps-agent record 1" || JSON`. The leading zero byte keeps that text apart from everything a token can be.
-Whoever can write the storage but cannot use the TPM can neither forge a record nor pair a key with another hub.
+Whoever can write the storage but cannot use that key can neither forge a record nor pair a key with another hub. Where
+the device has a key of its own that is the hub key, and the record has none; that of a certificate seals by 64 bytes,
+an ECDSA signature over the same. When a record holds says `load_held` of
+`dps_agent.attestation`.
 """
 
-from dps_agent.effects import ReadEndorsementKey, ReadStorageRootKey, Sign, UtcNow
+from dps_agent.effects import Sign, UtcNow
 from dps_agent.sas import SasToken, hub_resource, string_to_sign
-from dps_agent.settings import AUTO
+from dps_agent.settings import AUTO, TPM, X509
+from dps_agent.utc import date_text
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
-from dps_hal.platform import from_base64, from_json, same_bytes, to_base64, to_json
-from dps_hal.tpm.keys import object_name, registration_id_from_ek
+from dps_hal.platform import attribute_of, from_base64, from_json, to_base64, to_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
     from dps_agent.effects import Effect
     from dps_agent.settings import Settings
-    from dps_hal.contracts import StoredRecord, Utc
+    from dps_hal.contracts import Utc
 
     class Assignment(NamedTuple):
         """One device at one hub, with the key that belongs to both."""
@@ -29,8 +32,8 @@ if TYPE_CHECKING:
         registration_id: str
         assigned_hub: str
         device_id: str
-        wrapped_key: bytes  # TPM2B_PUBLIC || TPM2B_PRIVATE of the hub key
-        ek_name: bytes  # 34 bytes: nameAlg and SHA-256 of the EK's public area
+        wrapped_key: bytes  # TPM2B_PUBLIC || TPM2B_PRIVATE of the hub key; empty: it is the device's own
+        ek_name: bytes  # 34 bytes: nameAlg and SHA-256 of the EK's public area; empty with the key, as the next one
         srk_name: bytes
         status: str
         substatus: str
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
         assigned_at_s: int  # the device's own clock, Unix seconds
         payload: Any  # what a custom allocation returned
         payload_omitted: bool  # there was a payload, and it was too large to store
+        attestation: str  # the way in which the device showed who it is
 else:
     from collections import namedtuple
 
@@ -62,27 +66,18 @@ else:
             "assigned_at_s",
             "payload",
             "payload_omitted",
+            "attestation",
         ),
     )
 
 PAYLOAD_LIMIT = 2048  # bytes of JSON; a larger custom payload is not stored
 SEAL_BYTES = 32
+SIGNATURE_BYTES = 64  # of a seal by the key of a certificate: ECDSA over P-256, both numbers
 _SEALED_TEXT = b"\x00dps-agent record 1"
 
-# JSON names in the order of the tuple; fields after the marked ones are bytes, kept in base64.
-_TEXT_FIELDS = (
-    ("idScope", "id_scope"),
-    ("endpoint", "endpoint"),
-    ("registrationId", "registration_id"),
-    ("assignedHub", "assigned_hub"),
-    ("deviceId", "device_id"),
-    ("status", "status"),
-    ("substatus", "substatus"),
-    ("etag", "etag"),
-    ("createdUtc", "created_utc"),
-    ("lastUpdatedUtc", "last_updated_utc"),
-)
-_BYTES_FIELDS = (("wrappedKey", "wrapped_key"), ("ekName", "ek_name"), ("srkName", "srk_name"))
+# JSON names of fields, in their order in the record; the latter are bytes, kept in base64, of devices with a TPM.
+_TEXTS = "idScope endpoint registrationId assignedHub deviceId status substatus etag createdUtc lastUpdatedUtc"
+_BYTES = "wrappedKey ekName srkName"
 
 HUB_LIMIT = 253  # characters of a DNS name, RFC 1035
 LABEL_LIMIT = 63
@@ -127,10 +122,13 @@ def encode(assignment: Assignment, beside: "dict[str, Any] | None" = None) -> by
     """The JSON text of an assignment and of what its runtime notes `beside` it, without its seal."""
     value: dict[str, Any] = {"payloadOmitted": assignment.payload_omitted, "assignedAtS": assignment.assigned_at_s}
     value.update(beside or {})
-    for name, field in _TEXT_FIELDS:
-        value[name] = getattr(assignment, field)
-    for name, field in _BYTES_FIELDS:
-        value[name] = to_base64(getattr(assignment, field))
+    for name in _TEXTS.split():
+        value[name] = getattr(assignment, attribute_of(name))
+    if assignment.attestation == TPM:  # as ever
+        for name in _BYTES.split():
+            value[name] = to_base64(getattr(assignment, attribute_of(name)))
+    else:
+        value["attestation"] = assignment.attestation
     if assignment.payload is not None:
         value["payload"] = assignment.payload
     return to_json(value).encode()
@@ -146,13 +144,22 @@ def decode(stored: bytes) -> "tuple[Assignment, bytes, bytes]":
     text, seal = stored[:-SEAL_BYTES], stored[-SEAL_BYTES:]
     fields: dict[str, Any] = {}
     try:
-        value = from_json(text)
-        for name, field in _TEXT_FIELDS:
+        try:
+            value = from_json(text)
+        except ValueError:  # the longer seal begins there, and no JSON ends so
+            text, seal = stored[:-SIGNATURE_BYTES], stored[-SIGNATURE_BYTES:]
+            value = from_json(text)
+        for name in _TEXTS.split():
             if not isinstance(value[name], str):
                 raise ValueError(f"{name} is no text")
-            fields[field] = value[name]
-        for name, field in _BYTES_FIELDS:
-            fields[field] = from_base64(value[name])
+            fields[attribute_of(name)] = value[name]
+        attestation = fields["attestation"] = value.get("attestation", TPM)
+        if not isinstance(attestation, str):
+            raise ValueError("attestation is no text")
+        if (attestation == X509) != (len(seal) == SIGNATURE_BYTES):
+            raise ValueError("its seal is none of its attestation")
+        for name in _BYTES.split():
+            fields[attribute_of(name)] = from_base64(value[name]) if attestation == TPM else b""
         assigned_at_s = value["assignedAtS"]
         if isinstance(assigned_at_s, bool) or not isinstance(assigned_at_s, int) or not 0 <= assigned_at_s < 2**32:
             raise ValueError("assignedAtS is no time")
@@ -190,6 +197,7 @@ def difference(assignment: Assignment, settings: "Settings") -> str:
     for name, ours, theirs in (
         ("id_scope", settings.id_scope, assignment.id_scope),
         ("endpoint", settings.endpoint, assignment.endpoint),
+        ("attestation", settings.attestation, assignment.attestation),
     ):
         if ours != theirs:
             return f"the stored assignment is for {name} {theirs!r}, the settings say {ours!r}"
@@ -200,59 +208,22 @@ def difference(assignment: Assignment, settings: "Settings") -> str:
     return f"the stored hub no longer fits hub_suffixes: {fault}" if fault else ""
 
 
-def load_held(
-    settings: "Settings", stored: "StoredRecord | None", wanted: bool = True
-) -> "Generator[Effect, Any, tuple[Assignment | None, str]]":
-    """The stored record `identity` as an assignment if it holds, else None and the reason in words.
-
-    It holds when settings, EK, SRK and seal fit. AskOperator `tpm.ek_changed`: it was made for another EK. Not
-    `wanted`: it will not be used, so that the TPM is not asked for the seal.
-    """
-    if stored is None:
-        return None, "no assignment is stored"
-    try:
-        assignment, text, seal = decode(stored.payload)
-    except IdentityStale as error:
-        return None, error.message
-    reason = difference(assignment, settings)
-    if reason:
-        return None, reason
-    endorsement_key: bytes = yield ReadEndorsementKey(assignment.ek_name)
-    if object_name(endorsement_key) != assignment.ek_name:  # before anything is salted to it
-        raise AskOperator(
-            "tpm.ek_changed",
-            "the stored assignment belongs to another endorsement key: its name begins with"
-            f" {_short(assignment.ek_name)}, this TPM's with {_short(object_name(endorsement_key))}",
-        )
-    if settings.registration_id == AUTO and assignment.registration_id != registration_id_from_ek(endorsement_key):
-        return None, f"the stored assignment is for registration_id {assignment.registration_id!r}, not the EK's own"
-    storage_root_key: bytes = yield ReadStorageRootKey()
-    if object_name(storage_root_key) != assignment.srk_name:
-        return None, "the TPM was cleared: it has another storage root key"
-    if not wanted:
-        return None, "asked to register again"
-    try:
-        signature: bytes = yield Sign(assignment.wrapped_key, seal_message(text))
-    except IdentityStale as error:
-        return None, error.message
-    if not same_bytes(signature, seal):
-        return None, "the stored assignment was altered: its seal does not fit"
-    return assignment, ""
-
-
 def signed_token(
     resource: str, expires_at_s: int, wrapped_key: bytes, key_name: str = ""
 ) -> "Generator[Effect, Any, SasToken]":
-    """Asks the TPM to sign and returns the token; `resource` is already percent-encoded."""
+    """Has the wrapped key sign, or the device's own where that is empty; `resource` is already percent-encoded."""
     signature: bytes = yield Sign(wrapped_key, string_to_sign(resource, expires_at_s))
     return SasToken(resource, expires_at_s, signature, key_name)
 
 
 def hub_token(assignment: Assignment, life_s: int) -> "Generator[Effect, Any, SasToken]":
-    """A token for the assigned hub, valid for `life_s` seconds, signed by the hub key in the TPM.
+    """A token for the assigned hub, valid for `life_s` seconds, signed by the hub key.
 
-    RetryLater `clock.not_set` while the clock cannot be believed.
+    RetryLater `clock.not_set` while the clock cannot be believed. AskOperator `agent.no_token`: the device connects by
+    its certificate.
     """
+    if assignment.attestation == X509:
+        raise AskOperator("agent.no_token", "there is no token: this device connects to its hub by its certificate")
     now: Utc = yield UtcNow()
     check_clock(now)
     resource = hub_resource(assignment.assigned_hub, assignment.device_id)
@@ -263,11 +234,4 @@ def hub_token(assignment: Assignment, life_s: int) -> "Generator[Effect, Any, Sa
 def check_clock(now: "Utc") -> None:
     """RetryLater `clock.not_set` unless `now` can be believed: a token with a wrong expiry is no token."""
     if not now.believable:
-        raise RetryLater("clock.not_set", f"the clock is not set ({now.source} says {now.now_s} s since 1970)")
-
-
-def _short(name: bytes) -> str:
-    out = ""
-    for byte in name[2:8]:
-        out += f"{byte:02x}"
-    return out
+        raise RetryLater("clock.not_set", f"the clock is not set ({now.source} says {date_text(now.now_s)})")

@@ -21,7 +21,7 @@ WAITING_LIMIT_S = 3600
 # Each refusal for want of quota makes the next wait so much longer. DPS counts by the minute, so before the next minute
 # there is nothing to get.
 THROTTLED_STEP_S = 60
-THROTTLED_STEADY = 24  # refusals, after five hours; with the ones after it the wait grows three times as fast
+THROTTLED_STEADY = 30  # refusals, after about seven hours; with the ones after it the wait grows three times as fast
 HELD_AGAIN_S = 20  # at most, after a device that holds a challenge was refused: the quota for it is spent already
 HUB_FIRST_S = 10  # bounds of our own delays between two connections to the hub
 HUB_LIMIT_S = 300

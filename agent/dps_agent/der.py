@@ -1,13 +1,13 @@
-"""Certificates in DER: where each of those begins that a board keeps one behind the other, and when they are valid.
+"""Certificates in DER: where each of those begins that lie one behind the other, and when they are valid.
 
-Nothing is verified here. A board loads it while the settings are read, not longer.
+Nothing is verified here. A board's certificates are read when it is deployed, not on it.
 """
 
 from dps_agent.utc import utc_s, whole_number
+from dps_hal.der import SEQUENCE, element, field_of
 
 _UTC_TIME = 0x17  # X.680, 8.6
 _GENERALIZED_TIME = 0x18
-_EXPLICIT_VERSION = b"\xa0"
 
 
 def certificates(content: bytes) -> "list[bytes]":
@@ -15,9 +15,7 @@ def certificates(content: bytes) -> "list[bytes]":
     found = []
     at = 0
     while at < len(content):
-        if content[at] != 0x30:
-            raise ValueError(f"expected a certificate in DER at byte {at}; came 0x{content[at]:02x}")
-        _, end = _element(content, at)
+        _, end = element(content, at, len(content), SEQUENCE, "certificate")
         found.append(content[at:end])
         at = end
     return found
@@ -30,32 +28,14 @@ def not_after_s(certificate: bytes) -> int:
 
 def validity(certificate: bytes) -> "tuple[int, int]":
     """The first and the last second of an X.509 certificate in DER (RFC 5280, 4.1.2.5); ValueError where it is none."""
-    at, _ = _element(certificate, 0)
-    at, _ = _element(certificate, at)  # tbsCertificate
-    skipped = 4 if certificate[at : at + 1] == _EXPLICIT_VERSION else 3
-    for _ in range(skipped):  # version, serialNumber, signature, issuer
-        _, at = _element(certificate, at)
-    at, _ = _element(certificate, at)
+    at, end = field_of(certificate, "validity")
     found = []
-    for _ in range(2):  # notBefore, notAfter
-        start, end = _element(certificate, at)
-        found.append(_asn1_time_s(certificate[at], certificate[start:end]))
-        at = end
+    for what in ("notBefore", "notAfter"):
+        tag = certificate[at] if at < end else 0
+        start, stop = element(certificate, at, end, tag, what)
+        found.append(_asn1_time_s(tag, certificate[start:stop]))
+        at = stop
     return found[0], found[1]
-
-
-def _element(der: bytes, at: int) -> "tuple[int, int]":
-    """Where the content of the element at `at` begins and ends."""
-    start = at + 2
-    if start > len(der):
-        raise ValueError("the certificate ends early")
-    size = der[at + 1]
-    if size & 0x80:
-        start += size & 0x7F
-        size = int.from_bytes(der[at + 2 : start], "big")
-    if start + size > len(der):
-        raise ValueError("the certificate ends early")
-    return start, start + size
 
 
 def _asn1_time_s(tag: int, content: bytes) -> int:

@@ -73,7 +73,8 @@ _CLOSE_FOR_S = 60  # before a longer wait DPS is hung up on
 class Driver:
     """The policy for one exchange. Without a `life` it asks for no more than the exchange itself needs.
 
-    `condition()` is the TPM's, whose maker the life is to report. `readers()` is how many programs read messages.
+    Whoever erases a life's records takes the `life` away. `condition()` is the TPM's, whose maker the life is to
+    report. `readers()` is how many programs read messages.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Driver:
         condition: "Callable[[], TpmCondition] | None" = None,
         readers: "Callable[[], int] | None" = None,
     ) -> None:
-        self._life = life
+        self.life = life
         self._condition = condition
         self._readers = readers
         self._told: bool | None = None  # whether programs read messages, as the session heard on this connection
@@ -111,7 +112,7 @@ class Driver:
         `on_purpose`: somebody ended the life, so that the connections it began count no more.
         """
         asked: list[Any] = [Release("hub"), Release("TPM"), Release("DPS")]
-        progress = self._life.patience.in_order() if on_purpose and self._life else None
+        progress = self.life.patience.in_order() if on_purpose and self.life else None
         if progress:
             asked.append(Commit(PROGRESS, progress))
         bug: Broken | None = None
@@ -158,10 +159,10 @@ class Driver:
                 confirmed: bool = yield ClockConfirmed()
                 if not confirmed:
                     yield from self._ask_date()
-        elif kind == "ReadEndorsementKey" and self._life and self._condition and "tpmMaker" not in self._life.about:
+        elif kind == "ReadEndorsementKey" and self.life and self._condition and "tpmMaker" not in self.life.about:
             try:
                 condition: TpmCondition = yield TpmCall(self._condition)
-                self._life.report("tpmMaker", condition.maker)
+                self.life.report("tpmMaker", condition.maker)
             except DpsError as failure:  # nothing depends on it
                 if isinstance(failure, Broken):
                     raise

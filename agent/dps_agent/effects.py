@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from dps_agent.hub_effects import (
         Acknowledge,
-        ConfirmClock,
         Connect,
         Disconnect,
         GiveUp,
@@ -76,16 +75,34 @@ if TYPE_CHECKING:
         activation: bytes
 
     class Sign(NamedTuple):
-        """Answered by HMAC-SHA256 of `message` by the wrapped key, 32 bytes."""
+        """Answered by HMAC-SHA256 of `message`, 32 bytes, by the wrapped key; empty: by the device's own.
+
+        That of a certificate makes another signature: ECDSA over P-256 with SHA-256, the two numbers, 64 bytes.
+        """
 
         wrapped_key: bytes
         message: bytes
+
+    class Verify(NamedTuple):
+        """Answered by whether `signature` is one of `message` by the device's own key, whose signatures all differ."""
+
+        message: bytes
+        signature: bytes
 
     class Uptime(NamedTuple):
         """Answered by monotonic seconds, a float."""
 
     class UtcNow(NamedTuple):
         """Answered by `dps_hal.contracts.Utc`."""
+
+    class ConfirmClock(NamedTuple):
+        """Before a token is made; answered by None once all were asked for the time who may know it.
+
+        Where nobody vouches for the clock the certificate of `hub` is looked at; where there is no hub, "", or it is
+        not reached, DPS is asked.
+        """
+
+        hub: str
 
     class Random(NamedTuple):
         """Answered by a float in [0, 1)."""
@@ -121,6 +138,7 @@ if TYPE_CHECKING:
         | ReadStorageRootKey
         | ImportKey
         | Sign
+        | Verify
         | Uptime
         | UtcNow
         | Random
@@ -150,8 +168,10 @@ else:
     ReadStorageRootKey = namedtuple("ReadStorageRootKey", ())
     ImportKey = namedtuple("ImportKey", ("activation",))
     Sign = namedtuple("Sign", ("wrapped_key", "message"))
+    Verify = namedtuple("Verify", ("message", "signature"))
     Uptime = namedtuple("Uptime", ())
     UtcNow = namedtuple("UtcNow", ())
+    ConfirmClock = namedtuple("ConfirmClock", ("hub",))
     Random = namedtuple("Random", ())
     Sleep = namedtuple("Sleep", ("delay_s", "reason"))
     Commit = namedtuple("Commit", ("record", "payload"))
@@ -163,12 +183,13 @@ NO_REPLY_CONNECT = "connect"  # refused, unreachable, timed out before a connect
 NO_REPLY_TLS = "tls"  # the peer's certificate or name was not verified; of the next four no verdict came
 NO_REPLY_NOT_TLS = "not_tls"  # what answers speaks something else
 NO_REPLY_TLS_VERSION = "tls_version"  # it speaks nothing newer than TLS 1.1
-NO_REPLY_TLS_CLIENT = "tls_client_certificate"  # it wants a certificate from the device
+NO_REPLY_TLS_CLIENT = "tls_client_certificate"  # it wants a certificate from the device, or another one
 NO_REPLY_TLS_FAILED = "tls_failed"  # no cipher in common, or whatever else
 NO_REPLY_TIMEOUT = "timeout"  # the request's total deadline passed
 NO_REPLY_CLOSED = "closed"  # the connection ended before the answer was whole (also a body cut off half way)
 NO_REPLY_TOO_LARGE = "too_large"  # headers or body over the bound
 NO_REPLY_PROTOCOL = "protocol"  # not HTTP, or not MQTT
+NO_REPLY_MEMORY = "memory"  # a board's heap had no room for the handshake: no word about peer or clock
 NO_REPLY_NOT_FOUND = "not_found"  # there is no such name, or the WebSocket was refused with 404: no such hub
 NO_REPLY_PROXY = "proxy"  # the HTTP proxy on the way wants other credentials
 NO_REPLY_PROXY_SCHEME = "proxy_scheme"  # it wants them in a way that this agent has not

@@ -36,21 +36,22 @@ def token_life_s(fleet: "Fleet") -> int:
     return min(max(devices * 26 // (per_s * 10), TOKEN_LIFE_S), WEEK_S) if per_s else TOKEN_LIFE_S
 
 
-def fleet_of(desired: "Any") -> "Fleet | None":
-    """The fleet in the desired properties `dpsAgent`; UNKNOWN where there is none, None where it is no fleet."""
-    value = desired.get("fleet") if isinstance(desired, dict) else None
-    if value is None:
-        return UNKNOWN
+def fleet_of(desired: "Any", own: "Fleet" = UNKNOWN) -> "Fleet | None":
+    """The fleet in the desired properties `dpsAgent`; UNKNOWN where there is none.
+
+    None where it is no fleet, or absurd beside that of the settings, `own`.
+    """
+    value = (isinstance(desired, dict) and desired.get("fleet")) or {}
     if not isinstance(value, dict):
         return None
     numbers = []
     for name, limit in zip(NAMES, LIMITS):
         number = value.get(name, 0)
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= limit:
+        if type(number) is not int or not 0 <= number <= limit:
             return None
         numbers.append(number)
-    devices, per_minute, per_s = numbers
-    return devices, per_minute, per_s
+    told: Fleet = tuple(numbers)  # type: ignore[assignment]
+    return merged(told, own) and told
 
 
 def merged(told: "Fleet", own: "Fleet") -> "Fleet | None":
@@ -58,6 +59,8 @@ def merged(told: "Fleet", own: "Fleet") -> "Fleet | None":
 
     Nobody waits for longer than a week, nor for longer than twice what the settings give.
     """
+    if told == UNKNOWN:
+        return own
     devices, per_minute, per_s = [told_number or number for told_number, number in zip(told, own)]
     if devices * 125 > per_minute * WEEK_S > 0 or devices * 26 > per_s * 10 * WEEK_S > 0:
         return None

@@ -147,23 +147,27 @@ class Reader:
     def _chunks(self) -> "Reading[bytearray]":
         body = bytearray()
         left = self._left, self._lines_left
-        while True:
-            self._left, self._lines_left = _CHUNK_LINE_LIMIT, 1
-            line = yield from self.line(False)
-            digits = line.partition(b";")[0].strip(b" \t").lower()
-            if not digits or len(digits) > 16 or digits.strip(b"0123456789abcdef"):
-                raise Failed(NO_REPLY_PROTOCOL, "a chunk without a size")
-            size = int(digits, 16)
-            if not size:
-                break
-            self._check_size(len(body) + size)
-            body += yield from self._take(size)
-            if bytes((yield from self._take(2))) != b"\r\n":
-                raise Failed(NO_REPLY_PROTOCOL, "a chunk longer than its size")
+        while (yield from self.chunk(body)):
+            pass
         self._left, self._lines_left = left
         while (yield from self.line(False)):
             pass  # trailers
         return body
+
+    def chunk(self, body: bytearray) -> "Reading[int]":
+        """Puts the next chunk of a body behind what is there of it, and returns its size; the last one has 0 bytes."""
+        self._left, self._lines_left = _CHUNK_LINE_LIMIT, 1
+        line = yield from self.line(False)
+        digits = line.partition(b";")[0].strip(b" \t").lower()
+        if not digits or len(digits) > 16 or digits.strip(b"0123456789abcdef"):
+            raise Failed(NO_REPLY_PROTOCOL, "a chunk without a size")
+        size = int(digits, 16)
+        if size:
+            self._check_size(len(body) + size)
+            body += yield from self._take(size)
+            if bytes((yield from self._take(2))) != b"\r\n":
+                raise Failed(NO_REPLY_PROTOCOL, "a chunk longer than its size")
+        return size
 
     def line(self, may_end_with_lf: bool = True) -> "Reading[bytes]":
         """The next line without its end."""

@@ -9,15 +9,6 @@ if TYPE_CHECKING:
 
     from dps_agent.sas import SasToken
 
-    class ConfirmClock(NamedTuple):
-        """Before a token is made; answered by None once all were asked for the time who may know it.
-
-        Where nobody vouches for the clock the certificate of `hub` is looked at; where there is no hub, "", or it is
-        not reached, DPS is asked.
-        """
-
-        hub: str
-
     class Connect(NamedTuple):
         """One MQTT 3.1.1 connection over TLS, client id `device_id`; an earlier one ends.
 
@@ -30,7 +21,7 @@ if TYPE_CHECKING:
         hub: str
         device_id: str
         user_name: str
-        token: SasToken
+        token: SasToken | None  # None: the connection itself shows who the device is, by its certificate
         keep_alive_s: int
         clean_session: bool
 
@@ -123,12 +114,27 @@ if TYPE_CHECKING:
     # Events of programs on this device. `request_id` is theirs; what is told to them carries it.
 
     class SendTelemetry(NamedTuple):
-        """Answered by TelemetryDone. `sender` tells programs that do not trust each other apart."""
+        """Answered by TelemetryDone. `sender` tells programs that do not trust each other apart.
+
+        With QoS 0 the answer says that it was written, with 1 that the hub acknowledged it.
+        """
 
         request_id: int
         properties: dict[str, str]
         payload: bytes
         sender: int
+        qos: int
+
+    class Report(NamedTuple):
+        """A merge patch, JSON, to the reported properties; answered by TwinDone."""
+
+        request_id: int
+        patch: bytes
+
+    class ReadTwin(NamedTuple):
+        """Answered by TwinDone with the twin as the hub has it."""
+
+        request_id: int
 
     class AnswerMethod(NamedTuple):
         """The answer to a MethodCall; `payload` is JSON or empty."""
@@ -143,7 +149,7 @@ if TYPE_CHECKING:
         message_id: int
 
     class Withdrawn(NamedTuple):
-        """Who sent this telemetry was told that it takes too long: it is not sent again."""
+        """Who asked for this was told that it takes too long: it is not sent, or not again."""
 
         request_id: int
 
@@ -158,11 +164,24 @@ if TYPE_CHECKING:
     # Messages to programs on this device.
 
     class TelemetryDone(NamedTuple):
-        """The hub acknowledged the telemetry; or it did not: one that was `sent` it may or may not have."""
+        """The hub has the telemetry, or with QoS 0 the network; or not: one that was `sent` it may or may not have."""
 
         request_id: int
         accepted: bool
         sent: bool
+
+    class TwinDone(NamedTuple):
+        """What became of Report or ReadTwin: a hub's status, or NOT_SENT, LACKING, UNANSWERED of `dps_agent.twin`.
+
+        204: `version` is that of the reported properties now. 200: `payload` is the twin, JSON. 429: neither this nor
+        another one within `wait_s`. Another one: `payload` is what the hub says to it.
+        """
+
+        request_id: int
+        status: int
+        version: int
+        payload: bytes | None
+        wait_s: float
 
     class CloudMessage(NamedTuple):
         """A cloud-to-device message; the hub keeps it until MessageDone. `message_id` is unique in this life."""
@@ -194,17 +213,18 @@ if TYPE_CHECKING:
         | Arrived
         | Gone
         | SendTelemetry
+        | Report
+        | ReadTwin
         | AnswerMethod
         | MessageDone
         | Withdrawn
         | Readers
         | RegisterAgain
     )
-    Message: TypeAlias = TelemetryDone | CloudMessage | MethodCall | Desired
+    Message: TypeAlias = TelemetryDone | TwinDone | CloudMessage | MethodCall | Desired
 else:
     from collections import namedtuple
 
-    ConfirmClock = namedtuple("ConfirmClock", ("hub",))
     Connect = namedtuple("Connect", ("hub", "device_id", "user_name", "token", "keep_alive_s", "clean_session"))
     ConnAck = namedtuple("ConnAck", ("return_code", "session_present"))
     Subscribe = namedtuple("Subscribe", ("filters",))
@@ -219,13 +239,16 @@ else:
     Acknowledged = namedtuple("Acknowledged", ("packet_id",))
     Arrived = namedtuple("Arrived", ("topic", "payload", "packet_id"))
     Gone = namedtuple("Gone", ("reason",))
-    SendTelemetry = namedtuple("SendTelemetry", ("request_id", "properties", "payload", "sender"))
+    SendTelemetry = namedtuple("SendTelemetry", ("request_id", "properties", "payload", "sender", "qos"))
+    Report = namedtuple("Report", ("request_id", "patch"))
+    ReadTwin = namedtuple("ReadTwin", ("request_id",))
     AnswerMethod = namedtuple("AnswerMethod", ("call_id", "status", "payload"))
     MessageDone = namedtuple("MessageDone", ("message_id",))
     Withdrawn = namedtuple("Withdrawn", ("request_id",))
     Readers = namedtuple("Readers", ("number",))
     RegisterAgain = namedtuple("RegisterAgain", ())
     TelemetryDone = namedtuple("TelemetryDone", ("request_id", "accepted", "sent"))
+    TwinDone = namedtuple("TwinDone", ("request_id", "status", "version", "payload", "wait_s"))
     CloudMessage = namedtuple("CloudMessage", ("message_id", "properties", "payload"))
     MethodCall = namedtuple("MethodCall", ("call_id", "name", "payload"))
     Desired = namedtuple("Desired", ("version", "payload", "whole"))

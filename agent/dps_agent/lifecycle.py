@@ -33,15 +33,15 @@ has an end and a reason, and the reason is what `status` shows. The registration
 where they begin: a board has memory for one of them at a time.
 """
 
-from dps_agent.assignment import load_held
+from dps_agent.attestation import load_held
+from dps_agent.attestation import registration_id as registration_id_of
 from dps_agent.backoff import HALTED_S, HUB_FIRST_S, HUB_LEAST, HUB_LIMIT_S, around_s, exponential_s
-from dps_agent.effects import Commit, LoadRecord, Random, ReadEndorsementKey, Sleep, Uptime, UtcNow
+from dps_agent.effects import Commit, LoadRecord, Random, Sleep, Uptime, UtcNow
 from dps_agent.fleet import UNKNOWN, dps_spread_s, hub_spread_s, merged, token_life_s
-from dps_agent.patience import Patience, next_state
-from dps_agent.settings import AUTO
+from dps_agent.patience import CLOCK_WAIT_S, Patience, next_state
+from dps_agent.settings import is_wanted
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
-from dps_hal.tpm.keys import registration_id_from_ek
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ HUB_GONE_S = 1800  # without a hub of this name, before the device registers aga
 # A connection that lasted so long ends the count of failed ones. Twice HUB_LIMIT_S: of two devices with one identity
 # each ends the other's connection, and none may last so long while the other one waits.
 STEADY_S = 600
+SPREAD_REASON = "a random wait, for a fleet may start at once"
 START_SPREAD_S = 5  # first contact of a life with DPS or the hub, where nothing says more
 COMMITTED_SPREAD_S = 2  # the first connection with a new identity
 
@@ -150,19 +151,22 @@ class Lifecycle:
     def __init__(
         self,
         settings: "Settings",
-        about: "dict[str, str] | None" = None,
+        about: "dict[str, Any] | None" = None,
         beside: "Callable[[], Generator[Any, Any, dict[str, Any]]] | None" = None,
         former: "Lifecycle | None" = None,
     ) -> None:
         """`about` is what a connected device reports of itself to its twin.
 
         `beside`, an exchange, says before each registration what the new record is to hold beside the assignment.
-        `former` is the life before this one in the same process: DPS's wish to be left alone outlives it, and ids that
-        were given in it mean nothing in this one.
+        `former` is the life before this one in the same process: DPS's wish to be left alone outlives it where scope,
+        endpoint, id and TPM are the same, and ids that were given in it mean nothing in this one.
         """
         self.settings = settings
         self.about = about or {}
-        self.patience: Patience = Patience(former.patience.dps_not_before_s if former else 0.0)
+        self.patience: Patience = Patience(
+            settings.under,
+            former.patience.dps_not_before_s if former and former.settings.under == settings.under else 0.0,
+        )
         self.state = BOOT
         self.standing = TRUSTED
         self.reason = "starting"  # why it is in this state, in words
@@ -172,6 +176,7 @@ class Lifecycle:
         self.rolled_back = False  # a newer copy of the record was damaged, an older one serves
         self.error: DpsError | None = None  # what ended the last attempt
         self.registration_error: DpsError | None = None  # the last registration's, while the older identity serves
+        self.fleet_refused = False  # what the hub told last of the fleet is absurd, and changes nothing
         self.connections = 0  # how many the hub has accepted in this life
         self.serial: int = former.serial if former else 0  # what `Session.serial` has come to
         self._beside = beside
@@ -226,9 +231,11 @@ class Lifecycle:
         """Registers although the record holds: at once, where the caller ends the current wait as well."""
         self._wish = ASKED
 
-    def report(self, name: str, value: str) -> None:
-        """Adds to what a connected device reports of itself, from the next connection of a new identity on."""
+    def report(self, name: str, value: "Any") -> None:
+        """Changes what a connected device reports of itself to its twin; None: nothing of that name any more."""
         self.about[name] = value
+        if self._session:
+            self._session.twin.report(name, value)
 
     def summary(self) -> "dict[str, Any]":
         """Where the device stands, as its hub may ask by direct method."""
@@ -248,10 +255,10 @@ class Lifecycle:
 
     @property
     def hub_lacks(self) -> "list[str]":
-        """What the hub does not offer, as far as the device has found out; known on, whatever comes in between."""
-        if self.assignment is None or self.assignment.assigned_hub != self._lacks_of:
-            return []
-        return [name for name in ("methods", "twin", "messages") if name in self._lacks]
+        """What the hub does not offer, as the settings say or the device has found out; known on, whatever comes."""
+        known = self.assignment is not None and self.assignment.assigned_hub == self._lacks_of
+        names = ("methods", "twin", "messages")
+        return [name for name in names if (known and name in self._lacks) or not is_wanted(name, self.settings)]
 
     # The life.
 
@@ -266,7 +273,7 @@ class Lifecycle:
         self._connected_since_s = None
         self._connects = connect
         self._wish = ASKED if force else OWN
-        yield from self.patience.load()
+        yield from self.patience.load(once)
         wait_first = self.attempts > 0 and not once
         while True:
             if self.state == BOOT:
@@ -335,10 +342,15 @@ class Lifecycle:
                 if is_first:
                     random: float = yield Random()  # with an identity, the hub was asked meanwhile
                     spread_s = random * max(0 if self.assignment else self._dps_spread_s(), START_SPREAD_S)
+                    if (yield from self.patience.lacks_clock(spread_s)):
+                        self.wait_s = spread_s
+                        yield Sleep(CLOCK_WAIT_S, SPREAD_REASON)
+                        spread_s -= CLOCK_WAIT_S
+                        self.wait_s = 0
                 yield from self.patience.begin_attempt(int(spread_s))
                 if is_first:
                     self.wait_s = spread_s
-                    yield Sleep(spread_s, "a random wait, for a fleet may start at once")
+                    yield Sleep(spread_s, SPREAD_REASON)
                     self.wait_s = 0
                 self._uncommitted = yield from self._register(wish, once)
             yield from self._commit(self._uncommitted[1])
@@ -359,7 +371,7 @@ class Lifecycle:
             return KEPT, delay_s
         yield from self.abandon()
         if self.assignment is None or self.assignment.assigned_hub != self._uncommitted[0].assigned_hub:
-            self.patience.fleet = UNKNOWN  # another hub told it
+            self.patience.fleet, self.fleet_refused = UNKNOWN, False  # another hub told it
         self.assignment = self._uncommitted[0]
         self._uncommitted = None
         self.committed = True
@@ -373,10 +385,7 @@ class Lifecycle:
 
     def _register(self, wish: str, once: bool) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
         """One registration; a new identity and its record."""
-        registration_id = self.settings.registration_id
-        if registration_id == AUTO:
-            endorsement_key: bytes = yield ReadEndorsementKey(b"")
-            registration_id = registration_id_from_ek(endorsement_key)
+        registration_id = yield from registration_id_of(self.settings)
         beside: dict[str, Any] = {}
         if self._beside:
             beside = yield from self._beside()
@@ -436,7 +445,7 @@ class Lifecycle:
             if self._lacks_of != held.assigned_hub:
                 self._lacks_of, self._lacks = held.assigned_hub, {}
             self._session = Session(self.settings, held, about, self.summary, self.serial, self._lacks)
-            self._session.keep_fleet = self._keep_fleet
+            self._session.twin.keep_fleet = self._keep_fleet
         session = self._session
         session.dps_not_before_s = self.dps_not_before_s
         session.token_life_s = self._token_life_s()
@@ -516,7 +525,7 @@ class Lifecycle:
         elif may_ask_dps and now_s - self._missing_since_s >= HUB_GONE_S:
             self._wish = SEEKING
             return REGISTER, 0
-        self.patience.lose_connection(session.was_provoked)
+        self.patience.lose_connection(session.was_provoked, session.has_served)
         delay_s = yield from self.patience.before_hub_s(0, None, 0.5 if session.accepted else HUB_LEAST)
         return PARTED, delay_s
 
@@ -549,9 +558,10 @@ class Lifecycle:
                 return
         self._hear(REFUSES)
 
-    def _keep_fleet(self, told: "Fleet") -> "Generator[Effect, Any, None]":
-        """The hub told how large the fleet is; what is absurd beside the settings changes nothing."""
-        if merged(told, self.settings.fleet):
+    def _keep_fleet(self, told: "Fleet | None") -> "Generator[Effect, Any, None]":
+        """The hub told how large the fleet is; None: nothing that could be taken."""
+        self.fleet_refused = told is None
+        if told is not None:
             yield from self.patience.keep_fleet(told)
             if self._session:
                 self._session.token_life_s = self._token_life_s()

@@ -6,7 +6,7 @@ the wrong type is RetryLater `dps.malformed_answer`, and the message names the f
 """
 
 from dps_hal.errors import RetryLater
-from dps_hal.platform import from_json, to_base64, to_json
+from dps_hal.platform import attribute_of, from_json, to_json
 
 # EnrollmentStatus
 UNASSIGNED = "unassigned"
@@ -138,12 +138,7 @@ if not TYPE_CHECKING:
 
     def _message(name: str, fields: str) -> "Any":
         """A message of these fields: a named tuple, whose names are the JSON names as Python writes them."""
-        names = []
-        for word in fields.split():
-            attribute = ""
-            for letter in word.partition(":")[0]:
-                attribute += letter if letter == letter.lower() else "_" + letter.lower()
-            names.append(attribute)
+        names = [attribute_of(word.partition(":")[0]) for word in fields.split()]
         names.append("unknown")
         message = _KINDS[name] = namedtuple(name, names)
         FIELDS[message] = fields
@@ -196,11 +191,8 @@ def encode(message: "Any") -> bytes:
     return to_json(_write(message)).encode()
 
 
-def device_registration(
-    registration_id: str, endorsement_key: bytes, storage_root_key: bytes, payload: "dict[str, Any] | None"
-) -> bytes:
-    """The JSON body with which a device with a TPM registers and looks itself up; keys are marshalled TPM2B_PUBLIC."""
-    tpm = TpmAttestation(to_base64(endorsement_key), to_base64(storage_root_key), {})
+def device_registration(registration_id: str, payload: "dict[str, Any] | None", tpm: "TpmAttestation | None") -> bytes:
+    """The JSON body with which a device registers and looks itself up."""
     return encode(DeviceRegistration(payload, registration_id, tpm, {}))
 
 

@@ -19,8 +19,8 @@ forgiven is the counts, and never DPS's wish. An AskOperator is a failure as any
 longer delay; that HALTED follows is the life's decision.
 
 Both counts go up before the work begins, so that work which a crash ends is counted as well. They are stored in the
-record `progress` with the first count of a life and whenever a count doubles. The record is expendable: a device that
-loses it waits once less.
+record `progress` with the first count of a life and whenever a count doubles; one that fails as the one before it costs
+no second write. The record is expendable: a device that loses it waits once less.
 """
 
 from dps_agent.backoff import (
@@ -35,8 +35,8 @@ from dps_agent.backoff import (
     exponential_s,
     throttled_s,
 )
-from dps_agent.effects import Commit, LoadRecord, Random, Uptime, UtcNow
-from dps_agent.fleet import NAMES, UNKNOWN, fleet_of
+from dps_agent.effects import Commit, LoadRecord, Random, Sleep, Uptime, UtcNow
+from dps_agent.fleet import NAMES, UNKNOWN, WEEK_S, fleet_of
 from dps_agent.utc import CERTIFICATE, LONGEST_STEP_S
 from dps_hal.contracts import PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, RetryLater
@@ -61,11 +61,13 @@ if TYPE_CHECKING:
         code: str  # the error code of the last failure
         message: str  # the text of the last failure
         connects: int  # connections to the hub begun in a row, none of them steady yet
+        under: int  # `Settings.under` of what failed; 0: not known
 else:
     from collections import namedtuple
 
     Progress = namedtuple(
-        "Progress", ("attempts", "next_try_delay_s", "last_believed_s", "halted", "code", "message", "connects")
+        "Progress",
+        ("attempts", "next_try_delay_s", "last_believed_s", "halted", "code", "message", "connects", "under"),
     )
 
 # Where the device stands with DPS.
@@ -106,15 +108,20 @@ MESSAGE_LIMIT = 400  # characters of an error's text that `progress` keeps
 # thousand connections a day, and a device on bad mains is not kept waiting for long when it has power.
 CONNECTS_LIMIT = 5
 PROVOKED_LIMIT = 2  # so many ends that a message provoked count, which makes 10 to 20 s
+SERVED_LIMIT = 4  # so many ends count while the hub serves the device in between, which makes 40 to 80 s
 FLEET_AGAIN_S = 86400  # between two writes of what the hub tells of the fleet alone, which may be news each second
+CLOCK_WAIT_S = 60  # of a longer spread, for NTP to tell the time under which the rest of it is stored
+_NUMBER_LIMIT = 1 << 40  # of what the record may hold: 34,000 years as seconds
 INTERRUPTED = RetryLater("agent.interrupted", "a registration began and did not end")
-NOTHING = Progress(0, 0, 0, False, "", "", 0)
+NOTHING = Progress(0, 0, 0, False, "", "", 0, 0)
 
 
 class Patience:
     """The counts and waits of one device's life. `load` comes first."""
 
-    def __init__(self, dps_not_before_s: float = 0.0) -> None:
+    def __init__(self, under: int = 0, dps_not_before_s: float = 0.0) -> None:
+        """`under` is `Settings.under`: what failed under other settings does not count."""
+        self._under = under
         self.state = CALM
         self.attempts = 0  # registrations in a row that failed, the one under way included
         self.failed = 0  # registrations in a row that failed
@@ -127,23 +134,28 @@ class Patience:
         self.fleet: Fleet = UNKNOWN  # as the hub told it last
         self._fleet_stored: Fleet = UNKNOWN
         self._fleet_not_before_s = 0.0  # for the fleet alone nothing is written before this uptime
-        self._stored: Progress | None = None  # `progress` as it was read or written last
+        self._stored = NOTHING  # `progress` as it was read or written last
         self._counted: list[str] = []  # which of the two counts this life has stored already
 
-    def load(self) -> "Generator[Effect, Any, None]":
-        """Takes over what the record `progress` says of earlier lives."""
+    def load(self, once: bool = False) -> "Generator[Effect, Any, None]":
+        """Takes over what the record `progress` says of earlier lives; with `once` it waits for no clock."""
         try:
             stored: StoredRecord | None = yield LoadRecord(PROGRESS)
         except DpsError:
             return  # what ails the store shows when the identity is loaded
-        last = self._stored = decode_progress(stored.payload) if stored else None
+        last = (stored and decode_progress(stored.payload)) or NOTHING
+        if last.under not in (0, self._under):
+            last = Progress(0, 0, last.last_believed_s, False, "", "", last.connects, self._under)
+        self._stored = last
         self.fleet = self._fleet_stored = decode_fleet(stored.payload) if stored else UNKNOWN
-        if last is None:
+        if last is NOTHING:
             return
         self.attempts = self.failed = last.attempts
         self._throttled = last.attempts if last.code == "dps.throttled" else 0
         if last.attempts and self.state != TRYING:  # in TRYING memory ended an attempt of this life
             self.state = FAILED
+        if last.code == INTERRUPTED.code and not once and (yield from self.lacks_clock(last.next_try_delay_s)):
+            yield Sleep(CLOCK_WAIT_S, "waits for a clock, to be spread as before")
         left_s: int = yield from self._left_of_last_delay_s()
         if last.code == INTERRUPTED.code and left_s and left_s == last.next_try_delay_s:
             # Of a spread nobody knows how much has passed. A random part of the whole stays, or a device that never has
@@ -168,6 +180,14 @@ class Patience:
         delay_s: float = yield from exponential_s(max(self.attempts, 1), WAITING_FIRST_S, WAITING_LIMIT_S)
         now_s: float = yield Uptime()
         return max(int(delay_s) + 1, int(self._not_before_s() - now_s + 0.999))
+
+    def lacks_clock(self, spread_s: float) -> "Generator[Effect, Any, bool]":
+        """Whether a spread is so long that its first part is well spent on waiting for somebody to tell the time.
+
+        By the time a restart measures what is left of it.
+        """
+        now: Utc = yield UtcNow()
+        return spread_s > CLOCK_WAIT_S and not now.believable
 
     def begin_attempt(self, spread_s: int = 0) -> "Generator[Effect, Any, None]":
         """Counts a registration that is about to begin, after `spread_s` seconds that a restart shall not forget.
@@ -224,7 +244,7 @@ class Patience:
         self._hear(FORGIVEN)
         self.attempts = self.failed = self._throttled = 0
         last = self._stored
-        if last is None or not last.attempts:
+        if not last.attempts:
             return
         now_s: float = yield Uptime()
         left_s = max(int(self.dps_not_before_s - now_s + 0.999), 0)
@@ -242,17 +262,21 @@ class Patience:
         """
         self._connects += 1
         first = self._is_first_of_life("connects")
-        stored = self._stored.connects if self._stored else 0
-        if stored < CONNECTS_LIMIT and (first or (self._connects > 1 and _is_power_of_two(self._connects))):
+        if self._stored.connects < CONNECTS_LIMIT and (
+            first or (self._connects > 1 and _is_power_of_two(self._connects))
+        ):
             yield from self._store_connects()
 
-    def lose_connection(self, provoked: bool = False) -> None:
+    def lose_connection(self, provoked: bool = False, served: bool = False) -> None:
         """A connection ended before it was steady, or could not even begin.
 
-        One that a program's message provoked keeps nobody waiting for long: `session` makes that program wait.
+        One that a program's message provoked keeps nobody waiting for long: `session` makes that program wait. Neither
+        does one on which the hub `served`, that is acknowledged a message: whoever ends it, there is a hub to go to.
         """
         if not provoked or self._unsteady < PROVOKED_LIMIT:
             self._unsteady += 1
+        if served:
+            self._unsteady = min(self._unsteady, SERVED_LIMIT)
 
     def before_hub_s(
         self, spread_s: int, asked_s: "int | None" = None, least: float = 0.5
@@ -279,7 +303,7 @@ class Patience:
     def steady(self) -> "Generator[Effect, Any, None]":
         """A connection has lasted: those before it count no more."""
         self._unsteady = self._connects = 0
-        if self._stored and self._stored.connects:
+        if self._stored.connects:
             yield from self._store_connects()
 
     def begin_identity(self) -> None:
@@ -294,7 +318,7 @@ class Patience:
         now_s: float = yield Uptime()
         if now_s >= self._fleet_not_before_s:
             self._fleet_not_before_s = now_s + FLEET_AGAIN_S
-            yield from self._write(self._stored or Progress(self.attempts, *NOTHING[1:]))
+            yield from self._write(self._stored)
 
     # The record.
 
@@ -304,7 +328,7 @@ class Patience:
         An orderly end is no crash, so the connections begun count no more.
         """
         last = self._stored
-        return encode_progress(Progress(*last[:6], 0), self.fleet) if last and last.connects else None
+        return encode_progress(Progress(*last[:6], 0, last.under), self.fleet) if last.connects else None
 
     def _hear(self, event: str) -> None:
         self.state = next_state(PATIENCES, self.state, event)
@@ -325,7 +349,7 @@ class Patience:
         holds all the same.
         """
         last = self._stored
-        if last is None or last.halted:
+        if last.halted:
             return 0
         now: Utc = yield UtcNow()
         gone_s = max(now.now_s - last.last_believed_s, 0) if now.believable and last.last_believed_s else 0
@@ -334,7 +358,7 @@ class Patience:
     def _is_news(self, error: DpsError) -> "Generator[Effect, Any, bool]":
         """Whether a restart would forget something of this failure that is worth a write."""
         last = self._stored
-        if last is None or _is_power_of_two(self.attempts):
+        if self.attempts >= 2 * last.attempts:
             return True
         if last.halted != isinstance(error, AskOperator) or last.code != error.code:
             return True
@@ -346,20 +370,22 @@ class Patience:
     def _store(self, error: "DpsError | None", delay_s: int) -> "Generator[Effect, Any, DpsError | None]":
         """Stores why and how often it failed; returns the store's error if that could not be done."""
         now: Utc = yield UtcNow()
-        last = self._stored or NOTHING
+        last = self._stored
         believed_s = last.last_believed_s
         if now.believable and now.source != CERTIFICATE:
             believed_s = min(now.now_s, believed_s + LONGEST_STEP_S) if believed_s else now.now_s
         halted = isinstance(error, AskOperator)
         code, message = (error.code, error.message[:MESSAGE_LIMIT]) if error else ("", "")
-        progress = Progress(self.attempts, delay_s, believed_s, halted, code, message, last.connects)
+        if error is INTERRUPTED and last.attempts:
+            halted, code, message = last[3:6]  # what failed before: no news, and no second write, where it fails again
+        progress = Progress(self.attempts, delay_s, believed_s, halted, code, message, last.connects, self._under)
         refusal: DpsError | None = yield from self._write(progress)
         return refusal
 
     def _store_connects(self) -> "Generator[Effect, Any, None]":
         """Stores the count of connections and leaves the rest of `progress` as it is."""
-        before = self._stored or Progress(self.attempts, *NOTHING[1:])
-        yield from self._write(Progress(*before[:6], min(self._connects, CONNECTS_LIMIT)))
+        last = self._stored
+        yield from self._write(Progress(*last[:6], min(self._connects, CONNECTS_LIMIT), last.under))
 
     def _write(self, progress: Progress) -> "Generator[Effect, Any, DpsError | None]":
         try:
@@ -395,6 +421,8 @@ def encode_progress(progress: Progress, fleet: "Fleet" = UNKNOWN) -> bytes:
         "message": progress.message,
         "connects": progress.connects,
     }
+    if progress.under and (progress.attempts or progress.next_try_delay_s):
+        value["under"] = progress.under
     if fleet != UNKNOWN:
         value["fleet"] = dict(zip(NAMES, fleet))
     return to_json(value).encode()
@@ -414,15 +442,16 @@ def decode_progress(stored: bytes) -> "Progress | None":
         value = from_json(stored)
         progress = Progress(
             value["attempts"],
-            value["nextTryDelayS"],
+            min(value["nextTryDelayS"], WEEK_S),  # no delay of ours is longer, and nothing vouches for this record
             value["lastBelievedS"],
             bool(value["halted"]),
             value["code"],
             value["message"],
             value.get("connects", 0),  # dps-agent 0.1.0 stored no such count
+            value.get("under", 0),
         )
-        for number in (progress.attempts, progress.next_try_delay_s, progress.last_believed_s, progress.connects):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        for number in progress[:3] + progress[6:]:
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < _NUMBER_LIMIT:
                 return None
         for text in progress[4:6]:
             if not isinstance(text, str):

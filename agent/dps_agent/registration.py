@@ -1,10 +1,11 @@
-"""One registration with DPS, from the TPM's keys to a checked assignment: read it from top to bottom.
+"""One registration with DPS, from what the device shows of itself to a checked assignment: read it from top to bottom.
 
-There is no machine here, only a sequence; each step begins once the one before has succeeded:
+There is no machine here, only a sequence; each step begins once the one before has succeeded. Steps 1, 3 and 6 are the
+business of the way in which the device shows who it is (`dps_agent.attestation`); here is what the TPM does:
 
-1. The TPM shows EK and SRK.
-2. PUT register, without a token -> 401 with a challenge; a service that takes us without one goes on at 5.
-3. The TPM activates the challenge and signs a token with the key in it.
+1. The opening: the TPM shows EK and SRK.
+2. PUT register, without a token -> 401 with a challenge; a service that takes the opening goes on at 5.
+3. The TPM activates the challenge, and a token is signed with the key in it.
 4. PUT register with the token -> 202 and the number of an operation.
 5. Poll the registration status lookup, and where that does not help the operation, until one of them is final.
 6. The TPM imports the hub key.
@@ -16,7 +17,7 @@ Three loops lie around it, from the inside out, and no wait is in any other plac
 - `_step` repeats one request until its answer can be read, where that may help and the budget lasts.
 - `_poll` repeats lookup and operation, at DPS's pace and never faster than DPS lets a device poll.
 - `register` starts over at 1 at most once, where the service no longer knows what we refer to or its answer does not
-  fit this TPM (IdentityStale).
+  fit this device (IdentityStale).
 
 All of them spend one budget (`_Budget`); a wait that would go beyond it is not begun, and the reason for the wait is
 raised instead. Two callers have it otherwise. One that is not `patient` gives the first request no time to be repeated.
@@ -54,10 +55,7 @@ from dps_agent.effects import (
     NO_REPLY_DNS,
     NO_REPLY_NOT_FOUND,
     Http,
-    ImportKey,
     NoReply,
-    ReadEndorsementKey,
-    ReadStorageRootKey,
     Reply,
     Sleep,
     Uptime,
@@ -78,16 +76,15 @@ from dps_agent.messages import (
     device_registration,
 )
 from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_encode
-from dps_agent.settings import POLL_LOOKUP
+from dps_agent.settings import POLL_LOOKUP, SYMMETRIC_KEY, TPM
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
-from dps_hal.platform import from_base64
-from dps_hal.tpm.keys import check_id_key_public, object_name, take_sized
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from typing import Any, TypeVar
 
+    from dps_agent.attestation import Registering
     from dps_agent.effects import Effect
     from dps_agent.sas import SasToken
     from dps_agent.settings import Settings
@@ -158,34 +155,35 @@ def _attempt(
     beside: "dict[str, Any] | None",
     queues: bool,
 ) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
-    endorsement_key: bytes = yield ReadEndorsementKey(b"")
-    storage_root_key: bytes = yield ReadStorageRootKey()
-    body = device_registration(registration_id, endorsement_key, storage_root_key, settings.payload)
+    way = registering(settings)
+    shown, opening_token, ek_name, srk_name = yield from way.opening(settings, registration_id)
+    body = device_registration(registration_id, settings.payload, shown)
     register_path = registration_path(settings.id_scope, registration_id, "/register")
-    reply, answer = yield from _step(Http("PUT", register_path, body, None), begin, read_register, queues)
-    token: SasToken | None = None
+    del shown
+    http = Http("PUT", register_path, body, opening_token)
+    reply, answer = yield from _step(http, begin, read_register, queues, first=True)
     if isinstance(answer, TpmChallenge):
-        if not answer.authentication_key:
-            raise refusal_of(reply)
-        activation = activation_of(answer.authentication_key, "the challenge")
+        challenge_key = yield from way.challenge_key(answer)
+        if not challenge_key:
+            raise _unproved(reply, answer, settings.attestation, opening_token)
         del reply, answer  # their 2 KiB a board needs for the next ones
-        challenge_key: bytes = yield ImportKey(activation)
         now: Utc = yield UtcNow()
         check_clock(now)
         if not queues:
-            held_s: float = yield Uptime()
-            budget.queue_end_s = held_s + DPS_TOKEN_LIFE_S - CLOCK_SKEW_S
+            yield from _hold(budget)
         resource = dps_resource(settings.id_scope, registration_id)
         token = yield from signed_token(resource, now.now_s + DPS_TOKEN_LIFE_S, challenge_key, DPS_KEY_NAME)
-        reply, answer = yield from _step(Http("PUT", register_path, body, token), budget, read_register)
+        http = Http("PUT", register_path, body, token)
+        reply, answer = yield from _step(http, budget, read_register)
         if isinstance(answer, TpmChallenge):
-            raise _token_refused(reply, now)
+            raise _token_refused(reply, now.now_s)
+    elif settings.attestation != TPM and not queues:
+        yield from _hold(budget)
 
-    state = yield from _poll(settings, registration_id, body, token, reply, answer, budget)
-    del body, reply, answer  # a board needs their memory for the rest
+    state = yield from _poll(way, settings, registration_id, http, reply, answer, budget)
+    del body, http, reply, answer  # a board needs their memory for the rest
     _check_answer(state, registration_id, settings)
-    wrapped_key: bytes = yield ImportKey(activation_of(state.tpm and state.tpm.authentication_key, "the hub key"))
-    _check_hub_key(wrapped_key)
+    wrapped_key = yield from way.hub_key(state)
     assigned_at: Utc = yield UtcNow()
     payload, payload_omitted = payload_to_store(state.payload)
     assignment = Assignment(
@@ -195,8 +193,8 @@ def _attempt(
         assigned_hub=state.assigned_hub or "",
         device_id=state.device_id or "",
         wrapped_key=wrapped_key,
-        ek_name=object_name(endorsement_key),
-        srk_name=object_name(storage_root_key),
+        ek_name=ek_name,
+        srk_name=srk_name,
         status=ASSIGNED,
         substatus=_text_to_store(state.substatus),
         etag=_text_to_store(state.etag),
@@ -205,22 +203,44 @@ def _attempt(
         assigned_at_s=assigned_at.now_s,
         payload=payload,
         payload_omitted=payload_omitted,
+        attestation=settings.attestation,
     )
     del state
     record: bytes = yield from sealed(assignment, beside)
     return assignment, record
 
 
+def registering(settings: "Settings") -> "Registering":
+    """A registration by the way that the settings name, not begun."""
+    if settings.attestation == SYMMETRIC_KEY:
+        from dps_agent.registration_by_key import ByKey
+
+        return ByKey()
+    if settings.attestation != TPM:
+        from dps_agent.registration_by_certificate import ByCertificate
+
+        return ByCertificate()
+    from dps_agent.registration_by_tpm import ByTpm
+
+    return ByTpm()
+
+
+def _hold(budget: _Budget) -> "Generator[Effect, Any, None]":
+    """From now on the quota for this registration is spent: it is not given up for want of more."""
+    held_s: float = yield Uptime()
+    budget.queue_end_s = held_s + DPS_TOKEN_LIFE_S - CLOCK_SKEW_S
+
+
 def _poll(
+    way: "Registering",
     settings: "Settings",
     registration_id: str,
-    body: bytes,
-    token: "SasToken | None",
+    register: Http,
     reply: Reply,
     answer: RegistrationOperationStatus,
     budget: _Budget,
 ) -> "Generator[Effect, Any, DeviceRegistrationResult]":
-    """Asks until the registration has ended well, and returns how; `reply` and `answer` are the last PUT's.
+    """Asks until the registration has ended well, and returns how; `register` is the last PUT, with its answer.
 
     A lookup may still answer for an earlier registration, also for one of ours that was never committed. What it says
     counts only if a lookup of this exchange said "not yet" before; otherwise, and where anything is missing, the
@@ -230,7 +250,8 @@ def _poll(
     what is complete is returned. 3. It is not final: the next poll, but for an "unassigned" that stays, whose reason
     the operation knows. 4. Anything else: the operation is asked at once.
     """
-    lookup = Http("POST", registration_path(settings.id_scope, registration_id), body, token)
+    token = register.authorization
+    lookup = Http("POST", registration_path(settings.id_scope, registration_id), register.body, token)
     step = f"/operations/{percent_encode(answer.operation_id or '')}"
     operation = Http("GET", registration_path(settings.id_scope, registration_id, step), b"", token)
     by_lookup = settings.poll == POLL_LOOKUP
@@ -248,7 +269,7 @@ def _poll(
             elif result.status in FINAL and not_yet_seen:
                 if result.status != ASSIGNED:
                     raise _failure(result.status, result, reply)
-                if _is_complete(result):
+                if result.assigned_hub and result.device_id and result.registration_id and not way.missing(result):
                     return result
             elif result.status and result.status not in FINAL:
                 not_yet_seen = True
@@ -262,10 +283,11 @@ def _poll(
     for status in (DISABLED, FAILED):
         if status in (answer.status, state and state.status):
             raise _failure(status, state, reply)
-    if not (state and state.tpm and state.tpm.authentication_key):
+    missing = way.missing(state)
+    if missing or state is None:
         raise RetryLater(
             "dps.assigned_without_key",
-            f"DPS says assigned{_to(state)} but sent no authenticationKey, neither on lookup nor with the operation",
+            f"DPS says assigned{_to(state)} but sent no {missing}, neither on lookup nor with the operation",
             None,
             reply.headers.get(REQUEST_ID_HEADER, ""),
         )
@@ -273,11 +295,12 @@ def _poll(
 
 
 def _step(
-    http: Http, budget: _Budget, read: "Callable[[Reply], Body]", queues: bool = True
+    http: Http, budget: _Budget, read: "Callable[[Reply], Body]", queues: bool = True, first: bool = False
 ) -> "Generator[Effect, Any, tuple[Reply, Body]]":
     """Sends one request until `read` accepts its answer; RetryLater once the budget or our patience has ended.
 
-    Not `queues`: it is not sent again where there is no quota for it. What comes back: 1. No answer. 2. An answer that
+    Not `queues`: it is not sent again where there is no quota for it. Before the `first` has been answered no quota is
+    spent. What comes back: 1. No answer. 2. An answer that
     `read` accepts, which ends this. 3. One that may be better later, by Retry-After if it has one. 4. One too large for
     the heap. What `read` raises that is no RetryLater comes out. UNREADABLE_LIMIT answers in a row that make no sense,
     a certificate that is refused, and want of quota where the caller does not queue, end it at once.
@@ -303,12 +326,12 @@ def _step(
         throttled = error.code == THROTTLED
         if unreadable >= UNREADABLE_LIMIT or error.code == "network.tls" or (throttled and not queues):
             raise error
-        holds = throttled and http.authorization is not None
+        holds = throttled and not first
         first_s, limit_s = (HELD_AGAIN_S, HELD_AGAIN_S) if holds else (STEP_FIRST_S, STEP_LIMIT_S)
         delay_s: float = yield from exponential_s(failures, first_s, limit_s)
         if error.retry_after_s:
             asked_s: float = yield from after_request_s(error.retry_after_s)
-            delay_s = max(delay_s, asked_s) if throttled else asked_s
+            delay_s = max(delay_s, asked_s)
         yield from _sleep_within(delay_s, budget, error)
 
 
@@ -388,11 +411,6 @@ def _is_final(answer: RegistrationOperationStatus) -> bool:
     return (answer.status or (state and state.status)) in FINAL
 
 
-def _is_complete(result: DeviceRegistrationResult) -> bool:
-    key = result.tpm and result.tpm.authentication_key
-    return bool(key and result.assigned_hub and result.device_id and result.registration_id)
-
-
 # Checks before anything is committed.
 
 
@@ -407,23 +425,6 @@ def _check_answer(state: DeviceRegistrationResult, registration_id: str, setting
         fault = f"assignedHub: {hub}" if hub else f"deviceId: {device}" if device else ""
     if fault:
         raise AskOperator("dps.assignment_refused", f"the assignment is refused: {_printable(fault)}")
-
-
-def _check_hub_key(wrapped_key: bytes) -> None:
-    """AskOperator `dps.key_unsuitable` unless the key is an HMAC-SHA256 key for signing and nothing else."""
-    try:
-        _, end = take_sized(wrapped_key, 0, "public area")
-        check_id_key_public(wrapped_key[:end])
-    except ValueError as error:
-        raise AskOperator("dps.key_unsuitable", f"the hub key: {error}")
-
-
-def activation_of(text: "str | None", what: str) -> bytes:
-    """The bytes of an `authenticationKey`; RetryLater `dps.blob_malformed` where it is no base64."""
-    try:
-        return from_base64(text or "")
-    except ValueError as error:
-        raise RetryLater("dps.blob_malformed", f"the authenticationKey of {what} is damaged: {error}")
 
 
 def _text_to_store(text: "str | None") -> str:
@@ -506,12 +507,31 @@ def _classed(status: int, error_code: "int | None", text: str, request_id: str, 
     return AskOperator(code, text, None, request_id)
 
 
-def _token_refused(reply: Reply, now: "Utc | None") -> IdentityStale:
+def _token_refused(reply: Reply, now_s: "int | None") -> IdentityStale:
     refused = refusal_of(reply)
-    text = f"DPS did not accept the token that the TPM signed: {refused.message}"
-    if now and reply.date_s is not None and abs(reply.date_s - now.now_s) > CLOCK_SKEW_S:
-        text += f"; the device's clock differs from DPS's by {now.now_s - reply.date_s} s"
+    text = f"DPS did not accept the token that the TPM signed: {refused.message}{_clock_doubt(reply, now_s)}"
     return IdentityStale("dps.token_refused", text, None, refused.request_id)
+
+
+def _unproved(reply: Reply, challenge: TpmChallenge, attestation: str, token: "SasToken | None") -> "DpsError":
+    """The error where DPS does not take what the device has shown, and there is nothing more to show."""
+    refused = refusal_of(reply)
+    if token is None:
+        if attestation == TPM:
+            return refused
+        text = f"DPS did not accept this device's certificate: {refused.message}"
+        return AskOperator("dps.certificate_refused", text, None, refused.request_id)
+    text = "DPS challenges a TPM: the enrolment of this device is none for a symmetric key"
+    if not challenge.authentication_key:
+        doubt = _clock_doubt(reply, token.expires_at_s - DPS_TOKEN_LIFE_S)
+        text = f"DPS did not accept the token that the device's key signed: {refused.message}{doubt}"
+    return AskOperator("dps.key_refused", text, None, refused.request_id)
+
+
+def _clock_doubt(reply: Reply, now_s: "int | None") -> str:
+    if now_s is not None and reply.date_s is not None and abs(reply.date_s - now_s) > CLOCK_SKEW_S:
+        return f"; the device's clock differs from DPS's by {now_s - reply.date_s} s"
+    return ""
 
 
 def _to(state: "DeviceRegistrationResult | None") -> str:

@@ -36,10 +36,16 @@ class SasToken:
 
 def percent_encode(text: str) -> str:
     """`text` in UTF-8 with everything but RFC 3986's unreserved characters as %XX, upper-case hex."""
-    out = ""
-    for byte in text.encode():
-        out += chr(byte) if byte in _UNRESERVED else f"%{byte:02X}"
-    return out
+    raw = text.encode()
+    if not raw.lstrip(_UNRESERVED):
+        return text
+    out = bytearray()  # a text that grows would be copied each time, and a token is made for each connection
+    for byte in raw:
+        if byte in _UNRESERVED:
+            out.append(byte)
+        else:
+            out += b"%%%02X" % byte
+    return bytes(out).decode()
 
 
 def percent_decode(text: str) -> str:

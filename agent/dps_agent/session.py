@@ -10,8 +10,7 @@ Four things run side by side on a connection; only a suspect message holds up wh
 
 1. Each feature (methods, twin, messages) is asked for (`_asked`), and then the hub has it (`_has`), refuses it, or
    hangs up on it (`lacks`).
-2. The twin is first asked for whole (`_twin_known`), then reported to (`_reported`), one request at a time; a patch
-   that was missed begins that anew.
+2. The twin is a machine of its own (`dps_agent.twin`): one request at a time, ours or a program's.
 3. Each telemetry message is under way (`_in_flight`) until it is acknowledged or given up. It may be `suspect`, which
    decides when it is sent again, and `withdrawn`: nobody waits for it.
 4. The next token is made while this one serves; once it is ready the connection ends with RENEW.
@@ -33,17 +32,17 @@ ever more rarely, and only while nothing of others is under way.
 """
 
 from dps_agent.assignment import hub_token
-from dps_agent.backoff import exponential_s
 from dps_agent.effects import (
     NO_REPLY_CLOSED,
     NO_REPLY_NOT_FOUND,
     NO_REPLY_TIMEOUT,
+    ConfirmClock,
     ForgetOlder,
     NoReply,
     Random,
     Uptime,
 )
-from dps_agent.fleet import TOKEN_LIFE_S, fleet_of
+from dps_agent.fleet import TOKEN_LIFE_S
 from dps_agent.hub_effects import (
     NOT_AUTHORIZED,
     Acknowledge,
@@ -51,9 +50,7 @@ from dps_agent.hub_effects import (
     AnswerMethod,
     Arrived,
     CloudMessage,
-    ConfirmClock,
     Connect,
-    Desired,
     GiveUp,
     Gone,
     Granted,
@@ -62,7 +59,9 @@ from dps_agent.hub_effects import (
     NextEvent,
     Publish,
     Readers,
+    ReadTwin,
     RegisterAgain,
+    Report,
     SendAgain,
     SendTelemetry,
     Subscribe,
@@ -71,10 +70,12 @@ from dps_agent.hub_effects import (
     Withdrawn,
 )
 from dps_agent.sas import percent_decode, percent_encode
+from dps_agent.settings import X509, is_wanted
+from dps_agent.twin import NEVER_S, Twin, query_value
 from dps_agent.utc import AGREEMENT_S
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator, RetryLater
-from dps_hal.platform import from_json, to_json
+from dps_hal.platform import to_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,7 +84,6 @@ if TYPE_CHECKING:
 
     from dps_agent.assignment import Assignment
     from dps_agent.effects import Effect
-    from dps_agent.fleet import Fleet
     from dps_agent.hub_effects import ConnAck, Event
     from dps_agent.sas import SasToken
     from dps_agent.settings import Settings
@@ -103,8 +103,7 @@ TWIN = "twin"
 MESSAGES = "messages"
 FEATURES = (METHODS, TWIN, MESSAGES)
 
-API_VERSION = "2021-04-12"
-REPORTED_NAME = "dpsAgent"  # what the agent reports of itself stands under this name in the twin
+API_VERSION = "2021-04-12"  # model-id needs 2020-09-30 or a later one
 
 RENEW_AT = 0.8  # so much of a token's life at the latest
 RENEW_SPREAD = 0.05  # up to so much of it earlier, so that a fleet does not renew together
@@ -112,13 +111,9 @@ RENEW_SPREAD = 0.05  # up to so much of it earlier, so that a fleet does not ren
 CONNECT_SPREAD = 0.5
 RENEW_AGAIN_S = 60  # after a token could not be made
 SUBSCRIBE_LIMIT_S = 30
-TELEMETRY_LIMIT = 262144  # bytes of topic and payload; IoT Hub quotas. A hub closes the connection on more, each time
+TELEMETRY_LIMIT = 262144  # bytes as `telemetry_size` counts; IoT Hub quotas. A hub closes the connection on more
 TOPIC_LIMIT = 65535  # bytes; MQTT 3.1.1, 1.5.3
 METHOD_LIMIT_S = 25  # for a program's answer to a call; the hub's callers wait 30 s unless they say otherwise
-TWIN_LIMIT_S = 60  # for the hub's answer to a twin request
-NEVER_S = 1e18
-TWIN_AGAIN_S = 300  # between twin requests, at least, once the hub left two unanswered or a program took no answer
-TWIN_AGAIN_LIMIT_S = 7200  # what the hub refused is asked for ever more rarely, also over connections
 IDLE_AFTER_S = 10  # so long after the subscriptions the older identity may be forgotten
 SHORT_S = 60  # a connection that ends so soon after something was sent may have ended because of that
 SHORT_ENDS_LIMIT = 3  # of connections in a row, right after one message was sent: with so many it is given up
@@ -137,7 +132,6 @@ CALL_LIMIT = 16  # method calls that wait for a program
 CALL_SIZE = 524288  # bytes of them
 METHOD_LIMIT = 131072  # bytes of one call; IoT Hub quotas
 RID_LIMIT = 256  # characters of a request id; a hub's have few
-DESIRED_LIMIT = 131072  # bytes of desired properties and the patches to them; a hub keeps 32 KiB
 
 # MQTT 3.1.1, table 3.1
 _UNACCEPTABLE = (1, 2)  # return codes: the hub takes neither this protocol version nor this client id
@@ -182,28 +176,29 @@ class Session:
         self.accepted = False
         self.reason = ""
         self.was_provoked = False  # the last connection ended right after a message that was suspect
+        self.has_served = False  # on it the hub acknowledged a message
         self.serial = serial
         self._settings = settings
         self._assignment = assignment
-        self._about = about
+        self.twin = Twin(about, settings.fleet)
+        self._client_type = percent_encode("dps-agent/" + about.get("agentVersion", ""))
         self._status = status
         self._token: SasToken | None = None  # the one that the next connection takes
         self._renew_at_s = 0.0
         self.dps_not_before_s = 0.0
         self.token_life_s: int = settings.token_life_s or TOKEN_LIFE_S
-        self.keep_fleet: Callable[[Fleet], Generator[Effect, Any, None]] | None = None  # the size of the fleet is told
         self._expires_at_s = 0.0
         self._expiry_utc_s = 0  # the same moment, as the token says it
         self._in_flight: list[_Telemetry] = []  # in the order in which it was sent first
         self._lacks = lacks
         self._strikes: dict[int, tuple[int, float]] = {}  # sender -> their number, and when the last one came
+        self._unasked: dict[int, float] = {}  # sender -> when it last sent with QoS 0 on this connection
+        self._doubted: list[
+            int
+        ] = []  # senders after whose QoS 0 a hub hung up: QoS 1 until one of theirs is acknowledged
         self._struck: list[int] = []  # senders that got a strike for this connection: one each
         self._reads = False  # a program reads messages
-        self._desired_version = 0  # the version of the desired properties that programs were told last
-        self._desired_size = 0  # bytes of the desired properties when told whole, and of the patches told since
         self._cleaned = False  # the older identity is gone
-        self._twin_refusals = 0  # twin requests in a row that the hub refused
-        self._twin_not_before_s = 0.0  # until when the last refusal makes us wait, also over connections
         self._forget_connection()
 
     def _forget_connection(self) -> None:
@@ -216,15 +211,9 @@ class Session:
         self._calls: dict[int, tuple[str, float, int]] = {}  # call id -> the hub's request id, latest answer, size
         for telemetry in self._in_flight:
             telemetry.sent_at_s = None
+        self._unasked.clear()
         self._renewed_at_s = NEVER_S  # when the next token was ready
-        self._twin_granted = False  # the hub granted its topics: before that nothing is asked of the twin
-        self._twin_request = ""  # the one that waits for an answer
-        self._twin_at_s = NEVER_S  # when the request ends, or when to ask again
-        self._asked_whole = False  # it asks for the twin, else it reports
-        self._older_twins = 0  # how many twins in a row were older than the newest patch
-        self._newest_version = 0  # the newest version of the desired properties that a patch has named
-        self._twin_known = False
-        self._reported = False
+        self.twin.forget_connection()
 
     def open(self) -> "Generator[Effect, Any, str]":
         """Connects and subscribes; returns "" if that was done, else how it ended.
@@ -234,14 +223,18 @@ class Session:
         self._forget_connection()
         self.accepted = False
         token, self._token = self._token, None
-        if token is None:
+        if self._assignment.attestation == X509:
+            self._renew_at_s = NEVER_S
+        elif token is None:
             yield ConfirmClock(self._assignment.assigned_hub)
             token = yield from self._make_token(CONNECT_SPREAD)
-        self.was_provoked = False
+        self.was_provoked = self.has_served = False
         for telemetry in [telemetry for telemetry in self._in_flight if telemetry.withdrawn]:
             yield from self._give_up_unanswered(telemetry)
         hub, device_id = self._assignment.assigned_hub, self._assignment.device_id
-        user_name = f"{hub}/{device_id}/?api-version={API_VERSION}"
+        user_name = f"{hub}/{device_id}/?api-version={API_VERSION}&DeviceClientType={self._client_type}"
+        if self._settings.model_id:
+            user_name += f"&model-id={percent_encode(self._settings.model_id)}"
         fresh = not self._reads  # with an old one the hub delivers at once what an earlier reader left, and counts that
         answer: ConnAck | NoReply = yield Connect(hub, device_id, user_name, token, self._settings.keep_alive_s, fresh)
         if isinstance(answer, NoReply):
@@ -253,6 +246,7 @@ class Session:
         now_s: float = yield Uptime()
         self._ready_at_s = now_s
         features = [name for name in FEATURES if not self._hangs_up(name) and (name != MESSAGES or self._reads)]
+        yield from self.twin.open(TWIN not in features)
         if not features:
             return ""
         if not (yield from self._subscribe(tuple(features), now_s)):
@@ -280,10 +274,12 @@ class Session:
             now_s: float = yield Uptime()
             if pause_at_s is not None and now_s >= pause_at_s:
                 return ""
-            end = yield from self._do_what_is_due(now_s)
-            if end:
-                return end
             due_s = self._next_due_s()
+            if now_s >= due_s:
+                end = yield from self._do_what_is_due(now_s)
+                if end:
+                    return end
+                due_s = self._next_due_s()
             if pause_at_s is not None:
                 due_s = min(due_s, pause_at_s)
             event: Event | None = yield NextEvent(max(due_s, now_s))
@@ -296,9 +292,12 @@ class Session:
         """Tells the programs that nobody will know whether what is under way arrived: this identity is left."""
         for telemetry in list(self._in_flight):
             yield from self._give_up(telemetry)
+        yield from self.twin.abandon()
 
     def clock_kept(self, now: "Utc", uptime_s: float) -> bool:
         """Whether the time under which the last token was made is still believed: else its refusal says nothing."""
+        if not self._expiry_utc_s:
+            return True  # there was none
         token_s = self._expiry_utc_s - (self._expires_at_s - uptime_s)
         return now.believable and abs(now.now_s - token_s) <= AGREEMENT_S
 
@@ -320,7 +319,9 @@ class Session:
             yield from self._answer(rid, 504, {"message": f"no program answered within {METHOD_LIMIT_S} s"})
         yield from self._send_rest(now_s)
         if now_s >= self._twin_due_s():
-            yield from self._ask_twin(now_s)
+            own: bool = yield from self.twin.ask(now_s)
+            if own:
+                self._asked[TWIN] = now_s
         if self._subscriptions and now_s >= self._unanswered_s():
             return (yield from self._lost("did not grant the subscriptions", NO_REPLY_TIMEOUT))
         for name in FEATURES:
@@ -355,15 +356,14 @@ class Session:
         if not self._cleaned:
             due_s = min(due_s, self._ready_at_s + IDLE_AFTER_S)
         for telemetry in self._in_flight:
-            if telemetry.sent_at_s is None:
-                due_s = min(due_s, self._may_be_sent_s(telemetry.sender, telemetry.suspect))
+            if telemetry.sent_at_s is None:  # what nobody waits for is given up at once
+                at_s = 0.0 if telemetry.withdrawn else self._may_be_sent_s(telemetry.sender, telemetry.suspect)
+                due_s = min(due_s, at_s)
         return due_s
 
     def _twin_due_s(self) -> float:
-        """When to ask for the twin, or to report; not beside a message that may make the hub hang up."""
-        if not self._twin_granted or (self._twin_known and self._reported):
-            return NEVER_S
-        return max(self._twin_at_s, self._suspect_until_s())
+        """When something is asked of the twin; not beside a message that may make the hub hang up."""
+        return max(self.twin.due_s(), self._suspect_until_s())
 
     def _unanswered_s(self) -> float:
         """When the hub has had its time for the subscriptions asked for last."""
@@ -375,6 +375,8 @@ class Session:
     def _ask_again_s(self, name: str) -> float:
         """When to ask for a feature that the hub lacked: on a connection that lasts, beside nothing else."""
         if name not in self._lacks or name in self._subscribed or (name == MESSAGES and not self._reads):
+            return NEVER_S
+        if not is_wanted(name, self._settings):
             return NEVER_S
         due_s = max(self._lacks[name][0], self._ready_at_s + SHORT_S, self._suspect_until_s())
         for asked_at_s in self._asked.values():
@@ -483,9 +485,11 @@ class Session:
         if isinstance(event, Granted):
             yield from self._take_granted(event)
         elif isinstance(event, Acknowledged):
+            self.has_served = True
             for telemetry in self._in_flight:
                 if telemetry.packet_id == event.packet_id:
                     self._in_flight.remove(telemetry)
+                    self._doubted = [sender for sender in self._doubted if sender != telemetry.sender]
                     _taken: bool = yield Tell(TelemetryDone(telemetry.request_id, True, True))
                     break
         elif isinstance(event, Readers):
@@ -497,10 +501,13 @@ class Session:
             for telemetry in self._in_flight:
                 if telemetry.request_id == event.request_id:
                     telemetry.withdrawn = True  # its packet id may still be acknowledged on this connection
+            self.twin.withdraw(event.request_id)
         elif isinstance(event, Arrived):
             return (yield from self._take_message(event))
         elif isinstance(event, SendTelemetry):
             yield from self._send(event)
+        elif isinstance(event, (Report, ReadTwin)):
+            yield from self.twin.take(event)
         elif isinstance(event, AnswerMethod):
             call = self._calls.pop(event.call_id, None)
             if call is not None:
@@ -542,16 +549,17 @@ class Session:
             if len(codes) < count or _SUBSCRIPTION_FAILED in codes[:count]:
                 self._asked.pop(name, None)
                 self._lacks[name] = (0.0, 0.0)  # it costs nothing to ask again
+                if name == TWIN:
+                    yield from self.twin.open(True)
             elif name == TWIN:
-                self._twin_granted = True
-                self._twin_at_s = max(now_s, self._twin_not_before_s)  # whether the hub has one, its answer says
+                self.twin.grant(now_s)
             else:
                 self._has(name)
             codes = codes[count:]
 
     def _hangs_up(self, name: str) -> bool:
-        """Whether the hub may end the connection when it is asked for this feature."""
-        return self._lacks.get(name, (0.0, 0.0))[1] > 0.0
+        """Whether the hub may end the connection when it is asked for this feature, or is not to be asked."""
+        return self._lacks.get(name, (0.0, 0.0))[1] > 0.0 or not is_wanted(name, self._settings)
 
     def _has(self, name: str) -> None:
         """The hub has answered for this feature."""
@@ -581,9 +589,11 @@ class Session:
         if topic.startswith("$iothub/methods/POST/"):
             end = yield from self._call(topic[21:], message.payload)
         elif topic.startswith("$iothub/twin/res/"):
-            yield from self._take_twin(topic[17:], message.payload)
+            answered: bool = yield from self.twin.answered(topic[17:], message.payload)
+            if answered:
+                self._has(TWIN)
         elif topic.startswith("$iothub/twin/PATCH/properties/desired/"):
-            yield from self._take_desired(topic, message.payload)
+            yield from self.twin.take_desired(topic, message.payload)
         if message.packet_id:
             yield Acknowledge(message.packet_id)
         return end
@@ -591,7 +601,8 @@ class Session:
     def _call(self, rest: str, payload: "bytes | None") -> "Generator[Effect, Any, str]":
         """A direct method: `rest` is `{name}/?$rid={rid}`."""
         name, _, query = rest.partition("/")
-        rid = _query_value(query, "$rid")
+        name = percent_decode(name)
+        rid = query_value(query, "$rid")
         if not rid or "+" in rid or "#" in rid or len(rid) > RID_LIMIT:
             return ""  # no topic to answer on
         size = len(rest) + len(payload or b"")
@@ -641,7 +652,12 @@ class Session:
         same = [waiting for waiting in self._in_flight if waiting.sender == sender and waiting.suspect]
         suspect = strikes > 0 or bool(same)
         if topic and not full:
-            packet_id: int | None = yield Publish(topic, telemetry.payload, 1)
+            qos = telemetry.qos if not suspect and sender not in self._doubted else 1
+            packet_id: int | None = yield Publish(topic, telemetry.payload, qos)
+            if packet_id == 0:
+                self._unasked[sender] = now_s
+                _told: bool = yield Tell(TelemetryDone(telemetry.request_id, True, True))
+                return
             if packet_id is not None:
                 self._in_flight.append(_Telemetry(packet_id, telemetry.request_id, sender, size, now_s, suspect))
                 return
@@ -665,125 +681,8 @@ class Session:
             topic = telemetry_topic(self._assignment.device_id, telemetry.properties)
         except ValueError:  # half a character: no UTF-8
             return ""
-        fits = len(topic) <= TOPIC_LIMIT and len(topic) + len(telemetry.payload) <= TELEMETRY_LIMIT
-        return topic if fits else ""
-
-    # The twin.
-
-    def _ask_twin(self, now_s: float) -> "Generator[Effect, Any, None]":
-        """Asks for the twin, or reports; one request at a time, what the hub leaves unanswered is asked again."""
-        self.serial += 1
-        self._twin_at_s = now_s + (TWIN_AGAIN_S if self._twin_request else TWIN_LIMIT_S)
-        self._twin_request = str(self.serial)
-        self._asked[TWIN] = now_s
-        self._asked_whole = not self._twin_known
-        if self._asked_whole:
-            topic, payload = "$iothub/twin/GET/", b""
-        else:
-            topic, payload = "$iothub/twin/PATCH/properties/reported/", to_json({REPORTED_NAME: self._about}).encode()
-        _sent: int | None = yield Publish(f"{topic}?$rid={self._twin_request}", payload, 0)
-
-    def _take_twin(self, rest: str, payload: "bytes | None") -> "Generator[Effect, Any, None]":
-        """The answer to a twin request: `rest` is `{status}/?$rid={rid}[&$version={version}]`.
-
-        1. It answers another request than the one under way: nothing. 2. It answers a report: `_reported` says whether
-        the hub took it. 3. It brings the twin: `_twin_known` says whether that could be used. Then, when to go on:
-        4. The hub refused: ever later, also over connections. 5. All is well, or a patch has overtaken the twin for the
-        first time: at once. 6. Otherwise: after TWIN_AGAIN_S.
-        """
-        status, _, query = rest.partition("/")
-        if _query_value(query, "$rid") != self._twin_request or not self._twin_request:
-            return
-        self._twin_request = ""
-        self._has(TWIN)
-        older_before = self._older_twins
-        done = served = status in ("200", "204")
-        if not self._asked_whole:
-            self._reported = done
-        elif done:
-            done = yield from self._take_whole_twin(payload)
-        if self._asked_whole:
-            self._twin_known = done
-        now_s: float = yield Uptime()
-        at_once = done or (older_before, self._older_twins) == (0, 1)
-        self._twin_refusals = 0 if served else self._twin_refusals + 1
-        if not served:
-            delay_s: float = yield from exponential_s(self._twin_refusals, 2 * TWIN_AGAIN_S, TWIN_AGAIN_LIMIT_S)
-            self._twin_at_s = self._twin_not_before_s = now_s + delay_s
-        else:
-            self._twin_at_s = now_s if at_once else now_s + TWIN_AGAIN_S
-
-    def _take_whole_twin(self, payload: "bytes | None") -> "Generator[Effect, Any, bool]":
-        """Whether `payload` is a twin, no older one than the patches of this connection, and was taken.
-
-        1. It is too large for this device: the program is told, and it is not asked for again before the next patch.
-        2. It is no twin: False. 3. It is older than a patch that came meanwhile: False. 4. The programs know this
-        version: True. 5. It is news: whether it was taken.
-        """
-        try:
-            if payload is None:
-                raise MemoryError
-            twin = from_json(payload)
-            desired, reported = twin["desired"], twin["reported"]
-            version = desired["$version"]
-            own = desired.get(REPORTED_NAME)
-            self._reported = reported.get(REPORTED_NAME) == self._about
-            text = to_json(desired).encode()
-            if len(text) > DESIRED_LIMIT:
-                raise MemoryError
-        except MemoryError:
-            told: bool = yield Tell(Desired(self._newest_version, None, True))
-            return told
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            return False
-        if not isinstance(version, int):
-            return False
-        if version < self._newest_version:  # a patch came meanwhile: once more, at once
-            self._older_twins += 1
-            return False
-        self._older_twins = 0
-        yield from self._take_fleet(own)
-        if version != self._desired_version:
-            taken: bool = yield Tell(Desired(version, text, True))
-            if not taken:
-                return False
-            self._desired_version = version
-        self._desired_size = len(text)
-        return True
-
-    def _take_fleet(self, own: "Any") -> "Generator[Effect, Any, None]":
-        """The desired properties for the agent itself may say how large the fleet is; an absurd one changes nothing."""
-        fleet = fleet_of(own)
-        if fleet is not None and self.keep_fleet:
-            yield from self.keep_fleet(fleet)
-
-    def _take_desired(self, topic: str, payload: "bytes | None") -> "Generator[Effect, Any, None]":
-        """A patch to the desired properties.
-
-        1. It is the next one and a program takes it: done. 2. It is the next one and no program takes it: all
-        properties are asked for after TWIN_AGAIN_S. 3. One before it was missed, it is too large, or it speaks of the
-        agent itself: all properties are asked for at once. 4. Its version is known: nothing.
-        """
-        try:
-            version = int(_query_value(topic, "$version"))
-        except ValueError:
-            version = 0
-        self._newest_version = max(self._newest_version, version)
-        now_s: float = yield Uptime()
-        again_s = now_s
-        size = self._desired_size + len(payload or b"")  # what they may have come to; the whole says how much it is
-        ours = payload is not None and REPORTED_NAME.encode() in payload  # the whole says what they have come to
-        if payload is not None and not ours and version == self._desired_version + 1 and size <= DESIRED_LIMIT:
-            taken: bool = yield Tell(Desired(version, payload, False))
-            if taken:
-                self._desired_version = version
-                self._desired_size = size
-                return
-            again_s += TWIN_AGAIN_S  # the program took nothing: it has its hands full
-        if version != self._desired_version:  # one was missed: ask for all of them
-            self._twin_known = False
-            if not self._twin_request:
-                self._twin_at_s = again_s
+        fits = telemetry_size(telemetry.properties, len(telemetry.payload)) <= TELEMETRY_LIMIT
+        return topic if fits and len(topic) <= TOPIC_LIMIT else ""
 
     # How it ends.
 
@@ -801,6 +700,10 @@ class Session:
             for telemetry in self._in_flight:
                 if telemetry.sent_at_s is not None and now_s < telemetry.sent_at_s + SHORT_S:
                     recent.append(telemetry)
+            for sender in self._unasked:
+                if now_s < self._unasked[sender] + SHORT_S and sender not in self._doubted:
+                    self._doubted = self._doubted[1 - SENDERS_LIMIT :]
+                    self._doubted.append(sender)
         for telemetry in recent:
             if telemetry.suspect:
                 self.was_provoked = True
@@ -839,6 +742,18 @@ def telemetry_topic(device_id: str, properties: "dict[str, str]") -> str:
     return f"devices/{device_id}/messages/events/{encode_properties(properties)}"
 
 
+def telemetry_size(properties: "dict[str, str]", payload_size: int) -> int:
+    """The bytes of a message as a hub counts them; ValueError where the properties are no UTF-8.
+
+    Of system properties, which begin with "$.", it counts the values alone: IoT Hub developer guide, "Create and read
+    IoT Hub messages".
+    """
+    size = payload_size
+    for name in properties:
+        size += len(properties[name].encode()) + (0 if name.startswith("$.") else len(name.encode()))
+    return size
+
+
 def encode_properties(properties: "dict[str, str]") -> str:
     """Message properties as a topic carries them; system properties begin with "$."."""
     return "&".join([f"{percent_encode(name)}={percent_encode(properties[name])}" for name in properties])
@@ -852,12 +767,3 @@ def decode_properties(text: str) -> "dict[str, str]":
             name, _, value = pair.partition("=")
             properties[percent_decode(name)] = percent_decode(value)
     return properties
-
-
-def _query_value(text: str, name: str) -> str:
-    """The value of `name` in what follows the "?" of a topic, as it stands there; "" if there is none."""
-    for pair in text.partition("?")[2].split("&"):
-        key, _, value = pair.partition("=")
-        if key == name:
-            return value
-    return ""

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
         fleet: "Fleet"
         keep_alive_s: int  # MQTT's, on the connection to the hub
         token_life_s: int  # a hub token's; it is renewed at 80 % of that at the latest; 0: as `fleet` says
+        under: int  # a short digest of what a failed registration depends on; 0: none
+        model_id: str  # of Plug and Play, empty: none
+        features: "tuple[str, ...]"  # what the hub is asked for beside telemetry; AUTO among them: for all
+        attestation: str  # one of ATTESTATIONS: how the device shows who it is
 else:
     from collections import namedtuple
 
@@ -37,28 +41,57 @@ else:
             "fleet",
             "keep_alive_s",
             "token_life_s",
+            "under",
+            "model_id",
+            "features",
+            "attestation",
         ),
     )
 
 AUTO = "auto"
 KEEP_ALIVE_S = 240  # balancers in front of hubs drop what is silent for four minutes
 KEEP_ALIVE_LIMIT_S = 1177  # a hub drops after 1.5 times that, and after 1767 s at the latest; IoT Hub MQTT guide
+TPM = "tpm"
+SYMMETRIC_KEY = "symmetric-key"
+X509 = "x509"
+ATTESTATIONS = (TPM, SYMMETRIC_KEY, X509)
 POLL_LOOKUP = "lookup"
 POLL_OPERATION = "operation"
 
 
+def is_wanted(feature: str, settings: Settings) -> bool:
+    """Whether the hub is to be asked for this: "methods", "twin" or "messages"."""
+    return feature in settings.features or AUTO in settings.features
+
+
 def settings_of(values: "dict[str, Any]") -> Settings:
-    """The settings of a life, out of the values of all settings by their dotted keys."""
+    """The settings of a life, out of the values of all settings by their dotted keys.
+
+    DPS is told the model id as well, by the name that Azure's services look for.
+    """
+    under = 5381
+    for key in sorted(values):
+        counts = key[:4] == "tpm." or key in ("id_scope", "endpoint", "registration_id")
+        if counts or (key == "attestation" and values[key] != TPM):
+            for byte in f"{values[key]}\n".encode():
+                under = (under * 33 + byte) & 0x3FFFFFFF  # a small integer on a board
+    payload = dict(values["payload"])
+    if values["model_id"]:
+        payload["modelId"] = values["model_id"]
     return Settings(
         id_scope=values["id_scope"],
         registration_id=values["registration_id"],
         endpoint=values["endpoint"],
         poll=values["poll"],
-        payload=values["payload"] or None,
+        payload=payload or None,
         registration_budget_s=values["retry.registration_budget_s"],
         first_contact_spread_s=values["retry.first_contact_spread_s"],
         hub_suffixes=tuple(values["hub.hub_suffixes"]),
         fleet=(values["fleet.devices"], values["fleet.dps_quota_per_min"], values["fleet.hub_connects_per_s"]),
         keep_alive_s=values["hub.keep_alive_s"],
         token_life_s=values["hub.token_life_s"],
+        under=under,
+        model_id=values["model_id"],
+        features=tuple(values["hub.features"]),
+        attestation=values["attestation"],
     )

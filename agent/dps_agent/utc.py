@@ -125,6 +125,16 @@ def utc_s(year: int, month: int, day: int, hour: int, minute: int, second: int) 
     return ((days * 24 + hour) * 60 + minute) * 60 + second
 
 
+def date_text(now_s: int) -> str:
+    """The day of this moment in UTC by the Gregorian calendar, as "2026-11-01"; ValueError before the year 1."""
+    year, month = 1971 + now_s // 31556952, 12  # the mean year of the calendar: at most one year too late
+    while utc_s(year, 1, 1, 0, 0, 0) > now_s:
+        year -= 1
+    while utc_s(year, month, 1, 0, 0, 0) > now_s:
+        month -= 1
+    return f"{year:04d}-{month:02d}-{(now_s - utc_s(year, month, 1, 0, 0, 0)) // 86400 + 1:02d}"
+
+
 def http_date_s(text: "str | None") -> "int | None":
     """A Date header in its one form of today ("Sun, 06 Nov 1994 08:49:37 GMT", RFC 9110, 5.6.7); None for others."""
     parts = (text or "").split(" ")

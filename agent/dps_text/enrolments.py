@@ -48,11 +48,12 @@ class Entry(NamedTuple):
 
 
 class Other(NamedTuple):
-    """An enrolment of another kind than TPM."""
+    """An enrolment of another kind than TPM, or a group of enrolments."""
 
     line: int
     registration_id: str
     kind: str  # symmetricKey, x509, …
+    record: dict[str, Any]  # in the service API's form, as it came
 
 
 class Odd(NamedTuple):
@@ -130,12 +131,14 @@ def _json_records(text: str) -> Iterator[tuple[int, Any]]:
     at = _behind_blanks(text, 0)
     is_list = text[at] == "["
     at = _behind_blanks(text, at + is_list)
+    line, counted = 1, 0  # of the line ends before `counted`: each is counted once, however many records there are
     try:
         more = not is_list or text[at : at + 1] != "]"
         while more:
             begin = at
             record, at = decoder.raw_decode(text, at)
-            yield text.count("\n", 0, begin) + 1, record
+            line, counted = line + text.count("\n", counted, begin), begin
+            yield line, record
             at = _behind_blanks(text, at)
             more = is_list and text[at : at + 1] == ","
             at = _behind_blanks(text, at + more)
@@ -163,7 +166,7 @@ def _sort(found: EnrolmentList, line: int, record: Any) -> None:
         return
     name, attestation = record.get("registrationId"), record.get("attestation")
     if isinstance(record.get("enrollmentGroupId"), str):
-        found.others.append(Other(line, record["enrollmentGroupId"], "enrollmentGroup"))
+        found.others.append(Other(line, record["enrollmentGroupId"], "enrollmentGroup", record))
     elif not isinstance(name, str) or not name:
         found.odd.append(Odd(line, "registrationId is missing, or no text"))
     elif not isinstance(attestation, dict):
@@ -176,7 +179,7 @@ def _sort(found: EnrolmentList, line: int, record: Any) -> None:
         key = tpm.get("endorsementKey") if kind == "tpm" and isinstance(tpm, dict) else None
         found.named.append(Named(line, name, key.strip() if isinstance(key, str) else ""))
         if kind != "tpm" and isinstance(kind, str) and kind:
-            found.others.append(Other(line, name, kind))
+            found.others.append(Other(line, name, kind, record))
         elif not isinstance(key, str):
             found.odd.append(Odd(line, f"'{name}': expected attestation.tpm.endorsementKey"))
         elif not key.strip():

@@ -34,7 +34,18 @@ if TYPE_CHECKING:
         believable: bool
         source: str
 
-    class Tpm(Protocol):
+    class Signer(Protocol):
+        """What signs for a device: a TPM, or the key that a device was given."""
+
+        def sign(self, wrapped_key: bytes, message: bytes) -> bytes:
+            """HMAC-SHA256 of `message`, 32 bytes, by the wrapped key; where that is empty by the device's own."""
+            ...
+
+        def release(self) -> None:
+            """Ends what is open; idempotent, never raises; the next call opens it again."""
+            ...
+
+    class Tpm(Signer, Protocol):
         """A TPM 2.0 that keeps no state for us but its EK and SRK.
 
         A wrapped key is `TPM2B_PUBLIC || TPM2B_PRIVATE` (210 bytes for a 32-byte HMAC key): encrypted to this TPM's
@@ -206,7 +217,7 @@ else:
     )
     StoredRecord = namedtuple("StoredRecord", ("payload", "generation", "rolled_back"))
     Utc = namedtuple("Utc", ("now_s", "believable", "source"))
-    Tpm = TpmService = Store = Clock = object  # only a type checker compares with them
+    Signer = Tpm = TpmService = Store = Clock = object  # only a type checker compares with them
 
 IDENTITY: "Final" = "identity"  # record: hub, device, wrapped key, seal
 PROGRESS: "Final" = "progress"  # record: attempts and delays; expendable

@@ -142,14 +142,12 @@ def to_base64(content: bytes) -> str:
 
 def from_base64(text: str) -> bytes:
     """The bytes of padded standard base64; ValueError for anything else (binascii alone skips stray characters)."""
-    padding = 0
-    for character in text:  # without a copy, for which a board may have no room
-        if character == "=":
-            padding += 1
-        elif padding or character not in _BASE64:
-            raise ValueError(f"not base64: {character!r}")
-    if len(text) % 4 or padding > 2:
-        raise ValueError(f"not base64: {len(text)} characters, {padding} of them padding")
+    padding = text.lstrip(_BASE64)  # without a copy of the rest, for which a board may have no room
+    stray = padding.lstrip("=")
+    if stray:
+        raise ValueError(f"not base64: {stray[0]!r}")
+    if len(text) % 4 or len(padding) > 2:
+        raise ValueError(f"not base64: {len(text)} characters, {len(padding)} of them padding")
     return binascii.a2b_base64(text)
 
 
@@ -176,6 +174,14 @@ def from_json(text: "bytes | str") -> "Any":
     value = ujson.loads(text)
     _refuse_non_finite(value)
     return value
+
+
+def attribute_of(json_name: str) -> str:
+    """The name of a field in JSON, such as `idScope`, as Python writes it: `id_scope`."""
+    attribute = ""
+    for letter in json_name:
+        attribute += letter if letter == letter.lower() else "_" + letter.lower()
+    return attribute
 
 
 def nesting(text: "bytes | str") -> int:

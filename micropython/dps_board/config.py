@@ -2,6 +2,7 @@
 
 from dps_agent.settings import settings_of
 from dps_board.memory import forget
+from dps_board.tls import Trust
 from dps_hal.errors import AskOperator
 
 TYPE_CHECKING = False
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 CONFIG_FILE = "config.json"
+_CERTIFICATE = b"\x30\x82"  # a SEQUENCE whose length, from 256 on, is in two bytes: X.690, 8.1.3.5
 
 
 class BoardConfiguration:
@@ -17,13 +19,11 @@ class BoardConfiguration:
     Its repr shows nothing: `board.wifi_password` is a secret.
     """
 
-    def __init__(
-        self, values: "dict[str, Any]", roots: "list[bytes]", hub_roots: "list[bytes]", roots_end_s: int
-    ) -> None:
+    def __init__(self, values: "dict[str, Any]", trust: Trust, hub_trust: Trust) -> None:
         self.values = values
-        self.roots = roots  # certificates in DER
-        self.hub_roots = hub_roots
-        self.roots_end_s = roots_end_s  # when the last of `roots` ends
+        self.trust = trust
+        self.hub_trust = hub_trust  # the same where the settings name no other roots for the hub
+        self.roots_end_s: int = values["board.roots_end_s"]  # when the last of the roots of DPS ends
         self.connect_to: str = values["connect_to"]
         self.settings = settings_of(values)
 
@@ -39,26 +39,35 @@ def load(path: str = CONFIG_FILE) -> BoardConfiguration:
     from dps_board.keys import read_values
 
     values = read_values(_content(path), path)
-    roots, roots_end_s = _roots("ca_file", values["ca_file"])
+    forget("dps_board.keys")
+    trust = _trust("ca_file", values["ca_file"])
     hub_file = values["hub.ca_file"]
-    hub_roots = _roots("hub.ca_file", hub_file)[0] if hub_file else roots
-    forget("dps_board.keys", "dps_agent.der")
-    return BoardConfiguration(values, roots, hub_roots, roots_end_s)
+    hub_trust = _trust("hub.ca_file", hub_file) if hub_file else trust
+    return BoardConfiguration(values, trust, hub_trust)
 
 
-def _roots(key: str, path: str) -> "tuple[list[bytes], int]":
-    """The certificates in the file that setting `key` names, and when the last of them ends."""
-    from dps_agent.der import certificates, not_after_s
-
-    content = _content(path)
+def _trust(key: str, path: str) -> Trust:
+    """Trust in the roots of a file, made for TLS before the heap fills up."""
+    trust = Trust(roots_in(key, path))
     try:
-        roots = certificates(content)
-        ends_s = [not_after_s(root) for root in roots]
-    except ValueError as error:
-        raise AskOperator("config.invalid", f"{key}: expected certificates in DER in {path}: {error}")
-    if not roots:
-        raise AskOperator("config.invalid", f"{key}: expected certificates in DER; {path} is empty")
-    return roots, max(ends_s)
+        trust.context()
+    except (OSError, ValueError) as error:
+        raise AskOperator("config.invalid", f"{key}: expected certificates that this board's TLS can read; {error}")
+    return trust
+
+
+def roots_in(key: str, path: str) -> "list[bytes]":
+    """The certificates in the file that setting `key` names, one behind the other; `tools/deploy` has read them."""
+    content = _content(path)
+    roots = []
+    at = 0
+    while content[at : at + 2] == _CERTIFICATE:
+        end = at + 4 + int.from_bytes(content[at + 2 : at + 4], "big")
+        roots.append(content[at:end])
+        at = end
+    if not roots or at != len(content):
+        raise AskOperator("config.invalid", f"{key}: expected certificates in DER in {path}, as tools/deploy writes it")
+    return roots
 
 
 def _content(path: str) -> bytes:

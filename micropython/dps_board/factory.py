@@ -8,7 +8,7 @@
 import binascii
 import os
 
-from dps_agent.settings import AUTO
+from dps_agent.settings import AUTO, SYMMETRIC_KEY
 from dps_hal.errors import AskOperator
 from dps_hal.platform import declare_random_source, sha256
 from dps_hal.tpm.keys import registration_id_from_ek
@@ -41,6 +41,8 @@ def print_enrolment(path: str = "config.json") -> None:
 
     declare_random_source(os.urandom)  # as app.py does: where there is no EK yet, it is made in a salted session
     config = load(path)
+    if config.settings.attestation == SYMMETRIC_KEY:
+        raise AskOperator("config.invalid", "attestation: expected a TPM to enrol; this board has a key of its own")
     tpm = make_tpm(config)
     try:
         line = enrolment_line(tpm, config.settings.registration_id)

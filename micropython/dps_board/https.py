@@ -7,7 +7,7 @@ import gc
 
 from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_TOO_LARGE, Failed, NoReply, Reply
 from dps_agent.http1 import Reader
-from dps_board.tls import Link, split_address
+from dps_board.tls import Link, Trust, split_address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _HTTPS_PORT = 443
 class Connection:
     """One connection to `endpoint`, "https://name[:port]"; opened when needed and again where the server closed it.
 
-    `roots` are the only certificates to trust, in DER. `connect_to`, "host:port", is dialled instead; the name that is
+    `trust` says whom to trust. `connect_to`, "host:port", is dialled instead; the name that is
     sent and that the certificate must carry stays the endpoint's. `while_waiting` is called at least once a second
     while a request is under way.
     """
@@ -33,14 +33,14 @@ class Connection:
     def __init__(
         self,
         endpoint: str,
-        roots: "list[bytes]",
+        trust: Trust,
         connect_to: str = "",
         while_waiting: "Callable[[], None] | None" = None,
     ) -> None:
         self._authority = endpoint[len("https://") :]
         self._host, port = split_address(self._authority, _HTTPS_PORT)
         self._dial = split_address(connect_to, port) if connect_to else (self._host, port)
-        self._link = Link(roots, while_waiting)
+        self._link = Link(trust, while_waiting)
         # The room is made now: later on there may be no block of that size. Where a connection ends well and where it
         # was cut MicroPython does not tell apart.
         self._reader = Reader(BODY_LIMIT, room=bytearray(_ROOM_BYTES))

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 _DEFAULTS: "tuple[tuple[str, Any], ...]" = (
     ("id_scope", ""),
     ("registration_id", "auto"),
+    ("attestation", "tpm"),
     ("endpoint", "https://global.azure-devices-provisioning.net"),
     ("connect_to", ""),
     ("ca_file", "roots.der"),
     ("state_dir", "/dps-agent"),
     ("poll", "lookup"),
     ("payload", {}),
+    ("model_id", ""),
     ("retry.registration_budget_s", 900),
     ("retry.first_contact_spread_s", 0),
     ("tpm.backend", "wire"),
@@ -34,18 +36,27 @@ _DEFAULTS: "tuple[tuple[str, Any], ...]" = (
     ("hub.keep_alive_s", 240),
     ("hub.token_life_s", 0),
     ("hub.hub_suffixes", [".azure-devices.net", ".azure-devices.cn", ".azure-devices.us"]),
+    ("hub.features", ["auto"]),
     ("fleet.devices", 0),
     ("fleet.dps_quota_per_min", 0),
     ("fleet.hub_connects_per_s", 0),
     ("board.bus", 0),
     ("board.bus_hz", 0),
+    ("board.sck_pin", -1),
+    ("board.mosi_pin", -1),
+    ("board.miso_pin", -1),
     ("board.select_pin", 17),
+    ("board.scl_pin", -1),
+    ("board.sda_pin", -1),
+    ("board.reset_pin", -1),
     ("board.wifi_ssid", ""),
     ("board.ntp_server", "pool.ntp.org"),
     ("board.led_pin", -1),
     ("board.watchdog_s", 0),
     ("board.built_at_s", 0),
+    ("board.roots_end_s", 2147483647),
     ("board.wifi_password", ""),
+    ("device_key", ""),
 )
 _KINDS = {str: "a text", int: "a whole number", bool: "true or false", dict: "a table", list: "a list"}
 
@@ -68,13 +79,19 @@ def read_values(content: bytes, path: str) -> "dict[str, Any]":
             key, value = (f"{name}.{last}", inner[last]) if table else (name, inner)
             if key not in settings:
                 raise AskOperator("config.invalid", f"{key}: there is no such setting on a board ({path})")
-            if type(value) is not type(settings[key]):
-                came = "a value that is not shown" if "password" in key else repr(value)[:80]
+            if type(value) is not type(settings[key]) and not (type(value) is str and last.endswith("_pin")):
+                came = "a value that is not shown" if "password" in key or "key" in key else repr(value)[:80]
                 expected = _KINDS[type(settings[key])]
                 raise AskOperator("config.invalid", f"{key}: expected {expected}; came {came} ({path})")
             settings[key] = value
     if not all(isinstance(suffix, str) and suffix for suffix in settings["hub.hub_suffixes"]):
         raise AskOperator("config.invalid", f"hub.hub_suffixes: expected texts that are not empty ({path})")
+    if settings["attestation"] not in ("tpm", "symmetric-key"):
+        raise AskOperator(
+            "config.invalid", 'attestation: expected "tpm" or "symmetric-key": a board shows no certificate'
+        )
+    if settings["attestation"] != "tpm" and not (settings["device_key"] and settings["registration_id"] != "auto"):
+        raise AskOperator("config.missing", f"device_key, registration_id: expected both in {path}; one is not there")
     if not settings["id_scope"]:
         raise AskOperator("config.missing", f"id_scope: expected it in {path}; it is not there")
     return settings

@@ -8,7 +8,7 @@ import asyncio
 
 from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_PROTOCOL, NO_REPLY_TIMEOUT, NO_REPLY_TOO_LARGE, Failed, NoReply
 from dps_agent.hub_effects import Acknowledged, Arrived, ConnAck, Gone, Granted, SendTelemetry
-from dps_board.tls import POLL_S, Link, split_address
+from dps_board.tls import POLL_S, Link, Trust, split_address
 from dps_hal.platform import ms_since, ticks_ms
 
 TYPE_CHECKING = False
@@ -43,19 +43,19 @@ _FLAGS_CLEAN = b"\xc2"  # the same, and a clean session
 class HubConnection:
     """One connection to one hub after the other, and the events of hub and programs.
 
-    `roots` are the only certificates to trust, in DER. `connect_to`, "host:port", is dialled instead of the hub;
+    `trust` says whom to trust. `connect_to`, "host:port", is dialled instead of the hub;
     the name that is sent and that the certificate must carry stays the hub's. `while_waiting` is called at
     least once a second while something waits.
     """
 
     def __init__(
         self,
-        roots: "list[bytes]",
+        trust: Trust,
         connect_to: str = "",
         while_waiting: "Callable[[], None] | None" = None,
     ) -> None:
         self._dial = split_address(connect_to, _MQTT_PORT) if connect_to else ("", _MQTT_PORT)
-        self._link = Link(roots, while_waiting)
+        self._link = Link(trust, while_waiting)
         self._while_waiting = while_waiting
         self._reached = ""  # the hub behind the link
         self._identity = ("", "")  # hub and device id
@@ -216,10 +216,11 @@ class HubConnection:
         return True
 
     def take_back(self, event: "Event") -> bool:
-        """Drops a posted event, and returns true, if nobody has asked for it yet."""
-        if event in self._posted:
-            self._posted.remove(event)
-            return True
+        """Drops a posted event, this one and none that is equal, and returns true, if nobody has asked for it yet."""
+        for place in range(len(self._posted)):
+            if self._posted[place] is event:
+                del self._posted[place]
+                return True
         return False
 
     def abort(self) -> None:

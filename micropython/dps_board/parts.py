@@ -8,10 +8,10 @@ import os
 import time
 
 from dps_agent.lifecycle import CONNECTED, CONNECTING, PROVISIONED
+from dps_agent.settings import SYMMETRIC_KEY
 from dps_board.clock import BoardClock
 from dps_hal.errors import AskOperator
 from dps_hal.store.littlefs import LittleFsStore
-from dps_hal.tpm.wire import WireTpm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dps_board.config import BoardConfiguration
+    from dps_hal.contracts import Signer
     from dps_hal.tpm.commands import Transport
+    from dps_hal.tpm.tis import Bus
+    from dps_hal.tpm.wire import WireTpm
 
 SPI_HZ = 10_000_000  # PTP: every TPM takes 10 MHz
 I2C_HZ = 400_000
+NO_PIN = -1
 _SINCE_2000_S = 946_684_800  # the epoch of some ports
 _JOIN_AGAIN_S = 15
 _NOT_LIT = 0
@@ -30,8 +34,22 @@ _LIT = 1
 _GOOD_STATES = (PROVISIONED, CONNECTING, CONNECTED)
 
 
-def make_tpm(config: "BoardConfiguration", while_waiting: "Callable[[], None] | None" = None) -> WireTpm:
+def make_signer(config: "BoardConfiguration", while_waiting: "Callable[[], None] | None" = None) -> "Signer":
+    """What signs for this board: its TPM, or the key in its settings; AskOperator `config.invalid` for none."""
+    if config.settings.attestation != SYMMETRIC_KEY:
+        return make_tpm(config, while_waiting)
+    from dps_hal.device_key import DeviceKey, key_in
+
+    try:
+        return DeviceKey(key_in(config.values["device_key"]))
+    except ValueError as error:
+        raise AskOperator("config.invalid", f"device_key: {error}")
+
+
+def make_tpm(config: "BoardConfiguration", while_waiting: "Callable[[], None] | None" = None) -> "WireTpm":
     """The TPM that `tpm.tcti` names, used by nobody else."""
+    from dps_hal.tpm.wire import WireTpm
+
     values = config.values
     return WireTpm(
         _transport(values),
@@ -55,14 +73,44 @@ def _transport(values: "dict[str, Any]") -> "Transport":
     from dps_hal.tpm.tis import TisTransport
 
     hz = values["board.bus_hz"]
-    if tcti == "i2c":
-        from dps_hal.tpm.i2c import I2cBus
+    reset = None if values["board.reset_pin"] == NO_PIN else _pin(values, "reset_pin", 1)
+    try:
+        if tcti == "i2c":
+            from dps_hal.tpm.i2c import I2cBus
 
-        return TisTransport(I2cBus(machine.I2C(values["board.bus"], freq=hz or I2C_HZ)))
-    from dps_hal.tpm.spi import SpiBus
+            pins = _named_pins(values, "scl", "sda")
+            bus: Bus = I2cBus(machine.I2C(values["board.bus"], freq=hz or I2C_HZ, **pins))
+        else:
+            from dps_hal.tpm.spi import SpiBus
 
-    spi = machine.SPI(values["board.bus"], baudrate=hz or SPI_HZ)
-    return TisTransport(SpiBus(spi, machine.Pin(values["board.select_pin"], machine.Pin.OUT, value=1)))
+            pins = _named_pins(values, "sck", "mosi", "miso")
+            spi = machine.SPI(values["board.bus"], baudrate=hz or SPI_HZ, **pins)
+            bus = SpiBus(spi, _pin(values, "select_pin", 1))
+    except ValueError as error:
+        raise _not_here(values, "bus", error)
+    return TisTransport(bus, reset)
+
+
+def _named_pins(values: "dict[str, Any]", *names: str) -> "dict[str, Any]":
+    """Those pins of a bus that the settings name."""
+    return {name: _pin(values, name + "_pin") for name in names if values[f"board.{name}_pin"] != NO_PIN}
+
+
+def _pin(values: "dict[str, Any]", key: str, level: "int | None" = None) -> "Any":
+    """The pin that a setting names, putting out `level` where one is given; AskOperator `config.invalid` for none."""
+    import machine  # pyright: ignore[reportMissingImports]
+
+    pin, named = machine.Pin, values["board." + key]
+    try:
+        return pin(named) if level is None else pin(named, pin.OUT, value=level)
+    except ValueError as error:
+        raise _not_here(values, key, error)
+
+
+def _not_here(values: "dict[str, Any]", key: str, error: Exception) -> AskOperator:
+    """What is said of a setting that this board cannot meet."""
+    came = values["board." + key]
+    return AskOperator("config.invalid", f"board.{key}: expected what this board has; came {came}: {error}")
 
 
 def make_store(config: "BoardConfiguration") -> LittleFsStore:
@@ -112,18 +160,15 @@ def make_watchdog(config: "BoardConfiguration") -> "Callable[[], None] | None":
     try:
         feed: Callable[[], None] = machine.WDT(timeout=limit_s * 1000).feed
     except (ValueError, OSError) as error:
-        raise AskOperator("config.invalid", f"board.watchdog_s: expected what this board has; came {limit_s}: {error}")
+        raise _not_here(config.values, "watchdog_s", error)
     return feed
 
 
 def make_led(config: "BoardConfiguration") -> "Callable[[str], None] | None":
     """Shows a state: lit while the identity serves; None where there is no LED."""
-    number = config.values["board.led_pin"]
-    if number < 0:
+    if config.values["board.led_pin"] == NO_PIN:
         return None
-    import machine  # pyright: ignore[reportMissingImports]
-
-    pin = machine.Pin(number, machine.Pin.OUT, value=_NOT_LIT)
+    pin = _pin(config.values, "led_pin", _NOT_LIT)
     return lambda state: pin.value(_LIT if state in _GOOD_STATES else _NOT_LIT)
 
 
@@ -143,6 +188,6 @@ async def keep_joined(config: "BoardConfiguration") -> None:
         if not station.isconnected():
             try:
                 station.connect(ssid, config.values["board.wifi_password"])
-            except OSError:
-                pass  # the radio is still at it; the next round tries again
+            except (OSError, RuntimeError, MemoryError):  # an ESP32's driver has RuntimeError for what it knows no name
+                pass  # the radio is still at it, or there is no room; the next round tries again
         await asyncio.sleep(_JOIN_AGAIN_S)

@@ -17,6 +17,7 @@ from dps_agent.effects import (
     NO_REPLY_CLOSED,
     NO_REPLY_CONNECT,
     NO_REPLY_DNS,
+    NO_REPLY_MEMORY,
     NO_REPLY_NOT_FOUND,
     NO_REPLY_NOT_TLS,
     NO_REPLY_TIMEOUT,
@@ -25,6 +26,7 @@ from dps_agent.effects import (
     NO_REPLY_TLS_VERSION,
     Failed,
 )
+from dps_board.memory import has_room
 from dps_hal.platform import ms_since, ticks_ms
 
 TYPE_CHECKING = False
@@ -34,7 +36,12 @@ if TYPE_CHECKING:
 
 POLL_S = 0.005
 _IS_BARE = ssl.__name__ == "tls"  # this module takes no keyword for roots
-_MBEDTLS_ENDS = (-0x7280, -0x7880, -0x7F00)  # mbedtls/ssl.h: no goodbye, a goodbye, no memory
+_MBEDTLS_ENDS = (-0x7280, -0x7880)  # mbedtls/ssl.h: no goodbye, a goodbye
+_ENOMEM = 12
+# Their *_ALLOC_FAILED: TLS, X.509, keys, ciphers, digests, curves; big numbers and ASN.1, which stand in the low seven
+# bits of a number beside what they made fail.
+_MBEDTLS_MEMORY = (-0x7F00, -0x2880, -0x3F80, -0x6180, -0x5180, -0x4D80)
+_MBEDTLS_MEMORY_BELOW = (0x10, 0x6A)
 _MBEDTLS_X509 = (-0x3000, -0x2080)  # mbedtls/x509.h: from, to; a certificate that cannot be read
 _MBEDTLS_REASONS = {-0x7200: NO_REPLY_NOT_TLS, -0x6E80: NO_REPLY_TLS_VERSION}  # a record, a version of no TLS
 # Where MicroPython returns None, CPython raises one of these; and it has no numbers for what fails in TLS.
@@ -42,17 +49,45 @@ _NOT_YET = (ssl.SSLWantReadError, ssl.SSLWantWriteError) if hasattr(ssl, "SSLErr
 _UNNUMBERED = ssl.SSLError if hasattr(ssl, "SSLError") else ()
 
 
+class Trust:
+    """The only certificates to trust, in DER: one TLS context for all connections, made when it is asked for first.
+
+    So what TLS keeps of the roots lies together in the heap, once, below whatever comes and goes.
+    """
+
+    def __init__(self, roots: "list[bytes]") -> None:
+        self._roots = roots
+        self._context: Any = None
+
+    def context(self) -> "Any":
+        """The context. OSError, ValueError or MemoryError where it cannot be made."""
+        if self._context is None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            for root in self._roots:
+                if _IS_BARE:
+                    context.load_verify_locations(root)
+                else:
+                    context.load_verify_locations(cadata=root)
+            context.verify_mode = ssl.CERT_REQUIRED  # the default verifies nothing
+            if context.verify_mode != ssl.CERT_REQUIRED:
+                raise ValueError("this MicroPython cannot verify certificates")
+            self._context = context
+            self._roots = []  # the context has them
+        return self._context
+
+
 class Link:
-    """One connection after the other. `roots` are the only certificates to trust, in DER.
+    """One connection after the other, to whom `trust` holds for verified.
 
     `while_waiting` is called at least once a second while something waits. `begin` starts a time limit, and all that
     waits after it fails with `timeout` once that is over.
     """
 
-    def __init__(self, roots: "list[bytes]", while_waiting: "Callable[[], None] | None" = None) -> None:
+    def __init__(self, trust: Trust, while_waiting: "Callable[[], None] | None" = None) -> None:
         self.handshakes = 0
         self.is_shaken = False  # the peer is verified
-        self._roots = roots
+        self._trust = trust
+        self._lacks_room = False  # the heap had less than a handshake may take: who fails then, fails for that
         self._while_waiting = while_waiting
         self._socket: Any = None
         self._tls: Any = None
@@ -132,18 +167,13 @@ class Link:
 
     def _wrap(self, name: str) -> None:
         try:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            for root in self._roots:
-                if _IS_BARE:
-                    context.load_verify_locations(root)
-                else:
-                    context.load_verify_locations(cadata=root)
-            context.verify_mode = ssl.CERT_REQUIRED  # the default verifies nothing
-            if context.verify_mode != ssl.CERT_REQUIRED:
-                raise ValueError("this MicroPython cannot verify certificates")
+            context = self._trust.context()
+            self._lacks_room = not has_room()
             self._tls = context.wrap_socket(self._socket, server_hostname=name, do_handshake_on_connect=False)
         except (OSError, ValueError) as error:
             raise self._broken(error)
+        except MemoryError as error:
+            raise Failed(NO_REPLY_MEMORY, str(error))
         # `read` goes on until it would have to wait, and forgets an end that it met then; older versions have no other.
         self._read = getattr(self._tls, "recv", self._tls.read)
 
@@ -182,17 +212,28 @@ class Link:
         self.is_shaken = False
 
     def _broken(self, error: Exception) -> Failed:
-        """What a failure of the TLS module means: it raises ValueError for certificates, its own codes below 0."""
-        number = -1 if isinstance(error, _UNNUMBERED) else getattr(error, "errno", 0)
+        """What a failure of the TLS module means: it raises ValueError for certificates, its own codes below 0.
+
+        Who lacks memory while a certificate is verified hears that nobody trusted has signed it.
+        """
         text = " ".join(str(error).split())  # mbedTLS ends each of its reasons with a line feed
         if isinstance(error, ValueError):
             number = _MBEDTLS_X509[0]
+        else:
+            number = -1 if isinstance(error, _UNNUMBERED) else getattr(error, "errno", 0)
+        if (self._lacks_room and not self.is_shaken) or _is_short(number):
+            return Failed(NO_REPLY_MEMORY, f"no room for the TLS handshake: {text}")
         if self.is_shaken or number >= 0 or number in _MBEDTLS_ENDS:
             at = "" if self.is_shaken else " in the TLS handshake"
             return Failed(NO_REPLY_CLOSED, f"the connection ended{at}: {text}")
         if _MBEDTLS_X509[0] <= number <= _MBEDTLS_X509[1]:
             return Failed(NO_REPLY_TLS, text)
         return Failed(_MBEDTLS_REASONS.get(number, NO_REPLY_TLS_FAILED), text)
+
+
+def _is_short(number: int) -> bool:
+    """Whether an error's number says that there was no memory."""
+    return number == _ENOMEM or number in _MBEDTLS_MEMORY or (number < -1 and -number & 0x7F in _MBEDTLS_MEMORY_BELOW)
 
 
 def split_address(text: str, default_port: int) -> "tuple[str, int]":

@@ -2,19 +2,25 @@
 
 import asyncio
 import struct
+import sys
 
-from dps_agent.effects import Failed, NoReply
+from dps_agent.effects import Failed, NoReply, Reply
 from dps_agent.http1 import LINES_LIMIT
 from dps_agent.hub_effects import AnswerMethod, Arrived, MessageDone, SendTelemetry
+from dps_board import parts
 from dps_board.clock import BoardClock
+from dps_board.config import BoardConfiguration
 from dps_board.https import Connection
 from dps_board.keys import read_values
 from dps_board.mqtt import EVENTS_SIZE, IN_FLIGHT_LIMIT, POSTS_LIMIT, HubConnection
 from dps_board.ntp import read_answer
 from dps_board.parts import latest_s
-from dps_board.tls import Link, split_address
-from dps_hal.errors import AskOperator
+from dps_board.runner import NO_ROOM_LIMIT, Agent
+from dps_board.tls import Link, Trust, split_address
+from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.platform import to_json
+from support.claims import assert_refused
+from support.tpm.tis_chip import ChipOnI2c, ChipOnSpi, EchoTpm, TisChip
 
 BUILT = 1_793_491_200  # 2026-11-01
 DAY = 86400
@@ -22,7 +28,7 @@ MARK = b"abcdefgh"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from dps_agent.effects import Reply
+    from typing import Any
 
 
 def problem(**settings) -> str:  # type: ignore[no-untyped-def]
@@ -60,6 +66,7 @@ def test_good_settings_are_taken() -> None:
         {"hub": {"hub_suffixes": ["hub.example"]}},
         {"board": {"ntp_server": "[::1]:123", "watchdog_s": 0}},
         {"board": {"ntp_server": "ntp.example", "watchdog_s": 8}},
+        {"board": {"led_pin": "LED", "select_pin": "A4", "reset_pin": 20, "sck_pin": "B3"}},
         {"board": {"wifi_ssid": "plant", "wifi_password": "x" * 63, "led_pin": 25, "ntp_server": ""}},
     ):
         assert problem(**settings) == "", settings
@@ -75,14 +82,142 @@ def test_settings_of_another_name_or_type_are_refused_by_name() -> None:
         ("hub.hub_suffixes", {"hub": {"hub_suffixes": "hub.example"}}),
         ("hub.hub_suffixes", {"hub": {"hub_suffixes": [".azure-devices.net", ""]}}),
         ("hub.hub_suffixes", {"hub": {"hub_suffixes": [1]}}),
+        ("hub.features", {"hub": {"features": "auto"}}),
         ("hub.keep_alive_s", {"hub": {"keep_alive_s": 1.5}}),
-        ("board.led_pin", {"board": {"led_pin": "LED"}}),
+        ("board.led_pin", {"board": {"led_pin": 1.5}}),
+        ("board.reset_pin", {"board": {"reset_pin": None}}),
+        ("board.bus", {"board": {"bus": "A4"}}),
         ("board.colour", {"board": {"colour": "red"}}),
         ("hub.port", {"hub": {"port": 8883}}),
         ("idscope", {"idscope": "x"}),
         ("tpm", {"tpm": 1}),
     ):
         assert name in problem(**settings).split(":")[0], (settings, problem(**settings))
+
+
+class Pins:
+    """The module `machine` of a board that has the pins 0 to 29, "LED" and "A4", with a TPM on its buses."""
+
+    def __init__(self) -> None:
+        self.chip = TisChip(EchoTpm())
+        self.spi = ChipOnSpi(self.chip)
+        self.levels: list[object] = []
+        self.buses: list[object] = []
+        machine = self
+
+        class Pin:
+            OUT = 1
+
+            def __init__(self, named: object, mode: int = 0, value: int = -1) -> None:
+                if named not in ("LED", "A4") and not (type(named) is int and named < 30):
+                    raise ValueError("invalid pin")
+                self.named = named
+                if mode:
+                    self.value(value)
+
+            def value(self, level: int) -> None:
+                machine.levels.append((self.named, level))
+                if self.named == "A4":
+                    machine.spi.chip_select(level)
+                elif self.named == 20 and level:
+                    machine.chip.hangs = machine.chip.ignores_abort = False
+                    machine.chip.power_on()
+
+            __call__ = value
+
+        self.Pin = Pin
+
+    def SPI(self, number: int, baudrate: int, **pins: "Any") -> ChipOnSpi:
+        if number > 1:
+            raise ValueError("SPI does not exist")
+        self.buses.append([number, baudrate, sorted([(name, pins[name].named) for name in pins])])
+        return self.spi
+
+    def I2C(self, number: int, freq: int, **pins: "Any") -> ChipOnI2c:
+        self.buses.append([number, freq, sorted([(name, pins[name].named) for name in pins])])
+        return ChipOnI2c(self.chip)
+
+
+class OfValues:
+    """A configuration, as far as pins are concerned."""
+
+    def __init__(self, **board: "Any") -> None:
+        document = {"id_scope": "0ne1", "board": board, "tpm": {"tcti": board.pop("tcti", "spi")}}
+        self.values = read_values(to_json(document).encode(), "config.json")
+
+
+def with_pins(machine: Pins, use: "Any") -> "Any":
+    """What `use` gives on a board with these pins."""
+    before = sys.modules.get("machine")
+    sys.modules["machine"] = machine  # type: ignore[assignment]
+    try:
+        return use()
+    finally:
+        if before is None:
+            del sys.modules["machine"]
+        else:
+            sys.modules["machine"] = before
+
+
+def test_a_bus_gets_the_pins_that_are_named_and_no_others() -> None:
+    three = [("miso", 4), ("mosi", 3), ("sck", 2)]
+    for board, expected in (
+        ({"select_pin": "A4"}, [0, 10_000_000, []]),
+        ({"select_pin": "A4", "bus": 1, "sck_pin": 2, "mosi_pin": 3, "miso_pin": 4, "bus_hz": 5}, [1, 5, three]),
+        ({"select_pin": "A4", "sck_pin": 2}, [0, 10_000_000, [("sck", 2)]]),
+        ({"tcti": "i2c", "scl_pin": 7, "sda_pin": "LED"}, [0, 400_000, [("scl", 7), ("sda", "LED")]]),
+        ({"tcti": "i2c"}, [0, 400_000, []]),
+    ):
+        machine = Pins()
+        config: Any = OfValues(**board)
+        with_pins(machine, lambda config=config: parts.make_tpm(config))
+        assert machine.buses == [expected], machine.buses
+
+
+def test_a_board_resets_a_tpm_that_hangs_by_the_pin_that_is_wired_to_it() -> None:
+    machine = Pins()
+    command = bytes([0x80, 1, 0, 0, 0, 10, 0, 0, 1, 0x7A])
+    transport = with_pins(machine, lambda: parts._transport(OfValues(select_pin="A4", reset_pin=20).values))
+    assert transport.send(command, 5, None) and (20, 0) not in machine.levels and (20, 1) in machine.levels
+    machine.chip.hangs = machine.chip.ignores_abort = True
+    for _ in range(2):
+        machine.levels[:] = []
+        try:
+            transport.send(command, 0.3, None)
+            hung = False
+        except RetryLater as error:
+            hung = error.code == "tpm.timeout"
+        transport.close()
+        of_reset = [level for level in machine.levels if level[0] == 20]  # type: ignore[index]
+        assert (hung, of_reset) in ((True, []), (False, [(20, 0), (20, 1)])), (hung, of_reset)
+    assert not hung and machine.chip.violations == []
+
+
+def test_a_pin_or_a_bus_that_this_board_does_not_have_is_named() -> None:
+    for board, words in (
+        ({"select_pin": "B9"}, "board.select_pin: expected what this board has; came B9: invalid pin"),
+        ({"select_pin": "A4", "miso_pin": 99}, "board.miso_pin: expected what this board has; came 99: invalid pin"),
+        ({"select_pin": "A4", "reset_pin": "X"}, "board.reset_pin: expected what this board has; came X: invalid pin"),
+        ({"select_pin": "A4", "bus": 3}, "board.bus: expected what this board has; came 3: SPI does not exist"),
+        ({"led_pin": "led"}, "board.led_pin: expected what this board has; came led: invalid pin"),
+    ):
+        make: Any = parts.make_led if "led_pin" in board else parts.make_tpm
+        config: Any = OfValues(**board)
+        error = assert_refused(
+            lambda make=make, config=config: with_pins(Pins(), lambda: make(config)), AskOperator, "config.invalid"
+        )
+        assert error.message == words
+
+
+def test_an_led_by_its_name_is_lit_while_the_identity_serves() -> None:
+    machine = Pins()
+    config: Any = OfValues(led_pin="LED")
+    show = with_pins(machine, lambda: parts.make_led(config))
+    for state in ("boot", "connected"):
+        show(state)
+    assert machine.levels == [("LED", 0), ("LED", 0), ("LED", 1)]
+    unlit: Any = OfValues()
+    assert parts.make_led(unlit) is None
 
 
 def test_the_password_of_the_network_is_not_shown() -> None:
@@ -174,16 +309,16 @@ def test_no_time_is_believed_that_the_port_cannot_represent() -> None:
 
 
 def test_answers_have_room_however_much_telemetry_waits() -> None:
-    connection = HubConnection([])
-    telemetry = [SendTelemetry(number, {}, b"", 0) for number in range(POSTS_LIMIT)]
+    connection = HubConnection(Trust([]))
+    telemetry = [SendTelemetry(number, {}, b"", 0, 1) for number in range(POSTS_LIMIT)]
     assert [connection.post(each) for each in telemetry] == [True] * POSTS_LIMIT
-    assert not connection.post(SendTelemetry(POSTS_LIMIT, {}, b"", 0))
+    assert not connection.post(SendTelemetry(POSTS_LIMIT, {}, b"", 0, 1))
     assert connection.post(MessageDone(1)) and connection.post(AnswerMethod(2, 200, b""))
 
 
 def test_a_hub_s_topics_take_room_as_its_payloads_do() -> None:
     for topic, payload in (("t" * EVENTS_SIZE, b""), ("t", bytes(EVENTS_SIZE))):
-        connection = HubConnection([])
+        connection = HubConnection(Trust([]))
         assert connection._has_room()
         connection._events.append(Arrived(topic, payload, 0))
         assert not connection._has_room()
@@ -191,15 +326,115 @@ def test_a_hub_s_topics_take_room_as_its_payloads_do() -> None:
 
 def test_telemetry_without_acknowledgement_is_bounded_by_its_bytes() -> None:
     for size, expected in ((IN_FLIGHT_LIMIT // 4, 3), (2 * IN_FLIGHT_LIMIT, 1), (100, 20)):
-        connection = HubConnection([])
+        connection = HubConnection(Trust([]))
         connection._connected = True
         taken = [connection.publish("devices/a/messages/events/", bytes(size), 1) is not None for _ in range(20)]
         assert taken == [True] * expected + [False] * (20 - expected), (size, taken)
 
 
 def test_line_feeds_of_the_tls_module_stay_out_of_the_reason() -> None:
-    failed = Link([])._broken(ValueError("not signed by the trusted CA\nexpired\n"))
+    failed = Link(Trust([]))._broken(ValueError("not signed by the trusted CA\nexpired\n"))
     assert str(failed) == "not signed by the trusted CA expired"
+
+
+def test_want_of_memory_in_a_handshake_is_no_verdict_on_the_peer() -> None:
+    for number in (12, -0x7F00, -0x2880, -0x4290, -0x3F80, -0x216A):
+        failed = Link(Trust([]))._broken(OSError(number, "MBEDTLS_ERR"))
+        assert failed.reason == "memory", hex(number)
+    for number, reason in (
+        (-0x7200, "not_tls"),
+        (-0x7880, "closed"),
+        (-0x2700, "tls"),
+        (104, "closed"),
+        (-0x7780, "tls_failed"),
+    ):
+        failed = Link(Trust([]))._broken(OSError(number, "MBEDTLS_ERR"))
+        assert failed.reason == reason, hex(number)
+    link = Link(Trust([]))
+    link._lacks_room = True  # as it was when the handshake began
+    assert link._broken(ValueError("not signed by the trusted CA")).reason == "memory"
+    link.is_shaken = True
+    assert link._broken(OSError(104, "reset")).reason == "closed", "a connection that stands needs no more room"
+
+
+def test_all_connections_share_one_context() -> None:
+    trust = Trust([])
+    assert trust.context() is trust.context()
+
+
+def test_no_room_for_the_context_is_said_as_such() -> None:
+    class Full(Trust):
+        def context(self) -> None:
+            raise MemoryError("memory allocation failed")
+
+    link = Link(Full([]))
+    try:
+        link._wrap("dps.example")
+        raise AssertionError("it was made")
+    except Failed as failed:
+        assert failed.reason == "memory"
+
+
+class BarePart:
+    """A TPM with keys of no meaning, and a store with nothing in it."""
+
+    def endorsement_key(self, name: bytes) -> bytes:
+        return bytes(314)
+
+    def storage_root_key(self) -> bytes:
+        return bytes(282)
+
+    def load(self, record: str) -> None: ...
+
+    def commit(self, record: str, payload: bytes) -> None: ...
+
+    def release(self) -> None: ...
+
+    def __getattr__(self, name: str) -> "Any":
+        return lambda *_arguments: None
+
+
+def agent_whose_requests(answers: "list[Any]") -> Agent:
+    """A new device that never waits; its requests to DPS get these answers, and the last of them again and again."""
+    values = read_values(b'{"id_scope": "0ne1", "registration_id": "press-07"}', "config.json")
+    part: Any = BarePart()
+    trust = Trust([])
+    clock = BoardClock(BUILT, BUILT + DAY, lambda now_s: None)
+    agent = Agent(BoardConfiguration(values, trust, trust), part, part, clock)
+
+    def request(*_fields: "Any") -> "Any":
+        answer = answers.pop(0) if answers[1:] else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    agent.answers["Http"] = request
+    agent.answers["Sleep"] = lambda delay_s, reason: None
+    return agent
+
+
+def test_a_board_whose_heap_has_no_room_again_and_again_ends_its_run_for_a_reset() -> None:
+    short = NoReply("memory: no room for the TLS handshake: ENOMEM", False)
+    for failure in (short, MemoryError("memory allocation failed")):
+        agent = agent_whose_requests([failure])
+        try:
+            asyncio.run(agent.run(connect=False))
+            raise AssertionError("it went on")
+        except RetryLater as error:
+            assert error.code == "agent.no_room" and str(NO_ROOM_LIMIT) in error.message, error.message
+
+
+def test_a_request_that_found_room_begins_the_count_anew() -> None:
+    short = NoReply("memory: no room for the TLS handshake: ENOMEM", False)
+    answers: list[Any] = ([short] * (NO_ROOM_LIMIT - 1) + [Reply(500, {}, b"", None)]) * 3
+    answers.append(short)
+    agent = agent_whose_requests(answers)
+    try:
+        asyncio.run(agent.run(connect=False))
+    except RetryLater as error:
+        assert error.code == "agent.no_room"
+    assert agent._no_room == NO_ROOM_LIMIT
+    assert agent.answers["Http"]() is short, "all that came before was asked for"
 
 
 class FloodingLink:
@@ -239,7 +474,7 @@ class FloodingLink:
 
 
 def asked_of(link: FloodingLink) -> "Reply | NoReply":
-    connection = Connection("https://dps.example", [])
+    connection = Connection("https://dps.example", Trust([]))
     connection._link = link  # type: ignore[assignment]
     return asyncio.run(connection.request("PUT", "/", b"{}", None, 1000))
 

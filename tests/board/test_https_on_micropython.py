@@ -14,7 +14,7 @@ import pytest
 import trustme
 
 from dps_agent.effects import Failed
-from dps_board.tls import Link
+from dps_board.tls import Link, Trust
 from support.board.compiled import Image, der, micropython
 from support.cloud.chains import CHAINS, TRUSTED, serving
 from support.cloud.servers import ENDPOINT_NAME, LOOPBACK, Certificates, Peer, Server, answer, answering
@@ -63,7 +63,7 @@ def test_a_silent_address_leaves_the_next_one_its_time(monkeypatch: pytest.Monke
             each.connect_ex(silent.getsockname())
         both = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", place.getsockname()) for place in (silent, refusing)]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_arguments: both)
-        link = Link([])
+        link = Link(Trust([]))
         link.begin(2000)
         with pytest.raises(Failed) as failed:
             asyncio.run(link.open(ENDPOINT_NAME, 443, ENDPOINT_NAME))
@@ -78,7 +78,7 @@ def test_a_board_without_room_for_a_socket_says_so(monkeypatch: pytest.MonkeyPat
 
     there = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (LOOPBACK, 9))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_arguments: there)
-    link = Link([])
+    link = Link(Trust([]))
     link.begin(2000)
 
     async def reach() -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEVICE = "press-07"
 SECOND_HUB = "second.azure-devices.net"
-HEAP_KB = 230  # of a 64-bit build with its code in flash, outside the heap; a board has pointers of half the size
+HEAP_KB = 205  # of a 64-bit build with its code in flash, outside the heap; a board has pointers of half the size
 FIRST = ["boot", "provisioning", "provisioned", "connecting", "connected"]  # the states of a new board
 SECOND = ["boot", "provisioned", "connecting", "connected"]  # of one that has its hub
 DAY = 86400
@@ -49,7 +49,7 @@ class Desk:
         self.connect_to = self.emulator.connect_to
         self.hub_connect_to = self.emulator.hub_connect_to
 
-    def configure(self, **board: Any) -> Path:
+    def configure(self, model_id: str = "", **board: Any) -> Path:
         (self.folder / "roots.der").write_bytes(der(self.emulator.ca_file))
         document = {
             "id_scope": "0ne00000000",
@@ -59,6 +59,7 @@ class Desk:
             "state_dir": "/flash/dps-agent",
             "tpm": {"tcti": self.swtpm.tcti},
             "hub": {"connect_to": self.hub_connect_to, "keep_alive_s": 30},
+            "model_id": model_id,
             "board": {"ntp_server": self.ntp.address, "built_at_s": int(time.time()) - 30 * DAY, **board},
         }
         path = self.folder / "config.json"
@@ -66,7 +67,7 @@ class Desk:
         return path
 
     def live(
-        self, *words: str, seconds: int = 60, heap_kb: int = 1024, rtc: Path | None = None
+        self, *words: str, seconds: int = 180, heap_kb: int = 1024, rtc: Path | None = None
     ) -> Future[list[dict[str, Any]]]:
         """Begins one life of the board; its lines come when it has ended."""
         flash = str(self.folder / "flash.img")
@@ -126,13 +127,52 @@ def test_a_board_is_connected_and_does_what_a_hub_asks_for(desk: Desk) -> None:
     assert seen["connects"] == 0, "an end on purpose is no crash"
 
 
+def test_a_program_of_few_lines_reports_and_reads_messages_and_has_desired_properties_merged(desk: Desk) -> None:
+    hub = desk.emulator
+    life = desk.lives.submit(
+        micropython, desk.image, "board_program", str(desk.configure()), str(desk.folder / "flash.img"), "stays",
+        heap_kb=1024, timeout_s=120,
+    )  # fmt: skip
+    sent = hub.await_telemetry(2, DEVICE, 60)
+    assert [(message["payload"], message["qos"]) for message in sent] == [("first", 1), ("fast", 0)]
+    hub.set_desired(DEVICE, {"rate": 5, "other": {"a": 1}})
+    hub.set_desired(DEVICE, {"rate": 6})
+    hub.send_c2d(DEVICE, b"one", {"n": "1"})
+    hub.await_hub_log("twin-patch", 4, DEVICE)  # the agent's own, and three of the program's
+    reported = hub.twin(DEVICE)["reported"]
+    assert reported["valve"] == {"open": True} and reported["desired"] == 6 and "agentVersion" in reported["dpsAgent"]
+    hub.send_c2d(DEVICE, b"stop", {})
+    (said,) = life.result()
+    assert said["messages"] == ["one", "stop"] and said["early"] == said["late"] == "agent.not_connected"
+    assert said["versions"][1] == said["versions"][0] + 1
+    own, name, text = said["refused"]
+    assert "agent reports of itself" in own and "without space" in name and "4096" in text, said
+
+
+def test_one_wake_sends_takes_what_waits_and_ends_in_order(desk: Desk) -> None:
+    def wake() -> dict[str, Any]:
+        path = str(desk.configure()), str(desk.folder / "flash.img")
+        (said,) = micropython(desk.image, "board_program", *path, "once", heap_kb=1024, timeout_s=120)
+        return said
+
+    hub = desk.emulator
+    first = wake()
+    assert first["messages"] == [] and first["desired"] == {"$version": 1}
+    hub.send_c2d(DEVICE, b"while asleep", {})
+    hub.set_desired(DEVICE, {"rate": 5})
+    second = wake()
+    assert second["messages"] == ["while asleep"] and second["desired"] == {"rate": 5, "$version": 2}
+    assert [message["payload"] for message in hub.telemetry(DEVICE)] == ["1", "2"] * 2
+    hub.await_hub_log("completed")
+
+
 def test_telemetry_of_a_board_flows_at_a_hub_of_the_basic_tier(image: Image, tmp_path: Path) -> None:
     desk = Desk(image, tmp_path, "basic")
     with desk.stack:
-        life = desk.live(seconds=40)
+        life = desk.live("until=5")
         messages = desk.emulator.await_telemetry(5, DEVICE, 40)
         seen = life.result()[-1]
-    assert seen["accepted"] >= 5 and seen["hubLacks"] == ["methods", "twin", "messages"], seen
+    assert seen["accepted"] == 5 and seen["hubLacks"] == ["methods", "twin", "messages"], seen
     assert [message["payload"] for message in messages[:5]] == ["1", "2", "3", "4", "5"]
 
 
@@ -182,6 +222,8 @@ def test_a_board_that_was_kicked_reconnects_and_repeats_what_was_not_acknowledge
     desk.emulator.fault()
     desk.connected(2)
     messages = desk.emulator.await_telemetry(8, DEVICE)
+    while len(messages) < 80 and not any(message["dup"] for message in messages):  # it comes behind what is not suspect
+        messages = desk.emulator.await_telemetry(len(messages) + 1, DEVICE)
     assert desk.emulator.disconnect(DEVICE), "a kick"
     desk.connected(3)
     seen = desk.stop(life)
@@ -287,7 +329,7 @@ def test_a_restarted_board_without_ntp_gets_the_time_from_dps_once(desk: Desk, t
 
 
 def test_a_hub_that_says_nothing_is_given_up_and_tried_again(desk: Desk) -> None:
-    life = desk.live(seconds=100)
+    life = desk.live()
     desk.connected()
     desk.emulator.await_telemetry(2, DEVICE)
     desk.emulator.fault({"operation": "telemetry", "silent": "after", "times": 1})
@@ -295,7 +337,7 @@ def test_a_hub_that_says_nothing_is_given_up_and_tried_again(desk: Desk) -> None
     desk.connected(2, 90)
     assert 40 < time.monotonic() - began < 70, "1.5 keep-alives of 30 s, and the first back-off"
     seen = desk.stop(life)
-    assert seen["refused"] and set(seen["refused"]) == {"agent.not_connected"}, seen
+    assert seen["refused"] == [], "what waits for longer than a reconnect takes is sent again"
     assert seen["longestFeedMs"] < 1500, seen
 
 

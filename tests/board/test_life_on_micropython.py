@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trustme
 
+import dps_emulator.embedded
 import dps_emulator.server
-import support.cloud.emulator
 from dps_emulator.faults import Fault
 from dps_emulator.service import Settings
 from support.board.compiled import Image, der, micropython
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HUB = "emulator.azure-devices.net"
-HEAP_KB = 170  # of a 64-bit build that loads what is not in flash; a board has pointers of half the size
+HEAP_KB = 150  # of a 64-bit build that loads what is not in flash; a board has pointers of half the size
 TPM_COMMANDS = 18  # of one registration where EK and SRK exist
 LOOKS_FOR_LEFTOVERS = 3  # commands more, once, because nobody else uses a board's TPM
 DAY = 86400
@@ -194,7 +194,7 @@ def short_lived(monkeypatch: pytest.MonkeyPatch) -> None:
     now = datetime.datetime.now(datetime.UTC)
     first, last = now - datetime.timedelta(days=10), now + datetime.timedelta(days=80)
     monkeypatch.setattr(authority, "issue_cert", lambda *names: issue(*names, not_before=first, not_after=last))
-    monkeypatch.setattr(support.cloud.emulator, "certificate_authority", lambda state_dir: authority)
+    monkeypatch.setattr(dps_emulator.embedded, "certificate_authority", lambda state_dir: authority)
 
 
 @pytest.fixture

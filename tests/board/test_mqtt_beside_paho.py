@@ -37,6 +37,7 @@ from dps_agent.hub_effects import (
 )
 from dps_agent.sas import SasToken
 from dps_board import mqtt as board_mqtt
+from dps_board.tls import Trust
 from dps_emulator import mqtt
 from support.board.board_mqtt import Served, connecting
 from support.board.compiled import CHECKOUT, der
@@ -874,10 +875,17 @@ def test_a_hub_is_verified_before_there_is_a_token_and_once(small: Any) -> None:
 
 def test_too_much_telemetry_of_programs_is_refused_and_one_can_be_taken_back(small: Any) -> None:
     call = small(accepting())
-    mine, other = SendTelemetry(7, {}, b"x", 0), SendTelemetry(8, {}, b"x", 0)
+    mine, other = SendTelemetry(7, {}, b"x", 0, 1), SendTelemetry(8, {}, b"x", 0, 1)
     assert call("post", mine) and [call("post", other) for _ in range(50)].count(True) == 31
-    assert call("take_back", mine) is True and call("take_back", mine) is False
+    assert call("take_back", 0) is True and call("take_back", 0) is False
     assert call("post", other) and not call("post", other) and soon(call) == other
+
+
+def test_what_is_taken_back_is_the_event_itself_and_none_that_is_equal(small: Any) -> None:
+    call = small(accepting())
+    mine, equal = (SendTelemetry(7, {}, b"x", 0, 1) for _ in range(2))
+    assert call("post", mine) and not call("take_back", equal)
+    assert call("take_back", 0) and not call("take_back", 0)
 
 
 def test_the_token_is_kept_nowhere_after_connect(certificates: Certificates) -> None:
@@ -928,7 +936,7 @@ class Bytes:
     )
 )
 def test_no_bytes_of_a_hub_raise(pieces: list[bytes]) -> None:
-    client = board_mqtt.HubConnection([])
+    client = board_mqtt.HubConnection(Trust([]))
     client._link = Bytes([mqtt.connack(0), *pieces])  # type: ignore[assignment]
     client._packets = client._read_packets()
     client._want(next(client._packets))

@@ -1,5 +1,6 @@
 """The runner of the shared tests, under both interpreters: a failure can't pass for a success."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,12 @@ def interpreter(request: pytest.FixtureRequest) -> str:
     return path
 
 
-def run(interpreter: str, *folders: Path) -> tuple[int, list[str]]:
+def run(interpreter: str, *folders: Path, share: str = "") -> tuple[int, list[str]]:
     """Exit status and output lines of the runner over `folders`."""
     done = subprocess.run(
         [interpreter, "tests/support/run_shared.py", *map(str, folders)],
         cwd=CHECKOUT,
+        env={**os.environ, "DPS_TEST_SHARE": share},
         capture_output=True,
         text=True,
         timeout=60,
@@ -57,3 +59,19 @@ def test_two_files_of_one_name_are_both_run(interpreter: str, tmp_path: Path) ->
         (tmp_path / folder / "test_same.py").write_text(f"def test_one():\n    {body}\n")
     status, lines = run(interpreter, tmp_path / "a", tmp_path / "b")
     assert (status, lines[-1]) == (1, "1 passed, 1 failed")
+
+
+def test_the_parts_of_all_runs_make_up_the_cases_and_none_is_taken_twice(interpreter: str, tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text(
+        "from support.share import part_of\ndef test_one():\n    print(part_of(range(5)), part_of('ab'))\n"
+    )
+    assert run(interpreter, tmp_path) == (0, ["[0, 1, 2, 3, 4] ['a', 'b']", "1 passed, 0 failed"])
+    assert run(interpreter, tmp_path, share="1/2") == (0, ["[0, 2, 4] ['a']", "1 passed, 0 failed"])
+    assert run(interpreter, tmp_path, share="2/2") == (0, ["[1, 3] ['b']", "1 passed, 0 failed"])
+
+
+def test_a_part_without_a_case_or_a_share_that_is_none_fails_the_run(interpreter: str, tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text("from support.share import part_of\ndef test_one():\n    part_of('ab')\n")
+    for share in ("3/3", "0/2", "3/2", "1", "a/b", "1/0"):
+        status, lines = run(interpreter, tmp_path, share=share)
+        assert (status, lines[-1]) == (1, "0 passed, 1 failed"), share

@@ -15,7 +15,7 @@ from support.tpm.swtpm import Swtpm
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MICROPYTHON = str(Path(sys.executable).with_name("micropython"))
-HEAP_KB = 104  # of a 64-bit build that compiles the sources first; a board has pointers of half the size, and .mpy
+HEAP_KB = 112  # of a 64-bit build that compiles the sources first; a board has pointers of half the size, and .mpy
 
 
 @pytest.fixture

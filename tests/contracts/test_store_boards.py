@@ -87,6 +87,42 @@ def test_a_flash_that_is_too_small_is_refused() -> None:
     assert isinstance(error, AskOperator) and error.code == "store.unsuitable" and "block 5" in error.message, error
 
 
+def test_a_block_that_cannot_be_read_is_a_damaged_copy_and_the_next_commit_goes_over_it() -> None:
+    for failure in (-5, OSError(5), True):
+        for slot, left in ((0, b"hub B"), (1, b"hub A")):
+            flash = Unreadable(failure)
+            for payload in (b"hub A", b"hub B"):
+                block_store(flash).commit(IDENTITY, payload)
+            flash.bad = slot
+            found = block_store(flash).load(IDENTITY)
+            assert found is not None and found.payload == left and found.rolled_back, f"{slot} {failure!r}"
+            block_store(flash).commit(IDENTITY, b"hub C")
+            assert flash.bad < 0 and payload_of(block_store(flash)) == b"hub C", f"{slot} {failure!r}"
+    flash = Flash(5, 4096)
+    block_store(flash).commit(IDENTITY, b"hub A")
+    flash.failing["read"] = -5
+    error = error_of(lambda: block_store(flash).load(IDENTITY))
+    assert isinstance(error, RetryLater) and error.code == "store.io", error
+
+
+class Unreadable(Flash):
+    """A device with one block that fails to be read until it is erased."""
+
+    def __init__(self, failure: object) -> None:
+        Flash.__init__(self, 5, 4096)
+        self.failure = failure
+        self.bad = -1
+
+    def readblocks(self, block: int, buffer: bytearray, offset: int) -> object:
+        self.failing = {"read": self.failure} if block == self.bad else {}
+        return Flash.readblocks(self, block, buffer, offset)
+
+    def ioctl(self, operation: int, argument: int) -> object:
+        if operation == ERASE_BLOCK and argument == self.bad:
+            self.bad = -1
+        return Flash.ioctl(self, operation, argument)
+
+
 def test_whatever_way_a_flash_fails_it_is_noticed_and_the_old_record_stays() -> None:
     for call in ("write", "erase", "sync"):
         for failure in (-5, OSError(5), True):

@@ -14,11 +14,11 @@ from dps_hal.store.slots import (
     VALID,
     SlotStore,
     crc32,
-    crc32_by_nibbles,
+    crc32_by_bits,
     decode_slot,
     encode_slot,
 )
-from support.disk.flash import FlashSlots
+from support.disk.flash import UNREADABLE, FlashSlots
 
 
 def assert_every_rule_holds(slot_bytes: int, erase_value: int) -> None:
@@ -99,10 +99,10 @@ def test_a_tombstone_is_not_an_empty_payload() -> None:
 
 
 def test_both_crc_routines_agree() -> None:
-    assert crc32_by_nibbles(b"123456789") == 0xCBF43926
+    assert crc32_by_bits(b"123456789") == 0xCBF43926
     for length in range(70):
         content = bytes([i * 37 + length & 0xFF for i in range(length)])
-        assert crc32_by_nibbles(content) == crc32(content), f"length={length}"
+        assert crc32_by_bits(content) == crc32(content), f"length={length}"
 
 
 def test_a_newer_format_in_either_slot_stops_load_and_commit_and_nothing_is_written() -> None:
@@ -173,6 +173,30 @@ def test_the_first_commit_beside_a_damaged_copy_goes_over_it_and_leaves_the_eras
         assert decode_slot(device.read(0), 0xFF).state == EMPTY and decode_slot(device.read(1), 0xFF).state == VALID
 
 
+def test_where_no_copy_is_whole_the_unreadable_slot_is_written_first_and_the_other_one_after_it() -> None:
+    bad = b"\xff" * 16 + UNREADABLE[:64]
+    for first, second, target in ((bad, b"", 0), (b"", bad, 1), (b"garbage", bad, 1), (bad, b"garbage", 0)):
+        device = flash_with(first, second)
+        lost = store_on(device).load(IDENTITY)
+        assert lost is not None and lost.payload == b"", lost
+        done: list[tuple[str, int]] = []
+        for name in ("erase", "program", "renew"):
+            watch(device, name, done)
+        store_on(device).commit(IDENTITY, b"new")
+        assert done == [("erase", target), ("program", target), ("renew", 1 - target)], done
+        assert payload_of(store_on(device)) == b"new"
+
+
+def watch(device: FlashSlots, name: str, done: "list[tuple[str, int]]") -> None:
+    call = getattr(device, name)
+
+    def watched(slot: int, *rest: bytes) -> None:
+        done.append((name, slot))
+        call(slot, *rest)
+
+    setattr(device, name, watched)
+
+
 def test_a_commit_over_two_damaged_copies_counts_on_from_the_later_one() -> None:
     device = flash_with(encode_slot(4, b"older")[:-1], encode_slot(5, b"current")[:-1])
     store_on(device).commit(IDENTITY, b"new")
@@ -238,6 +262,16 @@ def test_forget_older_makes_sure_of_a_slot_that_shows_as_erased_after_its_sync_f
     assert isinstance(error, RetryLater) and decode_slot(device.durable()[0], 0xFF).payload == b"older"
     store_on(device).forget_older(IDENTITY)
     assert decode_slot(device.durable()[0], 0xFF).state == EMPTY
+
+
+def test_forget_older_erases_nothing_that_cannot_be_read_for_now() -> None:
+    device = flash_with(encode_slot(4, b"older"), encode_slot(5, b"current"))
+    read = device.read
+    device.read = lambda slot: None if slot == 1 else read(slot)  # type: ignore[method-assign]
+    error = error_of(lambda: store_on(device).forget_older(IDENTITY))
+    assert isinstance(error, RetryLater) and error.code == "store.io", error
+    device.read = read  # type: ignore[method-assign]
+    assert payload_of(store_on(device)) == b"current"
 
 
 def test_a_later_copy_that_only_a_cache_had_is_given_up_for_the_one_on_the_medium() -> None:

@@ -36,13 +36,24 @@ def command_of(size: int) -> bytes:
 class Setup:
     """A chip with a TPM behind it that answers each command by its inverse, the driver, and what lies between."""
 
-    def __init__(self, bus: str, identity: "tuple[int, int, int]" = INFINEON_SLB9672) -> None:
+    def __init__(
+        self, bus: str, identity: "tuple[int, int, int]" = INFINEON_SLB9672, reset_wired: bool = False
+    ) -> None:
         self.tpm = EchoTpm()
         self.chip = TisChip(self.tpm, identity)
         self.spi = ChipOnSpi(self.chip)
         self.i2c = ChipOnI2c(self.chip)
         self.wire = self.spi if bus == "spi" else self.i2c
-        self.transport = TisTransport(SpiBus(self.spi, self.spi.chip_select) if bus == "spi" else I2cBus(self.i2c))
+        self.resets: list[int] = []
+        driver = SpiBus(self.spi, self.spi.chip_select) if bus == "spi" else I2cBus(self.i2c)
+        self.transport = TisTransport(driver, self.reset_line if reset_wired else None)
+
+    def reset_line(self, level: int) -> None:
+        """RST#: the part starts anew when it goes high again."""
+        self.resets.append(level)
+        if level:
+            self.chip.hangs = self.chip.ignores_abort = False
+            self.chip.power_on()
 
     def send(self, size: int, reproduce: str = "", limit_s: float = LIMIT_S) -> None:
         """A command there and its answer back, in full and by the rules."""
@@ -188,6 +199,44 @@ def test_a_tpm_that_never_answers_is_left_at_the_limit_and_takes_the_next_comman
         setup.send(33, f"bus={bus}")
 
 
+def test_a_tpm_that_hangs_is_reset_before_the_next_command_and_one_that_answers_never() -> None:
+    for bus in BUSES:
+        setup = Setup(bus, reset_wired=True)
+        setup.send(20)
+        setup.transport.close()
+        setup.send(20)
+        assert setup.resets == [], f"bus={bus}"
+        setup.chip.hangs = setup.chip.ignores_abort = True
+        send = setup.transport.send
+        assert_refused(lambda send=send: send(command_of(20), 0.3, None), RetryLater, "tpm.timeout", f"bus={bus}")  # type: ignore[misc]
+        setup.transport.close()
+        assert setup.resets == [], f"bus={bus}: nobody asks it anything"
+        setup.send(33, f"bus={bus}")
+        assert setup.resets == [0, 1], f"bus={bus}"
+        setup.transport.close()
+        setup.send(33, f"bus={bus}")
+        assert setup.resets == [0, 1], f"bus={bus}"
+
+
+def test_a_tpm_that_is_not_there_is_reset_too_and_without_the_wire_it_hangs_on() -> None:
+    for bus in BUSES:
+        setup = Setup(bus, reset_wired=True)
+        setup.spi.dead = 0xFF
+        setup.i2c.dead = True
+        assert_refused(lambda setup=setup: setup.send(10), RetryLater, "tpm.absent", f"bus={bus}")  # type: ignore[misc]
+        assert setup.resets == []
+        setup.spi.dead = None
+        setup.i2c.dead = False
+        setup.send(10, f"bus={bus}")
+        assert setup.resets == [0, 1]
+        other = Setup(bus)
+        other.chip.hangs = other.chip.ignores_abort = True
+        for _ in range(2):
+            send = other.transport.send
+            assert_refused(lambda send=send: send(command_of(20), 0.3, None), RetryLater, "tpm.timeout", f"bus={bus}")  # type: ignore[misc]
+            other.transport.close()
+
+
 def test_what_a_reset_left_under_way_is_ended_first() -> None:
     for bus in BUSES:
         for left in ("command", "execution", "response", "idle"):
@@ -256,12 +305,14 @@ def test_a_locality_that_is_lost_breaks_the_connection_and_comes_back() -> None:
 
 def test_a_locality_that_another_keeps_is_busy() -> None:
     for bus in BUSES:
-        setup = Setup(bus)
+        setup = Setup(bus, reset_wired=True)
         setup.chip.other_locality_stays = True
-        assert_refused(lambda setup=setup: setup.send(10), RetryLater, "tpm.busy", f"bus={bus}")  # type: ignore[misc]
-        setup.transport.close()
+        for _ in range(2):
+            assert_refused(lambda setup=setup: setup.send(10), RetryLater, "tpm.busy", f"bus={bus}")  # type: ignore[misc]
+            setup.transport.close()
         setup.chip.other_locality_stays = False
         setup.send(10, f"bus={bus}")
+        assert setup.resets == [], f"bus={bus}: nobody resets a TPM that another uses"
 
 
 def test_closing_gives_the_locality_back_and_may_be_done_twice() -> None:

@@ -7,11 +7,11 @@ from dps_agent.assignment import (
     encode,
     hub_fault,
     hub_token,
-    load_held,
     payload_to_store,
     seal_message,
     sealed,
 )
+from dps_agent.attestation import load_held
 from dps_agent.registration import register
 from dps_agent.settings import AUTO
 from dps_hal.contracts import StoredRecord
@@ -61,6 +61,7 @@ FIELD_NAMES = (
     "assigned_at_s",
     "payload",
     "payload_omitted",
+    "attestation",
 )
 
 
@@ -237,7 +238,8 @@ def test_a_hub_token_is_for_the_assigned_hub_and_device() -> None:
     token = world.run(hub_token(assignment, 600))
     assert token.resource == "emulator.azure-devices.net%2Fdevices%2Fpress-07" and token.key_name == ""
     world.believable = False
-    assert_refused(lambda: world.run(hub_token(assignment, 600)), RetryLater, "clock.not_set")
+    said = assert_refused(lambda: world.run(hub_token(assignment, 600)), RetryLater, "clock.not_set")
+    assert "says 2" in str(said) and "1970" not in str(said), str(said)
 
 
 def test_sealing_signs_the_stored_bytes() -> None:

@@ -113,9 +113,9 @@ def test_after_refusals_for_want_of_quota_the_delay_grows_by_a_minute_and_is_nev
     for refusals, asked_s, longest_s in (
         (1, 0, THROTTLED_STEP_S),
         (2, 0, 2 * THROTTLED_STEP_S),
-        (24, 0, 24 * THROTTLED_STEP_S),
-        (26, 0, 30 * THROTTLED_STEP_S),
-        (36, 0, WAITING_LIMIT_S),
+        (30, 0, 30 * THROTTLED_STEP_S),
+        (32, 0, 36 * THROTTLED_STEP_S),
+        (40, 0, WAITING_LIMIT_S),
         (10**9, 0, WAITING_LIMIT_S),
         (1, 5, THROTTLED_STEP_S),
         (1, 60, 120),

@@ -1,8 +1,8 @@
 """What every runner does beside what the logic asks for: clocks, refusals, long waits, readers, the end."""
 
 from dps_agent.driver import ClockConfirmed, Driver, Reach, Release
-from dps_agent.effects import Commit, Http, ReadEndorsementKey, Sign, Sleep, Uptime, UtcNow
-from dps_agent.hub_effects import ConfirmClock, ConnAck, Connect, Disconnect, NextEvent, Readers
+from dps_agent.effects import Commit, ConfirmClock, Http, ReadEndorsementKey, Sign, Sleep, Uptime, UtcNow
+from dps_agent.hub_effects import ConnAck, Connect, Disconnect, NextEvent, Readers
 from dps_agent.lifecycle import CONNECTED, Lifecycle
 from dps_agent.patience import decode_progress
 from dps_agent.sas import SasToken

@@ -13,7 +13,6 @@ from dps_agent.fleet import (
 )
 from dps_agent.lifecycle import START_SPREAD_S, Lifecycle
 from dps_agent.patience import Patience, Progress, decode_fleet, decode_progress, encode_progress
-from dps_agent.settings import Settings
 from dps_hal.contracts import PROGRESS
 from dps_hal.errors import RetryLater
 from dps_hal.platform import from_json
@@ -146,6 +145,27 @@ def test_a_fleet_whose_power_fails_again_while_it_comes_back_is_spread_as_before
         assert life.connections == 1 and world.sleeps[0][0] == 0.9 * HUB_SPREAD_LIMIT_S, world.sleeps
 
 
+def test_a_spread_is_kept_over_a_second_cut_where_the_clock_is_told_a_while_after_each_start() -> None:
+    world = World()
+    world.store[PROGRESS] = encode_progress(
+        Progress(0, 0, world.utc_s() - 86400, False, "", "", 0, 0)
+    )  # of another day
+    started_s, asks_at_s = world.uptime_s, world.uptime_s + 0.5 * 125_000
+    for cut_after_s in (30_000, 30_050):
+        world.believable = False
+        world.at(world.uptime_s + 40, lambda: setattr(world, "believable", True))
+        writes = len(world.commits)
+        lived(world, (started_s + cut_after_s - world.uptime_s) / 3600, MILLION)
+        assert len(world.commits) - writes <= 1 and world.dps.requests == []
+    world.believable = False
+    world.at(world.uptime_s + 40, lambda: setattr(world, "believable", True))
+    life = Lifecycle(settings(fleet=MILLION))
+    world.end_at(asks_at_s + 60)
+    world.run(life.live(False, False, True))
+    assert life.assignment is not None, "it registers when it would have"
+    assert world.uptime_s >= asks_at_s and world.sleeps, world.sleeps
+
+
 def test_what_a_hub_told_ends_with_its_assignment() -> None:
     for new_hub in (HUB, "second.azure-devices.net"):
         world = registered()
@@ -166,7 +186,7 @@ def test_the_next_token_lives_as_long_as_the_hub_told_just_now() -> None:
     world = registered()
     world.hub.change_desired(world.uptime_s, "dpsAgent", {"fleet": TOLD}, False)
     connections = len(world.hub.connections)
-    life = Lifecycle(Settings(*settings()[:-1], 0))
+    life = Lifecycle(settings(token_life_s=0))
     world.end_at(world.uptime_s + 6 * 3600)
     world.run(life.live(False, False, True))
     assert len(world.hub.connections) - connections == 2, "the token after the first one lives for 26,000 s"
@@ -191,8 +211,36 @@ def test_an_absurd_fleet_changes_nothing() -> None:
     assert fleet_of(None) == fleet_of({}) == fleet_of(7) == UNKNOWN
 
 
+def test_an_absurd_fleet_is_reported_once_and_no_longer_when_it_was_mended() -> None:
+    world = registered()
+
+    def reported() -> "tuple[bool | None, int]":
+        return world.hub.reported["dpsAgent"].get("fleetRefused"), world.hub.reported["$version"]
+
+    for fleet in ({"devices": -1}, dict(TOLD, dpsQuotaPerMin=1)):
+        version = world.hub.reported["$version"]
+        world.hub.change_desired(world.uptime_s, "dpsAgent", {"fleet": fleet}, False)
+        life = lived(world, 0.1)
+        assert life.fleet_refused and reported() == (True, version + 1), fleet
+        lived(world, 5)
+        assert reported() == (True, version + 1), "neither with the next token nor after a restart"
+        world.hub.change_desired(world.uptime_s, "dpsAgent", {"fleet": TOLD}, False)
+        assert not lived(world, 0.1).fleet_refused and reported() == (False, version + 2)
+    world.hub.change_desired(world.uptime_s, "dpsAgent", {"fleet": 7}, False)
+    assert lived(world, 0.1).fleet_refused and reported()[0]
+    at_s = world.uptime_s + 60
+    world.at(at_s, lambda: world.hub.change_desired(world.uptime_s, "dpsAgent", {"fleet": TOLD}))
+    life = lived(world, 0.1)
+    assert not life.fleet_refused and not reported()[0] and life.fleet == MILLION, "mended while it is connected"
+
+
+def test_where_a_hub_tells_nothing_the_settings_hold_whatever_they_are() -> None:
+    huge = (100_000_000, 1, 1)
+    assert merged(UNKNOWN, huge) == huge and merged((1, 0, 0), huge) == (1, 1, 1)
+
+
 def test_a_record_without_a_fleet_is_what_it_was() -> None:
-    progress = Progress(3, 120, 1800000000, False, "dps.throttled", "DPS answered 429", 1)
+    progress = Progress(3, 120, 1800000000, False, "dps.throttled", "DPS answered 429", 1, 0)
     text = (
         b'{"attempts":3,"nextTryDelayS":120,"lastBelievedS":1800000000,"halted":false,"code":"dps.throttled",'
         b'"message":"DPS answered 429","connects":1'

@@ -181,6 +181,26 @@ def test_a_coded_body_is_named_and_an_answer_that_asks_for_patience_is_read_all_
         assert (found[0], found[1]["retry-after"]) == (int(status), "9")
 
 
+def test_a_body_without_end_can_be_read_chunk_by_chunk() -> None:
+    for size in (1, 3, 100):
+        reader, body = Reader(BODY_LIMIT), bytearray()
+        came = pieces(b"5\r\nhello\r\n1\r\n!\r\n" + b"40\r\n" + bytes(64) + b"\r\n0\r\n", size)
+        sizes: list[Any] = []
+        while came or reader.rest:
+            reading = reader.chunk(body)
+            try:
+                next(reading)
+                while True:
+                    reading.send(came.pop(0))
+            except StopIteration as read:
+                sizes.append(read.value)
+            if sizes[-1] == 1:
+                assert body == b"hello!"
+                body = bytearray()  # what was used is not there any more, and does not count
+        assert (sizes, bytes(body)) == ([5, 1, 64, 0], bytes(64)), size
+    assert outcome(Reader(BODY_LIMIT).chunk(bytearray(1)), [b"40\r\n"]) == "too_large"
+
+
 def head_of(size: int) -> bytes:
     """An answer of `size` bytes without a body."""
     start, end = OK + b"Content-Length: 0\r\nX: ", b"\r\n\r\n"

@@ -2,6 +2,7 @@
 
 from dps_agent.assignment import decode
 from dps_agent.effects import Http, Sleep
+from dps_agent.fleet import WEEK_S
 from dps_agent.lifecycle import (
     BOOT,
     CONNECTED,
@@ -15,11 +16,12 @@ from dps_agent.lifecycle import (
     Lifecycle,
 )
 from dps_agent.patience import Progress, decode_progress, encode_progress
-from dps_agent.settings import AUTO
+from dps_agent.settings import AUTO, settings_of
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, RetryLater
+from dps_hal.platform import from_json, to_json
 from dps_hal.tpm.keys import registration_id_from_ek
-from support.world import DEVICE, HUB, FakeTpm, World, body_of, calls, catch, error_reply, reply, settings
+from support.world import DEVICE, HUB, NOW_S, SCOPE, FakeTpm, World, body_of, calls, catch, error_reply, reply, settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -224,9 +226,20 @@ def test_progress_is_written_when_the_attempts_double_and_cleared_by_success() -
     world = World()
     world.refuse["ReadEndorsementKey"] = [RetryLater("tpm.absent", "no TPM")] * 9
     lived(world, once=False)
-    wanted = [PROGRESS] * 2 * 4 + [IDENTITY, PROGRESS]
-    assert world.commits == wanted, "before and after attempts 1, 2, 4 and 8, then success"
+    wanted = [PROGRESS] * 5 + [IDENTITY, PROGRESS]
+    assert world.commits == wanted, "before attempt 1 and after it, before 2, 4 and 8, then success"
     assert stored_progress(world)[:2] == (0, 0)
+
+
+def test_an_attempt_that_a_crash_ends_keeps_the_reason_of_the_one_before_it() -> None:
+    world = World()
+    world.random = 0.999
+    world.dps.script = [error_reply(429, 429001)] * 3
+    world.end_at(world.uptime_s + 70)  # in the second attempt, or in the wait after it
+    world.run(Lifecycle(settings()).live(False, False))
+    progress = stored_progress(world)
+    assert (progress.attempts, progress.code) == (2, "dps.throttled"), progress
+    assert first_sleep(world).delay_s > 30, "no patience is lost"
 
 
 def test_progress_says_why_to_whoever_looks_later() -> None:
@@ -241,7 +254,7 @@ def test_progress_says_why_to_whoever_looks_later() -> None:
 def test_a_crash_loop_does_not_hammer_dps() -> None:
     for attempts, shortest_s, longest_s in ((1, 15, 31), (3, 60, 121), (50, 1800, 3601)):
         world = World()
-        world.store[PROGRESS] = encode_progress(Progress(attempts, 30, 0, False, "network.dns", "no name", 0))
+        world.store[PROGRESS] = encode_progress(Progress(attempts, 30, 0, False, "network.dns", "no name", 0, 0))
         effect = first_sleep(world)
         assert world.dps.requests == [] and shortest_s <= effect.delay_s <= longest_s, (attempts, effect)
         assert "failed before this start" in effect.reason
@@ -265,10 +278,85 @@ def test_a_delay_that_dps_asked_for_survives_a_restart() -> None:
         (7200, 0, 7200, 7200),
     ):
         world = World()
-        world.store[PROGRESS] = encode_progress(Progress(1, asked_s, stored_at_s, False, "dps.throttled", "x", 0))
+        world.store[PROGRESS] = encode_progress(Progress(1, asked_s, stored_at_s, False, "dps.throttled", "x", 0, 0))
         assert shortest_s <= first_sleep(world).delay_s <= longest_s, (asked_s, stored_at_s)
-    world.store[PROGRESS] = encode_progress(Progress(1, 5000, now_s, True, "dps.not_found", "x", 0))
+    world.store[PROGRESS] = encode_progress(Progress(1, 5000, now_s, True, "dps.not_found", "x", 0, 0))
     assert first_sleep(world).delay_s < 32, "an operator who restarts a refused device has changed something"
+
+
+VALUES = {
+    "id_scope": SCOPE,
+    "registration_id": "auto",
+    "attestation": "tpm",
+    "endpoint": "https://global.azure-devices-provisioning.net",
+    "poll": "lookup",
+    "model_id": "",
+    "payload": {},
+    "retry.registration_budget_s": 900,
+    "retry.first_contact_spread_s": 0,
+    "tpm.backend": "wire",
+    "tpm.tcti": "spi",
+    "tpm.ek_template": "tcg-l1",
+    "tpm.ek_handle": 0x81010001,
+    "tpm.srk_handle": 0x81000001,
+    "hub.keep_alive_s": 240,
+    "hub.token_life_s": 0,
+    "hub.hub_suffixes": [".azure-devices.net"],
+    "hub.features": ["auto"],
+    "fleet.devices": 0,
+    "fleet.dps_quota_per_min": 0,
+    "fleet.hub_connects_per_s": 0,
+}
+
+
+def test_scope_endpoint_id_and_tpm_are_what_a_wait_is_earned_under_and_nothing_else_is() -> None:
+    under = settings_of(VALUES).under
+    assert under == 363526507, "stored records have this number: it stays, on every runtime"
+    of_the_tpm = [key for key in VALUES if key.startswith("tpm.")]
+    for key in VALUES:
+        value = VALUES[key]
+        other: Any = value + 1 if isinstance(value, int) else {"line": 3} if key == "payload" else "other"
+        counts = key in ("id_scope", "endpoint", "registration_id", "attestation") or key in of_the_tpm
+        assert (settings_of(dict(VALUES, **{key: other})).under != under) == counts, key
+
+
+def test_a_wait_that_other_settings_earned_does_not_outlive_them() -> None:
+    world = World()
+    world.dps.script = [error_reply(404, 404201, "no such enrolment")] * 5
+    for _ in range(5):
+        lived(world, choice=settings(under=7), once=True)
+    failed = stored_progress(world)
+    assert (failed.attempts, failed.under, failed.halted) == (5, 7, True)
+    assert first_sleep(world, settings(under=7)).delay_s > 200, "the same settings wait on"
+    assert first_sleep(world, settings(under=8)).delay_s <= START_SPREAD_S, "corrected ones do not"
+    assert stored_progress(world)[0] == 1 and stored_progress(world).under == 8
+    assert stored_progress(world).last_believed_s >= failed.last_believed_s, "the time is nobody's setting"
+
+
+def test_a_record_that_does_not_say_what_its_wait_was_earned_under_is_believed() -> None:
+    world = World()
+    world.store[PROGRESS] = encode_progress(Progress(9, 30, 0, False, "network.dns", "no name", 0, 0))
+    assert b"under" not in world.store[PROGRESS]
+    assert first_sleep(world, settings(under=7)).delay_s > 200
+
+
+def test_progress_says_under_what_only_where_something_is_waited_for() -> None:
+    for attempts, delay_s, says in ((0, 0, False), (1, 0, True), (0, 9, True)):
+        written = encode_progress(Progress(attempts, delay_s, NOW_S, False, "", "", 1, 7))
+        assert (b"under" in written) == says
+    stored = from_json(encode_progress(Progress(1, 0, NOW_S, False, "", "", 1, 7)))
+    wrongs: tuple[Any, ...] = ("7", -7, True, None)
+    for wrong in wrongs:
+        assert decode_progress(to_json(dict(stored, under=wrong)).encode()) is None
+
+
+def test_dpss_wish_to_be_left_alone_is_of_the_settings_that_it_met() -> None:
+    world = World()
+    world.dps.script = [error_reply(429, 429001, "slow down", "7200")]
+    former = lived(world, choice=settings(under=7), once=True)
+    assert former.dps_not_before_s > 7000
+    assert Lifecycle(settings(under=7), former=former).dps_not_before_s == former.dps_not_before_s
+    assert Lifecycle(settings(under=8), former=former).dps_not_before_s == 0
 
 
 def test_a_delay_that_no_restart_would_keep_is_stored_at_once() -> None:
@@ -341,10 +429,14 @@ def test_a_life_says_how_long_it_is_spread() -> None:
 def test_each_restart_that_does_not_know_the_time_waits_for_a_random_part_of_the_spread() -> None:
     world = World()
     world.believable = False
-    waits = [first_sleep(world, settings(spread_s=4000)).delay_s for _ in range(2)]
-    world.random = 0.1
-    waits.append(first_sleep(world, settings(spread_s=4000)).delay_s)
-    assert waits == [2000, 1000, 200], "a device with power for an hour a day has to register as well"
+    waits = []
+    for world.random in (0.5, 0.5, 0.1):
+        world.sleeps.clear()
+        world.end_at(world.uptime_s + 100)
+        world.run(Lifecycle(settings(spread_s=4000)).live(False, False))
+        waits.append([delay_s for delay_s, _ in world.sleeps])
+    wanted = [[60, 1940], [60, 970], [60, 194]]  # the first minute waits for a clock
+    assert waits == wanted, "a device with power for an hour a day has to register as well"
 
 
 def test_a_throttled_life_leaves_dps_alone_between_its_attempts() -> None:
@@ -434,13 +526,22 @@ def test_our_own_bug_is_not_retried() -> None:
 
 
 def test_unreadable_progress_is_forgotten() -> None:
-    whole = Progress(3, 60, 1800000000, True, "dps.not_found", "x", 2)
+    whole = Progress(3, 60, 1800000000, True, "dps.not_found", "x", 2, 0)
     assert decode_progress(encode_progress(whole)) == whole
     text = encode_progress(whole)
     older = text.replace(b', "connects": 2', b"").replace(b',"connects":2', b"")
-    assert older != text and decode_progress(older) == Progress(*whole[:6], 0), "what an earlier version wrote"
+    assert older != text and decode_progress(older) == Progress(*whole[:6], 0, 0), "what an earlier version wrote"
     for broken in (b"", b"{}", b"[]", text[:-1], text.replace(b"3", b"-3"), text.replace(b"60", b'"60"'), b"\xff"):
         assert decode_progress(broken) is None, broken
+
+
+def test_no_delay_that_a_record_names_is_longer_than_a_week() -> None:
+    for delay_s in (WEEK_S + 1, 10**9, 10**15):
+        progress = decode_progress(encode_progress(Progress(1, delay_s, 0, False, "dps.throttled", "x", 0, 0)))
+        assert progress is not None and progress.next_try_delay_s == WEEK_S, delay_s
+    text = encode_progress(Progress(7, 0, 0, False, "", "", 0, 0))
+    for number in (b"1" + 20 * b"0", b"1" + 400 * b"0"):
+        assert decode_progress(text.replace(b"7", number)) is None, number
 
 
 # Memory that runs out, and the store of an expendable record.

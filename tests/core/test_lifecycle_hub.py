@@ -26,6 +26,7 @@ from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, IdentityStale, RetryLater
 from dps_hal.platform import from_json
 from support.cloud.fake_hub import NOT_AUTHORIZED, SILENT, FakeHub
+from support.share import part_of
 from support.world import HUB, NOW_S, World, calls, catch, error_reply, settings
 
 TYPE_CHECKING = False
@@ -157,6 +158,26 @@ def test_connections_that_do_not_last_back_off_and_one_that_lasts_ends_that() ->
     waits = world.slept("by the hub")
     assert max(waits) > 150 and len(waits) < 60, "two devices with one identity"
     assert waits[-1] <= 10 and life.state == CONNECTED, "a steady connection was counted as a failure"
+
+
+def test_a_hub_that_serves_and_closes_again_and_again_is_not_left_alone_for_minutes() -> None:
+    for serves in (True, False):
+        world = provisioned()
+        hub = world.hub
+
+        def serve_and_drop(world: World = world, number: int = 1, serves: bool = serves) -> None:
+            if serves:
+                world.post(SendTelemetry(number, {}, b"x", 0, 1))
+            world.at(world.uptime_s + 5, lambda: world.hub.drop(world.uptime_s))
+            world.at(world.uptime_s + 90, lambda: serve_and_drop(world, number + 1, serves))
+
+        hub.absent = "connect: refused"  # for longer than any back-off takes to grow
+        world.at(world.uptime_s + 2 * HUB_LIMIT_S, lambda hub=hub: setattr(hub, "absent", ""))  # type: ignore[misc]
+        world.at(world.uptime_s + 3 * HUB_LIMIT_S, serve_and_drop)
+        live(world, 3 * HUB_LIMIT_S + 1800)
+        waits = world.slept("by the hub")
+        longest_s = max(waits)
+        assert len(waits) > 3 and (40 <= longest_s <= 80 if serves else longest_s > 150), (serves, waits)
 
 
 def test_each_connack_code_has_its_consequence() -> None:
@@ -409,7 +430,7 @@ def test_one_restart_after_a_short_connection_waits_no_longer_than_the_first_sta
 
 def test_the_count_of_connections_leaves_the_rest_of_progress_as_it_is() -> None:
     world = provisioned()
-    before = Progress(3, 7200, NOW_S, False, "dps.throttled", "wait", 0)
+    before = Progress(3, 7200, NOW_S, False, "dps.throttled", "wait", 0, 0)
     world.store[PROGRESS] = encode_progress(before)
     crashing(world, 15)
     after = decode_progress(world.store[PROGRESS])
@@ -479,7 +500,7 @@ def test_what_dps_asked_for_is_known_after_a_restart_and_what_we_chose_is_no_wis
     now_s = NOW_S + 100
     for code, patience in (("dps.throttled", True), ("network.dns", False), ("tpm.absent", False)):
         world = World()
-        world.store[PROGRESS] = encode_progress(Progress(1, 3000, now_s, False, code, "x", 0))
+        world.store[PROGRESS] = encode_progress(Progress(1, 3000, now_s, False, code, "x", 0, 0))
         life = Lifecycle(settings())
         live(world, 1, life=life)
         assert (life.dps_not_before_s > world.uptime_s + 2000) is patience, code
@@ -558,7 +579,7 @@ def test_what_was_under_way_is_answered_before_a_long_wait() -> None:
     world = provisioned()
     start_s = world.uptime_s
     world.hub.mute_pubacks = True
-    world.at(start_s + 60, lambda: world.post(SendTelemetry(1, {}, b"x", 0)))
+    world.at(start_s + 60, lambda: world.post(SendTelemetry(1, {}, b"x", 0, 1)))
     world.at(start_s + 61, lambda: world.hub.drop(world.uptime_s))
     world.hub.script = [None, 2]
     life = live(world, 90)
@@ -629,7 +650,7 @@ def test_a_hub_that_cannot_be_reached_is_not_gone() -> None:
 
 def fleet_after_an_outage(reason: str, lasts_s: int, dps_too: bool, spread_s: int = 0) -> "Iterator[World]":
     """A fleet that finds neither hub nor (where that is so) DPS for a while, two hours later; one after the other."""
-    for seed in range(60):
+    for seed in part_of(range(60)):
         world = provisioned()
         world.random = seed / 60
         start_s = world.uptime_s
@@ -668,8 +689,8 @@ def test_no_device_registers_again_after_its_network_had_no_names_for_a_while() 
                 assert world.commits.count(PROGRESS) < 20, world.commits
     for world in fleet_after_an_outage("dns: try again", 2700, False):
         assert world.dps.requests == [], "a resolver that does not answer says nothing about the hub"
-    asked = sum(bool(world.dps.requests) for world in fleet_after_an_outage("not_found: no such name", 2700, False))
-    assert asked > 50, "a hub that is really gone"
+    asked = [bool(world.dps.requests) for world in fleet_after_an_outage("not_found: no such name", 2700, False)]
+    assert sum(asked) > 0.8 * len(asked) > 0, "a hub that is really gone"
 
 
 def test_a_registration_for_a_gone_hub_ends_at_once_where_dps_is_not_reached() -> None:

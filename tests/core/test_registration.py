@@ -236,6 +236,17 @@ def test_an_outage_ends_within_the_budget() -> None:
         assert 15 < len(world.dps.requests) < 60, f"status={status} requests={len(world.dps.requests)}"
 
 
+def test_no_short_retry_after_makes_an_outage_faster_than_dps_lets_a_device_poll() -> None:
+    for status in (409, 429, 500, 503):
+        world = World()
+        at_s: list[float] = []
+        world.dps.script = [lambda _: (at_s.append(world.uptime_s), error_reply(status, 0, "no", "1"))[1]] * 999
+        catch(lambda: enrol(world))
+        assert len(at_s) > 15, f"status={status}: it gave up after {len(at_s)} requests"
+        for first, sixth in zip(at_s, at_s[5:]):
+            assert sixth - first >= 10, f"status={status} at_s={at_s[:9]}"
+
+
 def test_no_answer_is_repeated_inside_the_budget_and_then_reported() -> None:
     for reason, code in (
         ("dns: no such name", "network.dns"),

@@ -14,6 +14,7 @@ from dps_agent.hub_effects import (
     MessageDone,
     MethodCall,
     NextEvent,
+    Publish,
     RegisterAgain,
     SendTelemetry,
     Subscribe,
@@ -23,7 +24,6 @@ from dps_agent.lifecycle import CONNECTED, PROVISIONED, Lifecycle
 from dps_agent.session import (
     CALL_LIMIT,
     CALL_SIZE,
-    DESIRED_LIMIT,
     IN_FLIGHT_LIMIT,
     IN_FLIGHT_SIZE,
     MESSAGE_LIMIT,
@@ -34,14 +34,13 @@ from dps_agent.session import (
     SENDERS_LIMIT,
     SHORT_ENDS_LIMIT,
     TELEMETRY_LIMIT,
-    TWIN_AGAIN_LIMIT_S,
-    TWIN_AGAIN_S,
-    TWIN_LIMIT_S,
     Session,
     decode_properties,
     encode_properties,
+    telemetry_size,
 )
 from dps_agent.settings import KEEP_ALIVE_S
+from dps_agent.twin import DESIRED_LIMIT, TWIN_AGAIN_LIMIT_S, TWIN_AGAIN_S, TWIN_LIMIT_S
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.platform import from_json
@@ -53,8 +52,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dps_agent.hub_effects import Message
+    from dps_agent.settings import Settings
 
-ABOUT = {"version": "1.0", "runtime": "test"}
+ABOUT = {"version": "1.0", "runtime": "test", "agentVersion": "1.2"}
 DEVICEBOUND = f"devices/{DEVICE}/messages/devicebound/"
 
 
@@ -76,6 +76,14 @@ def live(world: World, seconds: float) -> Lifecycle:
     return life
 
 
+def live_with(world: World, seconds: float, chosen: "Settings") -> Lifecycle:
+    """The same with other settings."""
+    life = Lifecycle(chosen, ABOUT)
+    world.end_at(world.uptime_s + seconds)
+    world.run(life.live(False, False, True))
+    return life
+
+
 def log_effects(world: World) -> "list[Any]":
     """The effects from now on, in a list that grows."""
     log: list[Any] = []
@@ -90,7 +98,7 @@ def log_effects(world: World) -> "list[Any]":
 
 
 def telemetry(number: int) -> SendTelemetry:
-    return SendTelemetry(number, {"n": str(number)}, b"%d" % number, 0)
+    return SendTelemetry(number, {"n": str(number)}, b"%d" % number, 0, 1)
 
 
 def test_a_connection_says_what_a_hub_expects() -> None:
@@ -99,12 +107,32 @@ def test_a_connection_says_what_a_hub_expects() -> None:
     assert live(world, 20).state == CONNECTED
     connect = next(effect for effect in log if isinstance(effect, Connect))
     assert (connect.hub, connect.device_id, connect.keep_alive_s) == (HUB, DEVICE, KEEP_ALIVE_S)
-    assert connect.user_name == f"{HUB}/{DEVICE}/?api-version=2021-04-12"
+    kind = "DeviceClientType=dps-agent%2F1.2"
+    assert connect.user_name == f"{HUB}/{DEVICE}/?api-version=2021-04-12&{kind}"
     life_s = connect.token.expires_at_s - NOW_S - world.uptime_s
     assert TOKEN_LIFE_S - 30 < life_s <= TOKEN_LIFE_S
     filters = next(effect for effect in log if isinstance(effect, Subscribe)).filters
     assert len(filters) <= 5 and filters[0] == ("$iothub/methods/POST/#", 0)
     assert world.hub.connections[0][1] == 0 and world.dps.requests == []
+
+
+def test_a_model_id_is_percent_encoded_behind_all_else() -> None:
+    world = provisioned()
+    log = log_effects(world)
+    live_with(world, 20, settings(model_id="dtmi:com:example:Gateway;1"))
+    connect = next(effect for effect in log if isinstance(effect, Connect))
+    assert connect.user_name.endswith("&model-id=dtmi%3Acom%3Aexample%3AGateway%3B1")
+    assert world.hub.connections[0][1] == 0
+
+
+def test_a_hub_is_not_asked_for_what_the_settings_say_that_it_lacks() -> None:
+    for features, lacks in ((("twin",), ["methods", "messages"]), ((), ["methods", "twin", "messages"])):
+        world = provisioned()
+        world.hub.lacks = ["methods", "devicebound"] if features else ["methods", "twin", "devicebound"]
+        world.at(world.uptime_s + 100, lambda world=world: world.post(telemetry(1)))  # type: ignore[misc]
+        life = live_with(world, 0.9 * TOKEN_LIFE_S, settings(features=features))
+        assert life.hub_lacks == lacks and life.state == CONNECTED and world.program.done == {1: True}
+        assert life.connections <= 2 and bool(world.hub.twin_gets) == bool(features), "renewals only"
 
 
 def test_a_connected_device_reports_itself_and_hears_what_is_desired() -> None:
@@ -187,8 +215,8 @@ def test_telemetry_that_cannot_be_sent_is_refused_at_once() -> None:
     world = provisioned()
     world.at(world.uptime_s + 10, lambda: setattr(world.hub, "mute_pubacks", True))
     too_many = [telemetry(number) for number in range(IN_FLIGHT_LIMIT + 1)]
-    too_large = SendTelemetry(90, {}, bytes(TELEMETRY_LIMIT), 0)
-    too_long = SendTelemetry(91, {"a": "x" * 65535}, b"", 0)
+    too_large = SendTelemetry(90, {}, bytes(TELEMETRY_LIMIT + 1), 0, 1)
+    too_long = SendTelemetry(91, {"a": "x" * 65535}, b"", 0, 1)
     world.at(world.uptime_s + 11, lambda: world.post(too_large, too_long))
     world.at(world.uptime_s + 12, lambda: world.post(*too_many))
     life = live(world, 20)
@@ -225,7 +253,8 @@ def test_properties_survive_their_way_through_a_topic() -> None:
     assert decode_properties("%24.mid=1&key&%zz=%") == {"$.mid": "1", "key": "", "%zz": "%"}
     world = provisioned()
     world.at(
-        world.uptime_s + 10, lambda: world.post(SendTelemetry(1, {"$.ct": "application/json", "a": "b/#+"}, b"{}", 0))
+        world.uptime_s + 10,
+        lambda: world.post(SendTelemetry(1, {"$.ct": "application/json", "a": "b/#+"}, b"{}", 0, 1)),
     )
     live(world, 20)
     assert world.hub.received == [("%24.ct=application%2Fjson&a=b%2F%23%2B", b"{}")]
@@ -491,7 +520,7 @@ def test_a_message_that_the_hub_hangs_up_on_is_given_up_and_no_other() -> None:
     hub, start_s = world.hub, world.uptime_s
     hub.poison, hub.puback_after_s = b"poison", 0.5
     many = [telemetry(number) for number in range(1, 11)]
-    poison = SendTelemetry(99, {}, b"poison", 0)
+    poison = SendTelemetry(99, {}, b"poison", 0, 1)
     world.at(start_s + 10, lambda: world.post(*many[:5], poison, *many[5:]))
     for after_s in (12, 25, 50):
         world.at(start_s + after_s, lambda after_s=after_s: world.post(telemetry(100 + after_s)))  # type: ignore[misc]
@@ -518,7 +547,7 @@ def test_who_sends_what_the_hub_hangs_up_on_again_and_again_does_not_hold_the_de
             world: World = world, sent: "list[int]" = sent, period_s: int = period_s, withdraws: bool = withdraws
         ) -> None:
             sent[0] += 1
-            world.post(SendTelemetry(sent[0], {}, b"poison", 7))
+            world.post(SendTelemetry(sent[0], {}, b"poison", 7, 1))
             if withdraws:
                 world.post(Withdrawn(sent[0]))
             world.at(world.uptime_s + period_s, provoke)
@@ -557,7 +586,7 @@ def test_a_sender_whose_connection_only_breaks_now_and_then_is_not_held_up() -> 
         world.at(world.uptime_s + 900, cut)
 
     def send() -> None:
-        world.post(SendTelemetry(int(world.uptime_s), {}, b"x", 7))
+        world.post(SendTelemetry(int(world.uptime_s), {}, b"x", 7, 1))
         world.at(world.uptime_s + 60, send)
 
     world.at(start_s + 300, cut)
@@ -620,12 +649,62 @@ def test_telemetry_under_way_is_bounded_in_bytes() -> None:
     world = provisioned()
     world.hub.mute_pubacks = True
     payload = bytes(100000)
-    large = [SendTelemetry(number, {}, payload, 0) for number in range(IN_FLIGHT_LIMIT)]
+    large = [SendTelemetry(number, {}, payload, 0, 1) for number in range(IN_FLIGHT_LIMIT)]
     world.at(world.uptime_s + 10, lambda: world.post(*large))
     live(world, 20)
     taken = IN_FLIGHT_SIZE // 100100
     assert len(world.hub.received) == taken
     assert not any(world.program.sent.values()) and len(world.program.done) == IN_FLIGHT_LIMIT - taken
+
+
+def test_a_message_is_as_large_as_the_hub_counts_it() -> None:
+    assert telemetry_size({"$.ct": "json", "ä": "12", "": "3"}, 10) == 10 + 4 + 2 + 2 + 1
+    world = provisioned()
+    full = SendTelemetry(1, {"$.mid": "ab", "n": "1"}, bytes(TELEMETRY_LIMIT - 4), 0, 1)
+    world.at(
+        world.uptime_s + 10, lambda: world.post(full, SendTelemetry(2, full.properties, full.payload + b"x", 0, 1))
+    )
+    live(world, 20)
+    assert world.program.done == {1: True, 2: False} and not world.program.sent[2]
+
+
+def test_telemetry_with_qos_0_is_answered_once_it_is_written_and_never_sent_again() -> None:
+    world = provisioned()
+    hub, start_s = world.hub, world.uptime_s
+    hub.mute_pubacks = True
+    world.at(start_s + 10, lambda: world.post(SendTelemetry(1, {}, b"1", 0, 0)))
+    world.at(start_s + 11, lambda: hub.drop(world.uptime_s))
+    live(world, 100)
+    assert world.program.done == {1: True} and [payload for _, payload in hub.received] == [b"1"]
+    assert world.in_flight == {}
+
+
+def test_who_sent_with_qos_0_just_before_an_end_sends_with_qos_1_until_the_hub_acknowledged_it() -> None:
+    world = provisioned()
+    log = log_effects(world)
+    hub, start_s = world.hub, world.uptime_s
+    for after_s, sender in ((10, 7), (60, 7), (61, 8), (62, 7)):
+        event = SendTelemetry(after_s, {}, b"%d" % after_s, sender, 0)
+        world.at(start_s + after_s, lambda event=event: world.post(event))  # type: ignore[misc]
+    world.at(start_s + 11, lambda: hub.drop(world.uptime_s))
+    live(world, 100)
+    sent = {effect.payload: effect.qos for effect in log if isinstance(effect, Publish) and "events" in effect.topic}
+    assert sent == {b"10": 0, b"60": 1, b"61": 0, b"62": 0}
+
+
+def test_a_message_with_qos_0_that_ends_every_connection_does_not_hold_the_device() -> None:
+    world = provisioned()
+    hub, start_s = world.hub, world.uptime_s
+    hub.poison = b"bad"
+
+    def send() -> None:
+        world.post(SendTelemetry(int(world.uptime_s), {}, b"bad", 7, 0), telemetry(int(world.uptime_s) * 1000))
+        world.at(world.uptime_s + 60, send)
+
+    world.at(start_s + 20, send)
+    live(world, 6 * 3600)
+    ends = [at_s for at_s, _ in hub.connections]
+    assert len([at_s for at_s in ends if at_s > start_s + 3 * 3600]) < 20, "it goes on as fast as before"
 
 
 def test_numbers_of_messages_and_calls_are_unique_over_identities() -> None:
@@ -669,6 +748,16 @@ def test_other_methods_are_answered_by_programs() -> None:
     live(world, 20)
     assert world.hub.answers == [("207", "r-1", b'{"name":"open-valve"}')]
     assert world.program.calls()[0].payload == b"[4]"
+
+
+def test_a_command_of_a_component_keeps_its_name_encoded_or_not() -> None:
+    world = provisioned()
+    for number, name in enumerate(("thermostat1*getMaxMinReport", "thermostat1%2AgetMaxMinReport", "open%20%C3%BC")):
+        world.at(
+            world.uptime_s + 10, lambda name=name, number=number: world.hub.call(world.uptime_s, name, str(number))
+        )  # type: ignore[misc]
+    live(world, 20)
+    assert [call.name for call in world.program.calls()] == ["thermostat1*getMaxMinReport"] * 2 + ["open ü"]
 
 
 def test_desired_properties_that_no_program_had_room_for_come_again_whole() -> None:

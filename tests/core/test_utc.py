@@ -7,6 +7,7 @@ from dps_agent.utc import (
     AGREEMENT_S,
     LONGEST_STEP_S,
     BelievedTime,
+    date_text,
     http_date_s,
     utc_s,
 )
@@ -33,6 +34,17 @@ def test_without_any_word_the_floor_runs_on_and_is_not_believable() -> None:
     assert believed().utc(160) == (BUILT + 60, False, "floor")
     assert believed(TODAY).utc(100) == (TODAY, False, "floor")
     assert believed(BUILT - DAY).floor_s == BUILT
+
+
+def test_a_moment_is_said_as_its_day() -> None:
+    days = ((1, 1, 1), (1969, 12, 31), (1970, 1, 1), (2000, 2, 29), (2026, 11, 1), (2028, 12, 31), (2400, 3, 1))
+    for year, month, day in days:
+        text = f"{year:04d}-{month:02d}-{day:02d}"
+        assert date_text(utc_s(year, month, day, 0, 0, 0)) == text == date_text(utc_s(year, month, day, 23, 59, 59))
+    for now_s in range(0, 150 * 366 * DAY, 10 * DAY + 1):
+        year, month, day = (int(part) for part in date_text(now_s).split("-"))
+        assert utc_s(year, month, day, 0, 0, 0) == now_s // DAY * DAY, now_s
+    assert raises_value_error(date_text, -utc_s(4000, 1, 1, 0, 0, 0))
 
 
 def test_a_proposal_alone_is_not_believed() -> None:

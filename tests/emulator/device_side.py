@@ -113,16 +113,24 @@ class ActivatedKey:
 
     def token(self, resource: str, expires_at_s: int, key_name: str | None = "registration") -> str:
         """A token over `resource` exactly as given."""
-        signature = base64.b64encode(hmac.digest(self.key, f"{resource}\n{expires_at_s}".encode(), "sha256")).decode()
-        tail = "" if key_name is None else f"&skn={key_name}"
-        return f"SharedAccessSignature sr={resource}&sig={quote(signature, safe='')}&se={expires_at_s}{tail}"
+        return signed_token(self.key, resource, expires_at_s, key_name)
+
+
+def signed_token(key: bytes, resource: str, expires_at_s: int, key_name: str | None = "registration") -> str:
+    """A token by `key` over `resource` exactly as given."""
+    signature = base64.b64encode(hmac.digest(key, f"{resource}\n{expires_at_s}".encode(), "sha256")).decode()
+    tail = "" if key_name is None else f"&skn={key_name}"
+    return f"SharedAccessSignature sr={resource}&sig={quote(signature, safe='')}&se={expires_at_s}{tail}"
 
 
 class Client:
     """One keep-alive connection to an emulator, as a device has it."""
 
-    def __init__(self, port: int, ca_file: Path, timeout_s: float = 10.0) -> None:
+    def __init__(self, port: int, ca_file: Path, timeout_s: float = 60.0, certificate: Path | None = None) -> None:
+        """`certificate` is a PEM file of a key and the chain that the client shows."""
         context = ssl.create_default_context(cafile=str(ca_file))
+        if certificate:
+            context.load_cert_chain(certificate)
         self.connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=timeout_s)
 
     def __enter__(self) -> Client:

@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 
+from dps_emulator.attestation import Certificates, SymmetricKeys, derived_key, key_text
+from dps_emulator.enrollments import Enrollment
+from dps_emulator.service import Settings
 from fresh_machine import azure_client
-from support.cloud.emulator import EmulatorInThread
+from support.cloud.chains import INTERMEDIATE, NO_CA, ROOT, party, written
+from support.cloud.emulator import HUB, EmulatorInThread
 
 CLIENT = Path(__file__).with_name("azure_iot_device_client.py")
 PATIENCE_S = 120
@@ -98,3 +102,54 @@ def test_microsofts_client_does_everything_a_device_does(client_python: Path, we
         "unit": "°C & more",
     }
     assert reported == {"firmware": {"version": "1.2"}, "$version": 2}
+
+
+@pytest.mark.parametrize(("way", "websockets"), [("individual", False), ("group", True)])
+def test_microsofts_client_registers_with_a_symmetric_key_and_uses_its_hub(
+    client_python: Path, way: str, websockets: bool
+) -> None:
+    own_key = bytes(range(40))
+    enrollment = Enrollment(
+        way if way == "group" else "press-07", SymmetricKeys(own_key, own_key), is_group=way == "group"
+    )
+    key = own_key if way == "individual" else derived_key(own_key, "press-07")
+    with EmulatorInThread(Settings(retry_after_s=0), [enrollment]) as emulator:
+        order = {"registrationId": "press-07", "key": key_text(key), "caFile": str(emulator.ca_file)}
+        with client_at_work(client_python, **order, port=emulator.hub_port, websockets=websockets) as client:
+            registered = client.next("registered")
+            assert registered == ["assigned", HUB, "press-07", "initialAssignment", '{"site": 7}']
+            assert client.next("connected") is True
+            for event in ("twin", "sent", "reported"):
+                client.next(event)
+        (telemetry,) = emulator.telemetry("press-07")
+        assert telemetry["payload"] == '{"t":21.5}'
+        requests = [(line.method, line.operation, line.status) for line in emulator.log]
+    assert requests == [("PUT", "register", 202), ("GET", "operation", 200)]
+
+
+@pytest.mark.parametrize("websockets", [False, True])
+def test_microsofts_client_registers_with_a_certificate_and_uses_its_hub(
+    client_python: Path, websockets: bool, tmp_path: Path
+) -> None:
+    leaf = party("press-07", INTERMEDIATE, NO_CA)
+    chain = str(written(tmp_path / "chain.pem", leaf, INTERMEDIATE))
+    enrollment = Enrollment("presses", Certificates(ROOT.certificate), is_group=True)
+    with EmulatorInThread(Settings(retry_after_s=0, client_certificates=True), [enrollment]) as emulator:
+        order = {"registrationId": "press-07", "certificate": chain, "certificateKey": chain}
+        order["caFile"] = str(emulator.ca_file)
+        with client_at_work(client_python, **order, port=emulator.hub_port, websockets=websockets) as client:
+            assert client.next("registered")[:3] == ["assigned", HUB, "press-07"]
+            assert client.next("connected") is True
+            for event in ("twin", "sent", "reported"):
+                client.next(event)
+        (telemetry,) = emulator.telemetry("press-07")
+    assert telemetry["payload"] == '{"t":21.5}'
+
+
+def test_microsofts_client_is_told_that_its_key_is_wrong(client_python: Path) -> None:
+    with EmulatorInThread(Settings(), [Enrollment("press-07", SymmetricKeys(bytes(32), bytes(32)))]) as emulator:
+        order = {"registrationId": "press-07", "key": key_text(bytes(range(32))), "caFile": str(emulator.ca_file)}
+        with client_at_work(client_python, **order, port=emulator.hub_port, websockets=False) as client:
+            refused = client.next("refused")
+        assert [(line.status, line.error_code) for line in emulator.log] == [(401, 401002)]
+    assert "401002" in refused or "Unauthorized" in refused or "401" in refused, refused

@@ -7,21 +7,26 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dps_agent.host.settings_table import KEYS
+from dps_emulator import state
 from dps_emulator.cli import HUB_SUFFIXES, _Log, _warn, main
 from dps_emulator.hub_devices import BoundedFile
 from dps_emulator.server import EmulatorServer, LogLine
-from dps_emulator.state import enrollment_folder
+from dps_emulator.state import open_store
+from dps_emulator.store import DATABASE
 from emulator.device_side import ActivatedKey, Client, Device, lookup_path, operation_path, register_path
 from support.cloud.emulator import EmulatorProcess
 
@@ -118,7 +123,7 @@ def test_files_of_the_server_are_private_and_its_log_has_no_secret(tmp_path: Pat
     with EmulatorProcess("--enroll-any", "--retry-after", "none", "--log-file", str(log_file)) as emulator:
         _, hub_key = provision(emulator)
         private = [path for path in emulator.state_dir.rglob("*") if path.is_file()]
-        assert len(private) == 4 and all(path.stat().st_mode & 0o077 == 0 for path in private)
+        assert len(private) == 5 and all(path.stat().st_mode & 0o077 == 0 for path in private)
         assert "warning: --enroll-any" in emulator.stderr and f"enrolled '{RID}' at first sight" in emulator.stderr
         assert log_file.read_text().splitlines() == [line.text() for line in emulator.log]
         for text in (emulator.stderr, log_file.read_text()):
@@ -170,13 +175,26 @@ def test_a_full_disk_under_stderr_keeps_no_line_out_of_the_log_file(
     assert (tmp_path / "requests.log").read_text() == line.text() + "\n"
 
 
-def test_a_damaged_state_file_is_500_and_named_on_stderr() -> None:
+def test_a_damaged_record_is_500_and_named_on_stderr() -> None:
     with EmulatorProcess("--enroll-any") as emulator, Client(emulator.port, emulator.ca_file) as client:
-        (emulator.state_dir / "enrollments" / f"{RID}.json").write_text("{")
+        provision(emulator)
+        with closing(sqlite3.connect(emulator.state_dir / DATABASE)) as other:
+            other.execute("UPDATE enrollments SET record = '{'")
+            other.commit()
         status, headers, body = client.call("PUT", register_path(RID), BODY)
         assert (status, headers["x-ms-error-code"], body["errorCode"]) == (500, "500001", 500001)
-        assert f"warning: {emulator.state_dir}/enrollments/{RID}.json can't be read back" in emulator.stderr
-        assert "Traceback" not in emulator.stderr
+        named = f"{emulator.state_dir / DATABASE}: the record of '{RID}' in enrollments can't be read back"
+        assert f"warning: {named}" in emulator.stderr and "Traceback" not in emulator.stderr
+
+
+def test_what_libraries_log_is_one_line_of_the_emulators(tmp_path: Path) -> None:
+    with EmulatorProcess() as emulator:
+        with Client(emulator.port, emulator.ca_file) as client:
+            client.connection.connect()
+            client.connection.sock.sendall(b"GET /\x00 HTTP/9\r\n\r\n")
+            assert client.connection.sock.recv(1000).startswith(b"HTTP/1.1 400 ")
+        provisioned = emulator.stderr
+    assert "dps-emulator: warning: Invalid HTTP request received.\n" in provisioned
 
 
 def test_flags_reach_the_service(tmp_path: Path) -> None:
@@ -247,15 +265,20 @@ def test_an_import_names_what_it_passes_over_and_its_status_tells(
     shown = capsys.readouterr()
     assert shown.out == "1 enrolment imported, 0 of them replaced an earlier one; 1 odd\n"
     assert "dps-emulator: warning: line 4: press-08: the endorsement key can't be enrolled" in shown.err
-    assert list(enrollment_folder(tmp_path / "state")) == [RID]
-    key = {"registrationId": "key-1", "attestation": {"type": "symmetricKey"}}
-    listed.write_text(json.dumps([key, next(iter(enrollment_folder(tmp_path / "state").values())).to_json()]))
-    assert main(["enroll-import", str(listed), "--state-dir", state, "--json"]) == 0
-    shown = capsys.readouterr()
-    said = json.loads(shown.out)
-    assert said["passedOver"] == [{"line": 1, "registrationId": "key-1", "kind": "symmetricKey"}], said
-    assert (said["imported"], said["replaced"]) == ([RID], 1)
-    assert "line 1: 'key-1' is an enrolment of the kind symmetricKey" in shown.err
+    with closing(open_store(tmp_path / "state")) as store:
+        (enrolled,) = store.enrollments.values()
+    assert enrolled.registration_id == RID
+    kind = {"type": "symmetricKey"}
+    as_listed = {"symmetricKey": {"primaryKey": None, "secondaryKey": None}, "tpm": None, "x509": None}
+    for attestation in (kind, {**kind, **as_listed}):
+        key = {"registrationId": "key-1", "attestation": attestation}
+        listed.write_text(json.dumps([key, enrolled.to_json()]))
+        assert main(["enroll-import", str(listed), "--state-dir", state, "--json"]) == 0
+        shown = capsys.readouterr()
+        said = json.loads(shown.out)
+        assert said["passedOver"] == [{"line": 1, "registrationId": "key-1", "kind": "symmetricKey"}], said
+        assert (said["imported"], said["replaced"]) == ([RID], 1)
+        assert "line 1: 'key-1' is an enrolment of the kind symmetricKey" in shown.err
 
 
 @pytest.mark.parametrize(
@@ -303,15 +326,87 @@ def test_a_port_in_use_is_said_in_one_line(tmp_path: Path) -> None:
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "tools")},
         )
     assert ended.returncode == 1 and ended.stdout == ""
-    assert len(ended.stderr.splitlines()) == 1 and "in use" in ended.stderr
+    words = f"port {emulator.port} at 127.0.0.1 is in use: stop who has it, or give another (0: a free one)"
+    assert ended.stderr == f"dps-emulator: {words}\n"
+
+
+@pytest.mark.parametrize(
+    ("listen", "why"), [("192.0.2.1", "Cannot assign requested address"), ("a b", "Name or service not known")]
+)
+def test_an_address_at_which_it_cannot_listen_is_said_in_words(
+    listen: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert main(["serve", "--listen", listen, "--ca-file", str(tmp_path / "ca.pem")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"dps-emulator: can't listen at {listen}, port 0: {why}") and "Errno" not in said, said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "command", [["devices"], ["wait"], ["move", "press-07", "one.azure-devices.net"]], ids=" ".join
+)
+def test_the_folder_of_another_user_is_named_with_both_users(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, owner = tmp_path, tmp_path.stat().st_uid
+    really = os.open
+
+    def refuses(path: Any, *words: Any, **named: Any) -> int:
+        if str(path).startswith(str(folder)):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return really(path, *words, **named)
+
+    def refuses_too(folder: Path) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder / DATABASE))
+
+    monkeypatch.setattr(os, "open", refuses)
+    monkeypatch.setattr(state, "damage", refuses_too)
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    assert main([*command, "--state-dir", str(folder)]) == 1
+    words = f"{folder} belongs to user {owner}, this is user {owner + 1}: only its owner may command it"
+    assert capsys.readouterr().err == f"dps-emulator: {words}\n"
+
+
+def test_what_the_system_refuses_is_said_without_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    (tmp_path / "ca").mkdir()
+    assert main(["serve", "--ca-file", str(tmp_path / "ca")]) == 1
+    assert capsys.readouterr().err == f"dps-emulator: {tmp_path / 'ca'}: Is a directory\n"
+
+
+def test_without_a_command_all_of_them_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    for line in ("serve until SIGTERM or SIGINT", "list the devices that the hubs know", "dps-emulator help COMMAND"):
+        assert line in shown.err
+
+
+def test_help_and_version_are_where_they_are_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in {
+        ("help", "invoke"): r"usage: dps-emulator invoke .*METHOD",
+        ("help",): r"usage: dps-emulator .*COMMAND",
+        ("--version",): r"dps-emulator (\d+\.\d+\.\d+|from a checkout, not installed)$",
+    }.items():
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        out = capsys.readouterr().out
+        assert not ended.value.code and re.match(said, out, re.S), out
+    with pytest.raises(SystemExit) as ended:
+        main(["help", "invok"])
+    assert ended.value.code == 2 and "did you mean 'invoke'?" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_one_sentence_and_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "trustme", None)
-    monkeypatch.delitem(sys.modules, "dps_emulator.state")
-    assert main(["verify-token", "-", "--state-dir", str(tmp_path)]) == 2
+    monkeypatch.delitem(sys.modules, "dps_emulator.server")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert main(["serve", "--state-dir", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
         "dps-emulator: needs 'trustme', which is not installed: it comes with the extra 'emulator'\n"
     )

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from dps_emulator.attestation import SymmetricKeys
 from dps_emulator.enrollments import Enrollment, Imported, enrollment_from_json, read_enrollments
 from dps_emulator.registrations import StateError
-from dps_emulator.state import certificate_authority, damaged_files, enrollment_folder, make_private_folder
+from dps_emulator.state import certificate_authority, make_private_folder
 from dps_text import text_of
-from dps_text.enrolments import ListError, Other
+from dps_text.enrolments import ListError
 from emulator.device_side import Device
 
 DEVICE = Device.of_the_vectors()
@@ -159,53 +160,65 @@ def test_a_row_may_have_fewer_cells_or_empty_ones_behind_its_last() -> None:
 
 def test_enrolments_of_other_kinds_are_named() -> None:
     others = [
-        record(registrationId="key-1", attestation={"type": "symmetricKey", "symmetricKey": {}, "tpm": None}),
-        record(registrationId="cert-1", attestation={"x509": {"clientCertificates": {}}}),
+        record(registrationId="other-1", attestation={"type": "fingerprint", "fingerprint": {}, "tpm": None}),
+        record(registrationId="other-2", attestation={"moon": {"phase": {}}}),
         {"enrollmentGroupId": "all", "attestation": {"type": "x509"}},
     ]
     found = read_enrollments(json.dumps([others[0], record(), *others[1:]], indent=1))
     assert [enrollment.registration_id for enrollment in found.enrollments] == ["press-07"]
     named = [(other.registration_id, other.kind) for other in found.others]
-    assert named == [("key-1", "symmetricKey"), ("cert-1", "x509"), ("all", "enrollmentGroup")] and found.odd == []
+    assert named == [("other-1", "fingerprint"), ("other-2", "moon"), ("all", "enrollmentGroup")] and found.odd == []
     table = f"registrationId,endorsementKey,attestationType\nkey-1,,symmetricKey\npress-07,{EK},TPM\n"
     found = read_enrollments(table)
-    assert len(found.enrollments) == 1 and found.others == [Other(2, "key-1", "symmetricKey")]
+    assert len(found.enrollments) == 1
+    assert [(other.line, other.registration_id, other.kind) for other in found.others] == [(2, "key-1", "symmetricKey")]
 
 
-def test_the_state_folder_is_private_and_holds_what_was_put(tmp_path: Path) -> None:
-    state = tmp_path / "deep" / "state"
-    make_private_folder(state)
-    enrollment = Enrollment("Press:07", DEVICE.ek_public)
-    enrollment_folder(state)["press:07"] = enrollment
-    certificate_authority(state)
-    assert dict(enrollment_folder(state)) == {"press:07": enrollment} and len(enrollment_folder(state)) == 1
-    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in [state, *state.rglob("*")]}
-    assert all(mode == (0o700 if path.is_dir() else 0o600) for path, mode in modes.items()), modes
-    assert not list(state.rglob(".new-*"))
-    del enrollment_folder(state)["press:07"]
-    with pytest.raises(KeyError):
-        enrollment_folder(state)["press:07"]
+KEY = base64.b64encode(bytes(range(32))).decode()
+
+
+def keys(primary: str = KEY, **more: object) -> dict[str, object]:
+    return {"type": "symmetricKey", "symmetricKey": {"primaryKey": primary, **more}}
+
+
+def test_symmetric_keys_are_read_for_a_device_and_for_a_group() -> None:
+    second = base64.b64encode(bytes(16)).decode()
+    listed = [
+        record(registrationId="key-1", attestation=keys(secondaryKey=second), deviceId="d"),
+        record(),
+        {"enrollmentGroupId": "all", "attestation": keys(), "provisioningStatus": "disabled"},
+    ]
+    one, tpm, group = read_enrollments(json.dumps(listed, indent=1)).enrollments
+    assert one.keys == SymmetricKeys(bytes(range(32)), bytes(16)) and not one.is_group and one.device_id == "d"
+    assert tpm.keys is None and tpm.endorsement_key == DEVICE.ek_public
+    assert group.is_group and not group.enabled and group.keys == SymmetricKeys(bytes(range(32)), bytes(range(32)))
+    for enrollment in (one, group):
+        assert enrollment_from_json(enrollment.to_json()) == enrollment
+        assert KEY not in json.dumps(enrollment.to_json(with_keys=False)) + repr(enrollment)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (record(attestation=keys("?")), "press-07: symmetricKey.primaryKey is not base64"),
+        (record(attestation=keys(base64.b64encode(bytes(15)).decode())), "primaryKey has 15 bytes: a key has 16 to 64"),
+        (record(attestation=keys(base64.b64encode(bytes(65)).decode())), "primaryKey has 65 bytes"),
+        (record(attestation=keys(secondaryKey="x")), "symmetricKey.secondaryKey is not base64"),
+        (record(attestation={"type": "symmetricKey", "symmetricKey": {}}), "symmetricKey.primaryKey is not base64"),
+        ({"enrollmentGroupId": "a b", "attestation": keys()}, "enrollmentGroupId 'a b' is not"),
+        ({"enrollmentGroupId": "all", "attestation": keys(), "deviceId": "d"}, "all: deviceId stands in a group"),
+        ({**record(), "enrollmentGroupId": "all"}, "all: attestation is tpm, which groups do not have"),
+    ],
+)
+def test_a_symmetric_enrolment_that_is_wrong_says_why(entry: dict[str, object], message: str) -> None:
+    (odd,) = read_enrollments(json.dumps([entry])).odd
+    assert message in odd.why
 
 
 def test_the_ca_is_the_same_after_a_restart(tmp_path: Path) -> None:
     first, second = certificate_authority(tmp_path), certificate_authority(tmp_path)
     assert first.cert_pem.bytes() == second.cert_pem.bytes()
     second.issue_cert("localhost")
-
-
-def test_a_damaged_state_file_is_named_and_the_others_are_read(tmp_path: Path) -> None:
-    folder = enrollment_folder(tmp_path)
-    folder["press-07"] = Enrollment("press-07", DEVICE.ek_public)
-    damages = {"x": "{", "deep": "[" * 100_000, "list": "[1]", "null": "null", "binary": "\xff\0"}
-    for name, content in damages.items():
-        (tmp_path / "enrollments" / f"{name}.json").write_text(content, encoding="latin-1")
-        with pytest.raises(StateError, match=rf"{name}\.json can't be read back"):
-            folder[name]
-        assert name in folder, "an import replaces it"
-    assert [Path(said.partition(" ")[0]).stem for said in damaged_files(tmp_path)] == sorted(damages)
-    assert folder["press-07"].endorsement_key == DEVICE.ek_public
-    folder["x"] = folder["press-07"]
-    assert len(list(damaged_files(tmp_path))) == len(damages) - 1
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o755, 0o750, 0o500])

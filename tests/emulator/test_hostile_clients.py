@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import socket
 import ssl
 import stat
 import struct
-import tracemalloc
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dps_emulator import hub
-from dps_emulator.control import ControlError
+from dps_emulator.control_socket import ControlError
 from dps_emulator.enrollments import Enrollment
-from dps_emulator.hub_devices import BoundedFile, MessageFile, MessagesInMemory, Telemetry
 from dps_emulator.service import Settings
+from dps_emulator.state import open_store
+from dps_emulator.store import DATABASE
 from emulator.device_side import Client, Device, register_path
 from support.cloud.emulator import DeviceCredentials, EmulatorInThread, EmulatorProcess
 
@@ -129,7 +128,10 @@ POISON = [
     b"",
     b'{"$x":1}',
     b'{"":1}',
-    b'{"a":{"b":{"c":{"d":{"e":{"f":{"g":{"h":{"i":{"j":{"k":1}}}}}}}}}}}',
+    b'{"a":{"b":{"c":{"d":{"e":{"f":{"g":{"h":{"i":{"j":{"k":{"l":1}}}}}}}}}}}}',
+    b'{"a":"%s"}' % (b"x" * 4097),
+    b'{"a":4503599627370496}',
+    b'{"a\\u0085":1}',
 ]
 
 
@@ -147,25 +149,22 @@ def test_a_poisoned_patch_is_refused_and_the_twin_stays(
     assert serves(emulator, device)
 
 
-def test_a_twin_that_could_not_be_stored_is_not_changed_in_memory_either(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_twin_that_could_not_be_stored_is_not_changed_in_memory_either(tmp_path: Path) -> None:
     with EmulatorInThread(state_dir=tmp_path / "state") as emulator:
         device = emulator.add_device("press-07")
-        kept = emulator._server.hubs.all()[0]
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-            for doing in ({"desired": {"a": 1}}, {"desired": {"b": 1}}):
-                with pytest.raises(ControlError, match="No space left"):
-                    emulator.hub_command("twin", device="press-07", **doing)
-            for command in ("disable", "rotate-key"):
-                with pytest.raises(ControlError):
-                    emulator.hub_command(command, device="press-07")
+        known = emulator._server.hubs.all()[0].device("press-07")
+        emulator.store.rows("PRAGMA query_only = ON")
+        for doing in ({"desired": {"a": 1}}, {"desired": {"b": 1}}):
+            with pytest.raises(ControlError, match=r"state\.db: attempt to write a readonly database"):
+                emulator.hub_command("twin", device="press-07", **doing)
+        for command in ("disable", "rotate-key"):
             with pytest.raises(ControlError):
-                emulator.send_c2d("press-07", b"x")
-        known = kept.device("press-07")
+                emulator.hub_command(command, device="press-07")
+        with pytest.raises(ControlError):
+            emulator.send_c2d("press-07", b"x")
         assert (known.twin.desired, known.enabled, known.queue, known.own_key) == ({}, True, [], device.key)
-        assert serves(emulator, device)
+        emulator.store.rows("PRAGMA query_only = OFF")
+        assert emulator._server.hubs.all()[0].device("press-07") is known and serves(emulator, device)
 
 
 def test_a_client_that_acknowledges_nothing_is_ended_alone(
@@ -224,19 +223,21 @@ def test_nothing_is_looked_up_for_a_token_that_names_another_device(
     assert looked_up == []
 
 
-def test_one_damaged_file_of_each_kind_is_named_and_the_others_work(tmp_path: Path) -> None:
+def test_one_damaged_record_of_each_kind_is_named_and_the_others_work(tmp_path: Path) -> None:
     state = tmp_path / "state"
     with EmulatorProcess(state_dir=state) as emulator:
         well = emulator.add_device("well")
         emulator.add_device("ill")
         assert emulator.stop() == 0
-    files = [state / "enrollments" / "ill.json", state / "registrations" / "ill.json"]
-    files.append(state / "hubs" / "emulator.azure-devices.net" / "ill.json")
-    for file in files:
-        file.write_text('{"deviceId": "ill"' + "[" * 100_000)
+    torn = '{"deviceId": "ill"' + "[" * 100_000
+    with closing(open_store(state)) as store:
+        store.rows("INSERT INTO enrollments VALUES ('ill', ?)", torn)
+        store.rows("INSERT INTO registrations VALUES ('ill', ?, 'ill', ?)", well.hub, torn)
+        store.rows("UPDATE devices SET record = ? WHERE key = 'ill'", torn)
     with EmulatorProcess("--enroll-any", state_dir=state) as emulator:
-        for file in files:
-            assert f"warning: {file} can't be read back" in emulator.stderr
+        for table in ("enrollments", "registrations", "devices"):
+            named = f"{state / DATABASE}: the record of 'ill' in {table} can't be read back"
+            assert f"warning: {named}" in emulator.stderr
         with Raw(emulator) as raw:
             assert raw.ask(connect_packet(well)) == b"\x20\2\0\0\xd0\0"
         with Raw(emulator) as raw:
@@ -244,7 +245,7 @@ def test_one_damaged_file_of_each_kind_is_named_and_the_others_work(tmp_path: Pa
         assert [line.code for line in emulator.await_hub_log("refused", 1, "ill")] == [3]
         assert [found["deviceId"] for found in emulator.hub_command("devices")["devices"]] == ["well"]
         for command in ("twin", "disable", "send-c2d"):
-            with pytest.raises(ControlError, match=r"ill\.json can't be read back"):
+            with pytest.raises(ControlError, match="the record of 'ill' in devices can't be read back"):
                 emulator.hub_command(command, device="ill", payload="", hub="emulator.azure-devices.net")
         with Client(emulator.port, emulator.ca_file) as client:
             assert client.call("PUT", register_path(TPM.registration_id), {"tpm": TPM.attestation()})[0] == 401
@@ -259,65 +260,6 @@ def test_the_control_socket_is_its_owners_alone_wherever_it_stands(tmp_path: Pat
         modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in state.rglob("*")}
     assert modes.pop("control.sock") == 0o600 and stat.S_IMODE(state.stat().st_mode) == 0o755
     assert all(mode in (0o600, 0o700) for mode in modes.values()), modes
-
-
-def telemetry(payload: bytes, number: int = 0) -> Telemetry:
-    return Telemetry("2026-01-01T00:00:00Z", "hub", f"d{number}", payload, {}, 1, False)
-
-
-def test_messages_are_bounded_in_the_file_and_the_newest_are_kept(tmp_path: Path) -> None:
-    file = BoundedFile(tmp_path / "messages.jsonl", 10_000)
-    kept = MessageFile(file)
-    for number in range(300):
-        kept.append(telemetry(b"x" * 100, number))
-        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 20_000
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["messages.jsonl", "messages.jsonl.1"]
-    ids = [message.device_id for message in kept.all()]
-    assert ids == [f"d{number}" for number in range(300 - len(ids), 300)] and len(ids) > 40
-    kept.append(telemetry(b"x" * 50_000, 300))  # one that is larger than the limit is kept all the same
-    assert kept.all()[-1].device_id == "d300"
-    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in tmp_path.iterdir())
-
-
-def test_a_line_that_a_crash_cut_off_or_that_is_damaged_is_passed_over(tmp_path: Path) -> None:
-    kept = MessageFile(BoundedFile(tmp_path / "messages.jsonl"))
-    kept.append(telemetry(b"1"))
-    with (tmp_path / "messages.jsonl").open("ab") as file:
-        file.write(b"[1]\n" + b"[" * 100_000 + b'\n{"time": 1}\n\xff\n{"ti')
-    kept.append(telemetry(b"2"))
-    assert [message.payload for message in kept.all()] == [b"1", b"2"]
-
-
-@pytest.mark.parametrize(
-    ("payload", "properties"),
-    [(b"x" * 100, {}), (b"", {"p": "x" * 100}), (b"", {"p" * 50: "y" * 50}), (b"\xff" * 75, {"p": None})],
-)
-def test_messages_in_memory_are_bounded_in_bytes_whatever_they_consist_of(
-    payload: bytes, properties: dict[str, str | None]
-) -> None:
-    def message(number: int) -> Telemetry:
-        return replace(telemetry(payload, number), properties=properties)
-
-    size = len(json.dumps(message(10).to_json()))
-    kept = MessagesInMemory(10 * size + 9)
-    for number in range(10, 40):
-        kept.append(message(number))
-    assert kept.all() == [message(number) for number in range(30, 40)]
-    larger = replace(message(40), payload=b"x" * 5000)  # one that is larger than the limit is kept all the same
-    kept.append(larger)
-    assert kept.all() == [larger]
-
-
-def test_what_messages_in_memory_take_is_the_limit_however_wide_their_characters_are() -> None:
-    kept = MessagesInMemory(1024 * 1024)
-    tracemalloc.start()
-    try:
-        for number in range(300):
-            kept.append(replace(telemetry(b"", number), properties={f"p{number}": "x" * 60_000 + "\U0001f600"}))
-        taken, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert taken < 2 * 1024 * 1024 and len(kept.all()) == 17
 
 
 def test_what_a_client_chose_does_not_fill_the_log(emulator: EmulatorInThread, device: DeviceCredentials) -> None:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import pytest
 
-from dps_emulator.control import ControlError
+from dps_emulator import mqtt
+from dps_emulator.control_socket import ControlError
 from dps_emulator.enrollments import Enrollment
+from dps_emulator.hub import HubLine, Hubs
 from dps_emulator.service import Settings
 from emulator.device_side import Client, Device, operation_path, register_path
 from emulator.paho_device import HUB_SUBSCRIPTIONS, PahoDevice
 from support.cloud.emulator import DeviceCredentials, EmulatorInThread
+from support.cloud.store_cuts import Wire
 
 HUBS = ("emulator.azure-devices.net", "second.azure-devices.net")
 TPM = Device.of_the_vectors()
@@ -163,6 +168,48 @@ def test_a_hub_takes_every_spelling_that_clients_use(emulator: EmulatorInThread,
     other = emulator.add_device(f"{device_id}-b")
     with PahoDevice(emulator, device, token=device._replace(key=other.key).token(resource=twice)) as client:
         assert client.connect() == 5
+
+
+def test_a_strict_hub_refuses_what_others_only_tolerate() -> None:
+    with EmulatorInThread(Settings(strict=True)) as strict:
+        device = strict.add_device("n@m.et")
+        user = f"{device.hub}/{device.device_id}"
+        twice = f"{device.hub}/devices/{quote(device.device_id, safe='')}"
+        refused: list[dict[str, Any]] = [
+            {"token": device.token(resource=twice)},
+            *(
+                {"user_name": user + rest}
+                for rest in ("", "/", "/?", "/api-version=2018-06-30", "/?DeviceClientType=x")
+            ),
+        ]
+        for how in refused:
+            with PahoDevice(strict, device, **how) as client:
+                assert client.connect() == 5, how
+        for rest in ("/?api-version=2021-04-12", "/?api-version=2021-04-12&DeviceClientType=x", "/?a=b&api-version=1"):
+            for transport in ("tcp", "websockets"):
+                with PahoDevice(strict, device, user_name=user + rest, transport=transport) as client:
+                    assert client.connect() == 0, rest
+        lines = list[HubLine]()
+        context = replace(strict._server.hubs.context, note=lines.append)
+        hubs = Hubs(strict.service, strict.store.devices, context)
+        connect = mqtt.Connect(mqtt.LEVEL, device.device_id, device.user_name, device.token().encode())
+        assert hubs.connect(Wire(lambda number: None), connect, "10.1.2.3", time.time()) is None
+        assert lines[-1].detail == "the TLS handshake named 10.1.2.3"
+        assert hubs.connect(Wire(lambda number: None), connect, device.hub, time.time())
+
+
+def test_a_message_says_when_its_life_ends_where_one_was_asked_for(
+    emulator: EmulatorInThread, device: DeviceCredentials
+) -> None:
+    with PahoDevice(emulator, device) as client:
+        assert client.connect() == 0
+        client.subscribe_to_messages()
+        emulator.hub_command("send-c2d", device=device.device_id, payload="", lifeS=3600)
+        topic = unquote(client.next_message().topic)
+        assert re.search(r"&iothub-ack=none&\$\.exp=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{7}Z$", topic), topic
+        emulator.send_c2d(device.device_id, b"", {"iothub-ack": "full"})
+        topic = client.next_message().topic
+        assert topic.count("iothub-ack") == 1 and "iothub-ack=full&" in topic and "exp" not in topic
 
 
 def test_what_is_no_credential_at_all_has_codes_of_its_own(
@@ -327,7 +374,7 @@ def test_a_message_sent_while_offline_comes_at_reconnect(
     assert (message.payload, message.qos, message.dup) == (b"wake up", 1, False)
     assert message.topic == (
         f"devices/{device.device_id}/messages/devicebound/level=50%20%25&%24.ct=text%2Fplain&%24.mid={message_id}"
-        f"&%24.to=%2Fdevices%2F{device.device_id}%2Fmessages%2Fdevicebound"
+        f"&%24.to=%2Fdevices%2F{device.device_id}%2Fmessages%2Fdevicebound&iothub-ack=none"
     )
     with PahoDevice(emulator, device) as client:
         assert client.connect() == 0
@@ -464,12 +511,12 @@ def test_twin_get_patch_and_desired_changes_have_their_versions(
         change = client.next_message()
         assert change.topic == "$iothub/twin/PATCH/properties/desired/?$version=2"
         assert json.loads(change.payload) == {"period": 60, "old": None, "$version": 2}
-        for content in (b"[]", b"{", b'{"a":NaN}', b'{"$a":1}', b'{"a b":1}', b"\xff", deep(11)):
+        for content in (b"[]", b"{", b'{"a":NaN}', b'{"$a":1}', b'{"a b":1}', b"\xff", deep(12)):
             client.publish(patch + "4", content)
             answer = client.next_message()
             assert answer.topic == "$iothub/twin/res/400/?$rid=4", content
             assert json.loads(answer.payload)["errorCode"] == 400004
-        client.publish(patch + "5", json.dumps({"a": "x" * 33_000}).encode())
+        client.publish(patch + "5", json.dumps({str(n): "x" * 4000 for n in range(9)}).encode())
         assert client.next_message().topic == "$iothub/twin/res/413/?$rid=5"
     expected = {"desired": {"period": 60, "$version": 2}, "reported": {"a": {"c": 2}, "e": [1], "$version": 3}}
     assert emulator.twin(device.device_id) == expected
@@ -591,7 +638,7 @@ def test_a_hub_that_accepts_tcp_and_says_nothing(emulator: EmulatorInThread) -> 
     emulator.fault({"operation": "accept", "drop": "before", "reset": True})
     with (
         pytest.raises(ConnectionResetError),
-        socket.create_connection(("127.0.0.1", emulator.hub_port), 5) as plain,
+        socket.create_connection(("127.0.0.1", emulator.hub_port), 60) as plain,
     ):
         plain.recv(1)
 
@@ -612,7 +659,7 @@ def test_a_hub_that_accepts_tcp_and_says_nothing(emulator: EmulatorInThread) -> 
 )
 def test_bytes_that_are_no_mqtt_end_the_connection(emulator: EmulatorInThread, content: bytes) -> None:
     with (
-        socket.create_connection(("127.0.0.1", emulator.hub_port), 5) as plain,
+        socket.create_connection(("127.0.0.1", emulator.hub_port), 60) as plain,
         tls(emulator).wrap_socket(plain, server_hostname=HUBS[0]) as wrapped,
     ):
         wrapped.sendall(content)
@@ -623,25 +670,25 @@ def test_bytes_that_are_no_mqtt_end_the_connection(emulator: EmulatorInThread, c
 
 def test_another_protocol_level_is_answered_with_1(emulator: EmulatorInThread) -> None:
     with (
-        socket.create_connection(("127.0.0.1", emulator.hub_port), 5) as plain,
+        socket.create_connection(("127.0.0.1", emulator.hub_port), 60) as plain,
         tls(emulator).wrap_socket(plain, server_hostname=HUBS[0]) as wrapped,
     ):
         wrapped.sendall(b"\x10\x10\x00\x04MQTT\x05\x02\x00\x3c\x00\x00\x03abc")
         assert wrapped.recv(10) == b"\x20\x02\x00\x01"
 
 
-def test_the_certificate_covers_every_hub_and_not_dps(emulator: EmulatorInThread) -> None:
-    for name in (*HUBS, "127.0.0.1", "localhost"):
+def test_the_certificate_covers_every_hub_and_dps(emulator: EmulatorInThread) -> None:
+    for name in (*HUBS, "127.0.0.1", "localhost", "global.azure-devices-provisioning.net"):
         with (
-            socket.create_connection(("127.0.0.1", emulator.hub_port), 5) as plain,
+            socket.create_connection(("127.0.0.1", emulator.hub_port), 60) as plain,
             tls(emulator).wrap_socket(plain, server_hostname=name) as wrapped,
         ):
             assert wrapped.version() in ("TLSv1.2", "TLSv1.3")
     with (
-        socket.create_connection(("127.0.0.1", emulator.hub_port), 5) as plain,
+        socket.create_connection(("127.0.0.1", emulator.hub_port), 60) as plain,
         pytest.raises(ssl.SSLCertVerificationError),
     ):
-        tls(emulator).wrap_socket(plain, server_hostname="global.azure-devices-provisioning.net")
+        tls(emulator).wrap_socket(plain, server_hostname="another.azure-devices.net")
 
 
 def test_what_the_hub_knows_survives_a_restart(tmp_path: Path) -> None:
@@ -658,8 +705,6 @@ def test_what_the_hub_knows_survives_a_restart(tmp_path: Path) -> None:
         emulator.set_desired("press-07", {"b": 2})
         emulator.disable("press-07")
         twin = emulator.twin("press-07")
-    with (state_dir / "messages.jsonl").open("ab") as file:
-        file.write(b'{"cut off')
     with EmulatorInThread(state_dir=state_dir) as emulator:
         assert emulator.twin("press-07") == twin
         with PahoDevice(emulator, device) as client:
@@ -673,6 +718,24 @@ def test_what_the_hub_knows_survives_a_restart(tmp_path: Path) -> None:
         assert [message["payload"] for message in emulator.telemetry()] == ["before", "after"]
     for path in state_dir.rglob("*"):
         assert path.stat().st_mode & 0o077 == 0 or path.is_socket(), path
+
+
+def test_a_websocket_of_a_hub_may_come_to_the_port_of_dps(
+    emulator: EmulatorInThread, device: DeviceCredentials
+) -> None:
+    with PahoDevice(emulator, device, transport="websockets") as client:
+        client._client.address = ("127.0.0.1", emulator.port)
+        assert client.connect() == 0
+        client.subscribe_to_messages()
+        assert client.send(b"x" * 100_000)
+        emulator.send_c2d(device.device_id, b"y" * 60_000)
+        assert client.next_message().payload == b"y" * 60_000
+        lines = [line for line in emulator.hub_log if line.device_id == device.device_id and line.event == "connected"]
+        assert f"sni={device.hub}" in lines[-1].detail
+        assert emulator.hub_command("disconnect", device=device.device_id)["wasConnected"] and client.has_ended()
+    with PahoDevice(emulator, device, transport="websockets", token="no token") as client:
+        client._client.address = ("127.0.0.1", emulator.port)
+        assert client.connect() == 5
 
 
 def test_connections_leave_nothing_behind(emulator: EmulatorInThread, device: DeviceCredentials) -> None:

@@ -9,13 +9,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dps_emulator.cli import main
-from dps_emulator.control import SOCKET_NAME, ControlError
+from dps_emulator.control_socket import SOCKET_NAME, ControlError
 from dps_emulator.faults import FaultScriptError, fault_script
 from dps_emulator.hub import HubLine
 from emulator.device_side import Device
@@ -29,20 +30,6 @@ HUB = "emulator.azure-devices.net"
 def emulator() -> Iterator[EmulatorProcess]:
     with EmulatorProcess("--hub", HUB, "--hub", "second.azure-devices.net") as emulator:
         yield emulator
-
-
-@pytest.fixture
-def said(emulator: EmulatorProcess, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs a command on the emulator; its exit status and what it printed, parsed with --json."""
-
-    def run(*words: str) -> tuple[int, Any]:
-        status = main([*words, "--state-dir", str(emulator.state_dir)])
-        output = capsys.readouterr()
-        assert "Traceback" not in output.err
-        text = output.out or output.err
-        return status, json.loads(text) if "--json" in words and output.out else text.strip()
-
-    return run
 
 
 def credentials(connection_string: str) -> DeviceCredentials:
@@ -80,7 +67,63 @@ def test_a_device_is_added_spoken_to_and_listened_to(emulator: EmulatorProcess, 
     status, messages = said("messages", "press-07", "--json")
     assert [message.get("payload") for message in messages["messages"]] == ["21.5", None]
     assert said("messages")[1].endswith("press-07 {} /w==")
-    assert said("messages", "nobody") == (0, "nothing has arrived")
+    assert said("messages", "nobody")[0] == 1
+
+
+def test_a_token_of_a_device_lets_it_in(emulator: EmulatorProcess, said: Any) -> None:
+    device = emulator.add_device("press-token")
+    status, token = said("device-token", "press-token", "--life", "60")
+    with PahoDevice(emulator, device, token=token) as client:
+        assert status == 0 and client.connect() == 0
+    status, text = said("device-token", "nobody")
+    assert (status, text) == (1, "dps-emulator: no hub has a device 'nobody'")
+
+
+def test_a_call_waits_for_the_device_and_then_for_its_program(emulator: EmulatorProcess, said: Any) -> None:
+    device = emulator.add_device("press-14")
+    status, text = said("invoke", "press-14", "open", "--wait", "1")
+    assert status == 3 and text == "dps-emulator: 'press-14' is not connected, after 1 s"
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(main, ["invoke", "press-14", "open", "--wait", "60", "--state-dir", str(emulator.state_dir)])
+        with PahoDevice(emulator, device) as client:
+            assert client.connect() == 0
+            client.subscribe(*HUB_SUBSCRIPTIONS)
+            for status in (404, 404, 207):
+                request_id = client.next_message().topic.partition("?$rid=")[2]
+                client.publish(f"$iothub/methods/res/{status}/?$rid={request_id}", b'{"is":"open"}')
+            assert call.result(60) == 0
+
+
+def test_without_waiting_what_a_device_does_not_know_is_its_answer(emulator: EmulatorProcess, said: Any) -> None:
+    device = emulator.add_device("press-15")
+    with PahoDevice(emulator, device) as client, ThreadPoolExecutor(1) as pool:
+        assert client.connect() == 0
+        client.subscribe(*HUB_SUBSCRIPTIONS)
+        call = pool.submit(said, "invoke", "press-15", "open")
+        request_id = client.next_message().topic.partition("?$rid=")[2]
+        client.publish(f"$iothub/methods/res/404/?$rid={request_id}", b"{}")
+        assert call.result(60) == (0, "404 {}")
+
+
+def test_waiting_ends_when_it_listens_and_with_a_device_when_that_is_connected(
+    emulator: EmulatorProcess, said: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = f"listening on https://127.0.0.1:{emulator.port}\nhubs on mqtts://127.0.0.1:{emulator.hub_port}"
+    assert said("wait") == (0, where)
+    dps = f"https://127.0.0.1:{emulator.port}"
+    assert said("wait", "--json") == (0, {"schema": 1, "code": "ok", "dps": dps, "hubs": where.rpartition(" ")[2]})
+    device = credentials(said("device-add", "press-12")[1])
+    assert said("wait", "press-12", "--timeout", "1") == (
+        3,
+        "dps-emulator: 'press-12' is not connected to a hub, after 1 s",
+    )
+    with PahoDevice(emulator, device) as client, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(main, ["wait", "PRESS-12", "--state-dir", str(emulator.state_dir)])
+        assert client.connect() == 0
+        assert waiting.result(60) == 0
+    assert capsys.readouterr().out == f"press-12 is connected to {HUB}\n"
+    assert main(["wait", "--state-dir", str(tmp_path / "none"), "--timeout", "1"]) == 3
+    assert capsys.readouterr().err == f"dps-emulator: no emulator serves {tmp_path / 'none'}, after 1 s\n"
 
 
 def test_a_device_is_disabled_enabled_given_another_key_and_withdrawn(emulator: EmulatorProcess, said: Any) -> None:
@@ -276,7 +319,7 @@ def test_two_hundred_broken_connections_leave_no_descriptor_behind() -> None:
         descriptors = Path(f"/proc/{emulator._process.pid}/fd")
         before = len(list(descriptors.iterdir()))
         for number in range(200):
-            with socket.create_connection(("127.0.0.1", emulator.hub_port), 5) as plain, contextlib.suppress(OSError):
+            with socket.create_connection(("127.0.0.1", emulator.hub_port), 60) as plain, contextlib.suppress(OSError):
                 if number % 4:
                     continue  # gone before TLS
                 with PahoDevice(emulator, device, transport=("tcp", "websockets")[number % 8 // 4]) as client:
@@ -290,3 +333,44 @@ def test_two_hundred_broken_connections_leave_no_descriptor_behind() -> None:
             time.sleep(0.1)
         assert len(left) <= before, emulator.stderr[-2000:]
         assert "Traceback" not in emulator.stderr and len(emulator.telemetry()) > 40
+
+
+def resident_kib(emulator: EmulatorProcess) -> int:
+    assert emulator._process is not None
+    status = Path(f"/proc/{emulator._process.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0])
+
+
+def test_a_connected_idle_device_takes_less_than_120_kib() -> None:
+    with EmulatorProcess() as emulator, contextlib.ExitStack() as connected:
+        devices = [emulator.add_device(f"press-{number:03}") for number in range(100)]
+        before = 0
+        for number, device in enumerate(devices):
+            if number == 20:
+                before = resident_kib(emulator)  # what is loaded once is loaded
+            client = connected.enter_context(PahoDevice(emulator, device))
+            assert client.connect(looping=False) == 0
+        taken = (resident_kib(emulator) - before) / 80
+        assert 0 < taken < 120, f"{taken:.0f} KiB each"
+
+
+def test_answers_do_not_pile_up_for_a_client_that_reads_none_of_them() -> None:
+    with EmulatorProcess() as emulator:
+        device = emulator.add_device("press-07")
+        emulator.set_desired("press-07", dict.fromkeys("abcdefg", "x" * 4000))
+        before = resident_kib(emulator)
+        with PahoDevice(emulator, device) as client:
+            assert client.connect(looping=False) == 0
+            connection = client._client.socket()
+            connection.settimeout(1)
+            topic = b"$iothub/twin/GET/?$rid=1"
+            ask = bytes((0x30, 2 + len(topic))) + len(topic).to_bytes(2) + topic
+            subscribe = b"\x82\x17\0\1\0\x12$iothub/twin/res/#\0"
+            connection.sendall(subscribe)
+            with contextlib.suppress(TimeoutError):
+                for _ in range(2000):
+                    connection.sendall(ask * 100)  # 200,000 answers of 30 kB
+            assert resident_kib(emulator) - before < 30_000
+        other = emulator.add_device("press-08")
+        with PahoDevice(emulator, other) as client:
+            assert client.connect() == 0

@@ -116,10 +116,23 @@ def test_frames_are_read_however_they_are_cut() -> None:
             more, answer = stream.feed(content[at : at + step])
             carried, answers = carried + more, answers + answer
         assert (carried, answers) == (b"abcde" + bytes(300), b"\x8a\x02hi"), f"step={step}"
-    assert stream.feed(frame(8, b"\x03\xe8bye") + b"rest") == (b"", b"\x88\x02\x03\xe8") and stream.closed
+    assert stream.feed(frame(8, b"\x03\xe8bye") + b"rest") == (b"", b"\x88\x05\x03\xe8bye") and stream.closed
 
 
-@pytest.mark.parametrize("content", [frame(1, b"text"), b"\x82\x01a", b"\xc2\x80\1\2\3\4", b"\x82\xff" + b"\xff" * 8])
+@pytest.mark.parametrize(
+    "content",
+    [
+        frame(1, b"text"),
+        b"\x82\x01a",  # without a mask
+        b"\xc2\x80\1\2\3\4",  # a reserved bit
+        b"\x82\xff" + b"\xff" * 8,  # a length of 64 bits
+        b"\x82\xfe\x00\x01\1\2\3\4a",  # a length in more bytes than it needs
+        frame(9, b"hi", fin=False),  # a control frame in pieces
+        frame(0, b"goes on"),  # with what nothing began
+        frame(2, b"a", fin=False) + frame(2, b"b"),  # a message within another
+        b"\x82\xff" + (2**21).to_bytes(8) + b"\1\2\3\4" + bytes(2**20 + 1),  # a message without end
+    ],
+)
 def test_frames_that_carry_no_mqtt_are_refused(content: bytes) -> None:
     with pytest.raises(websocket.WebSocketError):
         websocket.FrameStream().feed(content)
@@ -139,10 +152,18 @@ def test_only_the_hubs_own_path_and_subprotocol_are_upgraded() -> None:
     )
     accepted = websocket.upgrade(head.encode())
     assert accepted.accepted and b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in accepted.answer
+    said = websocket.upgrade(head.replace("mqttv3.1, mqtt", "MQTT").encode())
+    assert said.accepted and b"Sec-WebSocket-Protocol: MQTT\r\n" in said.answer, "as the C client offers it"
+    assert not websocket.upgrade(head.replace("mqttv3.1, mqtt", "MQTT").encode(), strict=True).accepted
     for old, new, status in (
         ("/$iothub/websocket", "/mqtt", b"404"),
-        ("WebSocket\r\n", "h2c\r\n", b"426"),
-        ("Version: 13", "Version: 8", b"400"),
+        ("WebSocket\r\n", "h2c\r\n", b"400"),
+        ("Version: 13", "Version: 8", b"426"),
+        ("Host: x\r\n", "", b"400"),
+        ("Host: x\r\n", "Host: x\r\nHost: y\r\n", b"400"),
+        ("Host: x\r\n", "Host: \xff..\r\n", b"400"),
+        ("Key: dGhl", "Nothing: ", b"400"),
+        ("GET ", "POST ", b"400"),
         ("mqttv3.1, mqtt", "mqttv3.1", b"400"),
     ):
         refused = websocket.upgrade(head.replace(old, new).encode())

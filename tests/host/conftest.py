@@ -1,4 +1,4 @@
-"""What tests of a TPM begin with; a module that shares one among its tests has a `machine` of its own."""
+"""What tests of a TPM, and of a service beside a cloud, begin with; a module may have fixtures of its own instead."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dps_emulator.service import Settings
+from support.cloud.emulator import EmulatorInThread
+from support.programs.running_agent import RunningAgent
 from support.tpm.backends import BACK_ENDS, OpenTpm
+from support.tpm.states import copy_state
 from support.tpm.swtpm import Swtpm
 from support.tpm.tap import TpmTap
 
@@ -27,3 +31,18 @@ def tap(machine: Swtpm) -> Iterator[TpmTap]:
 @pytest.fixture(params=BACK_ENDS)
 def open_tpm(request: pytest.FixtureRequest) -> OpenTpm:
     return BACK_ENDS[request.param]
+
+
+@pytest.fixture
+def emulator() -> Iterator[EmulatorInThread]:
+    """A cloud that takes any device."""
+    with EmulatorInThread(Settings(enroll_any=True, retry_after_s=0)) as found:
+        yield found
+
+
+@pytest.fixture
+def agent(tmp_path: Path, emulator: EmulatorInThread) -> Iterator[RunningAgent]:
+    """A device with a simulated TPM; not started."""
+    folder = copy_state("press-07", tmp_path / "tpm")
+    with RunningAgent(tmp_path, emulator, f'backend = "simulator"\ntcti = "{folder}"') as found:
+        yield found

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Collection
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from dps_agent.lifecycle import STANDINGS, TRANSITIONS
+from dps_agent.patience import PATIENCES
 from dps_deploy.bundles import Unbundled, as_format, bundled, without_notes
 from dps_deploy.error_texts import Words, without_sentences
-from dps_deploy.modules import for_firmware, of_any_program, texts_of_errors
+from dps_deploy.modules import compiled, for_firmware, of_any_program, texts_of_errors
+from dps_deploy.names import named_in_calls, written_short
+from dps_deploy.tables import events_as_characters
 
 OURS = ("dps_base", "dps_registration", "dps_hub", "dps_agent", "dps_board", "dps_hal")
 
@@ -209,3 +214,162 @@ def test_the_code_of_every_error_is_in_the_bundles() -> None:
                 codes |= {code.value} if isinstance(code, ast.Constant) else set()
     sources = "".join(for_firmware(texts=False).values())
     assert len(codes) > 30 and {code for code in codes if repr(code) not in sources} == set()
+
+
+SHORT = """
+from collections import namedtuple
+
+Reading = namedtuple("Reading", ("celsius", "taken_by_sensor"))
+
+
+class Base:
+    def inherited(self, inherited_count):
+        return inherited_count
+
+class Open(Base):
+    def ask(self, question, answer=2):
+        return question + answer
+
+    def _own(self, hidden):
+        return hidden
+
+def helper(named_one, by_place, z):
+    total = [by_place for by_place in (1, 2)]
+    later = lambda by_place, free: (by_place, free, z)
+    def inner(value):
+        nonlocal named_one
+        named_one += value
+        return named_one
+    return total, later(3, 4), by_place, inner(5), z
+
+def counted(first, *rest, last=1):
+    try:
+        raise ValueError(first)
+    except ValueError as error:
+        second = error
+    return str(second), rest, last
+
+def run():
+    reading = Reading(celsius=21, taken_by_sensor="s")
+    return (
+        reading, reading.taken_by_sensor, helper(named_one=1, by_place=2, z=3), counted("x", 2, last=3),
+        Open()._own(4), Open().ask(question=1), (lambda it: it * 2)(4), Open().inherited(6),
+    )
+"""
+
+
+def shortened(source: str, public: Collection[str] = (), *programs: str) -> str:
+    return written_short({"m": source}, programs, public)["m"]
+
+
+OWN = """
+class Counter:
+    kind = "counter"
+
+    def __init__(self):
+        self._count_so_far, self.shown = 0, 1
+        self._by_text = self._asked = self._step_size = self._by_program = 2
+        self.__mangled = 3
+
+    def _asked(self):
+        return getattr(self, "_by_text")
+
+def run():
+    counter = Counter()
+    counter._count_so_far += counter._step_size
+    return counter._count_so_far, counter.shown, getattr(counter, "_by_text"), counter._asked
+"""
+
+
+def test_an_object_s_own_attributes_have_short_names_unless_anything_else_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short = shortened(OWN, (), "Counter()._by_program")
+    before, after = (loaded(monkeypatch, {"dps_base": source}, "dps_base").run() for source in (OWN, short))
+    assert before == after == (2, 1, 2, 2)
+    assert "_count_so_far" not in short and "_step_size" not in short
+    assert all(
+        name in short for name in ("self.shown", "self._by_text", "self._asked", "_by_program", "self.__mangled")
+    )
+
+
+def test_the_attributes_of_two_modules_get_the_same_short_name() -> None:
+    other = "def f(counter):\n    return counter._count_so_far\n"
+    short = written_short({"m": OWN, "n": other}, (), ())
+    assert "self._1," in short["m"] and "a._1" in short["n"]
+
+
+def test_a_module_that_is_written_short_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = named_in_calls([ast.parse(SHORT), ast.parse("g(other=1)")])
+    assert named == {"named_one", "by_place", "z", "last", "question", "other"}, "no fields of named tuples"
+    short = shortened(SHORT, {"Open"})
+    before, after = (loaded(monkeypatch, {"dps_base": source}, "dps_base").run() for source in (SHORT, short))
+    assert before == after
+    for kept in ("named_one", "question", "answer", "inherited_count", "(self, inherited_count)", "last=1"):
+        assert kept in short
+    assert "hidden" not in short and "['celsius', 'taken_by_sensor']" in short and "def counted(a, *rest" in short
+
+
+def test_a_parameter_keeps_its_name_where_another_scope_or_a_handler_has_it_too() -> None:
+    sources = [
+        "def f(x):\n    try:\n        pass\n    except OSError as x:\n        return x\n",
+        "def f(x):\n    global x\n",
+        "def f(x):\n    def g(x):\n        return x\n    return g(x)\n",
+        "def f(x):\n    import x\n",
+        "def f(x):\n    class C:\n        x = x\n    return C\n",
+        "def f(x):\n    return a(x)\n",
+    ]
+    for source in sources:
+        assert "def f(x)" in shortened(source), source
+
+
+def test_what_a_module_uses_most_has_the_numbers_of_one_byte() -> None:
+    rare = "".join(f"    x.rare_{number}()\n" for number in range(150))
+    often = "".join(f"    x.often_{number % 20}()\n" for number in range(120))
+    source = f"def f(x):\n{rare}{often}"
+    short = shortened(source)
+    assert short.startswith("if not __name__:\n    __name__.often_")
+    assert len(compiled(short, "m.py")) < len(compiled(source, "m.py"))
+    assert "__name__" not in shortened("def f(x):\n    return x.y\n"), "few names have one byte each anyway"
+
+
+TABLE = """
+LOW = "low"
+FULL = "it is full"
+EMPTY = "it is empty"
+OTHER = "low: it is full"
+TABLE = "\\nlow: it is full: high\\nhigh: it is empty: low\\nhigh: it is full: high\\n"
+
+def run(state, event):
+    return TABLE.split(f"\\n{state}: {event}: ")[1].partition("\\n")[0]
+
+def way():
+    return run(LOW, FULL), run("high", EMPTY), run("high", FULL), OTHER
+"""
+
+
+def test_the_events_of_a_table_become_characters_and_it_says_what_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = ast.parse(TABLE)
+    events_as_characters([tree])
+    short = ast.unparse(tree)
+    assert "low: a: high" in short and "OTHER = 'low: it is full'" in short and "LOW = 'low'" in short
+    before, after = (loaded(monkeypatch, {"dps_base": source}, "dps_base").way() for source in (TABLE, short))
+    assert before == after == ("high", "low", "high", "low: it is full")
+
+
+@pytest.mark.parametrize("use", ["print('it is full')", "print(f'because {EMPTY}')"])
+def test_an_event_that_is_shown_is_refused(use: str) -> None:
+    with pytest.raises(Unbundled, match="the event"):
+        events_as_characters([ast.parse(f"{TABLE}    {use}\n")])
+
+
+def test_the_tables_of_a_board_have_the_rows_of_the_sources() -> None:
+    source = for_firmware()["dps_base.py"]
+    texts = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    for table in (TRANSITIONS, STANDINGS, PATIENCES):
+        rows = [row.split(": ") for row in table.strip().split("\n")]
+        characters: dict[str, str] = {}
+        for _, event, _ in rows:
+            characters.setdefault(event, "abcdefghijklmn"[len(characters)])
+        assert "".join([f"\n{state}: {characters[event]}: {to}" for state, event, to in rows]) + "\n" in texts
+        assert not set(characters) & {text for text in texts if isinstance(text, str)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from contracts.tpm import blob_for
 from dps_agent.assignment import Assignment, encode, seal_message
 from dps_agent.host import checks, runner
 from dps_agent.host.cli import main
+from dps_agent.settings import TPM
 from dps_hal.contracts import EK_HANDLE, IDENTITY, SRK_HANDLE, Tpm, TpmCondition
 from dps_hal.errors import IdentityStale
 from dps_hal.host import tpm_node
@@ -50,6 +52,7 @@ IDS = [
     "record-seal",
 ]
 ONLINE_IDS = ["proxy", "dns", "dps-tls", "dps-answers", "clock-dps", "hub-mqtt", "hub-websocket"]
+WITHOUT_TPM = ("device-key", "device-certificate")  # of a device that shows a key or a certificate of its own
 TPM_IDS = [name for name in IDS if name.startswith("tpm-")]
 # What is said where no assignment is stored.
 NOTHING_STORED = dict.fromkeys(("tpm-noda", "record", "record-seal"), "skipped")
@@ -90,7 +93,7 @@ class Desk:
         ek, srk = object_name(tpm.endorsement_key()), object_name(tpm.storage_root_key())
         assignment = Assignment(
             *("0ne00000000", "https://localhost", "press-07", "emulator.azure-devices.net", "press-07"),
-            *(wrapped_key, ek, srk, "assigned", "", "", "", "", 1_800_000_000, None, False),
+            *(wrapped_key, ek, srk, "assigned", "", "", "", "", 1_800_000_000, None, False, TPM),
         )
         text = encode(assignment)
         FileStore(self.state_dir).commit(IDENTITY, text + tpm.sign(wrapped_key, seal_message(text)))
@@ -136,7 +139,7 @@ def results(found: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 def test_the_ids_are_fixed_and_every_check_says_in_a_sentence_what_it_makes_sure_of() -> None:
     ids = [check.id for check in checks.CHECKS]
-    assert ids == IDS + ONLINE_IDS
+    assert ids == [*IDS[:-2], *WITHOUT_TPM, *IDS[-2:], *ONLINE_IDS]
     for check in checks.CHECKS:
         assert check.description.endswith("."), check
         assert set(check.needs) <= set(ids[: ids.index(check.id)]), check  # what it needs comes before it
@@ -184,6 +187,19 @@ def test_only_runs_what_is_named_and_what_that_needs(simulated: Desk) -> None:
     assert list(found) == ["settings", "tpm-node", "tpm-access", "tpm-ek", "tpm-srk", "tpm-self-challenge"]
 
 
+@pytest.mark.parametrize("key", ["ca_file", "hub.ca_file"])
+def test_roots_that_are_none_are_found_among_the_settings(
+    key: str, simulated: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roots = tmp_path / "roots.pem"
+    roots.write_text("no certificate\n")
+    status, found, _ = simulated.check("--only", "settings", "--set", f"{key}={roots}")
+    assert (status, found["settings"]["code"]) == (6, "config.invalid")
+    assert f"{key}: expected PEM certificates in '{roots}'" in found["settings"]["detail"]
+    assert main(["--config", str(simulated.settings), "config", "validate", "--set", f"{key}={roots}"]) == 6
+    assert f"{key}: expected PEM certificates" in capsys.readouterr().err
+
+
 def test_an_unknown_check_is_exit_2_and_the_known_ones_are_named(
     simulated: Desk, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,7 +215,7 @@ def test_settings_that_cannot_be_used_are_exit_6_and_all_else_is_skipped(desk: D
     desk.configure("esys", "device:/dev/tpmrm0", "persist_at = 1", "ek_handle = 1")
     status, found, document = desk.check()
     assert (status, document["code"], document["error"]["code"]) == (6, "config", "config.invalid")
-    assert results(found) == {"settings": "failed", **dict.fromkeys(set(IDS[1:]) - {"clock"}, "skipped")}
+    assert results(found) == {"settings": "failed", **dict.fromkeys({*IDS[1:], *WITHOUT_TPM} - {"clock"}, "skipped")}
     assert "tpm.persist_at: " in found["settings"]["detail"]
     assert "tpm.ek_handle: " in found["settings"]["detail"]
 
@@ -220,6 +236,18 @@ def test_a_missing_id_scope_is_a_warning_for_the_tpm_can_be_checked_without(simu
     status, found, _ = simulated.check()
     assert (status, found["settings"]["result"]) == (0, "warning")
     assert "id_scope" in found["settings"]["remedy"]
+
+
+def test_a_missing_id_scope_is_in_the_first_line_whatever_failed(simulated: Desk) -> None:
+    text = simulated.settings.read_text().replace('id_scope = "0ne00000000"', "")
+    simulated.settings.write_text(text)
+    scope = f"id_scope is not set ({simulated.settings})"
+    first = simulated.text()[1].splitlines()[0]
+    assert first.startswith("ok, with ") and first.endswith(f": settings: {scope}")
+    missing = re.sub('tcti = ".*"', 'tcti = "device:/nonexistent/tpmrm0"', text.replace('"simulator"', '"wire"'))
+    simulated.settings.write_text(missing)
+    status, shown = simulated.text()
+    assert status == 5 and shown.startswith(f"failed: {scope}; then tpm-node: ")
 
 
 def test_a_missing_node_is_exit_5_with_a_remedy_and_what_follows_is_skipped(backend: str, desk: Desk) -> None:

@@ -27,6 +27,7 @@ from dps_agent.host import runner
 from dps_agent.host.checks import local, network, ways
 from dps_agent.host.cli import main
 from dps_agent.host.network import websocket
+from dps_agent.settings import TPM
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault
 from dps_emulator.service import Settings
@@ -179,7 +180,7 @@ def locked_tpm(tmp_path: Path) -> Iterator[Callable[[Bench], Command]]:
             ek, srk = object_name(tpm.endorsement_key()), object_name(tpm.storage_root_key())
             assignment = Assignment(
                 *("0ne00000000", bench.emulator.url, "press-07", HUB, "press-07", wrapped_key, ek, srk),
-                *("assigned", "", "", "", "", 1_800_000_000, None, False),
+                *("assigned", "", "", "", "", 1_800_000_000, None, False, TPM),
             )
             text = encode(assignment)
             tap.on_command = cut

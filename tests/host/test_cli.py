@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import errno
 import io
 import json
 import os
@@ -9,10 +10,12 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -23,8 +26,10 @@ from dps_agent.host.cli import config as config_verb
 from dps_agent.host.cli import exit_word, main, running, status
 from dps_agent.host.cli.verb import UsageError
 from dps_agent.host.local import statefile
+from dps_agent.host.parts import _stopped_after
 from dps_agent.patience import Progress, encode_progress
 from dps_agent.sas import string_to_sign
+from dps_agent.settings import TPM
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import EXIT_GROUPS, AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.host.files import FileStore
@@ -90,6 +95,7 @@ class Desk:
             1_800_000_000,
             {"line": 3},
             False,
+            TPM,
         )
         text = encode(assignment)
         self.store.commit(IDENTITY, text + self.tpm.sign(assignment.wrapped_key, seal_message(text)))
@@ -97,7 +103,7 @@ class Desk:
 
     def fail(self, code: str, message: str, halted: bool) -> None:
         """Stores a failed attempt."""
-        self.store.commit(PROGRESS, encode_progress(Progress(3, 60, 0, halted, code, message, 0)))
+        self.store.commit(PROGRESS, encode_progress(Progress(3, 60, 0, halted, code, message, 0, 0)))
 
 
 @pytest.fixture
@@ -212,6 +218,16 @@ def test_a_service_that_hangs_is_looked_at_not_given_more_time(
     assert hung_service.run("provision", "--timeout", "1") == 3
     said = capsys.readouterr().err
     assert said.startswith("dps-agent: asks the service that runs, for 1 s at most\n") and "--timeout" in said
+    assert "the service did not answer within 1 s; it is connected: x\n" in said
+
+
+@pytest.mark.parametrize(("reason", "ends"), [("", "within 0.01 s"), ("503", "s; the last wait was for: 503")])
+def test_a_provision_that_is_out_of_time_says_what_it_waited_for(reason: str, ends: str) -> None:
+    stopped = threading.Event()
+    runner = Mock(stop=stopped.set)
+    with pytest.raises(RetryLater, match=f"{ends}$"), _stopped_after(runner, 0.01, [reason], lambda: False):
+        assert stopped.wait(60)
+        raise RetryLater("agent.interrupted", "")
 
 
 @pytest.mark.parametrize("verb", ["provision", "token", "reset"])
@@ -395,6 +411,33 @@ def test_status_before_anything_is_exit_3(desk: Desk, capsys: pytest.CaptureFixt
     assert (answer["code"], answer["state"], answer["assignment"]) == ("retry", "unprovisioned", None)
     assert answer["error"]["code"] == "record.absent"
     assert not Path(desk.state_dir).exists()
+
+
+def test_status_of_a_fresh_device_names_the_missing_id_scope_first(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    desk.settings.write_text(desk.settings.read_text().replace('id_scope = "0ne00000000"\n', ""))
+    desk.fail("network.dns", "no name", False)
+    assert desk.run("status") == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["state            unprovisioned", "why              id_scope is not set"]
+    assert lines[2].startswith(f"next             set id_scope in {desk.settings}; ")
+    assert desk.run("status", "--json") == 3
+    answer = document(capsys.readouterr().out)
+    assert (answer["error"]["code"], answer["error"]["remedy"]) == ("config.missing", answer["next"])
+    desk.assign()
+    assert desk.run("status") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "state            provisioned" and lines[2].startswith("next             set id_scope")
+
+
+def test_status_leaves_out_what_failed_under_other_settings(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    under = load(str(desk.settings)).settings().under
+    for of_record, state in ((under, "halted"), (0, "halted"), (under + 1, "unprovisioned")):
+        progress = Progress(3, 60, 0, True, "dps.not_found", "no such scope", 0, of_record)
+        desk.store.commit(PROGRESS, encode_progress(progress))
+        desk.run("status", "--json")
+        assert document(capsys.readouterr().out)["state"] == state
 
 
 def test_status_of_an_assigned_device_is_exit_0_and_shows_no_key(
@@ -614,7 +657,37 @@ def test_without_network_and_ntp_there_is_no_token(
     monkeypatch.setattr(host_clock, "is_synchronised", lambda: False)
     assert desk.run("token") == 3
     said = capsys.readouterr()
-    assert said.out == "" and "[clock.not_set]" in said.err and "nobody to confirm it" in said.err
+    assert said.out == "" and "[clock.not_set]" in said.err
+    assert re.search(r"it says 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ, and DPS could not be asked: connect: ", said.err)
+
+
+def test_a_status_without_settings_says_that_a_service_goes_on(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    desk.settings.write_text("id_scope = 0ne00000000\n")
+    assert desk.run("status") == 6
+    said = capsys.readouterr().err
+    assert "a service that runs goes on with the settings that it has" in said and "a text needs quotes" in said
+    assert desk.run("token") == 6
+    assert "goes on" not in capsys.readouterr().err
+
+
+def test_a_relative_state_folder_is_shown_whole(
+    desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(desk.state_dir).parent)
+    assert desk.run("status", "--set", "state_dir=state") == 3
+    assert f"state folder     {desk.state_dir}\n" in capsys.readouterr().out
+    assert desk.run("status", "--set", "state_dir=state", "--json") == 3
+    assert document(capsys.readouterr().out)["stateDir"] == desk.state_dir
+
+
+@pytest.mark.parametrize("words", [["statsu"], ["token", "--life", "soon"], ["metrics", "--textfile", "x"]])
+def test_the_remedy_of_a_wrong_command_line_has_nothing_of_the_socket(
+    words: list[str], desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert desk.run(*words) == 2
+    assert "  see 'dps-agent --help'  [agent.usage]\n" in capsys.readouterr().err
+    assert desk.run(*words, "--json") == 2
+    assert document(capsys.readouterr().out)["error"]["remedy"] == "see 'dps-agent --help'"
 
 
 def test_the_library_gives_the_same_token(desk: Desk) -> None:
@@ -719,6 +792,36 @@ def test_reset_by_another_user_never_advises_to_own_the_folder_of_a_service_that
     assert error["code"] == code and ("chown" in error["message"]) == (live is None), error
 
 
+def test_reset_gives_up_a_record_of_which_neither_copy_can_be_read(
+    desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.assign()
+    bad = {"identity.0", "identity.1"}
+    pread, pwrite = os.pread, os.pwrite
+
+    def name_of(fd: int) -> str:
+        return os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+
+    def unreadable(fd: int, count: int, offset: int) -> bytes:
+        if name_of(fd) in bad:
+            raise OSError(errno.EIO, "as the test asked")
+        return pread(fd, count, offset)
+
+    def healing(fd: int, content: bytes, offset: int) -> int:
+        bad.discard(name_of(fd))
+        return pwrite(fd, content, offset)
+
+    monkeypatch.setattr(os, "pread", unreadable)
+    monkeypatch.setattr(os, "pwrite", healing)
+    assert desk.run("status", "--json") == 3
+    error = document(capsys.readouterr().out)["error"]
+    assert error["code"] == "store.io" and "neither of its two copies can be read" in error["message"]
+    assert desk.run("reset", "--yes") == 0
+    assert "the record 'identity', which cannot be read" in capsys.readouterr().out
+    assert not bad and desk.run("status") == 3
+    assert "neither" not in capsys.readouterr().out
+
+
 def test_reset_erases_a_record_of_another_version(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     desk.assign()
     (slot,) = [path for path in Path(desk.state_dir).glob("identity.*") if path.read_bytes()[:4] == b"DPSr"]
@@ -793,7 +896,8 @@ def test_what_is_written_as_toml_reads_back_the_same(value: Any) -> None:
 def test_version_names_every_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version", "--json"]) == 0
     answer = document(capsys.readouterr().out)
-    assert set(answer["packages"]) == {"dps-agent", "tpm2-pytss", "cryptography", "paho-mqtt", "ujson"}
+    bundled = {"cffi", "packaging", "pycparser"}  # they come along in the Debian package for the sake of the others
+    assert set(answer["packages"]) == {"dps-agent", "tpm2-pytss", "cryptography", "paho-mqtt", "ujson"} | bundled
     assert answer["python"].count(".") == 2
 
 
@@ -807,5 +911,5 @@ def test_help_fits_one_screen_and_ends_with_the_commands_one_needs() -> None:
         check=True,
     )
     assert len(ended.stdout.splitlines()) <= 40
-    assert ended.stdout.splitlines()[-1].split()[:2] == ["dps-agent", "status"]
+    assert ended.stdout.splitlines()[-1].split()[:2] == ["dps-agent", "help"]
     assert "\x1b" not in ended.stdout

@@ -27,6 +27,8 @@ EXPECTED = [
     ("dps-agent config ", {"show", "validate"}, "provision"),
     ("dps-agent provision --", {"--force", "--timeout", "--config", "--json"}, "--offline"),
     ("dps-agent enroll --format ", {"text", "csv", "json", "az"}, "show"),
+    ("dps-agent --set tpm.ba", {"tpm.backend="}, "tpm.tcti="),
+    ("dps-agent provision --set hub.t", {"hub.transport=", "hub.token_life_s="}, "hub.ca_file="),
     ("dps-agent check --only tpm-", {"tpm-node", "tpm-ek", "tpm-self-challenge"}, "settings"),
 ]
 
@@ -99,7 +101,7 @@ def asked_zsh(script: Path, line: str) -> set[str]:
     finally:
         os.close(terminal)
         os.waitpid(pid, 0)
-    return set(re.findall(r"[\w-]+", offered + inserted))
+    return set(re.findall(r"[\w.=-]+", offered + inserted))
 
 
 def read_until(terminal: int, word: str | None) -> str:

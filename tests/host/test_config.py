@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dps_agent.host import config
 from dps_agent.host.cli.config import as_toml
 from dps_agent.host.config import Configuration, ConfigurationError, environment_name, load
+from dps_agent.host.plain_toml import read_plain
 from dps_agent.host.settings_table import KEYS
 from dps_agent.settings import Settings
 from dps_deploy import settings as deployment
@@ -44,8 +47,14 @@ def as_file(key: str, text: str) -> str:
 
 
 def with_scope(key: str) -> dict[str, str]:
-    """An environment without `key`: a simulator needs a folder, the other keys stand alone."""
+    """An environment without `key`: a simulator needs a folder, a way without a TPM its files."""
     environ = {**ENVIRON, **({"DPS_AGENT_TPM_TCTI": "/tmp/tpm"} if key == "tpm.backend" else {})}
+    if key in ("attestation", "device_key_file"):
+        environ |= {"DPS_AGENT_REGISTRATION_ID": "press-07", "DPS_AGENT_ATTESTATION": "symmetric-key"}
+        environ |= {"DPS_AGENT_DEVICE_KEY_FILE": "device.key"}
+    if key == "certificate_file":
+        environ |= {"DPS_AGENT_REGISTRATION_ID": "press-07", "DPS_AGENT_ATTESTATION": "x509"}
+        environ |= {"DPS_AGENT_DEVICE_KEY_FILE": "device-key.pem"}
     environ.pop(environment_name(key), None)
     return environ
 
@@ -62,7 +71,7 @@ def flat(content: dict[str, Any]) -> dict[str, Any]:
 # Every key with another value than its default.
 OTHER: dict[str, Any] = {
     key: value
-    for case in ("proxy-with-a-password", "every-setting")
+    for case in ("proxy-with-a-password", "a-certificate", "a-key-of-its-own", "every-setting")
     for key, value in flat(tomllib.loads((CASES[0].parent / case / "config.toml").read_text())).items()
 }
 
@@ -262,6 +271,16 @@ BAD = [
     ("hub.hub_suffixes", "[]"),
     ("hub.hub_suffixes", '["a b"]'),
     ("hub.hub_suffixes", '"x"'),
+    ("hub.features", '"auto"'),
+    ("hub.features", '["twin", "auto"]'),
+    ("hub.features", '["twin", "twin"]'),
+    ("hub.features", '["telemetry"]'),
+    ("model_id", '"com:example;1"'),
+    ("model_id", '"dtmi:com:example"'),
+    ("model_id", '"dtmi:com:1example;1"'),
+    ("model_id", '"dtmi:com:example_;1"'),
+    ("model_id", '"dtmi:com:exämple;1"'),
+    ("model_id", '"dtmi:com:example;0"'),
     ("network.proxy", '"socks5://x"'),
 ]
 
@@ -377,6 +396,23 @@ def test_a_file_that_is_no_toml_is_named(content: bytes, tmp_path: Path) -> None
     assert len(caught.value.problems) == 1
 
 
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        ("id_scope = 0ne00000000", "a text needs quotes"),
+        ("id_scope = scope", "a text needs quotes"),
+        ("poll = lookup now", "a text needs quotes"),
+        ('id_scope = "0ne00000000"\nid_scope = "0ne00000001"', "a key is set twice"),
+        ("[tpm]\n[hub]\n[tpm]", "a table stands there twice"),
+    ],
+)
+def test_what_is_mostly_behind_a_mistake_in_toml_is_said(content: str, hint: str, tmp_path: Path) -> None:
+    file = tmp_path / "broken.toml"
+    file.write_text(content)
+    with pytest.raises(ConfigurationError, match=f"; {hint}"):
+        load(file, environ=ENVIRON)
+
+
 def test_a_named_file_that_is_absent_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="No such file"):
         load(tmp_path / "absent.toml", environ=ENVIRON)
@@ -436,7 +472,13 @@ def test_the_logic_gets_its_settings(tmp_path: Path) -> None:
     suffixes = (".azure-devices.net", ".azure-devices.cn", ".azure-devices.us")
     endpoint = "https://global.azure-devices-provisioning.net"
     expected = ("0ne00000000", "r", endpoint, "lookup", {"a": 1}, 900, 0, suffixes, (0, 0, 0), 240, 0)
-    assert loaded.settings() == Settings(*expected)
+    assert loaded.settings() == Settings(*expected, loaded.settings().under, "", ("auto",), "tpm")
+    model = 'model_id = "dtmi:com:example:Gateway;1"'
+    assert read(model, tmp_path).settings().payload == {"modelId": "dtmi:com:example:Gateway;1"}
+    assert read(f"{model}\npayload = {{a = 1}}", tmp_path).settings().payload == {
+        "a": 1,
+        "modelId": "dtmi:com:example:Gateway;1",
+    }
     assert read("", tmp_path).settings().payload is None
 
 
@@ -669,3 +711,76 @@ def test_a_ca_file_that_may_not_be_read_is_told_from_one_that_does_not_exist(
 
 def test_no_password_file_is_no_odd_password() -> None:
     assert config.hierarchy_password("tpm.owner_auth_file", "").odd == ""
+
+
+# the plainest TOML
+
+
+PIECES = [
+    "id_scope",
+    "a-b",
+    "7",
+    "",
+    "[tpm]",
+    "[a.b]",
+    "[ c ]",
+    "[d",
+    '"x"',
+    '"',
+    "\\",
+    '"""',
+    "'y'",
+    "true",
+    "True",
+    "0",
+    "07",
+]
+PIECES += [
+    "0x1F",
+    "0x",
+    "0X1",
+    "1_0",
+    "-1",
+    "1.5",
+    "1979-05-27",
+    "[1]",
+    "{}",
+    "#",
+    "# é [",
+    "\r",
+    "\x00",
+    "\u2028",
+    ".",
+    "9" * 19,
+]
+
+
+@settings(max_examples=1000)
+@given(st.lists(st.sampled_from([*PIECES, "=", "=", " = ", "\n", "\n", " ", "\t"]), max_size=14).map("".join))
+def test_what_is_read_as_plain_toml_is_what_tomllib_reads(text: str) -> None:
+    plain = read_plain(text)
+    if plain is not None:
+        assert plain == tomllib.loads(text)
+
+
+def as_plain(value: str | int) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()
+
+
+@given(
+    st.dictionaries(
+        st.from_regex(r"[A-Za-z0-9_-]{1,8}", fullmatch=True),
+        st.booleans() | st.integers(0, 10**17) | st.text("abc é#[]='.\t", max_size=8),
+        max_size=5,
+    )
+)
+def test_text_numbers_and_truth_are_plain(values: dict[str, str | int]) -> None:
+    lines = [f"{key} = {as_plain(value)}" for key, value in values.items()]
+    for text in ("\n".join(lines), "[x]  \n" + "# a comment\n".join(f"\t{line} # why\n" for line in lines)):
+        assert read_plain(text) == tomllib.loads(text)
+
+
+@pytest.mark.parametrize("case", ["defaults", "simulator-without-a-folder"])
+def test_the_settings_of_most_devices_are_plain(case: str) -> None:
+    text = (CASES[0].parent / case / "config.toml").read_text()
+    assert read_plain(text) == tomllib.loads(text)

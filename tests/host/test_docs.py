@@ -10,20 +10,28 @@ from pathlib import Path
 
 import pytest
 
-from dps_agent import backoff, http1, lifecycle, patience, session, utc
+from dps_agent import backoff, driver, http1, lifecycle, patience, session, twin, utc
 from dps_agent.host.cli import VERBS, command_line
 from dps_agent.host.config import environment_name, load
 from dps_agent.host.journal import Journal
 from dps_agent.host.local import events, routes, server
+from dps_agent.host.network import https
 from dps_agent.host.settings_table import KEYS
 from dps_agent.lifecycle import BOOT, PROVISIONED, STANDINGS, TRANSITIONS, TRUSTED
 from dps_agent.patience import CALM, PATIENCES
+from dps_board import mqtt as board_mqtt
+from dps_board import runner as board_runner
 from dps_board.keys import read_values
+from dps_deploy.settings import ON_A_BOARD
 from dps_emulator.cli import _parser as emulator_parser
 from dps_emulator.faults import _FIELDS, DPS_OPERATIONS, HUB_OPERATIONS
+from dps_enroll.cli import _parser as enroll_parser
+from dps_enroll.enrol import RESULTS
+from dps_hal import platform
 from dps_hal.errors import EXIT_GROUPS
 from dps_hal.host.codes import REMEDIES
 from generated_files import AREAS, HINT, MADE, outdated
+from support.board import mps2_lives
 from support.documents import (
     CHECKOUT,
     CODES,
@@ -39,8 +47,10 @@ from support.documents import (
 
 DESIGN = CHECKOUT / "agent" / "DESIGN.md"
 SPEC = CHECKOUT / "hal" / "SPEC.md"
+FIRMWARE = CHECKOUT / "docs" / "firmware.md"
 README = CHECKOUT / "README.md"
 EMULATOR = CHECKOUT / "docs" / "emulator.md"
+FACTORIES = CHECKOUT / "docs" / "factories.md"
 SOURCES = sorted([*(CHECKOUT / "agent").rglob("*.py"), *(CHECKOUT / "hal").rglob("*.py")])
 FILES = ("api.sock", "config.json", "config.toml")
 BOARD_KEYS = ("board.wifi_password_file", *read_values(b'{"id_scope": "x"}', "config.json"))
@@ -196,6 +206,12 @@ def test_every_option_of_the_emulator_is_documented() -> None:
             assert f"{flag} " in text or f"{flag}`" in text, f"{EMULATOR.name}: {name} {flag} is missing"
 
 
+def test_every_option_and_every_result_of_an_enrolment_is_documented() -> None:
+    rows = table_under(FACTORIES, "Options of `dps-enroll`")
+    assert {row[0].strip("`").split()[0] for row in rows} == flags(enroll_parser()) - {"--help"}
+    assert column(FACTORIES, "What becomes of each") == list(RESULTS)
+
+
 def test_every_kind_of_breakage_and_every_field_of_a_fault_is_documented() -> None:
     breakage = subparsers(emulator_parser())["break"]
     choices = next(action.choices for action in breakage._actions if action.dest == "what")
@@ -216,8 +232,8 @@ def rows_behind(line: str) -> list[list[str]]:
 
 
 def subparsers(parser: ArgumentParser) -> dict[str, ArgumentParser]:
-    """The parsers of a program's verbs."""
-    found = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+    """The parsers of a program's verbs; none for a program without verbs."""
+    found = next((action.choices for action in parser._actions if isinstance(action.choices, dict)), {})
     assert isinstance(found, dict)
     return found
 
@@ -230,7 +246,7 @@ def flags(parser: ArgumentParser) -> set[str]:
 @cache
 def programs() -> dict[str, ArgumentParser]:
     """Ours, whose command lines can be read."""
-    return {"dps-agent": command_line(), "dps-emulator": emulator_parser()}
+    return {"dps-agent": command_line(), "dps-emulator": emulator_parser(), "dps-enroll": enroll_parser()}
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
@@ -261,6 +277,11 @@ def test_every_command_line_of_ours_is_one_that_the_program_takes(block: Block) 
                 programs()[program].parse_args(words)
             except SystemExit as refused:
                 raise AssertionError(f"{block.place}: {program} refuses {words}") from refused
+
+
+@pytest.mark.parametrize("block", documents_with_their_blocks(), ids=lambda block: block.place)
+def test_no_command_asks_in_a_loop_until_something_is_there(block: Block) -> None:
+    assert not re.search(r"\b(until|while)\b[^\n]*\bdo\b", block.text), "our programs wait by themselves"
 
 
 # What a document tells to do to the machine and no trial of the package or of the virtual machine does.
@@ -318,6 +339,7 @@ TOOL_FOLDERS = {
     "deploy": ("tools/dps_deploy",),
     "fleet": ("tools/dps_fleet",),
     "package": ("tools/dps_package",),
+    "release": ("tools/dps_package",),
     "vm-test": ("tests/machines/vm",),
 }
 
@@ -350,11 +372,12 @@ def faults_of(span: str) -> Iterator[str]:
     if words[0] in programs():
         own = subparsers(programs()[words[0]])
         verb = next((word for word in words[1:] if not word.startswith("-")), "")
-        if verb and verb not in own and verb.islower():
+        if own and verb and verb not in own and verb.islower():
             yield f"{words[0]} has no verb {verb!r}"
         known = flags(programs()[words[0]]) | (flags(own[verb]) if verb in own else set())
     elif words[0].startswith("--"):
-        known = {flag for parser in programs().values() for own in subparsers(parser).values() for flag in flags(own)}
+        parsers = [each for parser in programs().values() for each in (parser, *subparsers(parser).values())]
+        known = {flag for parser in parsers for flag in flags(parser)}
         known |= {flag for flag in tools_flags() if flag in span}
     elif words[0].startswith("tools/") and len(words) > 1:
         known = tool_flags(words[0]) | {"-h"}
@@ -414,24 +437,41 @@ def test_every_settings_file_that_is_shown_is_accepted(block: Block, tmp_path: P
     load(path, environ={"HOME": str(tmp_path)}, need_id_scope=False)
 
 
-def test_the_heaps_in_the_page_for_firmware_are_those_that_the_tests_allow() -> None:
-    text = " ".join((CHECKOUT / "docs" / "firmware.md").read_text().split())
-    for name, words in {"life": "register a device in", "hub": "run its session at the hub in"}.items():
-        source = (CHECKOUT / "tests" / "board" / f"test_{name}_on_micropython.py").read_text()
-        heap = re.search(r"^HEAP_KB = (\d+)", source, re.M)
-        assert heap, name
-        assert re.search(rf"{words} {heap[1]} KiB", text), f"firmware.md: expected '{words} {heap[1]} KiB'"
+def test_both_pages_on_boards_have_the_heaps_on_which_the_emulated_board_lives() -> None:
+    """The rows of one table are the columns of the other; the lives hold what is left, and run on the smallest."""
+    columns = list(zip(*[row[1:] for row in table_under(FIRMWARE, "What it takes")], strict=True))
+    page = (CHECKOUT / "micropython" / "README.md").read_text()
+    cell = r" ([^|\n]+) \|"
+    rows = re.findall(rf"\| (?:frozen into|in a ROMFS|`\.mpy` files in)[^|]*\|{cell}{cell}{cell}", page)
+    assert rows == columns
+    assert [row[2] for row in rows] == [str(kib) for kib in mps2_lives.HEAPS_KIB.values()]
+    assert [row[1] for row in rows if row[1].isdigit()] == [str(kib) for kib in mps2_lives.LEFT_KIB.values()]
+    assert f"a heap of {rows[0][2]} KiB or more" in page
 
 
 # Numbers in prose: each sentence here is made of the constants that it speaks of.
 
 FEW = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 KIB = 1024
+SPANS = {60: "a minute", 1800: "half an hour", 3600: "an hour", 86400: "a day"}  # seconds, in words
+
+
+def percent(share: float) -> str:
+    """A share as prose has it."""
+    return f"{share * 100:.0f}"
+
+
+def delays(failures: int) -> str:
+    """The shortest and the longest delay before the hub is dialled again, after so many connections that failed."""
+    shortest_s = backoff.exponential_floor_s(failures, backoff.HUB_FIRST_S, backoff.HUB_LIMIT_S)
+    return f"{shortest_s:.0f} to {2 * shortest_s:.0f} s"
+
+
 HELD_NUMBERS = [
     (OPERATORS, f"Each user has a share, whatever number of programs it runs: {server.CLIENTS[1]} connections,"),
     (OPERATORS, f"{server.STREAMS[1]} of them reading events, {server.UNDER_WAY[1]} messages and"),
     (OPERATORS, f"{server.BYTES[1] // KIB} KiB of them, topics included, under way to the hub"),
-    (OPERATORS, f"The hub takes {session.TELEMETRY_LIMIT} bytes of body, properties and topic"),
+    (OPERATORS, f"The hub takes {session.TELEMETRY_LIMIT} bytes of body and properties"),
     (OPERATORS, f"has no acknowledgement within {routes.TELEMETRY_LIMIT_S:.0f} s is answered with 504"),
     (OPERATORS, f"JSON; within {session.METHOD_LIMIT_S} s"),
     (OPERATORS, f"at most {routes.TOKEN_LIFE_LIMIT_S} s; only with `allow_token`"),
@@ -454,10 +494,33 @@ HELD_NUMBERS = [
     (DESIGN, f"up to {FEW[patience.CONNECTS_LIMIT]}, from where the delay"),
     (DESIGN, f"{backoff.HUB_LIMIT_S // 2} to {backoff.HUB_LIMIT_S} s in the end"),
     (DESIGN, f"{backoff.HUB_FIRST_S // 2} to {backoff.HUB_FIRST_S} s at first"),
+    (DESIGN, f"message on the connection that ended, the delay is {delays(patience.SERVED_LIMIT)} at most"),
     (DESIGN, f"until a connection has lasted {FEW[lifecycle.STEADY_S // 60]} minutes"),
     (DESIGN, f"is erased {FEW[session.IDLE_AFTER_S]} seconds after the hub accepted the newer one"),
     (DESIGN, f"and up to {backoff.POLL_LIMIT_S} s elsewhere (a longer one counts as that much)"),
     (DESIGN, f"{http1.HEAD_LIMIT // KIB} KiB of heads and {http1.LINES_LIMIT} lines in all for each answer"),
+    (DESIGN, f"({https.BODY_LIMIT // KIB} KiB bodies,"),
+    (DESIGN, f"for each answer, {platform.NESTING_LIMIT} levels)"),
+    (DESIGN, f"is obeyed** up to {SPANS[backoff.THROTTLE_LIMIT_S]} with 429 and 503"),
+    (DESIGN, f"before a wait over {driver._RELEASE_FOR_S} s |"),
+    (DESIGN, f"before a wait over {driver._CLOSE_FOR_S} s, before the hub is dialled"),
+    (DESIGN, f"the renewal is tried once {SPANS[session.RENEW_AGAIN_S]} until it expires"),
+    (DESIGN, f"and only for {SPANS[lifecycle.HUB_GONE_S]} without anything else in between"),
+    (DESIGN, f"from where the delay, {delays(patience.CONNECTS_LIMIT - 1)}, grows no more"),
+    (DESIGN, f"keeps the device waiting {delays(patience.PROVOKED_LIMIT)} at most"),
+    (DESIGN, f"it asks DPS about once {SPANS[backoff.HALTED_S]}"),
+    (DESIGN, f"hangs up again ever more rarely, up to {SPANS[session.LACKING_LIMIT_S]}"),
+    (DESIGN, f"meets a 429 waits {backoff.THROTTLED_STEP_S // 2} to {backoff.THROTTLED_STEP_S} s"),
+    (DESIGN, f"followed by n minutes or less (`throttled_s`), up to {SPANS[backoff.WAITING_LIMIT_S]}"),
+    (DESIGN, f"is renewed at {percent(session.RENEW_AT - session.CONNECT_SPREAD)} to {percent(session.RENEW_AT)} %"),
+    (DESIGN, f"after it at {percent(session.RENEW_AT - session.RENEW_SPREAD)} to {percent(session.RENEW_AT)} %"),
+    (DESIGN, f"of the twin is asked for ever more rarely**, up to {FEW[twin.TWIN_AGAIN_LIMIT_S // 3600]} hours"),
+    (FIRMWARE, f"makes the agent begin anew after {board_runner.NO_ROOM_S} s"),
+    (FIRMWARE, f"`publish(payload, properties=None, limit_s={board_runner.TELEMETRY_LIMIT_S})`"),
+    (FIRMWARE, f"Messages of more than {board_mqtt.PAYLOAD_LIMIT // KIB} KiB arrive without their payload"),
+    (FIRMWARE, f"for its acknowledgement is {board_mqtt.IN_FLIGHT_LIMIT // KIB} KiB in all"),
+    (FIRMWARE, f"after which the hub hung up {FEW[session.SHORT_ENDS_LIMIT]} times in a row"),
+    (FIRMWARE, f"So `watchdog_s` is at least {min(filter(ON_A_BOARD['board.watchdog_s'].accepts, range(1, 600)))},"),
 ]
 
 

@@ -27,22 +27,25 @@ from support.tpm.swtpm import free_port_pair
 DEADLINE_S = 180
 KINDS = ("run", "file", "output", "shown")
 
+# A device as the package leaves it: settings in /etc, the service running, swtpm for its TPM.
+DEVICE = """
+    mkdir -p /etc/dps-agent/config.d /run/dps-agent /var/lib/dps-agent tpm
+    swtpm socket --tpm2 --tpmstate dir=$PWD/tpm --flags not-need-init,startup-clear --server type=tcp,port=2321 \\
+        --ctrl type=tcp,port=2322 --daemon --pid file=$PWD/tpm/swtpm.pid
+    printf '%s\\n' 'id_scope = "0ne00000000"' 'endpoint = "https://localhost:8443"' \\
+        'ca_file = "/etc/dps-agent/ca.pem"' 'state_dir = "/var/lib/dps-agent"' 'runtime_dir = "/run/dps-agent"' \\
+        '[tpm]' 'backend = "wire"' 'tcti = "swtpm:port=2321"' '[hub]' 'connect_to = "localhost:8883"' \\
+        'ca_file = "/etc/dps-agent/ca.pem"' >/etc/dps-agent/config.toml
+    dps-emulator serve --port 8443 --hub-port 8883 --state-dir cloud --enroll-any --ca-file /etc/dps-agent/ca.pem \\
+        >emulator.log 2>&1 &
+    dps-emulator wait --state-dir cloud
+    dps-agent run >service.log 2>&1 &
+    dps-agent wait
+"""
 PRELUDES = {
-    # A device as the package leaves it: settings in /etc, the service running, swtpm for its TPM.
-    "operators.md": """
-        mkdir -p /etc/dps-agent/config.d /run/dps-agent /var/lib/dps-agent tpm
-        swtpm socket --tpm2 --tpmstate dir=$PWD/tpm --flags not-need-init,startup-clear --server type=tcp,port=2321 \\
-            --ctrl type=tcp,port=2322 --daemon --pid file=$PWD/tpm/swtpm.pid
-        printf '%s\\n' 'id_scope = "0ne00000000"' 'endpoint = "https://localhost:8443"' \\
-            'ca_file = "/etc/dps-agent/ca.pem"' 'state_dir = "/var/lib/dps-agent"' 'runtime_dir = "/run/dps-agent"' \\
-            '[tpm]' 'backend = "wire"' 'tcti = "swtpm:port=2321"' '[hub]' 'connect_to = "localhost:8883"' \\
-            'ca_file = "/etc/dps-agent/ca.pem"' >/etc/dps-agent/config.toml
-        dps-emulator serve --port 8443 --hub-port 8883 --state-dir cloud --enroll-any --ca-file /etc/dps-agent/ca.pem \\
-            >emulator.log 2>&1 &
-        until grep -q 'hubs on' emulator.log; do sleep 0.1; done
-        dps-agent run >service.log 2>&1 &
-        until grep -q 'connected to' service.log; do sleep 0.1; done
-    """,
+    "operators.md": DEVICE,
+    "programs.md": DEVICE.replace("'[tpm]'", "'registration_id = \"press-07\"' '[tpm]'")
+    + "export DPS_AGENT_API_SOCKET=/run/dps-agent/api.sock\n",
 }
 
 
@@ -64,12 +67,14 @@ class Desk:
         settings = f"{folder}/etc/dps-agent/config.toml"  # what /etc/dps-agent/config.toml is to the installed program
         python = shlex.quote(sys.executable)
         self._program("python", f'PYTHONPATH={paths} exec {python} "$@"')
-        self._program("dps-emulator", 'exec python -m dps_emulator.cli "$@"')
+        for name in ("dps-emulator", "dps-enroll"):
+            self._program(name, f'exec python -m {name.replace("-", "_")}.cli "$@"')
         self._program(
             "dps-agent",
             f'case "$*" in *--config*) ;; *) test ! -f {settings} || set -- --config {settings} "$@" ;; esac\n'
             'exec python -m dps_agent.host.cli "$@"',
         )
+        self._program("pytest", 'exec python -m pytest -p dps_emulator.testing -p no:cacheprovider "$@"')
         self._program("sudo", 'exec "$@"')
         self._program("python3", 'exec python "$@"')
         (folder / "tools").symlink_to(CHECKOUT / "tools")  # the documents' folder is the checkout
@@ -155,7 +160,7 @@ class Desk:
 _SCRIPT_HEAD = """
 BLOCK="the beginning"
 trap 'echo "exit status $? in line $LINENO of the script, $BLOCK: $BASH_COMMAND"; exit 1' ERR
-trap 'for job in $(jobs -p); do kill $job; wait $job; done 2>/dev/null' EXIT
+trap 'for job in $(jobs -p); do kill $job && wait $job || :; done 2>/dev/null' EXIT
 set -E
 """
 
@@ -195,7 +200,7 @@ def test_a_command_that_fails_is_noticed_wherever_it_stands(desk: Desk) -> None:
 
 def test_a_service_that_does_not_come_up_is_noticed(desk: Desk) -> None:
     text = next(found.text for found in blocks_of(CHECKOUT / "README.md") if "dps-emulator serve" in found.text)
-    text = text.replace("serve", "serve --no-such-option").replace("timeout 30", "timeout 2")
+    text = text.replace("serve", "serve --no-such-option").replace("emulator wait", "emulator wait --timeout 2")
     with pytest.raises(AssertionError, match="failed"):
         desk.run([block(text)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import fcntl
 import hashlib
@@ -24,7 +25,7 @@ from dps_agent.host.enrolment import CSV_HEADER, Enrolment, append
 from dps_board import factory
 from dps_emulator import cli as emulator_cli
 from dps_emulator.enrollments import Enrollment, read_enrollments
-from dps_emulator.state import enrollment_folder
+from dps_emulator.state import open_store
 from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.host.simulator import SimulatedTpm
 from dps_text import text_of
@@ -96,8 +97,9 @@ def test_a_line_of_devices_is_imported_as_it_was_written(
         assert [record["registrationId"] for record in json.loads(content)] == list(DEVICES)
     state = tmp_path / "cloud"
     assert emulator_cli.main(["enroll-import", str(path), "--state-dir", str(state)]) == 0
-    folder = enrollment_folder(state)
-    assert {name: folder[name].endorsement_key for name in DEVICES} == {name: ek_of(name, tmp_path) for name in DEVICES}
+    with contextlib.closing(open_store(state)) as store:
+        stored = {name: store.enrollments[name].endorsement_key for name in DEVICES}
+    assert stored == {name: ek_of(name, tmp_path) for name in DEVICES}
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.endswith(".new")] == []
 
 
@@ -191,7 +193,7 @@ def test_a_disk_that_fails_leaves_the_file_as_it_was(
         raise OSError(28, "No space left on device")
 
     if call == "write":
-        path.with_name("line.csv.new").mkdir()  # nor can another program's name in the way do harm
+        path.with_name(f"line.csv.{os.getpid()}.new").mkdir()  # nor can another program's name in the way do harm
     else:
         monkeypatch.setattr(os, call, fail)
     with pytest.raises(AskOperator) as caught:
@@ -199,7 +201,7 @@ def test_a_disk_that_fails_leaves_the_file_as_it_was(
     assert caught.value.code == "agent.file"
     monkeypatch.undo()
     assert path.read_bytes() == before
-    assert call == "write" or not path.with_name("line.csv.new").exists()
+    assert call == "write" or not path.with_name(f"line.csv.{os.getpid()}.new").exists()
 
 
 def test_the_file_keeps_its_mode_and_what_it_links_to(tmp_path: Path) -> None:
@@ -431,3 +433,23 @@ def test_the_command_appends_as_a_program(line: dict[str, Words], tmp_path: Path
     words = [*PROGRAM, *line["press-07"], "--append", "line.csv"]
     ended = run(words, cwd=tmp_path, env=_environ({}), capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout) == (0, "press-07 was added to line.csv, which has 1 device now\n")
+
+
+class Counted(str):
+    """Text that knows how much of it was searched for line ends."""
+
+    searched = 0
+
+    def count(self, part: str, begin: Any = 0, end: Any = None) -> int:
+        self.searched += (len(self) if end is None else end) - begin
+        return super().count(part, begin, end)
+
+
+def test_where_each_of_thousands_stands_is_found_in_one_pass_over_a_json_list() -> None:
+    record = {"registrationId": "", "attestation": {"type": "tpm", "tpm": {"endorsementKey": "AToAAQ=="}}}
+    records = [{**record, "registrationId": f"press-{number}"} for number in range(1000)]
+    text = Counted(json.dumps(records, indent=0))
+    lines = text.split("\n")
+    for entry in read_enrolments(text).entries:
+        assert lines[entry.line - 1] == "{" and entry.registration_id in lines[entry.line]
+    assert text.searched <= len(text)

@@ -6,6 +6,7 @@ not in dps_hal/host.
 
 import ast
 import re
+import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import TypeGuard
@@ -21,12 +22,13 @@ AGENT = CHECKOUT / "agent" / "dps_agent"
 HAL = CHECKOUT / "hal" / "dps_hal"
 TEXT = CHECKOUT / "agent" / "dps_text"
 EMULATOR = CHECKOUT / "tools" / "dps_emulator"
+ENROLLING = CHECKOUT / "tools" / "dps_enroll"
 BOARD = CHECKOUT / "micropython"
 SHARED_AGENT = sorted(AGENT.glob("*.py"))
 SHARED_HAL = sorted([*HAL.glob("*.py"), *HAL.glob("tpm/*.py"), *HAL.glob("store/*.py")])
 SHARED = SHARED_AGENT + SHARED_HAL
 PRODUCT = sorted([*AGENT.rglob("*.py"), *TEXT.rglob("*.py"), *HAL.rglob("*.py")])
-EVERY_PACKAGE = sorted([*PRODUCT, *EMULATOR.rglob("*.py")])
+EVERY_PACKAGE = sorted([*PRODUCT, *EMULATOR.rglob("*.py"), *ENROLLING.rglob("*.py")])
 TEXTS = sorted(
     path
     for folder in ("agent", "hal", "micropython", "tests", "tools", "docs", ".ci")
@@ -36,7 +38,7 @@ TEXTS = sorted(
 
 BOARD_MODULES = {"struct", "binascii", "hashlib", "collections"}
 AGENT_MAY_IMPORT = {
-    *("dps_hal.contracts", "dps_hal.errors", "dps_hal.platform"),
+    *("dps_hal.contracts", "dps_hal.der", "dps_hal.errors", "dps_hal.platform"),
     *("dps_hal.tpm.activation", "dps_hal.tpm.keys"),
 }
 # platform.py alone knows two runtimes.
@@ -117,6 +119,25 @@ def no_import_of(*packages: str) -> Rule:
                 yield f"{line}: imports {module}"
 
     return rule
+
+
+def only_the_standard_library_and(*allowed: str) -> Rule:
+    """The rule that nothing else is imported but these modules and those below them, not even for a type checker."""
+
+    def rule(tree: ast.Module) -> Iterator[str]:
+        for line, module in imports(tree):
+            is_one = any(f"{module}.".startswith(f"{name}.") for name in allowed)
+            if not is_one and module.partition(".")[0] not in sys.stdlib_module_names:
+                yield f"{line}: imports {module}"
+
+    return rule
+
+
+def no_import_of_the_client(tree: ast.Module) -> Iterator[str]:
+    """It is for programs of others."""
+    for line, module in imports(tree):
+        if f"{module}.".startswith("dps_agent.client."):
+            yield f"{line}: imports {module}"
 
 
 def no_raise_from(tree: ast.Module) -> Iterator[str]:
@@ -376,11 +397,25 @@ RULES: list[tuple[str, Rule, list[Path], str, str]] = [
         "import json",
     ),
     (
-        "dps_agent does not know the emulator",
+        "dps_agent and dps_enroll do not know the emulator",
         no_import_of("dps_emulator"),
-        sorted(AGENT.rglob("*.py")),
+        sorted([*AGENT.rglob("*.py"), *ENROLLING.rglob("*.py")]),
         "from dps_emulator import service",
         "import dps_agent",
+    ),
+    (
+        "the client for programs needs the standard library, and of the agent what reads HTTP",
+        only_the_standard_library_and("dps_agent.client", "dps_agent.http1", "dps_agent.effects"),
+        sorted(AGENT.glob("client/*.py")),
+        "if TYPE_CHECKING:\n    from dps_agent.session import Session",
+        "import sqlite3\nfrom dps_agent.client.errors import Refused\nfrom dps_agent.http1 import Reader",
+    ),
+    (
+        "nothing of the service needs the client for programs",
+        no_import_of_the_client,
+        [path for path in EVERY_PACKAGE if path.parent != AGENT / "client"],
+        "from dps_agent.client import Client",
+        "from dps_agent.http1 import Reader",
     ),
     (
         "HTTP is read by http1 alone",
@@ -585,7 +620,7 @@ def test_every_error_code_is_of_a_known_area() -> None:
 def test_every_error_code_is_used() -> None:
     used = {
         code
-        for path in PRODUCT
+        for path in [*PRODUCT, *BOARD.rglob("*.py")]
         if path != HAL / "host" / "codes.py"
         for _, code in codes_in(ast.parse(path.read_text(), str(path)))
     }

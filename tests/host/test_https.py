@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dps_agent.effects import NoReply, Reply
+from dps_agent.host.network.dial import LOOKUPS_LIMIT, Dialler, Failed
 from dps_agent.host.network.https import BODY_LIMIT, DpsConnection
+from dps_agent.host.network.proxy import ProxyRule
 from dps_agent.http1 import HEAD_LIMIT
 from dps_agent.sas import SasToken
 from dps_agent.utc import http_date_s
@@ -703,6 +705,31 @@ def test_abort_ends_a_name_lookup(monkeypatch) -> None:
         assert_no_reply(aborted(DpsConnection("https://dps.example")), "closed", request_sent=False)
     finally:
         over.set()
+
+
+def test_a_resolver_that_hangs_is_asked_no_more_than_a_few_times(monkeypatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_arguments, **_options: [over.wait()][1:])
+    dialler = Dialler(ProxyRule("none"), "")
+    try:
+        for _ in range(LOOKUPS_LIMIT):
+            with pytest.raises(Failed, match="no answer in time"):
+                dialler.addresses("dps.example", 443, time.monotonic() + 0.05)
+        with pytest.raises(Failed, match=f"has not answered the last {LOOKUPS_LIMIT} questions"):
+            dialler.addresses("dps.example", 443, time.monotonic() + SOON_S)
+    finally:
+        over.set()
+
+
+def test_a_system_without_room_for_another_thread_is_no_bug_of_ours(monkeypatch) -> None:
+    def start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading, "enumerate", list)  # whatever an earlier test's resolver still waits for
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(Failed, match="no room for another thread") as failed:
+        Dialler(ProxyRule("none"), "").addresses("dps.example", 443, time.monotonic() + SOON_S)
+    assert failed.value.reason == "dns"
 
 
 def test_after_abort_the_connection_works_again(serve) -> None:

@@ -11,6 +11,7 @@ import pytest
 from contracts.store import RULES, error_of, payload_of
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator, RetryLater
+from dps_hal.store import littlefs
 from dps_hal.store.littlefs import LittleFsStore
 from dps_hal.store.slots import encode_slot
 
@@ -52,6 +53,36 @@ def test_a_damaged_file_is_none_and_the_next_commit_works(tmp_path: Path) -> Non
         assert store.load(IDENTITY) is None
     store.commit(IDENTITY, b"hub B")
     assert payload_of(store) == b"hub B"
+
+
+@pytest.mark.parametrize(("number", "times"), [(84, 2), (84, 9), (errno.EIO, 2), (errno.EIO, 9)])
+def test_what_littlefs_finds_corrupt_is_damaged_and_what_it_cannot_read_an_error_unless_it_passes(
+    number: int, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [times]
+
+    def failing(path: str, mode: str) -> Any:
+        if mode == "rb" and path.endswith(IDENTITY) and left[0]:
+            left[0] -= 1
+            raise OSError(number, "as the test asked")
+        return open(path, mode)
+
+    store = LittleFsStore(str(tmp_path), Board())
+    store.commit(IDENTITY, b"hub A")
+    monkeypatch.setattr(littlefs, "open", failing, raising=False)
+    if times == 2:
+        assert payload_of(store) == b"hub A"
+    elif number == 84:
+        assert store.load(IDENTITY) is None
+        store.commit(IDENTITY, b"hub B")
+        left[0] = 0
+        assert payload_of(store) == b"hub B"
+    else:
+        for action in (lambda: store.load(IDENTITY), lambda: store.commit(IDENTITY, b"hub B")):
+            error = error_of(action)
+            assert isinstance(error, RetryLater) and error.code == "store.io", error
+        left[0] = 0
+        assert payload_of(store) == b"hub A"
 
 
 def test_a_newer_format_stops_load_and_commit_and_only_a_reset_goes_on(tmp_path: Path) -> None:

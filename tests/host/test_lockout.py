@@ -17,6 +17,8 @@ from dps_emulator import service
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.platform import hmac_sha256
 from dps_hal.tpm.keys import SIGN, USER_WITH_AUTH
+from dps_hal.tpm.rules import PT_LOCKOUT_INTERVAL
+from dps_hal.tpm.verdicts import locked_out
 from support.claims import assert_refused
 from support.tapped_device import Device
 from support.tpm.backends import BACK_ENDS
@@ -294,3 +296,10 @@ def test_a_proved_key_that_the_tpm_refuses_once_costs_one_count_and_no_operator(
 def machine_counts(machine: Swtpm, tpm: Any) -> int:
     tpm.release()
     return machine.property(LOCKOUT_COUNTER)
+
+
+@pytest.mark.parametrize(("named_s", "asked_s"), [(0xFFFFFFFF, 86400), (86401, 86400), (7200, 7200), (0, None)])
+def test_nobody_waits_longer_than_a_day_for_what_an_unproved_answer_says(named_s: int, asked_s: int | None) -> None:
+    error = locked_out("the TPM is locked out", {PT_LOCKOUT_INTERVAL: named_s})
+    assert error.retry_after_s == asked_s
+    assert f"every {named_s or '?'} s" in error.message

@@ -1,6 +1,7 @@
 """The main job end to end: a real TPM (swtpm, every byte tapped), real HTTPS, real processes."""
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from dps_agent.host.network.https import DpsConnection
 from dps_agent.host.parts import open_tpm
 from dps_agent.host.runner import Runner
 from dps_agent.lifecycle import PROVISIONED, Lifecycle
+from dps_emulator.state import open_store
 from dps_hal.contracts import IDENTITY
 from dps_hal.host.files import FileStore
 from support.cloud.emulator import EmulatorProcess
@@ -190,8 +192,9 @@ def test_how_many_tpm_commands_each_program_takes_from_first_to_last(desk: Desk)
 def test_no_secret_crosses_the_bus(desk: Desk) -> None:
     desk.serve("--retry-after", "0")
     desk.agent("provision")
-    service = json.loads(next((desk.service_state / "registrations").glob("*.json")).read_text())
-    key = hub_key_in(service)
+    with contextlib.closing(open_store(desk.service_state)) as store:
+        (registration,) = store.registrations.values()
+    key = hub_key_in(registration.to_json())
     record = desk.stored()
     assert desk.tap.exchanges and not desk.tap.seen(key), "the hub key crossed the bus in clear"
     assert not desk.tap.seen(record[-32:]), "the seal, a signature, crossed the bus in clear"

@@ -163,6 +163,45 @@ def test_a_failing_chip_is_reported_and_the_old_record_stays(call: str, number: 
     assert payload_of(MtdStore(PATH, partition)) == b"new"
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EBADMSG], ids=errno.errorcode.get)
+def test_a_block_that_cannot_be_read_is_a_damaged_copy_and_the_next_commit_goes_over_it(number: int) -> None:
+    for slot, left in ((0, b"hub B"), (1, b"hub A")):
+        partition = Unreadable(number)
+        for payload in (b"hub A", b"hub B"):
+            MtdStore(PATH, partition).commit(IDENTITY, payload)
+        partition.bad = {slot * 4096}
+        found = MtdStore(PATH, partition).load(IDENTITY)
+        assert found is not None and found.payload == left and found.rolled_back
+        MtdStore(PATH, partition).commit(IDENTITY, b"hub C")
+        assert not partition.bad and payload_of(MtdStore(PATH, partition)) == b"hub C"
+
+
+class Unreadable(Partition):
+    """A partition with blocks that give an error of this number until they are erased."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.bad: set[int] = set()
+
+    def pread(self, fd: int, count: int, offset: int) -> bytes:
+        if count and offset in self.bad:
+            raise OSError(self.number, os.strerror(self.number))
+        return super().pread(fd, count, offset)
+
+    def ioctl(self, fd: int, request: int, argument: bytes) -> bytes:
+        if request == MEMERASE:
+            self.bad.discard(struct.unpack("=II", argument)[0])
+        return super().ioctl(fd, request, argument)
+
+
+def test_an_error_of_what_is_done_under_the_lock_is_not_the_stores() -> None:
+    partition = Partition()
+    with pytest.raises(FileNotFoundError, match="something of the caller's"), MtdStore(PATH, partition).exclusive():
+        raise FileNotFoundError(errno.ENOENT, "something of the caller's")
+    assert not partition.locked and not partition.accesses
+
+
 def test_a_second_writer_is_told_so() -> None:
     partition = Partition()
     partition.locked.add(99)

@@ -8,17 +8,21 @@ import re
 import stat
 import subprocess
 import tarfile
+import tomllib
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from dps_agent.host.cli import VERBS
+from dps_agent.host.cli.version import PACKAGES
 from dps_agent.host.config import environment_name
 from dps_agent.host.settings_table import KEYS
 from dps_hal.errors import EXIT_GROUPS
 from dps_hal.host.codes import REMEDIES
+from dps_package.deb import pins
 from dps_package.distributions import BuildFailed, check_content, debian_version
 from support.built_packages import CHECKOUT, build, unpacked
 
@@ -58,15 +62,36 @@ def test_the_wheel_has_agent_hal_and_emulator_and_no_tests(built: dict[str, Path
         (entry_points,) = (wheel.read(name).decode() for name in found if name.endswith("entry_points.txt"))
         (metadata,) = (wheel.read(name).decode() for name in found if name.endswith(".dist-info/METADATA"))
     tops = {name.partition("/")[0] for name in found if ".dist-info" not in name}
-    assert tops == {"dps_agent", "dps_text", "dps_hal", "dps_emulator"}
-    assert {"dps_agent/py.typed", "dps_hal/py.typed", "dps_agent/host/cli/__init__.py"} <= found
+    assert tops == {"dps_agent", "dps_text", "dps_hal", "dps_emulator", "dps_enroll"}
+    assert {
+        "dps_agent/py.typed",
+        "dps_hal/py.typed",
+        "dps_agent/client/__init__.py",
+        "dps_agent/host/cli/__init__.py",
+    } <= found
     assert any(name.endswith("/LICENSE") for name in found)
     assert {line.partition(" ")[0] for line in entry_points.splitlines() if "=" in line} == {
         "dps-agent",
         "dps-emulator",
+        "dps-enroll",
+        "dps_emulator.testing",
     }
     needs = HeaderParser().parsestr(metadata).get_all("Requires-Dist") or []
     assert {re.split(r"[<>=!]", need)[0] for need in needs if "extra ==" not in need} == {"paho-mqtt", "ujson"}
+
+
+def test_what_comes_along_is_pinned_to_files_that_the_wheel_may_be_installed_with() -> None:
+    pinned = pins()
+    metadata = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    wanted = [Requirement(line) for line in metadata["dependencies"] + metadata["optional-dependencies"]["tpm"]]
+    assert {requirement.name for requirement in wanted} <= pinned.keys() < set(PACKAGES)
+    assert set(PACKAGES) == {*pinned, "dps-agent"}, "`dps-agent version` names all that comes along"
+    for name, pin in pinned.items():
+        first, *digests = pin.strip().replace("\\\n", "").split()
+        assert re.fullmatch(rf"{name}==[\w.]+", first), pin
+        assert digests and all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", digest) for digest in digests), pin
+        for requirement in wanted:
+            assert requirement.name != name or requirement.specifier.contains(first.partition("==")[2]), pin
 
 
 def test_a_wheel_with_tests_in_it_is_refused(tmp_path: Path, built: dict[str, Path]) -> None:
@@ -101,7 +126,7 @@ def test_a_debian_package_has_everything_an_operator_meets(variant: str, request
     documents = {f"usr/share/doc/{package}/{name}" for name in ("copyright", "changelog.gz", "changelog.Debian.gz")}
     assert documents | {"usr/bin/dps-agent", "usr/share/man/man8/dps-agent.8.gz"} <= names(root)
     tops = {path.name for path in (root / "usr/lib/dps-agent").iterdir()}
-    assert {"dps_agent", "dps_text", "dps_hal", "paho"} <= tops and "dps_emulator" not in tops
+    assert {"dps_agent", "dps_text", "dps_hal", "paho"} <= tops and not {"dps_emulator", "dps_enroll"} & tops
     assert not [name for name in names(root) if name.endswith((".pyc", ".whl")) or "/tests/" in name]
 
 
@@ -110,7 +135,10 @@ def test_every_file_is_readable_by_all_and_writable_by_root_alone(variant: str, 
     listing = subprocess.run(["dpkg-deb", "-c", built[variant]], capture_output=True, text=True, check=True, timeout=60)
     for line in listing.stdout.splitlines():
         mode, owner = line.split()[:2]
-        assert owner == "root/root" and mode in ("drwxr-xr-x", "-rw-r--r--", "-rwxr-xr-x"), line
+        assert owner == "root/root" and mode in ("drwxr-xr-x", "-rw-r--r--", "-rwxr-xr-x", "lrwxrwxrwx"), line
+        if mode[0] == "l":
+            assert re.search(r"/dist-packages/(\w+) -> \.\./\.\./dps-agent/\1$", line), line
+            continue
         assert ("x" in mode) == (mode[0] == "d" or line.endswith("/usr/bin/dps-agent")), line
 
 
@@ -150,6 +178,22 @@ def test_the_light_package_is_pure_python_without_tpm2_tss(light: Path) -> None:
     defaults = light / "usr/lib/dps-agent/dps_agent/host/defaults.toml"
     assert 'backend = "wire"' in defaults.read_text()  # below every setting of the operator's
     assert not list((light / "etc/dps-agent/config.d").iterdir())
+
+
+@pytest.mark.parametrize("variant", ["full", "light"])
+def test_any_program_of_the_system_may_import_the_client_and_nothing_that_comes_with_it(
+    variant: str, request: pytest.FixtureRequest
+) -> None:
+    library = request.getfixturevalue(variant) / "usr/lib/python3/dist-packages"
+    assert {path.name for path in library.iterdir()} == {"dps_agent", "dps_hal"}
+    program = (
+        f"import sys; sys.path.append({str(library)!r})\n"
+        "from dps_agent.client import AsyncClient, Client, Spool\n"
+        "print(Client.__module__)\nimport paho"
+    )
+    words = ["/usr/bin/python3", "-I", "-S", "-B", "-c", program]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "dps_agent.client.blocking\n" and "No module named 'paho'" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("variant", ["full", "light"])

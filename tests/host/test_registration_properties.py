@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
-from dps_agent.assignment import decode, load_held, seal_message
+from dps_agent.assignment import decode, seal_message
+from dps_agent.attestation import load_held
 from dps_agent.effects import NoReply, Reply
 from dps_agent.registration import register
 from dps_agent.settings import POLL_LOOKUP, POLL_OPERATION
@@ -196,6 +197,7 @@ def _every_ending_was_reached():
     believable=st.sampled_from((True,) * 9 + (False,)),
 )
 @example([None, None, error_reply(404, 404000)] * 2, [], [], POLL_OPERATION, 900, 1, 0, False, True)
+@example([None, None, error_reply(401, 401002)] * 2, [], [], POLL_OPERATION, 900, 1, 0, False, True)
 @effort(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_a_registration_always_ends_in_the_right_class(
     script: list[Any],

@@ -4,12 +4,14 @@ import errno
 import os
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from dps_hal.host import regular
-from dps_hal.host.regular import LINKS_LIMIT, NotRegular, read_regular
+from dps_hal.host.regular import LINKS_LIMIT, NotRegular, read_regular, replace_file
 
 
 def refused(path: Path, limit_bytes: int = 100, follow: bool = True) -> str:
@@ -172,3 +174,25 @@ def test_root_s_commands_name_what_took_the_place_of_a_file_and_touch_nothing_el
     assert (state / "victim").read_bytes() == b"another's"
     if verb[0] == "reset" and kind in ("fifo", "link", "folder") and name != "progress.1":
         assert status == 1 and name in said, said
+
+
+def test_two_processes_that_replace_a_file_at_once_each_put_a_whole_one_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.prom"
+    before: list[str] = []
+    rename = os.replace
+
+    def late(part: str, name: str) -> None:
+        before.extend(os.listdir(tmp_path))
+        other = f"import sys; sys.path[:0] = {sys.path!r}\nfrom dps_hal.host.regular import replace_file\n"
+        subprocess.run(
+            [sys.executable, "-c", f"{other}replace_file({name!r}, b'other', 0o644)"], check=True, timeout=60
+        )
+        assert path.read_bytes() == b"other"
+        rename(part, name)
+
+    monkeypatch.setattr(os, "replace", late)
+    replace_file(str(path), b"mine", 0o644)
+    assert path.read_bytes() == b"mine" and os.listdir(tmp_path) == ["a.prom"]
+    assert before == [f"a.prom.{os.getpid()}.new"]  # which no collector reads

@@ -18,13 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from dps_agent.driver import Driver, Release
+from dps_agent.effects import Commit, Random, Sleep
 from dps_agent.host.config import load
 from dps_agent.host.journal import Journal
 from dps_agent.host.local.routes import Command
-from dps_agent.host.service import Service
-from dps_agent.hub_effects import MessageDone, NextEvent, Readers, SendTelemetry, TelemetryDone
+from dps_agent.host.local.statefile import FLEET_REFUSED
+from dps_agent.host.parts import ROLLED_BACK
+from dps_agent.host.runner import Erase
+from dps_agent.host.service import Service, _Driver
+from dps_agent.hub_effects import MessageDone, NextEvent, Readers, SendTelemetry, TelemetryDone, Tell
 from dps_agent.lifecycle import CONNECTING
-from dps_agent.patience import decode_progress
+from dps_agent.patience import Progress, decode_progress
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault
 from dps_emulator.service import Settings
@@ -34,7 +39,9 @@ from dps_hal.host.files import FileStore
 from dps_hal.host.simulator import SimulatedTpm
 from dps_hal.tpm.keys import unwrap
 from support.cloud.emulator import HUB, EmulatorInThread
+from support.cloud.hostile_cloud import Switchboard
 from support.programs.running_agent import CHECKOUT, PATIENCE_S, SOON_S, RunningAgent
+from support.programs.tools import until
 from support.tpm.states import copy_state
 from support.tpm.swtpm import Swtpm
 from support.tpm.tap import TpmTap
@@ -44,20 +51,6 @@ if TYPE_CHECKING:
 
 DEVICE = "press-07"
 UNIT = CHECKOUT / "agent" / "service" / "dps-agent.service"
-
-
-@pytest.fixture
-def emulator() -> Iterator[EmulatorInThread]:
-    with EmulatorInThread(Settings(enroll_any=True, retry_after_s=0)) as found:
-        yield found
-
-
-@pytest.fixture
-def agent(tmp_path: Path, emulator: EmulatorInThread) -> Iterator[RunningAgent]:
-    """A device with a simulated TPM; not started."""
-    folder = copy_state("press-07", tmp_path / "tpm")
-    with RunningAgent(tmp_path, emulator, f'backend = "simulator"\ntcti = "{folder}"') as found:
-        yield found
 
 
 def waiting_at_the_hub(emulator: EmulatorInThread) -> int:
@@ -114,7 +107,7 @@ def test_a_method_is_answered_by_a_program_and_404_without_one(agent: RunningAge
     ready = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         program = pool.submit(answer_methods, agent, ["reboot", "open"], ready)
-        assert ready.wait(10)
+        assert ready.wait(60)
         assert emulator.invoke(DEVICE, "reboot", {"in": 5}) == (207, {"asked": {"in": 5}})
         assert emulator.invoke(DEVICE, "open") == (207, {"asked": None})
         program.result(10)
@@ -166,6 +159,7 @@ def test_telemetry_flows_at_a_hub_of_the_basic_tier_and_status_names_what_it_lac
         agent.await_connected()
         assert agent.client.ask("POST", "/telemetry", b"21.5")[0] == 200
         assert agent.status()["hubLacks"] == ["methods", "twin"]
+        assert agent.client.ask("PATCH", "/twin/reported", b"{}")[0] == 501
         assert [message["payload"] for message in emulator.telemetry(DEVICE)] == ["21.5"]
         with agent.client.events():
             agent.await_status(lambda found: "messages" in found["hubLacks"], "messages are asked for, and lacking")
@@ -185,15 +179,48 @@ def test_a_desired_change_reaches_the_programs_and_the_twin_says_who_this_is(
     agent.await_connected()
     with agent.client.events() as events:
         whole = events.next("desired")
-        assert whole["whole"]
+        assert whole["whole"] == whole["changed"] == {"$version": whole["version"]}
         version = emulator.set_desired(DEVICE, {"interval": 5})
         change = events.next("desired")
-    assert (change["version"], change["whole"], change["properties"]["interval"]) == (version, False, 5)
+    assert (change["version"], change["whole"]["interval"], change["changed"]["interval"]) == (version, 5, 5)
     with agent.client.events() as events:
-        assert events.next("desired")["properties"]["interval"] == 5
+        assert events.next("desired")["whole"]["interval"] == 5
     emulator.await_hub_log("twin-patch")
     about = emulator.twin(DEVICE)["reported"]["dpsAgent"]
     assert {"agentVersion", "runtime", "backend", "tpmMaker", "assignedAt", "substatus"} <= set(about)
+
+
+def test_a_fleet_that_is_absurd_is_named_by_twin_journal_and_status(
+    agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    agent.start()
+    agent.await_connected()
+    emulator.set_desired(DEVICE, {"dpsAgent": {"fleet": {"devices": "many"}}})
+    agent.await_status(lambda found: found["fleetRefused"], "the fleet is refused")
+    assert until(lambda: agent.command("status")["fleetRefused"]), "the file follows what the socket says"
+    assert agent.written.count(FLEET_REFUSED) == 1
+    emulator.await_reported(DEVICE, "fleetRefused", True)
+    emulator.set_desired(DEVICE, {"dpsAgent": {"fleet": {"devices": 30000}}})
+    agent.await_status(lambda found: not found["fleetRefused"], "the fleet was mended")
+    emulator.await_reported(DEVICE, "fleetRefused", False)
+
+
+def test_programs_report_properties_and_read_the_twin(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    agent.start()
+    agent.await_connected()
+    emulator.set_desired(DEVICE, {"interval": 5})
+    status, first = agent.client.ask("PATCH", "/twin/reported", b'{"valve":{"open":true,"turns":3},"t":21.5}')
+    assert status == 200
+    status, second = agent.client.ask("PATCH", "/twin/reported", b'{"valve":{"turns":null}}')
+    assert (status, second["version"]) == (200, first["version"] + 1)
+    status, twin = agent.client.ask("GET", "/twin")
+    assert status == 200 and twin == emulator.twin(DEVICE)
+    reported = {name: value for name, value in twin["reported"].items() if name != "dpsAgent"}
+    assert reported == {"valve": {"open": True}, "t": 21.5, "$version": second["version"]}
+    assert twin["desired"]["interval"] == 5 and "agentVersion" in twin["reported"]["dpsAgent"]
+    for _ in range(8):  # what is 32 KiB only together with what the hub has, the hub refuses itself
+        status, answer = agent.client.ask("PATCH", "/twin/reported", b'{"k%d":"%s"}' % (_, b"x" * 4096))
+    assert (status, answer["error"]["code"]) == (413, "hub.refused_patch")
 
 
 # --- when the hub or the network is away
@@ -480,6 +507,22 @@ def test_sighup_makes_a_halted_device_ask_at_once(agent: RunningAgent, emulator:
     agent.await_connected()
 
 
+def test_a_start_with_the_corrected_scope_waits_for_nothing(agent: RunningAgent) -> None:
+    agent.settings.write_text(agent.text.replace("0ne00000000", "0ne0BADC0DE"))
+    for _ in range(2):
+        agent.start()
+        found = agent.await_status(lambda found: found["state"] in ("halted", "waiting"), "refused")
+        agent.end()
+    assert "failed before this start" in agent.written, "with the same scope the second start waits"
+    assert found["next"], "and says what ends that"
+    before = agent.written.count("failed before this start")
+    agent.settings.write_text(agent.text)
+    agent.start()
+    agent.await_connected()
+    assert agent.written.count("failed before this start") == before
+    assert agent.end()[0] == 0
+
+
 def test_nobodys_haste_ends_the_wait_that_dps_asked_for(agent: RunningAgent, emulator: EmulatorInThread) -> None:
     emulator.script(Fault(operation="register", status=429, headers={"Retry-After": "3600"}, times=1))
     agent.start()
@@ -495,6 +538,49 @@ def test_nobodys_haste_ends_the_wait_that_dps_asked_for(agent: RunningAgent, emu
         error = agent.command(*words, exit_status=3)["error"]
         assert error["code"] == "dps.throttled" and 3500 < error["retryAfterS"] <= 3600, error
     assert len(emulator.log) == 1 and agent.status()["state"] == "waiting"
+
+
+def test_settings_that_a_registration_does_not_need_wait_for_its_end(
+    agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    """What DPS has granted so far, a challenge perhaps that a fleet queues for, is not thrown away for them."""
+    emulator.script(Fault(operation="lookup", status=503, headers={"Retry-After": "2"}, times=2))
+    agent.start()
+    agent.await_state("provisioning")
+    agent.settings.write_text(agent.text + "[fleet]\ndevices = 3\n")
+    agent.send(signal.SIGHUP)
+    agent.await_text("they count once the registration under way has ended")
+    agent.await_connected()
+    assert [entry.operation for entry in emulator.log].count("register") == 2, "the registration was begun anew"
+
+
+def test_settings_that_wait_for_a_registration_are_forgotten_where_later_ones_are_refused(
+    agent: RunningAgent, emulator: EmulatorInThread
+) -> None:
+    emulator.script(Fault(operation="lookup", status=503, headers={"Retry-After": "800"}))
+    agent.start()
+    agent.await_state("provisioning")
+    agent.settings.write_text(agent.text + "[fleet]\ndevices = 3\n")
+    agent.send(signal.SIGHUP)
+    agent.await_text("they count once the registration under way has ended")
+    for times in (1, 2):
+        agent.settings.write_text("neither = 1\n")
+        agent.send(signal.SIGHUP)
+        agent.await_text("the new settings are refused, the old ones go on", times)
+    assert agent.written.count("the old ones go on, not those that were read meanwhile: ") == 1
+    agent.settings.write_text(agent.text)
+    agent.send(signal.SIGHUP)
+    agent.await_text("the settings were read again: no change")
+
+
+def test_settings_that_a_registration_needs_end_it_at_once(agent: RunningAgent, emulator: EmulatorInThread) -> None:
+    emulator.script(Fault(operation="lookup", status=503, headers={"Retry-After": "800"}))
+    agent.start()
+    agent.await_state("provisioning")
+    agent.await_text("registers with DPS")
+    agent.settings.write_text(agent.text.replace(f'"{DEVICE}"', '"press-08"'))
+    agent.send(signal.SIGHUP)
+    agent.await_text("registers with DPS", 2)
 
 
 def test_a_registration_that_dps_does_not_want_yet_leaves_the_device_connected(
@@ -563,7 +649,7 @@ def test_telemetry_under_way_is_answered_where_the_life_ends(
         else:
             agent.command("reset", "--yes")
         status, document = asked.result(PATIENCE_S)
-    assert (status, document["error"]["code"]) == (503, "agent.not_connected")
+    assert (status, document["error"]["code"]) == (503, "agent.unacknowledged")
     assert "may or may not have it" in document["error"]["message"]
     assert time.monotonic() - began_s < SOON_S, "it waited for an acknowledgement that nobody waits for any more"
 
@@ -592,6 +678,28 @@ def test_our_own_bug_in_a_command_ends_the_service(tmp_path: Path, monkeypatch: 
     service._commands.append(Command(1, "token"))
     with pytest.raises(Broken):
         list(service._obey())
+
+
+def test_a_reset_erases_by_the_worker_and_leaves_nothing_that_would_be_stored_again(tmp_path: Path) -> None:
+    service = bare_service(tmp_path)
+    service._begin_life()
+    service._driver = Driver(service._life)
+    service._life.patience._stored = Progress(0, 0, 0, False, "", "", 3, 0)
+    assert any(isinstance(effect, Commit) for effect in Driver(service._life).end(on_purpose=True))
+    done = list(service._do(Command(1, "reset")))
+    assert [effect for effect in done if isinstance(effect, Erase)] == [Erase(PROGRESS), Erase(IDENTITY)]
+    assert not any(isinstance(effect, Commit) for effect in service._driver.end(on_purpose=True))
+
+
+def test_the_journal_says_that_an_older_copy_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    service = bare_service(tmp_path)
+    service._begin_life()
+    service._life.rolled_back = True
+    for _ in range(2):
+        list(service._look(Sleep(1.0, "")))
+    assert capfd.readouterr().err.count(ROLLED_BACK) == 1
 
 
 def test_a_connection_is_not_waited_for_where_a_registration_was_asked_for_just_before_it_was_dialled(
@@ -627,26 +735,33 @@ def test_an_id_of_the_life_before_means_nothing_in_the_next_one(tmp_path: Path) 
     assert (service._life.serial, service._life.dps_not_before_s) == (7, 1e9)
 
 
-def test_what_is_posted_while_a_life_ends_is_refused_or_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_posted_while_a_life_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service = bare_service(tmp_path)
     service._begin_life()
-    queued: list[Any] = []
-    event = SendTelemetry(5, {}, b"x", 0)
-    runner = service._equipment.runner
-    monkeypatch.setattr(runner, "take_back", lambda found: found in queued and not queued.remove(found))
-    for leaves, found in ((False, False), (True, False), (True, True)):
-        service._leaving = False
-        queued.clear()
+    posted: list[Event] = []
+    monkeypatch.setattr(service._equipment.runner, "post", lambda event: not posted.append(event))
+    event = SendTelemetry(5, {}, b"x", 0, 1)
+    assert service._post(event) and posted == [event]
+    service._leaving = True
+    assert not service._post(event) and posted == [event]
 
-        def post(posted: Any, leaves: bool = leaves, found: bool = found) -> bool:
-            service._leaving = leaves  # in this moment
-            queued.extend([] if found else [posted])  # what `_leave_hub` has found it answers itself
-            return True
 
-        monkeypatch.setattr(runner, "post", post)
-        assert service._post(event) == (not leaves or found)
-        assert queued == ([] if leaves else [event])
-    assert not service._post(event), "it is being left"
+def test_what_was_given_back_is_not_given_back_again_before_it_may_be_in_use() -> None:
+    def exchange() -> Iterator[Any]:
+        wait = NextEvent(1e9)
+        for effect in (wait, Tell(TelemetryDone(1, True, True)), wait, wait, Random(), wait):
+            _: Any = yield effect
+
+    driven = _Driver(readers=lambda: 0).drive(exchange())
+    asked: list[str] = []
+    effect = driven.send(None)
+    with contextlib.suppress(StopIteration):
+        while True:
+            asked.append(effect.what if isinstance(effect, Release) else type(effect).__name__)
+            effect = driven.send(100.0)
+    given_back = ["Uptime", "TPM", "DPS", "NextEvent"]
+    # The first wait of all is answered by who reads.
+    assert asked == ["Tell", *given_back, "NextEvent", "Random", *given_back]
 
 
 def test_a_command_is_taken_back_once_and_only_before_it_was_begun(tmp_path: Path) -> None:
@@ -704,7 +819,7 @@ def test_what_is_queued_for_the_hub_ends_with_the_life(tmp_path: Path) -> None:
     service = bare_service(tmp_path)
     told: list[Message] = []
     service._tell = lambda message: bool(told.append(message))  # type: ignore[method-assign]
-    queued: list[Event] = [SendTelemetry(5, {}, b"x", 0), MessageDone(3), SendTelemetry(6, {}, b"y", 0)]
+    queued: list[Event] = [SendTelemetry(5, {}, b"x", 0, 1), MessageDone(3), SendTelemetry(6, {}, b"y", 0, 1)]
     service._begin_life()
     leaving = service._leave_hub()
     answer: object = None
@@ -780,6 +895,35 @@ def test_systemd_hears_ready_status_watchdog_and_stopping(agent: RunningAgent, t
     assert heard.count("WATCHDOG=1") >= 3
     assert f"STATUS=connected: connected to {HUB}" in heard
     assert heard.index("RELOADING=1") < len(heard) - 1 - heard[::-1].index("READY=1")
+
+
+def test_a_hub_that_stops_reading_stalls_neither_socket_nor_watchdog_nor_sigterm(
+    agent: RunningAgent, emulator: EmulatorInThread, tmp_path: Path
+) -> None:
+    heard: list[str] = []
+    ended = threading.Event()
+    with Switchboard(emulator.hub_connect_to, True) as hub, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(0.2)
+        listener = threading.Thread(target=listen, args=(systemd, heard, ended))
+        listener.start()
+        agent.settings.write_text(agent.text.replace(emulator.hub_connect_to, hub.address))
+        agent.start(environ={"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000"})
+        agent.await_connected()
+        hub.fall_deaf()
+        with contextlib.ExitStack() as held:
+            for _ in range(9):  # as much as may be under way, and more than the kernel keeps for who does not read
+                program = held.enter_context(agent.client.connect())
+                program.sendall(b"POST /telemetry HTTP/1.1\r\nContent-Length: 260000\r\n\r\n" + bytes(260_000))
+            before, until_s = heard.count("WATCHDOG=1"), time.monotonic() + SOON_S
+            while heard.count("WATCHDOG=1") < before + 5:
+                assert agent.status()["connected"] and time.monotonic() < until_s
+                time.sleep(0.05)
+            status, took_s = agent.end()
+        ended.set()
+        listener.join()
+    assert (status, took_s < stop_limit_s()) == (0, True), f"{took_s:.2f} s\n{agent.written}"
+    assert "dps-agent ends" in agent.written, "it ended in order, and was not ended"
 
 
 # --- what it leaves and shows

@@ -35,74 +35,82 @@ sys.exit(main())
 """
 # Own modules without their packages' names in front: what every verb has, and what it has of its own.
 EVERY = """dps_agent dps_agent.fleet dps_agent.host dps_agent.host.cli dps_agent.host.cli.verb dps_agent.host.config
-dps_agent.host.error_document dps_agent.host.printed dps_agent.host.provisioned
+dps_agent.host.error_document dps_agent.host.plain_toml dps_agent.host.printed dps_agent.host.provisioned
 dps_agent.host.settings_table dps_agent.settings dps_hal dps_hal.contracts dps_hal.errors dps_hal.host
 dps_hal.host.codes dps_hal.host.regular dps_text dps_text.addresses"""
 OWN = {
     "--help": """
         dps_agent.host.cli.check dps_agent.host.cli.config dps_agent.host.cli.diag dps_agent.host.cli.enroll
-        dps_agent.host.cli.provision dps_agent.host.cli.reset dps_agent.host.cli.run dps_agent.host.cli.running
-        dps_agent.host.cli.status dps_agent.host.cli.token dps_agent.host.cli.version
+        dps_agent.host.cli.import_key dps_agent.host.cli.install_certificate dps_agent.host.cli.metrics
+        dps_agent.host.cli.provision
+        dps_agent.host.cli.reset dps_agent.host.cli.run dps_agent.host.cli.running
+        dps_agent.host.cli.status dps_agent.host.cli.token dps_agent.host.cli.version dps_agent.host.cli.wait
     """,
     "version": """
         dps_agent.host.cli.version
     """,
     "status": """
-        dps_agent.assignment dps_agent.backoff dps_agent.effects dps_agent.host.cli.running dps_agent.host.cli.status
-        dps_agent.host.local dps_agent.host.local.statefile dps_agent.lifecycle dps_agent.patience dps_agent.sas
-        dps_agent.utc dps_hal.host.files dps_hal.host.mounts dps_hal.host.state_dir dps_hal.host.tcti dps_hal.platform
-        dps_hal.store dps_hal.store.slots dps_hal.tpm dps_hal.tpm.keys
+        dps_agent.assignment dps_agent.attestation dps_agent.backoff dps_agent.effects
+        dps_agent.host.cli.running dps_agent.host.cli.status dps_agent.host.local dps_agent.host.local.statefile
+        dps_agent.lifecycle dps_agent.patience dps_agent.sas dps_agent.utc dps_hal.host.files
+        dps_hal.host.mounts dps_hal.host.state_dir dps_hal.host.tcti dps_hal.platform dps_hal.store
+        dps_hal.store.slots dps_hal.tpm dps_hal.tpm.keys
     """,
     "token": """
-        dps_agent.assignment dps_agent.backoff dps_agent.driver dps_agent.effects dps_agent.host.cli.running
-        dps_agent.host.cli.token dps_agent.host.clock dps_agent.host.local dps_agent.host.local.statefile
-        dps_agent.host.parts dps_agent.host.runner dps_agent.host.worker dps_agent.hub_effects dps_agent.patience
-        dps_agent.sas dps_agent.utc dps_hal.host.files dps_hal.host.libcrypto dps_hal.host.mounts
-        dps_hal.host.service_tpm dps_hal.host.state_dir dps_hal.host.tcti dps_hal.host.tpm_node
-        dps_hal.host.transports dps_hal.platform dps_hal.store dps_hal.store.slots dps_hal.tpm
-        dps_hal.tpm.activation dps_hal.tpm.commands dps_hal.tpm.errors dps_hal.tpm.keys dps_hal.tpm.operations
-        dps_hal.tpm.procedure dps_hal.tpm.rules dps_hal.tpm.sessions dps_hal.tpm.tcp dps_hal.tpm.upkeep
-        dps_hal.tpm.wire
+        dps_agent.assignment dps_agent.attestation dps_agent.backoff dps_agent.driver dps_agent.effects
+        dps_agent.host.cli.running dps_agent.host.cli.token dps_agent.host.clock dps_agent.host.local
+        dps_agent.host.local.statefile dps_agent.host.loop dps_agent.host.parts dps_agent.host.runner
+        dps_agent.host.worker dps_agent.patience dps_agent.sas dps_agent.utc dps_hal.host.files
+        dps_hal.host.libcrypto dps_hal.host.mounts dps_hal.host.service_tpm dps_hal.host.state_dir
+        dps_hal.host.tcti dps_hal.host.tpm_node dps_hal.host.transports dps_hal.platform dps_hal.store
+        dps_hal.store.slots dps_hal.tpm dps_hal.tpm.activation dps_hal.tpm.commands dps_hal.tpm.errors
+        dps_hal.tpm.keys dps_hal.tpm.operations dps_hal.tpm.procedure dps_hal.tpm.rules dps_hal.tpm.sessions
+        dps_hal.tpm.tcp dps_hal.tpm.upkeep dps_hal.tpm.wire
     """,
     "provision": """
-        dps_agent.assignment dps_agent.backoff dps_agent.der dps_agent.driver dps_agent.effects
-        dps_agent.host.cli.provision dps_agent.host.cli.running dps_agent.host.clock dps_agent.host.kept_key
-        dps_agent.host.local dps_agent.host.local.statefile dps_agent.host.network dps_agent.host.network.dial
-        dps_agent.host.network.heads dps_agent.host.network.https dps_agent.host.network.proxy
-        dps_agent.host.network.trust dps_agent.host.parts dps_agent.host.runner dps_agent.host.steps
-        dps_agent.host.worker dps_agent.http1 dps_agent.lifecycle dps_agent.messages dps_agent.patience
-        dps_agent.registration dps_agent.sas dps_agent.utc dps_hal.host.files dps_hal.host.libcrypto dps_hal.host.mounts
-        dps_hal.host.service_tpm dps_hal.host.state_dir dps_hal.host.tcti dps_hal.host.tpm_node
-        dps_hal.host.transports dps_hal.platform dps_hal.store dps_hal.store.slots dps_hal.tpm dps_hal.tpm.activation
-        dps_hal.tpm.commands dps_hal.tpm.errors dps_hal.tpm.keys dps_hal.tpm.operations dps_hal.tpm.procedure
-        dps_hal.tpm.rules dps_hal.tpm.sessions dps_hal.tpm.tcp dps_hal.tpm.upkeep dps_hal.tpm.wire
+        dps_agent.assignment dps_agent.attestation dps_agent.backoff dps_agent.der dps_agent.driver
+        dps_agent.effects dps_agent.host.cli.provision dps_agent.host.cli.running dps_agent.host.clock
+        dps_agent.host.kept_key dps_agent.host.local dps_agent.host.local.statefile dps_agent.host.loop
+        dps_agent.host.network dps_agent.host.network.dial dps_agent.host.network.heads
+        dps_agent.host.network.https dps_agent.host.network.proxy dps_agent.host.network.trust
+        dps_agent.host.parts dps_agent.host.runner dps_agent.host.steps dps_agent.host.worker dps_agent.http1
+        dps_agent.lifecycle dps_agent.messages dps_agent.patience dps_agent.registration
+        dps_agent.registration_by_tpm dps_agent.sas dps_agent.utc dps_hal.der dps_hal.host.files
+        dps_hal.host.libcrypto dps_hal.host.mounts dps_hal.host.service_tpm dps_hal.host.state_dir
+        dps_hal.host.tcti dps_hal.host.tpm_node dps_hal.host.transports dps_hal.platform dps_hal.store
+        dps_hal.store.slots dps_hal.tpm dps_hal.tpm.activation dps_hal.tpm.commands dps_hal.tpm.errors
+        dps_hal.tpm.keys dps_hal.tpm.operations dps_hal.tpm.procedure dps_hal.tpm.rules dps_hal.tpm.sessions
+        dps_hal.tpm.tcp dps_hal.tpm.upkeep dps_hal.tpm.wire
     """,
     "run": """
-        dps_agent.assignment dps_agent.backoff dps_agent.der dps_agent.driver dps_agent.effects dps_agent.host.cli.run
-        dps_agent.host.clock dps_agent.host.hub_ways dps_agent.host.journal dps_agent.host.kept_key
-        dps_agent.host.local dps_agent.host.local.events dps_agent.host.local.heads dps_agent.host.local.routes
-        dps_agent.host.local.server dps_agent.host.local.shares dps_agent.host.local.statefile dps_agent.host.network
+        dps_agent.assignment dps_agent.attestation dps_agent.backoff dps_agent.der dps_agent.driver
+        dps_agent.effects dps_agent.host.cli.run dps_agent.host.clock dps_agent.host.counts
+        dps_agent.host.hub_ways dps_agent.host.journal dps_agent.host.kept_key dps_agent.host.local
+        dps_agent.host.local.batch dps_agent.host.local.events dps_agent.host.local.heads
+        dps_agent.host.local.routes dps_agent.host.local.server dps_agent.host.local.shares
+        dps_agent.host.local.statefile dps_agent.host.loop dps_agent.host.memory dps_agent.host.network
         dps_agent.host.network.dial dps_agent.host.network.heads dps_agent.host.network.https
         dps_agent.host.network.mqtt dps_agent.host.network.proxy dps_agent.host.network.trust
-        dps_agent.host.network.websocket dps_agent.host.notify dps_agent.host.parts dps_agent.host.runner
-        dps_agent.host.service dps_agent.host.steps dps_agent.host.worker dps_agent.http1 dps_agent.hub_effects
-        dps_agent.lifecycle dps_agent.messages dps_agent.patience dps_agent.sas dps_agent.session dps_agent.utc
-        dps_hal.host.files dps_hal.host.libcrypto dps_hal.host.mounts dps_hal.host.service_tpm dps_hal.host.state_dir
+        dps_agent.host.network.websocket dps_agent.host.next_step dps_agent.host.notify dps_agent.host.parts
+        dps_agent.host.runner dps_agent.host.service dps_agent.host.steps dps_agent.host.worker dps_agent.http1
+        dps_agent.hub_effects dps_agent.lifecycle dps_agent.messages dps_agent.patience dps_agent.properties
+        dps_agent.sas dps_agent.session dps_agent.twin dps_agent.utc dps_hal.der dps_hal.host.files
+        dps_hal.host.libcrypto dps_hal.host.mounts dps_hal.host.service_tpm dps_hal.host.state_dir
         dps_hal.host.tcti dps_hal.host.tpm_node dps_hal.host.transports dps_hal.platform dps_hal.store
         dps_hal.store.slots dps_hal.tpm dps_hal.tpm.activation dps_hal.tpm.commands dps_hal.tpm.errors
         dps_hal.tpm.keys dps_hal.tpm.operations dps_hal.tpm.procedure dps_hal.tpm.rules dps_hal.tpm.sessions
         dps_hal.tpm.tcp dps_hal.tpm.upkeep dps_hal.tpm.wire
     """,
 }
-# Of the standard library and of others, by verb; a settings file brings typing, string and datetime, through tomllib.
+# Of the standard library and of others, by verb; a settings file that is not plain brings typing, string and datetime.
 NEVER = "email http random urllib pathlib ipaddress dataclasses inspect tempfile calendar logging json"
 OFFLINE = f"{NEVER} ssl threading socket hashlib ctypes queue base64 dps_hal.host.libcrypto importlib.metadata"
 FORBIDDEN = {
     "--help": f"{OFFLINE} typing tomllib datetime ujson decimal struct string",
     "version": "ujson decimal ssl ctypes tomllib",
-    "status": OFFLINE,
+    "status": f"{OFFLINE} typing tomllib datetime string",
     "token": "email http random urllib pathlib ipaddress dataclasses inspect tempfile calendar ssl paho",
-    "provision": f"{NEVER} paho",
+    "provision": f"{NEVER} paho typing tomllib datetime string",
     "run": "inspect json",
 }
 

@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_written_is_a_word_and_no_failure(tmp_path: Path
 def test_a_link_in_the_place_of_the_file_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "mine").write_text("mine")
-    for name in ("state.json", "state.json.new"):
+    for name in ("state.json", f"state.json.{os.getpid()}.new"):
         (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
     show(tmp_path, StateFile(str(tmp_path / "run")))
     assert (tmp_path / "mine").read_text() == "mine"

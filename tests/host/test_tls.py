@@ -24,6 +24,7 @@ from support.cloud.chains import (
     FOR_PEER,
     GENERALIZED_TIME,
     INTERMEDIATE,
+    NO_CA,
     PEER,
     ROOT,
     SERVER,
@@ -35,6 +36,7 @@ from support.cloud.chains import (
     party,
     serving,
     shaken,
+    written,
 )
 from support.cloud.servers import Peer, Server, answer, answering
 
@@ -215,6 +217,30 @@ def test_real_servers_are_told_apart(tmp_path: Path, root_file: str) -> None:
         with Server(answering(answer(b"{}")), context) as server:
             found.append(failure_of(server, root_file)[0])
     assert found == ["tls_version", "tls_failed", "tls_failed", "tls_client_certificate"]
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_a_certificate_of_the_device_that_is_not_taken_is_named(tmp_path: Path, root_file: str, version: str) -> None:
+    context = serving_only(tmp_path, version)
+    context.load_verify_locations(root_file)
+    context.verify_mode = ssl.CERT_REQUIRED
+    day = datetime.timedelta(days=1)
+    former, latter = (datetime.datetime.now(datetime.UTC) - days * day for days in (2, 1))
+    ended = [(UTC_TIME, time.strftime("%y%m%d%H%M%SZ").encode()) for time in (former, latter)]
+    for device, why in (
+        (party("press-07", None, NO_CA), "unknown ca"),
+        (party("press-07", ROOT, NO_CA, dates=(ended[0], ended[1])), "certificate expired"),
+    ):
+        shown = str(written(tmp_path / "device.pem", device))
+        with (
+            Server(answering(answer(b"{}")), context) as server,
+            contextlib.closing(
+                DpsConnection(f"https://{PEER}", server.address, root_file, certificate=(shown, shown))
+            ) as connection,
+        ):
+            reply = connection.request("GET", "/", b"", None)
+        assert isinstance(reply, NoReply)
+        assert reply.reason.startswith("tls_client_certificate: ") and reply.reason.endswith(why), reply.reason
 
 
 # dates

@@ -7,22 +7,28 @@ recovery is cut as well, in a third the process alone is killed at an event, and
 in a fourth the kernel's write-back failed in between, so that the cache shows what is not on the disk. Runs on both
 runtimes.
 
+Devices with a TPM live so, and those with a key of their own (`BY_KEY`) or a certificate (`BY_CERTIFICATE`), which have
+no wrapped key in their record.
+
 Each state has a name, `sweep=lives plan=cut tears=all life=other-hub cut=5 late=False left=17`; `only` looks at that
 one alone.
 """
 
-from dps_agent.assignment import decode, hub_token
+from dps_agent.assignment import decode, hub_token, seal_message
 from dps_agent.effects import Commit, Http, LoadRecord
 from dps_agent.lifecycle import PROVISIONED, Lifecycle
 from dps_agent.sas import hub_resource, percent_encode
+from dps_agent.settings import SYMMETRIC_KEY, TPM, X509
 from dps_hal.contracts import IDENTITY, PROGRESS
+from dps_hal.device_key import DeviceKey
 from dps_hal.errors import DpsError, IdentityStale
 from dps_hal.platform import hmac_sha256, sha256, to_base64
 from dps_hal.store.slots import SlotStore
 from dps_hal.tpm.keys import unwrap
-from support.disk.faulty_writers import FAULTY, FAULTY_IN_THE_CACHE
+from support.disk.faulty_writers import FAULTY, FAULTY_LATER
 from support.disk.flash import FlashSlots, PowerCut, Supply
-from support.world import HUB, FakeDps, World, settings
+from support.share import takes
+from support.world import HUB, SHOWN, CertificateKey, FakeDps, World, settings, without
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
 
     from dps_agent.assignment import Assignment
     from dps_agent.effects import Reply
+    from dps_agent.sas import SasToken
     from support.disk.flash import Slots
 
     NewStore = Callable[[dict[str, FlashSlots]], SlotStore]
@@ -38,6 +45,7 @@ if TYPE_CHECKING:
 
 SLOT_BYTES = 1280
 SECOND_HUB = "second.azure-devices.net"
+FIRST_KEY, SECOND_KEY = bytes(range(32)), bytes(range(32, 64))  # of a device with a key of its own, one after the other
 RECORDS = (IDENTITY, PROGRESS)
 # Where the last surviving operation is torn: after any byte; after every 32nd; at the start, in the payload.
 TEARS: "dict[str, tuple[int, ...] | None]" = {"all": None, "32": tuple(range(0, SLOT_BYTES, 32)), "few": (0, 20, 300)}
@@ -65,7 +73,7 @@ class KeyedDps(FakeDps):
 
     def copy(self, tpm: "Any") -> "KeyedDps":
         """The same service, with a memory of its own."""
-        other = KeyedDps(tpm)
+        other = type(self)(tpm)
         for name in self.__dict__:
             setattr(other, name, getattr(self, name))
         other.tpm = tpm
@@ -73,26 +81,63 @@ class KeyedDps(FakeDps):
         return other
 
 
+class OwnKeyDps(KeyedDps):
+    """The same for a device with a key of its own, which DPS knows, as its `challenge_key`, and never sends."""
+
+    def assigned(self) -> "dict[str, Any]":
+        """See `FakeDps.assigned`."""
+        return without(FakeDps.assigned(self), "tpm")
+
+    def _new_key(self, label: bytes) -> bytes:
+        return self.challenge_key
+
+
+class OwnCertificateDps(OwnKeyDps):
+    """The same for a device that shows a certificate; `challenge_key` stands for the certificate's key."""
+
+    def work(self, http: Http) -> "Reply":
+        """See `FakeDps.work`."""
+        assert http.authorization is None, "who shows a certificate has no token"
+        return OwnKeyDps.work(self, Http(http.method, http.path, http.body, SHOWN))
+
+    def _accepts(self, token: "SasToken | None") -> bool:
+        return token is SHOWN
+
+
 class FlashWorld(World):
     """A world whose records are on simulated flash, and whose power goes at an event of `supply`."""
 
+    attestation = TPM
+
     def __init__(self, new_store: "NewStore", contents: "dict[str, Slots] | None" = None, cut_at: int = 0) -> None:
         World.__init__(self)
-        self.dps = self.service = KeyedDps(self.tpm)
+        self.begin()
         self.new_store = new_store
         self.offered: list[bytes] = []  # every identity that was given to the store
         self.late = False  # the power went after the service had answered
-        self.evicts = False  # a faulty agent: forgets its hub when it is challenged, as others do
+        self.evicts = False  # a faulty agent: forgets its hub at DPS's first answer, as others do
         self.supply = Supply(cut_at)
         contents = contents or {}
         self.flash = {record: FlashSlots(SLOT_BYTES, 0xFF, contents.get(record), self.supply) for record in RECORDS}
         self.slot_store = new_store(self.flash)
 
+    def begin(self) -> None:
+        """What the device shows itself by, and the service that knows it."""
+        self.dps = self.service = KeyedDps(self.tpm)
+
+    def inherit(self, before: "FlashWorld") -> None:
+        """Takes what is in the TPM from the world before."""
+        self.tpm.storage_root_key = before.tpm.storage_root_key
+        self.tpm.keys = dict(before.tpm.keys)
+
+    def key_of(self, payload: bytes) -> bytes:
+        """The hub key that belongs to an identity."""
+        return unwrap(decode(payload)[0].wrapped_key)[1][36:]
+
     def rebooted(self, contents: "dict[str, Slots]", cut_at: int = 0) -> "FlashWorld":
         """The same world after the power came back; this one stays as it is."""
-        world = FlashWorld(self.new_store, contents, cut_at)
-        world.tpm.storage_root_key = self.tpm.storage_root_key
-        world.tpm.keys = dict(self.tpm.keys)
+        world = type(self)(self.new_store, contents, cut_at)
+        world.inherit(self)
         world.dps = world.service = self.service.copy(world.tpm)
         world.uptime_s = self.uptime_s
         world.evicts = self.evicts
@@ -139,13 +184,13 @@ class FlashWorld(World):
             self.late = True
             self.supply.spend()
             self.late = False
-            if self.evicts and answer.status == 401:
+            if self.evicts and effect.method == "PUT":
                 self.slot_store.erase(IDENTITY)
         return answer
 
     def lived(self, force: bool = False, once: bool = False) -> Lifecycle:
         """One life of the agent."""
-        life = Lifecycle(settings())
+        life = Lifecycle(settings(attestation=self.attestation))
         self.run(life.live(once, force))
         return life
 
@@ -168,6 +213,60 @@ class FlashWorld(World):
         if life.state == PROVISIONED and not self.accepts(life.assignment):
             life = self.lived(force=True)
         return life
+
+
+class KeyWorld(FlashWorld):
+    """The same of a device with a key of its own."""
+
+    attestation = SYMMETRIC_KEY
+
+    def begin(self) -> None:
+        """See `FlashWorld.begin`."""
+        self.dps = self.service = OwnKeyDps(self.tpm)
+        self.give(FIRST_KEY)
+
+    def inherit(self, before: FlashWorld) -> None:
+        """See `FlashWorld.inherit`."""
+        self.give(before.service.challenge_key)
+
+    def give(self, key: bytes) -> None:
+        """Enrols the device by this key, and puts it into the device's file."""
+        self.service.challenge_key = key
+        self.tpm = DeviceKey(key)  # type: ignore[assignment]
+
+    def made_by(self, key: bytes, text: bytes, seal: bytes) -> bool:
+        """Whether this key has sealed `text` so."""
+        return hmac_sha256(key, seal_message(text)) == seal
+
+    def key_of(self, payload: bytes) -> bytes:
+        """The key by which an identity is sealed; none for what no key of the device's has sealed."""
+        _, text, seal = decode(payload)
+        keys = [key for key in (FIRST_KEY, SECOND_KEY) if self.made_by(key, text, seal)]
+        return keys[0] if keys else b""
+
+
+class CertificateWorld(KeyWorld):
+    """The same of a device with a certificate: its hub asks for no token, and looks at whose key it is."""
+
+    attestation = X509
+
+    def begin(self) -> None:
+        """See `FlashWorld.begin`."""
+        self.dps = self.service = OwnCertificateDps(self.tpm)
+        self.give(FIRST_KEY)
+
+    def give(self, key: bytes) -> None:
+        """Enrols the device by a certificate for this key."""
+        self.service.challenge_key = key
+        self.tpm = CertificateKey(key)  # type: ignore[assignment]
+
+    def made_by(self, key: bytes, text: bytes, seal: bytes) -> bool:
+        """See `KeyWorld.made_by`."""
+        return CertificateKey(key).verify(seal_message(text), seal)
+
+    def accepts(self, assignment: "Assignment | None") -> bool:
+        """See `FlashWorld.accepts`."""
+        return assignment is not None and (assignment.assigned_hub, self.service.challenge_key) == self.service.accepted
 
 
 # Lives: what happened before the cut, and what is cut.
@@ -232,6 +331,13 @@ def reset_and_register(world: FlashWorld) -> None:
 def cleared_tpm(world: FlashWorld) -> None:
     """TPM2_Clear before the boot: another SRK, and the stored key is useless."""
     world.tpm.clear()
+    world.lived()
+
+
+def another_key(world: FlashWorld) -> None:
+    """The device's own key was replaced before the boot, here and in its enrolment: nothing stored fits it."""
+    assert isinstance(world, KeyWorld)
+    world.give(SECOND_KEY)
     world.lived()
 
 
@@ -319,27 +425,79 @@ def new_store(flash: "dict[str, FlashSlots]") -> SlotStore:
 
 WRITERS: "dict[str, NewStore]" = {"": new_store, "evict-first": new_store}
 WRITERS.update(FAULTY)
-WRITERS.update(FAULTY_IN_THE_CACHE)
+WRITERS.update(FAULTY_LATER)
 
 CUT, CUT_TWICE, KILL_THEN_CUT, LOSE_THEN_CUT = "cut", "cut-twice", "kill-then-cut", "lose-then-cut"
-PLANS = (
-    (CUT, "all", WHOLE_LIVES),
-    (CUT, "32", FAILING_LIVES),
-    (CUT, "few", FAILING_RESETS),
-    (KILL_THEN_CUT, "few", KILLED_LIVES),
-    (LOSE_THEN_CUT, "few", KILLED_LIVES),
-    (CUT_TWICE, "few", WHOLE_LIVES + LIVES[9:10]),
+
+
+class Way:
+    """What is swept of the devices that show who they are in one way.
+
+    `plans` are (plan, tears, lives): what the faulty writers are soonest caught by comes first. These, `writers`, must
+    be caught.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        world: "type[FlashWorld]",
+        plans: "tuple[tuple[str, str, tuple[Life, ...]], ...]",
+        writers: "tuple[str, ...]",
+    ) -> None:
+        self.name = name
+        self.world = world
+        self.plans = plans
+        self.writers = writers
+
+
+BY_TPM = Way(
+    "lives",
+    FlashWorld,
+    (
+        (CUT, "all", WHOLE_LIVES),
+        (CUT, "32", FAILING_LIVES),
+        (CUT, "few", FAILING_RESETS),
+        (CUT_TWICE, "few", WHOLE_LIVES + LIVES[9:10]),
+        (KILL_THEN_CUT, "few", KILLED_LIVES),
+        (LOSE_THEN_CUT, "few", KILLED_LIVES),
+    ),
+    tuple([name for name in WRITERS if name]),
 )
+LIVES_BY_KEY = WHOLE_LIVES[:-1] + (Life("another-key", twice, another_key, NEW, True),)
+# What the store does is the same for all ways: here is what the way may do to it.
+BY_KEY = Way(
+    "lives-by-key",
+    KeyWorld,
+    (
+        (CUT, "all", LIVES_BY_KEY),
+        (CUT, "32", FAILING_LIVES),
+        (CUT_TWICE, "few", LIVES_BY_KEY[:1] + LIVES_BY_KEY[-1:]),
+        (KILL_THEN_CUT, "few", LIVES_BY_KEY[1:2]),
+    ),
+    ("naive", "in-place", "single-slot", "evict-first"),
+)
+BY_CERTIFICATE = Way("lives-by-certificate", CertificateWorld, BY_KEY.plans, BY_KEY.writers)
+WAYS = (BY_TPM, BY_KEY, BY_CERTIFICATE)
 
 
 class Sweep:
     """Cuts lives at every event; `states` were looked at, `lost` names those that were wrong, and why.
 
     `plan` is CUT, CUT_TWICE (the recovery from each cut is cut as well), KILL_THEN_CUT or LOSE_THEN_CUT. `only` is the
-    name of one state. `at_first` ends with the first lost one.
+    name of one state. `at_first` ends with the first lost one. `shared`: of the first cuts, or kills, those alone that
+    this run takes (`support.share`).
     """
 
-    def __init__(self, writer: str = "", plan: str = CUT, tears: str = "all", only: str = "", at_first: bool = False):
+    def __init__(
+        self,
+        writer: str = "",
+        plan: str = CUT,
+        tears: str = "all",
+        only: str = "",
+        at_first: bool = False,
+        shared: bool = False,
+        way: Way = BY_TPM,
+    ) -> None:
         self.states = 0
         self.lost: list[str] = []
         self._pairs: dict[bytes, tuple[str, bytes]] = {}
@@ -348,12 +506,16 @@ class Sweep:
         self._tears = tears
         self._only = only
         self._at_first = at_first
+        self._shared = shared
+        self._way = way
 
     def run(self, lives: "tuple[Life, ...]" = LIVES) -> "Sweep":
         """Sweeps `lives`."""
         for life in lives:
-            world = FlashWorld(WRITERS[self._writer])
-            name = f"sweep=lives plan={self._plan} tears={self._tears} life={life.name}"
+            world = self._way.world(WRITERS[self._writer])
+            name = f"sweep={self._way.name} plan={self._plan} tears={self._tears} life={life.name}"
+            if self._only and not self._only.startswith(name + " "):
+                continue
             try:
                 life.before(world)
                 world.evicts = self._writer == "evict-first"
@@ -361,7 +523,7 @@ class Sweep:
                 if self._plan in (KILL_THEN_CUT, LOSE_THEN_CUT):
                     self._kill(start, life, name)
                 else:
-                    self._cut(start, life, 2 if self._plan == CUT_TWICE else 1, name)
+                    self._cut(start, life, 2 if self._plan == CUT_TWICE else 1, name, shared=self._shared)
             except DpsError as error:
                 self.lost.append(f"{name}: {error.code} before any cut: {error}")
             if self._at_first and self.lost:
@@ -377,13 +539,21 @@ class Sweep:
             kill += 1
             world = start.killed(kill)
             ended = lived_through(world, life.step)
+            if self._shared and not takes(kill):
+                continue
             before = [None if held is None else held.payload] + world.offered
             after = Life(life.name, nothing, register_again, NEW, life.forgets)
             loses = self._plan == LOSE_THEN_CUT
             self._cut(world.killed(forgetting=loses), after, 1, f"{name} kill={kill}", before)
 
     def _cut(
-        self, start: FlashWorld, life: Life, depth: int, name: str, before: "list[bytes | None] | None" = None
+        self,
+        start: FlashWorld,
+        life: Life,
+        depth: int,
+        name: str,
+        before: "list[bytes | None] | None" = None,
+        shared: bool = False,
     ) -> None:
         """Cuts the step of `life` at each of its events; `depth` cuts more follow each other.
 
@@ -399,6 +569,8 @@ class Sweep:
             cut += 1
             world = start.killed(cut)
             ended = lived_through(world, life.step)  # the last state: it is over and the power goes
+            if shared and not takes(cut):
+                continue
             allowed = (before or [None if held is None else held.payload]) + world.offered
             if life.forgets:
                 allowed.append(None)
@@ -453,11 +625,11 @@ class Sweep:
             if payload not in allowed:
                 expected = " or ".join([_shown(one) for one in allowed])
                 return f"{_shown(payload)} where {expected} was expected"
-            if payload is not None and self._pair(payload) not in world.service.issued:
+            if payload is not None and self._pair(world, payload) not in world.service.issued:
                 return f"a hub with the key of another one: {_shown(payload)}"
             may_serve = ended and life.ends == NEW
             if not ended and held is not None and not life.forgets:
-                may_serve = self._pair(held.payload) == world.service.accepted
+                may_serve = self._pair(world, held.payload) == world.service.accepted
             end = world.recover()
         except IdentityStale as error:
             return f"the record is not readable: {error}"
@@ -479,11 +651,10 @@ class Sweep:
         """The store over these contents, for a look at them."""
         return WRITERS[self._writer]({record: FlashSlots(SLOT_BYTES, 0xFF, contents[record]) for record in RECORDS})
 
-    def _pair(self, payload: bytes) -> "tuple[str, bytes]":
+    def _pair(self, world: FlashWorld, payload: bytes) -> "tuple[str, bytes]":
         """Hub and key of an identity."""
         if payload not in self._pairs:
-            assignment, _, _ = decode(payload)
-            self._pairs[payload] = (assignment.assigned_hub, unwrap(assignment.wrapped_key)[1][36:])
+            self._pairs[payload] = (decode(payload)[0].assigned_hub, world.key_of(payload))
         return self._pairs[payload]
 
 
@@ -503,14 +674,17 @@ def lived_through(world: FlashWorld, step: "Step") -> bool:
     return True
 
 
-def sweep(writer: str = "", only: str = "", at_first: bool = False) -> "tuple[int, list[str]]":
-    """What PLANS names; number of states, and the lost ones. `at_first`: the first of those, torn at few bytes."""
+def sweep(writer: str = "", only: str = "", at_first: bool = False, way: Way = BY_TPM) -> "tuple[int, list[str]]":
+    """What the plans of the way name; number of states, and the lost ones.
+
+    `at_first`: the first of those, torn at few bytes.
+    """
     states = 0
     lost: list[str] = []
-    for plan, all_tears, lives in PLANS + (((CUT, "few", LIVES),) if only else ()):
+    for plan, all_tears, lives in way.plans + (((CUT, "few", LIVES),) if only else ()):
         tears = "few" if at_first and not only else all_tears
-        if not (at_first and lost) and (not only or only.startswith(f"sweep=lives plan={plan} tears={tears} ")):
-            one = Sweep(writer, plan, tears, only, at_first).run(lives)
+        if not (at_first and lost) and (not only or only.startswith(f"sweep={way.name} plan={plan} tears={tears} ")):
+            one = Sweep(writer, plan, tears, only, at_first, way=way).run(lives)
             states += one.states
             lost += one.lost
     return states, lost

@@ -14,9 +14,11 @@ from typing import Any
 
 import dps_agent.http1
 import dps_agent.registration
+import dps_agent.registration_by_tpm
 from dps_agent.effects import Sleep
 
 registration: Any = dps_agent.registration
+registration_by_tpm: Any = dps_agent.registration_by_tpm
 http1: Any = dps_agent.http1
 
 
@@ -41,7 +43,7 @@ def no_budget() -> None:
 
 def swap_the_blobs() -> None:
     """The key of the challenge is stored as the hub's."""
-    decode = registration.activation_of
+    decode = registration_by_tpm.activation_of
     challenges: list[bytes] = []
 
     def swapped(text: str | None, what: str) -> bytes:
@@ -50,7 +52,7 @@ def swap_the_blobs() -> None:
             challenges.append(blob)
         return challenges[-1]
 
-    registration.activation_of = swapped
+    registration_by_tpm.activation_of = swapped
 
 
 BUGS: dict[str, Callable[[], None]] = {

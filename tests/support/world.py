@@ -24,6 +24,7 @@ from dps_agent.effects import (
     Sleep,
     Uptime,
     UtcNow,
+    Verify,
 )
 from dps_agent.fleet import TOKEN_LIFE_S, UNKNOWN
 from dps_agent.hub_effects import (
@@ -40,7 +41,7 @@ from dps_agent.hub_effects import (
     Tell,
 )
 from dps_agent.sas import percent_encode
-from dps_agent.settings import KEEP_ALIVE_S, POLL_LOOKUP, Settings
+from dps_agent.settings import AUTO, KEEP_ALIVE_S, POLL_LOOKUP, TPM, Settings
 from dps_hal.contracts import StoredRecord, Utc
 from dps_hal.errors import DpsError, IdentityStale
 from dps_hal.platform import MICROPYTHON, from_json, hmac_sha256, sha256, to_base64, to_json
@@ -67,6 +68,7 @@ LATENCY_S = 0.05
 HUB = "emulator.azure-devices.net"
 DEVICE = "press-07"
 SCOPE = "0ne00000000"
+SHOWN: "Any" = object()  # in a token's place: the connection has shown the device's certificate
 
 
 def settings(
@@ -77,6 +79,11 @@ def settings(
     spread_s: int = 0,
     id_scope: str = SCOPE,
     fleet: "tuple[int, int, int]" = UNKNOWN,
+    under: int = 0,
+    model_id: str = "",
+    features: "tuple[str, ...]" = (AUTO,),
+    token_life_s: int = TOKEN_LIFE_S,
+    attestation: str = TPM,
 ) -> Settings:
     """Settings as an operator would write them."""
     return Settings(
@@ -90,7 +97,11 @@ def settings(
         (".azure-devices.net", ".azure-devices.cn"),
         fleet,
         KEEP_ALIVE_S,
-        TOKEN_LIFE_S,
+        token_life_s,
+        under,
+        model_id,
+        features,
+        attestation,
     )
 
 
@@ -238,6 +249,76 @@ class FakeDps:
             return False
         signature = to_base64(hmac_sha256(self.challenge_key, f"{token.resource}\n{token.expires_at_s}".encode()))
         return f"sig={percent_encode(signature)}&" in token.header()
+
+
+class KeyDps(FakeDps):
+    """A DPS whose enrolment of the device is one for a symmetric key: `key` signs for it and for the hub."""
+
+    def __init__(self, tpm: FakeTpm, key: bytes, group: str = "") -> None:
+        FakeDps.__init__(self, tpm)
+        self.challenge_key = key
+        self.group = group
+
+    def work(self, http: Http) -> Reply:
+        """See `FakeDps.work`."""
+        if http.authorization is None:
+            return error_reply(401, 401002, "Unauthorized")
+        return FakeDps.work(self, http)
+
+    def assigned(self) -> "dict[str, Any]":
+        """See `FakeDps.assigned`."""
+        state = without(FakeDps.assigned(self), "tpm")
+        if self.group:
+            state["symmetricKey"] = {"enrollmentGroupId": self.group}
+        return state
+
+    def _new_key(self, label: bytes) -> bytes:
+        return self.challenge_key
+
+
+class CertificateDps(FakeDps):
+    """A DPS whose enrolment of the device is one for a certificate, which `shown` says the connection has shown."""
+
+    def __init__(self, tpm: FakeTpm) -> None:
+        FakeDps.__init__(self, tpm)
+        self.challenge_key = b"the certificate's own"
+        self.shown = True
+
+    def work(self, http: Http) -> Reply:
+        """See `FakeDps.work`."""
+        assert http.authorization is None, "who shows a certificate has no token"
+        if not self.shown:
+            return error_reply(401, 401002, "Unauthorized")
+        return FakeDps.work(self, Http(http.method, http.path, http.body, SHOWN))
+
+    def assigned(self) -> "dict[str, Any]":
+        """See `FakeDps.assigned`."""
+        return dict(without(FakeDps.assigned(self), "tpm"), x509={})
+
+    def _accepts(self, token: "SasToken | None") -> bool:
+        return token is SHOWN
+
+    def _new_key(self, label: bytes) -> bytes:
+        return self.challenge_key
+
+
+class CertificateKey:
+    """A `Signer` by the key of a certificate, with no cryptography: each of its signatures is another one."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._signatures = 0
+
+    def sign(self, wrapped_key: bytes, message: bytes) -> bytes:
+        """64 bytes."""
+        assert not wrapped_key
+        self._signatures += 1
+        salt = sha256(bytes([self._signatures % 256]) + message)
+        return salt + hmac_sha256(self._key, salt + message)
+
+    def verify(self, message: bytes, signature: bytes) -> bool:
+        """Whether this key has made it."""
+        return hmac_sha256(self._key, signature[:32] + message) == signature[32:]
 
 
 def without(value: "dict[str, Any]", name: str) -> "dict[str, Any]":
@@ -391,6 +472,8 @@ class World:
             return self.tpm.import_key(effect.activation)
         if isinstance(effect, Sign):
             return self.tpm.sign(effect.wrapped_key, effect.message)
+        if isinstance(effect, Verify):
+            return self.tpm.verify(*effect)  # type: ignore[attr-defined]
         if isinstance(effect, ReadEndorsementKey):
             return self.tpm.endorsement_key
         if isinstance(effect, ReadStorageRootKey):

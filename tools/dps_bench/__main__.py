@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from dps_bench import commands, service
+from dps_bench import commands, emulator, service
 from dps_bench.costs import CommandFailed, clean_environ
 from dps_bench.desk import Desk, compiled
 
@@ -20,6 +20,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=int)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--azure", type=Path)
+    parser.add_argument("--azure-node", type=Path)
+    parser.add_argument("--beside", type=Path)
     arguments = parser.parse_args()
     kept = clean_environ()
     for name in set(os.environ) - set(kept):
@@ -27,15 +29,21 @@ def main() -> int:
     compiled()
     try:
         match arguments.what:
+            case "emulator":
+                report = emulator.measured(arguments.n, arguments.beside)
             case "run":
                 report = service.idle(arguments.seconds, arguments.azure)
             case "reconnect":
                 report = service.reconnect(arguments.n)
             case "telemetry":
                 report = service.telemetry(arguments.n, arguments.azure)
+            case "wake":
+                from dps_bench import wake  # needs what builds a board's image
+
+                report = wake.measured(arguments.n)
             case "provision":
                 with Desk() as desk:
-                    report = commands.provision(desk, arguments.n)
+                    report = commands.provision(desk, arguments.n, arguments.azure_node)
             case verb:
                 with Desk() as desk:
                     report = commands.short(desk, verb, arguments.n)

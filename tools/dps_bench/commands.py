@@ -12,6 +12,7 @@ from dps_bench.report import Report
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 BACK_ENDS = ("wire", "esys")
 
@@ -34,6 +35,7 @@ for _ in range(count):
     while len(got) < int(fields[b'content-length']):
         got += tls.recv(16384)
 """
+NODE = "azure-iot-security-tpm, Node"
 BARE = [sys.executable, "-c", "pass"]
 
 
@@ -46,8 +48,11 @@ def in_turns(programs: Mapping[str, tuple[Sequence[str], Mapping[str, str]]], co
     return costs
 
 
-def provision(desk: Desk, count: int) -> Report:
-    """`provision --force` with both back ends, with `ca_file` and with the system's roots."""
+def provision(desk: Desk, count: int, azure_node: Path | None = None) -> Report:
+    """`provision --force` with both back ends, with `ca_file` and with the system's roots.
+
+    `azure_node`: a folder with Microsoft's client for Node, to be measured beside them.
+    """
     report = Report("provision", f"median of {count}")
     words = ["provision", "--force"]
     programs: dict[str, tuple[Sequence[str], Mapping[str, str]]] = {}
@@ -63,6 +68,8 @@ def provision(desk: Desk, count: int) -> Report:
     floor = [sys.executable, "-c", HTTPS_ALONE, str(desk.service.port), str(desk.service.ca_file), str(requests)]
     programs["requests alone"] = floor, {}
     programs["python -c pass"] = BARE, {}
+    if azure_node is not None:
+        programs[NODE] = desk.azure_node(azure_node), {}
     costs: dict[str, list[Cost]] = {name: [] for name in programs}
     for _ in range(count):
         for name, taken in in_turns(programs, 1).items():
@@ -84,6 +91,10 @@ def provision(desk: Desk, count: int) -> Report:
     for column in ("wall_ms", "cpu_ms", "peak_mib"):
         values = (getattr(medians[f"{back_end}, ca_file"], column) for back_end in BACK_ENDS)
         report.ratio(f"wire / esys: {column}", *values)
+        if azure_node is not None:
+            for back_end in BACK_ENDS:
+                values = (getattr(medians[name], column) for name in (f"{back_end}, ca_file", NODE))
+                report.ratio(f"{back_end} / {NODE}: {column}", *values)
     return report
 
 

@@ -127,18 +127,37 @@ class Desk:
             }
         )
 
+    def azure_node(self, folder: Path) -> list[str]:
+        """A command that registers with Microsoft's client for Node, in `folder`, and a TPM of its own."""
+        tpm = self._stack.enter_context(Swtpm(self.folder / "tpm-of-node"))
+        order = {
+            "registrationId": "press-08",
+            "tpmPort": tpm.port,
+            "port": self.service.port,
+            "caFile": str(self.service.ca_file),
+        }
+        script = str(Path(__file__).with_name("node_provision.js"))
+        return [shutil.which("node") or "node", script, str(folder), json.dumps(order)]
+
     def start_client(self, python: Path, client: str, what: str) -> subprocess.Popen[str]:
         """Another client as a process that has connected; it is ended with the desk."""
-        device = self.service.add_device(f"{client}-{what}")
+        return self._start(python, client, what, self.order(self.service.add_device(f"{client}-{what}")))
+
+    def start_library(self, socket: str, connections: int) -> subprocess.Popen[str]:
+        """The same with the library for programs, through a service."""
+        order = {"socket": socket, "connections": connections, "size": PAYLOAD_SIZE}
+        return self._start(Path(sys.executable), "library", "telemetry", json.dumps(order))
+
+    def _start(self, python: Path, client: str, what: str, order: str) -> subprocess.Popen[str]:
         script = str(Path(__file__).with_name("clients.py"))
-        program = [str(python), "-I", script, client, what, self.order(device)]
+        program = [str(python), "-I", script, client, what, order]
         process = subprocess.Popen(
             program, env=clean_environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._stack.callback(_end, process)
         assert process.stdout is not None
         if process.stdout.readline() != "connected\n":
-            raise CommandFailed(f"{client} did not connect to the emulator")
+            raise CommandFailed(f"{client} did not connect")
         return process
 
     def _system_roots(self) -> dict[str, str]:

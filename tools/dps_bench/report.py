@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-_UNITS = {"Ms": "ms", "MiB": "MiB", "Percent": "%", "PerS": "/s"}
+_UNITS = {"Ms": "ms", "MiB": "MiB", "Percent": "%", "KiB": "KiB", "PerS": "/s"}
 
 
 class Report:
@@ -37,10 +37,12 @@ class Report:
         columns = list(dict.fromkeys(key for row in self.rows.values() for key in row))
         title = f"{self.what}, {self.how}, Python {sys.version.split()[0]}"
         width = max(len(name) for name in (title, *self.rows, *self.ratios, *self.counts)) + 2
-        lines = [f"{title:<{width}}" + "".join(f"{key:>12}" for key in columns)]
+        lines = [f"{title:<{width}}" + "".join(f"{key:>{_wide(key)}}" for key in columns)]
         for name, row in self.rows.items():
             shown = [f"{row[key]:.2f}{_unit(key)}" if key in row else "" for key in columns]
-            lines.append(f"{name:<{width}}" + "".join(f"{text:>12}" for text in shown))
+            lines.append(
+                f"{name:<{width}}" + "".join(f"{text:>{_wide(key)}}" for key, text in zip(columns, shown, strict=True))
+            )
         lines += [f"{name:<{width}}{value:>12.2f}" for name, value in self.ratios.items()]
         lines += [f"{name:<{width}}{value:>12g}" for name, value in self.counts.items()]
         return "\n".join(lines + [f"not measured: {name}" for name in self.absent])
@@ -50,6 +52,10 @@ class Report:
         named = {"schema": f"dps-bench-{self.what}/2", "how": self.how, "python": sys.version.split()[0]}
         found = {"rows": self.rows, "ratios": self.ratios, "counts": self.counts, "absent": self.absent}
         return json.dumps({**named, **found, "over": self.over}, indent=2)
+
+
+def _wide(key: str) -> int:
+    return max(12, len(key) + 2)
 
 
 def _unit(key: str) -> str:

@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dps_bench.clients import timed
 from dps_bench.commands import BACK_ENDS
@@ -25,11 +25,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SETTLE_S = 15  # a new connection does a few more things: the twin, the older identity
-PEAK_LIMIT_MIB = {"wire": 28, "esys": 45}  # what `run` may take at its peak, with Debian 12's Python
+PEAK_LIMIT_MIB = {"wire": 28.5, "esys": 46}  # what `run` may take at its peak, with Debian 12's Python
 CPU_LIMIT_PERCENT = 0.1  # of one processor, connected with nothing to do
 ROUNDS = 10  # rounds in which each sender has its turn
 NO_AZURE = "azure-iot-device, which could not be installed"
+AT_ONCE = 16  # messages, and connections of the library
+LIBRARY, LIBRARY_AT_ONCE = "agent, client library", f"agent, client library, {AT_ONCE} connections"
+AZURE, AZURE_AT_ONCE = "azure-iot-device", f"azure-iot-device, {AT_ONCE} at once"
 TICK_MS = 10  # what a processor may be busy with for others counts for the one it interrupts
+
+
+class Sent(NamedTuple):
+    """What one sender took in one round: CPU time, time from first to last, and how long each message waited."""
+
+    used_ms: float
+    took_ms: float
+    waits_ms: list[float]
 
 
 def connected(stack: ExitStack, back_end: str, ca_file: bool = True) -> tuple[Desk, RunningAgent]:
@@ -110,54 +121,74 @@ def reconnect(count: int) -> Report:
 
 
 def telemetry(count: int, azure: Path | None) -> Report:
-    """Messages of PAYLOAD_SIZE bytes, each sent once the one before is acknowledged; CPU is the client's alone."""
-    report = Report("telemetry", f"{count} messages of {PAYLOAD_SIZE} bytes one by one, QoS 1")
+    """Messages of PAYLOAD_SIZE bytes, one by one and AT_ONCE at a time; CPU is the client's, and its service's."""
+    what = f"{count} messages of {PAYLOAD_SIZE} bytes, QoS 1, one by one and {AT_ONCE} at once"
+    report = Report("telemetry", f"{what}; rates of the median round")
     with ExitStack() as stack:
         desk, agent = connected(stack, "wire")
         connection = stack.enter_context(agent.client.connect())
-        senders: dict[str, Callable[[int], tuple[float, list[float]]]] = {
+        paho = desk.start_client(Path(sys.executable), "paho", "telemetry")
+        library = desk.start_library(agent.client.path, AT_ONCE)
+        senders: dict[str, Callable[[int], Sent]] = {
             "agent, its socket": partial(_through_the_socket, agent.pid, connection),
-            "paho alone": partial(_by, desk.start_client(Path(sys.executable), "paho", "telemetry")),
+            LIBRARY: partial(_by_library, agent.pid, library, 1),
+            "agent, client library, send_many": partial(_by_library, agent.pid, library, 0),
+            "paho alone": partial(_by, paho, 1),
+            LIBRARY_AT_ONCE: partial(_by_library, agent.pid, library, AT_ONCE),
+            f"paho alone, {AT_ONCE} at once": partial(_by, paho, AT_ONCE),
         }
         if azure is None:
             report.absent.append(NO_AZURE)
         else:
-            senders["azure-iot-device"] = partial(_by, desk.start_client(azure, "azure", "telemetry"))
-        taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in senders}
+            theirs = desk.start_client(azure, "azure", "telemetry")
+            senders[AZURE] = partial(_by, theirs, 1)
+            senders[AZURE_AT_ONCE] = partial(_by, theirs, AT_ONCE)
+        taken: dict[str, list[Sent]] = {name: [] for name in senders}
         for _ in range(ROUNDS):
             for name, send in senders.items():
-                used_ms, waits_ms = send(-(-count // ROUNDS))
-                taken[name][0].append(used_ms)
-                taken[name][1].extend(waits_ms)
-    for name, (used, waits) in taken.items():
-        waits.sort()
+                taken[name].append(send(-(-count // ROUNDS)))
+    for name, rounds in taken.items():
+        waits = sorted(wait_ms for one in rounds for wait_ms in one.waits_ms)
         last = len(waits) - 1
-        took = {"messagesPerS": 1000 * len(waits) / sum(waits), "cpuMs": sum(used) / len(waits)}
+        # Of the round in the middle: one in which a neighbour had the processors says nothing of who sent.
+        rate = statistics.median(1000 * len(one.waits_ms) / one.took_ms for one in rounds)
+        took = {"messagesPerS": rate, "cpuMs": sum(one.used_ms for one in rounds) / len(waits)}
         report.row(name, {**took, "p50Ms": waits[last // 2], "p99Ms": waits[last * 99 // 100]})
-    ours, paho = report.rows["agent, its socket"], report.rows["paho alone"]
-    report.ratio("messages a second / paho alone", ours["messagesPerS"], paho["messagesPerS"])
-    report.ratio("CPU for a message / paho alone", ours["cpuMs"], paho["cpuMs"])
+    ours, paho_alone = report.rows["agent, its socket"], report.rows["paho alone"]
+    report.ratio("messages a second / paho alone", ours["messagesPerS"], paho_alone["messagesPerS"])
+    report.ratio("CPU for a message / paho alone", ours["cpuMs"], paho_alone["cpuMs"])
+    if azure is not None:
+        for library_s, azure_s in ((LIBRARY, AZURE), (LIBRARY_AT_ONCE, AZURE_AT_ONCE)):
+            rates = [report.rows[name]["messagesPerS"] for name in (library_s, azure_s)]
+            report.ratio(f"messages a second, {library_s} / {azure_s}", *rates)
     return report
 
 
-def _through_the_socket(agent: int, connection: socket.socket, count: int) -> tuple[float, list[float]]:
-    """CPU milliseconds of the service, and how long each message waited that one program gave it on one connection."""
+def _through_the_socket(agent: int, connection: socket.socket, count: int) -> Sent:
+    """What the service took for messages that one program gave it on one connection, and each waited for."""
     head = f"POST /telemetry HTTP/1.1\r\nHost: localhost\r\nContent-Length: {PAYLOAD_SIZE}\r\n\r\n"
-    before_ms = cpu_ms(agent)
+    before_ms, began_s = cpu_ms(agent), time.monotonic()
     waits_ms = timed(partial(_post, connection, head.encode() + bytes(PAYLOAD_SIZE)), count)
-    return cpu_ms(agent) - before_ms, waits_ms
+    return Sent(cpu_ms(agent) - before_ms, (time.monotonic() - began_s) * 1000, waits_ms)
 
 
-def _by(client: subprocess.Popen[str], count: int) -> tuple[float, list[float]]:
+def _by_library(agent: int, library: subprocess.Popen[str], at_once: int, count: int) -> Sent:
+    """The same by the library for programs; the CPU time of the program is in it."""
+    before_ms = cpu_ms(agent)
+    sent = _by(library, at_once, count)
+    return sent._replace(used_ms=sent.used_ms + cpu_ms(agent) - before_ms)
+
+
+def _by(client: subprocess.Popen[str], at_once: int, count: int) -> Sent:
     """The same of another client."""
     assert client.stdin is not None and client.stdout is not None
-    client.stdin.write(f"{count}\n")
+    client.stdin.write(f"{count} {at_once}\n")
     client.stdin.flush()
     line = client.stdout.readline()
     if not line:
         raise CommandFailed(f"the other client ended with status {client.wait()}")
     found = json.loads(line)
-    return found["cpuMs"], found["waitsMs"]
+    return Sent(found["cpuMs"], found["tookMs"], found["waitsMs"])
 
 
 def _post(connection: socket.socket, message: bytes) -> None:

@@ -22,12 +22,17 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dps_deploy.scopes import arguments_of, bound, bound_by, locals_of, within
+
 BASE = "dps_base"
 # Bundle: the modules with whose import it is loaded. What they alone import is in it as well; BASE has all others.
 PHASES = {
-    "dps_registration": ("dps_agent.registration", "dps_hal.tpm.upkeep"),
+    "dps_registration": ("dps_agent.registration", "dps_agent.registration_by_tpm", "dps_hal.tpm.upkeep"),
+    "dps_agent.registration_by_key": ("dps_agent.registration_by_key", "dps_hal.device_key"),
     "dps_hub": ("dps_board.hub", "dps_agent.session"),
     "dps_board.factory": ("dps_board.factory",),
+    "dps_agent.pnp": ("dps_agent.pnp",),
+    "dps_board.messages": ("dps_board.messages",),
 }
 OURS = ("dps_agent", "dps_board", "dps_hal")
 FACTS = {"TYPE_CHECKING": False, "MICROPYTHON": True}  # names that mean the same in every module
@@ -96,6 +101,8 @@ class _Module:
         self.body = tree.body
         self.bundle = BASE
         self.made: list[str] = []  # names that it defines, each once
+        self.makers: dict[str, list[ast.stmt]] = {}  # by such a name: the statements that define it
+        self.globals: set[str] = set()  # such names that functions change
         self.imported: dict[str, Target] = {}  # by the name at its head: what is imported from another of ours
         self.firmware: dict[str, ast.stmt] = {}  # by the name at its head: the import of what is not ours
         self.names: dict[str, _Named] = {}  # what it defines is in the bundles
@@ -115,7 +122,13 @@ class _Module:
             else:
                 rest.append(statement)
         self.body = rest
-        self.made = list(dict.fromkeys(_bound(rest)))
+        for statement in rest:
+            for name in dict.fromkeys(bound([statement])):
+                self.makers.setdefault(name, []).append(statement)
+        self.made = list(self.makers)
+        self.globals = {
+            name for each in rest for node in ast.walk(each) if isinstance(node, ast.Global) for name in node.names
+        }
 
     def needs(self) -> set[str]:
         """The modules whose names it uses while it is loaded."""
@@ -124,7 +137,7 @@ class _Module:
     def statements(self, modules: Mapping[str, _Module]) -> Iterator[_Statement]:
         """Those at its head, with the names of the bundles."""
         for statement in self.body:
-            makes = [self.names[name] for name in _bound([statement])]
+            makes = [self.names[name] for name in bound([statement])]
             placed = _Placed(self, modules)
             node = placed.visit(statement)
             calls = [each.func for each in ast.walk(node) if isinstance(each, ast.Call)]
@@ -237,7 +250,7 @@ def _hidden(modules: Mapping[str, _Module]) -> set[Target]:
     for module in modules.values():
         nodes = [node for each in module.body for node in ast.walk(each)]
         functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-        local = {name for function in functions for name in _locals(function)}
+        local = {name for function in functions for name in locals_of(function)}
         renamed = {target for name, target in module.imported.items() if name != target[1]}
         for node in nodes:
             if isinstance(node, ast.ImportFrom) and _root(node.module) in OURS:
@@ -262,18 +275,12 @@ class _Values:
         return self._found[target]
 
     def _look(self, module: _Module, name: str) -> ast.Constant | None:
-        made = [statement for statement in module.body if name in _bound([statement])]
-        if (
-            len(made) != 1
-            or not isinstance(made[0], ast.Assign)
-            or any(
-                isinstance(node, ast.Global) and name in node.names for each in module.body for node in ast.walk(each)
-            )
-        ):
+        made = module.makers.get(name, [])
+        if len(made) != 1 or not isinstance(made[0], ast.Assign) or name in module.globals:
             return None
         targets, value = made[0].targets, made[0].value
         if len(targets) == 1 and isinstance(targets[0], ast.Tuple) and isinstance(value, ast.Tuple):
-            pairs = [pair for pair in zip(targets[0].elts, value.elts, strict=True) if _bound_by(pair[0]) == [name]]
+            pairs = [pair for pair in zip(targets[0].elts, value.elts, strict=True) if bound_by(pair[0]) == [name]]
             return self._value(pairs[0][1], module)
         return self._value(value, module)
 
@@ -419,7 +426,7 @@ class _Placed(ast.NodeTransformer):
             node.name = self._module.names[node.name].name
         node.decorator_list = [self.visit(each) for each in node.decorator_list]
         self._visit_defaults(node.args)
-        names, aliases = _locals(node), self._aliases(node)
+        names, aliases = locals_of(node), self._aliases(node)
         self._scopes.append(_Scope(False, names, aliases))
         node.body = self._visit_all(node.body)
         self._scopes.pop()
@@ -430,7 +437,7 @@ class _Placed(ast.NodeTransformer):
     def visit_Lambda(self, node: ast.Lambda) -> ast.expr:
         """See the class."""
         self._visit_defaults(node.args)
-        self._scopes.append(_Scope(False, set(_arguments(node.args)), {}))
+        self._scopes.append(_Scope(False, set(arguments_of(node.args)), {}))
         node.body = self.visit(node.body)
         self._scopes.pop()
         return node
@@ -441,7 +448,7 @@ class _Placed(ast.NodeTransformer):
             node.name = self._module.names[node.name].name
         node.bases = [self.visit(each) for each in node.bases]
         node.decorator_list = [self.visit(each) for each in node.decorator_list]
-        self._scopes.append(_Scope(True, set(_bound(node.body)), {}))
+        self._scopes.append(_Scope(True, set(bound(node.body)), {}))
         node.body = self._visit_all(node.body)
         self._scopes.pop()
         return node
@@ -449,7 +456,7 @@ class _Placed(ast.NodeTransformer):
     def _visit_comprehension(self, node: Any) -> ast.expr:
         first = node.generators[0]
         first.iter = self.visit(first.iter)
-        names = {name for each in node.generators for name in _bound_by(each.target)}
+        names = {name for each in node.generators for name in bound_by(each.target)}
         self._scopes.append(_Scope(False, names, {}))
         for each in node.generators:
             if each is not first:
@@ -478,7 +485,7 @@ class _Placed(ast.NodeTransformer):
     def _aliases(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, Target]:
         """What a function imports from our modules and does not have to import in its bundle."""
         found: dict[str, Target] = {}
-        for each in _within(node.body):
+        for each in within(node.body):
             if isinstance(each, ast.ImportFrom) and _root(each.module) in OURS:
                 for alias in each.names:
                     module, name = _target(each, alias, self._modules)
@@ -488,60 +495,6 @@ class _Placed(ast.NodeTransformer):
                         if here or not name or (named is not None and named.value is not None):
                             found[alias.asname or alias.name] = module, name
         return found
-
-
-# --- names in a syntax tree
-
-
-def _within(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    """Every node below, but not inside the functions and classes there, whose heads are given."""
-    for node in body:
-        yield node
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
-            yield from _within(ast.iter_child_nodes(node))
-
-
-def _bound(body: Iterable[ast.AST]) -> list[str]:
-    """The names that statements make where they stand."""
-    found: list[str] = []
-    for node in _within(body):
-        if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
-            continue
-        found += _bound_by(node)
-    targets = {
-        name
-        for node in _within(body)
-        if isinstance(node, ast.comprehension)
-        for name in [part.id for part in ast.walk(node.target) if isinstance(part, ast.Name)]
-    }
-    return [name for name in found if name not in targets]
-
-
-def _bound_by(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.Name):
-        return [node.id] if not isinstance(node.ctx, ast.Load) else []
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return [node.name]
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        return [(alias.asname or alias.name).partition(".")[0] for alias in node.names]
-    if isinstance(node, ast.ExceptHandler):
-        return [node.name] if node.name else []
-    if isinstance(node, ast.Tuple | ast.List | ast.Starred):
-        return [name for each in ast.iter_child_nodes(node) for name in _bound_by(each)]
-    return []
-
-
-def _arguments(arguments: ast.arguments) -> list[str]:
-    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-    return [each.arg for each in every if each is not None]
-
-
-def _locals(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
-    found = {*_arguments(node.args), *_bound(node.body)}
-    for each in _within(node.body):
-        if isinstance(each, ast.Global):
-            found -= set(each.names)
-    return found
 
 
 # --- what is left out
@@ -604,6 +557,12 @@ class _WithoutNotes(ast.NodeTransformer):
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
         return self.generic_visit(as_format(node))
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if ast.unparse(node.func) == "binascii.unhexlify" and isinstance(node.args[0], ast.Constant):
+            return ast.copy_location(ast.Constant(bytes.fromhex(str(node.args[0].value))), node)
+        return node
 
 
 def _is_text(node: ast.AST) -> bool:

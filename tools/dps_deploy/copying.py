@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dps_deploy.bundles import OURS
+from dps_deploy.heap import shortage
 from dps_hal.errors import AskOperator
 from dps_hal.store.littlefs import refuse_unless_littlefs
 
@@ -35,7 +36,7 @@ class CopyError(Exception):
 
 
 class Unsuitable(Exception):
-    """The board has no file system for the agent's records, and nothing was changed on it; the text says which."""
+    """The board has too small a heap, or no file system for the agent's records; nothing was changed on it."""
 
 
 def guard(files: Mapping[str, bytes]) -> bytes:
@@ -44,13 +45,15 @@ def guard(files: Mapping[str, bytes]) -> bytes:
     return _GUARD.format(digests=digests).encode()
 
 
-def copy(files: Mapping[str, bytes], device: str, show: Callable[[str], None], records: str = "") -> int:
+def copy(
+    files: Mapping[str, bytes], device: str, show: Callable[[str], None], records: str = "", frozen: bool | None = None
+) -> int:
     """Makes the files on the board at `device` those of `files`, by path; returns how many differed.
 
     main.py is written first, as the guard, and last, as itself. A file that is there already is left alone; a source
     beside a module is removed, because the board would load it instead, and so are modules of ours that an earlier
-    deployment left there. CopyError; Unsuitable where the folder
-    `records`, if one is named, does not lie on a littlefs.
+    deployment left there. CopyError; Unsuitable where the folder `records`, if one is named, does not lie on a
+    littlefs, and where the heap is too small for the agent, which is in the firmware (`frozen`) or in files (False).
     """
     from mpremote.transport import TransportError
     from mpremote.transport_serial import SerialTransport
@@ -62,6 +65,8 @@ def copy(files: Mapping[str, bytes], device: str, show: Callable[[str], None], r
             doing = "reach MicroPython's prompt (does a firmware run there? does another program use the port?)"
             board.enter_raw_repl(soft_reset=False)
             doing = "look at what is there"
+            if frozen is not None and (problem := shortage("this board", _heap_kib(board), frozen)):
+                raise Unsuitable(f"{problem}. Nothing was changed")
             if records:
                 refuse_unless_littlefs(records, _Mounts(board))
             differing = [path for path in sorted(files) if not _is_there(board, path, files[path])]
@@ -115,6 +120,12 @@ class _Mounts:
     def getcwd(self) -> str:
         """As `os.getcwd()`."""
         return str(self._folder)
+
+
+def _heap_kib(board: Any) -> int:
+    """The whole heap; an ESP32 counts what it may still grow by."""
+    board.exec("import gc\ngc.collect()")
+    return int(board.eval("gc.mem_alloc() + gc.mem_free()")) // 1024
 
 
 def _is_there(board: Any, path: str, content: bytes) -> bool:

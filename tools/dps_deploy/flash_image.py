@@ -10,11 +10,6 @@ PROGRAM_BYTES = 256  # a page; firmware mounts an image whatever it programs at 
 DISK_VERSION = 0x00020000  # the oldest, so every firmware writes on in it
 
 
-# Estimates, see "Memory" in micropython/README.md.
-LOADED_KIB = 185  # the agent in a session at its hub, with TLS, where its modules are loaded from files
-ROOM_KIB = 32  # for a program beside it, and for what lies between the blocks
-
-
 class Partition(NamedTuple):
     """Where a firmware has its file system, address in the flash and length in bytes; its heap without PSRAM."""
 
@@ -24,13 +19,18 @@ class Partition(NamedTuple):
 
 
 # From the firmware's sources: ports/rp2/boards/*/mpconfigboard.cmake (the end of the flash), and
-# ports/esp32/partitions-4MiBplus.csv (what is left behind the first 2 MiB).
+# ports/esp32/partitions-4MiB.csv and its fellows (what is left behind the first 2 MiB); C3 and C6: modules with 4 MiB.
+# A C3's heap is that of github.com/micropython/micropython/issues/14293, before it joins a Wi-Fi; a C6 has more memory.
 BOARDS = {
     "rpi-pico-w": Partition(0x10000000 + 0x200000 - 868352, 868352, 205),
     "rpi-pico2-w": Partition(0x10000000 + 0x400000 - 2621440, 2621440, 456),
     "esp32-4m": Partition(0x200000, 0x200000, 149),
     "esp32-8m": Partition(0x200000, 0x600000, 149),
     "esp32-16m": Partition(0x200000, 0xE00000, 149),
+    "esp32-s3-8m": Partition(0x200000, 0x600000, 2048),  # with PSRAM, of which there are 2 MiB at least
+    "esp32-s3-16m": Partition(0x200000, 0xE00000, 2048),
+    "esp32-c3": Partition(0x200000, 0x200000, 198),
+    "esp32-c6": Partition(0x200000, 0x200000, 198),
 }
 
 

@@ -10,10 +10,12 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from dps_deploy import bundles, error_texts
+from dps_deploy import bundles, error_texts, names, scopes, tables
+from dps_deploy.kept import kept
 from dps_text import text_of
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -22,6 +24,16 @@ PROGRAM = CHECKOUT / "micropython" / "app.py"
 STARTS = ("boot", "main")  # run as text by the firmware
 FACTORY = "dps_board.factory"  # called over the serial console
 BUSES = {"spi": "dps_hal.tpm.spi", "i2c": "dps_hal.tpm.i2c"}  # by `tpm.tcti`: a board has one of them
+_BY_CERTIFICATE = "dps_agent.registration_by_certificate"  # boards show none
+# By `attestation`: what a board of that kind has no use for.
+OF_OTHER_WAYS = {
+    "tpm": (_BY_CERTIFICATE, "dps_agent.registration_by_key", "dps_hal.device_key"),
+    "symmetric-key": (
+        _BY_CERTIFICATE,
+        *("dps_agent.registration_by_tpm", "dps_hal.tpm.wire", "dps_hal.tpm.tis"),
+        *BUSES.values(),
+    ),
+}
 # What every program may import, and which names of it; none: all that do not begin with an underscore. A program that
 # is deployed with the bundles may import anything.
 PUBLIC: dict[str, tuple[str, ...]] = {
@@ -29,6 +41,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         *("BOOT", "PROVISIONING", "WAITING", "HALTED"),
         *("PROVISIONED", "CONNECTING", "CONNECTED"),
     ),
+    "dps_agent.pnp": (),
     "dps_board.clock": ("BoardClock",),
     "dps_board.config": ("CONFIG_FILE", "BoardConfiguration", "load"),
     "dps_board.factory": ("enrolment_line", "print_enrolment"),
@@ -75,7 +88,7 @@ def needed(entries: Iterable[str], program: Path = PROGRAM, without: Collection[
     """What `entries` and `program` (module `app`) import on a board, at any depth, themselves included; sorted by path.
 
     What is found in none of ROOTS nor beside `program` is the firmware's own. Of the modules `without` there are those
-    that the program itself imports.
+    that the program itself imports. SyntaxError names file and line.
     """
     found: dict[str, Module] = {}
     seen: set[str] = set()
@@ -89,7 +102,7 @@ def needed(entries: Iterable[str], program: Path = PROGRAM, without: Collection[
         module = Module(program, "app.py") if name == "app" else _find(name, [*ROOTS, program.parent])
         if module is not None:
             found[module.path] = module
-            imported = _imported(text_of(module.file.read_bytes()))
+            imported = _imported(text_of(module.file.read_bytes()), str(module.file))
             waiting.extend((each, not _is_ours(name)) for each in imported)
     return [found[path] for path in sorted(found)]
 
@@ -97,14 +110,27 @@ def needed(entries: Iterable[str], program: Path = PROGRAM, without: Collection[
 def for_board(program: Path, without: Collection[str] = (), texts: bool = True) -> Sources:
     """What a board with this program loads; `without` as in `needed`; `texts`: the words of errors are there."""
     modules = needed((*STARTS, FACTORY, error_texts.FINDER[0]), program, without)
+    programs = programs_of(modules)
     ours = [module for module in modules if _is_ours(module.name)]
-    programs = {module.path: text_of(module.file.read_bytes()) for module in modules if module not in ours}
     return Sources(programs, packages(ours, programs.values(), texts))
+
+
+def programs_of(modules: Iterable[Module]) -> dict[str, str]:
+    """The sources, by path, of those of `modules` that are not ours."""
+    return {module.path: text_of(module.file.read_bytes()) for module in modules if not _is_ours(module.name)}
 
 
 def for_firmware(texts: bool = True) -> dict[str, str]:
     """What a firmware freezes for any program, by path."""
     return packages(of_any_program(), (), texts)
+
+
+def has_main(source: str) -> bool:
+    """Whether a program makes the name `main`, which micropython/main.py calls, by definition, assignment or import.
+
+    What `from module import *` brings is not looked into, and may be it.
+    """
+    return not {"main", "*"}.isdisjoint(scopes.bound(ast.parse(source).body))
 
 
 def beyond_public(programs: Iterable[str]) -> list[str]:
@@ -127,17 +153,29 @@ def texts_of_errors() -> list[str]:
 
 def packages(modules: Iterable[Module], programs: Iterable[str], texts: bool = True) -> dict[str, str]:
     """The bundles of `modules` by path, with all that is public and that `programs`, sources, import."""
+    modules, programs = list(modules), list(programs)
+    made_of = [[str(module.file) for module in modules], programs, texts]
+    read = {module.file for module in modules} | {path for root in ROOTS for path in root.rglob("*.py")}
+    return kept(made_of, read, lambda: _packages(modules, programs, texts))
+
+
+def _packages(modules: Collection[Module], programs: Collection[str], texts: bool) -> dict[str, str]:
     trees = _trees(modules)
-    public = {name: set(names) for name, names in PUBLIC.items() if name in trees}
+    public = {name: set(of_it) for name, of_it in PUBLIC.items() if name in trees}
     for source in programs:
         for module, name in _asked(source, trees):
             if not name:
                 public[module] = set()
             elif public.get(module, {name}):
                 public.setdefault(module, set()).add(name)
+    tables.events_as_characters(trees.values())
     words = error_texts.Words(texts_of_errors())
     error_texts.without_sentences(trees, words)
+    called = {
+        made for module in public for made in public[module] or scopes.bound(trees[module].body) if made[0] != "_"
+    }
     made = bundles.bundled(trees, public)
+    made = names.written_short(made, programs, called)
     if texts:
         made[error_texts.TABLE] = words.module(made.values())
     heads = {name.rpartition(".")[0] for name in public}
@@ -181,8 +219,11 @@ def _find(name: str, folders: Sequence[Path]) -> Module | None:
     return None
 
 
-def _imported(source: str) -> Iterator[str]:
+@cache
+def _imported(source: str, file: str) -> tuple[str, ...]:
     """The modules that a source imports when it runs, wherever in it."""
+    ast.parse(source, file)  # so that a SyntaxError has the file's name
+    found: list[str] = []
     waiting: list[ast.AST] = [ast.parse(for_a_board(source))]
     while waiting:
         node = waiting.pop()
@@ -190,11 +231,12 @@ def _imported(source: str) -> Iterator[str]:
             waiting.extend(node.orelse)
             continue
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found.append(node.module)
+            found.extend(f"{node.module}.{alias.name}" for alias in node.names)
         waiting.extend(ast.iter_child_nodes(node))
+    return tuple(found)
 
 
 def for_a_board(source: str) -> str:

@@ -66,7 +66,9 @@ def _from_file(path: Path) -> list[Root]:
 
 
 def _root(certificate: bytes) -> Root:
-    """ValueError for what is no certificate of an authority."""
+    """ValueError for what is no certificate of an authority, or none that a board finds in its file."""
+    if certificate[:2] != b"\x30\x82":
+        raise ValueError("expected a certificate in DER of 256 to 65535 bytes")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(cadata=certificate)

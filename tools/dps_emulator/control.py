@@ -1,7 +1,7 @@
-"""Commands to a running emulator: what they do, and the socket in the state folder through which they come.
+"""Commands to a running emulator: what they do; `control_socket` has the way that they come.
 
-A request is one JSON object on a line: `{"command": …, …}`; so is the answer: `{"result": {…}}` or
-`{"error": {"code": …, "message": …}}`. Only its owner can use the socket.
+A request is one JSON object: `{"command": …, …}`; so is the answer: `{"result": {…}}` or
+`{"error": {"code": …, "message": …}}`.
 """
 
 import asyncio
@@ -10,45 +10,53 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
+from urllib.parse import quote, urlsplit
 
+from dps_emulator.control_socket import ANSWER_DEADLINE_S, Request, Result
 from dps_emulator.enrollments import is_device_id
 from dps_emulator.faults import FaultScriptError, fault_script
-from dps_emulator.hub import ARGUMENT_INVALID, MESSAGE_LIFE_S, METHOD_TIMEOUT, Hub, HubError, MethodAnswer
+from dps_emulator.hub import (
+    ARGUMENT_INVALID,
+    DEVICE_NOT_FOUND,
+    Hub,
+    HubError,
+)
 from dps_emulator.hub_server import HubServer
+from dps_emulator.hub_service_api import POLICY as HUB_POLICY
+from dps_emulator.methods import invoked
 from dps_emulator.registrations import StateError
+from dps_emulator.service_api import POLICY, policy_key
+from dps_emulator.store import Store
+from dps_emulator.tokens import signed_token
 from dps_emulator.twin import PatchError
 
-SOCKET_NAME = "control.sock"
 MAX_REQUEST_BYTES = 1024 * 1024
-ANSWER_DEADLINE_S = 10.0
+MAX_WAIT_S = 30.0  # that a request for messages may wait for one
 KEY_BYTES = 32
 STATE_FAILED = 500001
-
-Request = dict[str, Any]
-Result = dict[str, Any]
-
-
-class ControlError(Exception):
-    """A command that failed; `code` is one of the hub's error codes, 0: no emulator answered."""
-
-    def __init__(self, message: str, code: int = 0) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class NotServed(ControlError):
-    """No emulator serves the state folder."""
 
 
 class Control:
     """The commands, on the loop of the server they act on."""
 
-    def __init__(self, server: HubServer, set_faults: Callable[[Any], None]) -> None:
-        """`set_faults` puts a FaultScript into force."""
+    def __init__(
+        self,
+        server: HubServer,
+        store: Store,
+        set_faults: Callable[[Any], None],
+        addresses: Mapping[str, str],
+        secret: bytes,
+    ) -> None:
+        """`set_faults` puts a FaultScript into force; `addresses` are where DPS and hubs listen.
+
+        `secret` is what the keys of shared access policies come from.
+        """
+        self._secret = secret
         self._server = server
+        self._store = store
+        self._addresses = addresses
         self._hubs = server.hubs
         self._set_faults = set_faults
         self._commands: dict[str, Callable[[Request], Awaitable[Result]]] = {
@@ -56,9 +64,13 @@ class Control:
             "invoke": self._invoke,
             "twin": self._twin,
             "messages": self._messages,
+            "clear": self._clear,
             "devices": self._devices,
             "hubs": self._names,
+            "addresses": self._listens,
+            "service": self._service,
             "add": self._add,
+            "token": self._token,
             "enable": self._enable,
             "disable": self._disable,
             "withdraw": self._withdraw,
@@ -107,29 +119,14 @@ class Control:
         hub = self._hub(request)
         payload = base64.b64decode(request["payload"], validate=True)
         properties = {str(name): str(value) for name, value in (request.get("properties") or {}).items()}
-        life_s = float(request.get("lifeS") or MESSAGE_LIFE_S)
+        life_s = None if request.get("lifeS") is None else float(request["lifeS"])
         message_id = hub.send(request["device"], payload, properties, self._server.now(), life_s)
         return {"hub": hub.name, "messageId": message_id}
 
     async def _invoke(self, request: Request) -> Result:
         hub, timeout_s = self._hub(request), float(request.get("timeoutS") or 30)
-        answer: asyncio.Future[MethodAnswer | HubError] = asyncio.get_running_loop().create_future()
-
-        def answered(said: MethodAnswer | HubError) -> None:
-            if not answer.done():
-                answer.set_result(said)
-
         payload = json.dumps(request["payload"]).encode() if "payload" in request else b""
-        give_up = hub.invoke(request["device"], request["method"], payload, answered)
-        try:
-            async with asyncio.timeout(timeout_s):
-                said = await answer
-        except TimeoutError:
-            raise HubError(METHOD_TIMEOUT, f"'{request['device']}' did not answer within {timeout_s:g} s") from None
-        finally:
-            give_up()
-        if isinstance(said, HubError):
-            raise said
+        said = await invoked(hub, request["device"], request["method"], payload, timeout_s, self._server.now())
         return {"hub": hub.name, "status": said.status, "payload": said.payload}
 
     async def _twin(self, request: Request) -> Result:
@@ -139,31 +136,82 @@ class Control:
             if not isinstance(request["desired"], dict):
                 raise HubError(ARGUMENT_INVALID, "the desired properties are not a JSON object")
             hub.set_desired(device.device_id, request["desired"])
-        return {"hub": hub.name, "deviceId": device.device_id, "properties": device.twin.document()}
+        named = {"hub": hub.name, "deviceId": device.device_id, "modelId": device.model_id}
+        return {**named, "properties": device.twin.document()}
 
     async def _messages(self, request: Request) -> Result:
-        wanted = request.get("device")
-        kept = self._hubs.context.messages.all()
-        return {"messages": [message.to_json() for message in kept if wanted in (None, message.device_id)]}
+        """Those behind the number `after`, or the first that comes within `waitS` seconds; `last` is the newest's."""
+        wanted, messages = request.get("device"), self._store.messages
+        if request.get("isKnown") and wanted is not None:
+            self._require_known(wanted)
+        after = int(request.get("after") or 0)
+        last = messages.last_number()
+        found = messages.after(after, wanted)
+        if not found and request.get("waitS"):
+            await self._arrival(after, min(float(request["waitS"]), MAX_WAIT_S))
+            last = messages.last_number()
+            found = messages.after(after, wanted)
+        return {"messages": [kept.message.to_json() for kept in found], "last": last}
+
+    async def _arrival(self, after: int, seconds: float) -> None:
+        """Ends when there is a message behind `after`, whoever's, or when the time is over."""
+        messages, arrived = self._store.messages, asyncio.Event()
+        messages.arrived.append(arrived.set)
+        try:
+            async with asyncio.timeout(seconds):
+                while messages.last_number() <= after:
+                    arrived.clear()
+                    await arrived.wait()
+        except TimeoutError:
+            pass
+        finally:
+            messages.arrived.remove(arrived.set)
+
+    async def _clear(self, request: Request) -> Result:
+        return {"cleared": self._store.messages.clear(request.get("device"), request.get("upTo"))}
+
+    def _require_known(self, device_id: str) -> None:
+        """Raises HubError for a device that no hub has, and of which there is no message either."""
+        if any(hub.find(device_id) for hub in self._hubs.all()) or self._store.messages.after(0, device_id, 1):
+            return
+        raise HubError(DEVICE_NOT_FOUND, f"no hub has a device '{device_id}'")
 
     async def _devices(self, request: Request) -> Result:
         listed = []
         for hub in self._hubs.all():
-            for device in hub.known_devices():
-                listed.append(
-                    {
-                        "hub": hub.name,
-                        "deviceId": device.device_id,
-                        "connected": device.device_id.lower() in hub.links,
-                        "enabled": device.enabled,
-                        "hasKey": hub.key_of(device) is not None,
-                        "waiting": len(device.queue),
-                    }
-                )
+            assigned = self._store.registrations.devices_at(hub.name)
+            after = ""
+            while page := hub.page(after):
+                after = page[-1][0]
+                for key, device in page:
+                    if isinstance(device, StateError):
+                        self._server.notice(str(device))
+                        continue
+                    listed.append(
+                        {
+                            "hub": hub.name,
+                            "deviceId": device.device_id,
+                            "connected": key in hub.links,
+                            "enabled": device.enabled,
+                            "hasKey": not device.withdrawn and (device.own_key is not None or key in assigned),
+                            "waiting": len(device.queue),
+                        }
+                    )
+                await asyncio.sleep(0)  # others have their turn
         return {"devices": listed}
 
     async def _names(self, request: Request) -> Result:
         return {"hubs": [hub.name for hub in self._hubs.all()]}
+
+    async def _listens(self, request: Request) -> Result:
+        return dict(self._addresses)
+
+    async def _service(self, request: Request) -> Result:
+        """What a back end needs to call the service API."""
+        port = urlsplit(self._addresses["dps"]).port
+        policy = HUB_POLICY if request.get("ofHubs") else POLICY
+        key = base64.b64encode(policy_key(self._secret, policy)).decode()
+        return {"connectionString": f"HostName=localhost:{port};SharedAccessKeyName={policy};SharedAccessKey={key}"}
 
     async def _add(self, request: Request) -> Result:
         device_id = request["device"]
@@ -176,6 +224,17 @@ class Control:
             raise HubError(ARGUMENT_INVALID, "the key is empty")
         hub.add(device_id, key)
         return _credentials(hub, device_id, key)
+
+    async def _token(self, request: Request) -> Result:
+        """What a device that has its key would sign for itself."""
+        hub = self._hub(request)
+        device = hub.device(request["device"])
+        credential = hub.credential_of(device)
+        if credential is None or not credential.keys:
+            raise HubError(ARGUMENT_INVALID, f"'{device.device_id}' has a certificate, and signs no tokens")
+        resource = quote(f"{hub.name}/devices/{device.device_id}", safe="")
+        expires_at_s = int(self._server.now() + float(request["lifeS"]))
+        return {"hub": hub.name, "token": signed_token(credential.keys[0], resource, expires_at_s)}
 
     async def _enable(self, request: Request) -> Result:
         return self._set_enabled(request, True)
@@ -212,48 +271,6 @@ class Control:
         return {"entries": len(script.faults)}
 
 
-def control_socket(state_dir: Path) -> socket.socket:
-    """Binds the socket in `state_dir`, where requests wait from now on; raises OSError."""
-    path = state_dir / SOCKET_NAME
-    path.unlink(missing_ok=True)
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        os.fchmod(listening.fileno(), 0o600)  # of the name that bind() makes: others may be able to enter the folder
-        with _reachable(path) as address:
-            listening.bind(address)
-        listening.listen()
-    except OSError:
-        listening.close()
-        raise
-    return listening
-
-
-def call(state_dir: Path, request: Request, deadline_s: float = ANSWER_DEADLINE_S) -> Result:
-    """Sends one request to the emulator that serves `state_dir`; raises ControlError."""
-    path = state_dir / SOCKET_NAME
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-            client.settimeout(deadline_s)
-            with _reachable(path) as address:
-                client.connect(address)
-            client.sendall(json.dumps(request).encode() + b"\n")
-            with client.makefile("rb") as lines:
-                answer = json.loads(lines.readline())
-    except (FileNotFoundError, ConnectionRefusedError):
-        raise NotServed(f"no emulator serves {state_dir}: start 'dps-emulator serve --state-dir' with it") from None
-    except (OSError, ValueError) as error:
-        raise ControlError(f"the emulator that serves {state_dir} did not answer: {error}") from None
-    return unwrap(answer)
-
-
-def unwrap(answer: dict[str, Any]) -> Result:
-    """An answer's result; raises ControlError with its error."""
-    if "error" in answer:
-        raise ControlError(answer["error"]["message"], answer["error"]["code"])
-    result: Result = answer["result"]
-    return result
-
-
 def _failed(code: int, message: str) -> dict[str, Any]:
     return {"error": {"code": code, "message": message}}
 
@@ -261,13 +278,3 @@ def _failed(code: int, message: str) -> dict[str, Any]:
 def _credentials(hub: Hub, device_id: str, key: bytes) -> Result:
     text = f"HostName={hub.name};DeviceId={device_id};SharedAccessKey={base64.b64encode(key).decode()}"
     return {"hub": hub.name, "deviceId": device_id, "connectionString": text}
-
-
-@contextlib.contextmanager
-def _reachable(path: Path) -> Iterator[str]:
-    """An address for a socket at `path`, which may be longer than the 107 bytes that an address has."""
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{folder}/{path.name}"
-    finally:
-        os.close(folder)

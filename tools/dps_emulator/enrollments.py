@@ -1,17 +1,22 @@
-"""Individual TPM enrolments: the service API's record, and what of a list of them a service takes.
+"""Enrolments and groups of them: the service API's record, and what of a list of them a service takes.
 
-A record as JSON: `{"registrationId", "deviceId"?, "attestation": {"type": "tpm", "tpm": {"endorsementKey"}},
-"iotHubHostName"?, "iotHubs"?, "allocationPolicy"?, "provisioningStatus"?, "reprovisionPolicy"?:
-{"updateHubAssignment", "migrateDeviceData"}, …}`. Source: DPS service API, individualEnrollment.
+A record as JSON: `{"registrationId" or "enrollmentGroupId", "deviceId"?, "attestation", "iotHubHostName"?, "iotHubs"?,
+"allocationPolicy"?, "provisioningStatus"?, "reprovisionPolicy"?: {"updateHubAssignment", "migrateDeviceData"}, …}`.
+`attestation` is `{"type": "tpm", "tpm": {"endorsementKey"}}`, `{"type": "symmetricKey", "symmetricKey": {"primaryKey",
+"secondaryKey"?}}` or `{"type": "x509", "x509": {"clientCertificates": {"primary": {"certificate"}, "secondary"?}}}`, in
+which a group has `signingCertificates`. Source: DPS service API, individualEnrollment and enrollmentGroup.
 """
 
 import base64
 import binascii
+import operator
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from dps_emulator.attestation import Certificates, KeyTextError, SymmetricKeys, key_of
+from dps_emulator.certificates import CertificateError, certificate_of, is_authority
 from dps_emulator.tpm_keys import parse_endorsement_key
 from dps_text.enrolments import Odd, Other, read_enrolments
 
@@ -25,6 +30,7 @@ _DEVICE_ID = re.compile(r"[A-Za-z0-9\-.%_*?!(),:=@$']{1,128}")
 _HUB = re.compile(
     r"(?=.{1,253}$)[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*"
 )
+WAYS = ("tpm", "symmetricKey", "x509")  # of attestation
 ALLOCATION_POLICIES = ("static", "hashed", "geoLatency", "custom", "rotate")
 
 
@@ -32,12 +38,15 @@ class EnrollmentError(ValueError):
     """An enrolment record that can't be used; the message says why."""
 
 
+Attestation = bytes | SymmetricKeys | Certificates  # bytes: an endorsement key, marshalled TPM2B_PUBLIC
+
+
 @dataclass(frozen=True)
 class Enrollment:
-    """One individual enrolment."""
+    """One individual enrolment, or a group."""
 
-    registration_id: str
-    endorsement_key: bytes  # marshalled TPM2B_PUBLIC
+    registration_id: str  # of a group: its enrollmentGroupId
+    attestation: "Attestation"
     device_id: str = ""  # empty: the registration id
     hubs: tuple[str, ...] = ()  # empty: all linked hubs
     allocation_policy: str = ""  # empty: the service's own
@@ -45,15 +54,44 @@ class Enrollment:
     update_hub_assignment: bool = True
     migrate_device_data: bool = True
     rest: Mapping[str, Any] = field(default_factory=dict)  # fields the emulator keeps but does not act on
+    is_group: bool = False
+    group: str = ""  # what `member` was asked of
 
-    def to_json(self) -> dict[str, Any]:
-        """The record as the service API prints it."""
+    @property
+    def endorsement_key(self) -> bytes | None:
+        """Marshalled TPM2B_PUBLIC, or None."""
+        return self.attestation if isinstance(self.attestation, bytes) else None
+
+    @property
+    def keys(self) -> SymmetricKeys | None:
+        """Of a group: those that the keys of its devices are derived from; None where there are none."""
+        return self.attestation if isinstance(self.attestation, SymmetricKeys) else None
+
+    @property
+    def certificates(self) -> Certificates | None:
+        """Of a group: its CAs; None where there are none."""
+        return self.attestation if isinstance(self.attestation, Certificates) else None
+
+    def member(self, registration_id: str) -> "Enrollment":
+        """What a group is for one device."""
+        keys = self.keys.derived(registration_id) if self.keys else self.attestation
+        return replace(
+            self, registration_id=registration_id, attestation=keys, is_group=False, group=self.registration_id
+        )
+
+    def to_json(self, *, with_keys: bool = True) -> dict[str, Any]:
+        """The record as the service API prints it; it has symmetric keys only where they are asked for."""
         record = dict(self.rest)
-        record["registrationId"] = self.registration_id
-        record["attestation"] = {
-            "type": "tpm",
-            "tpm": {"endorsementKey": base64.b64encode(self.endorsement_key).decode()},
-        }
+        record["enrollmentGroupId" if self.is_group else "registrationId"] = self.registration_id
+        if isinstance(self.attestation, bytes):
+            tpm = {"endorsementKey": base64.b64encode(self.attestation).decode()}
+            record["attestation"] = {"type": "tpm", "tpm": tpm}
+        elif isinstance(self.attestation, Certificates):
+            kind = "signingCertificates" if self.is_group else "clientCertificates"
+            record["attestation"] = {"type": "x509", "x509": self.attestation.to_json(kind)}
+        else:
+            keys = self.attestation.to_json() if with_keys else {}
+            record["attestation"] = {"type": "symmetricKey", "symmetricKey": keys}
         if self.device_id:
             record["deviceId"] = self.device_id
         if self.hubs:
@@ -93,23 +131,20 @@ def enrollment_from_json(record: object) -> Enrollment:
     if not isinstance(record, dict):
         raise EnrollmentError("an enrolment is a JSON object")
     rest = dict(record)
-    registration_id = _text(rest.pop("registrationId", None), "registrationId")
+    is_group = "enrollmentGroupId" in rest
+    id_name = "enrollmentGroupId" if is_group else "registrationId"
+    registration_id = _text(rest.pop(id_name, None), id_name)
     if not is_registration_id(registration_id):
-        raise EnrollmentError(f"registrationId {registration_id!r} is not {REGISTRATION_ID_GRAMMAR}")
+        raise EnrollmentError(f"{id_name} {registration_id!r} is not {REGISTRATION_ID_GRAMMAR}")
 
     def wrong(field_name: str, expected: str) -> EnrollmentError:
         return EnrollmentError(f"{registration_id}: {field_name} is not {expected}")
 
-    attestation = rest.pop("attestation", None)
-    tpm = attestation.get("tpm") if isinstance(attestation, dict) else None
-    if not isinstance(attestation, dict) or attestation.get("type", "tpm") != "tpm" or not isinstance(tpm, dict):
-        raise wrong("attestation", 'of the form {"type": "tpm", "tpm": {"endorsementKey": …}}')
-    try:
-        endorsement_key = base64.b64decode(_text(tpm.get("endorsementKey"), "endorsementKey"), validate=True)
-        parse_endorsement_key(endorsement_key)
-    except (binascii.Error, ValueError) as error:
-        raise EnrollmentError(f"{registration_id}: the endorsement key can't be enrolled: {error}") from None
-
+    attestation = _attestation(registration_id, rest.pop("attestation", None), is_group)
+    if is_group and isinstance(attestation, bytes):
+        raise EnrollmentError(f"{registration_id}: attestation is tpm, which groups do not have")
+    if is_group and rest.get("deviceId"):
+        raise EnrollmentError(f"{registration_id}: deviceId stands in a group, whose devices have their own ids")
     device_id = _text(rest.pop("deviceId", "") or "", "deviceId")
     if device_id and not is_device_id(device_id):
         raise wrong("deviceId", "1 to 128 of the characters a hub allows")
@@ -134,7 +169,7 @@ def enrollment_from_json(record: object) -> Enrollment:
         raise wrong("reprovisionPolicy", "of two booleans, updateHubAssignment and migrateDeviceData")
     return Enrollment(
         registration_id,
-        endorsement_key,
+        attestation,
         device_id,
         tuple(hubs),
         policy,
@@ -142,11 +177,68 @@ def enrollment_from_json(record: object) -> Enrollment:
         update,
         migrate,
         rest,
+        is_group,
     )
 
 
+def _attestation(registration_id: str, attestation: object, is_group: bool) -> Attestation:
+    """What an enrolment trusts; raises EnrollmentError."""
+    kind, content = kind_of(attestation)
+    if kind == "tpm":
+        try:
+            endorsement_key = base64.b64decode(_text(content.get("endorsementKey"), "endorsementKey"), validate=True)
+            parse_endorsement_key(endorsement_key)
+        except (binascii.Error, ValueError) as error:
+            raise EnrollmentError(f"{registration_id}: the endorsement key can't be enrolled: {error}") from None
+        return endorsement_key
+    if kind == "symmetricKey":
+        try:
+            primary = key_of(content.get("primaryKey"))
+        except KeyTextError as error:
+            raise EnrollmentError(f"{registration_id}: symmetricKey.primaryKey {error}") from None
+        try:
+            secondary = key_of(content["secondaryKey"]) if content.get("secondaryKey") else primary
+        except KeyTextError as error:
+            raise EnrollmentError(f"{registration_id}: symmetricKey.secondaryKey {error}") from None
+        return SymmetricKeys(primary, secondary)
+    if kind == "x509":
+        return _certificates(registration_id, content, "signingCertificates" if is_group else "clientCertificates")
+    forms = ", ".join(f'{{"type": "{way}", "{way}": {{…}}}}' for way in WAYS)
+    raise EnrollmentError(f"{registration_id}: attestation is none of {forms}")
+
+
+def _certificates(registration_id: str, content: dict[str, Any], kind: str) -> Certificates:
+    """Those of an attestation by X.509; raises EnrollmentError."""
+    listed = content.get(kind)
+    if not isinstance(listed, dict):
+        why = "; a reference to a CA is of no use here" if content.get("caReferences") else ""
+        raise EnrollmentError(f"{registration_id}: x509.{kind} is missing{why}")
+    found: list[bytes] = []
+    for name in ("primary", "secondary"):
+        entry = listed.get(name)
+        if entry is None and found:
+            continue
+        try:
+            found.append(certificate_of(entry.get("certificate") if isinstance(entry, dict) else None))
+            if kind == "signingCertificates" and not is_authority(found[-1]):
+                raise CertificateError("is no CA's, which alone can issue those of a group")
+        except CertificateError as error:
+            raise EnrollmentError(f"{registration_id}: x509.{kind}.{name}.certificate {error}") from None
+    return Certificates(*found)
+
+
+def kind_of(attestation: object) -> tuple[str, dict[str, Any]]:
+    """The way of an enrolment's attestation and what belongs to it; empty where that can't be told."""
+    if not isinstance(attestation, dict):
+        return "", {}
+    kinds = [kind for kind, value in attestation.items() if isinstance(value, dict)]
+    kind = attestation.get("type") or (kinds[0] if len(kinds) == 1 else "")
+    content = attestation.get(kind) if isinstance(kind, str) else None
+    return (kind, content) if isinstance(content, dict) else ("", {})
+
+
 class Imported(NamedTuple):
-    """What a file of enrolments holds: those of TPMs, and what is none."""
+    """What a file of enrolments holds, and what it holds besides."""
 
     enrollments: list[Enrollment]
     others: list[Other]
@@ -156,8 +248,16 @@ class Imported(NamedTuple):
 def read_enrollments(text: str) -> Imported:
     """The enrolments of a file, JSON or CSV; ListError where it is neither. `dps_text.enrolments` has both forms."""
     listed = read_enrolments(text)
-    found = Imported([], listed.others, list(listed.odd))
-    for line, record in listed.entries:
+    found = Imported([], [], list(listed.odd))
+    records = [(entry.line, entry.record) for entry in listed.entries]
+    for other in listed.others:
+        kind, content = kind_of(other.record.get("attestation"))
+        hides_keys = kind == "symmetricKey" and content and not any(content.values())  # as Azure's lists do
+        if kind in WAYS and not hides_keys:
+            records.append((other.line, other.record))
+        else:
+            found.others.append(other)
+    for line, record in sorted(records, key=operator.itemgetter(0)):
         try:
             found.enrollments.append(enrollment_from_json(record))
         except EnrollmentError as error:

@@ -32,7 +32,15 @@ from datetime import timedelta
 from email.utils import format_datetime, parsedate_to_datetime
 from typing import Any
 
-from dps_emulator.service import RefusalError, Response, json_response, refusal_response, standard_headers
+from dps_emulator.service import (
+    RefusalError,
+    Request,
+    Response,
+    json_response,
+    refusal_response,
+    standard_headers,
+    target_of,
+)
 
 MQTT = "MQTT"
 DPS_OPERATIONS = ("register", "operation", "lookup")
@@ -119,6 +127,10 @@ class FaultScript:
         self.faults = list(faults)
         self._counted = [0] * len(self.faults)
         self._taken = [0] * len(self.faults)
+
+    def of_request(self, request: Request) -> tuple[int, Fault]:
+        """Counts one request to DPS; its entry's number and its fault, 0 and no fault where there is none."""
+        return self.take(request.method, target_of(request.path).operation) or (0, Fault())
 
     def take(self, method: str, operation: str, device: str = "") -> tuple[int, Fault] | None:
         """Counts one request, or one packet with MQTT as its method; its fault and that entry's number, or None."""

@@ -9,16 +9,21 @@ real service, the choice made here is marked as ours.
 import contextlib
 import ipaddress
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 from urllib.parse import quote, unquote
+from weakref import WeakValueDictionary
 
 from dps_emulator import mqtt, topics
+from dps_emulator.attestation import Credential
+from dps_emulator.certificates import CertificateError, authority_of, common_name, require_valid, thumbprints
 from dps_emulator.enrollments import is_device_id
-from dps_emulator.hub_devices import CloudMessage, HubDevice, MessageLog, Telemetry
+from dps_emulator.hub_devices import CloudMessage, DeviceRecords, HubDevice, MessageLog, Telemetry
 from dps_emulator.json_text import parse_json
+from dps_emulator.limits import METHOD_METER_BYTES, Limits
 from dps_emulator.registrations import Assignment, StateError, utc_text
 from dps_emulator.service import DpsService
 from dps_emulator.tokens import Token, TokenError, device_token_refusal, parse_token
@@ -50,6 +55,7 @@ _DETAIL_LIMIT = 400  # characters of a line that a client may have chosen
 _READABLE = "/:=,;$#'"  # characters that the log shows as they are, besides those that a URL leaves so
 # Documented is `{hub}/{deviceId}/?api-version=…`; a hub takes it without the version, the question mark, or both.
 _USER_NAME = re.compile(r"(?P<hub>[^/?]+)/(?P<client_id>[^/?]+)(?:/.*)?", re.DOTALL)
+_STRICT_USER_NAME = re.compile(r"[^/?]+/[^/?]+/\?(?:.*&)?api-version=[^&]+(?:&.*)?", re.DOTALL)
 MAX_IN_FLIGHT = 1000  # unacknowledged messages of QoS 1 to one device, its queue apart; ours
 _MAX_TOPIC_BYTES = 0xFFFF
 
@@ -121,6 +127,8 @@ class HubContext:
     clock_skew_s: int
     note: Callable[[HubLine], None]
     tier: str = "standard"
+    limits: Limits | None = None
+    strict: bool = False  # refuses what hubs tolerate of some clients, but nobody documents
 
 
 class Hub:
@@ -129,53 +137,55 @@ class Hub:
     def __init__(
         self,
         name: str,
-        devices: MutableMapping[str, HubDevice],
-        issued_key: Callable[[str], bytes | None],
+        devices: DeviceRecords,
+        issued: Callable[[str], Credential | None],
         context: HubContext,
     ) -> None:
-        """`devices` is keyed by lower-case device id; `issued_key(device_id)` is what DPS issued, or None."""
+        """`issued(device_id)` is the credential that DPS has given the device here, or None."""
         self.name = name
         self.is_basic = context.tier == "basic"  # no twin, methods or messages to devices: it hangs up on who asks
         self.context = context
+        self._gates = context.limits.gates() if context.limits else {}
         self.links: dict[str, Link] = {}
         self._stored = devices
-        self._devices: dict[str, HubDevice] = {}  # devices in use, which this hub alone writes
-        self._issued_key = issued_key
+        # Devices in use, which this hub alone writes; the others are read when they are asked for.
+        self._devices: WeakValueDictionary[str, HubDevice] = WeakValueDictionary()
+        self._issued = issued
+        self._expires_at_s = math.inf  # no token of a connection ends before
 
     def device(self, device_id: str) -> HubDevice:
         """The device; raises HubError where this hub has none of that name."""
         device = self.find(device_id)
-        if device is None or self.key_of(device) is None:
+        if device is None or self.credential_of(device) is None:
             raise HubError(DEVICE_NOT_FOUND, f"{self.name} has no device '{device_id}'")
         return device
 
     def find(self, device_id: str) -> HubDevice | None:
         """The device's record, made for one that DPS has assigned and that nothing is known of yet; raises StateError.
 
-        It may have no key any more.
+        It may have no credential any more.
         """
         key = device_id.lower()
-        if key not in self._devices:
-            stored = self._stored.get(key)
-            if stored is None:
-                if self._issued_key(device_id) is None:
-                    return None
-                stored = HubDevice(device_id)
-            self._devices[key] = stored
-        return self._devices[key]
+        device = self._devices.get(key) or self._stored.get(key)
+        if device is None:
+            if self._issued(device_id) is None:
+                return None
+            device = HubDevice(device_id)
+        self._devices[key] = device
+        return device
 
-    def key_of(self, device: HubDevice) -> bytes | None:
-        """The key that this device's tokens are signed with, or None where it has none any more."""
+    def credential_of(self, device: HubDevice) -> Credential | None:
+        """What this device proves itself by, or None where it has nothing any more."""
         if device.withdrawn:
             return None
-        return device.own_key if device.own_key is not None else self._issued_key(device.device_id)
+        return device.own_credential or self._issued(device.device_id)
 
     def add(self, device_id: str, key: bytes) -> None:
         """Registers a device with a symmetric key, as a service would without DPS; raises HubError if it is there."""
         known = self.find(device_id)
-        if known and self.key_of(known) is not None:
+        if known and self.credential_of(known) is not None:
             raise HubError(DEVICE_EXISTS, f"{self.name} already has a device '{known.device_id}'")
-        self._adopt(HubDevice(device_id, key))
+        self.adopt(HubDevice(device_id, key))
 
     def save(self, device: HubDevice) -> None:
         """Writes the device down."""
@@ -192,21 +202,21 @@ class Hub:
         device = self.find(device_id)
         self.disconnect(device_id, "the device was removed from the hub", now)
         self._devices.pop(device_id.lower(), None)
-        if device_id.lower() in self._stored:
+        with contextlib.suppress(KeyError):
             del self._stored[device_id.lower()]
         return device
 
     def receive(self, device_id: str, twin: Twin) -> None:
         """Takes over a device that DPS moved here, with the twin that it arrives with."""
-        self._adopt(HubDevice(device_id, twin=twin))
+        self.adopt(HubDevice(device_id, twin=twin))
 
     def admit(self, device_id: str) -> None:
         """Takes a device that DPS has assigned here; of one that was withdrawn nothing of before is left."""
         device = self.find(device_id)
         if device is None or device.withdrawn:
             device = HubDevice(device_id, enabled=device is None or device.enabled)
-        device.own_key = None  # DPS's key counts from now on
-        self._adopt(device)
+        device.own_key, device.own_secondary, device.own_thumbprints = None, None, ()  # from now on DPS's counts
+        self.adopt(device)
 
     def withdraw(self, device_id: str, now: float) -> None:
         """Refuses the device until DPS assigns it anew, and ends its connection."""
@@ -231,9 +241,21 @@ class Hub:
             link.drop(reason, now)
         return link is not None
 
-    def send(self, device_id: str, payload: bytes, properties: Mapping[str, str], now: float, life_s: float) -> str:
-        """Queues a message for the device and delivers it when it can; its message id. Raises HubError."""
+    def wait_s(self, operation: str, now_s: float) -> float | None:
+        """How long a device's request has to wait where the hub has limits; None: it is refused."""
+        gate = self._gates.get(operation)
+        return gate.wait_s(now_s) if gate else 0.0
+
+    def send(
+        self, device_id: str, payload: bytes, properties: Mapping[str, str], now: float, life_s: float | None = None
+    ) -> str:
+        """Queues a message for the device and delivers it when it can; its message id. Raises HubError.
+
+        One whose life was asked for says when it ends.
+        """
         device = self.device(device_id)
+        if self.wait_s("send", now) is None:
+            raise HubError(THROTTLED, f"{self.name} is throttled: too many messages to devices")
         if len(payload) > MAX_CLOUD_MESSAGE_BYTES:
             raise HubError(TOO_LARGE, f"{len(payload)} bytes; a message to a device has at most 64 KiB")
         self.expire(device, now)
@@ -241,17 +263,25 @@ class Hub:
             raise HubError(QUEUE_FULL, f"{MAX_QUEUE} messages are waiting for '{device_id}' already")
         message_id = properties.get("$.mid") or self.context.random_bytes(16).hex()
         named = {**properties, "$.mid": message_id, "$.to": f"/devices/{device.device_id}/messages/devicebound"}
-        self.change(device, queue=[*device.queue, CloudMessage(message_id, payload, named, now + life_s)])
+        named.setdefault("iothub-ack", "none")  # as in published traces; no feedback is given
+        expires_at_s = now + (MESSAGE_LIFE_S if life_s is None else life_s)
+        if life_s is not None:
+            named["$.exp"] = utc_text(expires_at_s)
+        self.change(device, queue=[*device.queue, CloudMessage(message_id, payload, named, expires_at_s)])
         link = self.links.get(device_id.lower())
         if link:
             link.deliver(now)
         return message_id
 
-    def invoke(self, device_id: str, name: str, payload: bytes, answered: MethodAnswered) -> Callable[[], None]:
+    def invoke(
+        self, device_id: str, name: str, payload: bytes, answered: MethodAnswered, now: float
+    ) -> Callable[[], None]:
         """Calls a method; `answered` is called once. Returns what gives it up; raises HubError."""
         self.device(device_id)
         if len(payload) > MAX_METHOD_BYTES:
             raise HubError(TOO_LARGE, f"{len(payload)} bytes; a method takes at most 128 KiB")
+        if None in [self.wait_s("invoke", now) for _ in range(max(1, -(-len(payload) // METHOD_METER_BYTES)))]:
+            raise HubError(THROTTLED, f"{self.name} is throttled: too many direct methods")
         link = self.links.get(device_id.lower())
         if link is None or topics.METHOD_REQUESTS not in link.subscriptions:
             state = "is not connected" if link is None else "has not subscribed to methods"
@@ -271,13 +301,16 @@ class Hub:
             link.publish(topics.DESIRED_CHANGES, topic, content)
         return version
 
-    def connect(self, wire: Wire, connect: mqtt.Connect, token: Token, server_name: str, now: float) -> "Link":
-        """Admits a device that the caller has checked; ends its other connection."""
+    def connect(self, wire: Wire, connect: mqtt.Connect, token: Token | None, server_name: str, now: float) -> "Link":
+        """Admits a device that the caller has checked; ends its other connection. Without a token by a certificate."""
         device = self.device(connect.client_id)
         other = self.links.get(connect.client_id.lower())
         if other:
             other.drop("another connection of the same device", now, KICKED)
         detail = f"sni={server_name or '-'} keep-alive={connect.keep_alive_s} clean={int(connect.clean_session)}"
+        device.model_id = _model_id(connect.user_name or "")
+        if device.model_id:
+            detail += f" model-id={device.model_id}"
         self.note("connected", device.device_id, now, detail=detail)
         session_present = not connect.clean_session and device.subscriptions is not None
         if not session_present:
@@ -287,6 +320,7 @@ class Hub:
         self.expire(device, now, given_up=lambda message: message.deliveries >= MAX_DELIVERIES)
         self.save(device)
         link = self.links[connect.client_id.lower()] = Link(self, device, wire, connect, token, now)
+        self._expires_at_s = min(self._expires_at_s, link.expires_at_s)
         wire.send(mqtt.connack(mqtt.ACCEPTED, session_present=session_present))
         link.redeliver(now)
         link.deliver(now)
@@ -294,25 +328,25 @@ class Hub:
 
     def tick(self, now: float) -> None:
         """Ends the connections whose token has expired."""
+        if now < self._expires_at_s:
+            return
         for link in list(self.links.values()):
             if link.expires_at_s <= now:
                 link.drop("the token has expired", now)
+        self._expires_at_s = min((link.expires_at_s for link in self.links.values()), default=math.inf)
 
     def note(self, event: str, device_id: str, now: float, code: int = 0, detail: str = "") -> None:
         """A line for the log."""
         self.context.note(HubLine(utc_text(now), self.name, device_id, event, code, detail))
 
-    def known_devices(self) -> Iterator[HubDevice]:
-        """The devices that this hub has a record of, without those whose record is damaged."""
-        for key in list(self._stored):
-            with contextlib.suppress(StateError):  # what keeps the records has named the failure
-                device = self.find(key)
-                if device:
-                    yield device
+    def page(self, after: str = "") -> list[tuple[str, HubDevice | StateError]]:
+        """The next devices that this hub has a record of; see DeviceRecords."""
+        return [(key, self._devices.get(key) or stored) for key, stored in self._stored.page(after)]
 
-    def _adopt(self, device: HubDevice) -> None:
-        self._devices[device.device_id.lower()] = device
+    def adopt(self, device: HubDevice) -> None:
+        """Takes a device in, whatever was known of it before; raises StateError."""
         self.save(device)
+        self._devices[device.device_id.lower()] = device
 
     def expire(
         self, device: HubDevice, now: float, given_up: Callable[[CloudMessage], bool] = lambda message: False
@@ -327,15 +361,32 @@ class Hub:
 class Link:
     """One device's connection, from its CONNACK to its end."""
 
+    __slots__ = (
+        "_calls",
+        "_in_flight",
+        "_last_packet_id",
+        "_methods",
+        "_persistent",
+        "_will",
+        "_wire",
+        "device",
+        "expires_at_s",
+        "hub",
+        "is_open",
+        "subscriptions",
+    )
+
     def __init__(
-        self, hub: Hub, device: HubDevice, wire: Wire, connect: mqtt.Connect, token: Token, now: float
+        self, hub: Hub, device: HubDevice, wire: Wire, connect: mqtt.Connect, token: Token | None, now: float
     ) -> None:
         self.hub = hub
         self.device = device
         self.is_open = True
         skew_s = hub.context.clock_skew_s
         # A token that was let in although its time was over lives as long as the tolerance.
-        self.expires_at_s = token.expires_at_s if token.expires_at_s > now else token.expires_at_s + skew_s
+        self.expires_at_s = math.inf
+        if token:
+            self.expires_at_s = token.expires_at_s + (0 if token.expires_at_s > now else skew_s)
         self.subscriptions = dict(device.subscriptions or {})
         self._persistent = not connect.clean_session
         self._wire = wire
@@ -403,12 +454,13 @@ class Link:
 
     def redeliver(self, now: float) -> None:
         """Sends again what an earlier connection of this session left unacknowledged."""
-        for message in self.device.queue:
-            if message.packet_id:
-                message.deliveries += 1
-                self._send(replace(self._delivery(message), dup=True))
-                self.hub.note("delivered", self.device.device_id, now, 1, f"{message.message_id} dup")
-        self.hub.save(self.device)
+        unacknowledged = [message for message in self.device.queue if message.packet_id]
+        for message in unacknowledged:
+            message.deliveries += 1
+            self._send(replace(self._delivery(message), dup=True))
+            self.hub.note("delivered", self.device.device_id, now, 1, f"{message.message_id} dup")
+        if unacknowledged:
+            self.hub.save(self.device)
 
     def deliver(self, now: float) -> None:
         """Sends what is waiting in the queue, once on each connection."""
@@ -433,7 +485,7 @@ class Link:
         self._calls += 1
         request_id = f"{self._calls:x}"
         self._methods[request_id] = answered
-        topic = f"$iothub/methods/POST/{quote(name, safe='')}/?$rid={request_id}"
+        topic = f"$iothub/methods/POST/{quote(name, safe='*')}/?$rid={request_id}"
         self.publish(topics.METHOD_REQUESTS, topic, payload)
 
         def give_up() -> None:
@@ -441,10 +493,17 @@ class Link:
 
         return give_up
 
-    def refuse_twin(self, packet: mqtt.Publish, status: int) -> None:
+    def throttle(self, packet: mqtt.Packet, now: float) -> None:
+        """Refuses a request that is beyond the hub's limits: telemetry has no answer, and loses its connection."""
+        if isinstance(packet, mqtt.Publish) and operation_of(packet, self.device.device_id) != "telemetry":
+            self.refuse_twin(packet, 429, "the hub is throttled")
+        else:
+            self.drop("the hub is throttled", now, THROTTLED)
+
+    def refuse_twin(self, packet: mqtt.Publish, status: int, why: str = "a fault script says so") -> None:
         """Answers a twin request with an error."""
         purpose = topics.purpose_of(packet.topic, self.device.device_id)
-        self._answer_twin(status, purpose.request_id, error=_error(status, "a fault script says so"))
+        self._answer_twin(status, purpose.request_id, error=_error(status, why))
         self._take(packet)
 
     def _published(self, packet: mqtt.Publish, now: float) -> None:
@@ -457,7 +516,7 @@ class Link:
             return
         match purpose.operation:
             case "telemetry":
-                if len(packet.payload) + len(packet.topic) > MAX_TELEMETRY_BYTES:
+                if _counted(packet.payload, purpose.properties or {}) > MAX_TELEMETRY_BYTES:
                     self.drop(f"telemetry of {len(packet.payload)} bytes", now, TOO_LARGE)
                     return
                 retained = {"mqtt-retain": "true"} if packet.retain else {}
@@ -569,19 +628,24 @@ class Hubs:
     """All hubs that are linked to one service."""
 
     service: DpsService
-    folders: Callable[[str], MutableMapping[str, HubDevice]] = field(repr=False)  # a hub's devices, by its name
+    devices: Callable[[str], DeviceRecords] = field(repr=False)  # those of a hub, by its name
     context: HubContext
 
     def __post_init__(self) -> None:
         self._hubs: dict[str, Hub] = {}
         for name in self.service.settings.hubs:
-            self._hubs[name.lower()] = Hub(name, self.folders(name), self._issued_key(name), self.context)
+            self._hubs[name.lower()] = Hub(name, self.devices(name), self._issued(name), self.context)
         self.service.assigned = self._assigned
 
-    def connect(self, wire: Wire, connect: mqtt.Connect, server_name: str, now: float) -> Link | None:
-        """Answers CONNECT: the link, or None after a refusal. `server_name` is TLS's SNI, empty if there was none."""
+    def connect(
+        self, wire: Wire, connect: mqtt.Connect, server_name: str, now: float, client_chain: tuple[bytes, ...] = ()
+    ) -> Link | None:
+        """Answers CONNECT: the link, or None after a refusal. `server_name` is TLS's SNI, empty if there was none.
+
+        `client_chain` is what the client has shown in TLS, its own certificate first.
+        """
         try:
-            admitted = self._admission(connect, server_name, now)
+            admitted = self._admission(connect, server_name, now, client_chain)
         except StateError as error:
             admitted = Refusal(mqtt.UNAVAILABLE, str(error), device_id=connect.client_id)
         if isinstance(admitted, Refusal):
@@ -630,8 +694,11 @@ class Hubs:
         """Gives the device another key at its hub, which DPS hands out from now on; raises HubError."""
         hub = self.find(device_id, hub_name)
         device = hub.device(device_id)
+        credential = hub.credential_of(device)
         if device.own_key is not None:
-            hub.change(device, own_key=key)
+            hub.change(device, own_key=key, own_secondary=None, own_thumbprints=())
+        elif credential is None or len(credential.keys) != 1:  # a TPM has one, an enrolment's own are two
+            raise HubError(ARGUMENT_INVALID, f"'{device_id}' has what it is enrolled with: change its enrolment")
         else:
             self.service.replace_hub_key(hub.name, device_id, key)
 
@@ -639,7 +706,9 @@ class Hubs:
         """The hubs in the order in which the service lists them."""
         return list(self._hubs.values())
 
-    def _admission(self, connect: mqtt.Connect, server_name: str, now: float) -> tuple[Hub, Token] | Refusal:
+    def _admission(
+        self, connect: mqtt.Connect, server_name: str, now: float, client_chain: tuple[bytes, ...]
+    ) -> tuple[Hub, Token | None] | Refusal:
         """Who this is, or why it is not let in. Codes 1, 2 and 4 are ours; for bad credentials the hub says 5."""
         if connect.level != mqtt.LEVEL:
             return Refusal(mqtt.BAD_LEVEL, f"protocol level {connect.level}: MQTT 3.1.1 is level 4")
@@ -653,34 +722,47 @@ class Hubs:
         def refused(reason: str) -> Refusal:
             return Refusal(mqtt.NOT_AUTHORIZED, reason, named["hub"], connect.client_id)
 
+        strict = self.context.strict
+        if strict and not _STRICT_USER_NAME.fullmatch(connect.user_name or ""):
+            return refused("the user name has no /?api-version=…")
         if named["client_id"] != connect.client_id:
             return refused("the client id is not the user name's")
         hub = self._hubs.get(named["hub"].lower())
         if hub is None:
             return refused("the user name's hub is not one of this emulator's")
-        if server_name and server_name.lower() != hub.name.lower() and not _is_address(server_name):
+        if server_name and server_name.lower() != hub.name.lower() and (strict or not _is_address(server_name)):
             return refused(f"the TLS handshake named {server_name}")
         if connect.will and topics.purpose_of(connect.will.topic, connect.client_id).operation != "telemetry":
             return refused("the will's topic is not the device's telemetry topic")
+        if client_chain and not connect.password:
+            device = hub.find(connect.client_id)
+            credential = hub.credential_of(device) if device else None
+            if device and device.device_id != connect.client_id:  # ids tell upper from lower case, tokens don't
+                credential = None
+            refusal = certificate_refusal(client_chain, credential, connect.client_id, now)
+            return refused(refusal) if refusal else self._disabled(device, refused) or (hub, None)
         try:
             token = parse_token((connect.password or b"").decode())
         except UnicodeDecodeError:
             return refused("the password is not text")
         except TokenError as error:
             return refused(f"the token {error}")
-        if not token.names(f"{hub.name}/devices/{connect.client_id}"):  # before anything is looked up
+        if not token.names(f"{hub.name}/devices/{connect.client_id}", strict=strict):  # before anything is looked up
             return refused("its sr is not {hub}/devices/{deviceId}")
         device = hub.find(connect.client_id)
-        key = hub.key_of(device) if device else None
-        refusal = device_token_refusal(token, hub.name, connect.client_id, key, now, self.context.clock_skew_s)
+        credential = hub.credential_of(device) if device else None
+        keys = credential.keys if credential else None
+        refusal = device_token_refusal(token, hub.name, connect.client_id, keys, now, self.context.clock_skew_s)
         if refusal:
             return refused(refusal)
-        if device is None or not device.enabled:
-            return refused("the device is disabled")
-        return hub, token
+        return self._disabled(device, refused) or (hub, token)
 
-    def _issued_key(self, hub_name: str) -> Callable[[str], bytes | None]:
-        return lambda device_id: self.service.hub_key(hub_name, device_id)
+    @staticmethod
+    def _disabled(device: HubDevice | None, refused: Callable[[str], Refusal]) -> Refusal | None:
+        return refused("the device is disabled") if device is None or not device.enabled else None
+
+    def _issued(self, hub_name: str) -> Callable[[str], Credential | None]:
+        return lambda device_id: self.service.credential_at(hub_name, device_id)
 
     def _assigned(self, previous: Assignment | None, assignment: Assignment, now: float) -> None:
         """DPS has assigned a device: it leaves its previous hub, with or without its twin."""
@@ -698,6 +780,26 @@ class Hubs:
         if new:
             migrates = left is not None and assignment.substatus == "deviceDataMigrated"
             new.receive(assignment.device_id, left.twin if migrates and left else Twin())
+
+
+def certificate_refusal(
+    client_chain: tuple[bytes, ...], credential: Credential | None, device_id: str, now: float
+) -> str | None:
+    """Why a hub refuses a client certificate from a device with this credential (None: there is no such device)."""
+    if credential is None or not (credential.thumbprints or credential.authorities):
+        return f"'{device_id}' has no certificate at this hub"
+    try:
+        if credential.authorities:
+            if common_name(client_chain[0]) != device_id:
+                return f"the certificate's CN is not '{device_id}'"
+            authority_of(client_chain, credential.authorities, now)
+            return None
+        if not set(thumbprints(client_chain[0])) & set(credential.thumbprints):
+            return f"the certificate is not that of '{device_id}'"
+        require_valid(client_chain[0], now)
+    except CertificateError as error:
+        return f"the certificate is refused: {error}"
+    return None
 
 
 def _is_address(server_name: str) -> bool:
@@ -725,6 +827,24 @@ def operation_of(packet: mqtt.Packet, device_id: str) -> str:
         case mqtt.PingRequest():
             return "ping"
     return "disconnect"
+
+
+def _model_id(user_name: str) -> str:
+    """The Plug and Play model in a user name, percent-encoded there or not; empty where there is none."""
+    for pair in user_name.partition("?")[2].split("&"):
+        name, _, value = pair.partition("=")
+        if name == "model-id":
+            return unquote(value)
+    return ""
+
+
+def _counted(payload: bytes, properties: Mapping[str, str | None]) -> int:
+    """The bytes of a message as quotas count them: "Create and read IoT Hub messages"."""
+    size = len(payload)
+    for name, value in properties.items():
+        size += len((value or "").encode(errors="replace"))
+        size += 0 if name.startswith("$.") else len(name.encode(errors="replace"))
+    return size
 
 
 def silence_limit_s(connect: mqtt.Connect) -> float:

@@ -1,21 +1,20 @@
 """What a hub remembers of a device, and what arrived from devices, and how both are written down."""
 
 import base64
-import contextlib
 import errno
-import json
 import os
 import stat
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from dps_emulator.attestation import Credential
+from dps_emulator.registrations import StateError
 from dps_emulator.twin import Twin
 
 MESSAGES_KEPT = 10_000
-FILE_LIMIT_BYTES = 64 * 1024 * 1024  # messages.jsonl and the log file may each have so many; the one before is kept
+FILE_LIMIT_BYTES = 64 * 1024 * 1024  # of the messages kept, and of the log file, of which the one before is kept
 _APPENDING = os.O_CREAT | os.O_APPEND | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -36,12 +35,23 @@ class HubDevice:
     """One device at one hub; its key is the one that DPS issued unless it has its own."""
 
     device_id: str
-    own_key: bytes | None = field(default=None, repr=False)
+    own_key: bytes | None = field(default=None, repr=False)  # empty: it has certificates of its own
     enabled: bool = True
     withdrawn: bool = False  # refused until DPS assigns it anew
     twin: Twin = field(default_factory=Twin)
     subscriptions: dict[str, int] | None = None  # the persistent session's, with QoS; None: there is none
     queue: list[CloudMessage] = field(default_factory=list)
+    model_id: str = ""  # of Plug and Play, as the device said it when it connected last
+    own_secondary: bytes | None = field(default=None, repr=False)
+    own_thumbprints: tuple[str, ...] = ()
+
+    @property
+    def own_credential(self) -> Credential | None:
+        """What stands for the device in place of what DPS has issued, or None."""
+        if self.own_key is None:
+            return None
+        keys = (self.own_key, self.own_secondary or self.own_key) if self.own_key else ()
+        return Credential(keys, self.own_thumbprints)
 
     def to_json(self) -> dict[str, Any]:
         """For a file; may hold a key."""
@@ -52,6 +62,9 @@ class HubDevice:
             "withdrawn": self.withdrawn,
             "twin": vars(self.twin),
             "subscriptions": self.subscriptions,
+            "modelId": self.model_id,
+            "ownSecondary": None if self.own_secondary is None else base64.b64encode(self.own_secondary).decode(),
+            "ownThumbprints": list(self.own_thumbprints),
             "queue": [
                 {**vars(message), "payload": base64.b64encode(message.payload).decode()} for message in self.queue
             ],
@@ -64,7 +77,7 @@ class HubDevice:
             CloudMessage(**{**message, "payload": base64.b64decode(message["payload"], validate=True)})
             for message in record["queue"]
         ]
-        own_key = record["ownKey"]
+        own_key, secondary = record["ownKey"], record.get("ownSecondary")
         return cls(
             record["deviceId"],
             None if own_key is None else base64.b64decode(own_key, validate=True),
@@ -73,6 +86,9 @@ class HubDevice:
             Twin(**record["twin"]),
             record["subscriptions"],
             queue,
+            record.get("modelId", ""),
+            None if secondary is None else base64.b64decode(secondary, validate=True),
+            tuple(record.get("ownThumbprints", ())),
         )
 
 
@@ -119,8 +135,17 @@ class MessageLog(Protocol):
     def append(self, message: Telemetry) -> None:
         """Keeps one more; when this returns the hub may acknowledge it."""
 
-    def all(self) -> list[Telemetry]:
-        """The last MESSAGES_KEPT, oldest first."""
+
+class DeviceRecords(Protocol):
+    """What is written down of one hub's devices; keys are lower-case device ids."""
+
+    def get(self, key: str, /) -> HubDevice | None:
+        """A device, made anew with each call, or None; raises StateError."""
+
+    def __setitem__(self, key: str, device: HubDevice, /) -> None: ...
+    def __delitem__(self, key: str, /) -> None: ...
+    def page(self, after: str = "") -> list[tuple[str, HubDevice | StateError]]:
+        """The next devices behind the key `after`; in place of a damaged one what is wrong with it."""
         ...
 
 
@@ -157,57 +182,3 @@ class BoundedFile:
                 file.write((b"\n" if torn else b"") + line + b"\n")
                 return
         self.append(line)
-
-    def lines(self) -> Iterator[bytes]:
-        """All that there is, oldest first; raises OSError."""
-        for path in (self.before, self.path):
-            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-                yield from file
-
-
-class MessagesInMemory:
-    """Telemetry that ends with the process; it takes `limit_bytes` at most, as the lines that a file would have."""
-
-    def __init__(self, limit_bytes: int = FILE_LIMIT_BYTES) -> None:
-        self._lines: deque[bytes] = deque()
-        self._left = limit_bytes
-
-    def append(self, message: Telemetry) -> None:
-        """See MessageLog."""
-        self._lines.append(_line_of(message))
-        self._left -= len(self._lines[-1])
-        while len(self._lines) > MESSAGES_KEPT or (self._left < 0 and len(self._lines) > 1):
-            self._left += len(self._lines.popleft())
-
-    def all(self) -> list[Telemetry]:
-        """See MessageLog."""
-        return _messages_in(self._lines)
-
-
-class MessageFile:
-    """Telemetry in a file, one JSON object a line; a line that is none is passed over."""
-
-    def __init__(self, file: BoundedFile) -> None:
-        self._file = file
-
-    def append(self, message: Telemetry) -> None:
-        """See MessageLog; raises OSError."""
-        self._file.append(_line_of(message))
-
-    def all(self) -> list[Telemetry]:
-        """See MessageLog; raises OSError."""
-        return _messages_in(deque(self._file.lines(), MESSAGES_KEPT))
-
-
-def _line_of(message: Telemetry) -> bytes:
-    return json.dumps(message.to_json()).encode()
-
-
-def _messages_in(lines: Iterable[bytes]) -> list[Telemetry]:
-    messages = []
-    for line in lines:
-        try:
-            messages.append(Telemetry.from_json(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
-    return messages

@@ -21,6 +21,17 @@ def parse_json(content: bytes) -> Any:
     return value
 
 
+def parse_object(content: bytes) -> dict[str, Any]:
+    """The object of one JSON text; the message of its ValueError says what the content is not."""
+    try:
+        value = parse_json(content)
+    except ValueError:
+        raise ValueError("valid JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError("a JSON object")
+    return value
+
+
 def _check_nesting(value: Any, left: int) -> None:
     if left < 0:
         raise ValueError(f"nested deeper than {MAX_NESTING}")

@@ -45,17 +45,18 @@ class Quota:
 class Gate:
     """`per_s` connections a second; those beyond wait for up to `queue_s`, then they are turned away.
 
-    What was not used of the last second may be used at once.
+    What was not used of the last `burst_s` seconds may be used at once.
     """
 
-    def __init__(self, per_s: float, queue_s: float = 0.0) -> None:
+    def __init__(self, per_s: float, queue_s: float = 0.0, burst_s: float = 1.0) -> None:
         self.per_s = per_s
         self.queue_s = queue_s
+        self.burst_s = burst_s
         self._next_s = 0.0  # when the next one may come in
 
     def wait_s(self, now_s: float) -> "float | None":
         """How long one more has to wait before it is let in; None: it is turned away."""
-        due_s = max(self._next_s, now_s - max(1.0, 1 / self.per_s)) + 1 / self.per_s
+        due_s = max(self._next_s, now_s - max(self.burst_s, 1 / self.per_s)) + 1 / self.per_s
         if due_s - now_s > self.queue_s:
             return None
         self._next_s = due_s

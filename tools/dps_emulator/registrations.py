@@ -2,8 +2,12 @@
 
 import base64
 import time
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from collections.abc import MutableMapping
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from dps_emulator.attestation import Credential
 
 
 class StateError(Exception):
@@ -16,7 +20,7 @@ class Assignment:
 
     hub: str
     device_id: str
-    key: bytes = field(repr=False)
+    credential: Credential
     substatus: str
     etag: str
     last_updated: str
@@ -41,6 +45,7 @@ class Operation:
     payload: dict[str, Any] | None
     finished: bool = False
     failure: Failure | None = None
+    group: str = ""  # the enrolment group that the device is a member of
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Registration:
         if self.operation.failure:
             record["operation"]["failure"] = vars(self.operation.failure)
         if self.assignment:
-            record["assignment"] = {**vars(self.assignment), "key": base64.b64encode(self.assignment.key).decode()}
+            record["assignment"] = {**vars(self.assignment), "credential": self.assignment.credential.to_json()}
         return record
 
     @classmethod
@@ -72,8 +77,25 @@ class Registration:
         if operation["failure"]:
             operation["failure"] = Failure(**operation["failure"])
         if assignment:
-            assignment = Assignment(**{**assignment, "key": base64.b64decode(assignment["key"], validate=True)})
+            fields = dict(assignment)
+            if "key" in fields:  # of an earlier release
+                credential = Credential((base64.b64decode(fields.pop("key"), validate=True),))
+            else:
+                credential = Credential.from_json(fields.pop("credential"))
+            assignment = Assignment(**fields, credential=credential)
         return cls(record["registrationId"], record["created"], Operation(**operation), assignment)
+
+
+class Registrations(MutableMapping[str, Registration]):
+    """Registrations by lower-case registration id; they are also found by the place that a device has in a hub."""
+
+    @abstractmethod
+    def at(self, hub: str, device_id: str) -> Registration | None:
+        """Who has last been assigned to that place, and is there still; both names without case."""
+
+    @abstractmethod
+    def devices_at(self, hub: str) -> set[str]:
+        """The device ids, in lower case, that are assigned to a hub."""
 
 
 def utc_text(when_s: float) -> str:

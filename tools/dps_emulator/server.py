@@ -2,30 +2,35 @@
 
 import asyncio
 import contextlib
+import errno
+import logging
 import os
 import socket
-import ssl
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 import trustme
 import uvicorn
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as WireRequest
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dps_emulator.control import Control, control_socket
+from dps_emulator.control import Control
+from dps_emulator.control_socket import control_socket
 from dps_emulator.faults import Fault, FaultScript
+from dps_emulator.http_protocol import BoundedProtocol
 from dps_emulator.hub import HubContext, HubLine, Hubs
-from dps_emulator.hub_devices import FILE_LIMIT_BYTES, BoundedFile, HubDevice, MessageFile, MessagesInMemory
-from dps_emulator.hub_server import ABORT, HubServer, place
+from dps_emulator.hub_devices import Telemetry
+from dps_emulator.hub_server import ABORT, HubServer, defect
+from dps_emulator.hub_service_api import HubServiceApi
+from dps_emulator.limits import BURST_S
 from dps_emulator.quotas import Gate
 from dps_emulator.registrations import StateError, utc_text
 from dps_emulator.service import (
@@ -39,11 +44,19 @@ from dps_emulator.service import (
     standard_headers,
     target_of,
 )
-from dps_emulator.state import hub_folder
+from dps_emulator.service_api import ServiceApi
+from dps_emulator.store import Messages, Store
+from dps_emulator.telemetry_feed import Asked, TelemetryFeed, document
+from dps_emulator.tls_stream import streams
 
-DPS_HOST = "global.azure-devices-provisioning.net"
+if TYPE_CHECKING:
+    from dps_emulator.web.site import Site
+
+# What clients of DPS have built in: the global endpoint, and those of services.
+DPS_NAMES = ("global.azure-devices-provisioning.net", "*.azure-devices-provisioning.net")
 # The C client never reconnects within a registration: the connection must outlive its longest Retry-After, 300 s.
 KEEP_ALIVE_S = 330
+_STREAM = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
 _ID_LIMIT = 200  # characters of a line that a client may have chosen; a registration id has 128 at most
 
 
@@ -88,8 +101,21 @@ class LogLine:
         )
 
 
-class _Protocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which hands its transport to the application: a fault must reach the connection."""
+class LoggedNotices(logging.Handler):
+    """What libraries log becomes a notice of one line, a traceback the place where it began."""
+
+    def __init__(self, notice: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._notice = notice
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One record of a logger."""
+        error = record.exc_info[1] if record.exc_info else None
+        self._notice(defect(error) if error and error.__traceback__ else record.getMessage().partition("\n")[0])
+
+
+class _Protocol(BoundedProtocol):
+    """HTTP/1.1, which hands its transport to the application: a fault must reach the connection."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.app_state = {**self.app_state, "transport": transport}
@@ -106,43 +132,77 @@ class EmulatorServer:
     def __init__(
         self,
         service: DpsService,
+        store: Store,
         authority: trustme.CA,
         *,
         listen: str = "127.0.0.1",
         port: int = 0,
         hub_port: int = 0,
         state_dir: Path | None = None,
-        messages_limit_bytes: int = FILE_LIMIT_BYTES,
         faults: FaultScript | None = None,
         log: Callable[[LogLine], None] = lambda line: None,
         hub_log: Callable[[HubLine], None] = lambda line: None,
         notice: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.time,
+        web_port: int | None = None,
+        secret: bytes = b"",
+        telemetry: Callable[[str], None] | None = None,
     ) -> None:
-        """Binds the ports at once (0: a free one); raises OSError. `clock` returns Unix seconds.
+        """Binds the ports at once (0: a free one); OSError says in words why it can't. `clock` returns Unix seconds.
 
-        With a `state_dir` the hubs keep there what they know, and take commands at a socket in it.
+        `secret` is what the keys of shared access policies come from; empty: a new one.
+        `telemetry` is told of each message that was kept, as a JSON document.
+        With a `web_port` there is the page of `dps_emulator.web`, on this machine's own address.
+
+        `store` is the service's and becomes the hubs'. With a `state_dir` commands are taken at a socket in it.
         """
         self.service = service
+        self.store = store
         self.faults = faults or FaultScript()
         self._log = log
         self._notice = notice
         self._clock = clock
         with contextlib.ExitStack() as failed:  # a port in use leaves no socket behind
             self._socket = failed.enter_context(_listening(listen, port))
-            self._hub_socket = failed.enter_context(_listening(listen, hub_port))
+            shares = 0 < port == hub_port
+            self._hub_socket = self._socket if shares else failed.enter_context(_listening(listen, hub_port))
+            web_socket = None if web_port is None else failed.enter_context(_listening("127.0.0.1", web_port))
             self._control_socket = None if state_dir is None else failed.enter_context(control_socket(state_dir))
             failed.pop_all()
         self.port: int = self._socket.getsockname()[1]
         self.hub_port: int = self._hub_socket.getsockname()[1]
+        self._site: Site | None = None
+        host = f"[{listen}]" if ":" in listen else listen
+        self.addresses = {"dps": f"https://{host}:{self.port}", "hubs": f"mqtts://{host}:{self.hub_port}"}
         own_names = ["localhost", "127.0.0.1", "::1", *([] if listen in ("0.0.0.0", "::") else [listen])]
-        self._tls = server_tls(authority, [*own_names, DPS_HOST, *service.settings.hubs])
-        self.hubs = _hubs(service, state_dir, hub_log, messages_limit_bytes)
-        hub_tls = server_tls(authority, [*own_names, *service.settings.hubs])
+        names = [*own_names, *DPS_NAMES, *service.settings.hubs]
+        tls = streams(authority, names, asks_clients=service.settings.client_certificates)
         chosen = service.settings
-        gate = Gate(chosen.connects_per_s, chosen.connect_queue_s) if chosen.connects_per_s else None
-        self._hub_server = HubServer(self.hubs, hub_tls, self._hub_socket, lambda: self.faults, clock, notice, gate)
-        self._control = Control(self._hub_server, self.set_faults)
+        of_hubs = chosen.clock_skew_s, self._happened, chosen.tier, chosen.limits, chosen.strict
+        self._hub_log = hub_log
+        messages = _CopiedMessages(store.messages, telemetry) if telemetry else store.messages
+        context = HubContext(messages, os.urandom, *of_hubs)
+        self.hubs = Hubs(service, store.devices, context)
+        burst_s = BURST_S if chosen.limits else 1.0
+        gate = Gate(chosen.connects_per_s, chosen.connect_queue_s, burst_s) if chosen.connects_per_s else None
+        self._hub_server = HubServer(
+            self.hubs,
+            tls,
+            {self._socket: False, self._hub_socket: True},
+            lambda: self.faults,
+            clock,
+            notice,
+            self.answer,
+            self._http,
+            gate,
+        )
+        secret = secret or os.urandom(32)
+        self._api = ServiceApi(store, secret, chosen.clock_skew_s)
+        self._hub_api = HubServiceApi(self.hubs, secret, clock)
+        self._feed = TelemetryFeed(store.messages, chosen.hubs, secret, clock, chosen.clock_skew_s)
+        self._control = Control(self._hub_server, store, self.set_faults, self.addresses, secret)
+        if web_socket:
+            self._site = self._site_at(web_socket, authority)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._serving = threading.Event()
         config = uvicorn.Config(
@@ -155,12 +215,12 @@ class EmulatorServer:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             date_header=False,  # the service sends its own
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,
         )
         config.load()
-        config.ssl = self._tls
         self._server = uvicorn.Server(config)
 
     def run(self) -> None:
@@ -179,8 +239,27 @@ class EmulatorServer:
             await self._hub_server.start()
             if self._control_socket is not None:
                 started.callback((await self._control.serve(self._control_socket)).close)
+            if self._site:
+                started.push_async_callback(self._site.close)
+                await self._site.start()
             self._serving.set()
-            await self._server.serve(sockets=[self._socket])
+            await self._server.serve(sockets=[])  # connections come from the other server
+
+    def _site_at(self, listening: socket.socket, authority: trustme.CA) -> "Site":
+        """The page, which is loaded only where it is wanted."""
+        from dps_emulator.web.pages import Desk
+        from dps_emulator.web.site import Site
+
+        ca_pem = authority.cert_pem.bytes().decode()
+        desk = Desk(self.service, self.store, self.hubs, lambda: self.faults, self.addresses, ca_pem)
+        site = Site(desk, self._control.answer, listening, self._notice)
+        self.addresses["web"] = site.guard.address
+        return site
+
+    def _happened(self, line: HubLine) -> None:
+        self._hub_log(line)
+        if self._site:
+            self._site.noted(line)
 
     def command(self, request: dict[str, Any], deadline_s: float) -> dict[str, Any]:
         """Does what `Control` does with `request`, from another thread than the one that runs this."""
@@ -196,6 +275,10 @@ class EmulatorServer:
         """Ends `run` within two seconds, requests under way included."""
         self._server.should_exit = True
 
+    def _http(self) -> asyncio.Protocol:
+        """Reads the requests of one connection."""
+        return _Protocol(self._server.config, self._server.server_state, {})
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, as ASGI."""
         wire = WireRequest(scope, receive)
@@ -207,79 +290,121 @@ class EmulatorServer:
                 scope["query_string"].decode("latin-1"),
                 dict(wire.headers),
                 body,
+                client_chain=scope["state"]["transport"].get_extra_info("client_chain"),
             )
-            target = target_of(request.path)
-            entry, fault = self.faults.take(request.method, target.operation) or (0, Fault())
+            entry, fault = self.faults.of_request(request)
             await _pause(fault.delay_s, receive)
-            if fault.replaces_answer:
-                response = fault.answer(str(uuid.uuid4()), self._clock())
+            asked = self._asked(request, entry) if not fault.replaces_answer else None
+            if isinstance(asked, Asked):
+                await StreamingResponse(self._feed.events(asked), headers=_STREAM)(scope, receive, send)
+                return
+            if asked is not None:
+                response = asked
+            elif self._hub_api.takes(request.path) and not fault.replaces_answer:
+                response = self._logged(request, await self._of_hubs(request), entry)
             else:
-                response = self._answer(request)
-            if response.notice:
-                self._notice(response.notice)
-            self._log(
-                LogLine(
-                    utc_text(self._clock()),
-                    request.method,
-                    target.operation,
-                    target.registration_id,
-                    response.status,
-                    response.error_code,
-                    entry,
-                    response.request_id,
-                )
-            )
+                response = self.answer(request, entry, fault)
             await _deliver(response, fault, scope["state"]["transport"], receive, send)
+
+    def answer(self, request: Request, entry: int, fault: Fault) -> Response:
+        """The answer of DPS to a request that this entry of the fault script fits, and its line in the log."""
+        replaces = fault.replaces_answer
+        response = fault.answer(str(uuid.uuid4()), self._clock()) if replaces else self._answer(request)
+        return self._logged(request, response, entry)
+
+    def _asked(self, request: Request, entry: int) -> Asked | Response | None:
+        """What a request for the telemetry's stream asks for, or its refusal; None for any other request."""
+        if not self._feed.takes(request.path):
+            return None
+        request_id, now = str(uuid.uuid4()), self._clock()
+        try:
+            asked = self._feed.asked(request)
+        except RefusalError as refusal:
+            return self._logged(request, _refused(refusal, request_id, now), entry)
+        except StateError as error:
+            return self._logged(request, _failed("The emulator's state failed.", str(error), now), entry)
+        self._logged(request, Response(200, (), b"", request_id=request_id), entry)
+        return asked
+
+    async def _of_hubs(self, request: Request) -> Response:
+        """The hubs' answer to a back end, or 500 where their state can't be read or written."""
+        try:
+            return await self._hub_api.answer(request)
+        except StateError as error:
+            return _failed("The emulator's state failed.", str(error), self._clock())
+        except Exception as error:  # a defect of ours ends nobody else's request
+            return _failed("The emulator has a defect.", defect(error), self._clock())
+
+    def _logged(self, request: Request, response: Response, entry: int) -> Response:
+        """The same answer, when its line is in the log."""
+        if response.notice:
+            self._notice(response.notice)
+        target = target_of(request.path)
+        self._log(
+            LogLine(
+                utc_text(self._clock()),
+                request.method,
+                target.operation,
+                target.registration_id,
+                response.status,
+                response.error_code,
+                entry,
+                response.request_id,
+            )
+        )
+        if self._site:
+            self._site.answered(request, response, entry, self._clock())
+        return response
 
     def _answer(self, request: Request) -> Response:
         """The service's answer, or 500 where its state can't be read or written."""
         now = self._clock()
         try:
-            return self.service.answer(request, now)
+            with self.store.transaction():
+                return (self._api if self._api.takes(request.path) else self.service).answer(request, now)
         except StateError as error:
             return _failed("The emulator's state failed.", str(error), now)
         except Exception as error:  # a defect of ours ends nobody else's request
-            return _failed(
-                "The emulator has a defect.", f"a defect, please report it: {error!r} at {place(error)}", now
-            )
+            return _failed("The emulator has a defect.", defect(error), now)
 
 
 def _failed(message: str, notice: str, now: float) -> Response:
-    request_id = str(uuid.uuid4())
-    refusal = refusal_response(RefusalError(INTERNAL_ERROR, message), request_id, now)
-    headers = (*refusal.headers, *standard_headers(request_id, now))
-    return replace(refusal, headers=headers, request_id=request_id, notice=notice)
+    return replace(_refused(RefusalError(INTERNAL_ERROR, message), str(uuid.uuid4()), now), notice=notice)
+
+
+def _refused(refusal: RefusalError, request_id: str, now: float) -> Response:
+    response = refusal_response(refusal, request_id, now)
+    headers = (*response.headers, *standard_headers(request_id, now))
+    return replace(response, headers=headers, request_id=request_id)
+
+
+class _CopiedMessages:
+    """A MessageLog whose messages are also told to somebody else, when they are kept."""
+
+    def __init__(self, messages: Messages, copy: Callable[[str], None]) -> None:
+        self._messages = messages
+        self._copy = copy
+
+    def append(self, message: Telemetry) -> None:
+        """See MessageLog."""
+        self._messages.append(message)
+        self._copy(document(message))
 
 
 def _listening(listen: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in listen else socket.AF_INET
-    listening = socket.create_server((listen, port), family=family, backlog=256)
+    try:
+        listening = socket.create_server((listen, port), family=family, backlog=256)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(
+                f"port {port} at {listen} is in use: stop who has it, or give another (0: a free one)"
+            ) from None
+        why = (error.strerror or str(error)).partition(" (while attempting")[0]  # create_server's own words
+        raise OSError(f"can't listen at {listen}, port {port}: {why}") from None
     # Accepted connections inherit it; asyncio sets it only where the socket names its protocol. 40 ms a request.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
-
-
-def _hubs(
-    service: DpsService, state_dir: Path | None, log: Callable[[HubLine], None], messages_limit_bytes: int
-) -> Hubs:
-    """The service's hubs, which remember in memory or in the state folder."""
-    skew_s = service.settings.clock_skew_s
-    if state_dir is None:
-        in_memory: dict[str, dict[str, HubDevice]] = {}
-        context = HubContext(MessagesInMemory(messages_limit_bytes), os.urandom, skew_s, log, service.settings.tier)
-        return Hubs(service, lambda name: in_memory.setdefault(name, {}), context)
-    folder = state_dir
-    messages = BoundedFile(folder / "messages.jsonl", messages_limit_bytes)
-    context = HubContext(MessageFile(messages), os.urandom, skew_s, log, service.settings.tier)
-    return Hubs(service, lambda name: hub_folder(folder, name), context)
-
-
-def server_tls(authority: trustme.CA, names: Sequence[str]) -> ssl.SSLContext:
-    """TLS 1.2 or newer with a certificate for `names` (DNS names and addresses)."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    authority.issue_cert(*names).configure_cert(context)
-    return context
 
 
 async def _body(wire: WireRequest) -> bytes:

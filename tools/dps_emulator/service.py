@@ -6,22 +6,33 @@ concepts". Where nothing is published about the real service, the choice made he
 """
 
 import base64
-import contextlib
+import functools
 import hashlib
 import json
+import math
 import uuid
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote
 
+from dps_emulator.attestation import Credential
+from dps_emulator.certificates import (
+    CertificateError,
+    authority_of,
+    certificate_info,
+    common_name,
+    require_valid,
+    thumbprints,
+)
 from dps_emulator.enrollments import REGISTRATION_ID_GRAMMAR, Enrollment, is_registration_id, registration_key
 from dps_emulator.hub_devices import HubDevice
-from dps_emulator.json_text import parse_json
+from dps_emulator.json_text import parse_object
+from dps_emulator.limits import POLLS_WITHIN_S, Limits
 from dps_emulator.quotas import MINUTE, Quota
-from dps_emulator.registrations import Assignment, Failure, Operation, Registration, StateError, utc_text
-from dps_emulator.tokens import TokenError, device_token_refusal, expiry_refusal, parse_token
+from dps_emulator.registrations import Assignment, Failure, Operation, Registration, Registrations, utc_text
+from dps_emulator.tokens import Token, TokenError, device_token_refusal, expiry_refusal, parse_token
 from dps_emulator.tpm_keys import (
     ActivationSecrets,
     RandomBytes,
@@ -84,6 +95,9 @@ class Settings:
     retry_after_429_s: int | None = None  # what a refusal for want of quota carries; None: no such header
     connects_per_s: float | None = None  # new connections to the hubs; None: all
     connect_queue_s: float = 0.0  # connections beyond that wait for so long before they are dropped
+    limits: Limits | None = None  # of each device's polls, and of each hub
+    strict: bool = False  # hubs refuse what they are only known to tolerate
+    client_certificates: bool = False  # clients may show one in TLS
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,8 @@ class Request:
     query: str = ""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     body: bytes = field(default=b"", repr=False)
+    takes_tpm: bool = True  # there is no TPM attestation over MQTT
+    client_chain: tuple[bytes, ...] = ()  # the certificates that the client has shown in TLS, its own first; DER
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,19 @@ class _Challenge:
     ek: StorageKey
     srk: StorageKey
     issued_at_s: float
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Who has proven by a token, or by a client certificate, to be what is enrolled."""
+
+    enrollment: Enrollment
+    leaf: bytes = b""  # the client certificate; empty: it was a token
+    authority: bytes = b""  # that of the group
+
+
+# What shows who asks: the challenge that was answered, or the enrolment that has the token's key or the certificate.
+_Proof = _Challenge | _Known
 
 
 @dataclass(frozen=True)
@@ -158,16 +187,17 @@ class _ChallengeNeeded(Exception):
 
 
 class DpsService:
-    """One DPS instance; all that it remembers is in the two mappings and, for open exchanges, in itself."""
+    """One DPS instance; all that it remembers is in the mappings and, for open exchanges, in itself."""
 
     def __init__(
         self,
         settings: Settings,
         enrollments: MutableMapping[str, Enrollment],
-        registrations: MutableMapping[str, Registration],
+        registrations: Registrations,
         random_bytes: RandomBytes,
+        groups: MutableMapping[str, Enrollment] | None = None,
     ) -> None:
-        """Both mappings are keyed by `registration_key`; `random_bytes(n)` returns n random bytes.
+        """All mappings are keyed by `registration_key`, `groups` by the group's id; `random_bytes(n)` returns n bytes.
 
         The attribute `assigned` is called after each assignment with the one before (or None), the new one and the
         time: there the hubs learn of it.
@@ -175,13 +205,13 @@ class DpsService:
         self.settings = settings
         self.enrollments = enrollments
         self.registrations = registrations
+        self.groups = {} if groups is None else groups
         self.assigned: Callable[[Assignment | None, Assignment, float], None] = lambda previous, assignment, now: None
         self._random_bytes = random_bytes
         per_minute = settings.quota_per_min
         self._quota = Quota(per_minute, settings.quota_by) if per_minute else None
         self._challenges: dict[str, _Challenge] = {}  # the oldest first
-        self._by_place: dict[tuple[str, str], str] | None = None  # registrations by hub and device, None: not yet read
-        self._place_of: dict[str, tuple[str, str]] = {}
+        self._polls: dict[str, list[float]] = {}  # when each device has polled of late, the quietest first
         self._stale: dict[str, tuple[int, Registration | None]] = {}  # lookups left, what they answer with
 
     def answer(self, request: Request, now: float) -> Response:
@@ -206,31 +236,52 @@ class DpsService:
         """Raises the refusal where the quota counts this request and has no room for it."""
         with_token = "authorization" in request.headers
         kind = (REGISTER if with_token else CHALLENGE) if request.method == METHODS["register"] else POLL
+        if kind == POLL and self.settings.limits:
+            self._require_rest(registration_key(target_of(request.path).registration_id), self.settings.limits, now)
         if self._quota is None or kind not in self.settings.quota_counts or self._quota.take(now):
             return
         after_s = self.settings.retry_after_429_s
         raise RefusalError(THROTTLED, "Throttled", **({} if after_s is None else {"Retry-After": str(after_s)}))
 
+    def _require_rest(self, key: str, limits: Limits, now: float) -> None:
+        """Raises the refusal of a poll too many of one device."""
+        since_s = now - POLLS_WITHIN_S
+        while self._polls and (quietest := next(iter(self._polls))) != key and self._polls[quietest][-1] <= since_s:
+            del self._polls[quietest]
+        polls = [at_s for at_s in self._polls.pop(key, []) if since_s < at_s <= now]
+        if len(polls) < limits.polls:
+            self._polls[key] = [*polls, now]
+            return
+        self._polls[key] = polls
+        after_s = math.ceil(polls[0] - since_s)
+        raise RefusalError(THROTTLED, "Throttled: this device polls too often", **{"Retry-After": str(after_s)})
+
     def enroll(self, enrollment: Enrollment) -> None:
-        """Adds or replaces an enrolment."""
-        self.enrollments[registration_key(enrollment.registration_id)] = enrollment
+        """Adds or replaces an enrolment, or a group."""
+        records = self.groups if enrollment.is_group else self.enrollments
+        records[registration_key(enrollment.registration_id)] = enrollment
 
     def move(self, registration_id: str, hub: str) -> None:
         """Makes the device's next registration go to `hub`; raises KeyError where it is not enrolled."""
         self.enroll(replace(self.enrollments[registration_key(registration_id)], hubs=(hub,)))
 
+    def credential_at(self, hub: str, device_id: str) -> Credential | None:
+        """What that device has at that hub now, or None; both names without case, as tokens are compared."""
+        registration = self.registrations.at(hub, device_id)
+        return registration.assignment.credential if registration and registration.assignment else None
+
     def hub_key(self, hub: str, device_id: str) -> bytes | None:
-        """The key that device has at that hub now, or None; both names without case, as tokens are compared."""
-        registration = self._assigned_to(hub, device_id)
-        return registration.assignment.key if registration and registration.assignment else None
+        """The first key of `credential_at`, or None."""
+        credential = self.credential_at(hub, device_id)
+        return credential.keys[0] if credential and credential.keys else None
 
     def replace_hub_key(self, hub: str, device_id: str, key: bytes) -> None:
         """Makes `key` the device's key at that hub; raises KeyError where it is not assigned there."""
-        registration = self._assigned_to(hub, device_id)
+        registration = self.registrations.at(hub, device_id)
         if registration is None or registration.assignment is None:
             raise KeyError(device_id)
-        changed = replace(registration, assignment=replace(registration.assignment, key=key))
-        self._keep(registration_key(registration.registration_id), changed)
+        changed = replace(registration, assignment=replace(registration.assignment, credential=Credential((key,))))
+        self.registrations[registration_key(registration.registration_id)] = changed
 
     def hub_token_refusal(
         self,
@@ -247,11 +298,13 @@ class DpsService:
         except TokenError as error:
             return f"the token {error}"
         once, twice = ([*reading.split("/"), "", "", ""][0:3:2] for reading in token.readings)
-        hub, device_id = once if self.hub_key(*once) or device_at(*once) else twice
-        key, device = self.hub_key(hub, device_id), device_at(hub, device_id)
+        hub, device_id = once if self.credential_at(*once) or device_at(*once) else twice
+        credential, device = self.credential_at(hub, device_id), device_at(hub, device_id)
+        keys = credential.keys if credential else None
         if device:
-            key = None if device.withdrawn else device.own_key or key
-        refusal = device_token_refusal(token, hub, device_id, key, now, self.settings.clock_skew_s)
+            own = device.own_credential
+            keys = None if device.withdrawn else own.keys if own else keys
+        refusal = device_token_refusal(token, hub, device_id, keys, now, self.settings.clock_skew_s)
         if refusal is None and device and not device.enabled:
             return f"the device '{device_id}' is disabled"
         return refusal
@@ -263,21 +316,28 @@ class DpsService:
         if registration and not registration.operation.finished and registration.operation.ready_at_s <= now:
             previous = registration.assignment
             registration = self._finish(registration)
-            self._keep(key, registration)
+            self.registrations[key] = registration
             if registration.assignment and registration.assignment is not previous:
                 self.assigned(previous, registration.assignment, now)
         return registration
 
-    def accept(self, registration_id: str, payload: dict[str, Any] | None, failure: Failure | None, now: float) -> str:
-        """Starts an operation, returns its id."""
+    def accept(
+        self,
+        registration_id: str,
+        payload: dict[str, Any] | None,
+        failure: Failure | None,
+        now: float,
+        group: str = "",
+    ) -> str:
+        """Starts an operation, returns its id; `group` is the enrolment group that takes the device."""
         previous = self.settled(registration_id, now)
         digit, state = self._random_bytes(1)[0] % 10, self._random_bytes(8).hex()
         operation_id = f"{digit}.{state}.{self._guid()}"
-        operation = Operation(operation_id, now + self.settings.assign_after_s, payload, failure=failure)
+        operation = Operation(operation_id, now + self.settings.assign_after_s, payload, failure=failure, group=group)
         created = previous.created if previous else utc_text(now)
         assignment = previous.assignment if previous else None
         key = registration_key(registration_id)
-        self._keep(key, Registration(registration_id, created, operation, assignment))
+        self.registrations[key] = Registration(registration_id, created, operation, assignment)
         if self.settings.stale_lookups:
             self._stale[key] = (self.settings.stale_lookups, previous)
         self.settled(registration_id, now)
@@ -305,31 +365,6 @@ class DpsService:
             activation_blob(ek, srk, key, secrets, uri.encode(), no_da=self.settings.no_da)
         ).decode()
 
-    def _assigned_to(self, hub: str, device_id: str) -> Registration | None:
-        """By one look into an index, which is made of all registrations when it is first needed."""
-        if self._by_place is None:
-            self._by_place = {}
-            for key in list(self.registrations):
-                with contextlib.suppress(StateError, KeyError):  # damaged: who keeps the records names it
-                    self._note_place(key, self.registrations[key])
-        key = self._by_place.get((hub.lower(), device_id.lower()), "")
-        return self.registrations.get(key) if key else None
-
-    def _keep(self, key: str, registration: Registration) -> None:
-        self.registrations[key] = registration
-        self._note_place(key, registration)
-
-    def _note_place(self, key: str, registration: Registration) -> None:
-        if self._by_place is None:
-            return
-        former = self._place_of.pop(key, None)
-        if former is not None and self._by_place.get(former) == key:
-            del self._by_place[former]
-        if registration.assignment:
-            place = registration.assignment.hub.lower(), registration.assignment.device_id.lower()
-            self._place_of[key] = place
-            self._by_place[place] = key
-
     def _challenge(self, registration_id: str, needed: _ChallengeNeeded, now: float) -> Response:
         key = self._random_bytes(self.settings.key_bytes)
         self._challenges.pop(registration_key(registration_id), None)
@@ -350,7 +385,7 @@ class DpsService:
         operation, previous = replace(registration.operation, finished=True), registration.assignment
         if operation.failure:
             return replace(registration, operation=operation)
-        enrollment = self.enrollments.get(registration_key(registration.registration_id))
+        enrollment = self._enrollment_of(registration)
         if enrollment is None:
             failure = Failure("failed", NOT_FOUND, "The enrolment was deleted.")
             return replace(registration, operation=replace(operation, failure=failure))
@@ -368,16 +403,29 @@ class DpsService:
             substatus = "reprovisionedToInitialAssignment"
         else:
             substatus = "deviceDataMigrated" if enrollment.migrate_device_data else "deviceDataReset"
-        if previous and stays and self.settings.hub_key == "stable":
-            key = previous.key
+        if enrollment.keys:
+            credential = Credential(enrollment.keys.both)
+        elif enrollment.certificates and enrollment.group:
+            credential = Credential(authorities=enrollment.certificates.all)
+        elif enrollment.certificates:
+            credential = Credential(thumbprints=tuple(thumbprints(each)[0] for each in enrollment.certificates.all))
+        elif previous and stays and self.settings.hub_key == "stable" and len(previous.credential.keys) == 1:
+            credential = previous.credential
         else:
-            key = self._random_bytes(self.settings.key_bytes)
+            credential = Credential((self._random_bytes(self.settings.key_bytes),))
         # Custom allocation returns what its webhook says; the emulator's webhook says what the device said.
         payload = operation.payload if enrollment.allocation_policy in ("", "custom") else None
         etag = base64.b64encode(f'"{self._guid()}"'.encode()).decode()
         when = utc_text(operation.ready_at_s)
-        assignment = Assignment(hub, device_id, key, substatus, etag, when, payload)
+        assignment = Assignment(hub, device_id, credential, substatus, etag, when, payload)
         return replace(registration, operation=operation, assignment=assignment)
+
+    def _enrollment_of(self, registration: Registration) -> Enrollment | None:
+        """What the device was taken by; of a group what it is for this device."""
+        if not registration.operation.group:
+            return self.enrollments.get(registration_key(registration.registration_id))
+        group = self.groups.get(registration_key(registration.operation.group))
+        return group.member(registration.registration_id) if group else None
 
     def _allocate(self, enrollment: Enrollment, previous: Assignment | None) -> str | None:
         """The hub for a device, or None where the enrolment names one that is not linked."""
@@ -427,27 +475,28 @@ class _Exchange:
         return self._register(device) if self.operation == "register" else self._lookup(device)
 
     def _register(self, device: _DeviceRegistration) -> Response:
-        challenge = self._proven(device)  # the token is checked before anything is looked up
-        enrollment = self._enrollment(device, challenge)
+        proof = self._proven(device)  # the token is checked before anything but its key is looked up
+        enrollment = self._enrollment(device, proof)
         failure = self._failure(enrollment, device)
-        if challenge is None:
+        if proof is None:
             raise self._challenge_needed(device)
         registration_id = enrollment.registration_id if enrollment else self.registration_id
-        operation_id = self.service.accept(registration_id, device.payload, failure, self.now)
+        group = enrollment.group if enrollment else ""
+        operation_id = self.service.accept(registration_id, device.payload, failure, self.now, group)
         location = f"https://{self.request.headers.get('host', '')}{self.request.path}?{self.request.query}"
         # The register answer says "assigning" even where the assignment is already made: clients must poll.
         content = {"operationId": operation_id, "status": "assigning"}
         return json_response(202, content, *self._retry_after(), ("Location", location))
 
     def _operation_status(self, operation_id: str) -> Response:
-        challenge = self._proven(_DeviceRegistration())
-        if challenge is None:
+        proof = self._proven(_DeviceRegistration())
+        if proof is None:
             raise self._challenge_needed(_DeviceRegistration())
-        self._enrollment(_DeviceRegistration(), challenge)
+        self._enrollment(_DeviceRegistration(), proof)
         registration = self.service.settled(self.registration_id, self.now)
         if registration is None or registration.operation.operation_id != operation_id:
             raise RefusalError(OPERATION_NOT_FOUND, "The operation was not found.")
-        state = self._state(registration, challenge, with_key=True)
+        state = self._state(registration, proof, with_key=True)
         content = {"operationId": operation_id, "status": state["status"], "registrationState": state}
         if registration.operation.finished:
             return json_response(200, content)
@@ -458,16 +507,16 @@ class _Exchange:
             raise RefusalError(UNAUTHORIZED, "This service authorizes no lookups.")
         if self.settings.lookup == 404:
             raise RefusalError(NOT_FOUND, "This service has no lookups.")
-        challenge = self._proven(device)
-        self._failure(self._enrollment(device, challenge), device)
-        if challenge is None:
+        proof = self._proven(device)
+        self._failure(self._enrollment(device, proof), device)
+        if proof is None:
             raise self._challenge_needed(device)
         registration = self.service.looked_up(self.registration_id, self.now)
         if registration is None:
             return json_response(200, {"registrationId": self.registration_id, "status": "unassigned"})
-        return json_response(200, self._state(registration, challenge, with_key=self.settings.lookup != "no-key"))
+        return json_response(200, self._state(registration, proof, with_key=self.settings.lookup != "no-key"))
 
-    def _state(self, registration: Registration, challenge: _Challenge, *, with_key: bool) -> dict[str, Any]:
+    def _state(self, registration: Registration, proof: _Proof, *, with_key: bool) -> dict[str, Any]:
         """A DeviceRegistrationResult."""
         state: dict[str, Any] = {
             "registrationId": registration.registration_id,
@@ -492,18 +541,29 @@ class _Exchange:
         }
         if assignment.payload is not None:
             state["payload"] = assignment.payload
-        if with_key:
-            uri = f"{assignment.hub}/devices/{assignment.device_id}"
-            blob = self.service.authentication_key(challenge.ek, challenge.srk, assignment.key, uri)
-            state["tpm"] = {"authenticationKey": blob}
-        return state
+        return {**state, **self._shown(proof, assignment, with_key)}
 
-    def _enrollment(self, device: _DeviceRegistration, challenge: _Challenge | None) -> Enrollment | None:
+    def _shown(self, proof: _Proof, assignment: Assignment, with_key: bool) -> dict[str, Any]:
+        """The member of an assignment that tells the way of attestation."""
+        if isinstance(proof, _Known):
+            group = {"enrollmentGroupId": proof.enrollment.group} if proof.enrollment.group else {}
+            if not proof.leaf:
+                return {"symmetricKey": group}
+            signing = {"signingCertificateInfo": certificate_info(proof.authority)} if proof.authority else {}
+            return {"x509": {"certificateInfo": certificate_info(proof.leaf), **group, **signing}}
+        if not with_key or not assignment.credential.keys:
+            return {}
+        key = assignment.credential.keys[0]
+        uri = f"{assignment.hub}/devices/{assignment.device_id}"
+        return {"tpm": {"authenticationKey": self.service.authentication_key(proof.ek, proof.srk, key, uri)}}
+
+    def _enrollment(self, device: _DeviceRegistration, proof: _Proof | None) -> Enrollment | None:
         """The device's enrolment, after its EK was compared.
 
-        Where the service takes anybody, one is made for whoever has proven by `challenge` to be the TPM that it claims.
+        Where the service takes anybody, one is made for whoever has proven by a challenge to be the TPM that it claims.
         """
-        enrollment = self.service.enrollments.get(registration_key(self.registration_id))
+        challenge = proof if isinstance(proof, _Challenge) else None
+        enrollment = proof.enrollment if isinstance(proof, _Known) else self._individual
         if enrollment is None and self.settings.enroll_any and challenge and self.operation == "register":
             enrollment = Enrollment(self.registration_id, challenge.ek.marshalled)
             self.service.enroll(enrollment)
@@ -536,44 +596,86 @@ class _Exchange:
             return RefusalError(SRK_UNSUITABLE, "tpm.storageRootKey is missing: without it there is no challenge.")
         return _ChallengeNeeded(device.ek, device.srk)
 
-    def _proven(self, device: _DeviceRegistration) -> _Challenge | None:
-        """The challenge whose key signed this request's token, None where there is no token; raises RefusalError."""
+    @functools.cached_property
+    def _individual(self) -> Enrollment | None:
+        """The enrolment of this device alone, which goes before all groups."""
+        return self.service.enrollments.get(registration_key(self.registration_id))
+
+    def _proven(self, device: _DeviceRegistration) -> _Proof | None:
+        """The challenge whose key signed this request's token, or the enrolment; None where there is no token.
+
+        Raises RefusalError.
+        """
         text = self.request.headers.get("authorization")
         if text is None:
-            return None
+            return self._certified(device)
         try:
             token = parse_token(text)
         except TokenError as error:
             raise RefusalError(UNAUTHORIZED, f"The token {error}.") from None
-        challenge = self.service.challenge_of(self.registration_id, self.now)
-        if challenge is None:
-            raise RefusalError(UNAUTHORIZED, "No challenge is open: register without Authorization to get one.")
         if token.key_name not in ("", "registration"):
             raise RefusalError(UNAUTHORIZED, "The token's skn is not 'registration'.")
         if not token.names(f"{self.settings.id_scope}/registrations/{self.registration_id}"):
             raise RefusalError(UNAUTHORIZED, "The token's sr is for another resource.")
-        if not token.signed_by(challenge.key):
-            raise RefusalError(UNAUTHORIZED, "The token is not signed by the key of the newest challenge.")
         expired = expiry_refusal(token, self.now, self.settings.clock_skew_s)
         if expired:
             raise RefusalError(UNAUTHORIZED, f"The token is refused: {expired}.")
-        if device.srk and device.srk != challenge.srk:
+        challenge = self.service.challenge_of(self.registration_id, self.now)
+        proof: _Proof | None = challenge if challenge and token.signed_by(challenge.key) else self._key_holder(token)
+        if proof is None:
+            only_tpm = self._individual.endorsement_key if self._individual else not self.service.groups
+            if challenge is None and only_tpm:
+                raise RefusalError(UNAUTHORIZED, "No challenge is open: register without Authorization to get one.")
+            key = "the key of the newest challenge" if challenge else "a key of the device's enrolment"
+            raise RefusalError(UNAUTHORIZED, f"The token is not signed by {key}.")
+        if isinstance(proof, _Challenge) and device.srk and device.srk != proof.srk:
             raise RefusalError(SRK_UNSUITABLE, "tpm.storageRootKey is not the one that was challenged.")
-        return challenge
+        return proof
+
+    def _certified(self, device: _DeviceRegistration) -> _Known | None:
+        """Whose client certificate this is; None where none came, or another way is asked for. Raises RefusalError."""
+        chain, individual = self.request.client_chain, self._individual
+        if individual and individual.certificates is None:
+            return None
+        if not chain or device.ek:
+            if individual:
+                hint = "" if self.settings.client_certificates else " ('serve --client-certificates' asks for one)"
+                raise RefusalError(UNAUTHORIZED, f"The enrolment takes a client certificate, and none came{hint}.")
+            return None
+        try:
+            if individual and individual.certificates:
+                if chain[0] not in individual.certificates.all:
+                    raise CertificateError("it is not the one that is enrolled")
+                require_valid(chain[0], self.now)
+                known = _Known(individual, chain[0])
+            else:
+                known = self._of_authority(chain)
+            if common_name(chain[0]) != self.registration_id:
+                raise CertificateError(f"its CN '{common_name(chain[0])}' is not the registration ID")
+        except CertificateError as error:
+            raise RefusalError(UNAUTHORIZED, f"Invalid certificate: {error}.") from None
+        return known
+
+    def _of_authority(self, chain: Sequence[bytes]) -> _Known:
+        """Who the first CA of a group vouches for that the chain comes to; raises CertificateError."""
+        groups = {der: group for group in self.service.groups.values() for der in _authorities(group)}
+        authority = authority_of(chain, list(groups), self.now)
+        return _Known(groups[authority].member(self.registration_id), chain[0], authority)
+
+    def _key_holder(self, token: Token) -> _Known | None:
+        """The enrolment whose symmetric key signed the token: that of the device alone, or else that of a group."""
+        groups = () if self._individual else self.service.groups.values()
+        for enrollment in (self._individual, *(group.member(self.registration_id) for group in groups)):
+            if enrollment and enrollment.keys and token.signed_by(*enrollment.keys.both):
+                return _Known(enrollment)
+        return None
 
     def _device_registration(self) -> _DeviceRegistration:
         """The body, checked field by field; unknown fields are passed over."""
         content_type = self.request.headers.get("content-type", "")
         if content_type and "json" not in content_type.lower():
             raise RefusalError(NOT_JSON, "The body is not application/json.")
-        if len(self.request.body) > MAX_BODY_BYTES:
-            raise RefusalError(BODY_TOO_LARGE, f"The body is larger than {MAX_BODY_BYTES} bytes.")
-        try:
-            content = parse_json(self.request.body)
-        except ValueError:
-            raise RefusalError(BAD_REQUEST, "The body is not valid JSON.") from None
-        if not isinstance(content, dict):
-            raise RefusalError(BAD_REQUEST, "The body is not a JSON object.")
+        content = object_of(self.request)
         named = content.get("registrationId")
         if named is not None and (
             not isinstance(named, str) or registration_key(named) != registration_key(self.registration_id)
@@ -585,6 +687,8 @@ class _Exchange:
         tpm = content.get("tpm")
         if tpm is None:
             return _DeviceRegistration(payload=payload)
+        if not self.request.takes_tpm:
+            raise RefusalError(BAD_REQUEST, "TPM attestation takes HTTPS: there is none over MQTT.")
         if not isinstance(tpm, dict):
             raise RefusalError(BAD_REQUEST, "tpm is not a JSON object.")
         try:
@@ -602,6 +706,20 @@ class _Exchange:
     def _retry_after(self) -> tuple[tuple[str, str], ...]:
         seconds = self.settings.retry_after_s
         return () if seconds is None else (("Retry-After", str(seconds)),)
+
+
+def _authorities(group: Enrollment) -> tuple[bytes, ...]:
+    return group.certificates.all if group.certificates else ()
+
+
+def object_of(request: Request) -> dict[str, Any]:
+    """The JSON object in a request's body; RefusalError where that is anything else."""
+    if len(request.body) > MAX_BODY_BYTES:
+        raise RefusalError(BODY_TOO_LARGE, f"The body is larger than {MAX_BODY_BYTES} bytes.")
+    try:
+        return parse_object(request.body)
+    except ValueError as error:
+        raise RefusalError(BAD_REQUEST, f"The body is not {error}.") from None
 
 
 def target_of(path: str) -> Target:

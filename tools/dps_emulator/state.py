@@ -1,120 +1,67 @@
-"""What survives a restart: a folder with a JSON file for each enrolment, registration and device, and the CA's key.
+"""The state folder: the database of what survives a restart, the CA's key, and who may use it.
 
 A folder that is made here is 0700, one that is there stays as it is, and every file is 0600, because registrations hold
-hub keys. A file is replaced by rename, so that a reader never sees half of one; each access reads the file again, so
-that `enroll-import` and `move` reach a server that is running. Only the server writes what the hubs know (`hubs`,
-`messages.jsonl`). A file that is damaged is named, and everything else goes on working.
+hub keys.
 """
 
 import contextlib
 import fcntl
-import json
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING
 
-import trustme
+from dps_emulator.hub_devices import FILE_LIMIT_BYTES
+from dps_emulator.registrations import StateError
 
-from dps_emulator.enrollments import Enrollment, enrollment_from_json, is_device_id, is_hub_name
-from dps_emulator.hub_devices import HubDevice
-from dps_emulator.registrations import Registration, StateError
+if TYPE_CHECKING:
+    import trustme
 
-Record = TypeVar("Record")
-
-
-class RecordFolder(MutableMapping[str, Record]):
-    """A mapping whose values are JSON files; keys are lower-case registration ids or device ids."""
-
-    def __init__(
-        self, folder: Path, to_json: Callable[[Record], dict[str, Any]], from_json: Callable[[Any], Record]
-    ) -> None:
-        self._folder = folder
-        self._to_json = to_json
-        self._from_json = from_json
-        make_private_folder(folder)
-
-    def __getitem__(self, key: str) -> Record:
-        path = self._path(key)
-        try:
-            return self._from_json(json.loads(path.read_bytes()))
-        except FileNotFoundError:
-            raise KeyError(key) from None
-        except OSError as error:
-            raise StateError(f"{path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise StateError(f"{path} can't be read back ({error}): repair or delete it") from None
-
-    def __contains__(self, key: object) -> bool:
-        return self._path(str(key)).exists()
-
-    def damaged(self) -> Iterator[str]:
-        """A sentence for each file that can't be read back; reads all of them."""
-        for key in self:
-            try:
-                self[key]
-            except StateError as error:
-                yield str(error)
-            except KeyError:  # deleted by now
-                continue
-
-    def __setitem__(self, key: str, record: Record) -> None:
-        write_private_file(self._path(key), json.dumps(self._to_json(record), indent=1).encode() + b"\n")
-
-    def __delitem__(self, key: str) -> None:
-        try:
-            self._path(key).unlink()
-        except FileNotFoundError:
-            raise KeyError(key) from None
-
-    def __iter__(self) -> Iterator[str]:
-        return (path.stem for path in sorted(self._folder.glob("*.json")))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def _path(self, key: str) -> Path:
-        return self._folder / f"{key}.json"
+    from dps_emulator.store import Store
 
 
-def enrollment_folder(state_dir: Path) -> RecordFolder[Enrollment]:
-    """The enrolments kept in `state_dir`."""
-    return RecordFolder(state_dir / "enrollments", Enrollment.to_json, enrollment_from_json)
+_SECRET_BYTES = 32
 
 
-def registration_folder(state_dir: Path) -> RecordFolder[Registration]:
-    """The registrations kept in `state_dir`, with the hub keys."""
-    return RecordFolder(state_dir / "registrations", Registration.to_json, Registration.from_json)
+def open_store(
+    state_dir: Path,
+    messages_limit_bytes: int = FILE_LIMIT_BYTES,
+    notice: Callable[[str], None] = lambda text: None,
+) -> "Store":
+    """The database of a state folder, made where there is none, with what an earlier release left; raises StateError.
+
+    `notice` is told of what was taken over.
+    """
+    from dps_emulator.old_state import has_old_files, take_over
+    from dps_emulator.store import DATABASE, Store
+
+    make_private_folder(state_dir)
+    store = Store(state_dir / DATABASE, messages_limit_bytes)
+    if has_old_files(state_dir):
+        taken = take_over(store, state_dir)
+        if any(taken):
+            notice(f"{taken.records} files and {taken.messages} messages of an earlier release are in {DATABASE} now")
+    return store
 
 
-def hub_folder(state_dir: Path, hub: str) -> RecordFolder[HubDevice]:
-    """The devices of one hub kept in `state_dir`; keys are lower-case device ids."""
-    make_private_folder(state_dir / "hubs")
-    return RecordFolder(state_dir / "hubs" / hub.lower(), HubDevice.to_json, HubDevice.from_json)
+def damage(state_dir: Path) -> Iterator[str]:
+    """A sentence for what is damaged in a state folder at first sight; changes nothing, and reads no whole database."""
+    from dps_emulator.store import damage_at_first_sight
+
+    if said := damage_at_first_sight(state_dir):
+        yield said
+    if any((state_dir / name).exists() for name in ("enrollments", "registrations", "hubs")):
+        from dps_emulator.old_state import damaged_files
+
+        yield from damaged_files(state_dir)
 
 
-def damaged_files(state_dir: Path) -> Iterator[str]:
-    """A sentence for each file below `state_dir` that can't be read back; makes nothing there."""
-    if (state_dir / "enrollments").is_dir():
-        yield from enrollment_folder(state_dir).damaged()
-    if (state_dir / "registrations").is_dir():
-        yield from registration_folder(state_dir).damaged()
-    for folder in sorted((state_dir / "hubs").glob("*")):
-        if is_hub_name(folder.name):
-            yield from hub_folder(state_dir, folder.name).damaged()
-
-
-def stored_device(state_dir: Path, hub: str, device_id: str) -> HubDevice | None:
-    """What `hub` has written down of a device; None for names that it can't have."""
-    if not (is_hub_name(hub) and is_device_id(device_id) and (state_dir / "hubs" / hub.lower()).is_dir()):
-        return None
-    return hub_folder(state_dir, hub).get(device_id.lower())
-
-
-def certificate_authority(state_dir: Path | None) -> trustme.CA:
+def certificate_authority(state_dir: Path | None) -> "trustme.CA":
     """The CA kept in `state_dir`, made there the first time; without a folder a new one."""
+    import trustme
+
     if state_dir is None:
         return trustme.CA()
     path = state_dir / "ca.pem"  # key and certificate in one file: never one without the other
@@ -127,6 +74,23 @@ def certificate_authority(state_dir: Path | None) -> trustme.CA:
     authority = trustme.CA()
     write_private_file(path, authority.private_key_pem.bytes() + authority.cert_pem.bytes())
     return authority
+
+
+def service_secret(state_dir: Path | None) -> bytes:
+    """What the keys of shared access policies come from, kept in `state_dir`; without a folder a new one."""
+    if state_dir is None:
+        return os.urandom(_SECRET_BYTES)
+    path = state_dir / "service.key"
+    try:
+        secret = path.read_bytes()
+    except FileNotFoundError:
+        secret = os.urandom(_SECRET_BYTES)
+        write_private_file(path, secret)
+    except OSError as error:
+        raise StateError(f"{path}: {error.strerror}") from None
+    if len(secret) != _SECRET_BYTES:
+        raise StateError(f"{path} has {len(secret)} bytes, expected {_SECRET_BYTES}: restore or delete it")
+    return secret
 
 
 def make_private_folder(folder: Path) -> None:

@@ -6,8 +6,9 @@ signature is checked over the literal text and only then is the decoded text com
 
 import base64
 import hmac
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from dps_emulator.registrations import utc_text
 from dps_text import whole_number
@@ -33,14 +34,15 @@ class Token:
         """Unix seconds."""
         return int(self.expiry)
 
-    def signed_by(self, key: bytes) -> bool:
-        """Whether `key` made the signature: HMAC-SHA256 over `sr LF se`, both as received."""
-        expected = hmac.digest(key, f"{self.resource}\n{self.expiry}".encode(), "sha256")
-        return hmac.compare_digest(expected, self.signature)
+    def signed_by(self, *keys: bytes) -> bool:
+        """Whether one of `keys` made the signature: HMAC-SHA256 over `sr LF se`, both as received."""
+        signed = f"{self.resource}\n{self.expiry}".encode()
+        return any(hmac.compare_digest(hmac.digest(key, signed, "sha256"), self.signature) for key in keys)
 
-    def names(self, resource: str) -> bool:
-        """Whether the token is for `resource` (not encoded), compared without case."""
-        return resource.casefold() in (reading.casefold() for reading in self.readings)
+    def names(self, resource: str, *, strict: bool = False) -> bool:
+        """Whether the token is for `resource` (not encoded), compared without case; `strict`: encoded once."""
+        readings = self.readings[:1] if strict else self.readings
+        return resource.casefold() in (reading.casefold() for reading in readings)
 
     @property
     def readings(self) -> tuple[str, str]:
@@ -57,19 +59,26 @@ def expiry_refusal(token: Token, now: float, skew_s: int) -> str | None:
 
 
 def device_token_refusal(
-    token: Token, hub: str, device_id: str, key: bytes | None, now: float, skew_s: int
+    token: Token, hub: str, device_id: str, keys: Sequence[bytes] | None, now: float, skew_s: int
 ) -> str | None:
-    """Why `hub` refuses this token from `device_id`, whose key there is `key` (None: there is no such device)."""
+    """Why `hub` refuses this token from `device_id`, whose keys there are `keys` (None: there is no such device)."""
     if not token.names(f"{hub}/devices/{device_id}"):
         return "its sr is not {hub}/devices/{deviceId}"
-    signed = token.signed_by(b"" if key is None else key)  # it takes as long for a device that is not there
-    if key is None:
+    signed = token.signed_by(*(keys or (b"",)))  # it takes as long for one that is not there
+    if keys is None:
         return f"no device '{device_id}' is assigned to '{hub}'"
-    if not signed:
+    if not signed or not keys:
         return f"its signature is not by the key of '{device_id}' at '{hub}'"
     if expired := expiry_refusal(token, now, skew_s):
         return expired
     return "its skn names a shared access policy: a device's own key has none" if token.key_name else None
+
+
+def signed_token(key: bytes, resource: str, expires_at_s: int, key_name: str = "") -> str:
+    """A token by `key` over a resource that is percent-encoded already; `key_name` is that of a policy."""
+    signature = base64.b64encode(hmac.digest(key, f"{resource}\n{expires_at_s}".encode(), "sha256")).decode()
+    tail = f"&skn={key_name}" if key_name else ""
+    return f"{SCHEME}sr={resource}&sig={quote(signature, safe='')}&se={expires_at_s}{tail}"
 
 
 def parse_token(text: str) -> Token:

@@ -9,8 +9,7 @@ import hmac
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from functools import lru_cache
 
 RandomBytes = Callable[[int], bytes]
 
@@ -68,11 +67,13 @@ class ActivationSecrets:
         return cls(**{field.name: random_bytes(16 if field.name == "inner_key" else 32) for field in fields(cls)})
 
 
+@lru_cache(1000)  # a registration meets the same key again and again
 def parse_endorsement_key(marshalled: bytes) -> StorageKey:
     """Checks a marshalled TPM2B_PUBLIC against the EK template; raises UnsuitableKeyError."""
     return _parse("endorsementKey", marshalled, EK_ATTRIBUTES, EK_POLICY)
 
 
+@lru_cache(1000)
 def parse_storage_root_key(marshalled: bytes) -> StorageKey:
     """Checks a marshalled TPM2B_PUBLIC against the SRK template; raises UnsuitableKeyError."""
     return _parse("storageRootKey", marshalled, SRK_ATTRIBUTES, b"")
@@ -192,6 +193,9 @@ def kdfa(key: bytes, label: bytes, context_u: bytes, context_v: bytes, bits: int
 
 def aes_cfb_encrypt(key: bytes, plaintext: bytes) -> bytes:
     """AES-CFB with 128-bit feedback and a zero vector, no padding."""
+    # Here, because most commands need no cipher, and it takes longer to load than all they do.
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
     # Block by block over ECB: library releases disagree on where CFB lives.
     encryptor = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
     feedback, out = bytes(16), b""
@@ -218,4 +222,5 @@ def mgf1(seed: bytes, size: int) -> bytes:
 
 def xor(left: bytes, right: bytes) -> bytes:
     """Bytewise, as long as the shorter one."""
-    return bytes(a ^ b for a, b in zip(left, right, strict=False))
+    size = min(len(left), len(right))
+    return (int.from_bytes(left[:size]) ^ int.from_bytes(right[:size])).to_bytes(size)

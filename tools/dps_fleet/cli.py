@@ -11,13 +11,25 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dps_agent.fleet import UNKNOWN, dps_spread_s, token_life_s
-from dps_agent.settings import KEEP_ALIVE_S, POLL_LOOKUP, Settings
+from dps_agent.host.cli.verb import Suggesting
+from dps_agent.settings import AUTO, KEEP_ALIVE_S, POLL_LOOKUP, TPM, Settings
 from dps_emulator.quotas import BUCKET, MINUTE, Gate, Quota
 from dps_fleet import wire
 from dps_fleet.figures import comparison, figures, peak_to_mean, picture, table
 from dps_fleet.peers import PEERS, peer
 from dps_fleet.scenarios import SCENARIOS, Order
-from dps_fleet.simulation import LOOKUP, OPERATION, PUT, PUT_TOKEN, Dps, Fleet, Hub, agent, remember_answers
+from dps_fleet.simulation import (
+    LOOKUP,
+    OPERATION,
+    PUT,
+    PUT_TOKEN,
+    REQUEST_LIMIT_S,
+    Dps,
+    Fleet,
+    Hub,
+    agent,
+    remember_answers,
+)
 from dps_fleet.size import HUB_CONNECTS_PER_S, Size, hub_connects_per_s, size
 
 ALL = "all"  # one after the other, in one table
@@ -78,8 +90,22 @@ def _url(text: str) -> str:
     return text
 
 
+def _what_there_is() -> str:
+    """A line for each scenario and policy: its docstring."""
+    scenarios = {name: scenario.__doc__ for name, (scenario, _) in SCENARIOS.items()}
+    policies = {
+        "agent": "This agent, as it is set.",
+        **{name: registers.__doc__ for name, (registers, *_) in PEERS.items()},
+        ALL: "One after the other, in one table.",
+    }
+    lines = []
+    for title, found in (("scenarios", scenarios), ("policies", policies)):
+        lines += ["", f"{title}:", *(f"  {name:<19}{text}" for name, text in found.items())]
+    return "\n".join(lines[1:])
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tools/fleet", description="What a fleet does to its services.")
+    parser = Suggesting(prog="tools/fleet", description="What a fleet does to its services.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("size", help="the sums: floors, spread, token life, the quota to ask for")
     _add_fleet(command)
@@ -87,15 +113,33 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=_size)
 
-    command = commands.add_parser("run", help="a fleet of real cores in virtual time")
+    command = commands.add_parser(
+        "run",
+        help="a fleet of real cores in virtual time",
+        epilog=_what_there_is(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = command.add_argument
-    add("scenario", choices=list(SCENARIOS))
+    add("scenario", choices=list(SCENARIOS), metavar="SCENARIO", help="what happens to all of them, see below")
     _add_fleet(command)
     add("--cores", type=_number, default=3000, metavar="N", help="so many stand for all of them; default 3000")
-    add("--policy", choices=["agent", *PEERS, ALL], default="agent", help="who waits; default: this agent")
+    add(
+        "--policy",
+        choices=["agent", *PEERS, ALL],
+        default="agent",
+        metavar="POLICY",
+        help="who waits, see below; default: agent",
+    )
     add("--config", type=Path, metavar="FILE", help="the agent's settings; default: its defaults")
     add("--sized", action="store_true", help="the agent knows devices, quota and hub: [fleet] is set to them")
     add("--clockless", action="store_true", help="a device knows no time until DPS has told it, anew after each start")
+    add(
+        "--clock-after",
+        type=_duration,
+        default=0.0,
+        metavar="TIME",
+        help="NTP tells a device the time so long after each start",
+    )
     add("--retry-after", type=_retry_after, default=None, metavar="S|none|minute", help="of a 429; default none")
     add(
         "--quota-by",
@@ -104,8 +148,10 @@ def _parser() -> argparse.ArgumentParser:
         help="how DPS counts; a bucket holds a second of it, at least 1",
     )
     add("--counts", type=int, choices=COUNTED, default=2, help="requests of a registration that count; default 2")
+    add("--answers", type=float, metavar="N", help="requests a second that DPS has time for; default: all")
     add("--hub-queue", type=float, default=0.0, metavar="S", help="the hub lets connections wait so long; default 0")
     add("--twins", type=float, metavar="N", help="twin reads a second that the hub takes; default: all")
+    add("--within", type=_duration, default=30.0, metavar="TIME", help="all are switched on within it; default 30s")
     add("--seed", type=int, default=1)
     add("--json", type=Path, metavar="FILE", help="write the figures and series here; - is stdout")
     add("--png", type=Path, metavar="FILE", help="draw requests and devices done over time, SVG or PNG")
@@ -118,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--id-scope", default=wire.SCOPE)
     add("--devices", type=_number, default=500, metavar="N")
     add("--at-once", type=_number, default=100, metavar="N", help="devices that register at a time; default 100")
+    add("--within", type=_duration, default=1.0, metavar="TIME", help="so many begin within it; default 1s")
     add("--timeout", type=_duration, default=3600.0, metavar="TIME", help="default 1h")
     add("--json", type=Path, metavar="FILE")
     add("locust", nargs="*", help="more for locust, after --: --processes 2, or --master --expect-workers 2, --worker")
@@ -177,7 +224,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     if arguments.sized:
         fleet = (arguments.devices, arguments.dps_quota, _per_s(arguments))
     suffixes = (".azure-devices.net",)
-    return Settings(wire.SCOPE, wire.DEVICE, wire.ENDPOINT, POLL_LOOKUP, None, 900, 0, suffixes, fleet, KEEP_ALIVE_S, 0)
+    hub = (fleet, KEEP_ALIVE_S, 0, 0, "", (AUTO,), TPM)
+    return Settings(wire.SCOPE, wire.DEVICE, wire.ENDPOINT, POLL_LOOKUP, None, 900, 0, suffixes, *hub)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -205,9 +253,11 @@ def _simulated(arguments: argparse.Namespace, policy: str) -> dict[str, Any]:
     dps_floor_s = min(counts, 2) * 60 * arguments.devices / arguments.dps_quota
     hub_floor_s = arguments.devices / _per_s(arguments)
     fleet = Fleet(random.Random(arguments.seed).random, 6 * max(dps_floor_s, hub_floor_s) + 200_000)
-    fleet.has_clocks = not arguments.clockless
+    fleet.clock_after_s = arguments.clock_after if not arguments.clockless else fleet.horizon_s
     quota = Quota(arguments.dps_quota * scale, arguments.quota_by)
     fleet.dps = Dps(fleet, quota, COUNTED[arguments.counts], arguments.retry_after)
+    if arguments.answers:
+        fleet.dps.gate = Gate(arguments.answers * scale, REQUEST_LIMIT_S)
     for assigned in (wire.FIRST_HUB, wire.SECOND_HUB):
         twins = Quota(arguments.twins * scale * 60, BUCKET) if arguments.twins else None
         gate = Gate(_per_s(arguments) * scale, arguments.hub_queue)
@@ -219,6 +269,7 @@ def _simulated(arguments: argparse.Namespace, policy: str) -> dict[str, Any]:
         cores,
         wire.FIRST_HUB if is_agent else None,
         _per_s(arguments) * scale,
+        arguments.within,
         _bar(cores),
     )
     began_s = time.monotonic()

@@ -19,6 +19,7 @@ def figures(fleet: Fleet, start_s: float, floor_s: float) -> dict[str, Any]:
     hubs = list(fleet.hubs.values())
     requests = sum(device.requests for device in devices)
     refused = sum(device.refused for device in devices)
+    writes = [device.identity_writes + device.progress_writes for device in devices]
     connects = [sum(hub.connects.within(at, at + width_s) for hub in hubs) for at in range(0, int(end_s) + 1, width_s)]
     return {
         "devices": number,
@@ -31,8 +32,9 @@ def figures(fleet: Fleet, start_s: float, floor_s: float) -> dict[str, Any]:
         "mostRequestsADevice": max(device.requests for device in devices),
         "refusedPercent": round(100 * refused / requests, 2) if requests else 0.0,
         "challengesADevice": round(sum(device.challenges for device in devices) / number, 3),
-        "writesADevice": round(sum(device.commits for device in devices) / number, 2),
-        "mostWritesADevice": max(device.commits for device in devices),
+        "writesADevice": round(sum(writes) / number, 2),
+        "writesOfIdentityADevice": round(sum(device.identity_writes for device in devices) / number, 2),
+        "mostWritesADevice": max(writes),
         "connectsADevice": round(sum(device.connects for device in devices) / number, 2),
         "droppedPercent": _percent(sum(hub.dropped.total for hub in hubs), sum(hub.connects.total for hub in hubs)),
         "twinReadsRefusedPercent": _percent(
@@ -71,8 +73,10 @@ def table(found: dict[str, Any]) -> str:
         ("99 of 100 devices", f"{found['timesFloorOf99Percent'] or '—'} x the floor"),
         ("requests a device", f"{found['requestsADevice']} (most {found['mostRequestsADevice']})"),
         ("refused for want of quota", f"{found['refusedPercent']} %"),
+        ("not answered", f"{found['unanswered']}"),
         ("challenges granted a device", found["challengesADevice"]),
-        ("flash writes a device till then", f"{found['writesADevice']} (most {found['mostWritesADevice']})"),
+        ("flash writes a device", f"{found['writesADevice']} (most {found['mostWritesADevice']})"),
+        ("of these, of the identity", found["writesOfIdentityADevice"]),
         ("connections to hubs a device", found["connectsADevice"]),
         ("connections dropped", f"{found['droppedPercent']} %"),
         ("most requests in a second", found["peakRequestsAS"]),
@@ -93,6 +97,7 @@ def comparison(found: dict[str, dict[str, Any]]) -> str:
         "refused %": "refusedPercent",
         "challenges": "challengesADevice",
         "connections": "connectsADevice",
+        "writes": "writesADevice",
         "polled too fast": "pollsTooFast",
     }
     rows = {"": list(columns), **{name: [one[key] for key in columns.values()] for name, one in found.items()}}

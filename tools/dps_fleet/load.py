@@ -10,6 +10,7 @@ long to make.
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,12 +23,13 @@ from urllib.parse import urlsplit
 from dps_agent import effects
 from dps_agent.host.network.https import DpsConnection
 from dps_agent.lifecycle import PROVISIONED, Lifecycle
-from dps_agent.settings import KEEP_ALIVE_S, POLL_LOOKUP, Settings
+from dps_agent.settings import AUTO, KEEP_ALIVE_S, POLL_LOOKUP, TPM, Settings
 from dps_hal.contracts import Utc
 from dps_hal.errors import DpsError
 from dps_hal.host.simulator import SimulatedTpm
 
 PREFIX = "DPS_FLEET_"
+BUSY_S = 600  # a worker that is not heard for so long is lost
 ASK, TURN, END = "fleet-ask", "fleet-turn", "fleet-end"  # messages: a place to the master, its answer, what came of it
 
 
@@ -44,11 +46,11 @@ def load(arguments: Namespace) -> int:
             f"{PREFIX}TIMEOUT_S": str(arguments.timeout),
             f"{PREFIX}FOLDER": folder,
         }
-        users = str(arguments.at_once)
-        words = ["-f", __file__, "--headless", "--host", arguments.url, "--users", users, "--spawn-rate", users]
+        begin = ["--users", str(arguments.at_once), "--spawn-rate", str(arguments.at_once / arguments.within)]
+        words = ["-f", __file__, "--headless", "--host", arguments.url, *begin]
         command = [sys.executable, "-m", "locust", *words, "--only-summary", *arguments.locust]
         began_s = time.monotonic()
-        status = subprocess.call(command, env=environment)
+        status = _until_it_ends(command, environment)
         if "--worker" in arguments.locust:
             return status  # what it came to is the master's to say
         lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
@@ -59,19 +61,53 @@ def load(arguments: Namespace) -> int:
     return status or int(found["registered"] < arguments.devices)
 
 
+def _until_it_ends(command: list[str], environment: dict[str, str]) -> int:
+    """Runs locust, which SIGTERM and SIGHUP of this process end too; its exit status, as a shell has it."""
+    begun: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        asked.append(number)
+        for process in begun:
+            process.terminate()
+
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in heard:
+        signal.signal(number, end)
+    try:
+        with subprocess.Popen(command, env=environment) as process:
+            begun.append(process)
+            if asked:  # before there was a process to be told
+                process.terminate()
+            try:
+                status = process.wait()
+            except BaseException:  # Ctrl-C, which locust has heard as well
+                process.kill()
+                raise
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
+    return status if status >= 0 else 128 - status
+
+
 def summary(lines: list[dict[str, Any]], asked: int, wall_s: float) -> dict[str, Any]:
     """What it came to: a line for each device that began, of the number that was asked for; times are the master's."""
     number = max(len(lines), 1)
     registered = sum(line["registered"] for line in lines)
+    ended_s = sorted(line["endedS"] for line in lines if line["registered"])
+    requests, refused = (sum(line[name] for line in lines) for name in ("requests", "refused"))
     return {
         "asked": asked,
         "devices": len(lines),
         "registered": registered,
         "failed": asked - registered,
-        "seconds": round(max((line["endedS"] for line in lines if line["registered"]), default=0.0), 1),
+        "seconds": round(ended_s[-1], 1) if ended_s else 0.0,
+        "secondsOf99Percent": round(ended_s[int(0.99 * (registered - 1))], 1) if ended_s else 0.0,
         "wallS": round(wall_s, 1),
-        "requestsADevice": round(sum(line["requests"] for line in lines) / number, 2),
-        "refusedADevice": round(sum(line["refused"] for line in lines) / number, 2),
+        "requestsADevice": round(requests / number, 2),
+        "refusedADevice": round(refused / number, 2),
+        "refusedPercent": round(100 * refused / max(requests, 1), 2),
+        "unansweredADevice": round(sum(line["unanswered"] for line in lines) / number, 3),
         "challengesADevice": round(sum(line["challenges"] for line in lines) / number, 3),
     }
 
@@ -85,13 +121,12 @@ class Device:
         self._connection = DpsConnection(endpoint, ca_file=os.environ[f"{PREFIX}CA_FILE"])
         scope = os.environ[f"{PREFIX}ID_SCOPE"]
         suffixes = (".azure-devices.net",)
-        self._life = Lifecycle(
-            Settings(scope, self.name, endpoint, POLL_LOOKUP, None, 900, 0, suffixes, (0, 0, 0), KEEP_ALIVE_S, 0)
-        )
+        hub = ((0, 0, 0), KEEP_ALIVE_S, 0, 0, "", (AUTO,), TPM)
+        self._life = Lifecycle(Settings(scope, self.name, endpoint, POLL_LOOKUP, None, 900, 0, suffixes, *hub))
         self._tpm = tpm
         self._sleep = sleep
         self._told = told
-        self.counts = {"requests": 0, "refused": 0, "challenges": 0}
+        self.counts = {"requests": 0, "refused": 0, "challenges": 0, "unanswered": 0}
 
     def register(self) -> bool:
         """Lives until it is registered; whether it is."""
@@ -144,6 +179,7 @@ class Device:
         self.counts["requests"] += 1
         self.counts["refused"] += status == 429
         self.counts["challenges"] += status == 401
+        self.counts["unanswered"] += not status
         with_token = " with token" if http.authorization else ""
         self._told(f"{http.method}{with_token}: {shown}", (time.monotonic() - began_s) * 1000)
         return answer
@@ -156,6 +192,9 @@ if "locust" in sys.modules:  # this file is the locustfile
 
     from dps_agent.host.network import dial
 
+    # Thousands of places that shake hands at once keep a worker of a busy machine from its
+    # heartbeat: it is busy then, not gone, and to stop its devices would make failures of them.
+    runners.HEARTBEAT_LIVENESS = runners.MASTER_HEARTBEAT_TIMEOUT = BUSY_S
     dial._without_codec = str  # type: ignore[assignment]  # gevent's sockets take names as text only
     _TURNS: Any = queue.Queue()  # the master's answers: whether one more device may begin
     _TPMS: list[SimulatedTpm] = []
@@ -174,7 +213,9 @@ if "locust" in sys.modules:  # this file is the locustfile
             self._began_s = 0.0
             runner.register_message(ASK, self._asked)
             runner.register_message(END, self._ended)
-            gevent.spawn_later(float(os.environ[f"{PREFIX}TIMEOUT_S"]), self._end)
+            gevent.spawn_later(float(os.environ[f"{PREFIX}TIMEOUT_S"]), runner.stop)
+            # However it ends, also where locust has no worker left: the places have told by then what they left undone.
+            events.test_stop.add_listener(lambda environment, **others: gevent.spawn(runner.quit))
 
         def _asked(self, environment: Any, msg: Any) -> None:
             self._began_s = self._began_s or time.monotonic()
@@ -188,12 +229,7 @@ if "locust" in sys.modules:  # this file is the locustfile
                 results.write(json.dumps(line) + "\n")
             self._running -= 1
             if not self._running:
-                gevent.spawn(self._end)
-
-        def _end(self) -> None:
-            """Ends the places first, for what they tell of devices that are not registered."""
-            self._runner.stop()
-            self._runner.quit()
+                gevent.spawn(self._runner.stop)
 
     @events.init.add_listener  # type: ignore[untyped-decorator]
     def _begin(environment: Any, **others: Any) -> None:

@@ -46,7 +46,7 @@ def _poll(reply: Any, default: float) -> Steps:
 
 
 def _c_sdk() -> Steps:
-    """429 and 5xx: again after a second or Retry-After, for ever; everything else ends the program."""
+    """The C SDK: 429 and 5xx again after a second or Retry-After, for ever; everything else ends the program."""
     for http in (_PUT, _PUT_TOKEN):
         while True:
             reply = yield http
@@ -61,7 +61,7 @@ def _c_sdk() -> Steps:
 
 
 def _node() -> Steps:
-    """Nothing is tried again; systemd starts the program."""
+    """The Node SDK: nothing is tried again; systemd starts the program."""
     for http in (_PUT, _PUT_TOKEN):
         reply = yield http
         if isinstance(reply, NoReply) or reply.status not in _GOOD:
@@ -106,7 +106,7 @@ def _aziot() -> Steps:
 
 
 def _azc() -> Steps:
-    """What azure-sdk-for-c advises: 2**n s up to 100 s, and up to 5 s more; Retry-After at least."""
+    """The Azure SDK for C, as it advises: 2**n s up to 100 s, and up to 5 s more; Retry-After at least."""
     for http in (_PUT, _PUT_TOKEN):
         tries = 0
         while True:
@@ -124,6 +124,11 @@ def _azc() -> Steps:
     yield from _poll(reply, 1)
 
 
+def _shell() -> Steps:
+    """A shell loop: nothing is tried again; the program starts once a minute."""
+    yield from _node()
+
+
 # Name -> how it registers, seconds before systemd starts it again, first and last wait between connections.
 PEERS: dict[str, tuple[Callable[[], Steps], float, float, float]] = {
     "c-sdk": (_c_sdk, 10.0, 1.0, 30.0),
@@ -131,7 +136,7 @@ PEERS: dict[str, tuple[Callable[[], Steps], float, float, float]] = {
     "node": (_node, 10.0, 0.1, 10.0),
     "aziot": (_aziot, 5.0, 1.0, 30.0),
     "azc": (_azc, 10.0, 2.0, 100.0),
-    "shell-loop": (_node, 60.0, 60.0, 60.0),
+    "shell-loop": (_shell, 60.0, 60.0, 60.0),
 }
 
 

@@ -7,16 +7,14 @@ from dps_agent import hub_effects
 from dps_agent.effects import NoReply
 from dps_emulator.quotas import Quota
 from dps_fleet import wire
-from dps_fleet.simulation import PUT_TOKEN, Fleet
+from dps_fleet.simulation import PUT_TOKEN, UNANSWERED, Fleet
 
 if TYPE_CHECKING:
     from dps_fleet.simulation import Make
 
-BOOT_S = 30.0  # within which all are switched on
 SETTLED_S = 7200.0  # when what happens to a connected fleet begins
 HOUR_S = 3600.0
 DAY_S = 86_400.0
-_AWAY = (NoReply("timeout: no answer", True), 60.0)
 _UNTRUSTED = (NoReply("tls: certificate verify failed", False), 0.3)
 
 Progress = Callable[[int, float], None] | None
@@ -29,33 +27,34 @@ class Order(NamedTuple):
     cores: int
     identity: wire.Assigned | None  # a fleet that has registered before boots with it; a peer's devices have none
     hub_per_s: float
+    within_s: float  # all are switched on
     progress: Progress
 
 
 def reset(fleet: Fleet, order: Order) -> float:
     """Everybody boots at once and holds no identity."""
     _register(fleet)
-    fleet.boot_all(order.make, order.cores, None, BOOT_S)
+    fleet.boot_all(order.make, order.cores, None, order.within_s)
     fleet.run(progress=order.progress)
     return 0.0
 
 
 def cut(fleet: Fleet, order: Order) -> float:
-    """The same, and an hour later the power fails again."""
+    """As reset, and an hour later the power fails again."""
 
     def fails() -> None:
         for device in fleet.devices:
             if device.done_s is None:
                 device.cut_power()
-                fleet.boot(device, fleet.now_s + BOOT_S * fleet.random())
+                fleet.boot(device, fleet.now_s + order.within_s * fleet.random())
 
     fleet.call_at(HOUR_S, fails)
     return reset(fleet, order)
 
 
 def dps_outage(fleet: Fleet, order: Order) -> float:
-    """The same, and DPS answers nobody in the second and third hour."""
-    fleet.dps.answers_instead = lambda now_s, kind: _AWAY if HOUR_S <= now_s < 3 * HOUR_S else None
+    """As reset, and DPS answers nobody in the second and third hour."""
+    fleet.dps.answers_instead = lambda now_s, kind: UNANSWERED if HOUR_S <= now_s < 3 * HOUR_S else None
     return reset(fleet, order)
 
 
@@ -81,16 +80,16 @@ def challenge_refused(fleet: Fleet, order: Order) -> float:
 
 def blackout(fleet: Fleet, order: Order) -> float:
     """Everybody boots at once with an identity and connects."""
-    fleet.boot_all(order.make, order.cores, order.identity, BOOT_S)
+    fleet.boot_all(order.make, order.cores, order.identity, order.within_s)
     fleet.run(progress=order.progress)
     return 0.0
 
 
 def renewals(fleet: Fleet, order: Order) -> float:
-    """What a blackout leaves behind: twelve hours of renewals, at a hub without a throttle."""
+    """What a blackout leaves behind: twelve hours of renewals of tokens, at a hub without a throttle."""
     for hub in fleet.hubs.values():
         hub.gate = None
-    fleet.boot_all(order.make, order.cores, order.identity, BOOT_S)
+    fleet.boot_all(order.make, order.cores, order.identity, order.within_s)
     fleet.run(12 * HOUR_S, until_all_are_done=False, progress=order.progress)
     return 0.0
 

@@ -1,8 +1,9 @@
 """A fleet in virtual time: what each device's logic asks for is answered by models of DPS and of its hubs.
 
 One loop over a heap of events; one event for each request, wait or connection. Nothing of the core is changed: a device
-is its `Lifecycle` generator, or another generator of the same effects. Devices that are done may be forgotten
-(`retires`), for a million of them want memory. Runs on MicroPython too, where a few hundred fit.
+is its `Lifecycle` generator, or another generator of the same effects. A device that is done lives on until nothing of
+its coming back is left to be written; then it may be forgotten (`retires`), for a million of them want memory. Runs on
+MicroPython too, where a few hundred fit.
 """
 
 import array
@@ -10,7 +11,7 @@ import heapq
 from math import log
 
 from dps_agent import effects, hub_effects
-from dps_agent.lifecycle import Lifecycle
+from dps_agent.lifecycle import STEADY_S, Lifecycle
 from dps_emulator.quotas import Gate, Quota
 from dps_fleet import wire
 from dps_hal.contracts import IDENTITY, StoredRecord, Utc
@@ -30,6 +31,9 @@ KINDS = ("PUT", "PUT with token", "lookup", "operation")
 LATENCY_S = 0.08  # a way to the service and back
 IDLE_CLOSE_S = 60.0  # the Linux runner closes its connection to DPS before longer waits
 NAME_LOOKUP_S = 0.05
+SETTLES_S = STEADY_S + 60.0  # after it is done: its connection is steady, and that is stored
+REQUEST_LIMIT_S = 60.0  # then a device waits for an answer no longer
+UNANSWERED = (effects.NoReply("timeout: no answer", True), REQUEST_LIMIT_S)
 POLL_LIMIT = (5, 10.0)  # requests in so many seconds; DPS's limit of a device
 
 
@@ -64,8 +68,9 @@ class Dps:
     """A DPS with a quota.
 
     `counted` are the kinds of requests that the quota counts. `retry_after_s`: what a 429 carries; None for nothing, -1
-    for the seconds to the next minute. `answers_instead` is a function of time and kind that may answer in its stead,
-    with an answer and how long that takes; None where it does not.
+    for the seconds to the next minute. `gate` lets in what DPS has time for; the other requests are not answered.
+    `answers_instead` is a function of time and kind that may answer in its stead, with an answer and how long that
+    takes; None where it does not.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Dps:
         self.counted = counted
         self.retry_after_s = retry_after_s
         self.assigns_after_s = assigns_after_s
+        self.gate: Gate | None = None
         self.hub = wire.FIRST_HUB
         self.answers_instead: Callable[[float, int], tuple[Any, float] | None] | None = None
         self.requests = Series()
@@ -109,8 +115,11 @@ class Dps:
             self.most_open = max(self.most_open, self.open)
         instead = self.answers_instead(now_s, kind) if self.answers_instead else None
         if instead is None:
-            self.fleet.at(now_s + delay_s, device, self._answer(device, kind, now_s))
-            return
+            wait_s = self.gate.wait_s(now_s) if self.gate else 0.0
+            if wait_s is not None:
+                self.fleet.at(now_s + wait_s + delay_s, device, self._answer(device, kind, now_s + wait_s))
+                return
+            instead = UNANSWERED
         answer, delay_s = instead
         if isinstance(answer, effects.NoReply):
             self.unanswered += 1
@@ -228,6 +237,8 @@ class Hub:
 
 _ACCEPTED = hub_effects.ConnAck(0, False)
 _BOOT = object()
+_RETIREMENT = object()
+_CLOCK = object()  # somebody but DPS tells the time
 
 
 class _Timer:
@@ -244,7 +255,6 @@ class Device:
 
     __slots__ = (
         "challenges",
-        "commits",
         "connects",
         "done_s",
         "events",
@@ -252,6 +262,7 @@ class Device:
         "generator",
         "hub",
         "identity",
+        "identity_writes",
         "is_open",
         "knows_time",
         "life",
@@ -259,6 +270,7 @@ class Device:
         "packet_id",
         "polls",
         "progress",
+        "progress_writes",
         "ready_s",
         "refused",
         "requests",
@@ -281,7 +293,8 @@ class Device:
         self.knows_time = True  # somebody has told it the time since it started, or it has a clock
         self.ready_s = 0.0  # when DPS has assigned it
         self.polls: list[float] = []  # the last ones
-        self.requests = self.refused = self.challenges = self.connects = self.commits = self.twins = 0
+        self.requests = self.refused = self.challenges = self.connects = self.twins = 0
+        self.identity_writes = self.progress_writes = 0
         self.life = self.packet_id = 0
         self.done_s: float | None = None
 
@@ -315,8 +328,14 @@ class Device:
                 self.resume(None)
         elif what is _BOOT:
             self.generator = self.make(self)
-            self.knows_time = self.fleet.has_clocks
+            self.knows_time = self.fleet.clock_after_s == 0
+            if 0 < self.fleet.clock_after_s < self.fleet.horizon_s:
+                self.fleet.at(self.fleet.now_s + self.fleet.clock_after_s, self, _CLOCK)
             self.resume(None)
+        elif what is _CLOCK:
+            self.knows_time = True
+        elif what is _RETIREMENT:
+            self.cut_power()
         elif kind is tuple:
             if self.hub is not None:
                 self.put(what[0])
@@ -378,11 +397,12 @@ def _load(fleet: "Fleet", device: Device, effect: effects.LoadRecord) -> "Any":
 
 
 def _commit(fleet: "Fleet", device: Device, effect: effects.Commit) -> "Any":
-    device.commits += 1
     if effect.record == IDENTITY:
+        device.identity_writes += 1
         device.identity = fleet.dps.hub
         fleet.registered(device)
     else:
+        device.progress_writes += 1
         device.progress = effect.payload
     return None
 
@@ -435,7 +455,7 @@ _ANSWERS: "dict[Any, Callable[[Fleet, Device, Any], Any]]" = {
     effects.LoadRecord: _load,
     effects.Commit: _commit,
     effects.ForgetOlder: lambda fleet, device, effect: None,
-    hub_effects.ConfirmClock: lambda fleet, device, effect: None,
+    effects.ConfirmClock: lambda fleet, device, effect: None,
     hub_effects.NextEvent: _next_event,
     hub_effects.Connect: _connect,
     hub_effects.Subscribe: _subscribe,
@@ -457,7 +477,8 @@ class Fleet:
         self.hubs: dict[str, Hub] = {}
         self.dps = Dps(self, Quota(1e12))
         self.goal = "connected"
-        self.has_clocks = True  # else a device believes no time until DPS has answered, anew after each start
+        # Seconds after each start from which a device believes a time; before that it does once DPS has answered.
+        self.clock_after_s: float = 0.0
         self.retires = False
         self.done = 0
         self.done_at = Series()
@@ -499,13 +520,16 @@ class Fleet:
             device.done_s = self.now_s
             self.done += 1
             self.done_at.add(self.now_s)
+            if self.retires:
+                self.at(self.now_s + SETTLES_S, device, _RETIREMENT)
 
     def forget_counts(self) -> None:
         """Counts from now on."""
         self.done = 0
         for device in self.devices:
             device.done_s = None
-            device.requests = device.refused = device.challenges = device.connects = device.commits = 0
+            device.requests = device.refused = device.challenges = device.connects = 0
+            device.identity_writes = device.progress_writes = 0
 
     def run(
         self,
@@ -513,7 +537,7 @@ class Fleet:
         until_all_are_done: bool = True,
         progress: "Callable[[int, float], None] | None" = None,
     ) -> None:
-        """Runs until then, by default until all devices are done, at the latest until the horizon."""
+        """Runs until then, by default until all devices are done and have settled, at the latest until the horizon."""
         heap = self._heap
         until_s = self.horizon_s if until_s is None else until_s
         number = len(self.devices)
@@ -526,10 +550,9 @@ class Fleet:
             if life != device.life:
                 continue
             device.happen(what)
-            if self.retires and device.done_s is not None:
-                device.cut_power()
             if until_all_are_done and self.done >= number:
-                break
+                until_all_are_done = False
+                until_s = min(until_s, self.now_s + SETTLES_S)
             steps += 1
             if progress and not steps & 0x3FFF:
                 progress(self.done, self.now_s)
@@ -542,7 +565,7 @@ def agent(settings: "Settings") -> "Make":
 
 def remember_answers() -> None:
     """Has the core's parsers remember what they made of the same bytes: same results in half the time."""
-    from dps_agent import assignment, messages, registration
+    from dps_agent import assignment, attestation, messages, registration, registration_by_tpm
 
     def remember(module: "Any", name: str, before: "Any" = None) -> None:
         function = before or getattr(module, name)
@@ -556,8 +579,8 @@ def remember_answers() -> None:
         setattr(module, name, quick)
 
     remember(registration, "decode", messages.decode)
-    remember(registration, "from_base64")
-    remember(assignment, "decode")
+    remember(registration_by_tpm, "from_base64")
+    remember(attestation, "decode", assignment.decode)
     rooms: Any = registration
     refusal_of = rooms.refusal_of
     refusals: dict[Any, Any] = {}

@@ -8,6 +8,7 @@ import struct
 
 from dps_agent.assignment import Assignment, encode
 from dps_agent.effects import Reply
+from dps_agent.settings import TPM
 from dps_hal.platform import to_base64, to_json
 from dps_hal.tpm.activation import Activation, join_activation
 from dps_hal.tpm.keys import ID_KEY_ATTRIBUTES, ek_public, object_name, sized, srk_public, wrap
@@ -117,6 +118,7 @@ class Assigned:
             assigned_at_s=NOW_S,
             payload=None,
             payload_omitted=False,
+            attestation=TPM,
         )
         self.record = encode(held) + SIGNATURE
 

@@ -7,8 +7,10 @@ import shtab
 
 from dps_agent.host.checks import CHECKS
 from dps_agent.host.cli import command_line
+from dps_agent.host.settings_table import KEYS
 
 SHELLS = ("bash", "zsh", "fish")
+_BASH_VALUE_FOLLOWS = '  [[ "${COMPREPLY[*]}" != *= ]] || compopt -o nospace'
 
 
 def script(shell: str) -> str:
@@ -20,7 +22,16 @@ def script(shell: str) -> str:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
             elif "--only" in action.option_strings:
                 action.choices = [check.id for check in CHECKS]
+            elif "--set" in action.option_strings:
+                action.choices = [f"{key}=" for key in KEYS]
     text: str = shtab.complete(parser, shell=shell)
+    if shell == "bash":
+        end = "\n  return 0\n}\n\ncomplete "
+        if end not in text:
+            raise ValueError(
+                "shtab ends its function for bash in another way: where a value follows is to be seen anew"
+            )
+        text = text.replace(end, f"\n{_BASH_VALUE_FOLLOWS}{end}")
     return text
 
 

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dps_package.completion import script
-from dps_package.distributions import CHECKOUT, BuildFailed, build_time_s, debian_version, run
+from dps_package.distributions import CHECKOUT, NOT_ON_DEVICES, BuildFailed, build_time_s, debian_version, run
 from dps_package.manual import manual
 
 TEMPLATES = Path(__file__).resolve().parent / "debian"
 SERVICE_FOLDER = CHECKOUT / "agent" / "service"
 SITE = "usr/lib/dps-agent"  # the agent, and the packages that come with it
 SYSTEM_SITE = "/usr/lib/python3/dist-packages"
+FOR_PROGRAMS = ("dps_agent", "dps_hal")  # what dps_agent.client consists of
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 TCTI_LIBRARIES = ("libtss2-tcti-device.so.0",)  # opened by name at run time, so no linker knows of them
 BOTH_NEED = ("tpm-udev", "ca-certificates", "systemd")
@@ -95,10 +96,9 @@ def build_full(out: Path, wheel: Path, revision: str) -> Path:
 
 def build_light(out: Path, wheel: Path, revision: str) -> Path:
     """Builds dps-agent-light; `wheel` is the agent."""
-    pinned = (TEMPLATES / "requirements.txt").read_text().splitlines()
     with tempfile.TemporaryDirectory(prefix="dps-package-") as name:
         needs, site = Path(name) / "requirements.txt", Path(name) / "site"
-        needs.write_text("".join(f"{line}\n" for line in pinned if line.startswith("paho-mqtt==")))
+        needs.write_text(pins()["paho-mqtt"])
         shutil.copytree(_environment(needs), site)
         _unpack(wheel, site)
         libraries = [str(path) for path in site.rglob("*.so*")]
@@ -110,13 +110,24 @@ def build_light(out: Path, wheel: Path, revision: str) -> Path:
             architecture="all",
             version=version,
             depends=["python3 (>= 3.11~)", "python3-ujson", *BOTH_NEED],
-            fields=[f"Provides: dps-agent (= {version})", "Conflicts: dps-agent", "Replaces: dps-agent"],
+            fields=[
+                f"Provides: dps-agent (= {version})",
+                "Conflicts: dps-agent",
+                "Replaces: dps-agent",
+                "Suggests: python3-cryptography",
+            ],
             site=site,
             paths=[f"/{SITE}", SYSTEM_SITE],
             defaults='# This package has no tpm2-tss.\n[tpm]\nbackend = "wire"\n',
             about=" This variant is pure Python and needs no tpm2-tss: TPMs with a device node, and swtpm.\n",
         )
         return _build(out, variant)
+
+
+def pins() -> dict[str, str]:
+    """Name -> the pin of what comes with dps-agent, with the digests of the files that may be that, as pip reads it."""
+    text = re.sub(r"^#.*\n", "", (TEMPLATES / "requirements.txt").read_text(), flags=re.MULTILINE)
+    return {pin.partition("==")[0]: pin for pin in re.split(r"\n(?=\w)", text)}
 
 
 def _environment(requirements: Path) -> Path:
@@ -130,7 +141,14 @@ def _environment(requirements: Path) -> Path:
         made = Path(name) / "site"
         # Debugging symbols name the folder of the build, and would differ with every build.
         environ = {**os.environ, "PATH": f"{Path(sys.prefix) / 'bin'}:{SYSTEM_PATH}", "CFLAGS": "-g0", "TZ": "UTC"}
-        options = ["--no-deps", "--no-compile", "--no-input", "--quiet", "--disable-pip-version-check"]
+        options = [
+            "--require-hashes",
+            "--no-deps",
+            "--no-compile",
+            "--no-input",
+            "--quiet",
+            "--disable-pip-version-check",
+        ]
         pip = [sys.executable, "-m", "pip", "install", *options, "--target", str(made), "-r", str(requirements)]
         run(pip, environ)
         shutil.rmtree(made / "bin", ignore_errors=True)
@@ -150,10 +168,11 @@ def _environment(requirements: Path) -> Path:
 
 
 def _unpack(wheel: Path, site: Path) -> None:
-    """Puts the agent into `site`, without the emulator and what is about the wheel alone."""
+    """Puts the agent into `site`, without what is for no device and what is about the wheel alone."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    shutil.rmtree(site / "dps_emulator")
+    for name in NOT_ON_DEVICES:
+        shutil.rmtree(site / name)
     for name in ("RECORD", "WHEEL", "entry_points.txt"):
         for path in site.glob(f"dps_agent-*.dist-info/{name}"):
             path.unlink()
@@ -219,6 +238,10 @@ def _fill(tree: Path, variant: Variant, epoch_s: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = text.encode()
         path.write_bytes(gzip.compress(content, 9, mtime=0) if name.endswith(".gz") else content)
+    library = tree / SYSTEM_SITE.lstrip("/")
+    library.mkdir(parents=True)
+    for name in FOR_PROGRAMS:  # any program of the system's Python may import the client, and none of what came with us
+        (library / name).symlink_to(os.path.relpath(f"/{SITE}/{name}", SYSTEM_SITE))
     (tree / "usr/bin/dps-agent").chmod(0o755)
     (tree / "etc/dps-agent/config.d").mkdir(exist_ok=True)
 
@@ -231,7 +254,7 @@ def _control(tree: Path, variant: Variant) -> None:
         "Source: dps-agent" if variant.package != "dps-agent" else "",
         f"Version: {variant.version}",
         f"Architecture: {variant.architecture}",
-        f"Maintainer: {_maintainer()}",
+        f"Maintainer: {maintainer()}",
         f"Installed-Size: {size_kib}",
         f"Depends: {', '.join(variant.depends)}",
         *variant.fields,
@@ -261,10 +284,10 @@ def _settle(tree: Path, epoch_s: int) -> None:
     for path in (tree, *tree.rglob("*")):
         executable = path.is_dir() or (path.stat().st_mode & 0o100 and path.suffix == "" and not path.is_symlink())
         path.chmod(0o755 if executable else 0o644)
-        os.utime(path, (epoch_s, epoch_s))
+        os.utime(path, (epoch_s, epoch_s), follow_symlinks=False)
 
 
-def _maintainer() -> str:
+def maintainer() -> str:
     """As Debian's own tools are told: $DEBFULLNAME and $DEBEMAIL."""
     name = os.environ.get("DEBFULLNAME") or "The dps-agent authors"
     return f"{name} <{os.environ.get('DEBEMAIL') or 'maintainers@dps-agent.invalid'}>"
@@ -276,7 +299,7 @@ def _debian_changelog(variant: Variant, epoch_s: int) -> str:
     return (
         f"dps-agent ({variant.version}) unstable; urgency=medium\n\n"
         f"  * Version {upstream}; what changed is in changelog.gz.\n\n"
-        f" -- {_maintainer()}  {date}\n"
+        f" -- {maintainer()}  {date}\n"
     )
 
 

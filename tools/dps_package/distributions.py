@@ -12,7 +12,8 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 COMMAND_DEADLINE_S = 900
-IMPORT_PACKAGES = ("dps_agent", "dps_text", "dps_hal", "dps_emulator")
+IMPORT_PACKAGES = ("dps_agent", "dps_text", "dps_hal", "dps_emulator", "dps_enroll")
+NOT_ON_DEVICES = ("dps_emulator", "dps_enroll")
 
 
 class BuildFailed(Exception):
@@ -110,7 +111,9 @@ def check_content(path: Path) -> None:
 
 def _sources() -> set[str]:
     """All Python files of the import packages, as the wheel names them."""
-    roots = {"dps_agent": "agent", "dps_text": "agent", "dps_hal": "hal", "dps_emulator": "tools"}
+    roots = {
+        name: "tools" if name in NOT_ON_DEVICES else "hal" if name == "dps_hal" else "agent" for name in IMPORT_PACKAGES
+    }
     return {
         str(path.relative_to(CHECKOUT / root))
         for package, root in roots.items()

@@ -53,7 +53,11 @@ def manual(build_time_s: int) -> str:
         if name == "check":
             lines += [".PP", "The checks, by the ids that", ".B \\-\\-only", "takes:"]
             lines += [f".TP\n.B {_plain(check.id)}\n{_plain(check.description)}" for check in CHECKS]
-    lines += [".SH OPTIONS", "Before or after the verb:", *_described(common)]
+    alone = [action for action in common if "--version" in action.option_strings]
+    lines += [".SH OPTIONS", "Before or after the verb:"]
+    lines += _described([action for action in common if action not in alone])
+    lines += [".PP", "Instead of a verb:", *_described(alone)]
+    lines += [".TP\n\\fBhelp\\fR \\fIverb\\fR", "show what the verb says of itself"]
     lines += [".SH SERVICE", _SERVICE.rstrip()]
     lines += [
         ".SH SETTINGS",

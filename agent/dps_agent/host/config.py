@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 
+from dps_agent.host.plain_toml import read_plain
 from dps_agent.host.settings_table import (
     AUTH_LIMIT,
     GONE,
@@ -25,7 +26,7 @@ from dps_agent.host.settings_table import (
     TpmSettings,
     is_proxy_url,
 )
-from dps_agent.settings import Settings, settings_of
+from dps_agent.settings import AUTO, SYMMETRIC_KEY, TPM, X509, Settings, settings_of
 from dps_hal.errors import AskOperator
 from dps_hal.host.regular import open_regular, read_regular
 from dps_text import BYTE_ORDER_MARK, NotText, Secret, secret_of, text_of
@@ -47,6 +48,15 @@ AZURE_ENDPOINT_SUFFIXES = (
     ".azure-devices-provisioning.cn",
     ".azure-devices-provisioning.us",
 )
+_UNQUOTED = 'a text needs quotes, such as id_scope = "0ne00A1B2C3"'
+_TOML_HINTS = (  # what an error of `tomllib` begins with
+    ("Invalid value", _UNQUOTED),
+    ("Expected newline or end of document after a statement", _UNQUOTED),
+    ("Cannot overwrite a value", "a key is set twice"),
+    ("Cannot declare", "a table stands there twice"),
+)
+SEALED_KEY = b"{"  # with which a device's own key begins that a TPM has sealed; no base64 does
+COMMON_NAME_LIMIT = 64  # characters; RFC 5280, ub-common-name
 SETTINGS_LIMIT = 1024 * 1024  # bytes; the template with every setting has 1/100
 PASSWORD_FILES = {key: setting.secret_limit for key, setting in KEYS.items() if setting.secret_limit}
 ENVIRONMENT_FILE = "/etc/environment"  # the environment of every session: pam_env(8)
@@ -85,6 +95,17 @@ class Configuration(TopSettings):
         return settings_of({key: self.value(key) for key in KEYS})
 
     @property
+    def backend(self) -> str:
+        """What keeps the device's key: a back end of the TPM, or the other way in which the device shows who it is."""
+        return self.tpm.backend if self.attestation == TPM else self.attestation
+
+    @property
+    def id_scope_remedy(self) -> str:
+        """What to do where there is no id_scope."""
+        file = self.files[0] if self.files else SYSTEM_FILE
+        return f"set id_scope in {file}; the overview page of your Device Provisioning Service shows it"
+
+    @property
     def socket(self) -> str:
         """The path of the socket for other programs, "" for none."""
         if self.api.socket:
@@ -98,6 +119,7 @@ class Configuration(TopSettings):
         return getattr(getattr(self, table) if table else self, name)
 
 
+NO_ID_SCOPE = "id_scope is not set"
 _ID_SCOPE_MISSING = (
     "id_scope: expected the ID scope of your Device Provisioning Service; it is set nowhere"
     f" (file, {ENVIRONMENT_PREFIX}ID_SCOPE or --set id_scope=...)"
@@ -137,10 +159,8 @@ class _Collector:
         """Takes a value from the environment or the command line: as in TOML, text also without quotes."""
         value: Any = text
         if not isinstance(KEYS[key].default, str) or text[:1] in ('"', "'"):
-            import tomllib
-
             try:
-                parsed = tomllib.loads(f"value = {text}")
+                parsed = parse_toml(f"value = {text}")
             except (ValueError, RecursionError):
                 parsed = {}
             if list(parsed) == ["value"]:
@@ -178,19 +198,35 @@ class _Collector:
         self.problem(f"{name}: there is no such setting ({origin}){hint}")
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """What a TOML text holds; ValueError or RecursionError where it is none."""
+    plain = read_plain(text)
+    if plain is not None:
+        return plain
+    import tomllib  # with `typing` and `datetime` the dearest of a start
+
+    return tomllib.loads(text)
+
+
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a settings file holds; ConfigurationError `config.unreadable` names the file, and the line of the fault."""
-    import tomllib  # with `datetime` and more, the dearest of a start: not where there is no file
-
     try:
-        return tomllib.loads(text_of(read_regular(path, SETTINGS_LIMIT)))
+        return parse_toml(text_of(read_regular(path, SETTINGS_LIMIT)))
     except OSError as error:
         problem = f"{path}: cannot be read: {error.strerror}"
     except NotText as error:
         problem = f"{path}: {error}"
     except (ValueError, RecursionError) as error:
-        problem = f"{path}: expected TOML in UTF-8: {error}"
+        problem = f"{path}: expected TOML in UTF-8: {error}{_toml_hint(str(error))}"
     raise ConfigurationError("config.unreadable", [problem])
+
+
+def _toml_hint(said: str) -> str:
+    """What is mostly behind that error of `tomllib`, "" for others."""
+    for begins, hint in _TOML_HINTS:
+        if said.startswith(begins):
+            return f"; {hint}"
+    return ""
 
 
 def load(
@@ -295,6 +331,33 @@ def _check_together(collector: _Collector) -> None:
     if values["network.proxy_file"] and values["network.proxy"] != KEYS["network.proxy"].default:
         both = f"{origins['network.proxy']}; {origins['network.proxy_file']}"
         collector.problem(f"network.proxy_file: expected either this or network.proxy; both are set ({both})")
+    attestation = values["attestation"]
+    if attestation != X509 and values["certificate_file"]:
+        came = f'"{attestation}" ({origins["certificate_file"]})'
+        collector.problem(f'certificate_file: expected attestation = "{X509}" with it; came {came}')
+    elif attestation == X509:
+        if not values["certificate_file"] and not collector.may_have_held("certificate_file"):
+            collector.problem(
+                f'certificate_file: expected a file for the certificate, with attestation = "{X509}"; it is not set'
+            )
+        if len(values["registration_id"]) > COMMON_NAME_LIMIT:
+            collector.problem(
+                f"registration_id: expected at most {COMMON_NAME_LIMIT} characters, for it is the name in the"
+                f" certificate; came {len(values['registration_id'])}"
+            )
+    if attestation != TPM:
+        by_key = f'attestation = "{attestation}"'
+        if values["registration_id"] == AUTO and not collector.may_have_held("registration_id"):
+            collector.problem(
+                f"registration_id: expected the device's own, with {by_key}; came \"{AUTO}\", which a TPM's key gives"
+            )
+        if not values["device_key_file"] and not collector.may_have_held("device_key_file"):
+            collector.problem(f"device_key_file: expected a file with the device's key, with {by_key}; it is not set")
+        if values["tpm.persist_at"]:
+            collector.problem(f"tpm.persist_at: expected 0, with {by_key}: no hub key comes that could be kept there")
+    elif values["device_key_file"]:
+        came = f'"{values["attestation"]}" ({origins["device_key_file"]})'
+        collector.problem(f'device_key_file: expected attestation = "{SYMMETRIC_KEY}" or "{X509}" with it; came {came}')
     handles = ("tpm.ek_handle", "tpm.srk_handle", "tpm.persist_at")
     for at, key in enumerate(handles):
         for other in handles[:at]:
@@ -365,6 +428,8 @@ def check_files(configuration: Configuration) -> None:
         if path and not os.access(path, os.R_OK):
             why = "it may not be read (Permission denied)" if os.path.exists(path) else "it does not exist"
             problems.append(f"{key}: expected a readable file; {path}: {why}")
+        elif path:
+            problems += _odd_roots(key, path)
     for key in PASSWORD_FILES:
         try:
             hierarchy_password(key, configuration.value(key))
@@ -374,6 +439,17 @@ def check_files(configuration: Configuration) -> None:
         proxy_of(configuration)
     if problems:
         raise ConfigurationError("config.invalid", problems)
+
+
+def _odd_roots(key: str, path: str) -> list[str]:
+    """Why the file holds no roots to trust, as the connections read it; empty where it does."""
+    from dps_agent.host.network.trust import Trust  # with `ssl`: for those who ask whether all is well
+
+    try:
+        Trust(path, key).context()
+    except AskOperator as error:
+        return [error.message]
+    return []
 
 
 def proxy_of(configuration: Configuration) -> str:
@@ -439,9 +515,15 @@ def hierarchy_password(key: str, path: str, environ: Mapping[str, str] | None = 
     """
     if not path:
         return Secret()
-    environ = os.environ if environ is None else environ
-    limit = PASSWORD_FILES.get(key, AUTH_LIMIT)
-    path, is_credential = password_file(path, environ)
+    path, is_credential = password_file(path, os.environ if environ is None else environ)
+    return secret_in(key, path, PASSWORD_FILES.get(key, AUTH_LIMIT), is_credential)
+
+
+def secret_in(key: str, path: str, limit: int, is_credential: bool = False) -> Secret:
+    """The secret in a file, of at most `limit` bytes, without one line end at its end; `key` names it in an error.
+
+    Its mode must be 0600 or less, but for a credential.
+    """
     try:
         with open(open_regular(path), "rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -476,11 +558,33 @@ def marked_files(configuration: Configuration) -> list[str]:
     return [f"{path}: begins with a byte order mark, which is passed over" for path in marked]
 
 
+def client_certificate(configuration: Configuration) -> tuple[str, str] | None:
+    """The files with the chain that this device shows DPS and its hub, and with its key; None where it shows none."""
+    if configuration.attestation != X509:
+        return None
+    return configuration.certificate_file, password_file(configuration.device_key_file, os.environ)[0]
+
+
 def backend_shown(configuration: Configuration) -> str:
-    """The TPM in words; the simulator is always named as what it is."""
+    """The TPM in words; the simulator is always named as what it is, and so is a key that lies in a file."""
     tpm = configuration.tpm
     note = ", keys lie in plain files" if tpm.backend == "simulator" else ""
-    return f"{tpm.backend} ({tpm.tcti}{note})"
+    shown = f"{tpm.backend} ({tpm.tcti}{note})"
+    if configuration.attestation == TPM:
+        return shown
+    path = configuration.device_key_file
+    if is_sealed(configuration):
+        return f"{shown}, has sealed the device's own key, {path}"
+    return f"none: the device's own key lies in a plain file, {path}"
+
+
+def is_sealed(configuration: Configuration) -> bool:
+    """Whether a TPM has sealed the device's own key, as far as this user may see that."""
+    try:
+        with open(open_regular(password_file(configuration.device_key_file, os.environ)[0]), "rb") as file:
+            return file.read(1) == SEALED_KEY
+    except OSError:
+        return False
 
 
 def _shortened(value: Any) -> str:

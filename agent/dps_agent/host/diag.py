@@ -26,7 +26,7 @@ from urllib.parse import quote, unquote
 from dps_agent.host.config import PASSWORD_FILES, environment_name, password_file, proxy_of
 from dps_agent.host.printed import utc_text
 from dps_hal.contracts import IDENTITY, PROGRESS
-from dps_hal.errors import AskOperator, DpsError
+from dps_hal.errors import DpsError
 from dps_hal.host.files import FileSlots
 from dps_hal.host.regular import read_regular
 from dps_hal.platform import to_json
@@ -187,6 +187,8 @@ def tpm_document(device: Device) -> dict[str, Any]:
     """What the TPM says of itself, and the names of its keys; an `error` where it does not answer."""
     if device.hangs:
         return {"error": "the TPM hangs"}
+    if not device.uses_tpm:
+        return {"attestation": device.configuration.attestation, "tpm": "none is used"}
     try:
         found: dict[str, Any] = dict(device.condition._asdict())
         found["ekName"] = object_name(device.endorsement_key).hex()
@@ -255,15 +257,3 @@ def archive(folder: str, members: Mapping[str, str], secrets: Secrets) -> bytes:
             member.size, member.mode, member.mtime = len(content), 0o600, int(time.time())
             file.addfile(member, io.BytesIO(content))
     return packed.getvalue()
-
-
-def write_private(path: str, content: bytes) -> None:
-    """Makes a file that only its owner may read; AskOperator `agent.file` where that cannot be, or it exists."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with open(fd, "wb") as file:
-            file.write(content)
-    except FileExistsError:
-        raise AskOperator("agent.file", f"{path} is there already: name a new file") from None
-    except OSError as error:
-        raise AskOperator("agent.file", f"{path} cannot be written: {error.strerror}") from None

@@ -82,7 +82,10 @@ def append(path: str, form: str, enrolment: Enrolment) -> Appended:
             replace_file(path, _with(content, form, enrolment, listed))
     except OSError as error:
         raise AskOperator("agent.file", f"{path} cannot be read or written: {error.strerror}") from None
-    notes = [f"line {line}: '{name}' is an enrolment of the kind {kind}" for line, name, kind in listed.others]
+    notes = [
+        f"line {other.line}: '{other.registration_id}' is an enrolment of the kind {other.kind}"
+        for other in listed.others
+    ]
     return Appended(len(listed.entries) + 1, notes + [str(odd) for odd in listed.odd])
 
 

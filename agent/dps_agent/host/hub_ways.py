@@ -2,18 +2,18 @@
 
 A verb that never asks for a hub, such as `provision`, has no use for any of this.
 
-There are four ways, and the table at the end says which effect goes which:
+There are three ways, and the table at the end says which effect goes which:
 
-1. `told`: at once, on the thread of the runner. A message goes to programs, and nobody waits for them.
-2. `soon`: on `dps-worker`, for things that wait for no answer; only a machine in trouble reaches HUB_DEADLINE_S.
-3. `dialled`: on `dps-worker`, as long as a connection may take. It ends early by `abort` where somebody stops the
-   runner or has asked for something that makes the connection vain.
-4. `next_event`: on `dps-worker`, until an event comes or its time is over. Whoever has something for the session posts
-   it, which ends the wait; so haste before it means nothing.
+1. `done`: at once, on the thread of the runner. What is told to programs waits for nobody, and what the hub is sent
+   waits in memory until the hub takes it.
+2. `next_event`: on the same thread, until an event comes or its time is over. The runner's loop waits for the hub's
+   bytes and for all else that may come; whoever has something for the session posts it, so haste before it means
+   nothing.
+3. `soon` and `dialled`: on `dps-worker`, for what may block: names, handshakes, and the polite end. A connection that
+   is made ends early by `abort` where somebody stops the runner or has asked for something that makes it vain.
 
-`HubConnection` is used by one call at a time on `dps-worker`, and in the end, when none is under way, by the runner's
-own thread (`close`). Three of its methods are for other threads at any time: `post` and `take_back` (the socket's, a
-signal handler's) and `abort` (the runner's).
+`HubConnection` is used by one thread at a time: by the runner's, or, while that waits for such a call, by `dps-worker`.
+Three of its methods are for anybody at any time: `post` and `take_back` (a signal handler's) and `abort`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 
 from dps_agent.driver import Reach
 from dps_agent.host.clock import CLOCK_NOT_SET, SystemClock, may_judge
-from dps_agent.host.worker import DONE, Outcome, Worker, attempt, required
+from dps_agent.host.worker import DONE, Outcome, Worker, bug, required
 from dps_agent.hub_effects import (
     Acknowledge,
     Connect,
@@ -34,6 +34,7 @@ from dps_agent.hub_effects import (
     Subscribe,
     Tell,
 )
+from dps_hal.errors import DpsError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
         def send_again(self, packet_id: int) -> None: ...
         def give_up(self, packet_id: int) -> None: ...
         def acknowledge(self, packet_id: int) -> None: ...
-        def next_event(self, until_s: float) -> Event | None: ...
+        def next_event(self, until_s: float, wait: Callable[[float, int, int], int]) -> Event | None: ...
         def post(self, event: Event) -> bool: ...
         def take_back(self, event: Event) -> bool: ...
         def disconnect(self) -> None: ...
@@ -64,7 +65,6 @@ if TYPE_CHECKING:
 
 CONNECT_DEADLINE_S = 65.0  # HubConnection itself ends after 60 s
 HUB_DEADLINE_S = 10.0  # for a call that waits for no answer
-EVENT_GRACE_S = 10.0  # by which a wait for an event may overrun its own end
 
 
 def hub_ways(
@@ -79,9 +79,18 @@ def hub_ways(
     All are answered by values: what one of them raises comes out, and is not for the logic.
     """
 
-    def told(message: Message) -> Outcome:
-        return required(attempt(lambda: tell is not None and tell(message)))
+    def done(call: Callable[..., Any]) -> Callable[..., Outcome]:
+        def way(*of: Any) -> Outcome:  # for each message a few times: no more calls than it needs
+            try:
+                return Outcome(call(*of), None)
+            except DpsError:
+                raise
+            except Exception as error:
+                raise bug(error) from None
 
+        return way
+
+    told = done(tell or (lambda _message: False))
     if hub is None:
         return {Tell: told, Reach: lambda _: DONE}
 
@@ -98,23 +107,25 @@ def hub_ways(
             clock.heard(None)
         return DONE
 
-    def next_event(until_uptime_s: float) -> Outcome:
+    def wait(until_s: float, fileno: int, interest: int) -> int:
+        if worker.is_stopped():
+            hub.abort()
+            until_s = 0.0
+        return worker.wait(until_s, fileno, interest)
+
+    def next_event(until_uptime_s: float) -> Event | None:
         worker.forget_haste()
-        within_s = max(until_uptime_s - clock.uptime_s(), 0.0)
-        until_s = time.monotonic() + within_s
-        return worker.do_or_abort(
-            lambda: hub.next_event(until_s), within_s + EVENT_GRACE_S, hub.abort, "the wait for an event"
-        )
+        return hub.next_event(time.monotonic() + max(until_uptime_s - clock.uptime_s(), 0.0), wait)
 
     return {
         Reach: reach,
         Connect: lambda *of: dialled(lambda: hub.connect(Connect(*of))),
-        Subscribe: lambda filters: soon(lambda: hub.subscribe(filters)),
-        Publish: lambda *of: soon(lambda: hub.publish(*of)),
-        SendAgain: lambda packet_id: soon(lambda: hub.send_again(packet_id)),
-        GiveUp: lambda packet_id: soon(lambda: hub.give_up(packet_id)),
-        Acknowledge: lambda packet_id: soon(lambda: hub.acknowledge(packet_id)),
-        NextEvent: next_event,
+        Subscribe: done(hub.subscribe),
+        Publish: done(hub.publish),
+        SendAgain: done(hub.send_again),
+        GiveUp: done(hub.give_up),
+        Acknowledge: done(hub.acknowledge),
+        NextEvent: done(next_event),
         Disconnect: lambda: soon(hub.disconnect),
         Tell: told,
     }

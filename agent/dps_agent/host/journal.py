@@ -12,14 +12,19 @@ import select
 import socket
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Mapping
 from typing import TextIO
 
-from dps_agent.host.printed import printable
+from dps_agent.host.printed import printable, utc_text
 from dps_hal.host.codes import REMEDIES
 
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
 ERROR, WARNING, NOTICE, INFO, DEBUG = 3, 4, 5, 6, 7  # syslog(3)
+LEVELS = {ERROR: "error", WARNING: "warning", NOTICE: "notice", INFO: "info", DEBUG: "debug"}
+KEPT_SIZE = 128 * 1024  # bytes of text that are kept in memory, where anything is
+_LINE_SIZE = 200  # bytes that a kept line is counted for beside its text
 
 # Every event that is not named by an error code: what the catalogue says about it.
 EVENTS = {
@@ -64,6 +69,8 @@ class Journal:
         self.verbose = verbose
         self._stream = sys.stderr if stream is None else stream
         self._socket: socket.socket | None = None
+        self._kept: deque[tuple[float, int, str, str, str]] | None = None  # time, level, event, code, text
+        self._kept_size = 0
         self._lock = threading.Lock()  # over the stream: what one thread saw room for another may not take
         if _is_the_journal(self._stream, os.environ if environ is None else environ):
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
@@ -99,6 +106,31 @@ class Journal:
         if self.verbose:
             self._write(message, DEBUG, {})
 
+    def keep(self, wanted: bool) -> None:
+        """Keeps the last lines in memory, or no lines, from now on."""
+        if wanted != (self._kept is not None):
+            self._kept, self._kept_size = deque() if wanted else None, 0
+
+    def kept(self, level: int) -> list[dict[str, str]]:
+        """The kept lines of this level and of worse ones, the oldest first."""
+        with self._lock:
+            lines = list(self._kept or ())
+        return [
+            {"time": utc_text(at_s), "level": LEVELS[each], "event": event, "code": code, "message": text}
+            for at_s, each, event, code, text in lines
+            if each <= level
+        ]
+
+    def _keep(self, level: int, event: str, code: str, text: str) -> None:
+        with self._lock:
+            kept = self._kept
+            if kept is None:
+                return
+            kept.append((time.time(), level, event, code, text))
+            self._kept_size += len(text) + _LINE_SIZE
+            while self._kept_size > KEPT_SIZE:
+                self._kept_size -= len(kept.popleft()[4]) + _LINE_SIZE
+
     def write(self, text: str) -> int:
         """For what wants a stream, such as `StepLines`: each line is a detail."""
         for line in text.splitlines():
@@ -126,6 +158,7 @@ class Journal:
 
     def _write(self, message: str, level: int, fields: Mapping[str, str]) -> None:
         line = printable(message).replace("\n", " | ")
+        self._keep(level, fields.get("DPS_EVENT", ""), fields.get("DPS_CODE", ""), line)
         with contextlib.suppress(OSError, ValueError):  # its reader is busy or gone: a line is worth no wait
             if self._socket is None:
                 with self._lock:

@@ -7,13 +7,22 @@ import threading
 import time
 
 from dps_agent import __version__
-from dps_agent.assignment import decode, hub_token, load_held
-from dps_agent.effects import LoadRecord
+from dps_agent.assignment import decode, hub_token
+from dps_agent.attestation import load_held
+from dps_agent.effects import Http, LoadRecord, NoReply, UtcNow
 from dps_agent.host.clock import SystemClock
-from dps_agent.host.config import Configuration, check_keys_in_hardware, hierarchy_password, proxy_of
+from dps_agent.host.config import (
+    Configuration,
+    check_keys_in_hardware,
+    client_certificate,
+    hierarchy_password,
+    proxy_of,
+)
+from dps_agent.host.printed import utc_text
 from dps_agent.host.provisioned import Provisioned
 from dps_agent.host.runner import Runner
 from dps_agent.patience import decode_progress
+from dps_agent.settings import TPM, X509
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.host.state_dir import open_store
@@ -25,21 +34,27 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dps_agent.assignment import Assignment
+    from dps_agent.effects import Reply
     from dps_agent.host.network.https import DpsConnection
     from dps_agent.host.network.mqtt import HubConnection
     from dps_agent.host.steps import StepLines
     from dps_agent.sas import SasToken
-    from dps_hal.contracts import Store, StoredRecord, TpmService
+    from dps_hal.contracts import Signer, Store, StoredRecord, TpmService, Utc
     from dps_hal.host.files import LockedStore
     from dps_hal.tpm.ek_certificate import Certified
 
+ROLLED_BACK = "a newer copy of the stored assignment was damaged, an older one serves"
 TRANSIENT_SRK = (
     "the TPM has no room to keep the storage root key: it makes the same one anew at each start, which takes seconds"
 )
 
 
-def tpm_warnings(tpm: TpmService) -> list[str]:
+def tpm_warnings(signer: Signer) -> list[str]:
     """What its use has shown so far of a TPM, and somebody may want to change, though all works."""
+    named: Any = signer
+    tpm: TpmService | None = getattr(named, "tpm", named)  # of a key in a file: the one that has sealed it
+    if tpm is None:
+        return list(getattr(signer, "warnings", ()))
     warnings = [TRANSIENT_SRK] if tpm.srk_found_at == 0 else []
     for setting in tpm.unneeded_passwords:
         warnings.append(
@@ -77,6 +92,26 @@ def open_tpm(configuration: Configuration) -> TpmService:
     return EsysTpm(tpm.tcti, **settings)
 
 
+def open_device(configuration: Configuration) -> Any:
+    """What signs for this device: its TPM, a `TpmService`, or a `Signer` with the key that the device was given.
+
+    As `open_tpm`; AskOperator `config.invalid` where the key's file holds none.
+    """
+    if configuration.attestation == TPM:
+        return open_tpm(configuration)
+    if configuration.attestation == X509:
+        from dps_agent.host.device_certificates import CertificateSigner
+
+        by_certificate = CertificateSigner(configuration)
+        by_certificate.open()
+        return by_certificate
+    from dps_agent.host.device_keys import FileSigner
+
+    signer = FileSigner(configuration, lambda: open_tpm(configuration))
+    signer.open()
+    return signer
+
+
 def dps_connection(configuration: Configuration) -> DpsConnection:
     """The connection to the endpoint, not yet opened."""
     from dps_agent.host.network.https import DpsConnection
@@ -87,6 +122,7 @@ def dps_connection(configuration: Configuration) -> DpsConnection:
         configuration.ca_file,
         user_agent=f"dps-agent/{__version__}",
         proxy=proxy_of(configuration),
+        certificate=client_certificate(configuration),
     )
 
 
@@ -110,6 +146,7 @@ def hub_connection(configuration: Configuration) -> HubConnection:
         ca_file=hub.ca_file,
         transport=hub.transport,
         proxy=proxy_of(configuration),
+        certificate=client_certificate(configuration),
     )
 
 
@@ -133,11 +170,14 @@ def provision_once(
     if timeout_s is not None:
         budget_s = max(1, min(settings.registration_budget_s, int(timeout_s)))
         settings = settings._replace(registration_budget_s=budget_s)
-    tpm = open_tpm(configuration)
+    tpm = open_device(configuration)
     store = open_store(configuration.state_dir)
     clock = clock_for(store)
 
+    waits = [""]  # the reason of the last one
+
     def on_wait(reason: str, until_uptime_s: float) -> None:
+        waits[0] = reason
         if steps is not None:
             steps.wait(reason, until_uptime_s - clock.uptime_s(), settings.registration_budget_s)
 
@@ -153,7 +193,7 @@ def provision_once(
         runner.install_signals()
     handle = configuration.tpm.persist_at
     life = Lifecycle(settings, beside=lambda: kept_key.entry(tpm, handle))
-    with kept_to_ourselves(store), _stopped_after(runner, timeout_s, unless=lambda: life.committed):
+    with kept_to_ourselves(store), _stopped_after(runner, timeout_s, waits, unless=lambda: life.committed):
         runner.run(life.live(once=True, force=force))
     assignment = life.assignment
     if assignment is None or not (life.committed or life.state == PROVISIONED):
@@ -163,7 +203,7 @@ def provision_once(
         raise error
     warnings = []
     if life.rolled_back:
-        warnings.append("a newer copy of the stored assignment was damaged, an older one serves")
+        warnings.append(ROLLED_BACK)
     if handle:
         try:
             runner.run(kept_key.persist(tpm, handle))
@@ -176,7 +216,7 @@ def provision_once(
         registration_id=assignment.registration_id,
         substatus=assignment.substatus,
         already_provisioned=not life.committed,
-        backend=configuration.tpm.backend,
+        backend=configuration.backend,
         payload=assignment.payload,
         payload_omitted=assignment.payload_omitted,
         duration_s=round(time.monotonic() - started_s, 3),
@@ -207,7 +247,7 @@ def endorsement(configuration: Configuration) -> tuple[bytes, Certified]:
     return runner.ask_tpm(both)
 
 
-def offline_runner(configuration: Configuration, tpm: TpmService) -> Runner:
+def offline_runner(configuration: Configuration, tpm: Signer) -> Runner:
     """A runner on this device's TPM and store, without any network."""
     return Runner(tpm=tpm, store=open_store(configuration.state_dir), connection=NoConnection(), clock=SystemClock())
 
@@ -217,8 +257,6 @@ def hub_token_once(configuration: Configuration, life_s: int) -> tuple[Assignmen
 
     The network is used only where nobody keeps the system's clock: DPS is asked what time it is.
     """
-    from dps_agent.hub_effects import ConfirmClock
-
     settings = configuration.settings()
 
     def exchange() -> Generator[Any, Any, tuple[Assignment, SasToken]]:
@@ -229,21 +267,35 @@ def hub_token_once(configuration: Configuration, life_s: int) -> tuple[Assignmen
         assignment, reason = yield from load_held(settings, stored)
         if assignment is None:
             raise IdentityStale("record.stale", reason)
-        yield ConfirmClock("")
+        now: Utc = yield UtcNow()
+        if not now.believable:
+            date: Reply | NoReply = yield Http("GET", "/", b"", None)
+            now = yield UtcNow()
+            if not now.believable:
+                raise RetryLater("clock.not_set", _unconfirmed(now.now_s, date))
         token = yield from hub_token(assignment, life_s)
         return assignment, token
 
     store = open_store(configuration.state_dir)
     clock = clock_for(store)
     connection = NoConnection() if clock.utc().believable else dps_connection(configuration)
-    return Runner(tpm=open_tpm(configuration), store=store, connection=connection, clock=clock).run(exchange())
+    return Runner(tpm=open_device(configuration), store=store, connection=connection, clock=clock).run(exchange())
+
+
+def _unconfirmed(now_s: int, date: Reply | NoReply) -> str:
+    """What is said of a clock that nobody keeps, and that DPS's answer has not confirmed."""
+    why = f"DPS could not be asked: {date.reason}" if isinstance(date, NoReply) else "DPS's answer did not confirm it"
+    return f"the clock is not set, or nobody keeps it: it says {utc_text(now_s)}, and {why}"
 
 
 @contextlib.contextmanager
-def _stopped_after(runner: Runner, timeout_s: float | None, unless: Callable[[], bool]) -> Iterator[None]:
+def _stopped_after(
+    runner: Runner, timeout_s: float | None, waits: list[str], unless: Callable[[], bool]
+) -> Iterator[None]:
     """Stops the runner after `timeout_s` seconds, None for never; its interruption is then an end of time.
 
-    An interruption is none where `unless` says that all that counts was done before.
+    That says why it waited last, which `waits` has. An interruption is none where `unless` says that all
+    that counts was done before.
     """
     out_of_time = threading.Event()
 
@@ -263,7 +315,8 @@ def _stopped_after(runner: Runner, timeout_s: float | None, unless: Callable[[],
         if unless():
             return
         if out_of_time.is_set():
-            raise RetryLater("agent.out_of_time", f"not finished within {timeout_s:g} s") from None
+            last = f"; the last wait was for: {waits[0]}" if waits[0] else ""
+            raise RetryLater("agent.out_of_time", f"not finished within {timeout_s:g} s{last}") from None
         raise
     finally:
         timer.cancel()
@@ -279,7 +332,7 @@ def remote_status(configuration: Configuration, *, service_allows: bool) -> dict
     settings = configuration.settings()
     store = open_store(configuration.state_dir)
     runner = Runner(
-        tpm=open_tpm(configuration), store=store, connection=dps_connection(configuration), clock=clock_for(store)
+        tpm=open_device(configuration), store=store, connection=dps_connection(configuration), clock=clock_for(store)
     )
     runner.install_signals()
     with contextlib.nullcontext() if service_allows else kept_to_ourselves(store):

@@ -1,7 +1,8 @@
 """What DPS has on record for this device, without registering it: one challenge, one registration status lookup.
 
-The challenge is answered by the TPM only to sign the lookup; the key in it, and any key in the answer, is forgotten. It
-counts as a registration in the quota of the service. Source: Azure DPS Runtime Registration API, 2021-10-01.
+A TPM answers the challenge only to sign the lookup; the key in it, and any key in the answer, is forgotten. It counts
+as a registration in the quota of the service. A device with a key of its own asks for no challenge. Source: Azure DPS
+Runtime Registration API, 2021-10-01.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dps_agent.assignment import check_clock, signed_token
-from dps_agent.effects import Http, ImportKey, NoReply, ReadEndorsementKey, ReadStorageRootKey, UtcNow
+from dps_agent.attestation import registration_id as registration_id_of
+from dps_agent.effects import Http, NoReply, UtcNow
 from dps_agent.messages import DeviceRegistrationResult, TpmChallenge, decode, device_registration
-from dps_agent.registration import activation_of, no_reply_error, read_register, refusal_of, registration_path
+from dps_agent.registration import no_reply_error, read_register, refusal_of, registering, registration_path
 from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource
-from dps_agent.settings import AUTO
-from dps_hal.tpm.keys import registration_id_from_ek
+from dps_agent.settings import TPM
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -31,25 +32,25 @@ def look_up(settings: Settings) -> Generator[Effect, Any, DeviceRegistrationResu
 
     Raises RetryLater, AskOperator and IdentityStale as a registration does. Nothing is stored.
     """
-    endorsement_key: bytes = yield ReadEndorsementKey(b"")
-    storage_root_key: bytes = yield ReadStorageRootKey()
-    registration_id = settings.registration_id
-    if registration_id == AUTO:
-        registration_id = registration_id_from_ek(endorsement_key)
-    body = device_registration(registration_id, endorsement_key, storage_root_key, settings.payload)
-    register_path = registration_path(settings.id_scope, registration_id, "/register")
-    challenge: Reply | NoReply = yield Http("PUT", register_path, body, None)
-    if isinstance(challenge, NoReply):
-        raise no_reply_error(challenge)
-    answer = read_register(challenge)
-    if not isinstance(answer, TpmChallenge) or not answer.authentication_key:
-        raise refusal_of(challenge)
-    key: bytes = yield ImportKey(activation_of(answer.authentication_key, "the challenge"))
-    now: Utc = yield UtcNow()
-    check_clock(now)
-    resource = dps_resource(settings.id_scope, registration_id)
-    token = yield from signed_token(resource, now.now_s + DPS_TOKEN_LIFE_S, key, DPS_KEY_NAME)
-    reply: Reply | NoReply = yield Http("POST", registration_path(settings.id_scope, registration_id), body, token)
+    registration_id = yield from registration_id_of(settings)
+    asking = registering(settings)
+    shown, token, _, _ = yield from asking.opening(settings, registration_id)
+    body = device_registration(registration_id, settings.payload, shown)
+    if token is None and settings.attestation == TPM:
+        register_path = registration_path(settings.id_scope, registration_id, "/register")
+        challenge: Reply | NoReply = yield Http("PUT", register_path, body, None)
+        if isinstance(challenge, NoReply):
+            raise no_reply_error(challenge)
+        answer = read_register(challenge)
+        key = (yield from asking.challenge_key(answer)) if isinstance(answer, TpmChallenge) else b""
+        if not key:
+            raise refusal_of(challenge)
+        now: Utc = yield UtcNow()
+        check_clock(now)
+        resource = dps_resource(settings.id_scope, registration_id)
+        token = yield from signed_token(resource, now.now_s + DPS_TOKEN_LIFE_S, key, DPS_KEY_NAME)
+    path = registration_path(settings.id_scope, registration_id)
+    reply: Reply | NoReply = yield Http("POST", path, body, token)
     if isinstance(reply, NoReply):
         raise no_reply_error(reply)
     if reply.status not in (200, 202):

@@ -5,7 +5,7 @@ Four parts play together, and only the last two know threads:
 1. The exchange (a life, a registration, one call) yields effects and knows no world.
 2. The driver (`dps_agent.driver`) is what a device does whatever it runs on: it adds effects of its own.
 3. The runner has one table, effect -> how it is done. It runs on the thread that called `run`, which never blocks in
-   anything that has no end.
+   anything that has no end, and waits in one place, the loop (`dps_agent.host.loop`).
 4. The worker (`dps_agent.host.worker`) has the one thread in which calls may block, `dps-worker`, and all waiting and
    deadlines.
 
@@ -31,6 +31,7 @@ import queue
 import signal
 import threading
 import time
+from collections import namedtuple
 
 from dps_agent.driver import ClockConfirmed, Driver, Release, TpmCall
 from dps_agent.effects import (
@@ -47,8 +48,10 @@ from dps_agent.effects import (
     Sleep,
     Uptime,
     UtcNow,
+    Verify,
 )
 from dps_agent.host.clock import CLOCK_NOT_SET, SystemClock, may_judge
+from dps_agent.host.loop import Loop
 from dps_agent.host.worker import DONE, Outcome, Worker, attempt, bug, required
 from dps_hal.errors import EXIT_GROUPS, Broken, DpsError, RetryLater
 
@@ -61,7 +64,7 @@ if TYPE_CHECKING:
     from dps_agent.host.hub_ways import Hub
     from dps_agent.hub_effects import Event, Message
     from dps_agent.sas import SasToken
-    from dps_hal.contracts import Clock, Store, Tpm
+    from dps_hal.contracts import Clock, Signer, Store
 
     Result = TypeVar("Result")
 
@@ -78,6 +81,7 @@ HTTP_DEADLINE_S = 60.0  # one request in all
 TPM_KEY_DEADLINE_S = 180.0  # a TPM may have to create the EK or SRK first: RSA-2048 takes minutes on slow ones
 TPM_DEADLINE_S = 30.0
 STORE_DEADLINE_S = 30.0
+Erase = namedtuple("Erase", ("record",))  # an effect for whoever is asked to forget; no logic yields it
 EXIT_GRACE_S = 1.5  # after a signal the process is gone by then, whatever blocks
 _UNSEEN = ("Uptime", "UtcNow", "Random", "Sleep", "Release", "ClockConfirmed", "Reach", "NextEvent", "Tell")
 
@@ -90,17 +94,19 @@ def _random() -> float:
 class Runner:
     """Runs exchanges, one after the other, on one TPM, store, connection and clock, and on one hub if there is one.
 
+    `tpm` may be no more than a Signer, for exchanges that ask for nothing else, those of a device with its own key.
+
     `observe(effect, answer or error, seconds)` is called after each effect of HTTP, TPM, store and hub but NextEvent,
     for progress lines; what it gets holds signatures and keys, so it must not print that.
     `on_wait(reason, until_uptime_s)` is called before each Sleep, `watchdog()` about once a second while everything is
     within its deadline, `tell(message)` for each Tell, to return soon whether anybody takes it. A Connect is given up
-    where `interrupted()` is true after `hasten`.
+    where `interrupted()` is true after `hasten`. `loop` is where it waits, for whom that serves beside it.
     """
 
     def __init__(
         self,
         *,
-        tpm: Tpm,
+        tpm: Signer,
         store: Store,
         connection: Connection,
         clock: Clock,
@@ -111,8 +117,10 @@ class Runner:
         hub: Hub | None = None,
         tell: Callable[[Message], bool] | None = None,
         interrupted: Callable[[], bool] = bool,
+        loop: Loop | None = None,
     ) -> None:
         self._tpm = tpm
+        hardware: Any = tpm
         self._connection = connection
         self._clock = clock
         self._observe = observe
@@ -121,7 +129,7 @@ class Runner:
         self._tell = tell
         self._interrupted = interrupted
         self._in_use = False  # TPM or store were used since the last release
-        self._worker = Worker(watchdog)
+        self._worker = Worker(watchdog, loop or Loop())
         confirmed = clock.is_confirmed if isinstance(clock, SystemClock) else lambda: True
         # How each effect is done, called with its fields; those of the hub join them with the first one.
         self._ways: dict[type, Callable[..., Outcome]] = {
@@ -131,14 +139,16 @@ class Runner:
             Random: lambda: attempt(random),
             Sleep: self._sleep,
             Http: self._request,
-            ReadEndorsementKey: lambda name: self._at_tpm(lambda: tpm.endorsement_key(name), TPM_KEY_DEADLINE_S),
-            ReadStorageRootKey: lambda: self._at_tpm(tpm.storage_root_key, TPM_KEY_DEADLINE_S),
-            ImportKey: lambda activation: self._at_tpm(lambda: tpm.import_key(activation), TPM_DEADLINE_S),
+            ReadEndorsementKey: lambda name: self._at_tpm(lambda: hardware.endorsement_key(name), TPM_KEY_DEADLINE_S),
+            ReadStorageRootKey: lambda: self._at_tpm(hardware.storage_root_key, TPM_KEY_DEADLINE_S),
+            ImportKey: lambda activation: self._at_tpm(lambda: hardware.import_key(activation), TPM_DEADLINE_S),
             Sign: lambda *of: self._at_tpm(lambda: tpm.sign(*of), TPM_DEADLINE_S),
+            Verify: lambda *of: self._at_tpm(lambda: hardware.verify(*of), TPM_DEADLINE_S),
             TpmCall: lambda call: self._at_tpm(call, TPM_KEY_DEADLINE_S),
             Commit: lambda *of: self._at_store(lambda: store.commit(*of)),
             LoadRecord: lambda record: self._at_store(lambda: store.load(record)),
             ForgetOlder: lambda record: self._at_store(lambda: store.forget_older(record)),
+            Erase: lambda record: self._at_store(lambda: store.erase(record)),
             Release: self._release,
         }
 
@@ -193,7 +203,10 @@ class Runner:
 
         False, and it is dropped, where there is no hub or too many events wait.
         """
-        return self._hub is not None and self._hub.post(event)
+        taken = self._hub is not None and self._hub.post(event)
+        if taken:
+            self._worker.ring()
+        return taken
 
     def take_back(self, event: Event) -> bool:
         """Drops a posted event that the session has not asked for yet, and says whether it did; like `post`."""
@@ -241,10 +254,11 @@ class Runner:
         if kind not in self._ways:
             which = "without a hub" if self._hub is None else "with a hub"
             raise Broken("agent.bug", f"the logic yielded a {kind.__name__}, which is no effect of a runner {which}")
+        if self._observe is None or kind.__name__ in _UNSEEN:
+            return self._ways[kind](*effect)
         started_s = time.monotonic()
         outcome = self._ways[kind](*effect)
-        if self._observe is not None and kind.__name__ not in _UNSEEN:
-            self._observe(effect, outcome.error or outcome.answer, time.monotonic() - started_s)
+        self._observe(effect, outcome.error or outcome.answer, time.monotonic() - started_s)
         return outcome
 
     def _at_tpm(self, call: Callable[[], Any], deadline_s: float) -> Outcome:

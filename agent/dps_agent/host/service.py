@@ -7,14 +7,15 @@ and does what others ask for (signals, the socket) between two effects, where th
 There is no machine of its own here: what the service does follows from the life's state, and what it remembers beside
 that is what was asked for and not done yet, and what was announced already. Three things ask:
 
-1. A signal handler sets `_stopping` or `_reload_asked`, on the main thread, in the middle of anything.
-2. The socket's thread (`dps-api`) appends a `Command`, or posts an event for the hub's session.
+1. A signal handler sets `_stopping` or `_reload_asked`, in the middle of anything.
+2. The socket, which has its turns in the loop wherever the runner waits, appends a `Command`, or posts an event for the
+   hub's session.
 3. The life yields an effect. On the way `_look` notices what the last step has changed, and `_obey` does what 1 and 2
    have asked for.
 
 Who pushes whom. SIGHUP and a command only note and `_wake`: the runner's sleep ends by haste, its wait for an event by
 `_WAKE`, an event that says nothing, and a connection that is being made ends where `_connects_in_vain`. All that
-follows runs on the main thread, in `_watched`: it asks the life to register (`ask_to_register`), leaves its hub
+follows runs in `_watched`: it asks the life to register (`ask_to_register`), leaves its hub
 (`abandon`), or ends it by not going on with it. The life knows nothing of the service.
 
 How a life ends here, and what follows. 1. SIGTERM or SIGINT: the runner stops, and so does the service. 2. Settings
@@ -22,8 +23,8 @@ that changed: a new life begins with new equipment (`_next_equipment`). 3. A res
 is. 4. An error that makes going on impossible: the service ends with it. New lives inherit from the former what
 outlives an identity: see `Lifecycle`.
 
-Threads: the main one runs `run` from beginning to end; `dps-worker` and `dps-exit` are the runner's, `dps-api` is the
-socket's. The main thread alone touches the life, and `_api` is told of it by values (`Snapshot`).
+Threads: the main one runs `run` from beginning to end, the hub's packets and the socket for programs included;
+`dps-worker`, for what may block, and `dps-exit` are the runner's. `_api` is told of the life by values (`Snapshot`).
 """
 
 from __future__ import annotations
@@ -39,40 +40,52 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dps_agent import __version__
 from dps_agent.assignment import difference, hub_token
-from dps_agent.driver import Driver
-from dps_agent.effects import Sleep
-from dps_agent.host import kept_key
+from dps_agent.driver import _CLOSE_FOR_S, Driver
+from dps_agent.effects import ConfirmClock, Sleep, Uptime
+from dps_agent.host import kept_key, memory
 from dps_agent.host.config import backend_shown
+from dps_agent.host.counts import Counts
 from dps_agent.host.error_document import fields_of
 from dps_agent.host.journal import ERROR, INFO, NOTICE, WARNING, Journal
 from dps_agent.host.local.routes import Command, Snapshot
 from dps_agent.host.local.server import LocalServer
-from dps_agent.host.local.statefile import StateFile, assignment_document
-from dps_agent.host.notify import Notifier
+from dps_agent.host.local.statefile import FLEET_REFUSED, StateFile, assignment_document
+from dps_agent.host.loop import Loop
+from dps_agent.host.next_step import next_step
+from dps_agent.host.notify import TEXT_LIMIT, Notifier
 from dps_agent.host.parts import (
+    ROLLED_BACK,
     clock_for,
     dps_connection,
     hub_connection,
     kept_to_ourselves,
-    open_tpm,
+    open_device,
     tpm_warnings,
 )
-from dps_agent.host.printed import utc_text
-from dps_agent.host.runner import Runner
+from dps_agent.host.printed import printable, utc_text
+from dps_agent.host.runner import Erase, Runner
 from dps_agent.host.steps import StepLines
 from dps_agent.hub_effects import (
-    ConfirmClock,
+    Acknowledge,
+    Acknowledged,
     Connect,
     Desired,
     Disconnect,
     MessageDone,
+    MethodCall,
     NextEvent,
+    Publish,
     Readers,
+    ReadTwin,
     RegisterAgain,
+    Report,
     SendTelemetry,
     TelemetryDone,
+    Tell,
+    TwinDone,
 )
 from dps_agent.lifecycle import BOOT, CONNECTED, CONNECTING, HALTED, PROVISIONED, PROVISIONING, WAITING, Lifecycle
+from dps_agent.twin import NOT_SENT
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.host.codes import REMEDIES
@@ -80,16 +93,23 @@ from dps_hal.host.mounts import doubt
 from dps_hal.host.state_dir import open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
 
+    from dps_agent.assignment import Assignment
     from dps_agent.effects import Effect
     from dps_agent.host.config import Configuration
+    from dps_agent.host.network.mqtt import HubConnection
+    from dps_agent.host.remote_methods import RemoteMethods
     from dps_agent.hub_effects import Event, Message
     from dps_agent.settings import Settings
-    from dps_hal.contracts import TpmService
+    from dps_hal.contracts import TpmCondition, TpmService
 
+NEWS_EVERY_S = 60.0  # between two reports to the twin of what happened
+_NEWS = ("lastError", "lastCheck")
 _WAITS = (WAITING, HALTED, PROVISIONED)
 _ASSIGNED = (PROVISIONED, CONNECTING, CONNECTED)
+_PASSING = (Publish, Tell, Acknowledge)  # what an event leads to; what else it has changed is looked at after them
+_ROUTINE = (SendTelemetry, Acknowledged)  # events that change nothing that anybody is shown
 _WAKE = MessageDone(0)  # an event that says nothing, for no message has this id
 
 
@@ -99,20 +119,52 @@ class _Equipment(NamedTuple):
     configuration: Configuration
     settings: Settings
     tpm: TpmService
+    hub: HubConnection
     runner: Runner
 
 
-class Service:
-    """One run of the service; `read_settings` is called again at SIGHUP."""
+class _Driver(Driver):
+    """The policy, where events come by the thousand a second: what was given back is not given back again."""
 
-    def __init__(self, read_settings: Callable[[], Configuration], journal: Journal) -> None:
+    _gave_back = False  # TPM and DPS, and nothing was asked for since that may use them
+
+    def _answer(self, effect: Effect) -> Generator[Any, Any, Any]:
+        waits = (
+            isinstance(effect, NextEvent) and self._gave_back and bool(self._readers and self._readers()) is self._told
+        )
+        if waits or isinstance(effect, _PASSING):
+            return (yield effect)
+        self._gave_back = False
+        return (yield from super()._answer(effect))
+
+    def _release_for(self, wait_s: float) -> Generator[Any, Any, None]:
+        yield from super()._release_for(wait_s)
+        self._gave_back = wait_s > _CLOSE_FOR_S
+
+
+class Service:
+    """One run of the service; `read_settings` is called again at SIGHUP.
+
+    `options` are those of the command line that lead to the same settings in another process.
+    """
+
+    def __init__(
+        self, read_settings: Callable[[], Configuration], journal: Journal, options: Sequence[str] = ()
+    ) -> None:
         self._read_settings = read_settings
+        self._options = options
+        self._remote: RemoteMethods | None = None
+        self._news: dict[str, Any] = dict.fromkeys(_NEWS)  # of what happened, for the twin
+        self._told_news = self._news.copy()
+        self._news_at_s = -math.inf  # before that the twin is not told again
         configuration = read_settings()
         self._journal = journal
         self._notifier = Notifier()
         self._store = open_store(configuration.state_dir)
         self._clock = clock_for(self._store)
+        self._counts = Counts()
         self._state_file = StateFile(configuration.runtime_dir)
+        self._loop = Loop()  # where the runner of now waits; the socket has its turns there
         self._equipment = self._equip(configuration)
         self._next_equipment: _Equipment | None = None  # what new settings lead to, once the life of now has ended
         self._life = Lifecycle(self._equipment.settings)
@@ -130,6 +182,7 @@ class Service:
 
     def run(self) -> None:
         """Lives until SIGTERM or SIGINT; raises what makes going on impossible."""
+        memory.share_one_arena()
         self._install_signals()
         with contextlib.ExitStack() as owned:
             owned.callback(self._notifier.close)
@@ -145,8 +198,8 @@ class Service:
             self._notifier.ready()
             self._show(self._life.reason, None)
             if self._api is not None:
-                self._api.start()
-                owned.callback(self._api.close)
+                self._loop.served = self._api
+                owned.callback(self._end_api, self._api)
             while not self._stopping:
                 self._live_once()
                 if not self._stopping:
@@ -158,7 +211,7 @@ class Service:
 
     def _equip(self, configuration: Configuration) -> _Equipment:
         """TPM, connections and runner for these settings, none of them touched yet; raises what is wrong with them."""
-        tpm = open_tpm(configuration)
+        tpm, hub = open_device(configuration), hub_connection(configuration)
         runner = Runner(
             tpm=tpm,
             store=self._store,
@@ -166,11 +219,12 @@ class Service:
             clock=self._clock,
             observe=StepLines(self._journal, True).observe if self._journal.verbose else None,
             watchdog=self._each_second,
-            hub=hub_connection(configuration),
+            hub=hub,
             tell=self._tell,
             interrupted=self._connects_in_vain,
+            loop=self._loop,
         )
-        return _Equipment(configuration, configuration.settings(), tpm, runner)
+        return _Equipment(configuration, configuration.settings(), tpm, hub, runner)
 
     def _begin_life(self) -> None:
         if self._next_equipment is not None:
@@ -178,16 +232,50 @@ class Service:
         about = {
             "agentVersion": __version__,
             "runtime": f"CPython {sys.version.split()[0]}",
-            "backend": self._equipment.configuration.tpm.backend,
+            "backend": self._equipment.configuration.backend,
         }
+        self._counts.use(self._equipment.hub)
         tpm, handle = self._equipment.tpm, self._equipment.configuration.tpm.persist_at
         self._life = Lifecycle(self._equipment.settings, about, lambda: kept_key.entry(tpm, handle), self._life)
+        self._told_news = self._news.copy()
+        self._life.about.update(self._told_news)
+        self._listen_to(self._equipment.configuration.hub.remote_methods)
         self._leaving = False
         self._state = BOOT
         self._since_s = time.monotonic()
-        self._announced_key = b""  # the wrapped key that was announced
+        self._announced: Assignment | None = None  # the assignment that was announced
         self._persisted_key = b""  # the wrapped key that was made persistent, or cannot be
         self._shown: tuple[Any, ...] = ()
+
+    def _listen_to(self, methods: Sequence[str]) -> None:
+        """These methods are answered here; what none of them needs is not loaded."""
+        self._journal.keep("journal" in methods)
+        self._remote = None
+        if methods:
+            from dps_agent.host.remote_methods import RemoteMethods, command_of
+
+            self._remote = RemoteMethods(methods, command_of(self._options), self._journal, self._post, self._checked)
+
+    def _checked(self, found: dict[str, str]) -> None:
+        """A check was made from far away, on a thread of its own."""
+        self._note_news("lastCheck", found, ("code", "failed", "warning"))
+
+    def _note_news(self, name: str, news: dict[str, str], counts: Sequence[str]) -> None:
+        """Something happened, and is news where one of the values that count is another one than before."""
+        former = self._news[name] or {}
+        if any(news[key] != former.get(key) for key in counts):
+            self._news[name] = {**news, "at": utc_text(time.time())}
+
+    def _tell_news(self) -> bool:
+        """Has the twin told what happened, at most once in NEWS_EVERY_S; whether there was something."""
+        if self._news == self._told_news or time.monotonic() < self._news_at_s:
+            return False
+        self._news_at_s = time.monotonic() + NEWS_EVERY_S
+        former, self._told_news = self._told_news, self._news.copy()
+        for name, value in self._told_news.items():
+            if value != former[name]:
+                self._life.report(name, value)
+        return True
 
     def _open_api(self) -> LocalServer | None:
         configuration = self._equipment.configuration
@@ -202,11 +290,16 @@ class Service:
                 command=self._take_command,
                 take_back=self._take_back,
                 journal=self._journal,
+                counts=self._counts,
             )
         except OSError as error:
             text = f"there is no socket for other programs: {path}: {error.strerror}"
             self._journal.event("warning", text, WARNING)
             return None
+
+    def _end_api(self, api: LocalServer) -> None:
+        self._loop.served = None
+        api.close()
 
     def _install_signals(self) -> None:
         self._equipment.runner.install_signals(exit_status=0)
@@ -226,7 +319,7 @@ class Service:
         self._reload_asked = True
         self._wake()
 
-    # For other threads and signal handlers.
+    # For the socket and signal handlers.
 
     def _post(self, event: Event) -> bool:
         """Whether the session of now gets the event; one of a life that is being left takes nothing more."""
@@ -234,17 +327,13 @@ class Service:
             self._readers = event.number
             self._post_wake()
             return True
-        runner = self._equipment.runner
-        taken = not self._leaving and runner.post(event)
-        if taken and (self._leaving or runner is not self._equipment.runner):
-            return not runner.take_back(event)  # where it is not there any more `_leave_hub` has found it, and answers
-        return taken
+        return not self._leaving and self._equipment.runner.post(event)
 
     def _take_back(self, asked: Event | Command) -> bool:
         """Drops what nobody has begun with; whether it was that."""
         if not isinstance(asked, Command):
             return self._equipment.runner.take_back(asked)
-        with contextlib.suppress(ValueError, IndexError):  # the last: the other thread took one at the same time
+        with contextlib.suppress(ValueError):
             self._commands.remove(asked)
             return True
         return False
@@ -257,7 +346,7 @@ class Service:
         """Whether a connection is to be given up while it is made, for what was asked for just before or meanwhile."""
         if self._reload_asked or self._life.asked_to_register:
             return True
-        return any(command.name == "reset" or command.force for command in list(self._commands))
+        return any(command.name == "reset" or command.force for command in self._commands)
 
     def _wake(self) -> None:
         """Ends what the runner waits for, so that `_watched` gets its turn."""
@@ -275,8 +364,12 @@ class Service:
         """The runner's watchdog: everything is within its deadline."""
         self._notifier.alive()
         self._state_file.write_if_due()
+        if self._life.state == CONNECTED and self._news != self._told_news and time.monotonic() >= self._news_at_s:
+            self._post_wake()
 
     def _tell(self, message: Message) -> bool:
+        if self._remote is not None and isinstance(message, MethodCall) and self._remote.take(message):
+            return True
         if self._api is None:
             return isinstance(message, Desired)  # nobody wants these, so they need not come again
         return self._api.tell(message)
@@ -286,9 +379,9 @@ class Service:
     def _live_once(self) -> None:
         """Lives until it ends by itself: settings that changed, a reset, a signal."""
         try:
-            driver = Driver(self._life, self._equipment.tpm.condition, lambda: self._readers)
+            self._driver = _Driver(self._life, self._condition, lambda: self._readers)
             watched = self._watched(self._life.live(once=False, force=False, connect=True))
-            self._equipment.runner.run(watched, driver)
+            self._equipment.runner.run(watched, self._driver)
         except RetryLater as error:
             if error.code != "agent.interrupted" or not self._stopping:
                 raise
@@ -296,22 +389,34 @@ class Service:
             if self._api is not None:
                 self._api.forget()
 
+    def _condition(self) -> TpmCondition:
+        """The TPM's, which the metrics show from then on."""
+        condition = self._equipment.tpm.condition()
+        self._counts.note_tpm(condition, time.monotonic())
+        return condition
+
     def _watched(self, life: Generator[Effect, Any, None]) -> Generator[Any, Any, None]:
         """`life`, watched: ends where it ends, or between two of its effects."""
         answer: Any = None
         error: DpsError | None = None
+        routine = False  # nothing was done since the last look but what such an event leads to
         with contextlib.closing(life):
             while True:
                 try:
                     effect = life.send(answer) if error is None else life.throw(error)
                 except StopIteration:
                     return
-                yield from self._look(effect)
-                if self._reload_asked or self._commands:
+                answer, error = None, None
+                if isinstance(effect, Uptime):
+                    answer = self._clock.uptime_s()
+                    continue
+                if not (isinstance(effect, _PASSING) or (routine and isinstance(effect, NextEvent))):
+                    yield from self._look(effect)
+                    routine = False
+                if self._reload_asked or self._commands or self._next_equipment is not None:
                     over = yield from self._obey()
                     if over:
                         return
-                answer, error = None, None
                 try:
                     if isinstance(effect, Sleep):
                         over = yield from self._sleep(effect)
@@ -321,8 +426,11 @@ class Service:
                         over, answer = yield from self._next_event(effect)
                         if over:
                             return
+                        routine = isinstance(answer, _ROUTINE)
                     else:
                         answer = yield effect
+                        if not isinstance(effect, _PASSING):
+                            self._counts.note(effect, answer, time.monotonic())
                 except DpsError as failure:
                     error = failure
                 if isinstance(effect, (Connect, Disconnect)) and self._api is not None:
@@ -353,11 +461,14 @@ class Service:
         """The hub's next event; whether the life is over."""
         while True:
             self._woken = False  # first: what comes after one of the looks below posts a _WAKE of its own
-            over = yield from self._obey()
-            if over:
-                return True, None
+            if self._reload_asked or self._commands:
+                over = yield from self._obey()
+                if over:
+                    return True, None
             if self._life.asked_to_register:
                 return False, RegisterAgain()
+            if self._life.state == CONNECTED and self._tell_news():
+                return False, None  # so that the session looks what is due
             event: Event | None = yield wanted
             if event is not _WAKE:
                 return False, event
@@ -366,10 +477,10 @@ class Service:
 
     def _obey(self) -> Generator[Effect, Any, bool]:
         """Does what signals and commands ask for; whether the life is over."""
-        over = False
         if self._reload_asked:
             self._reload_asked = False
-            over = self._reload()
+            self._reload()
+        over = self._next_equipment is not None and not self._may_finish()
         while self._commands and not over:
             command = self._commands.popleft()
             try:
@@ -395,9 +506,23 @@ class Service:
                 return
             if isinstance(event, SendTelemetry):
                 self._tell(TelemetryDone(event.request_id, False, False))
+            elif isinstance(event, (Report, ReadTwin)):
+                self._tell(TwinDone(event.request_id, NOT_SENT, 0, None, 0.0))
 
-    def _reload(self) -> bool:
-        """Reads the settings again; whether a new life is to begin with them."""
+    def _registers(self) -> bool:
+        """Whether a registration is under way."""
+        return self._life.state == PROVISIONING and not self._life.spreads
+
+    def _may_finish(self) -> bool:
+        """Whether the new settings wait for a registration that they do not concern: it may hold a challenge."""
+        return (
+            self._registers()
+            and self._next_equipment is not None
+            and _of_registration(self._next_equipment.configuration) == _of_registration(self._equipment.configuration)
+        )
+
+    def _reload(self) -> None:
+        """Reads the settings again; those that differ are for the next life, `_next_equipment`."""
         self._notifier.reloading()
         before = self._equipment.configuration
         changed = False
@@ -408,36 +533,39 @@ class Service:
                 if getattr(found, name) != getattr(before, name):
                     raise AskOperator("config.invalid", f"{name} changes with a restart only")
             changed = _values(found) != _values(before)
+            self._next_equipment = self._equip(found) if changed else None
             if changed:
-                self._next_equipment = self._equip(found)
                 held = self._life.assignment
                 if held is not None and (reason := difference(held, found.settings())):
                     leaves = f"; the device leaves {held.assigned_hub}: {reason}"
         except DpsError as error:
             changed = False
-            text = f"the new settings are refused, the old ones go on: {error.message}"
+            waited, self._next_equipment = self._next_equipment is not None, None
+            which = "the old ones go on, not those that were read meanwhile" if waited else "the old ones go on"
+            text = f"the new settings are refused, {which}: {error.message}"
             self._journal.event("refused", text, ERROR, state=self._life.state, code=error.code)
         else:
-            text = "the settings were read again" + (leaves if changed else ": no change")
+            waits = "; they count once the registration under way has ended" if changed and self._may_finish() else ""
+            text = "the settings were read again" + (leaves + waits if changed else ": no change")
             self._journal.event("reloaded", text, WARNING if leaves else INFO, state=self._life.state)
         self._hasty = changed or self._life.state == HALTED  # an operator may have changed something elsewhere
         if not self._stopping:
             self._notifier.ready()
-        return changed
 
     def _do(self, command: Command) -> Generator[Any, Any, bool]:
         """One command of the socket; whether the life is over."""
         life = self._life
         if command.name == "reset":
-            if life.state == PROVISIONING and not life.spreads:
+            if self._registers():
                 raise RetryLater("agent.busy", "a registration is under way")
             try:
                 yield from kept_key.withdraw(self._equipment.tpm, self._equipment.configuration.tpm.persist_at)
             except (RetryLater, AskOperator, IdentityStale) as error:
                 text = f"the hub key stays at persist_at: {error.message}"
                 self._journal.event("warning", text, WARNING, state=self._life.state, code=error.code)
-            for record in (IDENTITY, PROGRESS):
-                self._store.erase(record)
+            for record in (PROGRESS, IDENTITY):  # where the second one fails nothing was lost that is of use
+                yield Erase(record)
+            self._driver.life = None  # nothing of it is to be stored any more
             self._journal.event("reset", "the assignment was erased; the device registers again", NOTICE)
             self._answer(command, 200, {"erased": [IDENTITY, PROGRESS]})
             return True
@@ -450,7 +578,7 @@ class Service:
             document = {"token": token.header(), "expiresAt": utc_text(token.expires_at_s)}
             self._answer(command, 200, {**document, "assignedHub": held.assigned_hub, "deviceId": held.device_id})
         elif command.name == "status":
-            if life.state == PROVISIONING and not life.spreads:
+            if self._registers():
                 raise RetryLater("agent.busy", "a registration is under way")
             self._answer(command, 200, {})  # whoever asks looks it up: to do that here would keep the hub waiting
         elif life.assignment is not None and life.state in _ASSIGNED and not command.force:
@@ -490,23 +618,32 @@ class Service:
         """Notices what the last step of the life has changed."""
         life, former = self._life, self._state
         held = life.assignment
-        if held is not None and held.wrapped_key != self._announced_key:
-            self._announced_key = held.wrapped_key
+        if held is not None and held != self._announced:
+            self._announced = held
             if life.committed:
+                self._counts.registrations["assigned"] += 1
                 text = f"this device is {held.device_id} at {held.assigned_hub} ({held.substatus or held.status})"
                 self._journal.event("assigned", text, NOTICE, state=life.state, hub=held.assigned_hub)
                 self._end_registration(200, self._provisioned(already=False))
         # Not while a registration is under way, or waits to be stored: its record says what is at the handle.
         if held is not None and life.state != former and life.state in _ASSIGNED:
             yield from self._persist(held.wrapped_key)
-        for text in tpm_warnings(self._equipment.tpm):
+        warnings = tpm_warnings(self._equipment.tpm)
+        warnings += [ROLLED_BACK] if life.rolled_back else []
+        warnings += [FLEET_REFUSED] if life.fleet_refused else []
+        for text in warnings:
             if text not in self._warned:
                 self._warned.add(text)
                 self._journal.event("warning", text, WARNING, state=life.state)
         if life.state != former:
+            self._counts.registrations["failed"] += former == PROVISIONING and life.error is not None
             self._state = life.state
             self._since_s = time.monotonic()
             self._hasty = self._hasty and life.state in (BOOT, *_WAITS)
+        failure = life.error or life.registration_error
+        if failure is not None:
+            news = {"code": failure.code, "message": printable(failure.message)[:TEXT_LIMIT]}
+            self._note_news("lastError", news, ("code",))
         lacks = life.hub_lacks
         (lacked_of, lacked), hub = self._lacked, held.assigned_hub if held else ""
         self._lacked = (hub, lacks)
@@ -515,7 +652,7 @@ class Service:
             self._journal.event("lacking", text, NOTICE, state=life.state)
         elif lacked and not lacks and hub == lacked_of:
             self._journal.event("lacking", "the hub lacks nothing any more", NOTICE, state=life.state)
-        shown = (life.state, life.reason, life.connections, life.failed, life.error, held, lacks)
+        shown = (life.state, life.reason, life.connections, life.failed, life.error, held, lacks, life.fleet_refused)
         if shown != self._shown:
             self._shown = shown
             if not isinstance(effect, Sleep):
@@ -551,6 +688,7 @@ class Service:
         elif state == CONNECTED:
             level = NOTICE if life.connections == 1 else INFO
             self._journal.event("connected", f"connected to {hub}", level, state=state, hub=hub)
+            memory.give_back()  # it may stay as it is for months
         elif state in (WAITING, HALTED):
             event, level = ("halted", ERROR) if state == HALTED else ("waiting", WARNING)
             text = f"{life.reason}; tries again in {wait_s} s"
@@ -584,7 +722,7 @@ class Service:
             "stateDir": os.path.abspath(configuration.state_dir),
             "socket": os.path.abspath(configuration.socket) if self._api is not None else "",
             "version": __version__,
-            "backend": configuration.tpm.backend,
+            "backend": configuration.backend,
             "state": life.state,
             "reason": reason,
             "since": utc_text(utc_s - (now_s - self._since_s)),
@@ -597,8 +735,10 @@ class Service:
             "substatus": held.substatus if held else "",
             "connections": life.connections,
             "hubLacks": life.hub_lacks,
+            "fleetRefused": life.fleet_refused,
             "failedAttempts": life.failed,
             "lastError": fields_of(error) if error else None,
+            "next": next_step(life.state, error.code if error else "", waits, self._patience_s() > 0),
         }
         failed_before = self._state_file.failure
         self._state_file.show(document)
@@ -618,3 +758,9 @@ def _error_of(error: DpsError, retry_after_s: int | None = None) -> dict[str, An
 def _values(configuration: Configuration) -> dict[str, Any]:
     """The settings without where they came from."""
     return {name: value for name, value in vars(configuration).items() if name not in ("origins", "files")}
+
+
+def _of_registration(configuration: Configuration) -> dict[str, Any]:
+    """The settings that a registration under way depends on; the others are for the time after it."""
+    values = {**_values(configuration), "hub": configuration.hub.hub_suffixes}
+    return {name: value for name, value in values.items() if name not in ("fleet", "retry")}

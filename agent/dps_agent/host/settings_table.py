@@ -12,7 +12,16 @@ from __future__ import annotations
 import os
 
 from dps_agent.fleet import LIMITS, TOKEN_LIFE_S, WEEK_S
-from dps_agent.settings import AUTO, KEEP_ALIVE_LIMIT_S, KEEP_ALIVE_S, POLL_LOOKUP, POLL_OPERATION
+from dps_agent.settings import (
+    ATTESTATIONS,
+    AUTO,
+    KEEP_ALIVE_LIMIT_S,
+    KEEP_ALIVE_S,
+    POLL_LOOKUP,
+    POLL_OPERATION,
+    SYMMETRIC_KEY,
+    TPM,
+)
 from dps_hal.contracts import EK_HANDLE, EK_TEMPLATES, SRK_HANDLE
 from dps_text.addresses import host_and_port, plain_address
 
@@ -20,9 +29,14 @@ SOCKET_PATH_LIMIT = 100  # bytes; sun_path of unix(7) has 108, and the socket is
 REGISTRATION_ID_LIMIT = 128  # characters; Runtime Registration API, 2021-10-01
 # As that API has it, but for a dash at the end, which the service's own documents allow.
 _REGISTRATION_ID = f"[A-Za-z0-9](?:[A-Za-z0-9:._-]{{0,{REGISTRATION_ID_LIMIT - 2}}}[A-Za-z0-9-])?"
+MODEL_ID_LIMIT = 128  # characters; Digital Twins Definition Language, interfaces
+_MODEL_ID = r"dtmi:[A-Za-z](\w*[A-Za-z0-9])?(:[A-Za-z](\w*[A-Za-z0-9])?)*;[1-9][0-9]{0,8}"  # the same, identifiers
+FEATURES = ("methods", "twin", "messages")
 AUTH_LIMIT = 64  # bytes; an authValue is at most as long as the hierarchy's digest, TPM 2.0 Library Part 1, 13.5
 PROXY_LIMIT = 2048  # bytes of a proxy's URL
+KEY_FILE_LIMIT = 1024  # bytes; a key of 64 bytes has 88 in base64, and some 700 where a TPM has sealed it
 OWNER_HANDLES = (0x81000000, 0x817FFFFF)  # persistent handles the owner may use, TCG handle registry, table 3
+NO_PIN = -1  # what stands for none where a board's setting names a pin
 
 # What a setting that has gone is told in; its name is known, so that whoever has it learns what to do instead.
 GONE = {
@@ -122,6 +136,18 @@ def seconds(default: int, lowest: int, highest: int, **more: Any) -> Any:
     return whole(default, lowest, highest, "of seconds", **more)
 
 
+def pin(default: int = NO_PIN, **more: Any) -> Any:
+    """A pin of a microcontroller; where the default is NO_PIN, also that."""
+    expected = 'a pin: its number from 0 to 255, or its name such as "A4"'
+
+    def accepts(value: Any) -> bool:
+        if isinstance(value, str):
+            return len(value) <= 32 and value.isascii() and value.isprintable() and bool(value.strip())
+        return type(value) is int and (0 <= value <= 255 or value == default)
+
+    return Setting(default, expected if default != NO_PIN else f"{expected}; or {NO_PIN} for none", accepts, **more)
+
+
 def switch(**more: Any) -> Any:
     """What is off by default."""
     return Setting(False, "true or false", lambda value: type(value) is bool, **more)
@@ -142,10 +168,23 @@ def _is_id_scope(value: str) -> bool:
     return 0 < len(value) <= 64 and value.isascii() and value.replace("-", "").replace("_", "").isalnum()
 
 
-def _is_registration_id(value: str) -> bool:
+def is_registration_id(value: str) -> bool:
+    """Whether a text has the form of a registration id, "auto" among them."""
     import re
 
     return re.fullmatch(_REGISTRATION_ID, value) is not None
+
+
+def _is_model_id(value: str) -> bool:
+    import re
+
+    return len(value) <= MODEL_ID_LIMIT and re.fullmatch(_MODEL_ID, value, re.ASCII) is not None
+
+
+def _is_feature_list(value: Any) -> bool:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        return False
+    return value == [AUTO] or (set(value) <= set(FEATURES) and len(set(value)) == len(value))
 
 
 def _is_endpoint(value: str) -> bool:
@@ -231,9 +270,37 @@ class TopSettings(Section):
         AUTO,
         f'"auto", or 1 to {REGISTRATION_ID_LIMIT} ASCII letters, digits and : . _ -; first a letter or digit, last one'
         " or a dash",
-        _is_registration_id,
+        is_registration_id,
         help="\"auto\" derives the id from the TPM's endorsement key, as Microsoft's tools print it;"
         " 'dps-agent enroll' shows it.",
+    )
+    attestation: str = word(
+        *ATTESTATIONS,
+        help='How the device shows who it is: "tpm"; for devices without a TPM by the key in device_key_file,'
+        ' "symmetric-key", or by the certificate in certificate_file, "x509". Another value is another identity: the'
+        " device registers again.",
+        board=word(
+            TPM, SYMMETRIC_KEY,
+            help='How the board shows who it is: "tpm", or by the key in device_key_file, "symmetric-key". A board'
+            " shows no certificate.",
+        ),
+    )  # fmt: skip
+    device_key_file: str = path(
+        help='A file with the device\'s own key for attestation = "symmetric-key", in base64 as DPS shows it, readable'
+        " by the agent alone (0600); a credential of its name comes first. For an enrolment group it is the key derived"
+        " for this device ('dps-agent enroll --derive'), never the group's. 'dps-agent import-key' has a TPM seal it."
+        ' For attestation = "x509" it is the private key, in PEM, that \'dps-agent enroll --x509\' makes.',
+        secret_limit=KEY_FILE_LIMIT,
+        board=text(
+            "", "the path of a file, or empty",
+            help='A file on your machine with the device\'s own key for attestation = "symmetric-key", in base64, mode'
+            " 0600; its content goes to the board by --port only, and lies in its flash for whoever can read that.",
+        ),
+    )  # fmt: skip
+    certificate_file: str = path(
+        help='A file for the device\'s certificate and those of the CAs above it, PEM, with attestation = "x509";'
+        " 'dps-agent install-certificate' checks them and puts them there. Its CN is the registration id.",
+        board="a board shows no certificate: it registers by its TPM or by a symmetric key",
     )
     endpoint: str = text(
         "https://global.azure-devices-provisioning.net",
@@ -268,6 +335,12 @@ class TopSettings(Section):
     payload: dict[str, Any] = form(
         {}, "a table that JSON can hold (no dates)", _is_json_table,
         help="Input for a custom allocation policy, sent as JSON.",
+    )  # fmt: skip
+    model_id: str = text(
+        "", f'a model id such as "dtmi:com:example:Gateway;1" of at most {MODEL_ID_LIMIT} characters, or empty',
+        lambda value: not value or _is_model_id(value),
+        help="The Plug and Play model that this device implements; empty: none. The hub hears of it with each"
+        ' connection, DPS as "modelId" in the payload.',
     )  # fmt: skip
 
 
@@ -363,6 +436,18 @@ class HubSettings(Section):
         _is_suffix_list,
         help="The hubs that this device may be assigned to: the names, and all that end in them.",
     )
+    remote_methods: tuple[str, ...] = form(
+        (), 'a list of "check" and "journal", or of one of them, or empty',
+        lambda value: isinstance(value, list) and all(each in ("check", "journal") for each in value),
+        help='Direct methods of the agent\'s own by which whoever may call methods of this device looks at it: "check"'
+        " (as 'dps-agent check --offline') and \"journal\" (what the service wrote last). Neither changes anything.",
+        board="the agent on a board has neither",
+    )  # fmt: skip
+    features: tuple[str, ...] = form(
+        (AUTO,), f'["{AUTO}"], or a list of some of {", ".join(FEATURES)}', _is_feature_list,
+        help=f'What the hub is asked for beside telemetry. ["{AUTO}"]: for everything, and the device finds out by'
+        " itself what a hub of the Basic tier lacks; [] says that it has nothing else.",
+    )  # fmt: skip
 
 
 class FleetSettings(Section):
@@ -422,7 +507,15 @@ class BoardSettings(Section):
 
     bus: int = whole(0, 0, 7, help="The number of the SPI or I2C on which the TPM is.")
     bus_hz: int = whole(0, 0, 43_000_000, help="The bus's clock; 0: 10 MHz on SPI, 400 kHz on I2C.")
-    select_pin: int = whole(17, 0, 255, help="The pin of the TPM's CS# on SPI.")
+    sck_pin: int | str = pin(help="SCLK on SPI; -1: the firmware's own pin for that bus, here and in the next two.")
+    mosi_pin: int | str = pin(help="MOSI on SPI.")
+    miso_pin: int | str = pin(help="MISO on SPI.")
+    select_pin: int | str = pin(17, help="The pin of the TPM's CS# on SPI.")
+    scl_pin: int | str = pin(help="SCL on I2C; -1: the firmware's own pin for that bus, here and in the next.")
+    sda_pin: int | str = pin(help="SDA on I2C.")
+    reset_pin: int | str = pin(
+        help="The pin of the TPM's RST#, which resets a TPM that did not answer a command; -1: none."
+    )
     wifi_ssid: str = form(
         "", "a text", lambda value: isinstance(value, str),
         help="The Wi-Fi to join; empty: none, as with Ethernet or a program that joins.",
@@ -437,7 +530,7 @@ class BoardSettings(Section):
         lambda value: not value or is_address(value) or is_address(f"{value}:123"),
         help='"host" or "host:port", empty for none; the service\'s Date has the last word anyway.',
     )  # fmt: skip
-    led_pin: int = whole(-1, -1, 255, help="The pin of an LED that is lit while the identity serves; -1: none.")
+    led_pin: int | str = pin(help="The pin of an LED that is lit while the identity serves; -1: none.")
     watchdog_s: int = form(
         0, "0 for none, or a whole number from 8 to 600: a silent name server takes 7 s",
         lambda value: type(value) is int and (value == 0 or 8 <= value <= 600),

@@ -1,9 +1,10 @@
 """The one thread that does what may block, and the waiting for it.
 
 Two threads play together. The waiting one, on which a runner runs, hands over a call, waits for its outcome with that
-call's own deadline, feeds the watchdog until then and no longer, and hears of signals meanwhile. The working one,
-`dps-worker`, is started by the first call and does one call after the other until `end`; it knows nothing of deadlines
-and never touches a `Worker`'s attributes. Two queues are all that they share: calls go one way, outcomes the other.
+call's own deadline, feeds the watchdog until then and no longer, and hears of signals meanwhile. It waits in a `Loop`,
+which serves others as well. The working one, `dps-worker`, is started by the first call and does one call after the
+other until `end`; it knows nothing of deadlines and never touches a `Worker`'s attributes. Two queues are all that they
+share, and the loop's bell: calls go one way, outcomes the other.
 
 What a `Worker` is in follows from three facts:
 
@@ -15,19 +16,20 @@ What a `Worker` is in follows from three facts:
 
 Haste is an event and no fact: `hasten` ends the sleep of now, or the next one, and makes `_wait` look at `interrupted`.
 Signal handlers may run on the waiting thread in the middle of anything. So `stop` and `hasten` take no lock: they set a
-value and put None into the queue of outcomes, which wakes the waiting thread, if it waits.
+value and ring, which wakes the waiting thread, if it waits.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import queue
 import threading
 import time
+from collections import deque
 
 from dps_agent.effects import NO_REPLY_TIMEOUT, NoReply
+from dps_agent.host.loop import Loop
 from dps_hal.errors import Broken, DpsError, RetryLater
 
 TYPE_CHECKING = False
@@ -62,15 +64,16 @@ class Worker:
     with the process.
     """
 
-    def __init__(self, watchdog: Callable[[], None] | None) -> None:
+    def __init__(self, watchdog: Callable[[], None] | None, loop: Loop) -> None:
         self.stuck = False
         self._watchdog = watchdog
+        self._loop = loop
         self._hasty = False  # the current sleep, or the next one, ends at once
         self._fed_at_s = -math.inf
         self._stopped_at_s = math.inf
         self._thread: threading.Thread | None = None
         self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()  # None: end
-        self._outcomes: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()  # None: look whether to stop
+        self._outcomes: deque[Outcome] = deque()
         self._busy = False  # the thread has a call whose outcome was not taken yet
 
     def do(
@@ -134,12 +137,12 @@ class Worker:
     def stop(self) -> None:
         """Ends what can be ended now, and lets `refuse_if_stopped` raise from now on."""
         self._stopped_at_s = min(self._stopped_at_s, time.monotonic())
-        self._outcomes.put(None)  # a SimpleQueue, and no lock: the signal may have come while the main thread held it
+        self._loop.ring()
 
     def hasten(self) -> None:
         """Ends the current sleep early, where there is none the next one."""
         self._hasty = True
-        self._outcomes.put(None)
+        self._loop.ring()
 
     def forget_haste(self) -> None:
         """The next sleep is as long as it is."""
@@ -161,6 +164,16 @@ class Worker:
             self._fed_at_s = now_s
             self._watchdog()
 
+    def ring(self) -> None:
+        """Ends the `wait` of now, or else the next one at once; from any thread and any signal handler."""
+        self._loop.ring()
+
+    def wait(self, until_s: float, fileno: int = -1, interest: int = 0) -> int:
+        """One wait of the loop, and of no more than the watchdog has patience for; see `Loop.wait`."""
+        self.feed()
+        step_s = _LONGEST_STEP_S if self._watchdog is None else _FEED_EVERY_S
+        return self._loop.wait(min(until_s, time.monotonic() + step_s), fileno, interest)
+
     def settle(self, *aborts: Callable[[], None]) -> None:
         """Ends a call whose outcome nobody has waited for: Ctrl-C came, or a callback failed."""
         if self._busy and not self.stuck:
@@ -176,10 +189,12 @@ class Worker:
             if not self.stuck:
                 self._thread.join()
                 self._thread = None
+        self._loop.close()
 
     def _hand_over(self, call: Callable[[], Any]) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=_work, args=(self._calls, self._outcomes), name=_NAME, daemon=True)
+            shared = (self._calls, self._outcomes, self._loop.ring)
+            self._thread = threading.Thread(target=_work, args=shared, name=_NAME, daemon=True)
             self._thread.start()
         self._busy = True
         self._calls.put(call)
@@ -192,16 +207,13 @@ class Worker:
         """
         began_s = time.monotonic()
         until_s = began_s + within_s
-        step_s = _LONGEST_STEP_S if self._watchdog is None else _FEED_EVERY_S
-        while (left_s := min(until_s, max(began_s, self._stopped_at_s) + after_stop_s) - time.monotonic()) > 0:
-            self.feed()
+        while (end_s := min(until_s, max(began_s, self._stopped_at_s) + after_stop_s)) > time.monotonic():
             if over():
                 break
-            with contextlib.suppress(queue.Empty):
-                outcome = self._outcomes.get(timeout=min(left_s, step_s))
-                if outcome is not None:
-                    self._busy = False
-                    return outcome
+            if self._outcomes:
+                self._busy = False
+                return self._outcomes.popleft()
+            self.wait(end_s)
         return None
 
 
@@ -237,11 +249,14 @@ def required(outcome: Outcome) -> Outcome:
     return outcome
 
 
-def _work(calls: queue.SimpleQueue[Callable[[], Any] | None], outcomes: queue.SimpleQueue[Outcome | None]) -> None:
+def _work(
+    calls: queue.SimpleQueue[Callable[[], Any] | None], outcomes: deque[Outcome], ring: Callable[[], None]
+) -> None:
     """The thread `dps-worker`: started by the first call after the last `end`, ends with the next `end`.
 
     One that hangs in a call ends with the process.
     """
     while (call := calls.get()) is not None:
-        outcomes.put(attempt(call))
+        outcomes.append(attempt(call))
+        ring()
         del call  # it may hold a key, and the next call may be far

@@ -33,6 +33,8 @@ REMEDIES: dict[str, str] = {
     "tpm.blob_refused": "the service's answer was not made for this TPM: compare the enrolled endorsement key with"
     " 'dps-agent enroll'",
     "tpm.key_refused": "the TPM does not take the key that the service sent; the message has its return code",
+    "tpm.sealed_key": "the TPM was cleared or replaced since 'dps-agent import-key': put the device's key into"
+    " device_key_file again, and run that again",
     "tpm.key_stale": "the stored key is not of this TPM's storage root key, as after TPM2_Clear; the agent registers"
     " again by itself",
     "tpm.handle_taken": "what is at persist_at is not known as an earlier key of this agent's, and stays: set another"
@@ -45,7 +47,8 @@ REMEDIES: dict[str, str] = {
     "tpm.upgrading": "finish the upgrade of the TPM's firmware with its maker's tool, then power-cycle the device",
     "tpm.unsupported": "a registration needs a TPM 2.0 with all its commands: switch this one to 2.0 in the machine's"
     " firmware setup, upgrade its firmware, or replace it",
-    "tpm.not_available": "install what the message names; the README says how the agent is installed with an extra",
+    "tpm.not_available": "install what the message names: in a checkout, pip install '.[tpm]' or '.[simulator]';"
+    ' a TPM of this machine is also reached without, by backend = "wire" in [tpm]',
     "tpm.simulator_refused": "a simulated TPM keeps its keys in plain files; use real hardware, or set"
     " i_know_keys_are_in_files = true in [tpm]",
     "tpm.state_damaged": "a file of the simulated TPM is damaged: delete its folder and enrol its new endorsement key",
@@ -71,10 +74,16 @@ REMEDIES: dict[str, str] = {
     "dps.allocation_failed": "the enrolment's allocation failed: check its linked hubs and its webhook",
     "dps.bad_request": "DPS did not take the request; compare id_scope, registration_id and payload with the enrolment",
     "dps.blob_malformed": "DPS sent a damaged key; if it repeats, look for a proxy that alters answers",
+    "dps.certificate_refused": "compare registration id and certificate with the enrolment ('dps-agent enroll' shows"
+    " both): DPS has to have the certificate itself, or a CA above it while certificate_file has all between",
     "dps.conflict": "DPS refused it beside another change of this registration; the agent tries again by itself",
     "dps.ek_mismatch": "the enrolment holds another endorsement key: enrol the one that 'dps-agent enroll' prints",
     "dps.enrollment_disabled": "enable the enrolment in DPS",
     "dps.forbidden": "check that the enrolment is enabled, and the service's network rules",
+    "dps.group_key": "put the key that 'dps-agent enroll --derive' makes of it into device_key_file, and give the group"
+    " another one: who has it is every device of the group",
+    "dps.key_refused": "compare the device's key and registration id with the enrolment: a group's devices have each"
+    " its derived key, and 'dps-agent check' shows whether the clock is right",
     "dps.key_unsuitable": "DPS sent a key that is no HMAC-SHA256 signing key, or has a password of its own; report it"
     " to the service",
     "dps.malformed_answer": "the answer is not DPS's; look for a proxy or captive portal between device and service",
@@ -84,13 +93,15 @@ REMEDIES: dict[str, str] = {
     "dps.refused": "DPS refused the registration; the message has its code",
     "dps.still_assigning": "DPS did not finish in time; the agent asks again later",
     "dps.throttled": "DPS takes no more requests now; the agent waits as long as it asks for",
-    "dps.token_refused": "DPS did not accept this TPM's proof: check the device's clock and the enrolled key",
+    "dps.token_refused": "DPS did not accept this device's proof: check the device's clock and the enrolled key",
     "dps.unavailable": "DPS, or something before it, could not answer; the agent tries again later",
     "dps.unexpected_status": "DPS answered with a status that the API does not have; check endpoint",
     # network
     "network.closed": "the other end, or something between, ended the connection; the agent tries again by itself; if"
     " it lasts, look for a proxy or firewall that lets nothing to this name through",
     "network.dns": "the endpoint's name did not resolve: check endpoint, DNS and the network cable",
+    "network.memory": "a board's heap has no room for a TLS handshake: freeze the modules into the firmware, or hold"
+    " less in the program; the agent tries again, and ends for a reset after three times",
     "network.protocol": "what answers there does not speak as DPS or a hub does: check endpoint and connect_to",
     "network.proxy": "put the proxy's URL with the user and the password that it takes into a file of mode 0600"
     " and name it in proxy_file of"
@@ -103,8 +114,9 @@ REMEDIES: dict[str, str] = {
     " a proxy, a captive portal or a firewall stands on the way",
     "network.tls_version": "look for a proxy, firewall or gateway on the way that opens TLS: it has to speak TLS 1.2 or"
     " newer, or to let this device through",
-    "network.tls_client_certificate": "the agent shows no certificate, and the service wants none: look for a gateway"
-    " on the way that does, and have it let this device through",
+    "network.tls_client_certificate": "where the message says that one is wanted: the agent shows none, and the service"
+    " wants none, so look for a gateway on the way that does, and have it let this device through; where it says that"
+    " this device's is not taken: compare certificate_file with what the service knows, and the clock with its life",
     "network.tls_failed": "look for a proxy, firewall or gateway on the way that opens TLS, and have it let this device"
     " through; the message says what it did not take",
     "network.too_large": "the answer is larger than any DPS answer; check endpoint",
@@ -114,6 +126,9 @@ REMEDIES: dict[str, str] = {
     "hub.lost": "nothing to do unless it lasts: then check the way to the hub, TCP port 8883 (or 443 for WebSocket)",
     "hub.not_found": "check DNS on the device; if the hub was deleted the device registers again by itself",
     "hub.refused": "nothing to do: after two refusals the device registers again; is the device disabled in the hub?",
+    "hub.refused_patch": "change the properties as the message says; it is the hub's own",
+    "hub.no_twin": "use telemetry instead: a hub of the Basic tier has no twin; where the message is wrong, see [hub]"
+    " features",
     "hub.protocol": "report it with the agent's version; something that is no IoT hub may answer at this name",
     "network.not_found": "check that the hub still exists",
     "clock.not_set": "set the device's clock, or let NTP set it",
@@ -132,12 +147,22 @@ REMEDIES: dict[str, str] = {
     "agent.duplicate": "nothing was written; remove the other line first if that device is to be enrolled anew",
     "agent.file": "do as the message says; a file that is named has to be one that can be read and written",
     "agent.interrupted": "run the command again",
+    "agent.no_room": "reset the board, as the example program does where the agent's run ends; where it comes back,"
+    " free heap: freeze the modules, or hold less in the program",
+    "agent.no_token": "none is needed: the device shows its certificate; to have tokens register it by a symmetric key",
+    "agent.not_available": "install what the message names: in a checkout, pip install '.[x509]'; Debian has it as"
+    " python3-cryptography",
+    "agent.no_tpm": "leave the option out, or set attestation to tpm where this device is to register by its TPM",
     "agent.not_connected": "try again later; 'dps-agent status' says why there is no connection to the hub",
-    "agent.not_running": "look at the service with 'systemctl status dps-agent', then run the command again",
+    "agent.not_running": "start the service with 'systemctl start dps-agent' or 'dps-agent run', or look why it does"
+    " not answer with 'systemctl status dps-agent'; then run the command again",
     "agent.not_sent": "send it again: the hub does not have it",
     "agent.out_of_time": "run the command again, with a longer --timeout",
+    "agent.properties": "change the properties as the message says; the hub would refuse them",
+    "agent.spool_full": "send it later, give the spool more room, or let it drop the oldest",
     "agent.too_large": "send less at once; the message says how much fits",
+    "agent.unacknowledged": "send it again where twice is better than never: the hub may have it",
     "agent.unknown_event": "nothing to do: it was answered already, took too long, or will be delivered again",
-    "agent.usage": "see 'dps-agent --help'; for the socket, the table of its requests in docs/operators.md",
+    "agent.usage": "see 'dps-agent --help'; on the socket, GET / lists its requests",
     "agent.waiting": "wait, or run 'dps-agent provision' to try now",
 }

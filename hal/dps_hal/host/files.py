@@ -15,7 +15,7 @@ from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.host.mounts import LOCKLESS, kind_of
 from dps_hal.host.regular import NotRegular, refuse_special
-from dps_hal.store.slots import DAMAGED, SlotStore, decode_slot
+from dps_hal.store.slots import DAMAGED, VALID, SlotStore, decode_slot
 
 LOCK_NAME = "lock"
 _FILE_MODE = 0o600
@@ -23,7 +23,15 @@ _FOLDER_MODE = 0o700
 # O_NONBLOCK: a FIFO under one of our names must not hold us up.
 _GUARDS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _NOT_OFFERED = (errno.ENOSYS, errno.EOPNOTSUPP)  # network file systems and some in user space answer so
+# The medium does not give what is there. EIO is what most file systems say then; ENODATA is the block layer's word for
+# a medium's error, EBADMSG that of an ECC or a checksum, EUCLEAN that of a file system for its own structures.
+_UNREADABLE = (errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN)
 _NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO)
+
+
+# st_dev, st_ino and st_ctime_ns: number and time of the last change. A number alone says too little, because the next
+# file that is made may get that of one that was removed.
+Mark = tuple[int, int, int]
 
 
 class SystemCalls:
@@ -71,6 +79,11 @@ class SystemCalls:
         """st_size of fstat(2), in bytes."""
         return os.fstat(fd).st_size
 
+    def mark(self, place: int | str) -> "Mark":
+        """What fstat(2) of a descriptor, or stat(2) of a path, says of which file or folder that is, and since when."""
+        status = os.stat(place)
+        return status.st_dev, status.st_ino, status.st_ctime_ns
+
     def owner(self, path: str) -> tuple[int, int]:
         """User and group number of stat(2)."""
         status = os.stat(path)
@@ -99,14 +112,16 @@ class StateFolder:
     The folder itself may be a symbolic link (systemd's DynamicUser makes it one); the names in it may not.
 
     It also knows what this process has made durable, so that nothing is synced twice. A file is as it was known only
-    while it has the same content: another process may have written to it, and may have been killed before its sync.
+    while it is the same one, unchanged, with the same content: another process may have written to it, or put another
+    file in its place, and may have been killed before its sync. So it is with the folder and the names in it.
     """
 
     def __init__(self, path: str, calls: SystemCalls) -> None:
         self.path = os.path.abspath(path)
         self.calls = calls
-        self.on_disk: dict[str, bytes] = {}  # name -> content that a sync of this process has left there
-        self._names_durable = False
+        self.on_disk: dict[str, tuple[Mark, bytes]] = {}  # name -> file and content as a sync of this process left them
+        self._names_durable: Mark | None = None  # the folder as it was when this process synced the names in it
+        self._place: tuple[int, int] | None = None  # st_dev and st_ino of a folder whose own name is durable
 
     def open(self, name: str, access: int) -> int | None:
         """A descriptor of an existing file, or None where there is none."""
@@ -124,7 +139,7 @@ class StateFolder:
         if fd is not None:
             return fd
         path = os.path.join(self.path, name)
-        self._names_durable = False
+        self._names_durable = None
         with self.reporting("create", path):
             try:
                 fd = self.calls.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _GUARDS, _FILE_MODE)
@@ -159,26 +174,45 @@ class StateFolder:
                     self.calls.mkdir(path, _FOLDER_MODE)
                 self.sync_folder(os.path.dirname(path))
         if not missing:
-            # A process that made the folder may have died before the line above. Where somebody else made it we may
-            # not be allowed to open what holds it, and need not.
-            try:
-                self.sync_folder(os.path.dirname(self.path))
-            except PermissionError:
-                pass
-            except OSError as error:
-                raise self.failure(error, "sync", os.path.dirname(self.path)) from error
+            self._sync_own_name()  # a process that made the folder may have died before the line above
 
     def sync_names(self) -> None:
-        """Makes the names in the folder durable, unless this process has done so and has made none since."""
-        if not self._names_durable:
-            with self.reporting("sync", self.path):
-                self.sync_folder(self.path)
-            self._names_durable = True
+        """Makes the names in the folder durable, unless this process has done so and nobody has changed any since.
+
+        Where it is another folder than before its own name is made durable as well.
+        """
+        with self.reporting("sync", self.path):
+            mark = self.calls.mark(self.path)
+            if mark == self._names_durable:
+                return
+            if self._place not in (None, mark[:2]):
+                self._sync_own_name()
+            self.sync_folder(self.path)
+        self._names_durable, self._place = mark, mark[:2]
 
     def doubt(self) -> None:
         """Something failed: from now on the disk is asked again for everything."""
         self.on_disk.clear()
-        self._names_durable = False
+        self._names_durable = None
+
+    def forget_what_anybody_writes(self) -> None:
+        """Gives up what is known of files without a payload, for one that is erased looks like any other.
+
+        Another process may have written to such a file and erased it again, and the disk may have the first alone.
+        """
+        for name, (_, content) in list(self.on_disk.items()):
+            if decode_slot(content, FileSlots.erase_value).state != VALID:
+                del self.on_disk[name]
+
+    def _sync_own_name(self) -> None:
+        """Where somebody else made the folder we may not be allowed to open what holds it, and need not."""
+        above = os.path.dirname(self.path)
+        try:
+            self.sync_folder(above)
+        except PermissionError:
+            pass
+        except OSError as error:
+            raise self.failure(error, "sync", above) from error
 
     @contextmanager
     def reporting(self, action: str, path: str) -> Iterator[None]:
@@ -264,6 +298,11 @@ def storage_failure(error: OSError, what: str, advice: str = "") -> DpsError:
     return RetryLater("store.io", text)
 
 
+def is_unreadable(error: DpsError) -> bool:
+    """Whether an error of the store, raised from an OSError, says that the medium does not give what is there."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _UNREADABLE
+
+
 class FileSlots:
     """The `SlotDevice` of one record: files `{record}.0` and `{record}.1`, written in place."""
 
@@ -275,58 +314,76 @@ class FileSlots:
         self._names = (f"{record}.0", f"{record}.1")
         self._written: dict[int, int] = {}  # slot -> descriptor, kept until sync: it is the one that hears of failures
 
-    def read(self, slot: int) -> bytes:
+    def read(self, slot: int) -> bytes | None:
         """See `SlotDevice.read`; empty where there is no file. Needs neither lock nor permission to write."""
-        fd = self._folder.open(self._names[slot], os.O_RDONLY)
-        if fd is None:
-            return b""
+        return self._marked(slot)[1]
+
+    def _marked(self, slot: int) -> tuple[Mark | None, bytes | None]:
+        """Which file the slot is, None without one, and its content, None where it cannot be read."""
+        try:
+            fd = self._folder.open(self._names[slot], os.O_RDONLY)
+            if fd is None:
+                return None, b""
+            try:
+                return self._all_of(fd, slot)
+            finally:
+                self._folder.close(fd)
+        except RetryLater as error:
+            if not is_unreadable(error):
+                raise
+            return None, None
+
+    def _all_of(self, fd: int, slot: int) -> tuple[Mark, bytes]:
         calls = self._folder.calls
         content = b""
-        try:
-            with self._reporting("read", slot):
-                while part := calls.pread(fd, self.slot_bytes - len(content), len(content)):
-                    content += part
-        finally:
-            self._folder.close(fd)
-        return content
+        with self._reporting("read", slot):
+            mark = calls.mark(fd)
+            while part := calls.pread(fd, self.slot_bytes - len(content), len(content)):
+                content += part
+        return mark, content
 
     def make_room(self) -> None:
         """Gives both files their whole size, durably, where they lack it; what they hold stays.
 
         From then on no write needs a new block, so that a full file system cannot stop one. A short file with a whole
-        copy, as somebody may have put it back, is not written to before its turn comes: it may be the only one.
+        copy, as somebody may have put it back, is not written to before its turn comes: it may be the only one. Nor is
+        one beside a file that cannot be read: power that goes may make a file unreadable, never both.
         """
-        grown = False
         with self._closing_on_failure():
             for slot in (0, 1):
                 self._written[slot] = self._folder.open_or_create(self._names[slot])
                 with self._reporting("write", slot):
                     size = self._folder.calls.file_size(self._written[slot])
-                    if size < self.slot_bytes and self._holds_nothing(slot):
-                        grown = True
+                    if size < self.slot_bytes and self._may_grow(slot):
                         self._write(slot, bytes([self.erase_value]) * (self.slot_bytes - size), size)
-            if grown:
-                self._sync_files()  # the names become durable with the commit that follows
+                        self._sync_file(slot)  # the names become durable with the commit that follows
         self._close()
 
     def erase(self, slot: int) -> None:
-        """Overwrites what the file has; its blocks stay."""
+        """Overwrites what the file has; its blocks stay.
+
+        One that is short and cannot be read becomes whole, for the kernel would have to read what shares a block with
+        the end of what is written.
+        """
         with self._closing_on_failure(), self._reporting("erase", slot):
             if self._is_open(slot):
                 size = min(self._folder.calls.file_size(self._written[slot]), self.slot_bytes)
+                if size < self.slot_bytes and self.read(slot) is None:
+                    size = self.slot_bytes
                 self._write(slot, bytes([self.erase_value]) * size)
 
     def settle(self, slot: int) -> None:
         """See `SlotDevice.settle`; nothing where this process has made the content durable before."""
         with self._closing_on_failure():
-            if not self._is_on_disk(slot, self.read(slot)) and self._is_open(slot):
+            if not self._is_on_disk(slot, self._marked(slot)) and self._is_open(slot):
                 self.sync()
 
     def renew(self, slot: int) -> None:
-        """See `SlotDevice.renew`; nothing where this process has made the content durable before."""
+        """See `SlotDevice.renew`; nothing where this process has made the content durable under the same lock."""
         with self._closing_on_failure(), self._reporting("write", slot):
-            content = self.read(slot)
-            if content and not self._is_on_disk(slot, content) and self._is_open(slot):
+            marked = self._marked(slot)
+            content = bytes([self.erase_value]) * self.slot_bytes if marked[1] is None else marked[1]
+            if content and not self._is_on_disk(slot, marked) and self._is_open(slot):
                 self._write(slot, content)
 
     def program(self, slot: int, content: bytes) -> None:
@@ -345,23 +402,26 @@ class FileSlots:
         """
         with self._closing_on_failure():
             if self._written:
-                self._sync_files()
+                for slot in sorted(self._written):
+                    self._sync_file(slot)
                 self._folder.sync_names()
         self._close()
 
-    def _sync_files(self) -> None:
-        for slot in sorted(self._written):
-            with self._reporting("sync", slot):
-                self._folder.calls.fsync(self._written[slot])
-            with suppress(OSError):
-                self._folder.calls.drop_cache(self._written[slot])
-            self._folder.on_disk[self._names[slot]] = self.read(slot)
+    def _sync_file(self, slot: int) -> None:
+        with self._reporting("sync", slot):
+            self._folder.calls.fsync(self._written[slot])
+        with suppress(OSError):
+            self._folder.calls.drop_cache(self._written[slot])
+        mark, content = self._marked(slot)
+        if mark is not None and content is not None:
+            self._folder.on_disk[self._names[slot]] = mark, content
 
-    def _is_on_disk(self, slot: int, content: bytes) -> bool:
-        return self._folder.on_disk.get(self._names[slot]) == content
+    def _is_on_disk(self, slot: int, marked: tuple[Mark | None, bytes | None]) -> bool:
+        return self._folder.on_disk.get(self._names[slot]) == marked
 
-    def _holds_nothing(self, slot: int) -> bool:
-        return decode_slot(self.read(slot), self.erase_value).state <= DAMAGED
+    def _may_grow(self, slot: int) -> bool:
+        content, other = self.read(slot), self.read(1 - slot)
+        return None not in (content, other) and decode_slot(content or b"", self.erase_value).state <= DAMAGED
 
     def _is_open(self, slot: int) -> bool:
         """Opens the file for writing; False where there is none."""
@@ -487,6 +547,7 @@ class FileStore(LockedStore):
         try:
             with self._folder.reporting("lock", os.path.join(self._folder.path, LOCK_NAME)):
                 take_lock(self._folder.calls, fd, self._folder.path)
+            self._folder.forget_what_anybody_writes()
             yield
         finally:
             self._folder.close(fd)

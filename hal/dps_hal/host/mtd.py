@@ -7,12 +7,12 @@ Requests and structures: Linux, include/uapi/mtd/mtd-abi.h.
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import NamedTuple
 
 from dps_hal.contracts import IDENTITY, PROGRESS
-from dps_hal.errors import AskOperator
-from dps_hal.host.files import LockedStore, SystemCalls, storage_failure, take_lock
+from dps_hal.errors import AskOperator, RetryLater
+from dps_hal.host.files import LockedStore, SystemCalls, is_unreadable, storage_failure, take_lock
 from dps_hal.host.ioctl import read_request, write_request
 
 NOR = 3  # MTD_NORFLASH
@@ -47,24 +47,29 @@ class MtdSlots:
         self.calls = calls
         self._first = first
 
-    def read(self, slot: int) -> bytes:
+    def read(self, slot: int) -> bytes | None:
         """See `SlotDevice.read`."""
         content = b""
-        with self.opened(os.O_RDONLY, "read") as (fd, partition):
-            start = (self._first + slot) * partition.pitch
-            while part := self.calls.pread(fd, self.slot_bytes - len(content), start + len(content)):
-                content += part
+        try:
+            with self._opened(os.O_RDONLY, "read") as (fd, partition):
+                start = (self._first + slot) * partition.pitch
+                while part := self.calls.pread(fd, self.slot_bytes - len(content), start + len(content)):
+                    content += part
+        except RetryLater as error:
+            if not is_unreadable(error):
+                raise
+            return None
         return content
 
     def erase(self, slot: int) -> None:
         """Erases all blocks of the slot."""
-        with self.opened(os.O_RDWR, "erase") as (fd, partition):
+        with self._opened(os.O_RDWR, "erase") as (fd, partition):
             start = (self._first + slot) * partition.pitch
             self.calls.ioctl(fd, MEMERASE, struct.pack(_ERASE, start, partition.pitch))
 
     def program(self, slot: int, content: bytes) -> None:
         """See `SlotDevice.program`; filled up to a whole number of the chip's write units."""
-        with self.opened(os.O_RDWR, "write") as (fd, partition):
+        with self._opened(os.O_RDWR, "write") as (fd, partition):
             start = (self._first + slot) * partition.pitch
             content += bytes([self.erase_value]) * (-len(content) % partition.writesize)
             done = 0
@@ -84,15 +89,36 @@ class MtdSlots:
         """Nothing waits in a cache."""
 
     @contextmanager
-    def opened(self, access: int, action: str) -> Iterator[tuple[int, _Partition]]:
-        """A descriptor of the partition and what it is; an OSError of the block becomes an error of the store."""
+    def locked(self) -> Iterator[None]:
+        """Holds the lock of the partition over all of a block, whose own errors pass as they are."""
+        with self._reporting("lock"):
+            fd = self.calls.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         try:
+            with self._reporting("lock"):
+                self._partition(fd, os.O_RDWR)
+                take_lock(self.calls, fd, self.path)
+            yield
+        finally:
+            self._close(fd)
+
+    @contextmanager
+    def _opened(self, access: int, action: str) -> Iterator[tuple[int, _Partition]]:
+        """A descriptor of the partition and what it is; an OSError of the block becomes an error of the store."""
+        with self._reporting(action):
             fd = self.calls.open(self.path, access | os.O_CLOEXEC)
             try:
                 yield fd, self._partition(fd, access)
             finally:
-                with suppress(OSError):
-                    self.calls.close(fd)
+                self._close(fd)
+
+    def _close(self, fd: int) -> None:
+        with suppress(OSError):
+            self.calls.close(fd)
+
+    @contextmanager
+    def _reporting(self, action: str) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             advice = ""
             if isinstance(error, PermissionError):
@@ -139,8 +165,5 @@ class MtdStore(LockedStore):
         self._slots = MtdSlots(path, calls, 0)
         super().__init__({IDENTITY: self._slots, PROGRESS: MtdSlots(path, calls, 2)})
 
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        with self._slots.opened(os.O_RDWR, "lock") as (fd, _):
-            take_lock(self._slots.calls, fd, self._slots.path)
-            yield
+    def _lock(self) -> AbstractContextManager[None]:
+        return self._slots.locked()

@@ -44,12 +44,14 @@ def read_regular(path: "str | os.PathLike[str]", limit_bytes: int, follow: bool 
 def replace_file(path: str, content: bytes, mode: "int | None" = None) -> None:
     """Writes the file anew under another name and gives it its own; OSError, and then the former is whole.
 
+    The other name is this process's own, for two may write the same file at once; it ends in `.new`.
+
     With a `mode` it is for a folder in memory. Without, mode and owner stay those that it had, and the content is on
     the disk before the name; whether the name is, is the caller's business.
     """
-    part = f"{path}.new"
+    part = f"{path}.{os.getpid()}.new"
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(part)  # of a program that was cut
+        os.unlink(part)  # of a program with this number that was cut
     try:
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode or 0o666)
         with open(fd, "wb") as file:
@@ -69,6 +71,15 @@ def replace_file(path: str, content: bytes, mode: "int | None" = None) -> None:
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
+
+
+def sync_folder_of(path: str) -> None:
+    """Returns once the name of a file that was made or replaced is on the disk; OSError."""
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def open_regular(path: "str | os.PathLike[str]", follow: bool = True) -> int:

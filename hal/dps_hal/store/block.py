@@ -22,7 +22,8 @@ ERASE_BLOCK: "Final" = 6
 class BlockSlots:
     """The `SlotDevice` of one record in the blocks from `first_block` on.
 
-    Writes are filled up to a multiple of `program_bytes`: flash pages of 256 bytes are the largest in use.
+    Writes are filled up to a multiple of `program_bytes`: flash pages of 256 bytes are the largest in use. `slot_bytes`
+    is a multiple of it.
     """
 
     erase_value = 0xFF
@@ -35,14 +36,18 @@ class BlockSlots:
         self._block_bytes: int = device.ioctl(BLOCK_BYTES, 0)
         self.blocks: int = -(-slot_bytes // self._block_bytes)  # how many make one slot
 
-    def read(self, slot: int) -> bytes:
-        """See `SlotDevice.read`."""
-        content = b""
-        while len(content) < self.slot_bytes:
-            part = bytearray(min(self._block_bytes, self.slot_bytes - len(content)))
-            block = self._block(slot) + len(content) // self._block_bytes
-            self._do("read", self._device.readblocks, block, part, 0)
-            content += part
+    def read(self, slot: int) -> "bytes | None":
+        """See `SlotDevice.read`; None where the device reports any failure.
+
+        What is erased at the end is left out: a small heap has no block for a whole slot.
+        """
+        try:
+            buffer: Any = bytearray(self._used(slot))
+            for start in range(0, len(buffer), self._block_bytes):
+                self._read(slot, start, memoryview(buffer)[start : start + self._block_bytes])
+        except RetryLater:
+            return None
+        content: bytes = buffer
         return content
 
     def erase(self, slot: int) -> None:
@@ -67,6 +72,22 @@ class BlockSlots:
     def sync(self) -> None:
         """See `SlotDevice.sync`."""
         self._do("sync", self._device.ioctl, SYNC, 0)
+
+    def _used(self, slot: int) -> int:
+        """Bytes of the slot up to the end of its last page that is not erased."""
+        page = bytearray(self._program_bytes)
+        erased = bytes([self.erase_value]) * len(page)
+        end = self.slot_bytes
+        while end:
+            self._read(slot, end - len(page), page)
+            if page != erased:
+                break
+            end -= len(page)
+        return end
+
+    def _read(self, slot: int, start: int, part: "bytearray | memoryview") -> None:
+        block, offset = divmod(start, self._block_bytes)
+        self._do("read", self._device.readblocks, self._block(slot) + block, part, offset)
 
     def _block(self, slot: int) -> int:
         return self._first_block + slot * self.blocks

@@ -19,6 +19,7 @@ _ENOENT = 2
 _EEXIST = 17
 _ENOSPC = 28
 _EROFS = 30
+_CORRUPT = 84  # LFS_ERR_CORRUPT
 
 
 class LittleFsStore:
@@ -35,7 +36,7 @@ class LittleFsStore:
         self._system = system
 
     def load(self, record: str) -> "StoredRecord | None":
-        """See `Store.load`; None also where the file is damaged."""
+        """See `Store.load`; None also where the file is damaged, by its bytes or by what littlefs says."""
         slot = self._read(record)
         if slot.state != VALID or slot.payload is None or slot.generation is None:
             return None
@@ -78,13 +79,17 @@ class LittleFsStore:
         return self._folder + "/" + record
 
     def _read(self, record: str) -> "Slot":
-        try:
-            with open(self._path(record), "rb") as file:
-                content = file.read()
-        except OSError as error:
-            if error.errno != _ENOENT:
-                raise _failure("read", record, error)
-            content = b""
+        content = b""
+        for again in (True, True, False):  # a bus may fail for once
+            try:
+                with open(self._path(record), "rb") as file:
+                    content = file.read()
+                break
+            except OSError as error:
+                if error.errno == _ENOENT:
+                    break
+                if not again and error.errno != _CORRUPT:
+                    raise _failure("read", record, error)
         slot = decode_slot(content, 0xFF)
         refuse_foreign(record, slot)
         return slot

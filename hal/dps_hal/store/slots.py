@@ -4,19 +4,22 @@ Each record has two slots. A write goes to the slot that does not hold the curre
 copy is untouched. `hal/SPEC.md` has the bytes; the files of `dps_hal.host.files`, raw flash and block devices are
 devices.
 
-Each slot by itself is in one of five states (EMPTY, DAMAGED, FOREIGN, VALID, TOMBSTONE), which its bytes alone decide:
-`decode_slot` has a meaning for every content. What a record is follows from both slots, each time anew, for the store
-remembers nothing: the whole slot with the later generation is the current copy. Generations wrap, so "later" is by
-serial-number arithmetic.
+Each slot by itself is in one of six states. EMPTY, DAMAGED, FOREIGN, VALID and TOMBSTONE its bytes alone decide:
+`decode_slot` has a meaning for every content. UNREADABLE is one whose bytes the medium does not give: a disk or flash
+may do that to a sector in which power went, until it is written again. What a record is follows from both slots, each
+time anew, for the store remembers nothing: the whole slot with the later generation is the current copy. Generations
+wrap, so "later" is by serial-number arithmetic.
 
-What may happen between two instants: power goes, at any byte, and leaves the slot that was being written EMPTY, DAMAGED
-or whole; the program is killed, and a cache may show what the medium does not have; the medium reports an error, or
-reads back something else. A write therefore has one order, and each step has a reason:
+What may happen between two instants: power goes, at any byte, and leaves the slot that was being written EMPTY,
+DAMAGED, UNREADABLE or whole; the program is killed, and a cache may show what the medium does not have; the medium
+reports an error, or reads back something else. A write therefore has one order, and each step has a reason:
 
 1. Settle: what a cache shows as the current copy is on the medium, before the other slot is touched (`_settled`).
 2. Choose the slot that may be lost, and a generation that is later than that of the slot which stays (`_write`).
 3. Erase it, program it, sync, and read it back.
-4. If that failed, take it back (`_withdraw`): a copy that a cache shows and the medium does not have must not become
+4. Where there was no current copy: write the other slot again, too, for it may hold more than it shows. Not before: one
+   slot at a time is under way, so that a cut never leaves both UNREADABLE, and none goes while the other one is.
+5. If that failed, take it back (`_withdraw`): a copy that a cache shows and the medium does not have must not become
    the current one, or the next write would go over the last durable copy.
 
 To erase a record needs a tombstone first, for to erase the current copy would bring the older one back. To forget the
@@ -51,8 +54,11 @@ if TYPE_CHECKING:
         slot_bytes: int
         erase_value: int  # the value of every byte of an erased slot, 0xFF or 0x00
 
-        def read(self, slot: int) -> bytes:
-            """The slot's content, at most `slot_bytes` long; what is missing at its end counts as erased."""
+        def read(self, slot: int) -> bytes | None:
+            """The slot's content, at most `slot_bytes` long; what is missing at its end counts as erased.
+
+            None: the medium does not give it, though it is there, as of a sector in which power went.
+            """
             ...
 
         def erase(self, slot: int) -> None:
@@ -74,7 +80,7 @@ if TYPE_CHECKING:
         def renew(self, slot: int) -> None:
             """Writes again what `read` shows of a slot without a whole copy, so that the medium has none either.
 
-            Nothing where reads come from the medium.
+            Nothing where reads come from the medium. A slot that cannot be read is erased.
             """
             ...
 
@@ -95,9 +101,11 @@ _TOMBSTONE_LENGTH = 0xFFFFFFFF
 
 EMPTY: "Final" = 0  # erased, or never written
 DAMAGED: "Final" = 1  # anything else that cannot be read; what a cut leaves
-FOREIGN: "Final" = 2  # a whole header of a version that this program does not know
-VALID: "Final" = 3  # a payload
-TOMBSTONE: "Final" = 4  # valid, and says that the record is none
+UNREADABLE: "Final" = 2  # the medium does not give its bytes
+FOREIGN: "Final" = 3  # a whole header of a version that this program does not know
+VALID: "Final" = 4  # a payload
+TOMBSTONE: "Final" = 5  # valid, and says that the record is none
+_READINGS = 3  # of a slot that cannot be read: a cable or bus may fail for once
 
 
 class SlotStore:
@@ -110,11 +118,12 @@ class SlotStore:
     def load(self, record: str) -> "StoredRecord | None":
         """The newest valid payload; see `Store.load`.
 
-        1. A slot is of an unknown format: AskOperator. 2. Both slots are empty: None. 3. No copy is whole, and one is
-        damaged: an empty payload, which no reader takes for a record. 4. The newest copy is a tombstone: None. 5. The
-        newest copy; `rolled_back` where the other slot is damaged and may have been a later one.
+        1. Neither slot can be read: RetryLater. 2. A slot is of an unknown format: AskOperator. 3. Both slots are
+        empty: None. 4. No copy is whole, and one is damaged: an empty payload, which no reader takes for a record.
+        5. The newest copy is a tombstone: None. 6. The newest copy; `rolled_back` where the other slot is damaged, or
+        cannot be read, and may have been a later one.
         """
-        slots = _read_known(record, self._device(record))
+        slots = _known(record, _read(self._device(record)))
         newest = _newest(slots)
         if newest is None:
             if slots[0].state == EMPTY and slots[1].state == EMPTY:
@@ -124,7 +133,8 @@ class SlotStore:
         if generation is None or payload is None:
             return None
         other = slots[1 - newest]
-        rolled_back = other.state == DAMAGED and (other.generation is None or _is_later(other.generation, generation))
+        damaged = other.state in (DAMAGED, UNREADABLE)
+        rolled_back = damaged and (other.generation is None or _is_later(other.generation, generation))
         return StoredRecord(payload, generation, rolled_back)
 
     def commit(self, record: str, payload: bytes) -> None:
@@ -138,16 +148,16 @@ class SlotStore:
         _write(record, device, _settled_known(record, device), payload)
 
     def erase(self, record: str) -> None:
-        """Makes the record empty; see `Store.erase`. A record of an unknown version is erased as well.
+        """Makes the record empty; see `Store.erase`. One of an unknown version, or unreadable, is erased as well.
 
         A tombstone goes over the older copy first: erasing the current copy first would bring the older one back.
         """
         device = self._device(record)
         slots = _settled(device, _read(device))
         if slots[0].state == EMPTY and slots[1].state == EMPTY:
-            device.renew(0)
-            device.renew(1)
-            device.sync()
+            for slot in (0, 1):
+                device.renew(slot)
+                device.sync()
             return
         newest = _newest(slots)
         if newest is not None and slots[newest].state == TOMBSTONE:
@@ -165,6 +175,8 @@ class SlotStore:
         newest = _newest(slots)
         if newest is None:
             return
+        if slots[1 - newest].state == UNREADABLE:  # for now, perhaps, and then it may be the later one
+            raise RetryLater("store.io", f"record '{record}': one of its two copies cannot be read")
         if slots[1 - newest].state == EMPTY:
             device.renew(1 - newest)  # the sync of the call that erased it may have failed
         else:
@@ -214,29 +226,35 @@ def refuse_foreign(record: str, slot: Slot) -> None:
         )
 
 
-def crc32_by_nibbles(content: bytes) -> int:
+def crc32_by_bits(content: bytes) -> int:
     """CRC-32 (ISO 3309, reflected polynomial 0xEDB88320) for boards whose `binascii` has none."""
     crc = 0xFFFFFFFF
     for byte in content:
-        for nibble in (byte & 15, byte >> 4):
-            crc = (crc >> 4) ^ _CRC_OF_NIBBLE[(crc ^ nibble) & 15]
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0xEDB88320 if crc & 1 else 0)
     return crc ^ 0xFFFFFFFF
 
 
-_CRC_OF_NIBBLE = (
-    0x00000000, 0x1DB71064, 0x3B6E20C8, 0x26D930AC, 0x76DC4190, 0x6B6B51F4, 0x4DB26158, 0x5005713C,
-    0xEDB88320, 0xF00F9344, 0xD6D6A3E8, 0xCB61B38C, 0x9B64C2B0, 0x86D3D2D4, 0xA00AE278, 0xBDBDF21C,
-)  # fmt: skip
+crc32 = getattr(binascii, "crc32", crc32_by_bits)
 
-crc32 = getattr(binascii, "crc32", crc32_by_nibbles)
+
+def _read_slot(device: "SlotDevice", slot: int) -> Slot:
+    for _ in range(_READINGS):
+        content = device.read(slot)
+        if content is not None:
+            return decode_slot(content, device.erase_value)
+    return Slot(UNREADABLE, None, None, 0)
 
 
 def _read(device: "SlotDevice") -> "list[Slot]":
-    return [decode_slot(device.read(slot), device.erase_value) for slot in (0, 1)]
+    return [_read_slot(device, slot) for slot in (0, 1)]
 
 
-def _read_known(record: str, device: "SlotDevice") -> "list[Slot]":
-    slots = _read(device)
+def _known(record: str, slots: "list[Slot]") -> "list[Slot]":
+    """`slots`, unless they say nothing, or what a newer program alone understands."""
+    if slots[0].state == UNREADABLE == slots[1].state:
+        raise RetryLater("store.io", f"record '{record}' is there, and neither of its two copies can be read")
     for slot in slots:
         refuse_foreign(record, slot)
     return slots
@@ -253,17 +271,14 @@ def _settled(device: "SlotDevice", slots: "list[Slot]") -> "list[Slot]":
             break
         device.settle(newest)
         shown = slots[newest]
-        slots[newest] = decode_slot(device.read(newest), device.erase_value)
+        slots[newest] = _read_slot(device, newest)
         if slots[newest] == shown:
             break
     return slots
 
 
 def _settled_known(record: str, device: "SlotDevice") -> "list[Slot]":
-    slots = _settled(device, _read_known(record, device))
-    for slot in slots:
-        refuse_foreign(record, slot)  # a cache may have hidden it
-    return slots
+    return _known(record, _settled(device, _known(record, _read(device))))  # a cache may have hidden what it is
 
 
 def _newest(slots: "list[Slot]") -> "int | None":
@@ -287,26 +302,23 @@ def _is_later(generation: int, than: int) -> bool:
 def _write(record: str, device: "SlotDevice", slots: "list[Slot]", payload: "bytes | None") -> int:
     """Programs the slot that does not hold the current copy, durably, and returns its index; `slots` are settled.
 
-    Which slot: 1. There is a current copy: the other one. 2. There is none, slot 0 is empty and slot 1 damaged: slot 1.
-    3. There is none otherwise: slot 0. Then the copy is written and read back, or taken back where that failed.
+    Which slot: 1. There is a current copy: the other one. 2. There is none: the one that cannot be read; else the one
+    that is damaged, which would go on looking like a newer copy; else slot 0. Then the copy is written and read back,
+    or taken back where that failed.
     """
     newest = _newest(slots)
-    if newest is not None:
-        target = 1 - newest
-    elif slots[0].state == EMPTY and slots[1].state == DAMAGED:
-        target = 1  # it goes over the damaged copy, which would go on looking like a newer one
-    else:
-        target = 0
+    target = int(slots[1].state > slots[0].state) if newest is None else 1 - newest
     generation = slots[1 - target].generation or 0  # later than the copy that stays, also where that one is damaged
     content = encode_slot((generation + 1) & 0xFFFFFFFF, payload)
-    if newest is None:
-        device.renew(1 - target)  # a reset whose sync failed may have left a copy there that counts as later
     try:
         device.erase(target)
         device.program(target, content)
         device.sync()
-        if device.read(target)[: len(content)] != content:
+        if _read_slot(device, target) != decode_slot(content, device.erase_value):
             raise RetryLater("store.io", f"record '{record}' was written and read back differently")
+        if newest is None:
+            device.renew(1 - target)  # a reset whose sync failed may have left a copy there that counts as later
+            device.sync()
     except DpsError:
         _withdraw(device, target)
         raise

@@ -8,6 +8,7 @@ from dps_hal.platform import ms_since, pause_us, ticks_ms
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Final, Protocol
 
     from dps_hal.contracts import WhileWaiting
@@ -64,6 +65,9 @@ _FIRST_PAUSE_US: "Final" = 50
 _LONGEST_PAUSE_US: "Final" = 10_000
 _TRIES: "Final" = 3  # for a command that the TPM has not begun, or a response that it offers again
 _MAX_RESPONSE_BYTES: "Final" = 4096
+# Of RST#: parts need microseconds and start within 30 ms, as PTP has it, some of them in twice that.
+_RESET_US: "Final" = 2000
+_START_UP_US: "Final" = 60_000
 
 
 def _longer(pause: int) -> int:
@@ -75,12 +79,15 @@ def _longer(pause: int) -> int:
 class TisTransport:
     """A `Transport` over either bus; the first command takes the TPM's locality 0, `close` gives it back.
 
-    Nobody else may use the bus while a command is under way.
+    Nobody else may use the bus while a command is under way. `reset` is the pin of the TPM's RST#, where it is wired:
+    a TPM that left a command without its response is reset before the next one.
     """
 
-    def __init__(self, bus: "Bus") -> None:
+    def __init__(self, bus: "Bus", reset: "Callable[[int], object] | None" = None) -> None:
         self.identity = (0, 0, 0)  # vendor, device, revision of the TPM, from when it first answered
         self._bus = bus
+        self._reset = reset
+        self._answered = True
         self._word = bytearray(4)
         self._while_waiting: WhileWaiting | None = None
         self._started_ms = self._heard_ms = self._limit_ms = 0
@@ -91,13 +98,20 @@ class TisTransport:
         self._while_waiting = while_waiting
         self._started_ms = self._heard_ms = ticks_ms()
         self._limit_ms = int(limit_s * 1000)
+        answered, self._answered = self._answered, False
         if not self._opened:
+            if not answered and self._reset is not None:
+                self._reset(0)
+                pause_us(_RESET_US)
+                self._reset(1)
+                pause_us(_START_UP_US)
             self._open()
         self._give(command)
         self._write(_STATUS, _GO)
         self._wait(_VALID | _AVAILABLE, _VALID | _AVAILABLE, self._limit_ms, "answer")
         response = self._take()
         self._write(_STATUS, _READY)  # the TPM may forget the response
+        self._answered = True
         return response
 
     def close(self) -> None:
@@ -125,6 +139,7 @@ class TisTransport:
         if not access & _ACCESS_ACTIVE:
             self._write(ACCESS, _ACCESS_REQUEST)
             if not self._access(_ACCESS_ACTIVE):
+                self._answered = True  # it does not hang: a reset would take it from its other user
                 raise RetryLater("tpm.busy", "another user of the TPM did not give up its locality")
         self._opened = True
 

@@ -41,6 +41,7 @@ _FMT1_INSUFFICIENT = 0x9A
 _FMT1_POLICY_FAIL = 0x9D
 _FMT1_INTEGRITY = 0x9F
 _BY_SRK = ("activate_credential", "import", "load")  # the first session is for the storage root key
+_RECOVERY_LIMIT_S = 86400
 _VERDICTS = 3  # after so many, no two of which agree, we give up
 # Two integrity digests and a seed value with their sizes, type, empty authorisation, the key's size, the key.
 _LONGEST_DUPLICATE = 3 * (2 + SHA256_BYTES) + 2 + 2 + 2 + 2 + MAX_HMAC_KEY_BYTES
@@ -201,6 +202,7 @@ def refuse_untried(commands: "Commands") -> None:
 
 
 def locked_out(what: str, properties: "dict[int, int]") -> RetryLater:
-    """The error that `what` is, with the TPM's own recovery time."""
-    recovery_s = properties.get(PT_LOCKOUT_INTERVAL)
-    return RetryLater("tpm.locked_out", f"{what}; it forgets one every {recovery_s or '?'} s", recovery_s)
+    """The error that `what` is, with the TPM's own recovery time, of which nobody need wait more than a day at once."""
+    recovery_s = properties.get(PT_LOCKOUT_INTERVAL) or 0  # unproved: whoever alters the bus can name 136 years
+    text = f"{what}; it forgets one every {recovery_s or '?'} s"
+    return RetryLater("tpm.locked_out", text, min(recovery_s, _RECOVERY_LIMIT_S) or None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dps_package.distributions import run
 from machines.packages.lifecycle import ID_SCOPE, claim, import_enrolment, title
 from support.cloud.emulator import EmulatorProcess
+from support.documents import CHECKOUT, blocks_of
 from support.tpm.swtpm import Swtpm
 
 if TYPE_CHECKING:
@@ -38,6 +39,14 @@ class Installation:
         """The names of what is installed, pip and setuptools apart."""
         lines = self._pip("list", "--format=freeze").splitlines()
         return {line.partition("==")[0].lower() for line in lines} - {"pip", "setuptools"}
+
+    def add(self, requirement: str) -> None:
+        """Installs something else beside it."""
+        self._pip("install", "--quiet", requirement)
+
+    def write(self, name: str, text: str) -> None:
+        """A file where the programs are run."""
+        (self._folder / name).write_text(text)
 
     def run(self, command: str) -> str:
         """Runs one of the installed programs and shows its output; BuildFailed where it fails."""
@@ -90,6 +99,21 @@ def try_distributions(folder: Path, wheel: Path, sdist: Path) -> None:
         desk = Installation(_made(folder / "desk"), f"{wheel}[simulator,emulator]")
         desk.run("dps-emulator --help")
         desk.provision(emulator, 'backend = "simulator"\ntcti = "keys"\n')
+
+    try_first_test(desk)
+
+
+def try_first_test(desk: Installation) -> None:
+    """The tests that the page about tests shows, by somebody who has the wheel and pytest alone."""
+    title("a first test with pytest, as the page about tests has it")
+    desk.add("pytest")
+    for block in blocks_of(CHECKOUT / "docs" / "testing.md"):
+        if block.kind == "file":
+            desk.write(block.detail, block.text)
+    first = desk.run("python -m pytest -q test_press.py")
+    claim("the plugin came with the wheel, and both tests pass", "2 passed" in first)
+    slow = desk.run("python -m pytest -q -o dps_emulator_tpm=simulator test_slow.py")
+    claim("so do those with settings of their own", "2 passed" in slow)
 
 
 def _made(folder: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
-from dps_emulator.control import ControlError, call
+from dps_emulator.control_socket import ControlError, call
 from dps_emulator.hub import HubLine
 from dps_emulator.server import LogLine
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL")  # also where nobody is left to end it
-START_DEADLINE_S = 20
+START_DEADLINE_S = 60
 CMD_SET_STATEBLOB = 13  # swtpm_ioctls(3): flags, type and length follow the command, then the bytes
 BLOB_HEADER_BYTES = 16
 MAX_BYTES = 65536

@@ -9,18 +9,17 @@ import asyncio
 import json
 import time
 
-from dps_agent.der import certificates
 from dps_agent.effects import Reply
+from dps_board.config import roots_in
 from dps_board.https import Connection
+from dps_board.tls import Trust
 
 PATH = "/0ne00000000/registrations/press-07/register?api-version=2021-10-01"
 
 
 def main(roots_file: str, endpoint: str, connect_to: str, *steps: str) -> None:
     """Does the steps in order."""
-    with open(roots_file, "rb") as file:
-        roots = certificates(file.read())
-    asyncio.run(run(Connection(endpoint, roots, connect_to), steps))
+    asyncio.run(run(Connection(endpoint, Trust(roots_in("ca_file", roots_file)), connect_to), steps))
 
 
 async def abort_after(connection: Connection, milliseconds: int) -> None:

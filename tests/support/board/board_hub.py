@@ -1,10 +1,11 @@
 """A board's life at its hub, with a program that measures, listens and answers: MicroPython only.
 
 `main` takes the paths of the settings and of the flash, and words: `seconds=N` ends the life at the latest after N s;
-`token_life=N` makes tokens that live so many seconds; `early` publishes before the start; `every=MS` is the time
-between two measurements; `heap` samples the heap in use; `rtc=FILE` is where to write the time when the agent sets the
-clock; `full` lets the heap have no room for the logic once, when it is connected. The methods `echo`, `slow` (a
-coroutine), `broken` and `stop` are answered. Prints a JSON line for each state, and a last one with the sums.
+`until=N` ends it when so many measurements are accepted; `token_life=N` makes tokens that live so many seconds; `early`
+publishes before the start; `every=MS` is the time between two measurements; `heap` samples the heap in use; `rtc=FILE`
+is where to write the time when the agent sets the clock; `full` lets the heap have no room for the logic once, when it
+is connected. The methods `echo`, `slow` (a coroutine), `broken` and `stop` are answered. Prints a JSON line for each
+state, and a last one with the sums.
 """
 
 import asyncio
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
 class Program:
     """What a firmware engineer would write round the agent."""
 
-    def __init__(self, agent: Agent, every_ms: int, heap: "Any") -> None:
+    def __init__(self, agent: Agent, every_ms: int, until: int, heap: "Any") -> None:
         self.agent = agent
         self.accepted = 0
         self.refused: list[str] = []
         self.messages: list[object] = []
         self.desired: list[object] = []
         self._every_ms = every_ms
+        self._until = until  # so many are sent; 0: without end
         self._stopping = False
         self._heap = heap
         agent.on_message = self.on_message
@@ -54,11 +56,13 @@ class Program:
             if self._stopping or self.agent.state != CONNECTED:
                 continue
             try:
-                await self.agent.publish(b"%d" % number, {"unit": "°C"}, 10)
+                await self.agent.publish(b"%d" % number, {"unit": "°C"}, 120)  # longer than any reconnect takes
             except DpsError as error:
                 self.refused.append(error.code)
                 continue
             self.accepted = number
+            if number == self._until:
+                self.agent.stop()
             number += 1
 
     def on_message(self, properties: "dict[str, str]", payload: "bytes | None") -> None:
@@ -141,7 +145,7 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
     config = load(config_file)
     if "token_life" in options:
         fields: list[Any] = list(config.settings)
-        fields[-1] = int(options["token_life"])
+        fields[10] = int(options["token_life"])  # token_life_s
         config.settings = Settings(*fields)
     mount(FileFlash(flash_file))
     store = make_store(config)
@@ -164,7 +168,7 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
     agent = Agent(config, tpm, store, clock, on_state=show, watchdog=feed)
     if heap._sampling:
         agent.answers = NamedAnswers(agent.answers, heap)
-    program = Program(agent, int(options.get("every", "200")), heap)
+    program = Program(agent, int(options.get("every", "200")), int(options.get("until", "0")), heap)
 
     document: dict[str, Any] = {"early": []}
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 4096
 BLOCKS = 16
+PROGRAM_BYTES = 256  # a page of NOR flash
 BLINK_MS = 20
 SMALL_BYTES = 128 * 1024  # free: a heap in which what stays must not be strewn over it
 GARBAGE_BYTES = 1024  # then it is collected there
@@ -23,9 +24,13 @@ ERASED = b"\xff" * 256
 
 
 class FileFlash:
-    """A flash whose content is a file; a block device with the extended interface."""
+    """A flash whose content is a file; a block device with the extended interface.
+
+    `erased` counts the blocks that were erased, `programmed` what was written, in programs of PROGRAM_BYTES.
+    """
 
     def __init__(self, path: str) -> None:
+        self.erased = self.programmed = 0
         try:
             self._file = open(path, "r+b")  # noqa: SIM115
         except OSError:
@@ -43,6 +48,7 @@ class FileFlash:
         """See vfs.AbstractBlockDev."""
         self._file.seek(block * BLOCK_BYTES + offset)
         self._file.write(buffer)
+        self.programmed += len(buffer) // PROGRAM_BYTES
 
     def ioctl(self, operation: int, argument: int) -> int:
         """See vfs.AbstractBlockDev."""
@@ -53,6 +59,7 @@ class FileFlash:
         if operation == 5:
             return BLOCK_BYTES
         if operation == 6:
+            self.erased += 1
             self._file.seek(argument * BLOCK_BYTES)
             for _ in range(BLOCK_BYTES // len(ERASED)):  # a flash takes no memory for that
                 self._file.write(ERASED)
@@ -80,10 +87,10 @@ def mount(flash: FileFlash) -> None:
     import vfs  # type: ignore[import-not-found]
 
     try:
-        vfs.mount(vfs.VfsLfs2(flash, progsize=256, readsize=256), "/flash")
+        vfs.mount(vfs.VfsLfs2(flash, progsize=PROGRAM_BYTES, readsize=256), "/flash")
     except OSError:
-        vfs.VfsLfs2.mkfs(flash, progsize=256, readsize=256)
-        vfs.mount(vfs.VfsLfs2(flash, progsize=256, readsize=256), "/flash")
+        vfs.VfsLfs2.mkfs(flash, progsize=PROGRAM_BYTES, readsize=256)
+        vfs.mount(vfs.VfsLfs2(flash, progsize=PROGRAM_BYTES, readsize=256), "/flash")
 
 
 def main(config_file: str, flash_file: str, *words: str) -> None:

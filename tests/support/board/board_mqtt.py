@@ -5,16 +5,17 @@
 Reads lines `(method, arguments…)` as Python writes them, and prints what each call returns, in the same form. Besides
 the client's methods there are `connect(hub, device_id, keep_alive_s, signature[, expires_at_s[, clean_session]])`,
 `limit(ms)`, which changes the time that a connect may take, and `abort(ms)`, which calls it so much later, while the
-next call goes on.
+next call goes on. `take_back` may be asked for an event by its number among those posted, which is that event itself.
 """
 
 import asyncio
 import sys
 
 from dps_agent import hub_effects
-from dps_agent.der import certificates
 from dps_agent.sas import SasToken
 from dps_board import mqtt
+from dps_board.config import roots_in
+from dps_board.tls import Trust
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ class Served:
     """One client, called by name."""
 
     def __init__(self, roots_file: str, connect_to: str) -> None:
-        with open(roots_file, "rb") as file:
-            self.client = mqtt.HubConnection(certificates(file.read()), connect_to=connect_to)
+        self.client = mqtt.HubConnection(Trust(roots_in("ca_file", roots_file)), connect_to=connect_to)
         self._abort_after_s = 0.0
+        self._posted: list[hub_effects.Event] = []
 
     async def call(self, method: str, *arguments: "Any") -> "Any":
         """What the method returns."""
@@ -55,6 +56,10 @@ class Served:
             asyncio.create_task(self._abort())  # noqa: RUF006
         if method == "connect":
             arguments = connecting(*arguments)
+        elif method == "post":
+            self._posted.append(arguments[0])
+        elif method == "take_back" and isinstance(arguments[0], int):
+            arguments = (self._posted[arguments[0]],)
         answer = getattr(self.client, method)(*arguments)
         return await answer if hasattr(answer, "send") else answer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -11,14 +12,32 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpremote.romfs import make_romfs
 
-from dps_deploy.modules import PROGRAM, Module, Sources, compiled, for_board, of_any_program, packages
+from dps_deploy.modules import (
+    STARTS,
+    Module,
+    Sources,
+    compiled,
+    needed,
+    of_any_program,
+    packages,
+    programs_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 CHECKOUT = Path(__file__).resolve().parents[3]
-PROGRAMS = ("board_app.py", "board_https.py", "board_hub.py", "board_life.py")  # for tests, beside this file
+PROGRAMS = (
+    "board_app.py",
+    "board_https.py",
+    "board_hub.py",
+    "board_life.py",
+    "board_program.py",
+)  # for tests, beside this file
 TO_SWTPM = Module(CHECKOUT / "hal/dps_hal/tpm/tcp.py", "dps_hal/tpm/tcp.py")  # for tests, not for boards
 LIBFAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 
@@ -31,18 +50,24 @@ class Image:
     rom: Path
 
 
+@functools.cache
 def board_sources(texts: bool = True) -> Sources:
     """What a board may load, as it is deployed: the example program, the bundles, and what tests run on them."""
-    programs = dict(for_board(PROGRAM).programs)
+    programs = programs_of(needed(STARTS))
     programs |= {name: Path(__file__).with_name(name).read_text() for name in PROGRAMS}
     return Sources(programs, packages([*of_any_program(), TO_SWTPM], programs.values(), texts))
 
 
 def build(folder: Path, texts: bool = True) -> Image:
     """Compiles that into `folder`."""
-    code = folder / "mpy"
     sources = board_sources(texts)
-    for path, source in {**sources.programs, **sources.packages}.items():
+    return compiled_into(folder, {**sources.programs, **sources.packages})
+
+
+def compiled_into(folder: Path, sources: Mapping[str, str]) -> Image:
+    """Compiles `sources`, by path, into `folder`."""
+    code = folder / "mpy"
+    for path, source in sources.items():
         target = (code / path).with_suffix(".mpy")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(compiled(source, path))

@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ from support.tpm.swtpm import Swtpm
 
 HEAP_KB = 96
 LEAST_KB = 80  # no smaller one is tried
-LIFE_LIMIT_S = 30
+LIFE_LIMIT_S = 120
+Life = Callable[..., dict[str, Any]]  # one life on a heap of so many KiB, with words for the program; what it printed
 
 
 def build(micropython: Path, mbedtls: Path, cache: Path) -> Path:
@@ -94,6 +97,41 @@ def life(program: Path, folder: Path, heap_kb: int, *words: str) -> dict[str, An
     return printed
 
 
+def write_config(folder: Path, emulator: EmulatorInThread, swtpm: Swtpm, ntp: NtpServer) -> None:
+    """The settings and roots of a board that registers with `emulator`."""
+    (folder / "roots.der").write_bytes(der(emulator.ca_file))
+    config = {
+        "id_scope": "0ne00000000",
+        "registration_id": "press-07",
+        "connect_to": emulator.connect_to,
+        "ca_file": str(folder / "roots.der"),
+        "state_dir": "/flash/dps-agent",
+        "tpm": {"tcti": swtpm.tcti},
+        "board": {"ntp_server": ntp.address, "built_at_s": int(time.time()) - 86400},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def fault_on(heap_kb: int, run: Life, folder: Path, emulator: EmulatorInThread, swtpm: Swtpm) -> str:
+    """What keeps a board from registering on that heap, and from holding its identity over a reboot; "" for nothing."""
+    (folder / "flash.img").unlink(missing_ok=True)
+    first = run(heap_kb)
+    swtpm.kill()
+    swtpm.restart()
+    second = run(heap_kb)
+    lives = [first["states"], second["states"]]
+    if lives != [["boot", "provisioning", "provisioned"], ["boot", "provisioned"]]:
+        return f"{first.get('reason', first)} ({first.get('error')})"
+    refusal = emulator.service.hub_token_refusal(first["token"], time.time())
+    return f"the hub refuses the token: {refusal}" if refusal is not None else ""
+
+
+def print_peaks(peaks: dict[str, float]) -> None:
+    """The most in use at each effect, ascending."""
+    for phase, used in sorted(peaks.items(), key=lambda row: row[1]):
+        print(f"{phase:<24} {used / 1024:6.1f} KiB")
+
+
 def main(micropython: str, mbedtls: str, cache: str) -> int:
     """Builds and measures; prints what was found."""
     try:
@@ -105,34 +143,14 @@ def main(micropython: str, mbedtls: str, cache: str) -> int:
         folder = Path(name)
         settings = Settings(enroll_any=True, retry_after_s=1)
         with Swtpm(folder / "tpm") as swtpm, NtpServer() as ntp, EmulatorInThread(settings) as emulator:
-            (folder / "roots.der").write_bytes(der(emulator.ca_file))
-            config = {
-                "id_scope": "0ne00000000",
-                "registration_id": "press-07",
-                "connect_to": emulator.connect_to,
-                "ca_file": str(folder / "roots.der"),
-                "state_dir": "/flash/dps-agent",
-                "tpm": {"tcti": swtpm.tcti},
-                "board": {"ntp_server": ntp.address, "built_at_s": int(time.time()) - 86400},
-            }
-            (folder / "config.json").write_text(json.dumps(config))
-            peaks = life(program, folder, 4 * HEAP_KB, "heap")["peaks"]
-            for phase, used in sorted(peaks.items(), key=lambda row: row[1]):
-                print(f"{phase:<24} {used / 1024:6.1f} KiB")
+            write_config(folder, emulator, swtpm, ntp)
+            run = partial(life, program, folder)
+            print_peaks(run(4 * HEAP_KB, "heap")["peaks"])
             smallest = 0
             for heap_kb in range(HEAP_KB, LEAST_KB, -1):
-                (folder / "flash.img").unlink(missing_ok=True)
-                first = life(program, folder, heap_kb)
-                swtpm.kill()
-                swtpm.restart()
-                second = life(program, folder, heap_kb)
-                lives = [first["states"], second["states"]]
-                if lives != [["boot", "provisioning", "provisioned"], ["boot", "provisioned"]]:
-                    print(f"{heap_kb} KiB of heap: {first.get('reason', first)} ({first.get('error')})")
-                    break
-                refusal = emulator.service.hub_token_refusal(first["token"], time.time())
-                if refusal is not None:
-                    print(f"{heap_kb} KiB of heap: the hub refuses the token: {refusal}")
+                fault = fault_on(heap_kb, run, folder, emulator, swtpm)
+                if fault:
+                    print(f"{heap_kb} KiB of heap: {fault}")
                     break
                 smallest = heap_kb
     print(f"the smallest heap for the whole job: {smallest or f'more than {HEAP_KB}'} KiB")

@@ -57,9 +57,10 @@ class SerialBoard:
     """The board while its power is on; `device` is the port, `received` counts the bytes that it got.
 
     `cut_after` bytes it dies, and the port with it. `fat`: its flash is made an empty FAT first.
+    `heap`: as MicroPython's heapsize.
     """
 
-    def __init__(self, image: Path, tpm_port: int, cut_after: int = -1, fat: bool = False) -> None:
+    def __init__(self, image: Path, tpm_port: int, cut_after: int = -1, fat: bool = False, heap: str = HEAP) -> None:
         self.received = 0
         self._cut_after = cut_after
         self._board_end, board_side = pty.openpty()
@@ -70,7 +71,7 @@ class SerialBoard:
         words = [
             MICROPYTHON,
             "-X",
-            f"heapsize={HEAP}",
+            f"heapsize={heap}",
             "-i",
             "tests/support/board/image_board.py",
             str(image),

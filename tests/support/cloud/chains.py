@@ -78,13 +78,17 @@ def names_beside(*others: bytes) -> tuple[x509.ExtensionType, bool]:
 
 def serving(folder: Path, server: Party, *sent: Party) -> ssl.SSLContext:
     """The context of a server that shows `server` and sends also the certificates `sent`."""
-    chain = folder / "chain.pem"
-    secret = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    key = server.key.private_bytes(serialization.Encoding.PEM, *secret).decode()
-    chain.write_text(key + "".join(each.pem for each in (server, *sent)))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(chain)
+    context.load_cert_chain(written(folder / "chain.pem", server, *sent))
     return context
+
+
+def written(path: Path, own: Party, *sent: Party) -> Path:
+    """A PEM file of somebody's key, certificate and further certificates."""
+    secret = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    key = own.key.private_bytes(serialization.Encoding.PEM, *secret).decode()
+    path.write_text(key + "".join(each.pem for each in (own, *sent)))
+    return path
 
 
 def shaken(client: ssl.SSLContext, folder: Path, server: Party, *sent: Party, name: str = PEER) -> ssl.SSLObject:

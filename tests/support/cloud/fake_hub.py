@@ -17,9 +17,11 @@ from dps_agent.hub_effects import (
     Granted,
     MethodCall,
     TelemetryDone,
+    TwinDone,
 )
+from dps_agent.properties import merged
 from dps_agent.sas import percent_decode
-from dps_agent.session import encode_properties
+from dps_agent.session import decode_properties, encode_properties, telemetry_size
 from dps_hal.platform import from_json, hmac_sha256, to_json
 
 TYPE_CHECKING = False
@@ -45,6 +47,7 @@ class FakeHub:
     def __init__(self, name: str) -> None:
         self.name = name
         self.keys: dict[str, bytes] = {}
+        self.certified: list[str] = []  # devices that it knows by the certificate of their connection
         self.script: list[Any] = []
         self.absent = ""  # a NoReply reason for every connection
         self.lacks: list[str] = []  # words in filters and topics that it does not serve
@@ -57,6 +60,7 @@ class FakeHub:
         self.twin_statuses: list[int] = []  # for the next twin requests instead of 200 and 204; 0: no answer
         self.desired: dict[str, Any] = {"$version": 1}
         self.reported: dict[str, Any] = {"$version": 1}
+        self.patches: list[dict[str, Any]] = []  # to it, in the order in which the hub took them
         self.broken_twin: bytes | None = None  # answers GET instead
         self.connections: list[tuple[float, int]] = []  # when, and what the hub answered; -1: not even CONNACK
         self.received: list[tuple[str, bytes]] = []  # telemetry: properties as in the topic, payload; with repetitions
@@ -108,9 +112,14 @@ class FakeHub:
 
     def _verified(self, effect: "Connect", utc_s: int) -> int:
         """The token's expiry, or 0 where user name or token is not right."""
-        if effect.user_name != f"{self.name}/{effect.device_id}/?api-version=2021-04-12":
+        user, _, query = effect.user_name.partition("?")
+        if user != f"{self.name}/{effect.device_id}/" or not query.startswith(
+            "api-version=2021-04-12&DeviceClientType="
+        ):
             return 0
         fields: dict[str, str] = {}
+        if effect.token is None:
+            return int(FOREVER_S) if effect.device_id in self.certified else 0
         kind, _, text = effect.token.header().partition(" ")
         for pair in text.split("&"):
             name, _, value = pair.partition("=")
@@ -158,7 +167,8 @@ class FakeHub:
         assert "+" not in topic and "#" not in topic, topic
         events = f"devices/{self.device_id}/messages/events/"
         if topic.startswith(events):
-            assert len(effect.payload) + len(topic) <= 262144, "a hub would end the connection"
+            counted = telemetry_size(decode_properties(topic[len(events) :]), len(effect.payload))
+            assert counted <= 262144, "a hub would end the connection"
             self.received.append((topic[len(events) :], effect.payload))
             if effect.qos and not self.mute and not self.mute_pubacks:
                 self.events.append((now_s + self.puback_after_s, Acknowledged(packet_id)))
@@ -170,10 +180,11 @@ class FakeHub:
             twin = to_json({"desired": self.desired, "reported": self.reported}).encode()
             self._answer_twin(topic, 200, twin if self.broken_twin is None else self.broken_twin, now_s)
         elif topic.startswith("$iothub/twin/PATCH/properties/reported/"):
-            status = self._answer_twin(topic, 204, b"", now_s)
-            if status == 204:
-                self.reported.update(from_json(effect.payload))
+            if not self._will_refuse():
+                self.patches.append(from_json(effect.payload))
+                self.reported = merged(self.reported, self.patches[-1])
                 self.reported["$version"] += 1
+            self._answer_twin(topic, 204, b"", now_s)
         else:
             self.drop(now_s, "closed: an undocumented topic")
 
@@ -182,9 +193,13 @@ class FakeHub:
             status = self.twin_statuses.pop(0)
         if status and not self.mute:
             rid = topic.partition("?$rid=")[2]
-            answer = Arrived(f"$iothub/twin/res/{status}/?$rid={rid}&$version=3", payload if status < 300 else b"", 0)
+            version = f"&$version={self.reported['$version']}" if status == 204 else ""
+            answer = Arrived(f"$iothub/twin/res/{status}/?$rid={rid}{version}", payload if status < 300 else b"", 0)
             self.events.append((now_s + ANSWER_AFTER_S, answer))
         return status
+
+    def _will_refuse(self) -> bool:
+        return bool(self.twin_statuses) and self.twin_statuses[0] not in (0, 204)
 
     def acknowledge(self, packet_id: int) -> None:
         """Takes the PUBACK for a C2D message."""
@@ -274,6 +289,7 @@ class FakeProgram:
         self.told: list[Message] = []
         self.done: dict[int, bool] = {}  # request id -> accepted
         self.sent: dict[int, bool] = {}  # request id -> whether the hub may have it
+        self.twins: dict[int, TwinDone] = {}  # request id -> what became of it
         self.on_message: Callable[[Message], None] | None = None
         self.keeps = True  # what it was told; a long life is too long for that
 
@@ -286,6 +302,9 @@ class FakeProgram:
             assert message.sent or not message.accepted, message
             self.done[message.request_id] = message.accepted
             self.sent[message.request_id] = message.sent
+        if isinstance(message, TwinDone):
+            assert message.request_id not in self.twins, f"answered twice: {message}"
+            self.twins[message.request_id] = message
         if self.on_message and self.takes:
             self.on_message(message)
         return self.takes

@@ -33,13 +33,21 @@ def serving(authority: trustme.CA, *names: str) -> ssl.SSLContext:
 
 
 class Switchboard:
-    """Listens on a port of loopback and carries each connection to the address of the day; use it with `with`."""
+    """Listens on a port of loopback and carries each connection to the address of the day; use it with `with`.
 
-    def __init__(self, target: str) -> None:
+    `narrow`: the kernel keeps a few kilobytes for who does not read, and not the megabytes that loopback has room for.
+    """
+
+    def __init__(self, target: str, narrow: bool = False) -> None:
         self._target = target
         self._carried: set[socket.socket] = set()
         self._lock = threading.Lock()
+        self._hears = threading.Event()
+        self._hears.set()
         self._listener = socket.create_server((LOOPBACK, 0), backlog=64)
+        if narrow:
+            self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.address = f"{LOOPBACK}:{self._listener.getsockname()[1]}"
 
     def turn_to(self, target: str) -> None:
@@ -50,6 +58,10 @@ class Switchboard:
             self._target = target
             for connection in self._carried:
                 _shut(connection)
+
+    def fall_deaf(self) -> None:
+        """From now on nothing is read of what devices send; what is on its way to them goes on."""
+        self._hears.clear()
 
     def _accept(self) -> None:
         """Started by `__enter__`, ends when the listener is closed."""
@@ -68,7 +80,7 @@ class Switchboard:
                 self._carried |= {device, cloud}
             back = threading.Thread(target=_pump, args=(cloud, device), daemon=True)
             back.start()
-            _pump(device, cloud)
+            _pump(device, cloud, self._hears)
             back.join()
             with self._lock:
                 self._carried -= {device, cloud}
@@ -82,6 +94,7 @@ class Switchboard:
     ) -> None:
         _shut(self._listener)
         self._listener.close()
+        self._hears.set()
         self.turn_to("nowhere:0")
 
 
@@ -90,9 +103,9 @@ def _shut(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
-def _pump(source: socket.socket, target: socket.socket) -> None:
+def _pump(source: socket.socket, target: socket.socket, hears: threading.Event | None = None) -> None:
     with contextlib.suppress(OSError):
-        while piece := source.recv(65536):
+        while (hears is None or hears.wait()) and (piece := source.recv(65536)):
             target.sendall(piece)
     _shut(source)
     _shut(target)

@@ -39,6 +39,7 @@ _LOOP_CTL_GET_FREE, _LOOP_CONFIGURE, _AUTOCLEAR = 0x4C82, 0x4C0A, 4
 _GETATTR, _OPEN, _READ, _WRITE, _RELEASE, _FSYNC, _FLUSH, _INIT = 3, 14, 15, 16, 18, 20, 25, 26
 _SETATTR, _FORGET, _INTERRUPT, _BATCH_FORGET = 4, 2, 36, 42
 _DIRECT_IO = 1
+_SPOILED = b"a sector of this cannot be read"  # in place of an answer
 _MAX_PAGES = 1 << 22
 _BIG_WRITES = 1 << 5
 _MAX_WRITE = 1 << 20
@@ -101,6 +102,10 @@ class RecordedDisk:
         """Notes that the writer's step `step` is over: what it wrote must last."""
         self._ask("finished", step)
 
+    def spoil(self, sector: int) -> None:
+        """From now on the sector at this offset cannot be read, until it is written."""
+        self._ask("spoil", sector)
+
     def log(self) -> list[Entry]:
         """What was done to the disk since `begin`."""
         log: list[Entry] = self._ask("log")
@@ -152,6 +157,7 @@ class _Server:
         self.content = bytearray(content)
         self.log: list[Entry] = []
         self.mark = 0
+        self._spoiled: set[int] = set()
         self._fuse = fuse
 
     def told(self, what: str, step: int = 0) -> Any:
@@ -163,6 +169,9 @@ class _Server:
             self.mark = step
             self.log.append(Entry("mark", 0, b"", step))
             return None
+        if what == "spoil":
+            self._spoiled.add(step)
+            return None
         return self.log
 
     def serve_one(self, request: bytes) -> None:
@@ -172,6 +181,8 @@ class _Server:
             return
         answer = self._answer(operation, request[40:])
         failure = -errno.ENOSYS if answer is None else 0
+        if answer == _SPOILED:
+            answer, failure = b"", -errno.EIO
         answer = answer or b""
         os.write(self._fuse, struct.pack("<IiQ", 16 + len(answer), failure, unique) + answer)
 
@@ -187,12 +198,17 @@ class _Server:
             return struct.pack("<QII", 1, _DIRECT_IO, 0)
         if operation == _READ:
             _, offset, size = struct.unpack("<QQI", body[:20])
+            if any(offset < sector + SECTOR_BYTES and sector < offset + size for sector in self._spoiled):
+                return _SPOILED
             return bytes(self.content[offset : offset + size])
         if operation == _WRITE:
             _, offset, size = struct.unpack("<QQI", body[:20])
             content = body[40 : 40 + size]
             self.log.append(Entry("write", offset, content, self.mark))
             self.content[offset : offset + size] = content
+            self._spoiled -= {
+                sector for sector in self._spoiled if offset <= sector and sector + SECTOR_BYTES <= offset + size
+            }
             return struct.pack("<II", size, 0)
         if operation == _FSYNC:
             self.log.append(Entry("flush", 0, b"", self.mark))

@@ -1,10 +1,12 @@
 """Cuts the power of a simulated Linux disk at every system call of the file store that changes something.
 
 `support.disk.posix_disk` is the disk: it keeps no more than POSIX promises, so that it also tells what one file system
-happens to forgive, such as a forgotten fsync of a folder. Four sweeps: a cut; a process that is killed, which leaves
-the cache, then a cut in the next one; the same where what the first one left could not be written; and a process whose
-fsync fails, or that one and the next, then a cut in the next process. Each once more for a process that goes on: it
-lives all of a life, and its own fsync fails, or another process commits in between, or is killed at it.
+happens to forgive, such as a forgotten fsync of a folder. Five sweeps: a cut; a cut that left a file unreadable, then
+another one in what follows; a process that is killed, which leaves the cache, then a cut in the next one; the same
+where what the first one left could not be written; and a process whose fsync fails, or that one and the next, then a
+cut in the next process. Each once more for a process that goes on: it lives all of a life, and its own fsync fails; or
+another process commits, resets or forgets in between, or is killed at it; or somebody empties the folder, or puts a
+copy in its place.
 
 How many syncs each commit and reset makes is part of the sweep (`SYNCS`).
 """
@@ -19,7 +21,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from dps_hal.contracts import IDENTITY, PROGRESS
-from dps_hal.errors import DpsError
+from dps_hal.errors import DpsError, RetryLater
 from dps_hal.host.files import FileSlots, FileStore, StateFolder, SystemCalls
 from dps_hal.store.slots import SlotStore
 from support.disk.faulty_writers import (
@@ -28,24 +30,29 @@ from support.disk.faulty_writers import (
     InPlace,
     Naive,
     RenewsTheCurrentCopy,
+    RenewsTheOtherFirst,
     SingleSlot,
+    StopsAtTheUnreadable,
     TrustsTheCache,
 )
-from support.disk.flash import PowerCut
+from support.disk.flash import PowerCut, readable
 from support.disk.posix_disk import SimulatedDisk, Tree
 
 Writer = Callable[[str, SystemCalls], Any]
 
 FOLDER = "/var/lib/dps-agent"
 NESTED = "/var/lib/factory/dps-agent"
+FORGET = b""  # a step of a life: `forget_older`
 LIFE: tuple[bytes | None, ...] = (b"hub A", b"hub B" * 300, b"hub C", None, None, b"hub D")  # None: a reset
+ANOTHERS = b"of another process"
 
 
 class Plan(NamedTuple):
     """A life in `folder`; with `then` each step is ended by `ended`, and the next process's step `then` is cut.
 
     `goes_on`: one process lives this life, also what is cut. `ended` is then an fsync of its own that fails, or how
-    another process ends that commits in between.
+    another process ends that does one of `others` in between. What is done to the folder before that, `to_folder`
+    names: a method of `SimulatedDisk`.
     """
 
     name: str
@@ -54,12 +61,18 @@ class Plan(NamedTuple):
     then: tuple[bytes | None, ...] = ()
     ended: str = ""
     goes_on: bool = False
+    others: tuple[bytes | None, ...] = (ANOTHERS, None, FORGET)
+    to_folder: str = ""
 
 
-KILLED, LOST, FAILED = "kill", "lose", "fail"  # by a kill; by that, and its writes fail; by an fsync that fails
+# By a cut that left a file unreadable; by a kill; by that, and its writes fail; by an fsync that fails.
+UNREADABLE, KILLED, LOST, FAILED = "unreadable", "kill", "lose", "fail"
 PLANS = (
     Plan("cut", FOLDER, LIFE),
     Plan("cut-in-new-folders", NESTED, LIFE[:2]),
+    Plan("unreadable-then-commit", FOLDER, LIFE[:5], (b"second boot",), UNREADABLE),
+    Plan("unreadable-then-reset", FOLDER, LIFE[:4], (None, FORGET), UNREADABLE),
+    Plan("kill-in-an-emptied-folder", FOLDER, LIFE[:3], (b"same process",), KILLED, True, (ANOTHERS,), "empty"),
     Plan("kill-then-commit", FOLDER, LIFE[:4], (b"second process",), KILLED),
     Plan("kill-then-reset", FOLDER, LIFE[:4], (None,), KILLED),
     Plan("lose-then-commit", FOLDER, LIFE, (b"second process",), LOST),
@@ -68,10 +81,10 @@ PLANS = (
     Plan("fail-then-reset", FOLDER, LIFE, (None,), FAILED),
     Plan("cut-in-one-process", FOLDER, (*LIFE, b"hub E", b"hub F"), goes_on=True),
     Plan("fail-and-go-on", FOLDER, LIFE[:3], (b"second try", None), FAILED, True),
-    Plan("kill-of-another", FOLDER, LIFE[:3], (b"same process", None), KILLED, True),
-    Plan("loss-of-another", FOLDER, LIFE[:3], (b"same process", None), LOST, True),
+    Plan("kill-of-another", FOLDER, LIFE[:3], (b"same process", None, FORGET), KILLED, True),
+    Plan("loss-of-another", FOLDER, LIFE[:3], (b"same process", None, FORGET), LOST, True),
+    Plan("replaced-folder", FOLDER, LIFE[:2], (b"same process",), KILLED, True, (), "replace"),
 )
-ANOTHERS = b"of another process"
 # fsyncs of one process by what it does: the first commit of a folder; then in the next process, of two records in turn:
 # a commit of either, and again; then a reset of the first record, and of the second.
 SYNCS = {"first commit": 7, "a process's first": 3, "of the other record": 2, "later": 1, "reset": 3, "first reset": 5}
@@ -111,12 +124,25 @@ class ForgetsTheFolder(FileStore):
         self._folder.sync_folder = lambda path: None  # type: ignore[method-assign]
 
 
-class TrustsOthersNames(FileStore):
+class KnowsNamesForEver(FileStore):
+    """The product, but the folder is synced once by a process that makes no names in it, whatever others do there."""
+
+    def __init__(self, folder: str, calls: SystemCalls) -> None:
+        super().__init__(folder, calls)
+        self._folder.sync_names = partial(_synced_if_new, self._folder)  # type: ignore[method-assign]
+
+
+class TrustsOthersNames(KnowsNamesForEver):
     """The product, but the folder is synced only by a process that has made a name in it."""
 
     def __init__(self, folder: str, calls: SystemCalls) -> None:
         super().__init__(folder, calls)
-        self._folder._names_durable = True
+        self._folder._names_durable = (0, 0, 0)
+
+
+def _synced_if_new(folder: StateFolder) -> None:
+    if folder._names_durable is None:
+        StateFolder.sync_names(folder)
 
 
 class ForgetsTheParent(FileStore):
@@ -150,8 +176,23 @@ class KnowsFilesByName(FileStore):
             files._is_on_disk = partial(_has_synced, files)  # type: ignore[method-assign]
 
 
-def _has_synced(files: FileSlots, slot: int, content: bytes) -> bool:
+def _has_synced(files: FileSlots, slot: int, marked: Any) -> bool:
     return files._names[slot] in files._folder.on_disk
+
+
+class KnowsFilesByContent(FileStore):
+    """The product, but what it has synced once it takes for durable as long as it looks the same, erased or not."""
+
+    def __init__(self, folder: str, calls: SystemCalls) -> None:
+        super().__init__(folder, calls)
+        self._folder.forget_what_anybody_writes = lambda: None  # type: ignore[method-assign]
+        for files in self._files.values():
+            files._is_on_disk = partial(_looks_as_synced, files)  # type: ignore[method-assign]
+
+
+def _looks_as_synced(files: FileSlots, slot: int, marked: Any) -> bool:
+    known = files._folder.on_disk.get(files._names[slot])
+    return known is not None and known[1] == marked[1]
 
 
 class SyncsEachFileOnce(FileStore):
@@ -160,11 +201,11 @@ class SyncsEachFileOnce(FileStore):
     def __init__(self, folder: str, calls: SystemCalls) -> None:
         super().__init__(folder, calls)
         for files in self._files.values():
-            files._sync_files = partial(_synced_once, files, set())  # type: ignore[method-assign]
+            files._sync_file = partial(_synced_once, files, set())  # type: ignore[method-assign]
 
 
-def _synced_once(files: FileSlots, synced: set[int]) -> None:
-    for slot in set(files._written) - synced:
+def _synced_once(files: FileSlots, synced: set[int], slot: int) -> None:
+    if slot not in synced:
         files._folder.calls.fsync(files._written[slot])
         synced.add(slot)
 
@@ -183,6 +224,10 @@ WRITERS: dict[str, Writer] = {
     "no-parent-fsync": ForgetsTheParent,
     "never-settles": NeverSettles,
     "knows-files-by-name": KnowsFilesByName,
+    "knows-files-by-content": KnowsFilesByContent,
+    "knows-names-for-ever": KnowsNamesForEver,
+    "stops-at-the-unreadable": partial(OnFiles, StopsAtTheUnreadable),
+    "renews-the-other-first": partial(OnFiles, RenewsTheOtherFirst),
     "syncs-each-file-once": SyncsEachFileOnce,
 }
 
@@ -194,19 +239,19 @@ def sweep(writer: str = "", only: str = "", at_first: bool = False) -> tuple[int
     for plan in PLANS:
         cuts = (_going_on if plan.goes_on else _followed if plan.then else _cut)(plan, WRITERS[writer])
         seen: set[tuple[Any, ...]] = set()
-        for name, disk, allowed in cuts:
+        for name, disk, allowed, copies in cuts:
             if only and not only.startswith(name + " "):
                 continue
             for left, tree in enumerate(disk.aftermaths(focus=IDENTITY)):
                 where = f"{name} left={left}"
-                looks = (allowed, *tree.items())
+                looks = (allowed, copies, *tree.items())
                 if looks in seen:
                     continue
                 seen.add(looks)
                 if only and where != only:
                     continue
                 states += 1
-                wrong = _fault(plan.folder, WRITERS[writer], tree, allowed)
+                wrong = _fault(plan.folder, WRITERS[writer], tree, allowed, copies)
                 if wrong:
                     lost.append(f"{where}: {wrong}")
                     if at_first:
@@ -214,18 +259,18 @@ def sweep(writer: str = "", only: str = "", at_first: bool = False) -> tuple[int
     return states, lost
 
 
-Cut = tuple[str, SimulatedDisk, tuple[bytes | None, ...]]
+Cut = tuple[str, SimulatedDisk, tuple[bytes | None, ...], int]
 Disturbed = tuple[str, SimulatedDisk, Any, tuple[bytes | None, ...]]
 
 
 def _cut(plan: Plan, writer: Writer) -> Iterator[Cut]:
-    """Each moment of a cut: its name, the disk then, and the payloads that may be loaded."""
+    """Each moment of a cut: its name, the disk then, what may be loaded, and how many copies may be left."""
     disk = SimulatedDisk()
     before = None
     for step, after in enumerate(plan.life):
         for cut, one, finished in _moments(plan.folder, writer, disk, after):
             allowed = (after,) if finished else (before, after)
-            yield f"sweep=disk plan={plan.name} step={step} cut={cut}", one, allowed
+            yield f"sweep=disk plan={plan.name} step={step} cut={cut}", one, allowed, _copies(after, finished)
         disk = one.copy()  # the cut that came too late
         before = after
 
@@ -238,8 +283,9 @@ def _followed(plan: Plan, writer: Writer) -> Iterator[Cut]:
         for ended, left in _ended(plan, writer, disk, after):
             for then in plan.then:
                 for cut, one, finished in _moments(plan.folder, writer, left, then):
-                    allowed = (then,) if finished else (before, after, then)
-                    yield f"sweep=disk plan={plan.name} step={step} {ended} cut={cut}", one, allowed
+                    allowed = (before, after) if then == FORGET else (then,) if finished else (before, after, then)
+                    name = f"sweep=disk plan={plan.name} step={step} {ended} then={_kind(then)} cut={cut}"
+                    yield name, one, allowed, _copies(then, finished)
         disk = disk.copy()
         _did(writer(plan.folder, disk), after)
         before = after
@@ -260,9 +306,9 @@ def _going_on(plan: Plan, writer: Writer) -> Iterator[Cut]:
                     one, going_on = deepcopy((left, process))
                     one.count_anew(cut)
                     finished = _did(going_on, then)
-                    allowed = (then,) if finished else (*may_be, then)
-                    name = f"sweep=disk plan={plan.name} step={step}{wrong} then={'commit' if then else 'reset'}"
-                    yield f"{name} cut={cut}", one, allowed
+                    allowed = may_be if then == FORGET else (then,) if finished else (*may_be, then)
+                    name = f"sweep=disk plan={plan.name} step={step}{wrong} then={_kind(then)} cut={cut}"
+                    yield name, one, allowed, _copies(then, finished)
         _did(store, after)
         before = after
 
@@ -303,16 +349,36 @@ def _failing_itself(
 def _beside_another(
     plan: Plan, writer: Writer, disk: SimulatedDisk, store: Any, before: bytes | None
 ) -> Iterator[Disturbed]:
-    finished = False
-    number = 0
-    while not finished:
-        number += 1
-        one, process = deepcopy((disk, store))
-        one.count_anew(number)
-        finished = _did(writer(plan.folder, one), ANOTHERS)
-        if not finished and plan.ended == LOST:
-            one.forget()
-        yield f" kill={number}", one, process, (ANOTHERS,) if finished else (before, ANOTHERS)
+    disk, store = deepcopy((disk, store))
+    if plan.to_folder:
+        if before is None:
+            return  # there is no folder yet
+        getattr(disk, plan.to_folder)(plan.folder)
+    if plan.to_folder == "empty":
+        before = None
+    if not plan.others:
+        yield "", disk, store, (before, None)
+    for other in plan.others:
+        finished = False
+        number = 0
+        while not finished:
+            number += 1
+            one, process = deepcopy((disk, store))
+            one.count_anew(number)
+            finished = _did(writer(plan.folder, one), other)
+            if not finished and plan.ended == LOST:
+                one.forget()
+            may_be = (before,) if other == FORGET else (other,) if finished else (before, other)
+            yield f" other={_kind(other)} kill={number}", one, process, may_be
+
+
+def _kind(step: bytes | None) -> str:
+    return "reset" if step is None else "commit" if step else "forget"
+
+
+def _copies(step: bytes | None, finished: bool) -> int:
+    """How many of the two files may hold something."""
+    return 2 if not finished or step else 1 if step == FORGET else 0
 
 
 def wrong_counts() -> list[str]:
@@ -343,6 +409,9 @@ def _ended(
     plan: Plan, writer: Writer, disk: SimulatedDisk, payload: bytes | None
 ) -> Iterator[tuple[str, SimulatedDisk]]:
     """Each way in which one step ends too early, with what it leaves of the disk and the cache."""
+    if plan.ended == UNREADABLE:
+        yield from _unreadable(plan, writer, disk, payload)
+        return
     for number in count(1):
         one = disk.copy(0 if plan.ended == FAILED else number)
         if plan.ended == FAILED:
@@ -361,6 +430,18 @@ def _ended(
         if plan.ended == LOST:
             one.forget()
         yield from _certain(f"kill={number}", one)
+
+
+def _unreadable(
+    plan: Plan, writer: Writer, disk: SimulatedDisk, payload: bytes | None
+) -> Iterator[tuple[str, SimulatedDisk]]:
+    seen = set()
+    for cut, one, _ in _moments(plan.folder, writer, disk, payload):
+        for left, tree in enumerate(one.aftermaths(focus=IDENTITY)):
+            looks = tuple(tree.items())
+            if looks not in seen and any(content and readable(content) is None for content in tree.values()):
+                seen.add(looks)
+                yield f"first={cut} was={left}", SimulatedDisk(tree)
 
 
 def _certain(name: str, disk: SimulatedDisk) -> Iterator[tuple[str, SimulatedDisk]]:
@@ -386,6 +467,9 @@ def _did(store: Any, payload: bytes | None, record: str = IDENTITY) -> bool:
     try:
         if payload is None:
             store.erase(record)
+        elif payload == FORGET:
+            with suppress(RetryLater):  # beside a copy that cannot be read; the session goes on as well
+                store.forget_older(record)
         else:
             store.commit(record, payload)
     except PowerCut:
@@ -393,9 +477,14 @@ def _did(store: Any, payload: bytes | None, record: str = IDENTITY) -> bool:
     return True
 
 
-def _fault(folder: str, writer: Writer, tree: Tree, allowed: tuple[bytes | None, ...]) -> str:
+def _fault(folder: str, writer: Writer, tree: Tree, allowed: tuple[bytes | None, ...], copies: int = 2) -> str:
     """What is wrong after a boot from this tree, or ""."""
     disk = SimulatedDisk(tree)
+    held = [path for path, content in tree.items() if f"/{IDENTITY}." in path and (content or b"").strip(b"\xff")]
+    if copies:  # what cannot be read for now is left alone by all but a reset
+        held = [path for path in held if readable(tree[path] or b"") is not None]
+    if len(held) > copies:
+        return f"something is still in {' and '.join(held)}"
     try:
         found = _payload(writer(folder, disk))
         if found not in allowed:

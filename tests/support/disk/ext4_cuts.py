@@ -2,7 +2,8 @@
 
 The writer runs on a recorded disk (`blocklog`). A crash state is: all writes before the last flush, and some of those
 after it, the last one torn or not. Each is mounted, so that the kernel replays the journal, and loaded; then a further
-commit must work. `syncfs` between the writer's system calls does what any other process's sync may do.
+commit must work. So it is where the disk does not give the first sector of a copy any more until it is written.
+`syncfs` between the writer's system calls does what any other process's sync may do.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dps_hal.host.files import FileStore, SystemCalls
 from dps_hal.store.slots import decode_slot, encode_slot
 from support.disk.blocklog import (
     BLOCK_BYTES,
+    SECTOR_BYTES,
     Entry,
     RecordedDisk,
     Unavailable,
@@ -33,7 +35,7 @@ from support.disk.blocklog import (
     syncfs,
 )
 from support.disk.disk_cuts import OnFiles, Writer
-from support.disk.faulty_writers import SingleSlot
+from support.disk.faulty_writers import SingleSlot, StopsAtTheUnreadable
 from support.disk.work_folder import work_folder
 
 SEED = 4  # of the random subsets; a state's name has it
@@ -159,6 +161,7 @@ WRITERS: dict[str, Writer] = {
     "in-place": InPlace,
     "no-directory-fsync": NoDirectoryFsync,
     "single-slot": partial(OnFiles, SingleSlot),
+    "stops-at-the-unreadable": partial(OnFiles, StopsAtTheUnreadable),
 }
 
 
@@ -251,6 +254,35 @@ def recorded(writer: Writer, calls: SystemCalls, folder: Path) -> tuple[bytes, l
     return start, log
 
 
+def unreadable(writer: Writer, folder: Path, copy: int) -> str:
+    """What is wrong where one of two copies, the older one (0) or the newer, cannot be read from the disk, or ""."""
+    payloads = LIFE[:2]
+    disk = RecordedDisk(new_ext4())
+    with disk.mounted_at(folder / "disk") as file:
+        backing = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            with mounted_ext4(backing, _folder(folder / "live")) as place:
+                for payload in payloads:
+                    writer(str(place / "state"), QuietCalls()).commit(IDENTITY, payload or b"")
+            spoiled = disk.begin().find(encode_slot(copy + 1, payloads[copy])[:SECTOR_BYTES])
+            if spoiled < 0:
+                return "the copy is not on the disk"
+            disk.spoil(spoiled)
+            for expected in (payloads[1 - copy], b"further"):
+                with mounted_ext4(backing, folder / "live") as place:
+                    store = writer(str(place / "state"), QuietCalls())
+                    found = store.load(IDENTITY)
+                    if found is None or found.payload != expected or found.rolled_back != (expected != b"further"):
+                        return f"{found and _shown(found.payload)} where {_shown(expected)} was expected"
+                    if expected != b"further":
+                        store.commit(IDENTITY, b"further")
+        except (DpsError, OSError) as error:
+            return f"after the disk gave a sector no more: {error}"
+        finally:
+            os.close(backing)
+    return ""
+
+
 def fault(state: CrashState, writer: Writer, place: Path) -> str:
     """What is wrong after a boot from this disk, or ""."""
     allowed = HELD[state.step : state.step + 2]
@@ -290,6 +322,16 @@ def sweep(writer: str = "", only: str = "", at_first: bool = False) -> tuple[int
     lost = []
     with work_folder() as folder:
         place = _folder(folder / "boot")
+        for copy in (0, 1) if writer in ("", "stops-at-the-unreadable") else ():  # the others keep no two copies
+            name = f"sweep=ext4 unreadable={copy}"
+            if only and name != only:
+                continue
+            states += 1
+            wrong = unreadable(WRITERS[writer], folder, copy)
+            if wrong:
+                lost.append(f"{name}: {wrong}")
+                if at_first:
+                    return states, lost
         for syncing, calls in (("True", SyncingCalls()), ("False", QuietCalls())):
             start, log = recorded(WRITERS[writer], calls, folder)
             for state in crash_states(start, log, f"sweep=ext4 syncfs={syncing}"):

@@ -1,6 +1,7 @@
 """Slot stores with one fault each: a sweep that lets one of them pass proves nothing. For both runtimes."""
 
 from dps_hal.contracts import StoredRecord
+from dps_hal.errors import RetryLater
 from dps_hal.store import slots as slots_module
 from dps_hal.store.slots import SlotStore, decode_slot, encode_slot
 
@@ -77,7 +78,7 @@ class TakesTheHeaderForTheWhole(SlotStore):
         device = self._devices[record]
         best = None
         for slot in (0, 1):
-            content = device.read(slot)
+            content = device.read(slot) or b""
             found = decode_slot(content, device.erase_value)
             if found.generation is not None and (best is None or found.generation > best[0]):
                 length = min(int.from_bytes(content[12:16], "big"), len(content))
@@ -153,6 +154,28 @@ class RenewsTheCurrentCopy(SlotStore):
             devices[record].settle = lambda slot, device=devices[record]: _renew(device, slot)  # type: ignore[method-assign,misc]
 
 
+class StopsAtTheUnreadable(SlotStore):
+    """Takes a slot that cannot be read for a failure of the store, whatever is in the other one."""
+
+    def __init__(self, devices: "Mapping[str, SlotDevice]") -> None:
+        SlotStore.__init__(self, devices)
+        for record in devices:
+            devices[record].read = lambda slot, read=devices[record].read: _given(read(slot))  # type: ignore[method-assign,misc]
+
+
+class RenewsTheOtherFirst(SlotStore):
+    """Where there is no current copy it writes the other slot again before its own: both are under way at once."""
+
+    def commit(self, record: str, payload: bytes) -> None:
+        """Both slots, one sync."""
+        device = self._devices[record]
+        found = _decoded(device)
+        if slots_module._newest(found) is None:
+            for slot in (0, 1):
+                device.renew(slot)
+        SlotStore.commit(self, record, payload)
+
+
 FAULTY: "dict[str, type[SlotStore]]" = {
     "naive": Naive,
     "in-place": InPlace,
@@ -163,12 +186,14 @@ FAULTY: "dict[str, type[SlotStore]]" = {
     "reset-newest-first": ErasesTheNewestFirst,
     "reset-with-one-sync": ErasesBothWithOneSync,
     "renews-the-current": RenewsTheCurrentCopy,
+    "stops-at-the-unreadable": StopsAtTheUnreadable,
 }
-# Safe from cuts alone: what they do wrong shows after a process was killed, or after a sync that failed.
-FAULTY_IN_THE_CACHE: "dict[str, type[SlotStore]]" = {
+# Safe from one cut alone: what they do wrong shows after another, after a process was killed, or a sync that failed.
+FAULTY_LATER: "dict[str, type[SlotStore]]" = {
     "trusts-the-cache": TrustsTheCache,
     "leaves-what-failed": LeavesWhatFailed,
     "believes-its-eyes": BelievesItsEyes,
+    "renews-the-other-first": RenewsTheOtherFirst,
 }
 
 
@@ -177,8 +202,14 @@ def _renew(device: "SlotDevice", slot: int) -> None:
     device.sync()
 
 
+def _given(content: "bytes | None") -> bytes:
+    if content is None:
+        raise RetryLater("store.io", "a slot cannot be read")
+    return content
+
+
 def _decoded(device: "SlotDevice") -> "list[Slot]":
-    return [decode_slot(device.read(slot), device.erase_value) for slot in (0, 1)]
+    return slots_module._read(device)
 
 
 def _next(device: "SlotDevice") -> "tuple[int, int]":

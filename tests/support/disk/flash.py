@@ -2,9 +2,10 @@
 
 The model is the worst of flash and of a disk's cache: what was erased or programmed since the last sync may be there or
 not, each operation on its own, and the last one that is there may be torn after any byte, or have left garbage in the
-sector that was under way. Programming flips bits one way only, so a slot that was not erased becomes the mixture. A
-sync that fails takes what waited for it for written, as Linux does: it can be read, and no later sync makes it durable;
-nor does one after the kernel's own write-back failed (`forget_pending`). Runs on both runtimes.
+sector that was under way, or have left it so that it cannot be read until it is erased. Programming flips bits one way
+only, so a slot that was not erased becomes the mixture. A sync that fails takes what waited for it for written, as
+Linux does: it can be read, and no later sync makes it durable; nor does one after the kernel's own write-back failed
+(`forget_pending`). Runs on both runtimes.
 """
 
 from dps_hal.errors import DpsError, RetryLater
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 RECORD = "identity"
 SECTOR_BYTES = 512
 GARBAGE = b"\xa5" * SECTOR_BYTES
+UNREADABLE = b"\xeb\x90\xd1\x0e" * (SECTOR_BYTES // 4)  # stands for a sector that cannot be read
+WHAT_POWER_LEAVES = (GARBAGE, UNREADABLE)  # in the sector that was under way
 
 
 class PowerCut(Exception):
@@ -68,10 +71,10 @@ class FlashSlots:
         self.failing_after = 0
         self.failing_times: int | None = None
 
-    def read(self, slot: int) -> bytes:
-        """What a reader sees: the cache."""
+    def read(self, slot: int) -> "bytes | None":
+        """What a reader sees: the cache, and nothing of a sector that cannot be read."""
         self.counts["read"] += 1
-        return self._cached[slot]
+        return readable(self._cached[slot])
 
     def after_a_kill(self, supply: Supply) -> "FlashSlots":
         """The same flash and cache for the next process; this one stays as it is."""
@@ -131,7 +134,7 @@ class FlashSlots:
         """Every pair of slots that may be left when the power goes now, none twice.
 
         `torn_at` bounds where the last surviving operation is torn (bytes from the slot's start); None: anywhere. It
-        leaves garbage in the first of its sectors as well; with None, in each.
+        leaves garbage in the first of its sectors as well, or makes it unreadable; with None, each.
         """
         left: dict[Slots, bool] = {}
         for chosen in range(1 << len(self._pending)):
@@ -150,11 +153,12 @@ class FlashSlots:
                     torn[slot] = self._changed(slots[slot], program, tear, over)
                     left[(torn[0], torn[1])] = True
                 for start in range(0, length if torn_at is None else 1, SECTOR_BYTES):
-                    torn = list(slots)
                     content = self._changed(slots[slot], program, start, over)
                     end = min(start + SECTOR_BYTES, self.slot_bytes)
-                    torn[slot] = content[:start] + GARBAGE[: end - start] + content[end:]
-                    left[(torn[0], torn[1])] = True
+                    for sector in WHAT_POWER_LEAVES:
+                        torn = list(slots)
+                        torn[slot] = content[:start] + sector[: end - start] + content[end:]
+                        left[(torn[0], torn[1])] = True
         return list(left)
 
     def _do(self, operation: str, slot: int, content: "bytes | None", over: bool = False) -> None:
@@ -178,9 +182,14 @@ class FlashSlots:
         length = min(length, len(program))
         if over:
             return program[:length] + content[length:]
-        if self.erase_value:
-            return bytes([content[i] & program[i] for i in range(length)]) + content[length:]
-        return bytes([content[i] | program[i] for i in range(length)]) + content[length:]
+        before, after = int.from_bytes(content[:length], "big"), int.from_bytes(program[:length], "big")
+        mixture = before & after if self.erase_value else before | after
+        return mixture.to_bytes(length, "big") + content[length:]
+
+
+def readable(content: bytes) -> "bytes | None":
+    """`content`, or None where one of its sectors cannot be read."""
+    return None if UNREADABLE[:16] in content else content
 
 
 def sweep(

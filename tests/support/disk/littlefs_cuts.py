@@ -4,7 +4,8 @@
 
 Runs under MicroPython only. One life is recorded operation by operation on a flash in memory; then every prefix of the
 operations, the last one torn, is mounted and loaded, and must hold a further commit. The same where one of the writes
-failed, on which the step ended, and then the power went. Prints one JSON document.
+failed, on which the step ended, and then the power went; and after each step where one block of the record's file is
+corrupt, as littlefs says, until it is erased: the record is none then. Prints one JSON document.
 """
 
 import json
@@ -14,7 +15,7 @@ import sys
 import vfs  # type: ignore[import-not-found]
 
 from dps_hal.contracts import IDENTITY
-from dps_hal.errors import DpsError
+from dps_hal.errors import DpsError, RetryLater
 from dps_hal.store.littlefs import LittleFsStore
 from dps_hal.store.slots import encode_slot
 
@@ -23,9 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from dps_hal.store.slots import Slot
+
     NewStore = Callable[[str, Any], LittleFsStore]
 
 _EIO = 5
+_CORRUPT = 84  # LFS_ERR_CORRUPT
 BLOCKS = 32
 BLOCK_BYTES = 512
 PAGE_BYTES = 32
@@ -36,16 +40,18 @@ FOLDER = MOUNT + "/state"
 class Flash:
     """A block device in memory that records what is done to it."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, corrupt: int = -1) -> None:
         self.content = bytearray(content)
+        self.corrupt = corrupt  # a block that cannot be read until it is erased
         self.operations: list[tuple[int, bytes]] = []  # first byte, content; an erase is all 0xFF
         self.writes = 0
         self.failing = 0  # which of them fails; 0: none
 
-    def readblocks(self, block: int, buffer: bytearray, offset: int = 0) -> None:
+    def readblocks(self, block: int, buffer: bytearray, offset: int = 0) -> int:
         """See vfs.AbstractBlockDev."""
         start = block * BLOCK_BYTES + offset
         buffer[:] = self.content[start : start + len(buffer)]
+        return -_CORRUPT if block == self.corrupt else 0
 
     def writeblocks(self, block: int, buffer: bytearray, offset: int = 0) -> int:
         """See vfs.AbstractBlockDev."""
@@ -66,6 +72,8 @@ class Flash:
         if operation == 5:
             return BLOCK_BYTES
         if operation == 6:
+            if argument == self.corrupt:
+                self.corrupt = -1
             self._write(argument * BLOCK_BYTES, b"\xff" * BLOCK_BYTES)
         return 0
 
@@ -123,7 +131,22 @@ class SingleSlot(LittleFsStore):
                 file.write(content)
 
 
-WRITERS: "dict[str, NewStore]" = {"": LittleFsStore, "naive": Naive, "in-place": InPlace, "single-slot": SingleSlot}
+class StopsAtTheCorrupt(LittleFsStore):
+    """Takes a file that littlefs cannot read for a failure that may pass."""
+
+    def _read(self, record: str) -> "Slot":
+        if is_corrupt():
+            raise RetryLater("store.io", "the file cannot be read")
+        return LittleFsStore._read(self, record)
+
+
+WRITERS: "dict[str, NewStore]" = {
+    "": LittleFsStore,
+    "naive": Naive,
+    "in-place": InPlace,
+    "single-slot": SingleSlot,
+    "stops-at-the-corrupt": StopsAtTheCorrupt,
+}
 
 
 def life() -> "list[bytes | None]":
@@ -150,16 +173,39 @@ def loaded(store: LittleFsStore) -> "bytes | None":
     return None if found is None else found.payload
 
 
-def fault(new_store: "NewStore", content: bytes, allowed: "tuple[bytes | None, ...]") -> str:
+def is_corrupt() -> bool:
+    """Whether littlefs says so of the record's file."""
+    try:
+        with open(FOLDER + "/" + IDENTITY, "rb") as file:
+            file.read()
+    except OSError as error:
+        return error.errno == _CORRUPT
+    return False
+
+
+def corrupt_blocks(content: bytes) -> "list[int]":
+    """Each block without which littlefs mounts, and finds the record's file corrupt."""
+    found = []
+    for block in range(BLOCKS):
+        try:
+            with Mounted(Flash(content, block)):
+                if is_corrupt():
+                    found.append(block)
+        except OSError:
+            pass  # a block of littlefs's own
+    return found
+
+
+def fault(new_store: "NewStore", content: bytes, allowed: "tuple[bytes | None, ...]", corrupt: int = -1) -> str:
     """What is wrong with a flash after the cut, or ""."""
-    flash = Flash(content)
+    flash = Flash(content, corrupt)
     try:
         with Mounted(flash):
             found = loaded(new_store(FOLDER, os))
             if found not in allowed:
                 return f"{found and found[:16]!r} where {[a and a[:16] for a in allowed]!r} was expected"
             new_store(FOLDER, os).commit(IDENTITY, b"further")
-        with Mounted(Flash(bytes(flash.content))):
+        with Mounted(Flash(bytes(flash.content), flash.corrupt)):
             if loaded(new_store(FOLDER, os)) != b"further":
                 return "a further commit was not durable"
     except DpsError as error:
@@ -234,6 +280,14 @@ def sweep(writer: str = "", only: str = "") -> "dict[str, Any]":
             wrong = failed(new_store, failing, number, after) or fault(
                 new_store, bytes(failing.content), (before, after)
             )
+            if wrong:
+                lost.append(name + ": " + wrong)
+        for block in corrupt_blocks(bytes(left)):
+            name = f"sweep=littlefs step={step} corrupt={block}"
+            if only and name != only:
+                continue
+            states += 1
+            wrong = fault(new_store, bytes(left), (None,), block)
             if wrong:
                 lost.append(name + ": " + wrong)
         if writer and lost:

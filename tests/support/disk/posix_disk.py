@@ -2,7 +2,8 @@
 
 The model is what POSIX promises and no more: content is durable by fsync of the file, a name by fsync of its folder.
 Until then each write and each name may be there or not, on its own; a write may be torn after any sector or byte, have
-left garbage in the sector that was under way, or have lengthened the file without its content. A failed fsync, or a
+left garbage in the sector that was under way, have left that sector so that it cannot be read until it is written again
+as a whole, or have lengthened the file without its content. A failed fsync, or a
 failed write-back of the kernel's own (`forget`), leaves the content in the cache as if it were clean: what of it is on
 the disk, nobody knows (`certain` tells the ways), no fsync changes that, and the cache shows it until it is dropped.
 `support.disk.disk_cuts` sweeps it.
@@ -12,21 +13,24 @@ import errno
 import os
 from collections.abc import Iterator
 from copy import deepcopy
-from itertools import product
+from itertools import count, product
 
-from dps_hal.host.files import SystemCalls
-from support.disk.flash import GARBAGE, SECTOR_BYTES, PowerCut
+from dps_hal.host.files import Mark, SystemCalls
+from support.disk.flash import SECTOR_BYTES, WHAT_POWER_LEAVES, PowerCut, readable
 
 Tree = dict[str, bytes | None]  # absolute path -> content, None for a folder
 _TEARS = (1, 4, 8, 12, 15, 16, 19, 20, 22, 24, 100, 512, 1024, 1536)
-_GARBAGE_AT = (0, SECTOR_BYTES)  # of a write's sectors the first, which has the header, and the one behind it
+_TORN_SECTORS = (0, SECTOR_BYTES)  # of a write's sectors the first, which has the header, and the one behind it
 _FOLDERS = ("/", "/var", "/var/lib")
+_numbers = count(1)
 
 
 class Inode:
     """A file or folder: what may be durable, and the writes since."""
 
     def __init__(self, content: bytes | None) -> None:
+        self.number = next(_numbers)
+        self.changes = 0  # stands for the time of the last one
         self.is_folder = content is None
         self.cached = content or b""
         self.durable = {self.cached}
@@ -61,7 +65,10 @@ class Inode:
                 left.add(_written(content, offset, part))
                 left.update(_written(content, offset, part[:tear]) for tear in _TEARS)
                 left.add(_written(content, offset + 512, part[512:]))
-                left.update(_with_garbage(content, offset, part, start) for start in _GARBAGE_AT)
+                left.update(
+                    _with_sector(content, offset, part, start, sector)
+                    for start, sector in product(_TORN_SECTORS, WHAT_POWER_LEAVES)
+                )
                 left.add(content + bytes(max(0, offset + len(part) - len(content))))
         return left
 
@@ -136,6 +143,7 @@ class SimulatedDisk(SystemCalls):
     def aftermaths(self, focus: str = "") -> list[Tree]:
         """Every file tree that may be left when the power goes now, none twice.
 
+        One sector at most becomes unreadable: that which was under way.
         Of files whose name does not begin with `focus` only what is durable and what is cached.
         """
         paths = sorted(self._inodes)
@@ -151,7 +159,10 @@ class SimulatedDisk(SystemCalls):
                 left.extend((path, content) for content in sorted(contents))
             choices.append(left)
         trees: dict[tuple[tuple[str, bytes | None], ...], Tree] = {}
+        were = {path for path, inode in self._inodes.items() if any(readable(one) is None for one in inode.durable)}
         for chosen in product(*choices):
+            if sum(1 for one in chosen if one and one[1] and one[0] not in were and readable(one[1]) is None) > 1:
+                continue
             tree: Tree = {}
             for entry in chosen:
                 if entry is not None and (entry[0] == "/" or os.path.dirname(entry[0]) in tree):
@@ -166,8 +177,7 @@ class SimulatedDisk(SystemCalls):
         if inode is None:
             if not flags & os.O_CREAT or os.path.dirname(path) not in self._inodes:
                 raise FileNotFoundError(errno.ENOENT, "no such file", path)
-            self._inodes[path] = Inode(b"")
-            self._spend()
+            self._make(path, b"")
         elif flags & os.O_EXCL:
             raise FileExistsError(errno.EEXIST, "exists", path)
         self._next_descriptor += 1
@@ -183,7 +193,10 @@ class SimulatedDisk(SystemCalls):
     def pread(self, fd: int, count: int, offset: int) -> bytes:
         """pread(2)."""
         self._fail("pread")
-        return self._inode(fd).cached[offset : offset + count]
+        content = readable(self._inode(fd).cached[offset : offset + count])
+        if content is None:
+            raise OSError(errno.EIO, "a sector in which power went")
+        return content
 
     def pwrite(self, fd: int, content: bytes, offset: int) -> int:
         """pwrite(2)."""
@@ -195,8 +208,12 @@ class SimulatedDisk(SystemCalls):
                 raise OSError(errno.ENOSPC, "as the test asked")
             content = content[: len(content) - max(0, growth - self.room_bytes)]
             self.room_bytes -= min(growth, self.room_bytes)
+        cached = _written(inode.cached, offset, content)
+        if readable(cached) is None:
+            raise OSError(errno.EIO, "what shares a block with it cannot be read")
         inode.pending.append((offset, content))
-        inode.cached = _written(inode.cached, offset, content)
+        inode.cached = cached
+        inode.changes += 1
         self._spend()
         return len(content)
 
@@ -237,6 +254,12 @@ class SimulatedDisk(SystemCalls):
         self._fail("file_size")
         return len(self._inode(fd).cached)
 
+    def mark(self, place: int | str) -> Mark:
+        """fstat(2) and stat(2)."""
+        self._fail("mark")
+        inode = self._inode(place) if isinstance(place, int) else self._inodes[place]
+        return 0, inode.number, inode.changes
+
     def owner(self, path: str) -> tuple[int, int]:
         """stat(2)."""
         self._fail("owner")
@@ -254,8 +277,7 @@ class SimulatedDisk(SystemCalls):
         self._fail("mkdir")
         there, possible = path in self._inodes, os.path.dirname(path) in self._inodes
         if possible and not there:
-            self._inodes[path] = Inode(None)
-            self._spend()
+            self._make(path, None)
         if there:
             raise FileExistsError(errno.EEXIST, "exists", path)
         if not possible:
@@ -264,6 +286,29 @@ class SimulatedDisk(SystemCalls):
     def geteuid(self) -> int:
         """geteuid(2)."""
         return self.user
+
+    def empty(self, folder: str) -> None:
+        """Somebody removes, durably, all that is in a folder."""
+        for path in [path for path in self._inodes if os.path.dirname(path) == folder]:
+            del self._inodes[path]
+            self._durable_names.discard(path)
+            self._inodes[folder].changes += 1
+
+    def replace(self, folder: str) -> None:
+        """Somebody puts a copy in a folder's place; neither its name is durable then, nor what is in it."""
+        copied = {path: inode.cached for path, inode in self._inodes.items() if os.path.dirname(path) == folder}
+        self.empty(folder)
+        self._durable_names.discard(folder)
+        self._inodes[folder] = Inode(None)
+        for path, content in copied.items():
+            self._inodes[path] = Inode(b"")
+            self._inodes[path].pending.append((0, content))
+            self._inodes[path].cached = content
+
+    def _make(self, path: str, content: bytes | None) -> None:
+        self._inodes[path] = Inode(content)
+        self._inodes[os.path.dirname(path)].changes += 1
+        self._spend()
 
     def _inode(self, fd: int) -> Inode:
         return self._inodes[self._descriptors[fd]]
@@ -280,12 +325,12 @@ class SimulatedDisk(SystemCalls):
             raise PowerCut(f"cut={self.cut_at}")
 
 
-def _with_garbage(content: bytes, offset: int, part: bytes, start: int) -> bytes:
+def _with_sector(content: bytes, offset: int, part: bytes, start: int, sector: bytes) -> bytes:
     """The part torn in the sector that begins at `start`, counted from that in which the part begins."""
     begin = offset // SECTOR_BYTES * SECTOR_BYTES + start
     end = min(begin + SECTOR_BYTES, max(len(content), offset + len(part)))
     before = _written(content, offset, part[: max(0, begin - offset)])
-    return _written(before, begin, GARBAGE[: max(0, end - begin)])
+    return _written(before, begin, sector[: max(0, end - begin)])
 
 
 def _written(content: bytes, offset: int, part: bytes) -> bytes:

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from dps_emulator.local_client import LocalClient
 from support.programs.hostile_members import become
-from support.programs.local_client import LocalClient
 
 RATE_PER_S = 10
 ANSWER_LIMIT_S = 60.0

@@ -31,6 +31,7 @@ from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import DpsError
 from dps_hal.host.files import FileStore, SystemCalls
 from dps_hal.tpm.keys import object_name, unwrap
+from support.cloud.memory import PlainRegistrations
 from support.disk.blocklog import Unavailable
 from support.disk.disk_cuts import ForgetsTheFolder, OnFiles, Writer
 from support.disk.faulty_writers import InPlace, Naive, SingleSlot
@@ -381,7 +382,7 @@ def _sweep_life(
     life: Life, folder: Path, endorsement_key: bytes, writer: str, only: str, at_first: bool
 ) -> tuple[int, list[str]]:
     before, now = folder / "before", folder / "now"
-    service = DpsService(life.settings, {}, {}, os.urandom)
+    service = DpsService(life.settings, {}, PlainRegistrations(), os.urandom)
     service.enroll(Enrollment(DEVICE, endorsement_key, hubs=(FIRST_HUB,)))
     _copy(folder / ("bare" if life.bare else "blank"), before)
     if life.held:

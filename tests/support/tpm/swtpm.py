@@ -1,23 +1,13 @@
-"""A software TPM of its own for one test: swtpm on free ports, with power cuts.
-
-`swtpm` (libtpms) serves one client at a time on its data port; the port after it takes control commands, as
-tpm2-tss's TCTI `swtpm` expects.
-"""
+"""A software TPM of its own for one test, which takes TPM commands from the test as well."""
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import shutil
 import socket
 import struct
-import subprocess
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from types import TracebackType
+from dps_emulator.swtpm_process import ANSWER_S, LISTEN, SwtpmProcess, free_port_pair, read_exactly
 
+__all__ = ["ENDORSEMENT", "LOCKOUT_COUNTER", "OWNER", "Swtpm", "free_port_pair", "read_exactly", "read_frame"]
 OWNER = 0x40000001  # TPM_RH, TPM 2.0 Library Part 2, table 28
 ENDORSEMENT = 0x4000000B
 TRANSIENT = 0x80000000  # handle ranges of GetCapability(TPM_CAP_HANDLES), TPM 2.0 Library Part 2, 7.2
@@ -27,33 +17,6 @@ SAVED_SESSION = 0x03000000
 LOCKOUT_COUNTER = 0x20E  # TPM_PT_LOCKOUT_COUNTER, TPM 2.0 Library Part 2, table 24
 INPUT_BUFFER = 0x10D  # TPM_PT_INPUT_BUFFER
 
-_LISTEN = "127.0.0.1"
-_STARTS = 10  # another program may take a port between our look and swtpm's bind
-_ANSWER_S = 60.0
-_CTRL_GET_CAPABILITY = struct.pack(">I", 1)  # swtpm_ioctls(3), CMD_GET_CAPABILITY
-
-
-def free_port_pair() -> int:
-    """A port N for which N and N + 1 were both free a moment ago."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind((_LISTEN, 0))
-            port: int = first.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                second.bind((_LISTEN, port + 1))
-                return port
-
-
-def read_exactly(connection: socket.socket, count: int) -> bytes:
-    """`count` bytes from `connection`; EOFError when it ends before."""
-    content = b""
-    while len(content) < count:
-        piece = connection.recv(count - len(content))
-        if not piece:
-            raise EOFError(f"connection ended after {len(content)} of {count} bytes")
-        content += piece
-    return content
-
 
 def read_frame(connection: socket.socket) -> bytes:
     """One TPM command or response: tag, size, code and `size - 10` bytes; EOFError when the peer has gone."""
@@ -62,73 +25,8 @@ def read_frame(connection: socket.socket) -> bytes:
     return header + read_exactly(connection, size - 10)
 
 
-class Swtpm:
-    """One swtpm process; its TPM's state is in `state_dir` and outlives it.
-
-    `ends_with_thread`: the process ends with the thread that starts it, even where SIGKILL ends that.
-    """
-
-    def __init__(self, state_dir: Path | str, ends_with_thread: bool = False) -> None:
-        self.state_dir = Path(state_dir)
-        self._prefix = ("setpriv", "--pdeathsig", "KILL") if ends_with_thread and shutil.which("setpriv") else ()
-        self.state_dir.mkdir(parents=True, exist_ok=True)
-        self.port = 0
-        self._process: subprocess.Popen[bytes] | None = None
-        self.restart()
-
-    @property
-    def tcti(self) -> str:
-        """The TCTI string of this TPM."""
-        return f"swtpm:host={_LISTEN},port={self.port}"
-
-    def restart(self) -> None:
-        """Powers the TPM on with the state it has, on the same ports where it had some; a running one is cut off."""
-        self.kill()
-        for _ in range(_STARTS):
-            port = self.port or free_port_pair()
-            try:
-                control = socket.create_server((_LISTEN, port + 1))
-            except OSError:
-                continue
-            with control:  # ours until swtpm has it: no other program's answer there is taken for that of this one
-                self._process = subprocess.Popen(
-                    [
-                        *(*self._prefix, "swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self.state_dir}"),
-                        *("--server", f"type=tcp,port={port},bindaddr={_LISTEN}"),
-                        *("--ctrl", f"type=tcp,fd={control.fileno()}"),
-                        *("--flags", "not-need-init,startup-clear"),
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=(control.fileno(),),
-                )
-            atexit.register(self.kill)
-            if self._ready(port):
-                self.port = port
-                return
-            self.kill()
-        raise RuntimeError(f"swtpm did not start {_STARTS} times; run: swtpm socket --tpm2 --tpmstate dir=…")
-
-    @staticmethod
-    def _ready(port: int) -> bool:
-        """Whether it answers, which it does once it has both ports; without the other one it ends."""
-        with (
-            contextlib.suppress(OSError, EOFError),
-            socket.create_connection((_LISTEN, port + 1), _ANSWER_S) as control,
-        ):
-            control.sendall(_CTRL_GET_CAPABILITY)
-            read_exactly(control, 4)
-            return True
-        return False
-
-    def kill(self) -> None:
-        """A power cut: SIGKILL, no TPM2_Shutdown; nothing happens where none runs."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-        atexit.unregister(self.kill)
+class Swtpm(SwtpmProcess):
+    """One swtpm process, and what a test asks of its TPM."""
 
     def stop(self) -> None:
         """An orderly power-off: TPM2_Shutdown(CLEAR), then the end; no client may be connected."""
@@ -141,7 +39,7 @@ class Swtpm:
 
         No other client may be connected. RuntimeError: the TPM refused it.
         """
-        with socket.create_connection((_LISTEN, self.port), _ANSWER_S) as connection:
+        with socket.create_connection((LISTEN, self.port), ANSWER_S) as connection:
             connection.sendall(struct.pack(">HII", tag, 10 + len(body), code) + body)
             response = read_frame(connection)
         return_code = struct.unpack(">I", response[6:10])[0]
@@ -240,11 +138,3 @@ class Swtpm:
         password_session = struct.pack(">IHBH", 0x40000009, 0, 0, 0)
         body = struct.pack(f">{len(handles)}I", *handles) + struct.pack(">I", len(password_session))
         return self.command(code, body + password_session + parameters, tag=0x8002)
-
-    def __enter__(self) -> Swtpm:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()

@@ -1,6 +1,6 @@
 """One activation and one signature by WireTpm, as a board does it, with what they take of the heap.
 
-    micropython -X heapsize=104k tests/support/tpm/wire_activation.py PORT BLOB_FILE          (in the checkout)
+    micropython -X heapsize=112k tests/support/tpm/wire_activation.py PORT BLOB_FILE          (in the checkout)
 
 Prints bytes of heap in use and, last, the signature of 900 zero bytes in hexadecimal.
 """

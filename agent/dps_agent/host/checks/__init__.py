@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dps_agent.host.checks import local, tpm
 from dps_agent.host.checks.device import Device
 from dps_agent.host.checks.finding import FAILED, SKIPPED, Check, Finding, failed
+from dps_agent.settings import TPM, X509
 from dps_hal.errors import DpsError
 
 __all__ = ["CHECKS", "Check", "Device", "Finding", "run_checks"]
@@ -19,19 +20,21 @@ __all__ = ["CHECKS", "Check", "Device", "Finding", "run_checks"]
 
 def run_checks(device: Device, only: Collection[str] = (), offline: bool = False) -> list[tuple[Check, Finding]]:
     """Runs all checks, or those of `only` and what they need, in their order; `offline` leaves the network alone."""
-    wanted = set(only) or {check.id for check in CHECKS}
+    others = _of_other_ways(device)
+    wanted = set(only) or {check.id for check in CHECKS if check.id not in others}
     for check in reversed(CHECKS):  # what a check needs comes before it
         if check.id in wanted:
-            wanted.update(check.needs)
+            wanted.update(need for need in check.needs if need not in others)
     findings: dict[str, Finding] = {}
     for check in CHECKS:
         if check.id in wanted and not (offline and check.online):
-            findings[check.id] = _run(check, device, findings)
+            there_is_none = Finding(SKIPPED, others.get(check.id, ""))
+            findings[check.id] = there_is_none if check.id in others else _run(check, device, findings)
     return [(check, findings[check.id]) for check in CHECKS if check.id in findings]
 
 
 def _run(check: Check, device: Device, findings: dict[str, Finding]) -> Finding:
-    missing = [need for need in check.needs if findings[need].result in (FAILED, SKIPPED)]
+    missing = [need for need in check.needs if need in findings and findings[need].result in (FAILED, SKIPPED)]
     if missing:
         return Finding(SKIPPED, f"not possible without {missing[0]}")
     if device.hangs:
@@ -40,6 +43,24 @@ def _run(check: Check, device: Device, findings: dict[str, Finding]) -> Finding:
         return check.run(device)
     except DpsError as error:
         return failed(error)
+
+
+def _of_other_ways(device: Device) -> dict[str, str]:
+    """The checks that this device has no use for, and why: they are made only where somebody asks for them."""
+    try:
+        attestation, uses_tpm = device.configuration.attestation, device.uses_tpm
+    except DpsError:
+        return {}  # the check of the settings says what is wrong with them
+    others = {}
+    if attestation == TPM:
+        others["device-key"] = "the TPM is who this device is: it has no key of its own"
+    else:
+        others["tpm-noda"] = "the hub's key is the device's own"
+    if attestation != X509:
+        others["device-certificate"] = "this device shows no certificate"
+    if not uses_tpm:
+        others |= {check.id: "no TPM is used" for check in CHECKS if check.id.startswith("tpm-")}
+    return others
 
 
 def _online(name: str) -> Callable[[Device], Finding]:
@@ -73,11 +94,18 @@ CHECKS: Sequence[Check] = (
     Check("tpm-slots", "The TPM has room for what a registration loads.", ("tpm-access",), tpm.slots),
     Check("tpm-lockout", "The TPM is not about to lock out.", ("tpm-access",), tpm.lockout),
     Check("tpm-noda", "The stored hub key cannot lock the TPM out.", ("tpm-node",), tpm.noda),
+    Check("device-key", "The device's own key can be read, and signs.", ("settings",), local.device_key),
+    Check(
+        "device-certificate",
+        "The device's certificate is for its key and its name, is valid, and does not end soon.",
+        ("device-key",),
+        local.device_certificate,
+    ),
     Check("record", "An assignment is stored, and it fits the settings.", ("settings",), local.record),
     Check(
         "record-seal",
-        "The stored assignment belongs to this TPM and was not altered.",
-        ("record", "tpm-noda", "tpm-ek", "tpm-srk"),
+        "The stored assignment belongs to this device and was not altered.",
+        ("record", "device-key", "tpm-noda", "tpm-ek", "tpm-srk"),
         local.record_seal,
     ),
     Check(
@@ -87,8 +115,8 @@ CHECKS: Sequence[Check] = (
     Check("dps-tls", "DPS proves itself by a certificate that is trusted.", ("clock", "dns"), _online("dps_tls"), True),
     Check(
         "dps-answers",
-        "DPS knows this device: its ID scope, its enrolment, its endorsement key.",
-        ("dps-tls", "tpm-ek", "tpm-srk"),
+        "DPS knows this device: its ID scope, its enrolment, its endorsement key or its own.",
+        ("dps-tls", "device-key", "tpm-ek", "tpm-srk"),
         _online("dps_answers"),
         True,
     ),

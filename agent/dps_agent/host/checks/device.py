@@ -7,13 +7,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dps_agent.assignment import decode
-from dps_agent.effects import Commit, LoadRecord
+from dps_agent.effects import Commit, LoadRecord, Sign
 from dps_agent.host.clock import SystemClock
-from dps_agent.host.config import Configuration
+from dps_agent.host.config import Configuration, is_sealed
 from dps_agent.host.local.statefile import read_live
-from dps_agent.host.parts import NoConnection, offline_runner, open_tpm
+from dps_agent.host.parts import NoConnection, offline_runner, open_device, open_tpm
 from dps_agent.host.runner import Runner
-from dps_agent.settings import AUTO
+from dps_agent.settings import AUTO, SYMMETRIC_KEY, TPM
 from dps_hal.contracts import IDENTITY
 from dps_hal.tpm.keys import registration_id_from_ek
 
@@ -31,13 +31,21 @@ class Device:
 
     def __init__(self, load_settings: Callable[[], Configuration]) -> None:
         self._load_settings = load_settings
-        self._runner: Runner | None = None
+        self._runner: Runner | None = None  # on the TPM
+        self._own: Runner | None = None  # on what signs for the device, where that is another
         self._disk_hangs = False
 
     @cached_property
     def configuration(self) -> Configuration:
         """The settings, an ID scope not being needed."""
         return self._load_settings()
+
+    @property
+    def uses_tpm(self) -> bool:
+        """Whether a TPM is who it is, or keeps its key."""
+        if self.configuration.attestation == TPM:
+            return True
+        return is_sealed(self.configuration)
 
     @cached_property
     def tpm(self) -> TpmService:
@@ -63,6 +71,10 @@ class Device:
     def registration_id(self) -> str:
         """The one of the settings, else the EK's own."""
         named = self.configuration.registration_id
+        if self.configuration.attestation == SYMMETRIC_KEY:
+            return named.lower()
+        if self.configuration.attestation != TPM:
+            return named
         return registration_id_from_ek(self.endorsement_key) if named == AUTO else named
 
     @cached_property
@@ -95,7 +107,7 @@ class Device:
     @property
     def hangs(self) -> bool:
         """Whether an earlier call did not end: nothing more can be asked then."""
-        return self._disk_hangs or (self._runner is not None and self._runner.stuck)
+        return self._disk_hangs or any(runner.stuck for runner in (self._runner, self._own) if runner is not None)
 
     def ask(self, call: Callable[[TpmService], Answer]) -> Answer:
         """One call of the TPM, with the runner's deadlines; the TPM is released behind it."""
@@ -103,8 +115,21 @@ class Device:
         return self._running().ask_tpm(lambda: call(tpm))
 
     def run(self, exchange: Generator[Effect, Any, Answer]) -> Answer:
-        """An exchange with TPM and store, without any network."""
-        return self._running().run(exchange)
+        """An exchange with what signs for the device and the store, without any network."""
+        if self.configuration.attestation == TPM:
+            return self._running().run(exchange)
+        if self._own is None:
+            self._own = offline_runner(self.configuration, open_device(self.configuration))
+        return self._own.run(exchange)
+
+    def signature(self, message: bytes) -> bytes:
+        """`message` signed by the device's own key."""
+
+        def sign() -> Generator[Effect, Any, bytes]:
+            signature: bytes = yield Sign(b"", message)
+            return signature
+
+        return self.run(sign())
 
     def write(self, call: Callable[[], None]) -> None:
         """A call that writes to the disk, with the runner's deadline for that."""

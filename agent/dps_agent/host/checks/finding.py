@@ -21,12 +21,16 @@ NOTHING_STORED = "no assignment is stored"
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of one check: OK, WARNING, FAILED or SKIPPED, what was seen, what to do; `error` where it failed."""
+    """What came of one check: OK, WARNING, FAILED or SKIPPED, what was seen, what to do; `error` where it failed.
+
+    What `comes_first` is named in the first line, whatever failed: nothing else matters before it is done.
+    """
 
     result: str
     detail: str
     remedy: str = ""
     error: DpsError | None = None
+    comes_first: bool = False
 
 
 @dataclass(frozen=True)

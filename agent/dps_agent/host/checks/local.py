@@ -7,11 +7,13 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from dps_agent.assignment import difference, load_held
+from dps_agent.assignment import difference
+from dps_agent.attestation import load_held
 from dps_agent.host.checks.finding import NOTHING_STORED, OK, SKIPPED, WARNING, Finding
 from dps_agent.host.clock import SystemClock, is_synchronised
-from dps_agent.host.config import check_files, odd_passwords, readable_proxy_passwords
+from dps_agent.host.config import NO_ID_SCOPE, backend_shown, check_files, odd_passwords, readable_proxy_passwords
 from dps_agent.host.printed import utc_text
+from dps_agent.settings import SYMMETRIC_KEY, TPM
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import IdentityStale, RetryLater
 from dps_hal.host.codes import REMEDIES
@@ -30,14 +32,14 @@ def used_settings(device: Device) -> Finding:
     configuration = device.configuration
     check_files(configuration)
     detail = ", ".join(configuration.files) or "no file, defaults only"
+    if not configuration.id_scope:
+        return Finding(WARNING, f"{NO_ID_SCOPE} ({detail})", configuration.id_scope_remedy, comes_first=True)
     if odd := odd_passwords(configuration):
         remedy = "nothing, where that belongs to the password; else write the file again, for example with printf"
         return Finding(WARNING, "; ".join([detail, *odd]), remedy)
     if readable := readable_proxy_passwords(configuration):
         remedy = "move the proxy's URL into a file of mode 0600, name that in proxy_file, and change the password"
         return Finding(WARNING, "; ".join([detail, *readable]), remedy)
-    if not configuration.id_scope:
-        return Finding(WARNING, f"{detail}; id_scope is not set", "set id_scope before 'dps-agent provision'")
     return Finding(OK, detail)
 
 
@@ -149,14 +151,42 @@ def record(device: Device) -> Finding:
 
 def record_seal(device: Device) -> Finding:
     if not device.configuration.id_scope:
-        return Finding(SKIPPED, "id_scope is not set")
+        return Finding(SKIPPED, NO_ID_SCOPE)
     settings = device.configuration.settings()
     if device.assignment is not None and difference(device.assignment, settings):
         return Finding(SKIPPED, "it is for other settings")
     assignment, reason = device.run(load_held(settings, device.stored))
     if assignment is None:
         return Finding(WARNING, reason, REMEDIES["record.stale"])
+    if assignment.attestation != TPM:
+        return Finding(OK, "settings and seal fit: the device's key has made it")
     return Finding(OK, "settings, endorsement key, storage root key and seal fit, and its key signs")
+
+
+def device_key(device: Device) -> Finding:
+    device.signature(b"\x00dps-agent check")  # no token begins so
+    shown = f"TPM: {backend_shown(device.configuration)}"
+    named = device.configuration.registration_id
+    if named != named.lower() and device.configuration.attestation == SYMMETRIC_KEY:
+        text = (
+            f"{shown}; registration_id {named!r} has capitals: DPS is told {named.lower()!r}, and keys are derived so"
+        )
+        return Finding(WARNING, text, "write registration_id in lower case, here and in the enrolment")
+    if not device.uses_tpm:
+        return Finding(OK, f"{shown}: whoever reads that is this device")
+    return Finding(OK, shown)
+
+
+def device_certificate(device: Device) -> Finding:
+    from dps_agent.host.certificate_requests import installed
+    from dps_agent.host.device_certificates import ends_soon, valid_s
+
+    found = installed(device.configuration)
+    ending = ends_soon(valid_s(device.configuration))
+    if ending:
+        return Finding(WARNING, ending, "'dps-agent enroll --x509' makes the request for the next one")
+    behind = f", with {found.authorities} of CAs behind it" if found.authorities else ""
+    return Finding(OK, f"{found.subject} until {found.not_after}, issued by {found.issuer}{behind}")
 
 
 def _age(age_s: float) -> str:

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dps_agent import __version__
+from dps_agent.assignment import signed_token
 from dps_agent.effects import (
     NO_REPLY_CONNECT,
     NO_REPLY_DNS,
@@ -23,7 +24,7 @@ from dps_agent.host.checks import ways
 from dps_agent.host.checks.finding import NOTHING_STORED, OK, SKIPPED, WARNING, Finding, failed
 from dps_agent.host.checks.ways import MQTT, WEBSOCKET
 from dps_agent.host.clock import is_synchronised
-from dps_agent.host.config import proxy_of
+from dps_agent.host.config import NO_ID_SCOPE, client_certificate, proxy_of
 from dps_agent.host.network.dial import Dialler
 from dps_agent.host.network.https import DpsConnection
 from dps_agent.host.network.trust import system_places, tls_context
@@ -31,8 +32,12 @@ from dps_agent.host.printed import utc_text
 from dps_agent.lifecycle import PROVISIONING
 from dps_agent.messages import TpmChallenge, device_registration
 from dps_agent.registration import LOOKUP_REFUSALS, no_reply_error, read_register, refusal_of, registration_path
+from dps_agent.registration_by_tpm import shown_keys
+from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, SasToken, dps_resource, string_to_sign
+from dps_agent.settings import SYMMETRIC_KEY, TPM
 from dps_agent.utc import AGREEMENT_S
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
+from dps_hal.platform import hmac_sha256
 from dps_text.addresses import address_text
 
 if TYPE_CHECKING:
@@ -103,11 +108,18 @@ def dps_answers(device: Device) -> Finding:
     """
     configuration = device.configuration
     if not configuration.id_scope:
-        return Finding(SKIPPED, "id_scope is not set")
+        return Finding(SKIPPED, NO_ID_SCOPE)
     if device.live is not None and device.live["state"] == PROVISIONING:
         return Finding(SKIPPED, "the service registers just now, and DPS takes one challenge at a time")
     registration_id = device.registration_id
-    body = device_registration(registration_id, device.endorsement_key, device.storage_root_key, None)
+    token = shown = None
+    if configuration.attestation == TPM:
+        shown = shown_keys(device.endorsement_key, device.storage_root_key)
+    elif configuration.attestation == SYMMETRIC_KEY:
+        resource = dps_resource(configuration.id_scope, registration_id)
+        expires_at_s = int(time.time()) + DPS_TOKEN_LIFE_S
+        token = device.run(signed_token(resource, expires_at_s, b"", DPS_KEY_NAME))
+    body = device_registration(registration_id, None, shown)
     connection = DpsConnection(
         configuration.endpoint,
         configuration.connect_to,
@@ -115,18 +127,24 @@ def dps_answers(device: Device) -> Finding:
         ANSWER_LIMIT_S,
         f"dps-agent/{__version__}",
         proxy_of(configuration),
+        client_certificate(configuration),
     )
     try:
-        reply = connection.request("POST", registration_path(configuration.id_scope, registration_id), body, None)
-        if isinstance(reply, Reply) and reply.status in LOOKUP_REFUSALS and not _is_challenge(reply):
+        reply = connection.request("POST", registration_path(configuration.id_scope, registration_id), body, token)
+        refused = isinstance(reply, Reply) and reply.status in LOOKUP_REFUSALS and not _is_challenge(reply)
+        if refused and configuration.attestation == TPM:
             register_path = registration_path(configuration.id_scope, registration_id, "/register")
             reply = connection.request("PUT", register_path, body, None)
+        elif refused and configuration.attestation == SYMMETRIC_KEY and isinstance(reply, Reply):
+            _refuse_group_key(device, connection, reply, body)
     finally:
         connection.close()
     if isinstance(reply, NoReply):
         raise no_reply_error(reply)
     device.network.reply = reply
     asked = f"registration id {registration_id!r} in ID scope {configuration.id_scope!r}"
+    if configuration.attestation != TPM:
+        return _takes(reply, asked, "key" if token is not None else "certificate")
     if _is_challenge(reply):
         return Finding(OK, f"DPS knows {asked} with this TPM's endorsement key, and challenges it")
     if reply.status == 200:
@@ -138,6 +156,38 @@ def dps_answers(device: Device) -> Finding:
     if error.code == "dps.ek_mismatch":
         text = f"the enrolment of {asked} holds another endorsement key than this TPM's ({error.message})"
         raise AskOperator(error.code, text, None, error.request_id)
+    raise error
+
+
+def _refuse_group_key(device: Device, connection: DpsConnection, refusal: Reply, body: bytes) -> None:
+    """AskOperator `dps.group_key` where DPS, which refused the key, takes the one that is derived of it."""
+    if refusal.status != 401:
+        return
+    id_scope, registration_id = device.configuration.id_scope, device.registration_id
+    resource = dps_resource(id_scope, registration_id)
+    expires_at_s = int(time.time()) + DPS_TOKEN_LIFE_S
+    derived_key = device.signature(registration_id.encode())  # what derives it is what signs
+    signature = hmac_sha256(derived_key, string_to_sign(resource, expires_at_s))
+    token = SasToken(resource, expires_at_s, signature, DPS_KEY_NAME)
+    reply = connection.request("POST", registration_path(id_scope, registration_id), body, token)
+    if isinstance(reply, Reply) and reply.status in (200, 404):
+        text = "the key of this device is that of an enrolment group: DPS takes the one that is derived of it"
+        raise AskOperator("dps.group_key", f"{text} for {registration_id!r}")
+
+
+def _takes(reply: Reply, asked: str, shown: str) -> Finding:
+    """What DPS says of a device that has `shown` its "key" or "certificate": it alone may ask for its registration."""
+    if reply.status == 200:
+        return Finding(OK, f"DPS knows {asked}, and takes this device's {shown}")
+    error = refusal_of(reply)
+    if reply.status == 401:
+        what = "it is enrolled for a TPM" if _is_challenge(reply) else error.message
+        text = f"DPS does not take this device's {shown} for {asked}: {what}"
+        code = "dps.key_refused" if shown == "key" else "dps.certificate_refused"
+        raise AskOperator(code, text, None, error.request_id)
+    if reply.status == 404:
+        text = f"DPS has no registration of {asked} yet, or no enrolment of it ({error.message})"
+        return Finding(WARNING, text, "nothing before the first registration; else check id_scope and the enrolment")
     raise error
 
 

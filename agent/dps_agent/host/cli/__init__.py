@@ -13,11 +13,20 @@ import os
 import sys
 from functools import partial
 
-from dps_agent.host.cli.verb import Outcome, UsageError, Verb, discard, error_document, exit_word
+from dps_agent.host.cli.verb import (
+    Outcome,
+    Suggesting,
+    UsageError,
+    Verb,
+    did_you_mean,
+    discard,
+    error_document,
+    exit_word,
+    remedy_of,
+)
 from dps_agent.host.config import SYSTEM_FILE, SYSTEM_STATE_DIR
 from dps_agent.host.printed import printable
 from dps_hal.errors import EXIT_GROUPS, AskOperator, DpsError, RetryLater
-from dps_hal.host.codes import REMEDIES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,22 +34,39 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 SCHEMA = "dps-agent/1"
-VERBS = ("provision", "run", "status", "enroll", "check", "token", "reset", "config", "diag", "version")  # modules
+VERBS = (
+    "provision",
+    "run",
+    "status",
+    "wait",
+    "enroll",
+    "import-key",
+    "install-certificate",
+    "check",
+    "token",
+    "reset",
+    "config",
+    "metrics",
+    "diag",
+    "version",
+)
+COLOURED = ("check",)  # verbs whose lines begin with a result
+COLOURS = {"ok": 32, "warning": 33, "failed": 31}  # ECMA-48, Select Graphic Rendition
 _EXIT_STATUSES = """\
 exit status:
   0 ok, 1 failed, 2 usage, 3 retry later, 4 refused by the service, 5 TPM, 6 settings
 
 most used:
   dps-agent enroll       what to enter in the Device Provisioning Service
-  dps-agent run          get the hub, connect to it, stay connected
   dps-agent status       where the device stands
+  dps-agent help VERB    what a verb does
 """
 
 # With a width of its own: to ask the terminal, argparse imports shutil and its compressors, at every start.
-_HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=78)
+_HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=78, max_help_position=20)
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Suggesting):
     """An ArgumentParser whose errors are exceptions: `--json` has to report them as well."""
 
     def __init__(self, **options: Any) -> None:
@@ -92,8 +118,10 @@ def _leave(status: int) -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if words[:1] == ["--version"]:
-        words[0] = "version"  # most programs call it `--version`
+    if "--version" in words and not _verb_in(words):
+        words[words.index("--version")] = "version"  # most programs call it `--version`
+    elif words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us; the next file opened must not take its place
             # What is printed must not seem to have gone anywhere: no file for reading takes it.
@@ -117,17 +145,33 @@ def _run(arguments: Sequence[str] | None) -> int:
     if as_json:
         text = _document(outcome.code, verb, outcome.document)
     else:
-        text = "".join(f"{printable(line)}\n" for line in outcome.lines)
+        lines = [printable(line) for line in outcome.lines]
+        if verb in COLOURED and _shows_colours():
+            lines = [_coloured(line) for line in lines]
+        text = "".join(f"{line}\n" for line in lines)
     return _write(text, EXIT_GROUPS.index(outcome.code))
 
 
 def _parsed(words: Sequence[str]) -> argparse.Namespace:
     """What `words` say; UsageError where that is nothing. The parser's memory is free again when the verb runs."""
     parser = command_line(_verb_in(words))
-    parsed = parser.parse_args(words, argparse.Namespace(set_after=[]))
+    parsed, unknown = parser.parse_known_args(words, argparse.Namespace(set_after=[]))
+    if unknown:
+        near = did_you_mean(unknown[0].partition("=")[0], _options_of(parser, parsed.verb))
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
     if parsed.verb is None:  # not left to argparse: it would say this of an option that it does not know, too
         raise UsageError("expected a verb", parser.format_usage())
     return parsed
+
+
+def _options_of(parser: argparse.ArgumentParser, verb: str | None) -> list[str]:
+    """The options of the program and of one verb."""
+    known: list[str] = []
+    for action in parser._actions:
+        known += action.option_strings
+        if isinstance(action.choices, dict) and verb in action.choices:
+            known += _options_of(action.choices[verb], None)
+    return known
 
 
 def _verb_in(words: Sequence[str]) -> Sequence[str]:
@@ -146,10 +190,11 @@ def command_line(first: Sequence[str] = ()) -> argparse.ArgumentParser:
         epilog=_EXIT_STATUSES,
     )
     _add_common(parser, "set_before")
+    parser.add_argument("--version", action="store_true", help="show what is installed, as the verb does")
     parser.set_defaults(config=None, set_before=[], json=False, verbose=False)
     verbs = parser.add_subparsers(dest="verb", metavar="verb", title="verbs")
     for name in [name for name in VERBS if name in first] or VERBS:
-        verb: Verb = __import__(f"{__name__}.{name}", fromlist=["VERB"]).VERB
+        verb: Verb = __import__(f"{__name__}.{name.replace('-', '_')}", fromlist=["VERB"]).VERB
         own = verbs.add_parser(verb.name, help=verb.help, description=verb.help[0].upper() + verb.help[1:] + ".")
         verb.add_arguments(own)
         _add_common(own, "set_after")
@@ -171,7 +216,7 @@ def _add_common(parser: argparse.ArgumentParser, set_name: str) -> None:
         dest=set_name,
         action="append",
         default=argparse.SUPPRESS,
-        help="change one setting, e.g. tpm.backend=simulator; may be repeated",
+        help="change one setting, e.g. tpm.backend=wire; may be repeated",
     )
     parser.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON document instead of text"
@@ -196,7 +241,7 @@ def _fail(error: DpsError, verb: str, as_json: bool) -> int:
     code = exit_word(error)
     if as_json:
         return _write(_document(code, verb, {"error": error_document(error)}), EXIT_GROUPS.index(code))
-    remedy = REMEDIES.get(error.code, "")
+    remedy = remedy_of(error)
     lines = [f"dps-agent: {error.message}", f"  {remedy}  [{error.code}]" if remedy else f"  [{error.code}]"]
     if error.retry_after_s is not None:
         next_try = "the service would try again" if verb == "provision" else "a new try makes sense"
@@ -219,6 +264,19 @@ def _of_the_service(error: DpsError, verb: str) -> DpsError:
         return error
     what = error.message.partition(";")[0]
     return AskOperator("agent.denied", f"{what}; it is the service's: run it as root: sudo dps-agent {verb}")
+
+
+def _shows_colours() -> bool:
+    """Whether somebody sees colours and wants them: see https://no-color.org."""
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    return wanted and sys.stdout.isatty()
+
+
+def _coloured(line: str) -> str:
+    """The line with its result in green, yellow or red, where it begins with one."""
+    result = line.partition(" ")[0]
+    colour = COLOURS.get(result.rstrip(":,"))
+    return f"\x1b[{colour}m{result}\x1b[0m{line[len(result) :]}" if colour else line
 
 
 def _write(text: str, status: int) -> int:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from dps_agent.host.cli.verb import Outcome, UsageError, Verb, configuration_of, error_document, exit_word
+from dps_agent.host.cli.verb import (
+    Outcome,
+    UsageError,
+    Verb,
+    configuration_of,
+    did_you_mean,
+    error_document,
+    exit_word,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,7 +46,8 @@ def examine(arguments: argparse.Namespace) -> tuple[Device, Outcome]:
     only = [name.strip() for names in arguments.only for name in names.split(",")]
     for name in only:
         if name not in online:
-            raise UsageError(f"--only: expected some of {', '.join(online)}; came {name!r}")
+            near = did_you_mean(name, online)
+            raise UsageError(f"--only: expected some of {', '.join(online)}; came {name!r}{near}")
         if online[name] and arguments.offline:
             raise UsageError(f"--only {name} and --offline exclude each other: {name} uses the network")
     device = Device(lambda: configuration_of(arguments, need_id_scope=False))
@@ -65,10 +74,11 @@ def _outcome(found: list[tuple[Check, Finding]]) -> Outcome:
             }
         )
     document: dict[str, Any] = {"checks": checks}
+    before = "".join(f"{finding.detail}; then " for _, finding in found if finding.comes_first)
     for check, finding in found:
         if finding.error is not None:
             document["error"] = {**error_document(finding.error), "remedy": finding.remedy}
-            head = [f"failed: {check.id}: {finding.detail}", f"  {finding.remedy}  [{finding.error.code}]"]
+            head = [f"failed: {before}{check.id}: {finding.detail}", f"  {finding.remedy}  [{finding.error.code}]"]
             return Outcome([*head, "", *lines], document, exit_word(finding.error))
     warnings = [f"{check.id}: {finding.detail}" for check, finding in found if finding.result == "warning"]
     count = "a warning" if len(warnings) == 1 else f"{len(warnings)} warnings, the first"
@@ -76,4 +86,4 @@ def _outcome(found: list[tuple[Check, Finding]]) -> Outcome:
     return Outcome([*head, "", *lines], document)
 
 
-VERB = Verb("check", "look for what keeps this device from registering and connecting", add_arguments, run)
+VERB = Verb("check", "look for what keeps this device from its hub", add_arguments, run)

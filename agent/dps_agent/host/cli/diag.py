@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Outcome:
     """Collects what can be collected: the worse a device is, the more its report is needed."""
     from dps_agent.host import diag
+    from dps_agent.host.private_file import write_private
     from dps_hal.platform import to_json
 
     if arguments.output == "-" and (arguments.json or sys.stdout.isatty()):
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
             raise AskOperator("agent.file", f"the archive cannot be written to stdout: {error.strerror}") from None
         return Outcome([], {})
     path = arguments.output or f"{name}.tar.gz"
-    diag.write_private(path, packed)
+    write_private(path, packed)
     lines = [path, f"holds {', '.join(members)}; passwords, tokens, keys and payloads were removed"]
     lines.append("read it before you send it: it names this device, its hub, its files and users")
     return Outcome(lines, {"file": path, "members": list(members)})

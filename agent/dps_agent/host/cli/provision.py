@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     answer = ask_service(configuration, f"/command/provision?force={force}", timeout_s)
     if answer is not None:
         own = {
-            "backend": configuration.tpm.backend,
+            "backend": configuration.backend,
             "durationS": round(time.monotonic() - started_s, 3),
             "warnings": [],
         }

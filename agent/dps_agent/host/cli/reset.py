@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     if found and not arguments.yes:
         _ask(found, configuration.state_dir, arguments.json)
     lines = [f"erased {text}" for text in found.values()] or ["nothing was stored"]
-    document = {"erased": list(found), "stateDir": configuration.state_dir, "backend": configuration.tpm.backend}
+    document = {"erased": list(found), "stateDir": configuration.state_dir, "backend": configuration.backend}
     if ask_service(configuration, "/command/reset") is not None:
         return Outcome([*lines, "the service that runs registers the device again"], document)
     warnings = _withdraw_key(configuration, store)
@@ -60,8 +60,8 @@ def _withdraw_key(configuration: Configuration, store: LockedStore) -> list[str]
     handle = configuration.tpm.persist_at
     try:
         stored = store.load(IDENTITY)
-    except AskOperator:
-        stored = None  # another version's, and what it says of the TPM is unknown
+    except DpsError:
+        stored = None  # another version's, or unreadable, and what it says of the TPM is unknown
     if stored is None or not (handle or kept_key.noted(stored.payload)[0]):
         return []
 
@@ -92,6 +92,8 @@ def _description(store: Store, record: str) -> str:
     except IdentityStale:
         return "an assignment that is damaged"
     except DpsError as error:
+        if error.code == "store.io":
+            return f"the record '{record}', which cannot be read"
         if error.code != "store.unknown_version":
             raise
         return f"the record '{record}' of another version of dps-agent"

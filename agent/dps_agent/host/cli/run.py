@@ -10,7 +10,10 @@ def run(arguments: argparse.Namespace) -> Outcome:
     from dps_agent.host.journal import Journal
     from dps_agent.host.service import Service
 
-    Service(lambda: configuration_of(arguments), Journal(verbose=arguments.verbose)).run()
+    options = ["--config", arguments.config] if arguments.config else []
+    for override in (*arguments.set_before, *arguments.set_after):
+        options += ["--set", override]
+    Service(lambda: configuration_of(arguments), Journal(verbose=arguments.verbose), options).run()
     return Outcome([], {})
 
 

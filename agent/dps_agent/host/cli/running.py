@@ -29,10 +29,8 @@ def ask_service(configuration: Configuration, path: str, timeout_s: float | None
     `agent.denied` where this user may not use the socket; UsageError for settings on the command line, which the
     running agent does not see.
     """
-    from dps_agent.host.local.statefile import read_live
-
-    live = read_live(configuration)
-    if live is None or not live.get("socket") or not isinstance(live["socket"], str):
+    path_of_socket = _socket_of_service(configuration)
+    if path_of_socket is None:
         return None
     if unseen := unseen_settings(configuration):
         raise UsageError(f"--set {unseen[0]}: {UNSEEN}")
@@ -40,21 +38,62 @@ def ask_service(configuration: Configuration, path: str, timeout_s: float | None
     if timeout_s is not None:
         with contextlib.suppress(OSError):
             print(f"dps-agent: asks the service that runs, for {limit_s:g} s at most", file=sys.stderr, flush=True)
+    late = "agent.not_running" if timeout_s is None else "agent.out_of_time"
     try:
-        answer = _post(live["socket"], path, limit_s)
+        answer = _answered(path_of_socket, f"POST {path}", limit_s, late)
+    except RetryLater as error:
+        if error.code == "agent.out_of_time":
+            error.message += _why_late(configuration)
+        raise
+    return None if answer is None else _checked(answer)
+
+
+def _why_late(configuration: Configuration) -> str:
+    """Where the service stands, as it says of itself, behind what is said of an answer that has not come."""
+    from dps_agent.host.local.statefile import read_live
+
+    live = read_live(configuration) or {}
+    return f"; it is {live.get('state')}: {live.get('reason')}" if live.get("state") else ""
+
+
+def ask_metrics(configuration: Configuration) -> str | None:
+    """The text of GET /metrics; None where no service runs, or it has no socket. Raises as `ask_service` does."""
+    path = _socket_of_service(configuration)
+    answer = None if path is None else _answered(path, "GET /metrics", ANSWER_LIMIT_S, "agent.not_running")
+    if answer is None:
+        return None
+    head, _, body = answer.partition(b"\r\n\r\n")
+    if head.split(b" ")[1:2] != [b"200"]:
+        _checked(answer)
+    return body.decode(errors="replace")
+
+
+def _socket_of_service(configuration: Configuration) -> str | None:
+    from dps_agent.host.local.statefile import read_live
+
+    live = read_live(configuration)
+    path = live.get("socket") if live is not None else None
+    return path if path and isinstance(path, str) else None
+
+
+def _answered(path: str, request: str, limit_s: float, late: str) -> bytes | None:
+    """The whole answer to a request at the socket; None where the service has just ended.
+
+    `late` is the code of the error where none comes in time.
+    """
+    try:
+        return _exchange(path, request, limit_s)
     except TimeoutError:
-        code = "agent.not_running" if timeout_s is None else "agent.out_of_time"
-        raise RetryLater(code, f"the service did not answer within {limit_s:g} s") from None
+        raise RetryLater(late, f"the service did not answer within {limit_s:g} s") from None
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
-            text = f"the service runs, and its socket {live['socket']} is not open to user {os.geteuid()}"
+            text = f"the service runs, and its socket {path} is not open to user {os.geteuid()}"
             raise AskOperator("agent.denied", text) from None
         if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
-            return None  # it has just ended
+            return None
         if error.errno == errno.EAGAIN:
             raise RetryLater("agent.busy", "too many programs wait at the service's socket") from None
-        raise RetryLater("agent.not_running", f"{live['socket']}: {error.strerror}") from None
-    return _checked(answer)
+        raise RetryLater("agent.not_running", f"{path}: {error.strerror}") from None
 
 
 def unseen_settings(configuration: Configuration) -> list[str]:
@@ -66,8 +105,8 @@ def unseen_settings(configuration: Configuration) -> list[str]:
     ]
 
 
-def _post(path: str, target: str, timeout_s: float) -> bytes:
-    """The whole answer to one request, at the socket that root does not share with the clients' group where it may."""
+def _exchange(path: str, request: str, timeout_s: float) -> bytes:
+    """The whole answer to one request without a body, where it may at the socket that is not the clients' group's."""
     import socket
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
@@ -77,7 +116,7 @@ def _post(path: str, target: str, timeout_s: float) -> bytes:
         except (FileNotFoundError, ConnectionRefusedError, PermissionError):
             connection.connect(path)
         with contextlib.suppress(BrokenPipeError):  # it has answered already: that it is busy
-            connection.sendall(f"POST {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            connection.sendall(f"{request} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         answer = b""
         with contextlib.suppress(ConnectionResetError):  # the same, when it did not read the request
             while len(answer) <= ANSWER_LIMIT and (part := connection.recv(65536)):

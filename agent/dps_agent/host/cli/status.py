@@ -6,13 +6,15 @@ Offline and without the TPM: from what the running service says of itself, else 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 
 from dps_agent.host.cli.running import UNSEEN, ask_service, unseen_settings
 from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, table
-from dps_agent.host.config import Configuration, backend_shown
+from dps_agent.host.config import NO_ID_SCOPE, Configuration, ConfigurationError, backend_shown
 from dps_agent.host.error_document import error_fields
+from dps_agent.settings import X509
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, IdentityStale
 from dps_hal.host.codes import REMEDIES
@@ -42,18 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Needs no permission to write, and neither TPM nor network without --remote."""
-    from dps_agent.host.local.statefile import read_live
-
-    configuration = configuration_of(arguments, need_id_scope=arguments.remote)
-    live = read_live(configuration)
     try:
-        outcome = _of_records(configuration) if live is None else _of_service(configuration, live)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if live is None:
-            raise
-        text = f"the service's file in {configuration.runtime_dir} is damaged: {type(error).__name__}: {error}"
-        raise AskOperator("agent.file", text) from None
-    if live is not None and (unseen := unseen_settings(configuration)):
+        configuration = configuration_of(arguments, need_id_scope=arguments.remote)
+    except ConfigurationError:  # they alone say which service is meant
+        print("dps-agent: a service that runs goes on with the settings that it has", file=sys.stderr)
+        raise
+    outcome = stand(configuration)
+    if outcome.document["running"] and (unseen := unseen_settings(configuration)):
         print(f"dps-agent: --set {unseen[0]}: {UNSEEN}", file=sys.stderr)
     if not arguments.remote:
         return outcome
@@ -73,8 +70,24 @@ def run(arguments: argparse.Namespace) -> Outcome:
     return Outcome([*outcome.lines, "", *table(rows)], {**outcome.document, **found}, outcome.code)
 
 
+def stand(configuration: Configuration) -> Outcome:
+    """Where the device stands, by the service that runs, else by the stored records."""
+    from dps_agent.host.local.statefile import read_live
+
+    live = read_live(configuration)
+    if live is None:
+        return _of_records(configuration)
+    try:
+        return _of_service(configuration, live)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        text = f"the service's file in {configuration.runtime_dir} is damaged: {type(error).__name__}: {error}"
+        raise AskOperator("agent.file", text) from None
+
+
 def _of_service(configuration: Configuration, live: dict[str, Any]) -> Outcome:
     """What the service that runs has said of itself."""
+    from dps_agent.host.local.statefile import FLEET_REFUSED
+
     now_s = time.monotonic()
     waits_until_s = live["untilUptimeS"]
     left_s = max(round(waits_until_s - now_s), 0) if waits_until_s is not None else None
@@ -94,16 +107,18 @@ def _of_service(configuration: Configuration, live: dict[str, Any]) -> Outcome:
         ("until", f"{live['until']} (in {left_s} s)" if left_s is not None else ""),
         ("hub", live["assignedHub"]),
         ("hub lacks", ", ".join(live.get("hubLacks", ()))),
+        ("fleet", FLEET_REFUSED if live.get("fleetRefused") else ""),
         ("device", live["deviceId"]),
         ("registration id", live["registrationId"]),
         ("connections", str(live["connections"])),
         ("TPM", backend_shown(configuration)),
-        ("state folder", configuration.state_dir),
+        ("certificate", _certificate(configuration)),
+        ("state folder", os.path.abspath(configuration.state_dir)),
         ("socket", live["socket"]),
         ("service", f"process {live['pid']}, dps-agent {live['version']}"),
         ("failed attempts", str(live["failedAttempts"] or "")),
         ("last error", f"{error['message']} [{error['code']}]" if error else ""),
-        ("next", error["remedy"] if error else ""),
+        ("next", live.get("next", "")),
     ]
     return Outcome(table(rows), document, code)
 
@@ -130,18 +145,24 @@ def _of_records(configuration: Configuration) -> Outcome:
             code, reason = error.code, error.message
     holds = assignment is not None and not reason
     failed: Progress | None = progress if progress is not None and progress.attempts else None
+    if failed and configuration.id_scope and failed.under not in (0, configuration.settings().under):
+        failed = None  # under other settings
     if failed is not None and (not holds or failed.code.split(".")[0] in _OF_THE_DEVICE):
         state, code, reason = HALTED if failed.halted else WAITING, failed.code, failed.message
     elif assignment is not None and holds:
         state, code, reason = PROVISIONED, "", f"assigned to {assignment.assigned_hub}"
     remedy = REMEDIES.get(code, "")
+    if not configuration.id_scope:
+        remedy = configuration.id_scope_remedy
+        if not holds:
+            state, code, reason = "unprovisioned", "config.missing", NO_ID_SCOPE
     document: dict[str, Any] = {
         "running": False,
         "state": state,
         "reason": reason,
         "next": remedy,
-        "backend": configuration.tpm.backend,
-        "stateDir": configuration.state_dir,
+        "backend": configuration.backend,
+        "stateDir": os.path.abspath(configuration.state_dir),
         "assignedHub": assignment.assigned_hub if assignment is not None else "",
         "deviceId": assignment.device_id if assignment is not None else "",
         "registrationId": assignment.registration_id if assignment is not None else "",
@@ -154,7 +175,7 @@ def _of_records(configuration: Configuration) -> Outcome:
     }
     if state != PROVISIONED:
         retry_after_s = failed.next_try_delay_s if failed is not None else None
-        document["error"] = error_fields(code, reason, retry_after_s)
+        document["error"] = {**error_fields(code, reason, retry_after_s), "remedy": remedy}
     return Outcome(_lines(configuration, document), document, _CODES.get(state, "retry"))
 
 
@@ -173,12 +194,22 @@ def _lines(configuration: Configuration, document: dict[str, Any]) -> list[str]:
             ("endpoint", assignment.get("endpoint", "")),
             ("assigned at", assignment.get("assignedAt", "")),
             ("TPM", backend_shown(configuration)),
-            ("state folder", configuration.state_dir),
+            ("certificate", _certificate(configuration)),
+            ("state folder", os.path.abspath(configuration.state_dir)),
             ("record", "a newer copy was damaged, an older one serves" if document["rolledBack"] else ""),
             ("failed attempts", str(document["failedAttempts"] or "")),
             ("last error", f"{last_error['message']} [{last_error['code']}]" if last_error else ""),
         ]
     )
+
+
+def _certificate(configuration: Configuration) -> str:
+    """How long the device's certificate is good; "" for a device that shows none."""
+    if configuration.attestation != X509:
+        return ""
+    from dps_agent.host.device_certificates import certificate_shown
+
+    return certificate_shown(configuration)
 
 
 def _last_error(failed: Any) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import os
 from dps_agent.host.config import Configuration, ConfigurationError, load
 from dps_agent.host.error_document import fields_of
 from dps_hal.errors import AskOperator, DpsError, exit_group
+from dps_hal.host.codes import REMEDIES
 from dps_text import whole_number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any, NamedTuple, TextIO
 
     class Outcome(NamedTuple):
@@ -72,17 +73,42 @@ def configuration_of(arguments: argparse.Namespace, *, need_id_scope: bool = Tru
 
 def error_document(error: DpsError) -> dict[str, Any]:
     """The value of `error` in a JSON document."""
-    document = fields_of(error)
+    document = {**fields_of(error), "remedy": remedy_of(error)}
     if isinstance(error, ConfigurationError):
         document["problems"] = list(error.problems)
     return document
 
 
+def remedy_of(error: DpsError) -> str:
+    """What to do, "" for nothing; of a wrong command line without what there is for a wrong request at the socket."""
+    remedy = REMEDIES.get(error.code, "")
+    return remedy.partition(";")[0] if isinstance(error, UsageError) else remedy
+
+
 def exit_word(error: DpsError) -> str:
     """The word of EXIT_GROUPS for an error: a missing package is a matter of usage, whichever part missed it."""
-    if error.code in ("agent.usage", "tpm.not_available"):
+    if error.code in ("agent.usage", "agent.not_available", "tpm.not_available"):
         return "usage"
     return exit_group(error)
+
+
+class Suggesting(argparse.ArgumentParser):
+    """A parser that names the word which somebody may have meant."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), map(str, action.choices or ()))
+            raise
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'status'?` behind what is said of a word that is not `known`, "" where none is like it."""
+    import difflib  # only after a mistake
+
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def table(rows: Sequence[tuple[str, str]]) -> list[str]:

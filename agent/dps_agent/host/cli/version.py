@@ -4,11 +4,20 @@ import argparse
 
 from dps_agent.host.cli.verb import Outcome, Verb, no_arguments, table
 
-PACKAGES = ("dps-agent", "tpm2-pytss", "cryptography", "paho-mqtt", "ujson")
+PACKAGES = (  # all that may come with the agent, and it: the Debian packages bring what they have of it along
+    "dps-agent",
+    "paho-mqtt",
+    "ujson",
+    "tpm2-pytss",
+    "cryptography",
+    "cffi",
+    "packaging",
+    "pycparser",
+)
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
-    """Shows the versions of the agent, of what it uses and of Python; imports none of them."""
+    """Shows the versions of the agent, of what it uses, and of Python; imports none of them."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 

@@ -12,7 +12,7 @@ from dps_agent.effects import NO_REPLY_PROTOCOL, Failed
 if TYPE_CHECKING:
     from dps_agent.http1 import Reader, Reading
 
-REQUEST_HEADERS = ("connection", "content-length", "expect", "transfer-encoding")
+REQUEST_HEADERS = ("connection", "content-length", "content-type", "expect", "transfer-encoding")
 LENGTH_LIMIT = 1 << 40  # bytes; a larger Content-Length counts as that much
 _METHOD = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -26,6 +26,7 @@ class Head(NamedTuple):
     length: int
     closes: bool  # the connection is to end with the answer
     expects: bool  # the body comes once "100 Continue" was said
+    kind: str  # its media type, in lower case and without parameters
 
 
 def read_head(reader: Reader) -> Reading[Head]:
@@ -48,4 +49,6 @@ def read_head(reader: Reader) -> Reading[Head]:
     path, _, query = target.decode().partition("?")
     connection = headers.get("connection", "").lower().replace(" ", "").split(",")
     closes = "close" in connection or version == b"HTTP/1.0"
-    return Head(method.decode(), path, query, length, closes, headers.get("expect", "").lower() == "100-continue")
+    expects = headers.get("expect", "").lower() == "100-continue"
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return Head(method.decode(), path, query, length, closes, expects, kind)

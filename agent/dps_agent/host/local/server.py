@@ -1,9 +1,10 @@
-"""HTTP/1.1 on a Unix socket for other programs on this device: sockets, limits and the one thread, and no route.
+"""HTTP/1.1 on a Unix socket for other programs on this device: sockets and limits, and no route.
 
-The thread, `dps-api`, serves all programs and waits for none: every size, count and time has a bound, and a program
-that is too slow loses its connection. It is started by `LocalServer.start` and ends after `close`. What may be asked
-for stands in `routes`, what the hub sent in `events`. Nothing is queued here: telemetry is accepted once the hub has
-it, and a cloud-to-device message stays the hub's until a program says that it is done with it.
+It serves all programs and waits for none: every size, count and time has a bound, and a program that is too slow loses
+its connection. It has its turns in the loop of the service's main thread (`dps_agent.host.loop`), whatever that waits
+for, from when it is `served` there to its `close`. What may be asked for stands in `routes`, what the hub sent in
+`events`. Nothing is queued here: telemetry is accepted once the hub has it, and a cloud-to-device message stays the
+hub's until a program says that it is done with it.
 
 Each connection (`_Client`) is a small machine of its own, whose state is what it has and not a name:
 
@@ -19,13 +20,14 @@ its answer, `ignored` that what comes of a body is thrown away. A connection may
 what it had, but for telemetry that the session has begun with. Nothing is read of one that waits for us, so that a
 program cannot queue.
 
-A turn of the thread (`_take_turn`) has six steps: 1. What came on connections, and what they can take. 2. New
-connections. 3. Requests that were left over, for each client has REQUESTS_A_TURN. 4. What the service's thread has put
-into the inbox. 5. Events for readers. 6. Whoever has had his time.
+A turn has six steps: 1. What came on connections, and what they can take. 2. New connections. 3. Requests that were
+left over, for each client has REQUESTS_A_TURN. 4. Answers that the service has put into the inbox. 5. Events for
+readers. 6. Whoever has had his time.
 
-Who pushes whom. The service's thread calls `show`, `tell`, `answer`, `forget`; where they change what only this thread
-may touch, they go through the inbox and an alarm (`_later`, `_wake`). This thread calls `post`, `command` and
-`take_back`, which return at once, and touches nothing else of the service but its journal.
+Who pushes whom. The service calls `show`, `tell`, `answer`, `forget` between two turns; answers wait in the inbox for
+the next one, which is due at once, so that no program's next request comes in the middle of what the service does. A
+turn calls `post`, `command` and `take_back`, which return at once, and touches nothing else of the service but its
+journal.
 
 Users of the socket are not trusted: each has a share of everything that is counted (`shares`), and what a client that
 has gone asked for is taken back where nobody has begun with it. A second socket, `path` with ROOT_SUFFIX, is open to
@@ -36,24 +38,31 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import select
 import socket
 import stat
 import struct
-import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dps_agent.effects import NO_REPLY_TOO_LARGE, Failed
 from dps_agent.host.config import ROOT_SUFFIX
+from dps_agent.host.counts import Counts
 from dps_agent.host.journal import NOTICE, WARNING, Journal
+from dps_agent.host.local.batch import Batch, Messages
 from dps_agent.host.local.events import Events, chunk
 from dps_agent.host.local.heads import REQUEST_HEADERS, Head, read_head
 from dps_agent.host.local.routes import (
-    NOT_SENT,
+    ACCEPTED,
+    METRICS_TYPE,
+    OUT_OF_TIME,
     RETRY_AFTER_S,
+    TELEMETRY_LIMIT_S,
+    UNKNOWN,
+    UNSENT,
     Begun,
     Command,
     Later,
@@ -63,14 +72,25 @@ from dps_agent.host.local.routes import (
     Routes,
     Snapshot,
     Stream,
+    Text,
     error_document,
     outcome_of,
+    outcome_of_lines,
 )
-from dps_agent.host.local.shares import Lines, Peer, Places, is_trusted
+from dps_agent.host.local.shares import USE_EVERY_S, Lines, Peer, Places, is_trusted
 from dps_agent.host.local.statefile import make_runtime_folder
 from dps_agent.host.worker import bug
 from dps_agent.http1 import Reader
-from dps_agent.hub_effects import MethodCall, Readers, SendTelemetry, TelemetryDone, Withdrawn
+from dps_agent.hub_effects import (
+    MethodCall,
+    Readers,
+    ReadTwin,
+    Report,
+    SendTelemetry,
+    TelemetryDone,
+    TwinDone,
+    Withdrawn,
+)
 from dps_agent.session import IN_FLIGHT_LIMIT, IN_FLIGHT_SIZE
 from dps_hal.platform import to_json
 from dps_text import whole_number
@@ -81,11 +101,14 @@ if TYPE_CHECKING:
     from dps_agent.http1 import Reading
     from dps_agent.hub_effects import Event, Message
 
+FOR_THE_HUB = (SendTelemetry, Report, ReadTwin)  # answered by the hub's session
 CLIENT_GROUP = "dps-agent-clients"
 GROUP_FILE = "/etc/group"
 BACKLOG = 4096  # connections that wait to be looked at; a program that finds it full gets EAGAIN, whoever filled it
 ACCEPTS_A_TURN = 256  # connections that are let in before anything else is done
+ACCEPT_AGAIN_S = 0.1  # after there was no descriptor left for a connection
 REQUESTS_A_TURN = 16  # requests of one client that are done before the others have their turn
+KNOWN_SIZE = 1024  # bytes of a head that is remembered as long as its connection stands
 READ_SIZE = 20 * 1024  # bytes of heads in one go: one that is too long is read, so that its answer arrives
 BODY_LIMIT = 256 * 1024  # bytes; IoT Hub quotas: a device-to-cloud message
 LINES_LIMIT = 128  # events that a reader may be behind
@@ -115,6 +138,7 @@ _REASONS = {
     429: "Too Many Requests",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
+    501: "Not Implemented",
     503: "Service Unavailable",
     504: "Gateway Timeout",
 }
@@ -133,9 +157,9 @@ class _Body(NamedTuple):
 
 
 class _UnderWay(NamedTuple):
-    """Telemetry that was handed to the hub's session and was not answered yet; it takes `size` bytes of a share."""
+    """What was handed to the hub's session and was not answered yet; it takes `size` bytes of a share."""
 
-    event: SendTelemetry
+    event: SendTelemetry | Report | ReadTwin
     user: int
     size: int
 
@@ -159,6 +183,10 @@ class _Client:
         self.streams = False
         self.ends = False  # it is closed once all is sent
         self.over = False  # it sends nothing more, and may wait for an answer
+        self.queued = False  # it had its turn, has sent more than that, and is in `_unfinished` for the next one
+        self.known: tuple[bytes, Head | None] = (b"", None)  # a head that it has sent, and what it says: most are alike
+        self.noted = False  # that this user uses the socket
+        self.watched = select.EPOLLIN  # what the kernel is to tell of it
 
     def is_idle(self) -> bool:
         return not (self.pending or self.streams or self.lines or self.has_begun())
@@ -168,16 +196,20 @@ class _Client:
         return bool(self.came or self.reader.rest or self.head or self.body)
 
     def waits_for_us(self) -> bool:
-        """Whether nothing of it is to be read now."""
+        """Whether no request of it is to be begun now."""
         return bool(self.pending or self.streams or self.lines or (self.ends and not self.ignored))
+
+    def is_to_be_read(self) -> bool:
+        """Whether more of what it sends is taken now."""
+        return not (self.queued or self.over or self.waits_for_us())
 
 
 class LocalServer:
     """The socket at `path`; OSError where it cannot be made.
 
-    The service calls `show`, `tell`, `answer` and `forget` from its own thread.
-    `post` takes an event for the hub's session, or returns False; `command` takes a `Command`; `take_back` drops one of
-    either that nobody has begun with, and says whether it did. They are called from the socket's thread and return at
+    It is `Served` by a loop, on whose thread all methods are called; the service calls `show`, `tell`, `answer` and
+    `forget`. `post` takes an event for the hub's session, or returns False; `command` takes a `Command`; `take_back`
+    drops one of either that nobody has begun with, and says whether it did. They are called in a turn and return at
     once.
     """
 
@@ -190,10 +222,12 @@ class LocalServer:
         command: Callable[[Command], None],
         take_back: Callable[[Event | Command], bool],
         journal: Journal,
+        counts: Counts | None = None,
     ) -> None:
         self.path = path
         self._events = Events()
-        self._routes = Routes(self._events, allow_token)
+        self._counts = counts or Counts()
+        self._routes = Routes(self._events, allow_token, self._counts)
         self._post = post
         self._command = command
         self._take_back = take_back
@@ -201,10 +235,12 @@ class LocalServer:
         self._lines = Lines(journal)
         self._clients: dict[int, _Client] = {}  # by the number of the descriptor
         self._unfinished: list[_Client] = []  # clients whose requests were received and wait for their turn
-        self._inbox: deque[Callable[[], None]] = deque()  # work from other threads
+        self._inbox: deque[Callable[[], None]] = deque()  # answers that came between two turns
         self._serial = 0
         self._pending: dict[int, _Client] = {}
         self._under_way: dict[int, _UnderWay] = {}
+        self._batches: dict[int, Batch] = {}  # by the request id under which the program waits
+        self._batch_of: dict[int, Batch] = {}  # by the request id of each message under way
         self._places = Places(*CLIENTS)
         self._stream_places = Places(*STREAMS)
         self._streams = 0  # connections with GET /events
@@ -219,28 +255,22 @@ class LocalServer:
             self._close_listeners()
             self._poll.close()
             raise
-        self._alarm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._poll.register(self._alarm, select.EPOLLIN)
-        self._ended = False
-        # Started by `start`, ends with the turn in which it sees `close`; it waits for its sockets and the alarm alone.
-        self._thread = threading.Thread(target=self._serve, name="dps-api", daemon=True)
-
-    def start(self) -> None:
-        """Answers from now on; what has come to the socket before waits in it. `show` first."""
-        self._thread.start()
+        self._next_end_s = -math.inf  # when somebody has had his time, as far as is known
+        self._accepts_at_s = -math.inf  # when it listens again; -inf: it does
 
     def close(self) -> None:
         """Ends it; idempotent."""
-        if self._ended:
+        if self._poll.closed:
             return
-        self._ended = True
-        self._wake()
-        self._thread.join(1.0)
+        for client in list(self._clients.values()):
+            self._drop(client)
+        self._close_listeners()
+        self._poll.close()
         for path in (self.path, self.path + ROOT_SUFFIX):
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
-    # For the service's own thread.
+    # For the service.
 
     def show(self, snapshot: Snapshot) -> None:
         """What GET /status and GET /assignment answer from now on."""
@@ -252,44 +282,43 @@ class LocalServer:
 
     def tell(self, message: Message) -> bool:
         """Hands a message of the hub's session to whom it may concern; False where nobody can take it."""
-        if isinstance(message, TelemetryDone):
-            self._later(lambda: self._end_telemetry(message))
+        if isinstance(message, (TelemetryDone, TwinDone)):
+            self._inbox.append(lambda: self._end_asked(message))
             return True
         if isinstance(message, MethodCall) and not self.is_read():
             return False
-        taken = self._events.take(message, time.monotonic())
-        self._wake()
-        return taken
+        return self._events.take(message, time.monotonic())
 
     def answer(self, request_id: int, status: int, document: dict[str, Any]) -> None:
         """The answer to a `Command`."""
-        self._later(lambda: self._finish(request_id, status, document))
+        self._inbox.append(lambda: self._finish(request_id, status, document))
 
     def forget(self) -> None:
         """The connection to the hub has ended: what was held of it will be delivered again."""
         self._events.forget()
 
-    def _later(self, call: Callable[[], None]) -> None:
-        self._inbox.append(call)
-        self._wake()
+    # For the loop.
 
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._alarm, 1)
+    def fileno(self) -> int:
+        """Readable where a client, or somebody who wants to be one, has something for us."""
+        return self._poll.fileno()
 
-    # The thread.
+    def due_s(self) -> float:
+        """When there is something to do even if nothing comes, in monotonic seconds."""
+        if self._unfinished or self._inbox or self._events.has_news():
+            return 0.0
+        ends = [client.deadline_s for client in self._clients.values()] + self._events.ends_s()
+        if self._accepts_at_s > 0.0:
+            ends.append(self._accepts_at_s)
+        self._next_end_s = min(ends) + 0.01 if ends else math.inf
+        return self._next_end_s
 
-    def _serve(self) -> None:
-        while not self._ended:
-            self._guarded(None, self._take_turn)
-        for client in list(self._clients.values()):
-            self._drop(client)
-        self._poll.close()
-        self._close_listeners()
-        os.close(self._alarm)
+    def turn(self, readable: bool) -> None:
+        """Does what can be done now; `readable`: somebody has something for us."""
+        self._guarded(None, self._take_turn, readable)
 
-    def _take_turn(self) -> None:
-        ready = self._poll.poll(self._patience_s())
+    def _take_turn(self, readable: bool) -> None:
+        ready = self._poll.poll(0) if readable else []
         # Looked up before anything is done: a descriptor that is closed may be the next connection's in this turn.
         moved = [(client, events) for number, events in ready if (client := self._clients.get(number)) is not None]
         for client, events in moved:
@@ -298,15 +327,16 @@ class LocalServer:
         for number, _ in ready:
             if (listener := self._listeners.get(number)) is not None:
                 self._guarded(None, self._accept, listener)
-            elif number == self._alarm:
-                os.eventfd_read(self._alarm)
         unfinished, self._unfinished = self._unfinished, []
         for client in unfinished:
+            client.queued = False
             self._guarded(client, self._advance, client)
         while self._inbox:
             self._guarded(None, self._inbox.popleft())
-        self._guarded(None, self._broadcast)
-        self._guarded(None, self._expire, time.monotonic())
+        if self._events.has_news():
+            self._guarded(None, self._broadcast)
+        if (now_s := time.monotonic()) >= self._next_end_s:
+            self._guarded(None, self._expire, now_s)
 
     def _listen(self, listener: socket.socket) -> None:
         self._listeners[listener.fileno()] = listener
@@ -329,12 +359,6 @@ class LocalServer:
             if client is not None:
                 self._drop(client)
 
-    def _patience_s(self) -> float | None:
-        if self._unfinished:
-            return 0.0
-        ends = [client.deadline_s for client in self._clients.values()] + self._events.ends_s()
-        return max(min(ends) - time.monotonic(), 0.0) + 0.01 if ends else None
-
     def _expire(self, now_s: float) -> None:
         """What becomes of connections whose time is over.
 
@@ -343,6 +367,10 @@ class LocalServer:
         did not come to its end: 408.
         """
         self._events.expire(now_s)
+        if 0.0 < self._accepts_at_s <= now_s:
+            self._accepts_at_s = -math.inf
+            for listener in self._listeners.values():
+                self._poll.modify(listener, select.EPOLLIN)
         for client in [client for client in self._clients.values() if client.deadline_s <= now_s]:
             if client.pending is not None:
                 self._give_up(client, client.pending)
@@ -357,10 +385,16 @@ class LocalServer:
 
     def _give_up(self, client: _Client, request_id: int) -> None:
         """Answers a request that had its time: whoever is told that it was not done can rely on it."""
+        batch = self._batches.get(request_id)
+        if batch is not None:
+            self._end_batch(batch, OUT_OF_TIME)
+            return
         begun = not self._was_taken_back(client)
         self._release(request_id, begun)
-        if isinstance(client.asked, SendTelemetry) and not begun:
-            self._finish(request_id, NOT_SENT.status, NOT_SENT.document)
+        if isinstance(client.asked, SendTelemetry):
+            self._counts.telemetry["late" if begun else "refused"] += 1
+        if isinstance(client.asked, FOR_THE_HUB) and not begun:
+            self._finish(request_id, UNSENT.status, UNSENT.document)
         else:
             text = "no answer yet: whether it will be done is not known" if begun else "it was not begun in time"
             self._finish(request_id, 504, error_document("agent.out_of_time", text))
@@ -375,8 +409,10 @@ class LocalServer:
             try:
                 connection, _ = listener.accept()
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
-                    time.sleep(0.1)  # no descriptor is left, and the next poll would say the same at once
+                if error.errno in (errno.EMFILE, errno.ENFILE):  # the next poll would say the same at once
+                    self._accepts_at_s = time.monotonic() + ACCEPT_AGAIN_S
+                    for deaf in self._listeners.values():
+                        self._poll.modify(deaf, 0)
                 return
             try:
                 self._let_in(connection)
@@ -397,7 +433,7 @@ class LocalServer:
                 connection.send(_answer(503, document, "Connection: close\r\n"))
             return
         client = _Client(connection, peer, time.monotonic())
-        self._poll.register(connection, select.EPOLLIN)
+        self._poll.register(connection, client.watched)
         self._places.take(peer.user)
         self._clients[connection.fileno()] = client
 
@@ -450,7 +486,10 @@ class LocalServer:
             self._give_back(client, client.body)
         if client.pending is not None:
             self._pending.pop(client.pending, None)
-            self._release(client.pending, not self._was_taken_back(client))
+            if (batch := self._batches.get(client.pending)) is not None:
+                self._end_batch(batch, UNSENT)
+            else:
+                self._release(client.pending, not self._was_taken_back(client))
 
     def _move(self, client: _Client, events: int) -> None:
         if events & (select.EPOLLHUP | select.EPOLLERR):
@@ -458,7 +497,9 @@ class LocalServer:
             return
         if events & select.EPOLLOUT:
             self._send(client)
-        if events & select.EPOLLIN and not client.waits_for_us() and not client.over:
+        if events & select.EPOLLIN and not client.is_to_be_read():
+            self._watch(client, exactly=True)
+        elif events & select.EPOLLIN:
             body = client.body
             content = client.socket.recv(READ_SIZE if body is None else _missing(body))
             client.over = not content
@@ -474,16 +515,17 @@ class LocalServer:
 
     def _advance(self, client: _Client) -> None:
         """Answers what was received, one request after the other, each once the answer before has gone."""
-        if client.socket.fileno() < 0:
-            return  # it was dropped meanwhile
+        if client.queued or client.socket.fileno() < 0:
+            return  # its turn comes, or it was dropped meanwhile
         for _ in range(REQUESTS_A_TURN):
             if client.waits_for_us() or not self._take_request(client):
                 break
             if client.socket.fileno() < 0:
                 return
         else:
+            client.queued = True
             self._unfinished.append(client)
-        if client.over and not (client.pending or client.lines or client.streams or client in self._unfinished):
+        if client.over and not (client.pending or client.lines or client.streams or client.queued):
             self._drop(client)
         self._watch(client)
 
@@ -512,7 +554,7 @@ class LocalServer:
             client.body = None
             self._do(client, body)
         except Refused as refused:
-            self._reply(client, refused.status, refused.document)
+            self._reply(client, refused.status, refused.document, refused.allow)
         return True
 
     def _take_head(self, client: _Client) -> bool:
@@ -526,16 +568,20 @@ class LocalServer:
         expects = head.expects and len(client.reader.rest) < head.length
         user = client.peer.user
         now_s = time.monotonic()
-        self._lines.say(user, "use", f"{client.peer} uses the socket", now_s)
-        self._journal.detail(f"{client.peer}: {head.method} {head.path}, {head.length} bytes")
+        if not client.noted:
+            client.noted = True
+            self._lines.say(user, "use", f"{client.peer} uses the socket", now_s, every_s=USE_EVERY_S)
+        if self._journal.verbose:
+            self._journal.detail(f"{client.peer}: {head.method} {head.path}, {head.length} bytes")
         try:
-            begun = self._routes.begin(Request(head.method, head.path, head.query, head.length, user), now_s)
+            begun = self._routes.begin(Request(head.method, head.path, head.query, head.length, user, head.kind), now_s)
             if begun.topic_size and not self._hub_places.has_room(user):
                 raise Refused(503, "agent.busy", "it was not sent: too much is under way to the hub", RETRY_AFTER_S)
             share = head.length + begun.topic_size
             if not self._bytes.take(user, share):
                 raise Refused(503, "agent.busy", "it was not read: too much is under way", RETRY_AFTER_S)
         except Refused:
+            self._counts.telemetry["refused"] += head.path == "/telemetry"
             client.ends = head.closes or expects
             client.ignored = 0 if expects else head.length  # a client that is not told to go on does not send it
             raise
@@ -549,7 +595,12 @@ class LocalServer:
     def _read_head(self, client: _Client) -> Head | None:
         """The next head, None where more has to come; Refused, and the connection ends, where it is none."""
         came: bytes | None = None  # begins the reading of what is there already
-        if client.head is None and client.reader.rest:
+        rest = client.reader.rest
+        if client.head is None and rest:
+            same, known = client.known
+            if known is not None and rest.startswith(same):
+                client.reader.rest = rest[len(same) :]
+                return known
             client.head = read_head(client.reader)
         elif client.head is not None and client.came:
             came, client.came = client.came, b""
@@ -560,6 +611,9 @@ class LocalServer:
         except StopIteration as end:
             client.head = None
             head: Head = end.value
+            size = len(rest) - len(client.reader.rest)
+            if came is None and size <= KNOWN_SIZE:
+                client.known = (rest[:size], head)
             return head
         except Failed as failed:
             client.head = None
@@ -575,8 +629,11 @@ class LocalServer:
         except BaseException:
             self._give_back(client, body)
             raise
-        if isinstance(outcome, Later) and isinstance(outcome.asked, SendTelemetry):
-            self._send_telemetry(client, outcome.asked, outcome.limit_s, body)
+        if isinstance(outcome, Later) and isinstance(outcome.asked, FOR_THE_HUB):
+            self._hand_on(client, outcome.asked, outcome.limit_s, body)
+            return
+        if isinstance(outcome, Messages):
+            self._begin_batch(client, outcome, body)
             return
         self._give_back(client, body)
         match outcome:
@@ -594,9 +651,11 @@ class LocalServer:
                 self._command(asked)
             case Stream():
                 self._stream(client)
+            case Text(text):
+                self._reply(client, 200, text)
 
-    def _send_telemetry(self, client: _Client, event: SendTelemetry, limit_s: float, body: _Body) -> None:
-        """Hands telemetry on; its share is given back once the hub's session has answered, or never had it."""
+    def _hand_on(self, client: _Client, event: SendTelemetry | Report | ReadTwin, limit_s: float, body: _Body) -> None:
+        """Hands on what is for the hub; its share is given back once the session has answered, or never had it."""
         client.asked = event = event._replace(request_id=self._await(client, limit_s))
         if not self._post(event):
             self._give_back(client, body)
@@ -621,14 +680,68 @@ class LocalServer:
             self._bytes.give_back(under_way.user, under_way.size)
             self._hub_places.give_back(under_way.user)
 
-    def _end_telemetry(self, done: TelemetryDone) -> None:
+    def _end_asked(self, done: TelemetryDone | TwinDone) -> None:
         under_way = self._under_way.get(done.request_id)
-        if under_way is not None and done.sent and not done.accepted:
+        if under_way is not None and isinstance(done, TelemetryDone) and done.sent and not done.accepted:
             what = f"a message of user {under_way.user} was given up: the hub did not acknowledge it, and may have it"
             self._lines.say(under_way.user, "given up", what, time.monotonic(), NOTICE)
+        if isinstance(done, TelemetryDone):
+            self._counts.telemetry["accepted" if done.accepted else "refused"] += 1
         self._release(done.request_id, False)
         outcome = outcome_of(done)
+        if (batch := self._batch_of.pop(done.request_id, None)) is not None:
+            batch.end(done.request_id, None if outcome.status == 200 else outcome)
+            self._go_on(batch)
+            return
         self._finish(done.request_id, outcome.status, outcome.document)
+
+    # Many messages in one request.
+
+    def _begin_batch(self, client: _Client, messages: Messages, body: _Body) -> None:
+        """Begins to send; the place and the topic's bytes that came with the head are for the first message."""
+        self._give_back(client, body)
+        self._bytes.take(client.peer.user, body.size)
+        batch = Batch(messages, self._await(client, TELEMETRY_LIMIT_S), body.begun.topic_size, body.size)
+        self._batches[batch.request_id] = batch
+        self._go_on(batch)
+
+    def _go_on(self, batch: Batch) -> None:
+        """Sends as many of a batch as its user's share has room for; answers once nothing is under way any more."""
+        user = batch.event.sender
+        while (payload := batch.waiting()) is not None and self._hub_places.has_room(user):
+            self._serial += 1
+            event = batch.event._replace(request_id=self._serial, payload=payload)
+            if not self._bytes.take(user, batch.topic_size):
+                break
+            if not self._post(event):
+                self._bytes.give_back(user, batch.topic_size)
+                break
+            self._hub_places.take(user)
+            self._under_way[event.request_id] = _UnderWay(event, user, len(payload) + batch.topic_size)
+            self._batch_of[event.request_id] = batch
+            batch.send(event.request_id)
+        if not batch.under_way:
+            self._end_batch(batch, UNSENT)
+
+    def _end_batch(self, batch: Batch, failure: Reply) -> None:
+        """Answers a batch; `failure` is why messages are left that did not fail themselves.
+
+        A program sends again from the first message on that was not accepted, so what is said of that one holds for
+        all behind it: none of them may be at the hub where it is told that it was not sent.
+        """
+        del self._batches[batch.request_id]
+        told = batch.failures.get(batch.accepted, failure)
+        doubtful = bool(batch.ahead) or UNKNOWN in batch.failures.values()
+        for request_id in batch.under_way:
+            del self._batch_of[request_id]
+            begun = not self._take_back(self._under_way[request_id].event)
+            doubtful = doubtful or begun
+            self._counts.telemetry["late" if begun else "refused"] += 1
+            self._release(request_id, begun)
+        self._bytes.give_back(batch.event.sender, batch.held)
+        told = UNKNOWN if doubtful and told == UNSENT else told
+        outcome = outcome_of_lines(batch.accepted, batch.of, told)
+        self._finish(batch.request_id, outcome.status, outcome.document)
 
     def _await(self, client: _Client, limit_s: float) -> int:
         """The id under which `client` is answered later."""
@@ -651,7 +764,9 @@ class LocalServer:
         if not self._stream_places.take(client.peer.user):
             raise Refused(503, "agent.busy", "too many programs read the events already", RETRY_AFTER_S)
         self._broadcast()  # what is news to the others is in the backlog of this one
-        self._lines.say(client.peer.user, "events", f"{client.peer} reads the events", time.monotonic())
+        self._lines.say(
+            client.peer.user, "events", f"{client.peer} reads the events", time.monotonic(), every_s=USE_EVERY_S
+        )
         client.streams = True
         self._streams += 1
         self._post(Readers(self._streams))
@@ -682,13 +797,13 @@ class LocalServer:
 
     # Answers.
 
-    def _reply(self, client: _Client, status: int, document: dict[str, Any]) -> None:
+    def _reply(self, client: _Client, status: int, document: dict[str, Any] | str, allow: str = "") -> None:
         client.ends = client.ends or status in (408, 413, 431)
-        ending = "Connection: close\r\n" if client.ends else ""
+        more = (f"Allow: {allow}\r\n" if allow else "") + ("Connection: close\r\n" if client.ends else "")
         client.deadline_s = time.monotonic() + IDLE_LIMIT_S
         if status >= 400:
             self._journal.detail(f"{client.peer}: answered {status}")
-        self._line(client, _answer(status, document, ending))
+        self._line(client, _ACCEPTED if document is ACCEPTED.document and not more else _answer(status, document, more))
 
     def _line(self, client: _Client, content: bytes) -> None:
         client.lines.append(content)
@@ -722,13 +837,19 @@ class LocalServer:
             self._drop(client)
         self._watch(client)
 
-    def _watch(self, client: _Client) -> None:
-        """Waits for what the client is to do next; that it is gone is told in any case."""
+    def _watch(self, client: _Client, exactly: bool = False) -> None:
+        """Waits for what the client is to do next; that it is gone is told in any case.
+
+        Where nothing is to be read, it is waited for all the same until something comes: as a rule nothing does, and
+        to change what is waited for is a system call.
+        """
         if client.socket.fileno() >= 0:
-            reads = not (client.waits_for_us() or client.over or client in self._unfinished)
-            self._poll.modify(
-                client.socket, (select.EPOLLIN if reads else 0) | (select.EPOLLOUT if client.lines else 0)
-            )
+            watched = (select.EPOLLIN if client.is_to_be_read() else 0) | (select.EPOLLOUT if client.lines else 0)
+            if not exactly:
+                watched |= client.watched & select.EPOLLIN
+            if watched != client.watched:
+                client.watched = watched
+                self._poll.modify(client.socket, watched)
 
 
 def peer_of(connection: socket.socket) -> Peer:
@@ -830,10 +951,16 @@ def _missing(body: _Body) -> int:
     return body.size - len(body.content)
 
 
-def _answer(status: int, document: dict[str, Any], more: str = "") -> bytes:
-    body = to_json(document).encode() + b"\n"
-    retry_after_s = document["error"]["retryAfterS"] if "error" in document else None
-    retry = f"Retry-After: {retry_after_s}\r\n" if retry_after_s is not None else ""
-    kind = "Content-Type: application/json\r\n"
-    head = f"HTTP/1.1 {status} {_REASONS[status]}\r\n{kind}Content-Length: {len(body)}\r\n{retry}{more}\r\n"
-    return head.encode() + body
+def _answer(status: int, document: dict[str, Any] | str, more: str = "") -> bytes:
+    retry = ""
+    if isinstance(document, str):  # metrics, the one document that is no JSON
+        kind, body = METRICS_TYPE, document.encode()
+    else:
+        kind, body = "application/json", to_json(document).encode() + b"\n"
+        retry_after_s = document["error"]["retryAfterS"] if "error" in document else None
+        retry = f"Retry-After: {retry_after_s}\r\n" if retry_after_s is not None else ""
+    head = f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}{retry}{more}\r\n".encode() + body
+
+
+_ACCEPTED = _answer(ACCEPTED.status, ACCEPTED.document)  # what nearly all are answered

@@ -15,7 +15,8 @@ from dps_agent.host.journal import INFO
 if TYPE_CHECKING:
     from dps_agent.host.journal import Journal
 
-LINE_EVERY_S = 3600.0  # a program that is started once a minute is no line a minute
+LINE_EVERY_S = 3600.0
+USE_EVERY_S = 86400.0  # that a user uses the socket is news once a day, however often his programs are started
 LINES_LIMIT = 256  # users and kinds of lines remembered; what is beyond shares one line
 
 
@@ -47,6 +48,8 @@ class Places:
     def has_room(self, user: int, count: int = 1) -> bool:
         """Whether this user may have so many more."""
         free = self._in_all - sum(self._taken.values())
+        if count <= free - self._kept and self.of(user) + count <= self._of_one:
+            return True  # whoever it is
         if is_trusted(user):
             return count <= free
         others = sum(taken for other, taken in self._taken.items() if not is_trusted(other))
@@ -96,14 +99,23 @@ class Rate:
 
 
 class Lines:
-    """Lines about users for the journal: one of each kind in LINE_EVERY_S for a user; what is left out is counted."""
+    """Lines about users for the journal: one of each kind in a time for a user; what is left out is counted."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._next: dict[tuple[int, str], tuple[float, int]] = {}  # when the next line is due, how many were left out
 
-    def say(self, user: int, kind: str, text: str, now_s: float, level: int = INFO, code: str = "") -> None:
-        """One line, or none; the event is `local`, or `warning` where there is a `code`."""
+    def say(
+        self,
+        user: int,
+        kind: str,
+        text: str,
+        now_s: float,
+        level: int = INFO,
+        code: str = "",
+        every_s: float = LINE_EVERY_S,
+    ) -> None:
+        """One line in `every_s`, or none; the event is `local`, or `warning` where there is a `code`."""
         key = (user, kind)
         if key not in self._next and len(self._next) >= LINES_LIMIT:
             self._next = {known: due for known, due in self._next.items() if due[0] > now_s}
@@ -113,6 +125,6 @@ class Lines:
         if now_s < due_s:
             self._next[key] = (due_s, left_out + 1)
             return
-        self._next[key] = (now_s + LINE_EVERY_S, 0)
+        self._next[key] = (now_s + every_s, 0)
         more = f"; {left_out} more such lines were left out" if left_out else ""
         self._journal.event("warning" if code else "local", text + more, level, code=code)

@@ -26,6 +26,10 @@ SCHEMA = "dps-agent-state/1"
 FILE_NAME = "state.json"
 SIZE_LIMIT = 65536
 WRITE_EVERY_S = 1.0
+FLEET_REFUSED = (
+    "the desired property dpsAgent.fleet is passed over: expected whole numbers, with which nobody has to wait for more"
+    " than a week; docs/fleet.md has their limits"
+)
 BURST = 8  # a start goes through most of the states within a moment
 _FILE_MODE = 0o644
 _FOLDER_MODE = 0o755

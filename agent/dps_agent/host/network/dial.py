@@ -39,9 +39,11 @@ if TYPE_CHECKING:
 
 
 MQTT_PORT = 8883  # every hub's
+LOOKUPS_LIMIT = 4  # names that are being looked up at a time: a resolver that hangs has a thread for each
+_RESOLVER = "dps-resolver"
 
 # How OpenSSL's name for a failure without a verdict on a certificate ends, the reason, and what it says of the peer.
-# Alerts: RFC 8446, 6.2. A peer that dislikes our certificate wants one, for it was shown none.
+# Alerts: RFC 8446, 6.2. A peer that dislikes the certificate of a device that shows none wants one.
 _WITHOUT_VERDICT = (
     ("WRONG_VERSION_NUMBER", NO_REPLY_NOT_TLS, "what answers there does not speak TLS"),
     ("PACKET_LENGTH_TOO_LONG", NO_REPLY_NOT_TLS, "what answers there does not speak TLS"),  # the same by OpenSSL 3.2
@@ -57,18 +59,34 @@ _WITHOUT_VERDICT = (
     ("ALERT_INSUFFICIENT_SECURITY", NO_REPLY_TLS_FAILED, "what answers there takes none of this device's ciphers"),
     ("UNRECOGNIZED_NAME", NO_REPLY_TLS_FAILED, "what answers there does not answer for this name"),
 )
+# How the alerts end by which a peer says what is wrong with the certificate that it was shown; the same source.
+_OF_OUR_CERTIFICATE = (
+    "ALERT_BAD_CERTIFICATE",
+    "ALERT_UNSUPPORTED_CERTIFICATE",
+    "ALERT_CERTIFICATE_REVOKED",
+    "ALERT_CERTIFICATE_EXPIRED",
+    "ALERT_CERTIFICATE_UNKNOWN",
+    "ALERT_UNKNOWN_CA",
+    "ALERT_ACCESS_DENIED",
+)
 
 
 class Dialler:
     """Opens one TLS connection after the other, and can give up the one that is opened last.
 
     `ca_file` holds the only roots to trust, in PEM; empty: the system's. `setting` is what the operator calls it:
-    AskOperator `config.invalid` where it makes no sense.
+    AskOperator `config.invalid` where it makes no sense. `certificate`: see `Trust`.
     """
 
-    def __init__(self, proxies: ProxyRule, ca_file: str, setting: str = "ca_file") -> None:
+    def __init__(
+        self,
+        proxies: ProxyRule,
+        ca_file: str,
+        setting: str = "ca_file",
+        certificate: tuple[str, str] | None = None,
+    ) -> None:
         self._proxies = proxies
-        self.trust = Trust(ca_file, setting)
+        self.trust = Trust(ca_file, setting, certificate)
         if ca_file:
             self.trust.context()  # a wrong file is the operator's to correct: say so at once
         self._lock = threading.Lock()  # over the three below, which `abort` reaches from another thread
@@ -137,7 +155,7 @@ class Dialler:
         if isinstance(error, ssl.SSLCertVerificationError):
             return Failed(NO_REPLY_TLS, error.verify_message)
         if isinstance(error, ssl.SSLError) and not _is_end(error):
-            return _without_verdict(error)
+            return _without_verdict(error, self.trust.shows_certificate)
         return Failed(NO_REPLY_CLOSED, f"the connection ended {where}")
 
     def abort(self) -> None:
@@ -191,17 +209,23 @@ class Dialler:
         """What the resolver says; asked on a thread of its own, because getaddrinfo can be neither timed nor ended.
 
         1. The addresses. 2. None of them in time, and what comes later is not read: Failed. 3. `abort` was called:
-        Failed. 4. The resolver's error: Failed.
+        Failed. 4. The resolver's error: Failed. 5. So many earlier questions hang that no more are asked: Failed.
         """
+        if sum(thread.name == _RESOLVER for thread in threading.enumerate()) >= LOOKUPS_LIMIT:
+            raise Failed(
+                NO_REPLY_DNS, f"'{host}': the resolver has not answered the last {LOOKUPS_LIMIT} questions yet"
+            )
         found: queue.SimpleQueue[_Lookup] = queue.SimpleQueue()
         with self._lock:
             self._refuse_if_aborted()
             self._looking_up = found
-        threading.Thread(target=_look_up, args=(host, port, found), name="dps-resolver", daemon=True).start()
         try:
+            threading.Thread(target=_look_up, args=(host, port, found), name=_RESOLVER, daemon=True).start()
             addresses = found.get(timeout=seconds_until(deadline_s))
         except queue.Empty:
             raise Failed(NO_REPLY_DNS, f"'{host}': the resolver gave no answer in time") from None
+        except RuntimeError:
+            raise Failed(NO_REPLY_DNS, f"'{host}': the system has no room for another thread") from None
         finally:
             with self._lock:
                 self._looking_up = None
@@ -243,9 +267,12 @@ def say_goodbye(tls: ssl.SSLSocket) -> None:
         tls.unwrap()
 
 
-def _without_verdict(error: ssl.SSLError) -> Failed:
-    """What a failure of TLS means that is no verdict on a certificate."""
+def _without_verdict(error: ssl.SSLError, shows_certificate: bool) -> Failed:
+    """What a failure of TLS means that is no verdict on a certificate of the peer's."""
     name = error.reason or ""
+    if shows_certificate and name.endswith(_OF_OUR_CERTIFICATE):
+        why = name.partition("ALERT_")[2].lower().replace("_", " ")
+        return Failed(NO_REPLY_TLS_CLIENT, f"what answers there does not take this device's certificate: {why}")
     for ending, reason, words in _WITHOUT_VERDICT:
         if name.endswith(ending):
             return Failed(reason, words)

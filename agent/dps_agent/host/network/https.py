@@ -41,7 +41,8 @@ class DpsConnection:
     `endpoint` is "https://name[:port]". `connect_to`, "host:port", is dialled instead; the name that is sent and that
     the certificate must carry stays the endpoint's. `ca_file` holds the only roots to trust, in PEM; empty: the
     system's. `timeout_s` bounds one request in all, connecting and any repetition included. `proxy` is the setting
-    `network.proxy`.
+    `network.proxy`. `certificate` is what the device shows whoever asks for one, be it in the first handshake, by
+    renegotiation (TLS 1.2) or after it (1.3): the files of chain and key.
 
     One thread calls `request` and `close`; any thread may call `abort`. AskOperator `config.invalid` where one of
     the settings makes no sense.
@@ -55,6 +56,7 @@ class DpsConnection:
         timeout_s: float = 60.0,
         user_agent: str = "dps-agent",
         proxy: str = NONE,
+        certificate: tuple[str, str] | None = None,
     ) -> None:
         scheme, _, authority = endpoint.partition("://")
         self._authority = authority.removesuffix("/")
@@ -65,7 +67,7 @@ class DpsConnection:
         if connect_to:
             self._dial_host, dial_port = peer_of(connect_to, "connect_to")
             self._dial_port = dial_port or self._dial_port
-        self._dialler = Dialler(ProxyRule(proxy), ca_file)
+        self._dialler = Dialler(ProxyRule(proxy), ca_file, certificate=certificate)
         self._timeout_s = timeout_s
         self._user_agent = user_agent
         self._stream: _Stream | None = None  # set while a connection can take a request

@@ -27,6 +27,7 @@ from dps_agent.effects import (
     Failed,
     NoReply,
 )
+from dps_agent.host.loop import Loop
 from dps_agent.host.network import websocket
 from dps_agent.host.network.dial import MQTT_PORT, Dialler, say_goodbye
 from dps_agent.host.network.https import peer_of
@@ -36,6 +37,7 @@ from dps_agent.session import TOPIC_LIMIT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from paho.mqtt.reasoncodes import ReasonCode
@@ -59,10 +61,11 @@ POSTS_LIMIT = 128  # events of programs that nobody has asked for yet; whoever p
 SILENCE = 1.5  # times the keep-alive without a byte from the hub: MQTT 3.1.1, 3.1.2.10, seen from the other side
 PING_AFTER = 0.75  # times the keep-alive after which the hub is pinged
 FLUSH_LIMIT_S = 0.4  # for what is to be sent before a polite end
-LONGEST_WAIT_S = 3600.0  # in one poll(2), which counts milliseconds in 31 bits
 REACHED_LIFE_S = 30.0  # time for a TPM to sign a token; a hub waits about as long for a CONNECT
 LINGER_S = 0.2  # for the hub to end the connection after our DISCONNECT
 _CONNACK, _PUBLISH, _PUBACK, _SUBACK, _PINGRESP = 2, 3, 4, 9, 13  # packet types, MQTT 3.1.1, table 2.1
+_BATCH_SIZE = 16 * 1024 - 512  # bytes that wait to go out with more; the largest TLS record, and a small packet less
+_PUBACK_HEAD = bytes((_PUBACK << 4, 2))
 _RECEIVE_SIZE = 16 * 1024  # bytes; the largest TLS record
 _TELEMETRY = (0x30, 1)  # command and QoS, as paho notes them of a packet to send
 
@@ -73,10 +76,11 @@ class HubConnection:
     `connect_to`, "host:port", is dialled instead of the hub's `port`; the name that is sent and that the certificate
     must carry stays the hub's. `ca_file` holds the only roots to trust, in PEM; empty: the system's. `transport` is
     "mqtt", "websocket" (port 443), or "auto": mqtt, and WebSocket where the hub's port is not reached; what worked is
-    tried first the next time. `proxy` is the setting `network.proxy`. AskOperator `config.invalid` for what makes no
+    tried first the next time. `proxy` is the setting `network.proxy`. `certificate`: the files of the chain that the
+    device shows the hub, and of its key. AskOperator `config.invalid` for what makes no
     sense.
 
-    One thread calls the methods; any thread, and any signal handler, may call `post`, `take_back` and `abort`.
+    One thread at a time calls the methods; any thread, and any signal handler, may `post`, `take_back` and `abort`.
     """
 
     def __init__(
@@ -88,23 +92,26 @@ class HubConnection:
         transport: str = AUTO,
         proxy: str = NONE,
         websocket_port: int = websocket.PORT,
+        certificate: tuple[str, str] | None = None,
     ) -> None:
         self._ports = {MQTT: port, WEBSOCKET: websocket_port}
         self._connect_to = peer_of(connect_to, "hub.connect_to") if connect_to else None
         transports = [MQTT, WEBSOCKET] if transport == AUTO else [transport]
         self._transports = transports[:1] if connect_to else transports  # in the order in which they are tried
-        self._dialler = Dialler(ProxyRule(proxy), ca_file, "hub.ca_file")
+        self._dialler = Dialler(ProxyRule(proxy), ca_file, "hub.ca_file", certificate)
         self._identity = ("", "")  # hub and device id
         self._client: _Client | None = None  # paho's, for this identity
         self._in_flight: dict[int, tuple[bytes, bytes]] = {}  # packet id -> topic and payload, QoS 1
         self._wire: _Wire | None = None
+        self._heard_at_s: float | None = None  # as an earlier connection left it
         self._reached: tuple[str, _Wire, float] | None = None  # by `is_verified`: the hub, the wire, since when
         self._connected = False  # the hub has accepted us, and nobody was told that it ended
         self._keep_alive_s = 0.0
         self._pinged_at_s = 0.0
         self._events: deque[Event] = deque()
-        self._posted: deque[Event] = deque()  # without a lock, which a signal handler could not wait for
-        self._bell: tuple[socket.socket, socket.socket] | None = None  # written to by `post`, heard while waiting
+        self._posted: deque[_Posted] = deque()  # without a lock, which a signal handler could not wait for
+        self._next = 0  # of the events posted, those that come before the hub is looked at again
+        self._loop = Loop()  # in which it waits by itself
         self._aborted = False
 
     def connect(self, effect: Connect) -> ConnAck | NoReply:
@@ -136,6 +143,12 @@ class HubConnection:
         self._reached = (hub, wire, time.monotonic())
         return True
 
+    @property
+    def heard_at_s(self) -> float | None:
+        """When a hub was heard last, by the monotonic clock; None for never."""
+        wire = self._wire  # once: a signal handler may ask, and another thread, while the connection ends
+        return wire.received_at_s if wire is not None else self._heard_at_s
+
     def subscribe(self, filters: tuple[tuple[str, int], ...]) -> int | None:
         """One SUBSCRIBE; its packet id, None without a connection."""
         if not self._connected or self._client is None:
@@ -148,7 +161,8 @@ class HubConnection:
         """One PUBLISH with QoS 0 or 1; its packet id, 0 for QoS 0.
 
         None without a connection, for a topic longer than MQTT has room for, and with QoS 0 while too much waits to be
-        taken by the hub. A message with QoS 1 that was taken is kept until it is acknowledged or given up.
+        taken by the hub and where the connection is found to have ended. A message with QoS 1 that was taken is kept
+        until it is acknowledged or given up.
         """
         client, name = self._client, topic.encode()
         if not self._connected or client is None or len(name) > TOPIC_LIMIT:
@@ -161,9 +175,11 @@ class HubConnection:
         elif client.is_behind(ANSWERS_LIMIT, ANSWERS_SIZE):
             return None
         else:
+            if self._wire is not None:
+                self._wire.batches = False  # who asks is told that it is written, and nobody sends it again
             client.publish(topic, payload, 0)
         self._look_for_the_end()
-        return packet_id
+        return packet_id if qos or self._connected else None
 
     def send_again(self, packet_id: int) -> None:
         """Sends again, with DUP, what was published with QoS 1 on an earlier connection."""
@@ -182,33 +198,45 @@ class HubConnection:
             self._client.ack(packet_id, 1)
             self._look_for_the_end()
 
-    def next_event(self, until_s: float) -> Event | None:
-        """The next event of hub or programs; None at `until_s` of the monotonic clock, or earlier after `abort`."""
+    def next_event(self, until_s: float, wait: Callable[[float, int, int], int] | None = None) -> Event | None:
+        """The next event of hub or programs; None at `until_s` of the monotonic clock, or earlier after `abort`.
+
+        `wait` is what waits, see `Loop.wait`; None: this connection itself. What had come with the last look at the hub
+        is given out before the next one, so that a batch costs one look, and programs that post without end do not
+        starve the hub.
+        """
         self._aborted = False
-        look_until_s = 0.0  # the first look takes no time: programs that post without end must not starve the hub
+        look_until_s = 0.0 if self._posted else until_s
         while True:
-            self._serve(look_until_s)
+            if not self._events and not self._next:
+                self._serve(look_until_s, wait or self._loop.wait)
+                self._next = len(self._posted)
             if self._events:
                 return self._events.popleft()
-            with contextlib.suppress(IndexError):
-                return self._posted.popleft()
-            if self._aborted or time.monotonic() >= until_s:
+            if self._next:
+                self._next -= 1
+                if self._wire is not None:
+                    self._wire.batches = self._next > 0
+                with contextlib.suppress(IndexError):  # it was taken back
+                    return self._posted.popleft().event
+            elif self._aborted or time.monotonic() >= until_s:
                 return None
-            look_until_s = until_s
+            else:
+                look_until_s = until_s
 
     def post(self, event: Event) -> bool:
         """Queues an event of a program; False, and it is dropped, where too many wait already."""
         if len(self._posted) >= POSTS_LIMIT:
             return False
-        self._posted.append(event)
-        self._ring()
+        self._posted.append(_Posted(event))
+        self._loop.ring()
         return True
 
     def take_back(self, event: Event) -> bool:
-        """Drops a posted event, and returns true, if nobody has asked for it yet."""
-        while event in self._posted.copy():
+        """Drops a posted event, this one and none that is equal, and returns true, if nobody has asked for it yet."""
+        while (found := next((posted for posted in self._posted.copy() if posted.event is event), None)) is not None:
             with contextlib.suppress(ValueError, IndexError):  # IndexError: another thread took one meanwhile
-                self._posted.remove(event)
+                self._posted.remove(found)
                 return True
         return False
 
@@ -216,7 +244,7 @@ class HubConnection:
         """Makes a blocked `connect` or `next_event` return at once; nothing where none is blocked."""
         self._aborted = True
         self._dialler.abort()
-        self._ring()
+        self._loop.ring()
 
     def disconnect(self) -> None:
         """Ends the connection, politely where that takes less than a second."""
@@ -233,10 +261,7 @@ class HubConnection:
     def close(self) -> None:
         """`disconnect`, and gives back what is open; the next call opens it again."""
         self.disconnect()
-        bell, self._bell = self._bell, None
-        if bell is not None:
-            for end in bell:
-                end.close()
+        self._loop.close()
 
     # Connecting.
 
@@ -264,7 +289,7 @@ class HubConnection:
             wire = self._wire = reached or self._reach(effect.hub, deadline_s)
             sent = True
             client.wire = wire
-            client.username_pw_set(effect.user_name, effect.token.header())
+            client.username_pw_set(effect.user_name, effect.token.header() if effect.token else None)
             try:
                 client.connect(effect.hub, keepalive=effect.keep_alive_s)  # the packet is made in here
             finally:
@@ -275,7 +300,7 @@ class HubConnection:
                     raise Failed(NO_REPLY_CLOSED, "given up")
                 if time.monotonic() >= deadline_s:
                     raise Failed(NO_REPLY_TIMEOUT, "the hub did not answer to CONNECT in time")
-                self._serve(deadline_s)
+                self._serve(deadline_s, self._loop.wait)
         except Failed as failed:
             self._end()
             return NoReply(f"{failed.reason}: {failed}", sent)
@@ -338,6 +363,7 @@ class HubConnection:
         """Ends the connection; nobody is told."""
         self._connected = False
         if self._wire is not None:
+            self._heard_at_s = self.heard_at_s
             self._take_acknowledgements(self._wire)
             self._wire.close()
             self._wire = None
@@ -345,30 +371,29 @@ class HubConnection:
 
     # The loop.
 
-    def _serve(self, until_s: float) -> None:
+    def _serve(self, until_s: float, wait: Callable[[float, int, int], int]) -> None:
         """Reads and writes what can be, pings and notices silence; waits for something to happen at most once."""
         wire = self._wire if self._wire is not None and not self._wire.closed else None
-        poll = select.poll()
-        poll.register(self._bell_to_hear(), select.POLLIN)
         reads = self._has_room()
+        fileno, interest = -1, 0
         if wire is not None:
+            wire.batches = False
             until_s = 0.0 if reads and wire.has_unread() else min(until_s, self._due_s(wire))
-            poll.register(wire.fileno(), self._interest(wire, reads))
-        if self._aborted:  # perhaps before there was a bell; what was posted then is for `next_event` alone
+            fileno, interest = wire.fileno(), self._interest(wire, reads)
+        if self._aborted:  # perhaps before it waits; what was posted then is for `next_event` alone
             until_s = 0.0
-        within_s = min(max(until_s - time.monotonic(), 0.0), LONGEST_WAIT_S)
-        ready = dict(poll.poll(math.ceil(within_s * 1000)))
-        self._silence_bell()
+        ready = wait(until_s, fileno, interest)
         if wire is not None:
-            self._exchange(wire, reads, ready.get(wire.fileno(), 0))
+            self._exchange(wire, reads, ready)
         self._look_for_the_end()
 
     def _has_room(self) -> bool:
         """Whether more may come from the hub: what it sent was looked at, and it takes what it is answered."""
-        arrived = [event for event in self._events if isinstance(event, Arrived)]
-        size = sum(len(event.topic) + len(event.payload or b"") for event in arrived)
-        if len(self._events) >= EVENTS_LIMIT or size >= EVENTS_SIZE:
-            return False
+        if self._events:
+            arrived = [event for event in self._events if isinstance(event, Arrived)]
+            size = sum(len(event.topic) + len(event.payload or b"") for event in arrived)
+            if len(self._events) >= EVENTS_LIMIT or size >= EVENTS_SIZE:
+                return False
         return self._client is None or not self._client.is_behind(ANSWERS_LIMIT // 2, ANSWERS_SIZE // 2)
 
     def _interest(self, wire: _Wire, reads: bool) -> int:
@@ -379,13 +404,15 @@ class HubConnection:
     def _exchange(self, wire: _Wire, reads: bool, ready: int) -> None:
         client = self._client
         assert client is not None
-        wire.may_fill = True
         try:
-            if reads and (ready or wire.has_unread()) and client.loop_read() == paho.MQTT_ERR_PROTOCOL:
+            if reads and (ready or wire.has_unread()) and wire.fill() and client.loop_read() == paho.MQTT_ERR_PROTOCOL:
                 wire.fail(Failed(NO_REPLY_PROTOCOL, "the hub sent a malformed packet"))
             if not wire.closed and ready & select.POLLOUT:
                 wire.flush()
                 client.loop_write()
+        except Failed as failed:
+            wire.fail(failed)
+            wire.close()
         except (ValueError, struct.error, LookupError, TypeError) as error:  # what paho makes of malformed packets
             wire.fail(Failed(NO_REPLY_PROTOCOL, f"the hub sent a malformed packet ({type(error).__name__})"))
             wire.close()
@@ -439,27 +466,14 @@ class HubConnection:
     ) -> None:
         self._events.append(Granted(packet_id, tuple(code.value for code in granted)))
 
-    # The bell.
 
-    def _bell_to_hear(self) -> int:
-        if self._bell is None:
-            hears, rings = socket.socketpair()
-            hears.setblocking(False)
-            rings.setblocking(False)
-            self._bell = (hears, rings)
-        return self._bell[0].fileno()
+class _Posted:
+    """What holds an event that was posted: unlike the event it is equal to nothing else, so it can be found again."""
 
-    def _ring(self) -> None:
-        bell = self._bell
-        if bell is not None:  # without a bell nobody waits
-            with contextlib.suppress(OSError):  # it rings already, or was closed just now
-                bell[1].send(b"\0")
+    __slots__ = ("event",)
 
-    def _silence_bell(self) -> None:
-        if self._bell is not None:
-            with contextlib.suppress(BlockingIOError):
-                while self._bell[0].recv(4096):
-                    pass
+    def __init__(self, event: Event) -> None:
+        self.event = event
 
 
 class _Client(paho.Client):
@@ -495,11 +509,17 @@ class _Client(paho.Client):
         return self._mid_generate()
 
     def send_telemetry(self, packet_id: int, topic: bytes, payload: bytes, *, again: bool) -> None:
-        """One PUBLISH with QoS 1 that paho itself does not keep."""
-        self._send_publish(packet_id, topic, payload, 1, dup=again)
+        """One PUBLISH with QoS 1 that paho itself does not keep; MQTT 3.1.1, 3.3."""
+        packet = bytearray((0x3A if again else 0x32,))
+        self._pack_remaining_length(packet, 4 + len(topic) + len(payload))
+        packet += b"%b%b%b%b" % (len(topic).to_bytes(2), topic, packet_id.to_bytes(2), payload)
+        if self._out_packet or self.wire is None or not self.wire.takes(packet):
+            self._packet_queue(_TELEMETRY[0], packet, packet_id, _TELEMETRY[1])
 
     def is_behind(self, count: int, size: int) -> bool:
         """Whether more packets beside telemetry, or bytes of them, wait for the hub to take them."""
+        if not self._out_packet:
+            return False
         waiting = [packet for packet in self._out_packet if (packet["command"], packet["qos"]) != _TELEMETRY]
         return len(waiting) > count or sum(packet["to_process"] for packet in waiting) > size
 
@@ -521,13 +541,15 @@ class _Wire:
         self.acknowledged: list[int] = []  # packet ids, in the order of their PUBACKs
         self.closed = False
         self.polite = False  # what was sent is to arrive before the end
-        self.may_fill = True  # for once: time and programs are looked at between two reads, however fast the hub sends
+        self.batches = False  # more is to be sent at once: small packets go out together
         self.received_at_s = self.sent_at_s = time.monotonic()
         self._tls = tls
         self._frames = frames
         self._failure: Failed | None = None
         self._received = bytearray(frames.unpack(received) if frames is not None else received)
         self._unsent = bytearray()
+        self._has_more = False  # TLS has read more than was taken
+        self._ended = False  # nothing more will come
         self._wants_write = False
         self._head = bytearray()  # the first bytes of the packet that is being read
         self._left = 0  # bytes of that packet which are still to be read, once its head is whole
@@ -544,7 +566,7 @@ class _Wire:
 
     def has_unread(self) -> bool:
         """Whether there is something to read that `fileno` does not show."""
-        return bool(self._received) or self._tls.pending() > 0
+        return bool(self._received) or self._has_more
 
     def wants_write(self) -> bool:
         """Whether there is something to write that paho does not know of."""
@@ -572,10 +594,10 @@ class _Wire:
 
     def recv(self, size: int) -> bytes:
         try:
-            if not self._received and not self._fill():
-                return b""
             if not self._received:
-                raise BlockingIOError  # nothing has come but pings, which paho need not see
+                if self._ended:
+                    return b""
+                raise BlockingIOError
             # A head is read byte by byte, and no piece is of two packets.
             piece = bytes(self._received[: min(size, self._left) if self._left else 1])
             del self._received[: len(piece)]
@@ -585,13 +607,21 @@ class _Wire:
             raise ConnectionError from None
         return piece
 
+    def takes(self, packet: bytearray) -> bool:
+        """Sends a packet, now or with more; false where it does not: paho is to try it, and to notice why."""
+        try:
+            return self.send(packet) > 0
+        except OSError:
+            return False
+
     def send(self, content: bytes | bytearray) -> int:
-        if self._unsent:
+        if len(self._unsent) > (_BATCH_SIZE if self.batches else 0):
             self.flush()
             if self._unsent:
                 raise BlockingIOError
         self._unsent += content if self._frames is None else websocket.packed(bytes(content))
-        self.flush()
+        if not self.batches:
+            self.flush()
         return len(content)
 
     def close(self) -> None:
@@ -611,26 +641,38 @@ class _Wire:
 
     # Reading.
 
-    def _fill(self) -> bool:
-        """Takes what has arrived; False at the end, BlockingIOError where nothing has or this turn has read already."""
-        if not self.may_fill:
-            raise BlockingIOError
-        self.may_fill = False
-        try:
-            received = self._tls.recv(_RECEIVE_SIZE)
-        except ssl.SSLWantReadError:
-            raise BlockingIOError from None
-        except ssl.SSLWantWriteError:
-            self._wants_write = True
-            raise BlockingIOError from None
-        except OSError:
-            raise Failed(NO_REPLY_CLOSED, "the connection broke") from None
-        self.received_at_s = time.monotonic()
-        if self._frames is None:
-            self._received += received
-        else:
-            self._received += self._frames.unpack(received)
-        return bool(received)
+    def fill(self) -> bool:
+        """Takes what has arrived; whether there is something for paho, be it the end. Failed where the hub misbehaves.
+
+        Once for each look at time and programs, however fast the hub sends.
+        """
+        if not self._received and not self._ended:
+            try:
+                received = self._tls.recv(_RECEIVE_SIZE)
+            except ssl.SSLWantReadError:
+                return False
+            except ssl.SSLWantWriteError:
+                self._wants_write = True
+                return False
+            except OSError:
+                raise Failed(NO_REPLY_CLOSED, "the connection broke") from None
+            finally:
+                self._has_more = self._tls.pending() > 0
+            self.received_at_s = time.monotonic()
+            self._ended = not received
+            self._received += received if self._frames is None else self._frames.unpack(received)
+            self._take_acknowledgements()
+        return bool(self._received) or self._ended
+
+    def _take_acknowledgements(self) -> None:
+        """Takes the PUBACKs that come first: there are many, and they are all that is to be known of themselves."""
+        at = 0
+        while not self._head and self.connack is not None and self._received[at : at + 2] == _PUBACK_HEAD:
+            if len(self._received) < at + 4:
+                break
+            self.acknowledged.append(int.from_bytes(self._received[at + 2 : at + 4], "big"))
+            at += 4
+        del self._received[:at]
 
     def _look_at(self, piece: bytes) -> None:
         """Follows the packets; Failed for one that no hub sends to us."""

@@ -13,7 +13,7 @@ import time
 from dps_agent.der import validity
 from dps_agent.utc import AGREEMENT_S
 from dps_hal.errors import AskOperator
-from dps_hal.host.regular import read_regular
+from dps_hal.host.regular import open_regular, read_regular
 from dps_text import NotText, without_mark
 
 TYPE_CHECKING = False
@@ -38,16 +38,18 @@ SESSIONS_LIMIT = 4  # peers; a device has one DPS and one hub
 class Trust:
     """The roots for one purpose, the one context in which its connections are verified, and its sessions.
 
-    `ca_file` holds the only roots, in PEM; empty: the system's. `setting` is what the operator calls it. Used by one
-    thread at a time.
+    `ca_file` holds the only roots, in PEM; empty: the system's. `setting` is what the operator calls it. `certificate`:
+    the files of the chain that this device shows to whoever asks, and of its key; then no session is ever resumed, for
+    that would show what the device was, and not what it is. Used by one thread at a time.
 
     The context is made anew, and with it all sessions end, when a file, a folder or a variable of the environment that
     it was made from has changed; after TRUST_LIFE_S; and when the system's clock was set, for certificates were judged
     by what it said before. So a process that runs for months trusts what its system trusts.
     """
 
-    def __init__(self, ca_file: str, setting: str) -> None:
+    def __init__(self, ca_file: str, setting: str, certificate: tuple[str, str] | None = None) -> None:
         self._ca_file = ca_file
+        self._certificate = certificate
         self._setting = setting
         self._context: ssl.SSLContext | None = None
         # By the name that was verified, with the seconds at which the peer's certificate is valid.
@@ -55,6 +57,11 @@ class Trust:
         self._sources: _Sources = ()
         self._made_at_s = self._clock_ahead_s = 0.0
         self._leaves_out = False  # there are roots of the system that it has not read
+
+    @property
+    def shows_certificate(self) -> bool:
+        """Whether this device has a certificate for whoever asks."""
+        return self._certificate is not None
 
     def context(self) -> ssl.SSLContext:
         """What a connection is to be verified in now; AskOperator `config.invalid` where `ca_file` makes no sense."""
@@ -65,10 +72,13 @@ class Trust:
 
     def look_further(self) -> bool:
         """Whether there are roots that had no say in a refusal; from now on they have."""
-        if self._leaves_out:
+        if not self._leaves_out:
+            return False
+        try:
             self._make(all_roots=True)
-            return True
-        return False
+        except AskOperator:  # the device's own files are not what they were: the next connection says what is wrong
+            return False
+        return True
 
     def session(self, name: str) -> ssl.SSLSession | None:
         """What a connection to `name` may resume, once (RFC 8446, C.4); None where a whole handshake is due.
@@ -83,6 +93,8 @@ class Trust:
 
         In TLS 1.3 it comes behind the handshake, ahead of all else that a server says.
         """
+        if self._certificate is not None:
+            return
         name, session = tls.server_hostname, tls.session
         if name and session is not None and tls.context is self._context and (session.has_ticket or session.id):
             self._sessions.pop(name, None)
@@ -100,7 +112,7 @@ class Trust:
 
     def _sources_now(self) -> _Sources:
         paths = (self._ca_file,) if self._ca_file else system_places()
-        return tuple((path, _state(path)) for path in paths)
+        return tuple((path, _state(path)) for path in (*paths, *(self._certificate or ())))
 
     def _make(self, all_roots: bool) -> None:
         self._context = None
@@ -116,6 +128,8 @@ class Trust:
             self._leaves_out = not all_roots and _take_hashed(context)
             if not self._leaves_out:
                 context.load_default_certs()
+        if self._certificate is not None:
+            _show(context, *self._certificate)
         self._context = context
 
 
@@ -163,6 +177,24 @@ def _take_file(context: ssl.SSLContext, ca_file: str, setting: str) -> None:
     except (OSError, NotText) as error:  # ssl.SSLError is an OSError: the file holds no certificate
         reason = error.reason if isinstance(error, ssl.SSLError) else getattr(error, "strerror", str(error))
         raise AskOperator("config.invalid", f"{setting}: expected PEM certificates in '{ca_file}': {reason}") from None
+
+
+def _show(context: ssl.SSLContext, chain_file: str, key_file: str) -> None:
+    """Lets connections show this chain wherever a peer asks for it; AskOperator.
+
+    A server may ask for it once it has read a request: by renegotiation in TLS 1.2, where that cannot be refused then,
+    and in TLS 1.3 after the handshake, which a client has to offer.
+    """
+    try:
+        for path in (chain_file, key_file):
+            os.close(open_regular(path))  # OpenSSL would wait for whoever writes to a FIFO
+        context.load_cert_chain(chain_file, key_file, password="")  # one with a password asks nobody for it
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = getattr(error, "reason", "") or getattr(error, "strerror", "") or str(error)
+        text = f"certificate_file: expected a chain in PEM in '{chain_file}', for the key in '{key_file}': {reason}"
+        raise AskOperator("config.invalid", text) from None
+    context.options &= ~ssl.OP_NO_RENEGOTIATION
+    context.post_handshake_auth = True
 
 
 def system_places() -> tuple[str, ...]:

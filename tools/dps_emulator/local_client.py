@@ -1,16 +1,12 @@
 """A program on the device: it uses the agent's socket with nothing but the standard library."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import socket
 import struct
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import TracebackType
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
 
 
 class LocalClient:
@@ -37,17 +33,22 @@ class LocalClient:
 
     def ask(self, method: str, target: str, body: bytes = b"") -> tuple[int, Any]:
         """One request; status and document."""
+        status, content = self.read(method, target, body)
+        return status, json.loads(content)
+
+    def read(self, method: str, target: str, body: bytes = b"") -> tuple[int, bytes]:
+        """One request; status and body."""
         connection = http.client.HTTPConnection("localhost")
         connection.sock = self.connect()
         try:
             connection.request(method, target, body or None, {"Connection": "close"})
             answer = connection.getresponse()
             self.headers = {name.lower(): value for name, value in answer.getheaders()}
-            return answer.status, json.loads(answer.read())
+            return answer.status, answer.read()
         finally:
             connection.close()
 
-    def events(self) -> EventReader:
+    def events(self) -> "EventReader":
         """Reads the events; use it with `with`."""
         return EventReader(self.connect())
 
@@ -79,7 +80,7 @@ class EventReader:
         self._answer.close()
         self._connection.close()
 
-    def __enter__(self) -> EventReader:
+    def __enter__(self) -> "EventReader":
         return self
 
     def __exit__(

@@ -1,0 +1,196 @@
+"""What a device and whoever issues its certificate hand each other: the request with its key, and the certificate.
+
+`dps-agent enroll --x509` makes key and request (PKCS #10), `dps-agent install-certificate` takes what came of it. The
+key does not leave the device. Nothing here needs a newer `cryptography` than 38, which Debian 12 has.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, padding, rsa
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, SignatureAlgorithmOID
+
+from dps_agent.der import validity
+from dps_agent.host.config import ConfigurationError, password_file
+from dps_agent.host.device_certificates import (
+    CHAIN_LIMIT,
+    KEY_SETTING,
+    SETTING,
+    certificates_in,
+    chain_in,
+    private_key,
+)
+from dps_agent.host.printed import utc_text
+from dps_agent.host.private_file import write_private
+from dps_agent.settings import X509
+from dps_hal.errors import AskOperator
+from dps_hal.host.regular import open_regular, read_regular, replace_file, sync_folder_of
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
+
+    from dps_agent.host.config import Configuration
+
+
+class Installed(NamedTuple):
+    """The device's own certificate, and how many certificates of CAs stand behind it."""
+
+    subject: str
+    issuer: str
+    not_after: str  # RFC 3339
+    sha256: str  # of its DER, hex in upper case
+    authorities: int
+
+
+def request(configuration: Configuration) -> tuple[str, bool]:
+    """A request for the device's certificate, PEM, by the key that it has; True: that was made just now.
+
+    ConfigurationError where the settings name no certificate, or the key is none; AskOperator `agent.file`.
+    """
+    _require_x509(configuration)
+    path, _ = password_file(configuration.device_key_file, os.environ)
+    made = not os.path.lexists(path)
+    if made:
+        new = ec.generate_private_key(ec.SECP256R1())
+        write_private(path, new.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, configuration.registration_id)])
+    signed = x509.CertificateSigningRequestBuilder().subject_name(name).sign(private_key(configuration), SHA256())
+    return signed.public_bytes(Encoding.PEM).decode(), made
+
+
+def install(configuration: Configuration, source: str) -> Installed:
+    """Makes the chain in the file `source` the device's, once all in it was checked; AskOperator says what is wrong."""
+    _require_x509(configuration)
+    try:
+        content = read_regular(source, CHAIN_LIMIT)
+    except OSError as error:
+        raise AskOperator("agent.file", f"{source} cannot be read: {error.strerror}") from None
+    chain = _checked(configuration, content, source)
+    path = configuration.certificate_file
+    try:
+        if os.path.lexists(path):
+            os.close(open_regular(path))  # refuses what is no file, and root a link that another user put there
+        path = os.path.realpath(path)
+        umask = os.umask(0o022)  # a certificate is no secret, and by root's umask the service might not read it
+        try:
+            replace_file(path, b"".join(each.public_bytes(Encoding.PEM) for each in chain))
+        finally:
+            os.umask(umask)
+        sync_folder_of(path)
+    except OSError as error:
+        raise AskOperator("agent.file", f"{path} cannot be written: {error.strerror}") from None
+    return _installed(chain)
+
+
+def installed(configuration: Configuration) -> Installed:
+    """What `certificate_file` holds, checked as `install` does; ConfigurationError, AskOperator."""
+    return _installed(_checked(configuration, chain_in(configuration), configuration.certificate_file))
+
+
+def _require_x509(configuration: Configuration) -> None:
+    if configuration.attestation != X509:
+        text = (
+            f'attestation: expected "{X509}", for which a device has a certificate; came "{configuration.attestation}"'
+        )
+        raise ConfigurationError("config.invalid", [text])
+
+
+def _checked(configuration: Configuration, content: bytes, source: str) -> list[x509.Certificate]:
+    """The chain in `content`, the device's own certificate first; ConfigurationError says what is wrong with it."""
+    try:
+        ders = certificates_in(content)
+        valid_s = {x509.load_der_x509_certificate(each): validity(each) for each in ders}  # first and last second
+        rest = list(valid_s)  # each once
+    except (ValueError, UnsupportedAlgorithm):
+        raise _refused("expected certificates in PEM; it holds none, or one that cannot be read", source) from None
+    public = _public(private_key(configuration).public_key())
+    own = next((each for each in rest if _public_of(each) == public), None)
+    if own is None:
+        what = f"expected a certificate for the key in {KEY_SETTING}; none of its {len(rest)} is"
+        raise _refused(what, source)
+    chain = [own]
+    rest.remove(own)
+    while (above := next((each for each in rest if _has_issued(each, chain[-1])), None)) is not None:
+        chain.append(above)
+        rest.remove(above)
+    if rest:
+        strangers = ", ".join(f"'{each.subject.rfc4514_string()}'" for each in rest)
+        raise _refused(f"expected what leads from the device's certificate upwards; {strangers} does not", source)
+    names = [str(each.value) for each in own.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    wanted = configuration.registration_id
+    if names != [wanted]:
+        raise _refused(f"expected CN={wanted}, the registration id; came '{own.subject.rfc4514_string()}'", source)
+    if not _for_clients(own):
+        raise _refused("expected a certificate for TLS clients; its extended key usage has something else", source)
+    now_s = int(time.time())
+    clock = f"this device's clock says {utc_text(now_s)}"
+    for each in chain:
+        name, (first_s, last_s) = each.subject.rfc4514_string(), valid_s[each]
+        if now_s < first_s:
+            raise _refused(f"'{name}' is not valid before {utc_text(first_s)}; {clock}", source)
+        if now_s > last_s:
+            raise _refused(f"'{name}' has ended at {utc_text(last_s)}; {clock}", source)
+    return chain
+
+
+def _installed(chain: list[x509.Certificate]) -> Installed:
+    own = chain[0]
+    not_after = utc_text(validity(own.public_bytes(Encoding.DER))[1])
+    sha256 = own.fingerprint(SHA256()).hex().upper()
+    return Installed(own.subject.rfc4514_string(), own.issuer.rfc4514_string(), not_after, sha256, len(chain) - 1)
+
+
+def _public_of(certificate: x509.Certificate) -> bytes:
+    """The public key in it as DER; empty for one of an unknown kind."""
+    try:
+        return _public(certificate.public_key())
+    except (ValueError, UnsupportedAlgorithm):
+        return b""
+
+
+def _public(key: CertificatePublicKeyTypes) -> bytes:
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _has_issued(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
+    """Whether `issuer` is a CA whose key signed the certificate."""
+    if certificate.issuer != issuer.subject:
+        return False
+    signed = certificate.signature, certificate.tbs_certificate_bytes
+    try:
+        key, hashed = issuer.public_key(), certificate.signature_hash_algorithm
+        if isinstance(key, ec.EllipticCurvePublicKey) and hashed is not None:
+            key.verify(*signed, ec.ECDSA(hashed))
+        elif isinstance(key, rsa.RSAPublicKey) and hashed is not None:
+            is_pss = certificate.signature_algorithm_oid == SignatureAlgorithmOID.RSASSA_PSS
+            pss = padding.PSS(padding.MGF1(hashed), padding.PSS.AUTO)
+            key.verify(*signed, pss if is_pss else padding.PKCS1v15(), hashed)
+        elif isinstance(key, (ed25519.Ed25519PublicKey, ed448.Ed448PublicKey)):
+            key.verify(*signed)
+        else:
+            return False
+        return issuer.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (ValueError, InvalidSignature, UnsupportedAlgorithm, x509.ExtensionNotFound):
+        return False
+
+
+def _for_clients(certificate: x509.Certificate) -> bool:
+    """Whether a TLS client may show it: extended key usages are not limited, or this is among them."""
+    try:
+        usages = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except x509.ExtensionNotFound:
+        return True
+    except ValueError:
+        return False
+    return ExtendedKeyUsageOID.CLIENT_AUTH in usages or ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in usages
+
+
+def _refused(what: str, source: str) -> ConfigurationError:
+    return ConfigurationError("config.invalid", [f"{SETTING}: {what} ({source})"])

@@ -1,0 +1,238 @@
+"""What `tools/release` refuses, compares and signs; the release as a whole is built by a trial of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dps_package import release, site
+from dps_package.artefacts import NOTES, notes_of, packed
+from dps_package.distributions import CHECKOUT, BuildFailed
+from dps_package.repository import PUBLIC_KEY, VARIABLE, build_repository, key_from_environment
+from dps_package.sbom import check_sbom, write_sbom
+from dps_package.site import build_site
+
+CHANGELOG = (
+    "# Changelog\n\n## [Unreleased]\n\n- c\n\n## [0.2.0] - 2026-12-01\n\n- b\n\n## [0.1.0] - 2026-11-30\n\n- a\n"
+)
+
+
+def test_the_notes_are_the_section_of_the_version_which_has_a_date() -> None:
+    assert notes_of(CHANGELOG, "0.2.0") == "- b\n" and notes_of(CHANGELOG, "0.1.0") == "- a\n"
+    with pytest.raises(BuildFailed, match=r"expected a section \[0\.3\.0\]"):
+        notes_of(CHANGELOG, "0.3.0")
+    with pytest.raises(BuildFailed, match="expected a date"):
+        notes_of(CHANGELOG, "Unreleased")
+    assert notes_of((CHECKOUT / "CHANGELOG.md").read_text(), release.__version__)
+
+
+def test_files_that_differ_or_are_missing_are_named(tmp_path: Path) -> None:
+    first, second = tmp_path / "1", tmp_path / "2"
+    for folder, texts in ((first, {"a": "1", "b": "1", "c": "1"}), (second, {"a": "1", "b": "2", "d": "1"})):
+        folder.mkdir()
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+    assert release.different(first, second) == ["b", "c", "d"]
+
+
+def test_an_archive_says_nothing_of_who_made_it_when(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1790000000")
+    made = packed({"b/c": b"2", "a": b"1"}, "top")
+    assert made == packed({"a": b"1", "b/c": b"2"}, "top")
+    with tarfile.open(fileobj=io.BytesIO(made)) as archive:
+        found = [(member.name, member.mtime, member.uid, member.uname, member.mode) for member in archive]
+    assert found == [("top/a", 1790000000, 0, "", 0o644), ("top/b/c", 1790000000, 0, "", 0o644)]
+
+
+def test_a_bill_of_materials_names_what_is_bundled_and_is_one(tmp_path: Path) -> None:
+    artefact = tmp_path / "x.tar.gz"
+    artefact.write_bytes(packed({"paho_mqtt-2.1.0.dist-info/METADATA": b"Name: paho-mqtt\nVersion: 2.1.0\n"}, "x"))
+    found: Any = json.loads(write_sbom(artefact, "0.1.0", ["python3"]).read_text())
+    assert [each["bom-ref"] for each in found["components"]] == ["pkg:pypi/paho-mqtt@2.1.0", "required/python3"]
+    assert found["metadata"]["component"]["version"] == "0.1.0"
+    with pytest.raises(BuildFailed, match="expected a CycloneDX"):
+        check_sbom(json.dumps({**found, "components": [{"name": "no type"}]}))
+
+
+def test_the_documents_are_a_site_without_a_link_that_leads_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_site(tmp_path / "site", "0.1.0")
+    page = (tmp_path / "site/docs/factories.html").read_text()
+    assert "<pre" in page and "```" not in page
+    original = site._copy
+
+    def broken(page: str, source: Path) -> None:
+        original(page, source)
+        with (source / page).open("a") as file:
+            file.write("\n[x](nowhere.md)\n")
+
+    monkeypatch.setattr(site, "_copy", broken)
+    with pytest.raises(BuildFailed, match=r"nowhere\.md"):
+        build_site(tmp_path / "again", "0.1.0")
+
+
+# --- the repository, as apt of this machine sees it, with folders of its own
+
+
+STRICT = ("-o", "APT::Update::Error-Mode=any")
+
+
+def package(folder: Path, version: str) -> Path:
+    """A Debian package that only says which version it is."""
+    tree = folder / f"tree-{version}"
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "DEBIAN/control").write_text(
+        f"Package: dps-agent-light\nVersion: {version}\nArchitecture: all\nMaintainer: x <x@y.z>\nDescription: x\n"
+    )
+    path = folder / f"dps-agent-light_{version}_all.deb"
+    subprocess.run(["dpkg-deb", "--build", tree, path], check=True, capture_output=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Two secret keys, of nobody."""
+    found = []
+    for name in ("one", "other"):
+        home = tmp_path_factory.mktemp(name)
+        gpg = ["gpg", "--homedir", str(home), "--batch", "--quiet", "--passphrase", "", "--pinentry-mode", "loopback"]
+        subprocess.run([*gpg, "--quick-gen-key", f"{name} <{name}@x.invalid>", "ed25519", "sign"], check=True)
+        done = subprocess.run([*gpg, "--armor", "--export-secret-keys"], check=True, capture_output=True, text=True)
+        subprocess.run(["gpgconf", "--homedir", str(home), "--kill", "all"], check=True)
+        found.append(done.stdout)
+    yield found
+
+
+class Apt:
+    """apt with folders of its own, and one repository."""
+
+    def __init__(self, folder: Path, repository: Path, key: Path) -> None:
+        self.folder = folder
+        for name in ("lists/partial", "archives/partial", "etc", "parts"):
+            (folder / name).mkdir(parents=True)
+        (folder / "status").touch()
+        (folder / "sources.list").write_text(f"deb [signed-by={key}] file:{repository} ./\n")
+        self._options = [
+            f"Dir::Etc::SourceList={folder}/sources.list",
+            f"Dir::Etc::SourceParts={folder}/parts",
+            f"Dir::State={folder}",
+            f"Dir::State::status={folder}/status",
+            f"Dir::Cache={folder}",
+            "APT::Sandbox::User=root",
+            "Acquire::Languages=none",
+        ]
+
+    def run(self, program: str, *words: str) -> tuple[int, str]:
+        options = [word for option in self._options for word in ("-o", option)]
+        done = subprocess.run(
+            [program, *options, *words], cwd=self.folder, capture_output=True, text=True, check=False, timeout=120
+        )
+        return done.returncode, done.stdout + done.stderr
+
+
+def test_apt_takes_what_is_signed_and_nothing_else(tmp_path: Path, keys: list[str]) -> None:
+    repository = tmp_path / "repository"
+    first, second = package(tmp_path, "0.1.0-1"), package(tmp_path, "0.2.0-1")
+    build_repository(repository, [first], keys[0])
+    build_repository(repository, [second], keys[0])
+    apt = Apt(tmp_path / "apt", repository, repository / PUBLIC_KEY)
+    status, said = apt.run("apt-get", "update")
+    assert status == 0 and "W:" not in said, said
+    for version in ("0.1.0-1", "0.2.0-1"):
+        status, said = apt.run("apt-get", "download", f"dps-agent-light={version}")
+        assert status == 0, said
+        assert (tmp_path / "apt" / f"dps-agent-light_{version}_all.deb").read_bytes()
+
+    with (repository / second.name).open("r+b") as file:
+        file.seek(-1, io.SEEK_END)
+        file.write(b"!")
+    (tmp_path / "apt" / second.name).unlink()
+    status, said = apt.run("apt-get", "download", "dps-agent-light=0.2.0-1")
+    assert status != 0 and "Hash Sum mismatch" in said, said
+    with pytest.raises(BuildFailed, match="another package of this version"):
+        build_repository(repository, [second], keys[0])
+
+    (repository / "Packages").write_bytes((repository / "Packages").read_bytes() + b"\n")
+    key = repository / PUBLIC_KEY
+    status, said = Apt(tmp_path / "altered", repository, key).run("apt-get", "update", *STRICT)
+    assert status != 0 and "Hash Sum mismatch" in said, said
+    (repository / second.name).unlink()
+    known = tmp_path / "known.asc"
+    known.write_bytes(key.read_bytes())
+    build_repository(repository, [second], keys[1])
+    status, said = Apt(tmp_path / "other", repository, known).run("apt-get", "update", *STRICT)
+    assert status != 0 and "NO_PUBKEY" in said, said
+
+
+def test_what_is_added_from_an_older_commit_reaches_devices_and_an_old_copy_does_not(
+    tmp_path: Path, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, old = tmp_path / "repository", tmp_path / "old"
+    apt = Apt(tmp_path / "apt", repository, repository / PUBLIC_KEY)
+
+    def versions() -> list[str]:
+        status, said = apt.run("apt-get", "update")
+        assert status == 0 and "W:" not in said, said
+        return [line.split()[0] for line in apt.run("apt-cache", "policy", "dps-agent-light")[1].splitlines()[4::2]]
+
+    for version, epoch_s in (("0.1.0-1", 1790000000), ("0.2.0-1", 1790000001), ("0.1.1-1", 1780000000)):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", str(epoch_s))
+        build_repository(repository, [package(tmp_path, version)], keys[0])
+        assert version in versions()
+        if not old.exists():
+            shutil.copytree(repository, old)
+    shutil.rmtree(repository)
+    shutil.copytree(old, repository)
+    assert versions() == ["0.2.0-1", "0.1.1-1", "0.1.0-1"], "what it has seen it keeps to"
+
+
+def test_a_repository_changes_only_when_all_of_it_could_be_made(tmp_path: Path, keys: list[str]) -> None:
+    first, second, third = (package(tmp_path, f"0.{minor}.0-1") for minor in (1, 2, 3))
+    repository = tmp_path / "repository"
+    build_repository(repository, [first], keys[0])
+
+    def content() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in repository.iterdir()}
+
+    before = content()
+    with pytest.raises(BuildFailed, match="gpg does not take the key"):
+        build_repository(repository, [first, second], "-----BEGIN PGP PRIVATE KEY BLOCK-----\n")
+    third.write_bytes(b"no package")
+    with pytest.raises(BuildFailed):
+        build_repository(repository, [second, third], keys[0])
+    assert content() == before
+    build_repository(repository, [repository / first.name, second], keys[0])
+    assert {*content()} == {*before, second.name}
+    assert content()["Packages"].count(b"Package: dps-agent-light\n") == 2
+
+
+def test_the_workflow_calls_the_tool_as_it_is_and_the_key_reaches_one_step_alone() -> None:
+    workflow = yaml.safe_load((CHECKOUT / ".github/workflows/release.yml").read_text())
+    steps = {step["name"]: step for step in workflow["jobs"]["release"]["steps"] if "name" in step}
+    commands = [line for step in steps.values() for line in step["run"].splitlines() if line.startswith("tools/")]
+    assert commands == ["tools/test", "tools/release --out dist", "tools/release --apt repository --out dist"]
+    keyed = [name for name, step in steps.items() if VARIABLE in step.get("env", {})]
+    assert keyed == ["sign the repository"]
+    assert "release-notes.md" in steps["draft"]["run"] and NOTES == "release-notes.md"
+
+
+def test_a_key_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "-----BEGIN PGP PRIVATE KEY BLOCK-----\n")
+    assert key_from_environment() and VARIABLE not in os.environ, "what is started from now on has it not"
+    monkeypatch.setenv(VARIABLE, "secret words")
+    with pytest.raises(BuildFailed, match="came another text") as refused:
+        key_from_environment()
+    assert "secret words" not in str(refused.value)
+    with pytest.raises(BuildFailed, match="gpg does not take the key"):
+        build_repository(tmp_path, [], "-----BEGIN PGP PRIVATE KEY BLOCK-----\n")

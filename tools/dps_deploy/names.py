@@ -1,0 +1,255 @@
+"""What names cost a board, and how a bundle's source is written so that they cost less. It does what it did.
+
+A compiled module has a table of its names and short texts, and code has their numbers there: one byte for the first
+128, two for all others. The first ones are the attributes at the head of the module. The table also has the names of
+all parameters. So
+
+1. a parameter that no call names is called by its place, as those of other functions are (`parameters_by_place`);
+2. the fields of a named tuple are given as a list: a tuple of texts is stored beside the table, with its texts
+   (`fields_as_lists`);
+3. an object's own attributes, which begin with an underscore, have short names (`own_attributes_in_short`);
+4. in front of everything stands a condition that never holds, which has what the module uses most (`most_used_first`).
+
+Functions and methods keep their names: a traceback has nothing else.
+"""
+
+from __future__ import annotations
+
+import ast
+import keyword
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypeGuard
+
+from dps_deploy.scopes import COMPREHENSIONS, FUNCTIONS, SCOPES, arguments_of, bound, bound_by, locals_of, within
+
+NUMBERED_IN_A_BYTE = 128
+NUMBERED_BEFORE = 3  # the file's name, `<module>`, and `__name__`, of which the condition is made
+LEAST_USES = 5
+IN_THE_TABLE = 10  # characters of a text that has a number in any case; a longer one where it is a name as well
+PLACES = "abcdefghijklmnop"
+_HIDDEN = {  # what the compiler calls what has no name
+    ast.Lambda: "<lambda>",
+    ast.ListComp: "<listcomp>",
+    ast.SetComp: "<setcomp>",
+    ast.DictComp: "<dictcomp>",
+    ast.GeneratorExp: "<genexpr>",
+}
+
+
+def written_short(sources: Mapping[str, str], programs: Iterable[str], public: Collection[str]) -> dict[str, str]:
+    """Modules, by their names, that do the same and take less room.
+
+    `programs` are the sources of those who use them; `public` functions and classes that other programs may call, of
+    which every parameter may be named.
+    """
+    trees = {name: ast.parse(source) for name, source in sources.items()}
+    others = [ast.parse(source) for source in programs]
+    named = named_in_calls([*trees.values(), *others])
+    own_attributes_in_short(trees.values(), others)
+    for tree in trees.values():
+        parameters_by_place(tree, named, public)
+        most_used_first(tree, fields_as_lists(tree))
+    return {name: ast.unparse(ast.fix_missing_locations(tree)) + "\n" for name, tree in trees.items()}
+
+
+def named_in_calls(trees: Collection[ast.Module]) -> set[str]:
+    """What calls name: parameters, but not the fields of named tuples."""
+    tuples = {name for tree in trees for node in ast.walk(tree) if _named_tuple(node) for name in bound([node])}
+    return {
+        str(word.arg)
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in tuples)
+        for word in node.keywords
+    }
+
+
+def _named_tuple(node: ast.AST) -> ast.Call | None:
+    """The call in `X = namedtuple("X", ("first", ...))`; None for any other node."""
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call) or len(node.value.args) != 2:
+        return None
+    function = node.value.func
+    return node.value if isinstance(function, ast.Name) and function.id == "namedtuple" else None
+
+
+# --- parameters
+
+
+def parameters_by_place(tree: ast.Module, named: Collection[str], public: Collection[str]) -> None:
+    """Gives parameters a name by their place, but those that calls name, and those of what is `public` at the head."""
+    kept = _with_bases(tree, public)
+    fixed = {id(function) for node in tree.body for function in _functions_of(node) if _is_in(kept, node)}
+    for node in ast.walk(tree):
+        if isinstance(node, (*FUNCTIONS, ast.Lambda)) and id(node) not in fixed:
+            _rename(node, named)
+
+
+def _with_bases(tree: ast.Module, public: Collection[str]) -> set[str]:
+    """`public` and the classes that those inherit from, which stand before them."""
+    found = {*public}
+    for node in reversed(tree.body):
+        if isinstance(node, ast.ClassDef) and node.name in found:
+            found.update(base.id for base in node.bases if isinstance(base, ast.Name))
+    return found
+
+
+def _is_in(public: Collection[str], node: ast.stmt) -> bool:
+    return isinstance(node, (*FUNCTIONS, ast.ClassDef)) and node.name in public
+
+
+def _functions_of(node: ast.stmt) -> list[ast.stmt]:
+    """A function itself; of a class those that others may call, and how it is made."""
+    if isinstance(node, ast.ClassDef):
+        inside = [each for each in node.body if isinstance(each, FUNCTIONS)]
+        return [each for each in inside if each.name[0] != "_" or each.name == "__init__"]
+    return [node]
+
+
+def _rename(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda, named: Collection[str]) -> None:
+    body: list[ast.AST] = [function.body] if isinstance(function, ast.Lambda) else list(function.body)
+    nodes = [node for each in body for node in ast.walk(each)]
+    own = {id(node) for node in within(body)}
+    fixed = {*named, "self"}
+    for node in nodes:
+        if isinstance(node, ast.Global | ast.Nonlocal):
+            fixed.update(node.names)
+        elif isinstance(node, ast.comprehension):
+            fixed.update(bound([node.target]))
+        elif isinstance(node, SCOPES):
+            fixed.update(arguments_of(node.args) if not isinstance(node, ast.ClassDef) else ())
+            fixed.update(bound(node.body) if not isinstance(node, ast.Lambda) else ())
+        if not isinstance(node, ast.Name) or id(node) not in own:
+            fixed.update(bound_by(node))
+    seen = {*fixed, *arguments_of(function.args), *(node.id for node in nodes if isinstance(node, ast.Name))}
+    every = [*function.args.posonlyargs, *function.args.args]
+    renamed: dict[str, str] = {}
+    for at, argument in enumerate(every[: len(PLACES)]):
+        if argument.arg not in fixed and PLACES[at] not in seen:
+            renamed[argument.arg] = argument.arg = PLACES[at]
+    for node in nodes:
+        if isinstance(node, ast.Name):
+            node.id = renamed.get(node.id, node.id)
+
+
+# --- named tuples
+
+
+def fields_as_lists(tree: ast.Module) -> list[str]:
+    """Gives the fields of named tuples as lists; the fields that are too long to be in the table by themselves."""
+    long: list[str] = []
+    for node in ast.walk(tree):
+        call = _named_tuple(node)
+        if call is not None and isinstance(call.args[1], ast.Tuple) and call.args[1].elts:
+            call.args[1] = ast.List(call.args[1].elts, ast.Load())
+            texts = [str(each.value) for each in call.args[1].elts if isinstance(each, ast.Constant)]
+            long += [text for text in texts if len(text) > IN_THE_TABLE]
+    return long
+
+
+# --- attributes
+
+
+def own_attributes_in_short(trees: Collection[ast.Module], others: Iterable[ast.Module]) -> None:
+    """Gives the attributes that objects set for themselves alone short names, the same in all `trees`.
+
+    One that is the name of anything else, or part of a text, or used by `others`, keeps its own.
+    """
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    own = {node.attr for node in nodes if _is_own(node)}
+    for node in [*nodes, *(node for other in others for node in ast.walk(other))]:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            own -= {name for name in own if name in node.value}
+        elif isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            own.discard(node.name)
+        elif isinstance(node, ast.Name):
+            own.discard(node.id)
+        elif isinstance(node, ast.arg | ast.keyword):
+            own.discard(str(node.arg))
+    own -= {node.attr for other in others for node in ast.walk(other) if isinstance(node, ast.Attribute)}
+    short = {name: f"_{number}" for number, name in enumerate(sorted(own))}
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            node.attr = short.get(node.attr, node.attr)
+
+
+def _is_own(node: ast.AST) -> TypeGuard[ast.Attribute]:
+    """Whether a node sets an attribute of `self` that is for no one else."""
+    return (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+        and node.attr[0] == "_" != node.attr[1:2]
+    )
+
+
+# --- the order of the table
+
+
+def most_used_first(tree: ast.Module, also: Iterable[str] = ()) -> None:
+    """Puts the condition at the head; `also` are names that the compiler is to know from the beginning."""
+    counted = _uses(tree)
+    most = counted.most_common(NUMBERED_IN_A_BYTE - NUMBERED_BEFORE) if len(counted) > NUMBERED_IN_A_BYTE else []
+    names = [name for name, count in most if count >= LEAST_USES]
+    body: list[ast.stmt] = [ast.Expr(_chain(names))] if names else []
+    if also:  # the compiler reads it, and leaves it out
+        body.append(ast.If(ast.Constant(0), [ast.Expr(_chain(sorted(set(also))))], []))
+    if body:
+        tree.body.insert(0, ast.If(ast.UnaryOp(ast.Not(), ast.Name("__name__", ast.Load())), body, []))
+
+
+def _chain(names: Iterable[str]) -> ast.expr:
+    """One expression that has all `names`, as attributes where they can be: `a.b.c['*']`."""
+    found: ast.expr = ast.Name("__name__", ast.Load())
+    for name in names:
+        if name.isidentifier() and not keyword.iskeyword(name):
+            found = ast.Attribute(found, name, ast.Load())
+        else:
+            found = ast.Subscript(found, ast.Constant(name), ast.Load())
+    return found
+
+
+def _uses(tree: ast.Module) -> Counter[str]:
+    """How often code has the number of a name or short text."""
+    found: Counter[str] = Counter()
+    names = {
+        name
+        for node in ast.walk(tree)
+        for name in [getattr(node, "id", None), getattr(node, "attr", None), getattr(node, "arg", None)]
+        if isinstance(name, str)
+    }
+
+    def look(node: ast.AST, scopes: list[set[str]], head: bool) -> None:
+        """`scopes` are the names of the functions around it; `head`: it is at the head of a module or class."""
+        inside, at_head = scopes, head
+        if isinstance(node, (*FUNCTIONS, ast.Lambda)):
+            own = locals_of(node) if not isinstance(node, ast.Lambda) else set(arguments_of(node.args))
+            found.update(arguments_of(node.args))
+            found[getattr(node, "name", _HIDDEN.get(type(node), ""))] += 1 + head
+            inside, at_head = [*scopes, own], False
+        elif isinstance(node, ast.ClassDef):
+            found.update([node.name] * (2 + head))
+            found.update(["__name__", "__module__", "__qualname__"])
+            at_head = True
+        elif isinstance(node, COMPREHENSIONS):
+            found.update([_HIDDEN[type(node)], "*"])
+            inside = [*scopes, {name for each in node.generators for name in bound([each.target])}]
+            at_head = False
+        elif isinstance(node, ast.Attribute):
+            found[node.attr] += 1
+        elif isinstance(node, ast.keyword) and node.arg:
+            found[node.arg] += 1
+        elif isinstance(node, ast.alias):
+            found.update([node.name, *([node.asname or node.name] if head else [])])
+        elif isinstance(node, ast.Name) and (head or not any(node.id in scope for scope in scopes)):
+            found[node.id] += 1
+        elif isinstance(node, ast.Tuple) and all(isinstance(each, ast.Constant) for each in node.elts):
+            return  # stored whole
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found[node.value] += len(node.value) <= IN_THE_TABLE or node.value in names
+        for child in ast.iter_child_nodes(node):
+            look(child, inside, at_head)
+
+    look(tree, [], True)
+    return found

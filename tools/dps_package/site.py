@@ -1,0 +1,101 @@
+"""The documents as a site: each page where it lies in the checkout, so that the links between them are the same."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dps_package.distributions import CHECKOUT, BuildFailed
+
+PAGES: dict[str, list[str]] = {
+    "Start": ["README.md", "CHANGELOG.md", "SECURITY.md"],
+    "Use": [f"docs/{name}.md" for name in ("operators", "upgrades", "ways", "programs", "library", "codes")],
+    "Build": [
+        f"docs/{name}.md"
+        for name in ("factories", "firmware", "platforms", "fleet", "ci", "testing", "emulator", "clients")
+    ],
+    "Inside": ["agent/DESIGN.md", "hal/SPEC.md", "micropython/README.md", "docs/power-cuts.md"],
+}
+_FENCE = re.compile(r"^(\s*`{3,}\w+) .*$", re.MULTILINE)
+_LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+
+
+def build_site(out: Path, version: str) -> Path:
+    """Builds the site into the folder `out`; BuildFailed with every link that leads nowhere."""
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    with tempfile.TemporaryDirectory(prefix="dps-site-") as name:
+        source = Path(name) / "source"
+        for page in _pages():
+            _copy(page, source)
+        configuration: dict[str, Any] = {
+            "site_name": f"dps-agent {version}",
+            "docs_dir": str(source),
+            "site_dir": str(out),
+            "use_directory_urls": False,  # it is read from a folder, too
+            "strict": True,
+            "theme": {"name": "material", "font": False, "features": ["navigation.sections", "content.code.copy"]},
+            "nav": [{title: pages} for title, pages in PAGES.items()],
+            "plugins": ["search"],
+            "markdown_extensions": ["tables", "fenced_code", "sane_lists", "md_in_html", {"toc": {"slugify": _slug}}],
+            "validation": {"links": {"not_found": "warn", "anchors": "warn", "unrecognized_links": "warn"}},
+        }
+        said = _Said()
+        logger = logging.getLogger("mkdocs")
+        logger.addHandler(said)
+        try:
+            build(load_config(config_file=_nothing(Path(name)), **configuration))
+        except Exception as error:
+            raise BuildFailed("\n".join(["the documents are no site:", *said.lines, str(error)])) from error
+        finally:
+            logger.removeHandler(said)
+    return out
+
+
+class _Said(logging.Handler):
+    """What mkdocs complains of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def _pages() -> list[str]:
+    listed = [page for pages in PAGES.values() for page in pages]
+    missing = {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "docs").glob("*.md")} - set(listed)
+    if missing:
+        raise BuildFailed(f"site.py: expected each document in PAGES; {', '.join(sorted(missing))} is not")
+    return listed
+
+
+def _copy(page: str, source: Path) -> None:
+    """A page, with fences as mkdocs reads them, and the files that it links to."""
+    text = (CHECKOUT / page).read_text(encoding="utf-8")
+    target = source / page
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(_FENCE.sub(r"\1", text), encoding="utf-8")
+    for link in _LINK.findall(text):
+        path = (CHECKOUT / page).parent / link
+        if "://" not in link and path.is_file() and path.suffix != ".md":
+            linked = source / path.resolve().relative_to(CHECKOUT)
+            linked.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, linked)
+
+
+def _slug(heading: str, separator: str) -> str:
+    """As GitHub makes an anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", separator)
+
+
+def _nothing(folder: Path) -> str:
+    path = folder / "mkdocs.yml"
+    path.write_text("site_name: x\n")
+    return str(path)
