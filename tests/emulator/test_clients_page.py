@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fresh_machine import azure_client
+from fresh_machine import azure_client, mosquitto
 from support.cloud.emulator import DeviceCredentials, EmulatorInThread
 from support.documents import CHECKOUT, blocks_of
 from support.programs.azure_node import FOLDER, WHERE_NODE_IS
@@ -21,7 +21,6 @@ from support.programs.azure_node import FOLDER, WHERE_NODE_IS
 PAGE = CHECKOUT / "docs" / "clients.md"
 PATIENCE_S = 120
 SENT = '{"temperature": 21.5}'
-MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 # Microsoft's clients dial port 8883 and no other.
 REDIRECTED = """
 import runpy, socket
@@ -92,7 +91,7 @@ def test_microsofts_client_for_node(emulator: EmulatorInThread, device: DeviceCr
 @contextmanager
 def bridge(folder: Path, changes: dict[str, str], password: str) -> Iterator[int]:
     """The page's bridge; the port of its broker."""
-    assert MOSQUITTO is not None, "see the mark"
+    program = mosquitto()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     text = recipe("bridge.conf").replace("listener 1883", f"listener {port}")
@@ -103,7 +102,7 @@ def bridge(folder: Path, changes: dict[str, str], password: str) -> Iterator[int
     (folder / "bridge.conf").write_text(f"{user}\n{text}remote_password {password}\n")
     with (
         (folder / "log").open("wb") as log,
-        subprocess.Popen([MOSQUITTO, "-c", "bridge.conf"], cwd=folder, stderr=log) as process,
+        subprocess.Popen([*program, "-c", "bridge.conf"], cwd=folder, stderr=log) as process,
     ):
         try:
             yield port
@@ -118,7 +117,6 @@ def once(act: Callable[[], bool], what: str) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
 def test_a_bridge_of_mosquitto(emulator: EmulatorInThread, device: DeviceCredentials, folder: Path) -> None:
     import paho.mqtt.client as paho
 

@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import os
 import select
-import shutil
 import socket
 import ssl
 import statistics
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
@@ -33,7 +32,7 @@ import trustme
 from dps_bench.costs import CommandFailed
 from dps_bench.report import Report
 from emulator.device_side import SCOPE, Client, Device, operation_path, register_path
-from fresh_machine import CHECKOUT
+from fresh_machine import CHECKOUT, NotReady, mosquitto
 
 HUB = "emulator.azure-devices.net"
 CLIENTS = 2  # processes
@@ -102,11 +101,10 @@ def measured(count: int, beside: Path | None) -> Report:
         servers: dict[str, Server] = {}
         for name, checkout in {"this": CHECKOUT, **({"beside": beside} if beside else {})}.items():
             servers[name] = running.enter_context(_emulator(checkout, count))
-        broker = shutil.which("mosquitto")
-        if broker:
-            servers["mosquitto"] = running.enter_context(_mosquitto(broker))
-        else:
-            report.absent.append("mosquitto, which is not installed")
+        try:
+            servers["mosquitto"] = running.enter_context(_mosquitto(mosquitto()))
+        except NotReady as error:
+            report.absent.append(f"mosquitto: {error}")
         pool = running.enter_context(ProcessPoolExecutor(CLIENTS, get_context("spawn")))
         rows: dict[str, dict[str, float]] = {name: {} for name in servers}
         for name, server in servers.items():
@@ -285,7 +283,7 @@ def _emulator(checkout: Path, count: int) -> Iterator[Server]:
 
 
 @contextmanager
-def _mosquitto(program: str) -> Iterator[Server]:
+def _mosquitto(program: Sequence[str]) -> Iterator[Server]:
     """mosquitto with TLS, which lets everybody in."""
     with tempfile.TemporaryDirectory(prefix="dps-bench-") as place:
         folder, authority = Path(place), trustme.CA()
@@ -297,7 +295,7 @@ def _mosquitto(program: str) -> Iterator[Server]:
         lines = f"listener {port} 127.0.0.1", f"certfile {folder}/server.pem", f"keyfile {folder}/server.pem"
         user = f"user {os.environ.get('USER', 'root')}"
         (folder / "conf").write_text("\n".join((*lines, "allow_anonymous true", user, "")))
-        with _process([program, "-c", str(folder / "conf")], dict(os.environ), folder / "log") as process:
+        with _process([*program, "-c", str(folder / "conf")], dict(os.environ), folder / "log") as process:
             server = Server(process.pid, str(folder / "ca.pem"), 0, port)
             until_s = time.monotonic() + 60
             while True:
