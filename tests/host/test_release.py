@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from dps_package.distributions import CHECKOUT, BuildFailed
 from dps_package.repository import PUBLIC_KEY, VARIABLE, build_repository, key_from_environment
 from dps_package.sbom import check_sbom, write_sbom
 from dps_package.site import build_site
+from support.release_key import release_key
 
 CHANGELOG = (
     "# Changelog\n\n## [Unreleased]\n\n- c\n\n## [0.2.0] - 2026-12-01\n\n- b\n\n## [0.1.0] - 2026-11-30\n\n- a\n"
@@ -101,17 +101,9 @@ def package(folder: Path, version: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+def keys() -> list[str]:
     """Two secret keys, of nobody."""
-    found = []
-    for name in ("one", "other"):
-        home = tmp_path_factory.mktemp(name)
-        gpg = ["gpg", "--homedir", str(home), "--batch", "--quiet", "--passphrase", "", "--pinentry-mode", "loopback"]
-        subprocess.run([*gpg, "--quick-gen-key", f"{name} <{name}@x.invalid>", "ed25519", "sign"], check=True)
-        done = subprocess.run([*gpg, "--armor", "--export-secret-keys"], check=True, capture_output=True, text=True)
-        subprocess.run(["gpgconf", "--homedir", str(home), "--kill", "all"], check=True)
-        found.append(done.stdout)
-    yield found
+    return [release_key(name) for name in ("one", "other")]
 
 
 class Apt:

@@ -13,6 +13,7 @@ from dps_package.distributions import run
 from machines.packages.container import CommandFailed, Unavailable, system_archive
 from machines.packages.environments import try_distributions
 from machines.packages.lifecycle import live_full, live_light, machine
+from machines.packages.repository import repository
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,8 +48,8 @@ def try_built(built: list[Path], work: Path) -> None:
         )  # the same under a later number
         with machine(archive, work / "tpm-full") as device:
             live_full(device, full, newer)
-        with machine(archive, work / "tpm-light") as device:
-            live_light(device, light, newer_light, newer)
+        with machine(archive, work / "tpm-light") as device, repository(work / "repository") as releases:
+            live_light(device, releases, light, newer_light, newer)
     except Unavailable as error:
         if CONTAINER not in os.environ.get("ALLOW_SKIP", "").split(","):
             raise

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from machines.packages.container import CommandFailed, Container
+from machines.packages.repository import ADDING, GOING_BACK, UPGRADING, Repository, altered
 from support.cloud.emulator import EmulatorProcess
 from support.tpm.swtpm import ENDORSEMENT, OWNER, Swtpm
 
@@ -52,6 +53,17 @@ class Machine:
         shutil.copy(self.emulator.ca_file, folder / "test-ca.pem")
         (folder / "config.d/50-test.toml").write_text(self._settings)
         self.run(f"""echo 'id_scope = "{ID_SCOPE}"' > /etc/dps-agent/config.d/10-scope.toml""")
+
+    def follow(self, commands: list[str], status: int = 0) -> str:
+        """What a page has root type, in a folder with the repository's key; the last line's exit status is `status`."""
+        *before, last = commands
+        for command in before:
+            self.run(f"cd /var/tmp && {command}")
+        return self.run(f"cd /var/tmp && {last}", status)
+
+    def version_of(self, package: str) -> str:
+        """The version of a package that is installed."""
+        return self.run(f"dpkg-query -W -f '${{Version}}' {package}", shown=False)
 
     def drop_in(self, name: str, *lines: str) -> None:
         """What `systemctl edit dps-agent` makes."""
@@ -244,10 +256,19 @@ def live_full(device: Machine, package: Path, newer: Path) -> None:
     claim("the folder is empty", not device.run(f"ls -A {STATE}").strip())
 
 
-def live_light(device: Machine, package: Path, newer: Path, full: Path) -> None:
-    """The life of dps-agent-light, settings first; a newer one, then dps-agent takes over from it."""
-    title("dps-agent-light: install, configure, enrol")
-    device.install(package)
+def live_light(device: Machine, releases: Repository, package: Path, newer: Path, full: Path) -> None:
+    """The life of dps-agent-light from a repository: install, upgrade, downgrade; then dps-agent takes over from it."""
+    old, new = (path.name.split("_")[1] for path in (package, newer))
+    releases.add(package)
+
+    title("dps-agent-light: a repository is added as the page says, install, configure, enrol")
+    # What the packages need is installed; the archives of the distribution are not asked.
+    device.run("rm -f /etc/apt/sources.list /etc/apt/sources.list.d/*")
+    quiet = 'APT::Get::Assume-Yes "true";\nquiet "1";\nDpkg::Use-Pty "0";\nAPT::Update::Error-Mode "any";\n'
+    (device.container.root / "etc/apt/apt.conf.d/90test").write_text(quiet)
+    shutil.copy(releases.public_key, device.container.root / "var/tmp" / releases.public_key.name)
+    device.follow(releases.commands(ADDING))
+    claim("the first release", device.version_of("dps-agent-light") == old)
     device.configure()
     found = device.run("dps-agent config show | grep backend; dps-agent version")
     claim("the TPM back end is wire", 'backend = "wire"' in found)
@@ -268,10 +289,37 @@ def live_light(device: Machine, package: Path, newer: Path, full: Path) -> None:
     device.run("systemctl restart dps-agent")
     device.await_connected()
     before = device.process()
-    device.install(newer)
+    releases.add(newer)
+    device.follow(releases.commands(UPGRADING))
     device.await_connected()
+    claim("the second release", device.version_of("dps-agent-light") == new)
     claim("another process", device.process() != before)
     claim("the same record", device.run(f"sha256sum {RECORD}", shown=False) == record)
+
+    title("downgrade")
+    device.follow(releases.commands(GOING_BACK, old))
+    device.await_connected()
+    claim("the first release", device.version_of("dps-agent-light") == old)
+    claim("the same record", device.run(f"sha256sum {RECORD}", shown=False) == record)
+
+    title("a package that was altered on the server is refused, and one that is whole is taken")
+    device.run("apt-get clean")
+    altered(releases.folder / newer.name)
+    said = device.follow(releases.commands(UPGRADING), status=100)
+    claim("apt says why", "Hash Sum mismatch" in said)
+    claim("the first release stays, and runs", device.version_of("dps-agent-light") == old)
+    device.await_connected()
+    shutil.copyfile(newer, releases.folder / newer.name)
+    device.follow(releases.commands(UPGRADING))
+    device.await_connected()
+    claim("the second release", device.version_of("dps-agent-light") == new)
+
+    title("a repository whose signed text was altered is refused")
+    release = releases.folder / "InRelease"
+    release.write_bytes(release.read_bytes().replace(b"Origin: dps-agent", b"Origin: somebody"))
+    said = device.run("apt-get update", status=100)
+    claim("apt says why", "signature" in said)
+    claim("one registration, all the while", device.registrations() == 1, device.registrations())
 
     title("a setting of the operator's comes before the package's default")
     device.run("printf '[tpm]\\nbackend = \"esys\"\\n' > /etc/dps-agent/config.d/00-mine.toml")
