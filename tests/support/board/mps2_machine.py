@@ -63,7 +63,8 @@ class Mps2:
 
         `cut`: the flash step in whose middle the power goes; `fail`: the allocation that fails, the first of `run`;
         none does after a reset; `gone` and `goneFor`: when nothing is on the I2C, in ms since a start; `deaf`: its name
-        server never answers; the name of a state of the agent: how fast the clock goes in that.
+        server never answers; the name of a state of the agent: how fast the clock goes in that; `joined`: it is on the
+        Ethernet before its program begins; `repl`: that does not begin, there is the prompt.
         """
         tpm = self.folder / "tpm"
         tpm.mkdir(exist_ok=True)
@@ -100,6 +101,12 @@ class Mps2:
             _until_prompt(monitor)
             monitor.sendall(b"set_link lan9118.0 %s\n" % (b"on" if plugged else b"off"))
             _until_prompt(monitor)
+
+    def enter(self, keys: bytes) -> None:
+        """Somebody types at its console."""
+        keyboard = self._processes[-1].stdin
+        assert keyboard is not None
+        keyboard.write(keys)
 
     @property
     def is_on(self) -> bool:

@@ -9,3 +9,8 @@ try:
 except OSError:
     vfs.VfsLfs2.mkfs(_flash, progsize=256, readsize=256)
     vfs.mount(vfs.VfsLfs2(_flash, progsize=256, readsize=256), "/")
+
+if mps2.setting("joined"):
+    import network
+
+    network.LAN().active(True)
