@@ -155,6 +155,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--certificate", metavar="FILE", help="instead of a key its certificate, or the group's CA; PEM"
     )
+    command.add_argument(
+        "--credential-policy", metavar="NAME", help="issue certificates for its devices by this policy; a preview"
+    )
     command.add_argument("--replace", action="store_true", help="put it in the place of one that is there")
     command.add_argument("--state-dir", type=Path, required=True, metavar="DIR")
     command.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -320,6 +323,16 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     add("--strict", action="store_true", help="refuse what hubs tolerate of some clients, but nobody documents")
     add("--client-certificates", action="store_true", help="ask clients for a certificate, for enrolments by X.509")
+    add(
+        "--issued-life",
+        type=_number(60, 10**9),
+        default=30 * 86_400,
+        metavar="S",
+        help="of a certificate that is issued for a device's request, by an enrolment's policy; default 30 days",
+    )
+    add(
+        "--issue-after", type=_number(0, 43_200, float), default=0.0, metavar="S", help="seconds until a hub issues one"
+    )
     add("--faults", type=Path, metavar="FILE", help="fault script, a JSON list; see dps_emulator/faults.py")
     add(
         "--ready-file",
@@ -347,11 +360,13 @@ def _add_serve(commands: "argparse._SubParsersAction[_Parser]") -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     import logging
 
+    from dps_emulator.issuing import Issuer
     from dps_emulator.server import EmulatorServer, LoggedNotices
     from dps_emulator.service import DpsService
     from dps_emulator.state import (
         certificate_authority,
         claimed,
+        issuing_root,
         make_private_folder,
         service_secret,
         write_private_file,
@@ -386,7 +401,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     telemetry_file = _bounded_file("--telemetry-file", arguments.telemetry_file, limit_bytes)
     with claimed(state_dir) if state_dir else contextlib.nullcontext():
         store = _store(state_dir, limit_bytes)
-        service = DpsService(_settings(arguments), store.enrollments, store.registrations, os.urandom, store.groups)
+        issuer = Issuer(os.urandom, issuing_root(state_dir))
+        records = store.enrollments, store.registrations, os.urandom, store.groups
+        service = DpsService(_settings(arguments), *records, issuer)
         if listed:
             store.enroll(listed.enrollments)
             _tell_of(listed)
@@ -530,6 +547,8 @@ def _settings(arguments: argparse.Namespace) -> "Settings":
         limits=limits,
         strict=arguments.strict,
         client_certificates=arguments.client_certificates,
+        issued_life_s=arguments.issued_life,
+        issue_after_s=arguments.issue_after,
     )
 
 
@@ -576,7 +595,8 @@ def _enroll(arguments: argparse.Namespace) -> int:
         primary = {"certificate": _read_text(arguments.certificate)}
         attestation = {"type": "x509", "x509": {kind: {"primary": primary}}}
     try:
-        enrollment = enrollment_from_json({**named, "attestation": attestation})
+        policy = {"credentialPolicyName": arguments.credential_policy} if arguments.credential_policy else {}
+        enrollment = enrollment_from_json({**named, "attestation": attestation, **policy})
     except EnrollmentError as error:
         raise _UsageError(str(error)) from None
     with contextlib.closing(open_store(arguments.state_dir, notice=_warn)) as store:

@@ -24,9 +24,10 @@ from dps_emulator.control_socket import unwrap
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault, FaultScript
 from dps_emulator.hub import HubLine
+from dps_emulator.issuing import Issuer
 from dps_emulator.server import EmulatorServer, LogLine
 from dps_emulator.service import DpsService, Settings
-from dps_emulator.state import certificate_authority, open_store, service_secret
+from dps_emulator.state import certificate_authority, issuing_root, open_store, service_secret
 from dps_emulator.store import Store
 from dps_emulator.tokens import signed_token
 
@@ -202,7 +203,7 @@ class EmulatorInThread(HubCommands):
         self.store = Store() if state_dir is None else open_store(state_dir)
         store = self.store
         records = store.enrollments, store.registrations, os.urandom, store.groups
-        self.service = DpsService(settings or Settings(), *records)
+        self.service = DpsService(settings or Settings(), *records, Issuer(os.urandom, issuing_root(state_dir)))
         for enrollment in enrollments:
             self.service.enroll(enrollment)
         authority = certificate_authority(state_dir)

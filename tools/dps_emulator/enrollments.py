@@ -1,7 +1,8 @@
 """Enrolments and groups of them: the service API's record, and what of a list of them a service takes.
 
 A record as JSON: `{"registrationId" or "enrollmentGroupId", "deviceId"?, "attestation", "iotHubHostName"?, "iotHubs"?,
-"allocationPolicy"?, "provisioningStatus"?, "reprovisionPolicy"?: {"updateHubAssignment", "migrateDeviceData"}, …}`.
+"allocationPolicy"?, "credentialPolicyName"?, "provisioningStatus"?, "reprovisionPolicy"?: {"updateHubAssignment",
+"migrateDeviceData"}, …}`.
 `attestation` is `{"type": "tpm", "tpm": {"endorsementKey"}}`, `{"type": "symmetricKey", "symmetricKey": {"primaryKey",
 "secondaryKey"?}}` or `{"type": "x509", "x509": {"clientCertificates": {"primary": {"certificate"}, "secondary"?}}}`, in
 which a group has `signingCertificates`. Source: DPS service API, individualEnrollment and enrollmentGroup.
@@ -30,6 +31,7 @@ _DEVICE_ID = re.compile(r"[A-Za-z0-9\-.%_*?!(),:=@$']{1,128}")
 _HUB = re.compile(
     r"(?=.{1,253}$)[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*"
 )
+_POLICY = re.compile(r"[A-Za-z0-9-]{0,64}")  # the length is that of a CN, the rest ours
 WAYS = ("tpm", "symmetricKey", "x509")  # of attestation
 ALLOCATION_POLICIES = ("static", "hashed", "geoLatency", "custom", "rotate")
 
@@ -56,6 +58,7 @@ class Enrollment:
     rest: Mapping[str, Any] = field(default_factory=dict)  # fields the emulator keeps but does not act on
     is_group: bool = False
     group: str = ""  # what `member` was asked of
+    credential_policy: str = ""  # whose CA issues certificates for its devices; empty: none does
 
     @property
     def endorsement_key(self) -> bytes | None:
@@ -98,6 +101,8 @@ class Enrollment:
             record["iotHubs"] = list(self.hubs)
         if self.allocation_policy:
             record["allocationPolicy"] = self.allocation_policy
+        if self.credential_policy:
+            record["credentialPolicyName"] = self.credential_policy
         record["provisioningStatus"] = "enabled" if self.enabled else "disabled"
         record["reprovisionPolicy"] = {
             "updateHubAssignment": self.update_hub_assignment,
@@ -157,6 +162,9 @@ def enrollment_from_json(record: object) -> Enrollment:
     policy = rest.pop("allocationPolicy", "") or ""
     if policy and policy not in ALLOCATION_POLICIES:
         raise wrong("allocationPolicy", "one of " + ", ".join(ALLOCATION_POLICIES))
+    credential_policy = rest.pop("credentialPolicyName", "") or ""
+    if not isinstance(credential_policy, str) or not _POLICY.fullmatch(credential_policy):
+        raise wrong("credentialPolicyName", "a name of at most 64 letters, digits and dashes")
     provisioning_status = rest.pop("provisioningStatus", None) or "enabled"
     if provisioning_status not in ("enabled", "disabled"):
         raise wrong("provisioningStatus", "'enabled' or 'disabled'")
@@ -178,6 +186,7 @@ def enrollment_from_json(record: object) -> Enrollment:
         migrate,
         rest,
         is_group,
+        credential_policy=credential_policy,
     )
 
 

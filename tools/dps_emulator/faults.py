@@ -14,11 +14,12 @@ requests or over those of the same `method` ("PUT") and `operation` ("register",
 
 An entry is about a hub where `method` is "MQTT" or `operation` is one of these: `accept` (a TCP connection, before
 TLS), `connect`, `subscribe`, `unsubscribe`, `telemetry`, `twin-get`, `twin-patch`, `method-answer`, `puback`, `ping`,
-`disconnect`. `device`: only this device's packets (an `accept` has no device yet). There, in any combination:
+`issue-certificate`, `disconnect`. `device`: only this device's packets (an `accept` has no device yet). There, in any
+combination:
 
 - `delayS`: seconds before the hub acts, and before it reads the connection's next packet;
 - `connack`: 1 to 5, the answer to a `connect`; 3 is how a hub throttles connections;
-- `status`: the answer to a `twin-get` or `twin-patch`; 429 is how a hub throttles them;
+- `status`: the answer to a `twin-get`, `twin-patch` or `issue-certificate`; 429 is how a hub throttles them;
 - `drop`: the connection ends, "before" the hub acts on the packet or "after", its answer unsent; `reset` as above;
 - `silent`: from then on the hub reads and says nothing, the packet counting ("after") or not ("before").
 
@@ -55,6 +56,7 @@ HUB_OPERATIONS = (
     "method-answer",
     "puback",
     "ping",
+    "issue-certificate",
     "disconnect",
 )
 
@@ -166,6 +168,7 @@ _FIELDS: dict[str, tuple[str, type | tuple[type, ...], str]] = {
     "drop": ("drop", str, "before or after"),
     "silent": ("silent", str, "before or after"),
 }
+_ANSWERED = ("twin-get", "twin-patch", "issue-certificate")  # what a hub may answer with an error
 _ONLY_DPS = ("body", "headers", "retryAfterDateS", "drip", "chunked", "cutAfterBytes")
 _ONLY_HUBS = ("device", "connack", "drop", "silent")
 _RANGES: dict[str, tuple[float, float]] = {
@@ -227,6 +230,6 @@ def _fault(number: int, entry: object) -> Fault:
         raise FaultScriptError(f"entry {number}: '{fault.operation}' is no operation at a hub")
     if fault.connack is not None and fault.operation != "connect":
         raise FaultScriptError(f"entry {number}: 'connack' is only for 'connect'")
-    if fault.is_hubs and fault.status is not None and fault.operation not in ("twin-get", "twin-patch"):
-        raise FaultScriptError(f"entry {number}: 'status' at a hub is only for 'twin-get' and 'twin-patch'")
+    if fault.is_hubs and fault.status is not None and fault.operation not in _ANSWERED:
+        raise FaultScriptError(f"entry {number}: 'status' at a hub is only for {', '.join(_ANSWERED)}")
     return fault

@@ -6,22 +6,25 @@ and who may connect is decided before anything else. Sources: "Use MQTT to estab
 real service, the choice made here is marked as ours.
 """
 
+import base64
 import contextlib
 import ipaddress
 import json
 import math
 import re
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 from urllib.parse import quote, unquote
 from weakref import WeakValueDictionary
 
-from dps_emulator import mqtt, topics
+from dps_emulator import mqtt, renewal, topics
 from dps_emulator.attestation import Credential
 from dps_emulator.certificates import CertificateError, authority_of, common_name, require_valid, thumbprints
 from dps_emulator.enrollments import is_device_id
 from dps_emulator.hub_devices import CloudMessage, DeviceRecords, HubDevice, MessageLog, Telemetry
+from dps_emulator.issuing import FIRST_RENEWAL_API, has_requests, request_of
 from dps_emulator.json_text import parse_json
 from dps_emulator.limits import METHOD_METER_BYTES, Limits
 from dps_emulator.registrations import Assignment, StateError, utc_text
@@ -129,6 +132,17 @@ class HubContext:
     tier: str = "standard"
     limits: Limits | None = None
     strict: bool = False  # refuses what hubs tolerate of some clients, but nobody documents
+    issue_after_s: float = 0.0  # from the 202 for a device's request to its certificate
+
+
+class Certifies(Protocol):
+    """What a hub has to issue certificates with: DPS's own CAs, and the enrolments that name them."""
+
+    def policy_at(self, hub: str, device_id: str) -> str:
+        """By which policy that device gets certificates; empty: by none."""
+
+    def renewed(self, hub: str, device_id: str, request: bytes, now: float) -> tuple[bytes, ...]:
+        """Another certificate for that device, and those of its CAs; raises CertificateError."""
 
 
 class Hub:
@@ -140,8 +154,10 @@ class Hub:
         devices: DeviceRecords,
         issued: Callable[[str], Credential | None],
         context: HubContext,
+        certifies: Certifies | None = None,
     ) -> None:
         """`issued(device_id)` is the credential that DPS has given the device here, or None."""
+        self.certifies = certifies
         self.name = name
         self.is_basic = context.tier == "basic"  # no twin, methods or messages to devices: it hangs up on who asks
         self.context = context
@@ -152,6 +168,7 @@ class Hub:
         self._devices: WeakValueDictionary[str, HubDevice] = WeakValueDictionary()
         self._issued = issued
         self._expires_at_s = math.inf  # no token of a connection ends before
+        self.issuing: set[str] = set()  # devices, by their ids in lower case, for which a certificate is under way
 
     def device(self, device_id: str) -> HubDevice:
         """The device; raises HubError where this hub has none of that name."""
@@ -324,10 +341,17 @@ class Hub:
         wire.send(mqtt.connack(mqtt.ACCEPTED, session_present=session_present))
         link.redeliver(now)
         link.deliver(now)
+        link.deliver_certificate(now)
         return link
 
     def tick(self, now: float) -> None:
-        """Ends the connections whose token has expired."""
+        """Issues the certificates whose time has come, and ends the connections whose token has expired."""
+        for device_id in list(self.issuing):
+            link = self.links.get(device_id)
+            if link:
+                link.deliver_certificate(now)
+            else:
+                self.issuing.discard(device_id)
         if now < self._expires_at_s:
             return
         for link in list(self.links.values()):
@@ -363,14 +387,17 @@ class Link:
 
     __slots__ = (
         "_calls",
+        "_certificate_packet_id",
         "_in_flight",
         "_last_packet_id",
         "_methods",
         "_persistent",
+        "_renews",
         "_will",
         "_wire",
         "device",
         "expires_at_s",
+        "has_certificate",
         "hub",
         "is_open",
         "subscriptions",
@@ -395,6 +422,11 @@ class Link:
         self._calls = 0
         self._in_flight: set[int] = set()  # packet ids of everything but messages from the queue
         self._last_packet_id = 0
+        if device.pending and not device.pending.status:
+            hub.issuing.add(device.device_id.lower())
+        self._certificate_packet_id = 0  # of a certificate that was sent with QoS 1, and is not acknowledged
+        self._renews = has_requests(_of_query(connect.user_name or "", "api-version"), FIRST_RENEWAL_API)
+        self.has_certificate = token is None
 
     def received(self, packet: mqtt.Packet, now: float) -> None:
         """Acts on one packet."""
@@ -439,18 +471,75 @@ class Link:
         for answered in methods.values():
             answered(HubError(CLOSED_REMOTELY, "the connection ended before the device answered"))
 
-    def publish(self, topic_filter: str, topic: str, content: bytes) -> None:
-        """Sends to the device if it has subscribed, at the QoS granted."""
+    def publish(self, topic_filter: str, topic: str, content: bytes) -> int | None:
+        """Sends to the device if it has subscribed, at the QoS granted; the packet id, 0 of QoS 0, None: not sent."""
         qos = self.subscriptions.get(topic_filter)
         if qos is None:
-            return
+            return None
         if len(self._in_flight) >= MAX_IN_FLIGHT or len(topic.encode()) > _MAX_TOPIC_BYTES:
             self._wire.drop()  # the link learns of it when the connection has ended
-            return
+            return None
         packet_id = self._next_packet_id() if qos else 0
         if packet_id:
             self._in_flight.add(packet_id)
         self._send(mqtt.Publish(topic, content, qos, packet_id=packet_id))
+        return packet_id
+
+    def deliver_certificate(self, now: float) -> None:
+        """Ends the request for a certificate whose time has come, and sends its end to who has subscribed to it."""
+        pending, certifies = self.device.pending, self.hub.certifies
+        if pending is None or certifies is None or self._certificate_packet_id:
+            return
+        if not pending.status:
+            if pending.ready_at_s > now:
+                return
+            name = self.device.device_id
+            try:
+                chain = certifies.renewed(self.hub.name, name, request_of(pending.csr), now)
+                encoded = [base64.b64encode(each).decode() for each in chain]
+                status, body = 200, renewal.issued(pending, encoded)
+            except CertificateError:
+                status, body = 400, renewal.not_verified(self._tracking_id(), now)
+            pending = replace(pending, status=status, body=body.decode())
+            self.hub.issuing.discard(name.lower())
+            self.hub.change(self.device, pending=pending)
+            self.hub.note("certificate", name, now, status, pending.request_id)
+        packet_id = self._answer_credentials(pending.status, pending.request_id, pending.body.encode())
+        if packet_id:
+            self._certificate_packet_id = packet_id
+        elif packet_id == 0:
+            self.hub.change(self.device, pending=None)
+
+    def _issue(self, packet: mqtt.Publish, request_id: str, now: float) -> None:
+        """A device asks for another certificate."""
+        device_id, certifies = self.device.device_id, self.hub.certifies
+        try:
+            if not self.has_certificate:
+                raise renewal.RefusedError(renewal.FORBIDDEN, "The device is not authenticated by a certificate.")
+            if certifies is None or not certifies.policy_at(self.hub.name, device_id):
+                raise renewal.RefusedError(renewal.NO_POLICY, "The device has no policy for certificates.")
+            correlation_id = str(uuid.UUID(bytes=self.hub.context.random_bytes(16), version=4))
+            known = self.device.pending
+            after_s = self.hub.context.issue_after_s
+            taken = renewal.take(packet.payload, request_id, device_id, known, correlation_id, now, after_s)
+        except renewal.RefusedError as error:
+            body = renewal.error(error.code, str(error), self._tracking_id(), now, error.info)
+            self._answer_credentials(error.code // 1000, request_id, body)
+            self.hub.note("issue-certificate", device_id, now, error.code, str(error))
+            return
+        if taken is not known:
+            self._certificate_packet_id = 0
+            self.hub.change(self.device, pending=taken)
+            self.hub.issuing.add(device_id.lower())
+        self._answer_credentials(202, request_id, taken.accepted)
+        self.hub.note("issue-certificate", device_id, now, 202, request_id)
+
+    def _answer_credentials(self, status: int, request_id: str, content: bytes) -> int | None:
+        topic = f"$iothub/credentials/res/{status}/?$rid={request_id}"
+        return self.publish(topics.CREDENTIAL_ANSWERS, topic, content)
+
+    def _tracking_id(self) -> str:
+        return self.hub.context.random_bytes(16).hex().upper()
 
     def redeliver(self, now: float) -> None:
         """Sends again what an earlier connection of this session left unacknowledged."""
@@ -496,14 +585,18 @@ class Link:
     def throttle(self, packet: mqtt.Packet, now: float) -> None:
         """Refuses a request that is beyond the hub's limits: telemetry has no answer, and loses its connection."""
         if isinstance(packet, mqtt.Publish) and operation_of(packet, self.device.device_id) != "telemetry":
-            self.refuse_twin(packet, 429, "the hub is throttled")
+            self.refuse(packet, 429, now, "the hub is throttled")
         else:
             self.drop("the hub is throttled", now, THROTTLED)
 
-    def refuse_twin(self, packet: mqtt.Publish, status: int, why: str = "a fault script says so") -> None:
-        """Answers a twin request with an error."""
+    def refuse(self, packet: mqtt.Publish, status: int, now: float, why: str = "a fault script says so") -> None:
+        """Answers a request with an error."""
         purpose = topics.purpose_of(packet.topic, self.device.device_id)
-        self._answer_twin(status, purpose.request_id, error=_error(status, why))
+        if purpose.operation == "issue-certificate":
+            body = renewal.error(status * 1000 + 1, why, self._tracking_id(), now)
+            self._answer_credentials(status, purpose.request_id, body)
+        else:
+            self._answer_twin(status, purpose.request_id, error=_error(status, why))
         self._take(packet)
 
     def _published(self, packet: mqtt.Publish, now: float) -> None:
@@ -532,6 +625,11 @@ class Link:
                     self.drop(f"a method's answer of {len(packet.payload)} bytes", now, TOO_LARGE)
                     return
                 self._method_answered(purpose, packet.payload, now)
+            case "issue-certificate" if self._renews and renewal.is_request_id(purpose.request_id):
+                self._take(packet)
+                self._issue(packet, purpose.request_id, now)
+                self.deliver_certificate(now)
+                return
             case _:
                 self.drop("a PUBLISH to a topic that the hub does not have", now, ARGUMENT_INVALID)
                 return
@@ -572,6 +670,9 @@ class Link:
 
     def _acknowledged(self, packet_id: int, now: float) -> None:
         self._in_flight.discard(packet_id)
+        if packet_id and packet_id == self._certificate_packet_id:
+            self._certificate_packet_id = 0
+            self.hub.change(self.device, pending=None)
         for message in self.device.queue:
             if message.packet_id == packet_id:
                 self.device.queue.remove(message)
@@ -580,7 +681,10 @@ class Link:
                 return
 
     def _subscribed(self, packet: mqtt.Subscribe, now: float) -> None:
-        allowed, granted = topics.device_filters(self.device.device_id), []
+        allowed: tuple[str, ...] = topics.device_filters(self.device.device_id)
+        granted = []
+        if self._renews:
+            allowed = (*allowed, topics.CREDENTIAL_ANSWERS)
         if self.hub.is_basic:
             self.drop(f"the Basic tier has no {packet.filters[0][0]}", now, ARGUMENT_INVALID)
             return
@@ -593,6 +697,7 @@ class Link:
         self._keep_subscriptions()
         self._wire.send(mqtt.suback(packet.packet_id, granted))
         self.deliver(now)
+        self.deliver_certificate(now)
 
     def _keep_subscriptions(self) -> None:
         if self._persistent and self.device.subscriptions != self.subscriptions:
@@ -634,7 +739,7 @@ class Hubs:
     def __post_init__(self) -> None:
         self._hubs: dict[str, Hub] = {}
         for name in self.service.settings.hubs:
-            self._hubs[name.lower()] = Hub(name, self.devices(name), self._issued(name), self.context)
+            self._hubs[name.lower()] = Hub(name, self.devices(name), self._issued(name), self.context, self.service)
         self.service.assigned = self._assigned
 
     def connect(
@@ -831,10 +936,15 @@ def operation_of(packet: mqtt.Packet, device_id: str) -> str:
 
 def _model_id(user_name: str) -> str:
     """The Plug and Play model in a user name, percent-encoded there or not; empty where there is none."""
+    return unquote(_of_query(user_name, "model-id"))
+
+
+def _of_query(user_name: str, wanted: str) -> str:
+    """What a user name says by this name; empty where it does not."""
     for pair in user_name.partition("?")[2].split("&"):
         name, _, value = pair.partition("=")
-        if name == "model-id":
-            return unquote(value)
+        if name == wanted:
+            return value
     return ""
 
 

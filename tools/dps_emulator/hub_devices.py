@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from dps_emulator.attestation import Credential
 from dps_emulator.registrations import StateError
+from dps_emulator.renewal import Pending
 from dps_emulator.twin import Twin
 
 MESSAGES_KEPT = 10_000
@@ -44,6 +45,7 @@ class HubDevice:
     model_id: str = ""  # of Plug and Play, as the device said it when it connected last
     own_secondary: bytes | None = field(default=None, repr=False)
     own_thumbprints: tuple[str, ...] = ()
+    pending: Pending | None = None  # the request for a certificate that is under way
 
     @property
     def own_credential(self) -> Credential | None:
@@ -65,6 +67,7 @@ class HubDevice:
             "modelId": self.model_id,
             "ownSecondary": None if self.own_secondary is None else base64.b64encode(self.own_secondary).decode(),
             "ownThumbprints": list(self.own_thumbprints),
+            "pending": vars(self.pending) if self.pending else None,
             "queue": [
                 {**vars(message), "payload": base64.b64encode(message.payload).decode()} for message in self.queue
             ],
@@ -89,6 +92,7 @@ class HubDevice:
             record.get("modelId", ""),
             None if secondary is None else base64.b64decode(secondary, validate=True),
             tuple(record.get("ownThumbprints", ())),
+            Pending(**record["pending"]) if record.get("pending") else None,
         )
 
 

@@ -556,7 +556,7 @@ class _Connection(asyncio.BufferedProtocol):
         now, hubs = self._server.now(), self._server.hubs
         if self._link is not None:
             if fault.status is not None and isinstance(packet, mqtt.Publish):
-                self._link.refuse_twin(packet, fault.status)
+                self._link.refuse(packet, fault.status, now)
             else:
                 self._link.received(packet, now)
         elif not isinstance(packet, mqtt.Connect):

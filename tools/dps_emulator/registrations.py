@@ -46,6 +46,8 @@ class Operation:
     finished: bool = False
     failure: Failure | None = None
     group: str = ""  # the enrolment group that the device is a member of
+    csr: str = ""  # the request for a certificate that came with it; base64 of DER
+    chain: tuple[str, ...] = ()  # what was issued for it, the device's own certificate first; base64 of DER
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Registration:
         operation, assignment = dict(record["operation"]), record.get("assignment")
         if operation["failure"]:
             operation["failure"] = Failure(**operation["failure"])
+        operation["chain"] = tuple(operation.get("chain", ()))
         if assignment:
             fields = dict(assignment)
             if "key" in fields:  # of an earlier release

@@ -181,7 +181,7 @@ class EmulatorServer:
         of_hubs = chosen.clock_skew_s, self._happened, chosen.tier, chosen.limits, chosen.strict
         self._hub_log = hub_log
         messages = _CopiedMessages(store.messages, telemetry) if telemetry else store.messages
-        context = HubContext(messages, os.urandom, *of_hubs)
+        context = HubContext(messages, os.urandom, *of_hubs, chosen.issue_after_s)
         self.hubs = Hubs(service, store.devices, context)
         burst_s = BURST_S if chosen.limits else 1.0
         gate = Gate(chosen.connects_per_s, chosen.connect_queue_s, burst_s) if chosen.connects_per_s else None

@@ -1,8 +1,9 @@
 """The service itself: a request and the time go in, an answer comes out; no socket, file, clock or thread.
 
 Operations: register (`PUT …/register`), operation status (`GET …/operations/{id}`) and registration status lookup
-(`POST …/registrations/{id}`). Sources: DPS device API 2021-10-01; "TPM attestation concepts"; "Reprovisioning
-concepts". Where nothing is published about the real service, the choice made here is marked as ours.
+(`POST …/registrations/{id}`). Sources: DPS device API 2021-10-01, and for `csr` 2025-07-01-preview;
+"TPM attestation concepts"; "Reprovisioning concepts". Where nothing is published about the real service, the choice
+made here is marked as ours.
 """
 
 import base64
@@ -28,6 +29,7 @@ from dps_emulator.certificates import (
 )
 from dps_emulator.enrollments import REGISTRATION_ID_GRAMMAR, Enrollment, is_registration_id, registration_key
 from dps_emulator.hub_devices import HubDevice
+from dps_emulator.issuing import FIRST_REGISTRATION_API, LEAF_LIFE_S, Issuer, has_requests, request_of, require_request
 from dps_emulator.json_text import parse_object
 from dps_emulator.limits import POLLS_WITHIN_S, Limits
 from dps_emulator.quotas import MINUTE, Quota
@@ -98,6 +100,8 @@ class Settings:
     limits: Limits | None = None  # of each device's polls, and of each hub
     strict: bool = False  # hubs refuse what they are only known to tolerate
     client_certificates: bool = False  # clients may show one in TLS
+    issued_life_s: int = LEAF_LIFE_S  # of a certificate that is issued for a device's request
+    issue_after_s: float = 0.0  # from a hub's 202 for such a request to the certificate
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ class _DeviceRegistration:
     ek: StorageKey | None = None
     srk: StorageKey | None = None
     payload: dict[str, Any] | None = None
+    csr: str = ""  # a request for a certificate, base64 of DER
 
 
 @dataclass(frozen=True)
@@ -196,8 +201,11 @@ class DpsService:
         registrations: Registrations,
         random_bytes: RandomBytes,
         groups: MutableMapping[str, Enrollment] | None = None,
+        issuer: Issuer | None = None,
     ) -> None:
         """All mappings are keyed by `registration_key`, `groups` by the group's id; `random_bytes(n)` returns n bytes.
+
+        Without an `issuer` the certificates of devices are a new one's.
 
         The attribute `assigned` is called after each assignment with the one before (or None), the new one and the
         time: there the hubs learn of it.
@@ -208,6 +216,7 @@ class DpsService:
         self.groups = {} if groups is None else groups
         self.assigned: Callable[[Assignment | None, Assignment, float], None] = lambda previous, assignment, now: None
         self._random_bytes = random_bytes
+        self._issuer = issuer or Issuer(random_bytes)
         per_minute = settings.quota_per_min
         self._quota = Quota(per_minute, settings.quota_by) if per_minute else None
         self._challenges: dict[str, _Challenge] = {}  # the oldest first
@@ -270,6 +279,20 @@ class DpsService:
         registration = self.registrations.at(hub, device_id)
         return registration.assignment.credential if registration and registration.assignment else None
 
+    def renewed(self, hub: str, device_id: str, request: bytes, now: float) -> tuple[bytes, ...]:
+        """Another certificate for a device at its hub, and those of its CAs; raises CertificateError."""
+        policy = self.policy_at(hub, device_id)
+        if not policy:
+            raise CertificateError("is of a device whose enrolment names no policy")
+        require_request(request, device_id)
+        return self._issuer.chain(policy, request, self.settings.issued_life_s, now)
+
+    def policy_at(self, hub: str, device_id: str) -> str:
+        """By which policy that device gets certificates; empty: by none."""
+        registration = self.registrations.at(hub, device_id)
+        enrollment = self._enrollment_of(registration) if registration else None
+        return enrollment.credential_policy if enrollment else ""
+
     def hub_key(self, hub: str, device_id: str) -> bytes | None:
         """The first key of `credential_at`, or None."""
         credential = self.credential_at(hub, device_id)
@@ -328,12 +351,17 @@ class DpsService:
         failure: Failure | None,
         now: float,
         group: str = "",
+        csr: str = "",
     ) -> str:
-        """Starts an operation, returns its id; `group` is the enrolment group that takes the device."""
+        """Starts an operation, returns its id; `group` is the enrolment group that takes the device.
+
+        `csr` is the request for its certificate.
+        """
         previous = self.settled(registration_id, now)
         digit, state = self._random_bytes(1)[0] % 10, self._random_bytes(8).hex()
         operation_id = f"{digit}.{state}.{self._guid()}"
-        operation = Operation(operation_id, now + self.settings.assign_after_s, payload, failure=failure, group=group)
+        ready_at_s = now + self.settings.assign_after_s
+        operation = Operation(operation_id, ready_at_s, payload, failure=failure, group=group, csr=csr)
         created = previous.created if previous else utc_text(now)
         assignment = previous.assignment if previous else None
         key = registration_key(registration_id)
@@ -389,8 +417,18 @@ class DpsService:
         if enrollment is None:
             failure = Failure("failed", NOT_FOUND, "The enrolment was deleted.")
             return replace(registration, operation=replace(operation, failure=failure))
+        issued: Credential | None = None
+        if operation.csr:
+            policy, request = enrollment.credential_policy, request_of(operation.csr)
+            if not policy:
+                failure = Failure("failed", BAD_REQUEST, "The enrolment names no credentialPolicyName any more.")
+                return replace(registration, operation=replace(operation, failure=failure))
+            chain = self._issuer.chain(policy, request, self.settings.issued_life_s, operation.ready_at_s)
+            operation = replace(operation, chain=tuple(base64.b64encode(each).decode() for each in chain))
+            issued = Credential(authorities=(self._issuer.authority(policy),))
         if previous and not enrollment.update_hub_assignment:
-            return replace(registration, operation=operation)
+            kept = replace(previous, credential=issued) if issued else previous
+            return replace(registration, operation=operation, assignment=kept)
         hub = self._allocate(enrollment, previous)
         if hub is None:
             failure = Failure("failed", NO_LINKED_HUB, "The enrolment names a hub that is not linked to this service.")
@@ -403,7 +441,9 @@ class DpsService:
             substatus = "reprovisionedToInitialAssignment"
         else:
             substatus = "deviceDataMigrated" if enrollment.migrate_device_data else "deviceDataReset"
-        if enrollment.keys:
+        if issued:  # at the hub nothing else counts for it any more; what the real one does beside is not published
+            credential = issued
+        elif enrollment.keys:
             credential = Credential(enrollment.keys.both)
         elif enrollment.certificates and enrollment.group:
             credential = Credential(authorities=enrollment.certificates.all)
@@ -463,7 +503,7 @@ class _Exchange:
         method = METHODS[self.operation]
         if self.request.method != method:
             raise RefusalError(METHOD_NOT_ALLOWED, f"This path takes {method}.", Allow=method)
-        if not parse_qs(self.request.query).get("api-version", [""])[0].strip():
+        if not self._api_version:
             raise RefusalError(BAD_REQUEST, "The query parameter api-version is missing or empty.")
         if self.target.id_scope != self.settings.id_scope:
             raise RefusalError(SCOPE_NOT_FOUND, f"The ID scope of this path is not {self.settings.id_scope}.")
@@ -480,9 +520,11 @@ class _Exchange:
         failure = self._failure(enrollment, device)
         if proof is None:
             raise self._challenge_needed(device)
+        if device.csr and enrollment and not enrollment.credential_policy:
+            raise RefusalError(BAD_REQUEST, "csr came, and the enrolment names no credentialPolicyName.")
         registration_id = enrollment.registration_id if enrollment else self.registration_id
         group = enrollment.group if enrollment else ""
-        operation_id = self.service.accept(registration_id, device.payload, failure, self.now, group)
+        operation_id = self.service.accept(registration_id, device.payload, failure, self.now, group, device.csr)
         location = f"https://{self.request.headers.get('host', '')}{self.request.path}?{self.request.query}"
         # The register answer says "assigning" even where the assignment is already made: clients must poll.
         content = {"operationId": operation_id, "status": "assigning"}
@@ -497,6 +539,8 @@ class _Exchange:
         if registration is None or registration.operation.operation_id != operation_id:
             raise RefusalError(OPERATION_NOT_FOUND, "The operation was not found.")
         state = self._state(registration, proof, with_key=True)
+        if registration.operation.chain and state["status"] == "assigned":
+            state["issuedCertificateChain"] = list(registration.operation.chain)  # which no lookup has
         content = {"operationId": operation_id, "status": state["status"], "registrationState": state}
         if registration.operation.finished:
             return json_response(200, content)
@@ -684,9 +728,10 @@ class _Exchange:
         payload = content.get("payload")
         if payload is not None and not isinstance(payload, dict):
             raise RefusalError(BAD_REQUEST, "payload is not a JSON object.")
+        csr = self._csr(content)
         tpm = content.get("tpm")
         if tpm is None:
-            return _DeviceRegistration(payload=payload)
+            return _DeviceRegistration(payload=payload, csr=csr)
         if not self.request.takes_tpm:
             raise RefusalError(BAD_REQUEST, "TPM attestation takes HTTPS: there is none over MQTT.")
         if not isinstance(tpm, dict):
@@ -696,12 +741,29 @@ class _Exchange:
         except UnsuitableKeyError as error:
             raise RefusalError(EK_MISMATCH, f"Endorsement key is invalid: {error}.") from None
         if tpm.get("storageRootKey") is None:
-            return _DeviceRegistration(ek, None, payload)
+            return _DeviceRegistration(ek, None, payload, csr)
         try:
             srk = parse_storage_root_key(_key_bytes(tpm, "storageRootKey"))
         except UnsuitableKeyError as error:
             raise RefusalError(SRK_UNSUITABLE, f"Storage root key is invalid: {error}.") from None
-        return _DeviceRegistration(ek, srk, payload)
+        return _DeviceRegistration(ek, srk, payload, csr)
+
+    @functools.cached_property
+    def _api_version(self) -> str:
+        return parse_qs(self.request.query).get("api-version", [""])[0].strip()
+
+    def _csr(self, content: dict[str, Any]) -> str:
+        """The request for a certificate in a body; versions before it was made pass it over as any other member."""
+        csr = content.get("csr")
+        if csr is None or not has_requests(self._api_version, FIRST_REGISTRATION_API):
+            return ""
+        if self.operation == "lookup":
+            raise RefusalError(BAD_REQUEST, "csr is for a registration, and has no place in a lookup.")
+        try:
+            require_request(request_of(csr), self.registration_id)
+        except CertificateError as error:
+            raise RefusalError(BAD_REQUEST, f"csr {error}.") from None
+        return str(csr)
 
     def _retry_after(self) -> tuple[tuple[str, str], ...]:
         seconds = self.settings.retry_after_s

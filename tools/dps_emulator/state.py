@@ -76,6 +76,30 @@ def certificate_authority(state_dir: Path | None) -> "trustme.CA":
     return authority
 
 
+def issuing_root(state_dir: Path | None) -> Callable[[], bytes] | None:
+    """What gives the root of the certificates that are issued for devices, kept in `state_dir`, made when first used.
+
+    Without a folder None; what is given raises StateError.
+    """
+    if state_dir is None:
+        return None
+    path = state_dir / "issuing-ca.pem"
+
+    def kept() -> bytes:
+        from dps_emulator.issuing import new_root
+
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            content = new_root()
+            write_private_file(path, content)
+            return content
+        except OSError as error:
+            raise StateError(f"{path}: {error.strerror}") from None
+
+    return kept
+
+
 def service_secret(state_dir: Path | None) -> bytes:
     """What the keys of shared access policies come from, kept in `state_dir`; without a folder a new one."""
     if state_dir is None:

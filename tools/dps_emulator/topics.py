@@ -13,12 +13,14 @@ from urllib.parse import quote, unquote
 METHOD_REQUESTS = "$iothub/methods/POST/#"
 TWIN_ANSWERS = "$iothub/twin/res/#"
 DESIRED_CHANGES = "$iothub/twin/PATCH/properties/desired/#"
+CREDENTIAL_ANSWERS = "$iothub/credentials/res/#"  # a preview, for who asks for its api-version
 
-Operation = Literal["telemetry", "twin-get", "twin-patch", "method-answer", "unknown"]
+Operation = Literal["telemetry", "twin-get", "twin-patch", "method-answer", "issue-certificate", "unknown"]
 
 _REQUESTS: tuple[tuple[Operation, re.Pattern[str]], ...] = (
     ("twin-get", re.compile(r"\$iothub/twin/GET/\?(?P<query>.*)")),
     ("twin-patch", re.compile(r"\$iothub/twin/PATCH/properties/reported/\?(?P<query>.*)")),
+    ("issue-certificate", re.compile(r"\$iothub/credentials/POST/issueCertificate/\?(?P<query>.*)")),
     ("method-answer", re.compile(r"\$iothub/methods/res/(?P<status>-?[0-9]{1,9})/\?(?P<query>.*)")),
 )
 
