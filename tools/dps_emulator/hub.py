@@ -107,7 +107,10 @@ class HubLine:
         if list(values) != ["hub", "device", "event", "code", "detail"]:
             return None
         hub, device_id, event, code, detail = ("" if value == "-" else unquote(value) for value in values.values())
-        return cls(when, hub, device_id, event, int(code), detail)
+        try:
+            return cls(when, hub, device_id, event, int(code), detail)
+        except ValueError:
+            return None
 
 
 @dataclass(frozen=True)

@@ -84,21 +84,17 @@ class LogLine:
     @classmethod
     def parse(cls, text: str) -> "LogLine | None":
         """The inverse of `text`; None for any other line."""
-        when, *pairs = text.split()
+        when, *pairs = text.split() or [""]
         values = {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
         if list(values) != ["method", "operation", "registration_id", "status", "error", "fault", "request_id"]:
             return None
         values = {name: "" if value == "-" else unquote(value) for name, value in values.items()}
-        return cls(
-            when,
-            values["method"],
-            values["operation"],
-            values["registration_id"],
-            int(values["status"]),
-            int(values["error"] or 0),
-            int(values["fault"] or 0),
-            values["request_id"],
-        )
+        try:
+            status, error_code, fault = (int(values[name] or 0) for name in ("status", "error", "fault"))
+        except ValueError:
+            return None
+        method, operation, registration_id = (values[name] for name in ("method", "operation", "registration_id"))
+        return cls(when, method, operation, registration_id, status, error_code, fault, values["request_id"])
 
 
 class LoggedNotices(logging.Handler):

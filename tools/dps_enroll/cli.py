@@ -26,6 +26,7 @@ from dps_enroll.service import Credentials, Service, credentials_of
 from dps_hal.errors import EXIT_GROUPS, AskOperator, DpsError, RetryLater, exit_group
 from dps_hal.host.codes import REMEDIES
 from dps_hal.host.regular import read_regular, replace_file
+from dps_hal.platform import from_json
 from dps_text import NotText, text_of, whole_number
 from dps_text.enrolments import EnrolmentList, Entry, ListError, read_enrolments
 
@@ -265,7 +266,7 @@ def _common(path: str | None) -> Mapping[str, Any]:
     if path is None:
         return {}
     try:
-        fields = json.loads(text_of(read_regular(path, SECRET_LIMIT * 64)))
+        fields = from_json(text_of(read_regular(path, SECRET_LIMIT * 64)))
     except ValueError as error:
         raise AskOperator("config.invalid", f"--common: {path}: {error}") from None
     if not isinstance(fields, dict) or {"registrationId", "attestation"} & set(fields):

@@ -5,7 +5,6 @@ conflict. So a request may be sent again whenever its answer is lost, and the sa
 """
 
 import base64
-import json
 import random
 import threading
 import time
@@ -20,6 +19,7 @@ from dps_agent.registration import refusal_of
 from dps_enroll.journal import Done, Journal
 from dps_enroll.service import BULK_LIMIT, CREATE, UPDATE_IF_MATCH, Service, refusals_of
 from dps_hal.errors import AskOperator, DpsError, RetryLater
+from dps_hal.platform import from_json
 from dps_hal.tpm.keys import check_ek_public
 from dps_text.enrolments import Entry
 
@@ -214,7 +214,7 @@ class Enrolling:
         if reply.status != 200:
             return _done(entry, REFUSED, _said(reply))
         try:
-            enrolled = json.loads(reply.body)
+            enrolled = from_json(reply.body)
             attestation, etag = enrolled["attestation"], enrolled["etag"]
             key = (attestation.get("tpm") or {}).get("endorsementKey")
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -107,13 +107,14 @@ class Journal:
             return
         try:
             head, *lines = map(json.loads, whole.splitlines())
-            if head["dpsEnrollJournal"] != FORM:
-                raise ValueError(f"expected form {FORM}; came {head['dpsEnrollJournal']}")
+            form, written_for = head["dpsEnrollJournal"], head["service"]
+            if form != FORM:
+                raise ValueError(f"expected form {FORM}; came {form}")
             self._results = {(line["id"], line["ek"]): (line["result"], line["detail"]) for line in lines}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._wrong(f"expected a journal of dps-enroll; {error!r}: name another file") from None
-        if head["service"] != service:
-            raise self._wrong(f"it is about {head['service']}, this run about {service}: name another file")
+        if written_for != service:
+            raise self._wrong(f"it is about {written_for}, this run about {service}: name another file")
         self._file.truncate(len(whole))
 
     def _wrong(self, why: str) -> AskOperator:

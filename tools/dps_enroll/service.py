@@ -16,6 +16,7 @@ from dps_agent.effects import NoReply, Reply
 from dps_agent.host.network.https import DpsConnection
 from dps_agent.sas import SasToken, percent_encode, string_to_sign
 from dps_hal.errors import AskOperator
+from dps_hal.platform import from_json
 
 BULK_LIMIT = 10  # enrolments in one request
 CREATE = "create"
@@ -91,7 +92,7 @@ def refusals_of(reply: Reply) -> dict[str, tuple[int, str]]:
 
     ValueError where the answer is not one to a bulk.
     """
-    document = json.loads(reply.body)
+    document = from_json(reply.body)
     if not isinstance(document, dict) or not isinstance(document.get("isSuccessful"), bool):
         raise ValueError("expected isSuccessful and errors")
     refusals = {}

@@ -6,7 +6,6 @@ The requests are those of docs/programs.md; docs/socket.openapi.yaml describes t
 from __future__ import annotations
 
 import json
-from binascii import Error as NoBase64
 from binascii import a2b_base64
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote_to_bytes
@@ -179,7 +178,7 @@ def outcome(reply: Reply) -> Any:
     """The document of an answer; raises what it means where it is no success."""
     try:
         document = json.loads(bytes(reply.body)) if len(reply.body) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         document = None
     if reply.status == 200:
         return document
@@ -200,7 +199,7 @@ def event_of(line: bytes) -> Message | MethodCall | Desired | None:
     """One line of GET /events; None for an empty one, and for a kind of event that is not known here."""
     try:
         found: Any = json.loads(line) if line.strip() else None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise NotDone("agent.bug", "the service sent a line that is no JSON") from None
     match found:
         case {"event": "message", "id": str(event_id)}:
@@ -225,7 +224,7 @@ def _payload(found: dict[str, Any]) -> tuple[Any, str]:
         return found["payloadText"], TEXT
     try:
         return a2b_base64(found["payloadBase64"]), BYTES
-    except (KeyError, TypeError, NoBase64):
+    except (KeyError, TypeError, ValueError):
         return None, TOO_LARGE
 
 
