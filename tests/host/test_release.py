@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
-from dps_package import release, site
+from dps_package import audit, release, site
 from dps_package.artefacts import NOTES, notes_of, packed
+from dps_package.deb import pins
 from dps_package.distributions import CHECKOUT, BuildFailed
 from dps_package.repository import PUBLIC_KEY, VARIABLE, build_repository, key_from_environment
 from dps_package.sbom import check_sbom, write_sbom
@@ -213,7 +215,8 @@ def test_the_workflow_calls_the_tool_as_it_is_and_the_key_reaches_one_step_alone
     workflow = yaml.safe_load((CHECKOUT / ".github/workflows/release.yml").read_text())
     steps = {step["name"]: step for step in workflow["jobs"]["release"]["steps"] if "name" in step}
     commands = [line for step in steps.values() for line in step["run"].splitlines() if line.startswith("tools/")]
-    assert commands == ["tools/test", "tools/release --out dist", "tools/release --apt repository --out dist"]
+    build, sign = "tools/release --out dist", "tools/release --apt repository --out dist"
+    assert commands == ["tools/test", "tools/release --audit", build, sign]
     keyed = [name for name, step in steps.items() if VARIABLE in step.get("env", {})]
     assert keyed == ["sign the repository"]
     assert "release-notes.md" in steps["draft"]["run"] and NOTES == "release-notes.md"
@@ -228,3 +231,30 @@ def test_a_key_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     assert "secret words" not in str(refused.value)
     with pytest.raises(BuildFailed, match="gpg does not take the key"):
         build_repository(tmp_path, [], "-----BEGIN PGP PRIVATE KEY BLOCK-----\n")
+
+
+# --- what comes along: whether it is the newest, and known faults
+
+
+def test_a_pin_is_fresh_until_the_project_may_use_something_newer() -> None:
+    offered = ["3.0", "2.3.1", "2.2.0", "2.4rc1"]
+    assert audit.freshness("x", "2.3.1", offered, Requirement("x>=2,<3")) == ("x 2.3.1: the newest", audit.ALL_WELL)
+    for pinned, allowed, newest in (("2.2.0", Requirement("x<3"), "2.3.1"), ("2.3.1", None, "3.0")):
+        finding = audit.freshness("x", pinned, offered, allowed)
+        assert finding.status == audit.AT_FAULT and f"{newest} is there" in finding.text
+    assert audit.freshness("x", "1", ["4"], Requirement("x<3")).status == audit.NOT_ASKED
+
+
+def test_a_package_that_nobody_was_asked_about_is_not_without_faults() -> None:
+    fault = {"id": "CVE-1", "fix_versions": ["2"]}
+    document = {
+        "dependencies": [
+            {"name": "a", "version": "1", "vulns": []},
+            {"name": "b", "version": "1", "vulns": [fault]},
+            {"name": "c", "skip_reason": "not found"},
+        ]
+    }
+    found = audit.faults(document, dict.fromkeys("abcd", "1"))
+    assert [each.status for each in found] == [audit.ALL_WELL, audit.AT_FAULT, audit.NOT_ASKED, audit.NOT_ASKED]
+    assert "CVE-1 (mended in 2)" in found[1].text and "not found" in found[2].text
+    assert audit.bounds().keys() <= pins().keys()
