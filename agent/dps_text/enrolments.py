@@ -24,6 +24,7 @@ _COLUMNS = {  # what a column's name means, by its letters and digits in lower c
     "ekcertificatesha256": "ekCertificateSha256",
 }
 _NEEDED = {"registrationId", "endorsementKey"}
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with these a cell begins that a spreadsheet may take for a formula
 
 
 class ListError(ValueError):
@@ -92,14 +93,23 @@ class EnrolmentList(NamedTuple):
         )
 
 
+def guarded(cell: str) -> str:
+    """A cell that no spreadsheet takes for a formula: with an apostrophe in front where it could be one."""
+    return f"'{cell}" if cell.startswith(_FORMULA) else cell
+
+
+def _unguarded(cell: str) -> str:
+    return cell[1:] if cell[:1] == "'" and cell[1:].startswith(_FORMULA) else cell
+
+
 def read_enrolments(text: str) -> EnrolmentList:
     """Reads JSON (one record or a list) or CSV with a header; ListError.
 
-    CSV: the header names `registrationId` and `endorsementKey`, in any order, case and spelling (`Registration ID`),
-    and no meaning twice; cells are separated by comma, semicolon or tab; further columns and repeated headers (files
-    put together) are passed over. A row with more cells than the header has is odd, and so is a line on which a quote
-    is opened that does not end well; the next line is a row again. Two entries for one registration id that have two
-    keys are both odd.
+    CSV: the header names `registrationId` and `endorsementKey`, in any order, case and spelling (`Registration
+    ID`), and no meaning twice; cells are separated by comma, semicolon or tab; further columns and repeated headers
+    (files put together) are passed over. A row with more cells than the header has is odd, and so is a line on
+    which a quote is opened that does not end well; the next line is a row again. The apostrophe of `guarded` is
+    taken off. Two entries for one registration id that have two keys are both odd.
     """
     found = _of_json(text) if text.lstrip()[:1] in ("{", "[") else _of_csv(text)
     first: dict[str, Entry] = {}
@@ -215,7 +225,7 @@ def _of_csv(text: str) -> EnrolmentList:
         elif any(cell.strip() for cell in row[len(columns) :]):
             found.odd.append(Odd(number, f"it has {len(row)} cells, its header {len(columns)}"))
         else:
-            cells = {name: cell.strip() for name, cell in zip(columns, row, strict=False) if name}
+            cells = {name: _unguarded(cell.strip()) for name, cell in zip(columns, row, strict=False) if name}
             wrong = [name for name, cell in cells.items() if '"' in cell or "\r" in cell]
             if wrong:
                 found.odd.append(Odd(number, f"a quote or a line end stands in its {wrong[0]}"))

@@ -553,6 +553,13 @@ def test_a_board_whose_heap_is_too_small_for_files_is_refused_before_anything_is
     assert done.stderr.startswith(said) and "freeze the agent into the firmware and give --frozen" in done.stderr
 
 
+def test_whoever_knows_better_gets_a_warning_and_the_image(tmp_path: Path) -> None:
+    (tmp_path / "board.toml").write_text(MINIMAL)
+    done = deploy("board.toml", "--image", "flash.img", "--board", "rpi-pico-w", "--any-heap", cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "flash.img").exists(), done.stderr
+    assert "tools/deploy: warning: rpi-pico-w has about" in done.stderr
+
+
 def test_which_boards_run_the_agent_is_a_matter_of_their_heap() -> None:
     in_files = {name for name, board in BOARDS.items() if not shortage(name, board.heap_kib, frozen=False)}
     assert in_files == {"rpi-pico2-w", "esp32-s3-8m", "esp32-s3-16m"}

@@ -31,6 +31,7 @@ from dps_enroll.enrol import Pace, Stopped
 from dps_enroll.journal import Journal
 from dps_enroll.service import Credentials, credentials_of
 from dps_hal.errors import AskOperator
+from dps_text.enrolments import read_enrolments
 from emulator.device_side import EK_HEAD
 from support.cloud.emulator import EmulatorInThread
 from support.documents import CHECKOUT
@@ -266,6 +267,30 @@ def test_what_is_wrong_in_a_list_is_named_and_the_rest_enrolled(line: Line, caps
     assert line.results == {"press-0": "unsent", "no-ascii": "unsuitable", "no-base64": "unsuitable"}
     line.list.write_text("a,b\n1,2\n")
     assert line.run() == 6 and "expected a header" in capsys.readouterr().err
+
+
+def test_a_key_under_two_ids_is_named_and_enrolled_under_both(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
+    line.has(3)
+    header, first, *others = line.list.read_text().splitlines()
+    key = first.partition(",")[2]
+    line.list.write_text("\n".join([header, first, f"read-twice,{key}", *others, ""]))
+    assert line.run() == 0 and len(line.enrolled()) == 4
+    assert "one endorsement key under 2 registration ids: press-0, read-twice\n" in capsys.readouterr().err
+    assert line.report["ofOneKey"] == [["press-0", "read-twice"]]
+
+
+def test_no_cell_of_the_results_is_a_formula_and_they_are_a_list_again(line: Line) -> None:
+    line.has(1)
+    key = line.list.read_text().splitlines()[1].partition(",")[2]
+    line.list.write_text(f"registrationId,endorsementKey\n-press,{key}\n=cmd|x,@a\n+b,\t=c\n")
+    assert line.run("--dry-run") == 1
+    results = line.list.with_name("line.csv.results.csv")
+    with results.open() as file:
+        rows = list(csv.reader(file))[1:]
+    assert [row[0] for row in rows] == ["'-press", "'=cmd|x", "'+b"]
+    assert not [cell for row in rows for cell in row if cell[:1] in ("=", "+", "-", "@", "\t")]
+    again = read_enrolments(results.read_text()).entries
+    assert [entry.registration_id for entry in again][:1] == ["-press"] and again[0].endorsement_key == key
 
 
 def test_a_dry_run_sends_nothing_and_writes_no_journal(line: Line) -> None:

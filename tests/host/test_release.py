@@ -16,12 +16,12 @@ import yaml
 from packaging.requirements import Requirement
 
 from dps_package import audit, release, site
-from dps_package.artefacts import NOTES, notes_of, packed
+from dps_package.artefacts import NOTES, SUMS, notes_of, packed
 from dps_package.deb import pins
 from dps_package.distributions import CHECKOUT, BuildFailed
-from dps_package.repository import PUBLIC_KEY, VARIABLE, build_repository, key_from_environment
+from dps_package.repository import PUBLIC_KEY, VARIABLE, build_repository, key_from_environment, sign_sums
 from dps_package.sbom import check_sbom, write_sbom
-from dps_package.site import build_site
+from dps_package.site import add_to_site, build_site
 from support.release_key import release_key
 
 CHANGELOG = (
@@ -59,7 +59,7 @@ def test_an_archive_says_nothing_of_who_made_it_when(monkeypatch: pytest.MonkeyP
 def test_a_bill_of_materials_names_what_is_bundled_and_is_one(tmp_path: Path) -> None:
     artefact = tmp_path / "x.tar.gz"
     artefact.write_bytes(packed({"paho_mqtt-2.1.0.dist-info/METADATA": b"Name: paho-mqtt\nVersion: 2.1.0\n"}, "x"))
-    found: Any = json.loads(write_sbom(artefact, "0.1.0", ["python3"]).read_text())
+    found: Any = json.loads(write_sbom(artefact, "0.1.0", ["python3", "python3"]).read_text())
     assert [each["bom-ref"] for each in found["components"]] == ["pkg:pypi/paho-mqtt@2.1.0", "required/python3"]
     assert found["metadata"]["component"]["version"] == "0.1.0"
     with pytest.raises(BuildFailed, match="expected a CycloneDX"):
@@ -82,6 +82,27 @@ def test_the_documents_are_a_site_without_a_link_that_leads_nowhere(
     monkeypatch.setattr(site, "_copy", broken)
     with pytest.raises(BuildFailed, match=r"nowhere\.md"):
         build_site(tmp_path / "again", "0.1.0")
+
+
+def test_each_version_has_its_documents_and_the_newest_is_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(out: Path, version: str, one_of_many: bool) -> Path:
+        assert one_of_many
+        out.mkdir(parents=True)
+        (out / "README.html").write_text(version)
+        return out
+
+    monkeypatch.setattr(site, "build_site", build)
+    for version in ("0.9.0", "0.10.0", "0.9.0", "0.10.0rc1"):
+        index = add_to_site(tmp_path / "site", version)
+    listed = json.loads((tmp_path / "site/versions.json").read_text())
+    assert [each["version"] for each in listed] == ["0.10.0", "0.10.0rc1", "0.9.0"]
+    assert [each["aliases"] for each in listed] == [["latest"], [], []]
+    assert 'url=0.10.0/README.html"' in index.read_text()
+    assert {path.name for path in (tmp_path / "site").iterdir()} == {"index.html", "versions.json"} | {
+        each["version"] for each in listed
+    }
 
 
 # --- the repository, as apt of this machine sees it, with folders of its own
@@ -167,6 +188,27 @@ def test_apt_takes_what_is_signed_and_nothing_else(tmp_path: Path, keys: list[st
     build_repository(repository, [second], keys[1])
     status, said = Apt(tmp_path / "other", repository, known).run("apt-get", "update", *STRICT)
     assert status != 0 and "NO_PUBKEY" in said, said
+
+
+def test_the_sums_are_signed_by_the_same_key_and_an_altered_file_of_them_is_noticed(
+    tmp_path: Path, keys: list[str]
+) -> None:
+    sums = tmp_path / SUMS
+    sums.write_text("00  x\n")
+    public = next(path for path in build_repository(tmp_path / "apt", [], keys[0]) if path.name == PUBLIC_KEY)
+    signature = sign_sums(sums, keys[0])
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    gpg = ["gpg", "--homedir", str(home), "--batch"]
+    subprocess.run([*gpg, "--import", public], check=True, capture_output=True)
+
+    def verified() -> int:
+        return subprocess.run([*gpg, "--verify", signature, sums], check=False, capture_output=True).returncode
+
+    assert verified() == 0
+    sums.write_text("01  x\n")
+    assert verified() == 1
+    subprocess.run(["gpgconf", "--homedir", home, "--kill", "all"], check=True)
 
 
 def test_what_is_added_from_an_older_commit_reaches_devices_and_an_old_copy_does_not(

@@ -53,7 +53,8 @@ def copy(
     main.py is written first, as the guard, and last, as itself. A file that is there already is left alone; a source
     beside a module is removed, because the board would load it instead, and so are modules of ours that an earlier
     deployment left there. CopyError; Unsuitable where the folder `records`, if one is named, does not lie on a
-    littlefs, and where the heap is too small for the agent, which is in the firmware (`frozen`) or in files (False).
+    littlefs, and where the heap is too small for the agent, which is in the firmware (`frozen`) or in files (False);
+    with None any heap will do.
     """
     from mpremote.transport import TransportError
     from mpremote.transport_serial import SerialTransport

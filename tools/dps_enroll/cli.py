@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dps_agent.host.cli.verb import Suggesting, table
 from dps_agent.host.config import secret_in
-from dps_enroll.enrol import ENROLLED, RESULTS, UNCERTIFIED, UNSENT, Enrolling, Plan, fit_to_send
+from dps_enroll.enrol import ENROLLED, RESULTS, UNCERTIFIED, UNSENT, Enrolling, Plan, fit_to_send, of_one_key
 from dps_enroll.journal import Done, Journal, device_key
 from dps_enroll.service import Credentials, Service, credentials_of
 from dps_hal.errors import EXIT_GROUPS, AskOperator, DpsError, RetryLater, exit_group
@@ -28,7 +28,7 @@ from dps_hal.host.codes import REMEDIES
 from dps_hal.host.regular import read_regular, replace_file
 from dps_hal.platform import from_json
 from dps_text import NotText, text_of, whole_number
-from dps_text.enrolments import EnrolmentList, Entry, ListError, read_enrolments
+from dps_text.enrolments import EnrolmentList, Entry, ListError, guarded, read_enrolments
 
 if TYPE_CHECKING:
     from dps_enroll.certificates import Certificates, Verdict
@@ -39,6 +39,7 @@ LIST_LIMIT = 256 * 1024 * 1024  # bytes
 SECRET_LIMIT = 1024  # bytes of a connection string
 CONNECTIONS_LIMIT = 16
 PROGRESS_S = 10.0
+SHOWN = 5  # registration ids on a line
 _EPILOG = f"""
 credentials: a connection string of a shared access policy with EnrollmentRead and EnrollmentWrite, in the file that
 --credentials names (mode 0600) or in {VARIABLE}.
@@ -134,12 +135,17 @@ def _run(chosen: argparse.Namespace) -> int:
             done.append(Done(entry.registration_id, entry.endorsement_key, UNCERTIFIED, verdict.why))
         else:
             wanted.append(entry)
+    shared = of_one_key(fit)
+    for ids in shared:
+        some = ", ".join([*ids[:SHOWN], *(["…"] if len(ids) > SHOWN else [])])
+        print(f"{chosen.list}: one endorsement key under {len(ids)} registration ids: {some}", file=sys.stderr)
     lot: dict[str, Any] = {
         "list": os.path.basename(chosen.list),
         "sha256": hashlib.sha256(content).hexdigest(),
         "startedUtc": _utc(started_s),
         "notRead": [str(each) for each in listed.odd],
         "ofOtherKinds": len(listed.others),
+        "ofOneKey": shared,
     }
     failure = _enrol(chosen, wanted, done, lot)
     outcome = {each.key: each for each in done}
@@ -283,7 +289,8 @@ def _results(listed: EnrolmentList, outcome: Mapping[tuple[str, str], Done], ver
         done = outcome[key]
         verdict = verdicts.get(done.registration_id)
         certified = "" if verdict is None or verdict.why else f"verified {verdict.tpm}".rstrip()
-        writer.writerow([done.registration_id, done.endorsement_key, done.result, done.detail, certified])
+        cells = (done.registration_id, done.endorsement_key, done.result, done.detail, certified)
+        writer.writerow([guarded(cell) for cell in cells])  # a factory's list is nobody's program
     return text.getvalue().encode("utf-8", "backslashreplace")  # JSON may have half a character
 
 

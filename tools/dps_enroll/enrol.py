@@ -291,6 +291,17 @@ def fit_to_send(entries: Sequence[Entry]) -> tuple[list[tuple[Entry, bytes]], li
     return list(fit.values()), unfit
 
 
+def of_one_key(fit: Sequence[tuple[Entry, bytes]]) -> list[list[str]]:
+    """The registration ids of each endorsement key that stands under more than one: a TPM that was read twice.
+
+    DPS takes them, and a device that asks under either id is assigned; whether that is meant only the maker knows.
+    """
+    ids: dict[bytes, list[str]] = {}
+    for entry, ek in fit:
+        ids.setdefault(ek, []).append(entry.registration_id)
+    return [each for each in ids.values() if len(each) > 1]
+
+
 def _done(entry: Entry, result: str, detail: str = "") -> Done:
     return Done(entry.registration_id, entry.endorsement_key, result, " ".join(detail.split()))
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dps_agent import __version__
-from dps_package.artefacts import notes_of
+from dps_package.artefacts import SUMS, notes_of
 from dps_package.distributions import CHECKOUT, BuildFailed, run
-from dps_package.repository import build_repository, key_from_environment
-from dps_package.site import build_site
+from dps_package.repository import build_repository, key_from_environment, sign_sums
+from dps_package.site import add_to_site
 
 BUILD_DEADLINE_S = 3600
 OTHER_USER = "nobody"
@@ -46,10 +46,13 @@ def main() -> int:
     parser.add_argument("--pure", action="store_true", help="all but dps-agent for this distribution: no compiler runs")
     parser.add_argument("--revision", default="1", metavar="R", help="of the Debian packages, default 1")
     parser.add_argument(
-        "--site", type=Path, metavar="DIR", help="the documents as a site in DIR, of the files as they are"
+        "--site", type=Path, metavar="DIR", help="the documents as a site in DIR, beside those of other versions"
     )
     parser.add_argument(
-        "--apt", type=Path, metavar="DIR", help="a signed APT repository in DIR of the packages in --out"
+        "--apt",
+        type=Path,
+        metavar="DIR",
+        help="a signed APT repository in DIR of the packages in --out, whose sums are signed too",
     )
     wanted = parser.parse_args()
     try:
@@ -57,11 +60,14 @@ def main() -> int:
             packages = sorted(wanted.out.glob("*.deb"))
             if not packages:
                 raise BuildFailed(f"expected Debian packages in {wanted.out}: run tools/release, or tools/package")
-            for path in build_repository(wanted.apt, packages, key_from_environment()):
+            key = key_from_environment()
+            made = build_repository(wanted.apt, packages, key)
+            sums = wanted.out / SUMS
+            for path in [*made, *([sign_sums(sums, key)] if sums.exists() else [])]:
                 print(path)
             return 0
         if wanted.site:
-            print(build_site(wanted.site, __version__) / "index.html")
+            print(add_to_site(wanted.site, __version__))
             return 0
         return _release(wanted)
     except (BuildFailed, subprocess.SubprocessError) as error:

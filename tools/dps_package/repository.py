@@ -56,6 +56,15 @@ def build_repository(folder: Path, packages: Sequence[Path], key: str) -> list[P
     return [folder / name for name in INDICES]
 
 
+def sign_sums(sums: Path, key: str) -> Path:
+    """Signs the file of a release's digests; the signature, armoured, lies beside it."""
+    signature = sums.with_name(f"{sums.name}.asc")
+    with _keyring(key) as gpg:
+        run([*gpg, "--armor", "--detach-sign", "--digest-algo", "SHA512", "--output", str(signature), str(sums)])
+    signature.chmod(0o644)
+    return signature
+
+
 def key_from_environment() -> str:
     """The secret key, taken out of there: no program that is started gets it. BuildFailed where there is none."""
     key = os.environ.pop(VARIABLE, "")

@@ -24,7 +24,10 @@ from dps_package.distributions import BuildFailed, run
 def write_sbom(artefact: Path, version: str, needs: Sequence[str] = ()) -> Path:
     """Writes `{artefact}.cdx.json`; `needs` are what it needs beside what is in it, by the target's names."""
     bundled = [_library(fields) for fields in _bundled(artefact) if fields["Name"] != "dps-agent"]
-    required = [{"type": "library", "name": name, "bom-ref": f"required/{name}", "scope": "required"} for name in needs]
+    required = [
+        {"type": "library", "name": name, "bom-ref": f"required/{name}", "scope": "required"}
+        for name in dict.fromkeys(needs)  # python3 is needed from one version on, and before another
+    ]
     components = sorted([*bundled, *required], key=lambda each: str(each["bom-ref"]))
     digest = hashlib.sha256(artefact.read_bytes()).hexdigest()
     product = {
@@ -59,7 +62,8 @@ def check_sbom(text: str) -> None:
 
     error = JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
     if error is not None:
-        raise BuildFailed(f"expected a CycloneDX 1.6 document: {str(error)[:500]}")
+        said = str(error)  # the value comes first, and what is wrong with it last
+        raise BuildFailed(f"expected a CycloneDX 1.6 document: {said[:200]} … {said[-300:]}")
 
 
 def _library(fields: Message) -> dict[str, Any]:

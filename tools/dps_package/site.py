@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from packaging.version import Version
 
 from dps_package.distributions import CHECKOUT, BuildFailed
 
@@ -20,11 +23,36 @@ PAGES: dict[str, list[str]] = {
     ],
     "Inside": ["agent/DESIGN.md", "hal/SPEC.md", "micropython/README.md", "docs/power-cuts.md"],
 }
+_TO_NEWEST = """\
+<!doctype html>
+<meta charset="utf-8">
+<title>dps-agent</title>
+<meta http-equiv="refresh" content="0; url={page}">
+<a href="{page}">dps-agent</a>
+"""
 _FENCE = re.compile(r"^(\s*`{3,}\w+) .*$", re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
-def build_site(out: Path, version: str) -> Path:
+def add_to_site(folder: Path, version: str) -> Path:
+    """Builds the documents of one version into `folder`, which may have those of others; the page that leads to them.
+
+    Each page lets its reader change to another version; who names none gets the newest.
+    """
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=_made(folder)) as name:
+        built = build_site(Path(name) / version, version, one_of_many=True)
+        shutil.rmtree(folder / version, ignore_errors=True)
+        built.rename(folder / version)
+    there = [path.name for path in folder.iterdir() if (path / "README.html").is_file()]
+    versions = sorted(there, key=Version, reverse=True)
+    listed = [{"version": each, "title": each, "aliases": ["latest"] * (each == versions[0])} for each in versions]
+    (folder / "versions.json").write_text(json.dumps(listed))
+    index = folder / "index.html"
+    index.write_text(_TO_NEWEST.format(page=f"{versions[0]}/README.html"))
+    return index
+
+
+def build_site(out: Path, version: str, one_of_many: bool = False) -> Path:
     """Builds the site into the folder `out`; BuildFailed with every link that leads nowhere."""
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
@@ -43,6 +71,8 @@ def build_site(out: Path, version: str) -> Path:
             "nav": [{title: pages} for title, pages in PAGES.items()],
             "plugins": ["search"],
             "markdown_extensions": ["tables", "fenced_code", "sane_lists", "md_in_html", {"toc": {"slugify": _slug}}],
+            # What lists the versions is in the folder above, in the form of mike, which the theme reads.
+            "extra": {"version": {"provider": "mike"}} if one_of_many else {},
             "validation": {"links": {"not_found": "warn", "anchors": "warn", "unrecognized_links": "warn"}},
         }
         said = _Said()
@@ -93,6 +123,11 @@ def _copy(page: str, source: Path) -> None:
 def _slug(heading: str, separator: str) -> str:
     """As GitHub makes an anchor of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", separator)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _nothing(folder: Path) -> str:
