@@ -1,4 +1,6 @@
-"""MicroPython as Debian 13 has it: the oldest release that the project supports, ready to run, and its sources; QEMU.
+"""What Debian 13 has and the machine may not: MicroPython and its sources, OpenSSL's provider for a TPM's keys; QEMU.
+
+Its MicroPython is the oldest release that the project supports.
 
 apt-get fetches both into a folder of their own and checks Debian's signatures; the lists, sources and packages of the
 machine stay as they are. Debian's program runs with the C library of Debian 13, whatever the machine has.
@@ -21,6 +23,7 @@ QEMU_NEEDED = (8, 1)  # the first with a TPM on I2C
 QEMU_SUITE = "bookworm-backports"  # for Debian 12, which has an older one; later releases have what is needed
 QEMU_PACKAGES = ("qemu-system-arm", "qemu-system-common", "qemu-system-data")
 FETCH_PACKAGES = ("debian-archive-keyring",)  # Ubuntu lacks it
+TLS_PROVIDER_PACKAGES = ("tpm2-openssl",)  # 1.3.0; Debian 12's 1.1.1 has no use for the project
 BUILD_PACKAGES = (
     *("dpkg-dev", "xz-utils", "bzip2", "gcc", "libc6-dev", "make"),  # what unpacks sources, and their own compiler
     *("gcc-arm-none-eabi", "libnewlib-arm-none-eabi", "qemu-system-arm"),
@@ -85,6 +88,21 @@ def sources() -> tuple[Path, Path, Path]:
 
     folder = _made_once(f"board-sources-{SUITE}", make)
     return _only(folder, "micropython-*/"), _only(folder, "mbedtls-*/"), _only(folder, "lwip-*/")
+
+
+def tls_provider() -> Path:
+    """The folder with OpenSSL's provider tpm2, downloaded once (32 KB and the package list).
+
+    Built for Debian 13, it asks no more of the C library and of tpm2-tss than Debian 12 has.
+    """
+
+    def make(folder: Path) -> None:
+        _apt(folder, SUITE, "deb", "download", *TLS_PROVIDER_PACKAGES)
+        for package in sorted(folder.glob("*.deb")):
+            require_success(["dpkg-deb", "-x", str(package), str(folder / "root")], UNPACK_DEADLINE_S, folder)
+            package.unlink()
+
+    return _only(_made_once(f"tpm2-openssl-{SUITE}", make) / "root", "usr/lib/*/ossl-modules/tpm2.so").parent
 
 
 def emulator() -> list[str]:

@@ -145,6 +145,21 @@ if TYPE_CHECKING:
             """
             ...
 
+        def create_signing_key(self) -> "tuple[int, bytes, bytes]":
+            """A new key for TLS, which the TPM does not keep and nobody else can use; see `dps_hal.host.signing_key`.
+
+            The persistent handle of the SRK, TPM2B_PUBLIC and TPM2B_PRIVATE, sizes included.
+            AskOperator `tpm.nv_full`: the SRK has no persistent handle, by which TLS could find it.
+            """
+            ...
+
+        def sign_digest(self, public: bytes, private: bytes, digest: bytes) -> "tuple[int, int]":
+            """ECDSA by such a key over a SHA-256 digest, 32 bytes: r and s. Nobody on the bus is kept from changing it.
+
+            IdentityStale `tpm.key_stale`: another SRK made it.
+            """
+            ...
+
         def name_at(self, handle: int) -> bytes:
             """The name of the persistent object at `handle`, 34 bytes for this agent's keys; empty: none is there."""
             ...

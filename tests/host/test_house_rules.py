@@ -294,7 +294,9 @@ def is_class(node: ast.AST, name: str) -> TypeGuard[ast.ClassDef]:
     return isinstance(node, ast.ClassDef) and node.name == name
 
 
-COMMANDS = methods_of("Commands", HAL / "tpm" / "commands.py")
+COMMANDS = methods_of("Commands", HAL / "tpm" / "commands.py") | methods_of(
+    "ServiceCommands", HAL / "host" / "service_tpm.py"
+)
 STEPS = (
     methods_of("TpmProcedure", HAL / "tpm" / "procedure.py")
     | methods_of("Operations", HAL / "tpm" / "operations.py")

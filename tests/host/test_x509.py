@@ -119,7 +119,7 @@ class Bench:
         return out
 
     def request(self) -> str:
-        return str(self.command("enroll", "--x509")["certificateRequest"])
+        return str(self.command("enroll", "--x509", "--key-in-file")["certificateRequest"])
 
     def install(self, *pems: str, status: int = 0) -> Document:
         source = self.folder / "issued.pem"
@@ -162,9 +162,9 @@ def bench(
 
 
 def test_a_device_lives_from_its_request_to_its_hub_by_its_certificate_alone(bench: Bench) -> None:
-    made = bench.command("enroll", "--x509")
+    made = bench.command("enroll", "--x509", "--key-in-file")
     assert made["keyMade"] and bench.key_file.stat().st_mode & 0o777 == 0o600
-    again = bench.command("enroll", "--x509")
+    again = bench.command("enroll", "--x509", "--key-in-file")
     assert not again["keyMade"], "the key stays what it is"
     asked = x509.load_pem_x509_csr(again["certificateRequest"].encode())
     assert asked.is_signature_valid and asked.subject.rfc4514_string() == f"CN={DEVICE}"
@@ -241,7 +241,7 @@ def test_the_cryptography_of_the_distribution_will_do(bench: Bench) -> None:
         return document
 
     source = bench.folder / "issued.pem"
-    source.write_text(LINE.pem + issued(by_system("enroll", "--x509")["certificateRequest"], LINE))
+    source.write_text(LINE.pem + issued(by_system("enroll", "--x509", "--key-in-file")["certificateRequest"], LINE))
     assert by_system("install-certificate", str(source))["authorities"] == 1
     assert by_system("enroll")["issuer"] == "CN=line 4"
     assert not by_system("provision")["alreadyProvisioned"]

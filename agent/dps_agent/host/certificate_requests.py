@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, SignatureAlgorithmOID
 
 from dps_agent.der import validity
-from dps_agent.host.config import ConfigurationError, password_file
+from dps_agent.host.config import ConfigurationError, is_sealed, password_file
 from dps_agent.host.device_certificates import (
     CHAIN_LIMIT,
     KEY_SETTING,
@@ -26,7 +26,9 @@ from dps_agent.host.device_certificates import (
     certificates_in,
     chain_in,
     private_key,
+    tpm_of,
 )
+from dps_agent.host.parts import offline_runner, open_tpm
 from dps_agent.host.printed import utc_text
 from dps_agent.host.private_file import write_private
 from dps_agent.settings import X509
@@ -49,20 +51,53 @@ class Installed(NamedTuple):
     authorities: int
 
 
-def request(configuration: Configuration) -> tuple[str, bool]:
+def request(configuration: Configuration, in_file: bool = False) -> tuple[str, bool]:
     """A request for the device's certificate, PEM, by the key that it has; True: that was made just now.
 
-    ConfigurationError where the settings name no certificate, or the key is none; AskOperator `agent.file`.
+    The TPM makes it, unless it is to be `in_file`; one that is there stays where it is. ConfigurationError where the
+    settings name no certificate, or the key is none, or is not `in_file`; AskOperator `agent.file`,
+    `tpm.tls_provider` where TLS could not use the TPM's, and what the TPM raises.
     """
     _require_x509(configuration)
     path, _ = password_file(configuration.device_key_file, os.environ)
     made = not os.path.lexists(path)
-    if made:
+    if made and in_file:
         new = ec.generate_private_key(ec.SECP256R1())
         write_private(path, new.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    elif made:
+        _make_in_tpm(configuration, path)
+    elif in_file and is_sealed(configuration):
+        text = f"{KEY_SETTING}: with --key-in-file expected a key in the clear, or none yet; a TPM has that in {path}"
+        raise ConfigurationError("config.invalid", [text])
+    key = private_key(configuration, open_tpm)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, configuration.registration_id)])
-    signed = x509.CertificateSigningRequestBuilder().subject_name(name).sign(private_key(configuration), SHA256())
+
+    def sign() -> x509.CertificateSigningRequest:
+        return x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, SHA256())
+
+    tpm = tpm_of(key)
+    signed = sign() if tpm is None else offline_runner(configuration, tpm).ask_tpm(sign)
     return signed.public_bytes(Encoding.PEM).decode(), made
+
+
+def _make_in_tpm(configuration: Configuration, path: str) -> None:
+    """A key in the TPM, and its file, once it is known that TLS can use both."""
+    from dps_hal.host import tls_provider
+    from dps_hal.host.signing_key import KeyFile, to_pem
+
+    tpm, tcti = open_tpm(configuration), configuration.tpm.tcti
+    if configuration.tpm.backend == "simulator":
+        text = 'expected a TPM, or --key-in-file; came backend = "simulator", with whose keys TLS cannot sign'
+        raise ConfigurationError("config.invalid", [f"tpm.backend: {text}"])
+    tls_provider.require(tcti)
+
+    def make() -> bytes:
+        key = to_pem(KeyFile(*tpm.create_signing_key()))
+        tpm.release()  # the provider may want the same TPM
+        tls_provider.load(tcti)
+        return key
+
+    write_private(path, offline_runner(configuration, tpm).ask_tpm(make))
 
 
 def install(configuration: Configuration, source: str) -> Installed:
@@ -110,7 +145,7 @@ def _checked(configuration: Configuration, content: bytes, source: str) -> list[
         rest = list(valid_s)  # each once
     except (ValueError, UnsupportedAlgorithm):
         raise _refused("expected certificates in PEM; it holds none, or one that cannot be read", source) from None
-    public = _public(private_key(configuration).public_key())
+    public = _public(private_key(configuration, open_tpm).public_key())
     own = next((each for each in rest if _public_of(each) == public), None)
     if own is None:
         what = f"expected a certificate for the key in {KEY_SETTING}; none of its {len(rest)} is"

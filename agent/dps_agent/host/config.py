@@ -56,6 +56,7 @@ _TOML_HINTS = (  # what an error of `tomllib` begins with
     ("Cannot declare", "a table stands there twice"),
 )
 SEALED_KEY = b"{"  # with which a device's own key begins that a TPM has sealed; no base64 does
+TPM_KEY = b"-----BEGIN TSS2 PRIVATE KEY-----"  # and so the file of a key for TLS that a TPM has made
 COMMON_NAME_LIMIT = 64  # characters; RFC 5280, ub-common-name
 SETTINGS_LIMIT = 1024 * 1024  # bytes; the template with every setting has 1/100
 PASSWORD_FILES = {key: setting.secret_limit for key, setting in KEYS.items() if setting.secret_limit}
@@ -558,11 +559,23 @@ def marked_files(configuration: Configuration) -> list[str]:
     return [f"{path}: begins with a byte order mark, which is passed over" for path in marked]
 
 
-def client_certificate(configuration: Configuration) -> tuple[str, str] | None:
-    """The files with the chain that this device shows DPS and its hub, and with its key; None where it shows none."""
+def client_certificate(configuration: Configuration) -> tuple[str, ...] | None:
+    """The files with the chain that this device shows DPS and its hub, and with its key; None where it shows none.
+
+    Behind them the TCTI of the TPM that has the key, where one has. ConfigurationError where there is none to have it.
+    """
     if configuration.attestation != X509:
         return None
-    return configuration.certificate_file, password_file(configuration.device_key_file, os.environ)[0]
+    files = configuration.certificate_file, password_file(configuration.device_key_file, os.environ)[0]
+    if not is_sealed(configuration):
+        return files
+    tpm = configuration.tpm
+    if tpm.backend == "simulator":
+        text = (
+            f'device_key_file: expected a key in a file, with tpm.backend = "simulator"; a TPM has that in {files[1]}'
+        )
+        raise ConfigurationError("config.invalid", [text])
+    return (*files, tpm.tcti)
 
 
 def backend_shown(configuration: Configuration) -> str:
@@ -574,15 +587,17 @@ def backend_shown(configuration: Configuration) -> str:
         return shown
     path = configuration.device_key_file
     if is_sealed(configuration):
-        return f"{shown}, has sealed the device's own key, {path}"
+        how = "made" if configuration.attestation == X509 else "sealed"
+        return f"{shown}, has {how} the device's own key, {path}"
     return f"none: the device's own key lies in a plain file, {path}"
 
 
 def is_sealed(configuration: Configuration) -> bool:
-    """Whether a TPM has sealed the device's own key, as far as this user may see that."""
+    """Whether a TPM has sealed or made the device's own key, as far as this user may see that."""
+    begin = TPM_KEY if configuration.attestation == X509 else SEALED_KEY
     try:
         with open(open_regular(password_file(configuration.device_key_file, os.environ)[0]), "rb") as file:
-            return file.read(1) == SEALED_KEY
+            return file.read(len(begin)) == begin
     except OSError:
         return False
 

@@ -1,8 +1,9 @@
 """The certificate that a device shows DPS and its hub, `certificate_file`, and the key it is for, `device_key_file`.
 
 Both are PEM: the device's own certificate and behind it those of all CAs up to the one that DPS knows; and a key on the
-curve P-256, which nobody but the agent may read. TLS takes the two files by itself; here is the key that seals the
-record, and what can be said of the certificate without `cryptography`, whose import a short verb has no use for.
+curve P-256, which nobody but the agent may read. Where a TPM has made that key, the file is of use to this TPM alone.
+TLS takes the two files by itself; here is the key that seals the record, and what can be said of the certificate
+without `cryptography`, whose import a short verb has no use for.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ import os
 import time
 
 from dps_agent.der import validity
-from dps_agent.host.config import Configuration, ConfigurationError, hierarchy_password
+from dps_agent.host.config import TPM_KEY, Configuration, ConfigurationError, hierarchy_password
 from dps_agent.host.printed import utc_text
 from dps_hal.errors import AskOperator
 from dps_hal.host.regular import read_regular
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable
+    from typing import Any, TypeAlias
+
+    from dps_hal.contracts import TpmService
+
+    OpenTpm: TypeAlias = Callable[[Configuration], TpmService]
 
 SETTING = "certificate_file"
 KEY_SETTING = "device_key_file"
@@ -33,23 +39,31 @@ _NUMBER_BYTES = 32  # of either number of a signature on P-256
 class CertificateSigner:
     """A `Signer` by the key of the device's certificate; its signatures all differ, and `verify` looks at them.
 
-    Both files are read at the first signature, and the key is forgotten at `release`. `tpm` is None: that lies in a
-    file.
+    Both files are read at the first signature, and the key is forgotten at `release`. `tpm` is the one that has it,
+    None where it lies in a file, or is not read yet.
     """
 
-    tpm = None
-    creates_key = False
-
-    def __init__(self, configuration: Configuration) -> None:
+    def __init__(self, configuration: Configuration, open_tpm: OpenTpm) -> None:
         self._configuration = configuration
+        self._open_tpm = open_tpm
         self._key: Any = None
         self._valid_s = range(0)
         self._looked_at: tuple[int, int] | None = None  # the file whose life that is: its inode, and when it was made
 
+    @property
+    def tpm(self) -> TpmService | None:
+        """See the class."""
+        return tpm_of(self._key)
+
+    @property
+    def creates_key(self) -> bool:
+        """As `TpmService` has it."""
+        return self.tpm is not None and self.tpm.creates_key
+
     def open(self) -> None:
         """Reads both; ConfigurationError where they cannot be used, AskOperator `agent.not_available`."""
         if self._key is None:
-            key = private_key(self._configuration)
+            key = private_key(self._configuration, self._open_tpm)
             self._look()
             self._key = key
 
@@ -97,8 +111,10 @@ class CertificateSigner:
         return len(signature) == 2 * _NUMBER_BYTES
 
     def release(self) -> None:
-        """Forgets the key."""
-        self._key = None
+        """Forgets the key, and ends session and connection of the TPM that has it."""
+        tpm, self._key = self.tpm, None
+        if tpm is not None:
+            tpm.release()
 
 
 def require_cryptography() -> None:
@@ -110,14 +126,19 @@ def require_cryptography() -> None:
         raise AskOperator("agent.not_available", text) from None
 
 
-def private_key(configuration: Configuration) -> Any:
-    """The key in `device_key_file`, as `cryptography` has it; ConfigurationError, AskOperator `agent.not_available`."""
+def private_key(configuration: Configuration, open_tpm: OpenTpm) -> Any:
+    """The key in `device_key_file`, as `cryptography` has it; ConfigurationError, AskOperator `agent.not_available`.
+
+    One in a TPM asks that only to sign.
+    """
     require_cryptography()
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     content = bytes(hierarchy_password(KEY_SETTING, configuration.device_key_file))
+    if content.startswith(TPM_KEY):
+        return _key_in_tpm(configuration, content, open_tpm)
     expected = "expected a private key on the curve P-256 in PEM, without a password"
     try:
         key = load_pem_private_key(content, None)
@@ -126,6 +147,24 @@ def private_key(configuration: Configuration) -> Any:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise _invalid(KEY_SETTING, f"{expected}; it is another key", configuration.device_key_file)
     return key
+
+
+def _key_in_tpm(configuration: Configuration, content: bytes, open_tpm: OpenTpm) -> Any:
+    from dps_agent.host.tpm_private_key import TpmPrivateKey
+    from dps_hal.host.signing_key import from_pem
+
+    try:
+        key = from_pem(content)
+    except ValueError as error:
+        what = f"expected a key that 'dps-agent enroll --x509' had a TPM make; it is damaged: {error}"
+        raise _invalid(KEY_SETTING, what, configuration.device_key_file) from None
+    return TpmPrivateKey(open_tpm(configuration), key)
+
+
+def tpm_of(key: Any) -> TpmService | None:
+    """The TPM that has the key of `private_key`; None where it lies in a file."""
+    tpm: TpmService | None = getattr(key, "tpm", None)
+    return tpm
 
 
 def chain_in(configuration: Configuration) -> bytes:

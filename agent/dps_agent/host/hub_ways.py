@@ -100,7 +100,8 @@ def hub_ways(
     def dialled(call: Callable[[], Any]) -> Outcome:
         if not may_judge(clock):
             return Outcome(CLOCK_NOT_SET, None)
-        return worker.do_or_abort(call, CONNECT_DEADLINE_S, hub.abort, "the connection", interrupted)
+        asks_tpm = getattr(hub, "asks_tpm", False)
+        return worker.do_or_abort(call, CONNECT_DEADLINE_S, hub.abort, "the connection", interrupted, asks_tpm)
 
     def reach(name: str) -> Outcome:
         if dialled(lambda: hub.is_verified(name)).answer is True and isinstance(clock, SystemClock):

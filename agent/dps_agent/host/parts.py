@@ -52,10 +52,11 @@ TRANSIENT_SRK = (
 def tpm_warnings(signer: Signer) -> list[str]:
     """What its use has shown so far of a TPM, and somebody may want to change, though all works."""
     named: Any = signer
-    tpm: TpmService | None = getattr(named, "tpm", named)  # of a key in a file: the one that has sealed it
+    tpm: TpmService | None = getattr(named, "tpm", named)  # of a key in a file: the one that has sealed or made it
+    warnings = list(getattr(signer, "warnings", ()))
     if tpm is None:
-        return list(getattr(signer, "warnings", ()))
-    warnings = [TRANSIENT_SRK] if tpm.srk_found_at == 0 else []
+        return warnings
+    warnings += [TRANSIENT_SRK] if tpm.srk_found_at == 0 else []
     for setting in tpm.unneeded_passwords:
         warnings.append(
             f"{setting} is set, but its hierarchy in the TPM has no password, as after TPM2_Clear: none is used"
@@ -102,7 +103,7 @@ def open_device(configuration: Configuration) -> Any:
     if configuration.attestation == X509:
         from dps_agent.host.device_certificates import CertificateSigner
 
-        by_certificate = CertificateSigner(configuration)
+        by_certificate = CertificateSigner(configuration, open_tpm)
         by_certificate.open()
         return by_certificate
     from dps_agent.host.device_keys import FileSigner

@@ -279,7 +279,11 @@ class Runner:
         if not may_judge(clock):
             return Outcome(CLOCK_NOT_SET, None)
         outcome = self._worker.do_or_abort(
-            lambda: connection.request(*of), HTTP_DEADLINE_S, connection.abort, "the request"
+            lambda: connection.request(*of),
+            HTTP_DEADLINE_S,
+            connection.abort,
+            "the request",
+            asks_tpm=getattr(connection, "asks_tpm", False),
         )
         if isinstance(outcome.answer, Reply) and isinstance(clock, SystemClock):
             clock.heard(outcome.answer.date_s)

@@ -289,7 +289,8 @@ class TopSettings(Section):
         help='A file with the device\'s own key for attestation = "symmetric-key", in base64 as DPS shows it, readable'
         " by the agent alone (0600); a credential of its name comes first. For an enrolment group it is the key derived"
         " for this device ('dps-agent enroll --derive'), never the group's. 'dps-agent import-key' has a TPM seal it."
-        ' For attestation = "x509" it is the private key, in PEM, that \'dps-agent enroll --x509\' makes.',
+        ' For attestation = "x509" it is what \'dps-agent enroll --x509\' puts there: what this TPM alone can use of a'
+        " key that it made, or a private key in PEM.",
         secret_limit=KEY_FILE_LIMIT,
         board=text(
             "", "the path of a file, or empty",

@@ -103,12 +103,14 @@ class Worker:
         abort: Callable[[], None],
         what: str,
         interrupted: Callable[[], bool] = bool,
+        asks_tpm: bool = False,
     ) -> Outcome:
         """The answer of a call that `abort` makes end; what the call raises comes out: it is not for the logic.
 
         1. It ends by itself: its answer. 2. At its deadline it is aborted and ends: its answer, where a NoReply says
         `timeout`. 3. After `stop`, or once `interrupted()` is true after `hasten`, it is aborted and ends: its answer.
-        4. It was aborted and does not end: stuck, RetryLater `network.timeout` or, after `stop`, `agent.interrupted`.
+        4. It was aborted and does not end: stuck, RetryLater `network.timeout` or, after `stop`, `agent.interrupted`;
+        `tpm.timeout` where it `asks_tpm`, for nothing else in it could hang then.
         """
         self._hand_over(call)
         outcome = self._wait(deadline_s, 0.0, interrupted)
@@ -122,6 +124,8 @@ class Worker:
             else:
                 self.stuck = True
                 self.refuse_if_stopped()
+                if asks_tpm:
+                    raise RetryLater("tpm.timeout", f"the TPM did not answer {what} within {deadline_s:g} s")
                 raise RetryLater("network.timeout", f"{what} did not end within {deadline_s:g} s")
             if isinstance(outcome.answer, NoReply) and not (given_up or self.is_stopped()):
                 text = f"{NO_REPLY_TIMEOUT}: no whole answer within {deadline_s:g} s"

@@ -250,6 +250,18 @@ class EsysCommands(Repeated):
         )
         return self._known(tr, public, object_name(public))
 
+    def create(self, srk: EsysKey, template: bytes, session: EsysKey | None) -> tuple[bytes, bytes]:
+        private, public, *_ = self._command(
+            "create",
+            parent_handle=srk.tr,
+            in_sensitive=self._tss.TPM2B_SENSITIVE_CREATE(),
+            in_public=self._structure("TPM2B_PUBLIC", template, "create"),
+            outside_info=b"",
+            creation_pcr=self._tss.TPML_PCR_SELECTION(),
+            session1=self._session(session),
+        )
+        return bytes(public.marshal()), bytes(private.marshal())
+
     def activate_credential(
         self, ek: EsysKey, srk: EsysKey, activation: Activation, session: EsysKey | None, policy: EsysKey, keep: bool
     ) -> bytes:
@@ -347,6 +359,17 @@ class EsysCommands(Repeated):
             session1=self._session(session),
         )
         return bytes(digest)
+
+    def sign(self, key: EsysKey, digest: bytes, scheme: bytes) -> bytes:
+        tss = self._tss
+        signature = self._command(
+            "sign",
+            key_handle=key.tr,
+            digest=digest,
+            in_scheme=self._structure("TPMT_SIG_SCHEME", scheme, "sign"),
+            validation=tss.TPMT_TK_HASHCHECK(tag=tss.TPM2_ST.HASHCHECK, hierarchy=tss.TPM2_RH.NULL),
+        )
+        return bytes(signature.marshal())
 
     # --- the TPM itself
 

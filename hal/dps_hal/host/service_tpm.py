@@ -5,6 +5,7 @@ from __future__ import annotations
 from dps_hal.contracts import EK_TEMPLATES
 from dps_hal.errors import AskOperator
 from dps_hal.tpm.commands import ENDORSEMENT, OWNER
+from dps_hal.tpm.errors import RC_ALTERED, RefusedError
 from dps_hal.tpm.keys import ek_template, object_name, unwrap
 from dps_hal.tpm.procedure import TpmProcedure
 from dps_hal.tpm.upkeep import EK_CERTIFICATE_INDEX, if_readable, template_in
@@ -12,8 +13,21 @@ from dps_hal.tpm.upkeep import EK_CERTIFICATE_INDEX, if_readable, template_in
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any, Protocol
 
-    from dps_hal.tpm.commands import Key
+    from dps_hal.tpm.commands import Commands, Given, Key
+
+    class ServiceCommands(Commands, Protocol):
+        """What a key for TLS takes beyond `Commands`."""
+
+        def create(self, srk: Given, template: bytes, session: Any) -> tuple[bytes, bytes]:
+            """A new key under the SRK, which stays outside the TPM: TPM2B_PUBLIC and TPM2B_PRIVATE."""
+            ...
+
+        def sign(self, key: Given, digest: bytes, scheme: bytes) -> bytes:
+            """A TPMT_SIGNATURE by a TPMT_SIG_SCHEME; without a session, for nothing in it is a secret."""
+            ...
+
 
 PLAIN_L1 = "tcg-l1 without the maker's template"  # what `template_of` says where NV has another for tcg-l1
 _LAST_EK_INDEX = 0x01C000FF  # the end of the low and the high range; behind it are the certificates of issuers
@@ -72,6 +86,41 @@ class ServiceTpm(TpmProcedure):
             self._evict_control(key, handle, self._salted_session())
 
         self._operate(lambda: self._with_loaded(public, private, put))
+
+    def create_signing_key(self) -> tuple[int, bytes, bytes]:
+        """As `TpmService.create_signing_key`."""
+        from dps_hal.host.signing_key import TEMPLATE, point
+
+        def create() -> tuple[int, bytes, bytes]:
+            srk = self._storage_root_key()
+            if not self.srk_found_at:
+                raise AskOperator(
+                    "tpm.nv_full",
+                    "the TPM has no room to keep the storage root key, under which a key for TLS is found again",
+                )
+            commands: Any = self._commands
+            public, private = commands.create(srk, TEMPLATE, self._salted_session())
+            try:
+                point(public)
+            except ValueError as error:
+                raise AskOperator("tpm.failed", f"the TPM made a key: {error}") from None
+            return self.srk_found_at, public, private
+
+        return self._operate(create)
+
+    def sign_digest(self, public: bytes, private: bytes, digest: bytes) -> tuple[int, int]:
+        """As `TpmService.sign_digest`."""
+        from dps_hal.host.signing_key import SCHEME, signature_numbers
+
+        commands: Any = self._commands
+
+        def sign(loaded: Key) -> tuple[int, int]:
+            try:
+                return signature_numbers(commands.sign(loaded, digest, SCHEME))
+            except ValueError as error:
+                raise RefusedError("sign", RC_ALTERED, str(error)) from None
+
+        return self._operate(lambda: self._with_loaded(public, private, sign))
 
     def name_at(self, handle: int) -> bytes:
         """As `TpmService.name_at`."""

@@ -116,6 +116,14 @@ class SimulatedTpm:
         """The one that it was opened with: each has a key of its own."""
         return self._ek_template
 
+    def create_signing_key(self) -> tuple[int, bytes, bytes]:
+        """AskOperator `tpm.tls_provider`: OpenSSL has no provider for it."""
+        raise AskOperator("tpm.tls_provider", "the simulator makes no keys for TLS")
+
+    def sign_digest(self, public: bytes, private: bytes, digest: bytes) -> tuple[int, int]:
+        """AskOperator `tpm.tls_provider`."""
+        raise AskOperator("tpm.tls_provider", "the simulator has no keys for TLS")
+
     def persist(self, wrapped_key: bytes, handle: int, former: bytes = b"") -> None:
         """Keeps the wrapped key in the folder under its handle, in place of `former`."""
         from dps_hal.host.service_tpm import check_replaceable

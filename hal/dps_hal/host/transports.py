@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import select
+import struct
 
 from dps_hal.errors import RetryLater
 from dps_hal.host.service_tpm import ServiceTpm
 from dps_hal.host.tcti import parse_tcti
 from dps_hal.host.tpm_node import is_managed, open_device
 from dps_hal.platform import ms_since, ticks_ms
+from dps_hal.tpm.commands import NULL, take_field
+from dps_hal.tpm.keys import sized
 from dps_hal.tpm.tcp import SwtpmTransport
 from dps_hal.tpm.wire import WireCommands
 
@@ -19,8 +22,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dps_hal.contracts import WhileWaiting
-    from dps_hal.tpm.commands import Transport
+    from dps_hal.tpm.commands import Key, Transport
+    from dps_hal.tpm.sessions import SaltedSession
 
+_HASHCHECK = 0x8024  # TPM_ST, TPM 2.0 Library Part 2, table 19
 _MAX_RESPONSE_BYTES = 4096  # TPM_BUFSIZE of the kernel's driver
 
 
@@ -77,6 +82,21 @@ class DeviceTransport:
             self._node = -1
 
 
+class ServiceWireCommands(WireCommands):
+    """The `ServiceCommands` as bytes, each as said there."""
+
+    def create(self, srk: Key, template: bytes, session: SaltedSession) -> tuple[bytes, bytes]:
+        no_secret = b"\x00\x04\x00\x00\x00\x00"  # neither password nor data
+        _, answer = self._with(session, "create", srk, no_secret + template + bytes(6))  # no outside info, no PCRs
+        _, split = take_field("create", answer, 0)
+        _, end = take_field("create", answer, split)
+        return answer[split:end], answer[:split]
+
+    def sign(self, key: Key, digest: bytes, scheme: bytes) -> bytes:
+        no_ticket = struct.pack(">HIH", _HASHCHECK, NULL, 0)
+        return self.run("sign", (key.handle,), sized(digest) + scheme + no_ticket, password=True)[1]
+
+
 def transport_for(tcti: str) -> Transport:
     """The transport to the TPM that a string names, as `parse_tcti` says; nothing is opened yet."""
     kind, place, number = parse_tcti(tcti)
@@ -89,4 +109,4 @@ def transport_for(tcti: str) -> Transport:
 
 def open_wire(tcti: str, *, while_waiting: WhileWaiting | None = None, **settings: Any) -> ServiceTpm:
     """A `TpmService` in plain bytes at the TPM that a string names; the settings are those of `TpmProcedure`."""
-    return ServiceTpm(WireCommands(transport_for(tcti), while_waiting), **settings)
+    return ServiceTpm(ServiceWireCommands(transport_for(tcti), while_waiting), **settings)

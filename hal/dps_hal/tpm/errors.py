@@ -31,7 +31,7 @@ RC_CONNECTION_LOST: "Final" = 0xA000A  # TSS2_TCTI_RC_IO_ERROR
 RC_ALTERED: "Final" = 0x7001B  # TSS2_ESYS_RC_RSP_AUTH_FAILED: the answer is not what the TPM sent
 
 _ON_HIERARCHIES = ("policy_secret", "create_primary", "evict_control")
-_BY_KEY = ("hmac", "hmac_start")  # the session is for the key that is used
+_BY_KEY = ("hmac", "hmac_start", "sign")  # the session is for the key that is used
 
 
 class RefusedError(Exception):

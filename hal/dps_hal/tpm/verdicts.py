@@ -40,7 +40,7 @@ _FMT1_SIZE = 0x95
 _FMT1_INSUFFICIENT = 0x9A
 _FMT1_POLICY_FAIL = 0x9D
 _FMT1_INTEGRITY = 0x9F
-_BY_SRK = ("activate_credential", "import", "load")  # the first session is for the storage root key
+_BY_SRK = ("activate_credential", "create", "import", "load")  # the first session is for the storage root key
 _RECOVERY_LIMIT_S = 86400
 _VERDICTS = 3  # after so many, no two of which agree, we give up
 # Two integrity digests and a seed value with their sizes, type, empty authorisation, the key's size, the key.

@@ -37,17 +37,21 @@ COMMANDS = {  # TPM 2.0 Library Part 2, table 12
     0x147: "ActivateCredential",
     0x14E: "NV_Read",
     0x151: "PolicySecret",
+    0x153: "Create",
     0x155: "HMAC",
     0x156: "Import",
     0x157: "Load",
     0x15B: "HMAC_Start",
     0x15C: "SequenceUpdate",
+    0x15D: "Sign",
     0x165: "FlushContext",
     0x169: "NV_ReadPublic",
     0x173: "ReadPublic",
     0x176: "StartAuthSession",
+    0x178: "ECC_Parameters",
     0x17A: "GetCapability",
     0x17B: "GetRandom",
+    0x17D: "Hash",
 }
 
 _LISTEN = "127.0.0.1"
@@ -101,6 +105,7 @@ class TpmTap:
         self._tpm_port = tpm_port
         self._faults: list[_Fault] = []
         self.hanging = threading.Event()  # a command that `hang` or `delay` named has come
+        self._letting_go = threading.Event()
         self._closing = threading.Event()
         while True:
             self.port = free_port_pair()
@@ -153,7 +158,12 @@ class TpmTap:
 
     def hang(self, *, command: str | None = None) -> None:
         """Never passes a command on; it stays open until the client goes or the tap ends."""
+        self._letting_go.clear()
         self._faults.append(_Fault(_code(command), 0, 1, delay_s=math.inf))
+
+    def let_go(self) -> None:
+        """Ends the connection of a command that hangs."""
+        self._letting_go.set()
 
     def alter(self, *, command: str | None = None, skip: int = 0, times: int = 1, place: int = 20) -> None:
         """Flips one bit of what the TPM answered, as an active attacker on the bus would.
@@ -217,7 +227,11 @@ class TpmTap:
         for fault in struck:
             if fault.delay_s:
                 self.hanging.set()
-                if self._closing.wait(None if fault.delay_s == math.inf else fault.delay_s):
+                if fault.delay_s == math.inf:
+                    while not self._closing.is_set() and not self._letting_go.wait(0.05):
+                        pass
+                    return b""
+                if self._closing.wait(fault.delay_s):
                     return b""
             if fault.drop and not fault.after_execution:
                 return b""

@@ -11,8 +11,10 @@ from dps_agent.effects import Commit, LoadRecord, Sign
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.config import Configuration, is_sealed
 from dps_agent.host.local.statefile import read_live
+from dps_agent.host.loop import Loop
 from dps_agent.host.parts import NoConnection, offline_runner, open_device, open_tpm
 from dps_agent.host.runner import Runner
+from dps_agent.host.worker import ABORT_GRACE_S, Worker
 from dps_agent.settings import AUTO, SYMMETRIC_KEY, TPM
 from dps_hal.contracts import IDENTITY
 from dps_hal.tpm.keys import registration_id_from_ek
@@ -33,7 +35,7 @@ class Device:
         self._load_settings = load_settings
         self._runner: Runner | None = None  # on the TPM
         self._own: Runner | None = None  # on what signs for the device, where that is another
-        self._disk_hangs = False
+        self._disk_hangs = self._request_hangs = False
 
     @cached_property
     def configuration(self) -> Configuration:
@@ -107,7 +109,11 @@ class Device:
     @property
     def hangs(self) -> bool:
         """Whether an earlier call did not end: nothing more can be asked then."""
-        return self._disk_hangs or any(runner.stuck for runner in (self._runner, self._own) if runner is not None)
+        return (
+            self._disk_hangs
+            or self._request_hangs
+            or any(runner.stuck for runner in (self._runner, self._own) if runner is not None)
+        )
 
     def ask(self, call: Callable[[TpmService], Answer]) -> Answer:
         """One call of the TPM, with the runner's deadlines; the TPM is released behind it."""
@@ -130,6 +136,16 @@ class Device:
             return signature
 
         return self.run(sign())
+
+    def bounded(self, request: Callable[[], Answer], limit_s: float, abort: Callable[[], None]) -> Answer:
+        """What a request says that waits for the TPM as well; RetryLater `tpm.timeout` where that does not answer."""
+        worker = Worker(None, Loop())
+        try:
+            answer: Answer = worker.do_or_abort(request, limit_s + ABORT_GRACE_S, abort, "DPS", asks_tpm=True).answer
+        finally:
+            self._request_hangs = worker.stuck
+            worker.end()
+        return answer
 
     def write(self, call: Callable[[], None]) -> None:
         """A call that writes to the disk, with the runner's deadline for that."""

@@ -13,7 +13,7 @@ from dps_agent.host.checks.finding import NOTHING_STORED, OK, SKIPPED, WARNING, 
 from dps_agent.host.clock import SystemClock, is_synchronised
 from dps_agent.host.config import NO_ID_SCOPE, backend_shown, check_files, odd_passwords, readable_proxy_passwords
 from dps_agent.host.printed import utc_text
-from dps_agent.settings import SYMMETRIC_KEY, TPM
+from dps_agent.settings import SYMMETRIC_KEY, TPM, X509
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import IdentityStale, RetryLater
 from dps_hal.host.codes import REMEDIES
@@ -23,6 +23,7 @@ from dps_hal.host.state_dir import open_store
 
 if TYPE_CHECKING:
     from dps_agent.host.checks.device import Device
+    from dps_hal.contracts import TpmService
 
 SCRATCH_NAME = ".dps-agent-check"
 _SCRATCH = b"dps-agent check\n" * 256  # as many bytes as one slot has
@@ -174,7 +175,23 @@ def device_key(device: Device) -> Finding:
         return Finding(WARNING, text, "write registration_id in lower case, here and in the enrolment")
     if not device.uses_tpm:
         return Finding(OK, f"{shown}: whoever reads that is this device")
+    if device.configuration.attestation == X509:
+        _load_tls_provider(device)
     return Finding(OK, shown)
+
+
+def _load_tls_provider(device: Device) -> None:
+    """What TLS needs for a key of the TPM's; AskOperator `tpm.tls_provider`, RetryLater `tpm.absent`."""
+    from dps_hal.host import tls_provider
+
+    tcti = device.configuration.tpm.tcti
+    tls_provider.require(tcti)
+
+    def load(tpm: TpmService) -> None:
+        tpm.release()  # the provider may want the same TPM
+        tls_provider.load(tcti)
+
+    device.ask(load)
 
 
 def device_certificate(device: Device) -> Finding:

@@ -130,7 +130,7 @@ def dps_answers(device: Device) -> Finding:
         client_certificate(configuration),
     )
     try:
-        reply = connection.request("POST", registration_path(configuration.id_scope, registration_id), body, token)
+        reply = _asked(device, connection, registration_path(configuration.id_scope, registration_id), body, token)
         refused = isinstance(reply, Reply) and reply.status in LOOKUP_REFUSALS and not _is_challenge(reply)
         if refused and configuration.attestation == TPM:
             register_path = registration_path(configuration.id_scope, registration_id, "/register")
@@ -138,7 +138,8 @@ def dps_answers(device: Device) -> Finding:
         elif refused and configuration.attestation == SYMMETRIC_KEY and isinstance(reply, Reply):
             _refuse_group_key(device, connection, reply, body)
     finally:
-        connection.close()
+        if not device.hangs:
+            connection.close()
     if isinstance(reply, NoReply):
         raise no_reply_error(reply)
     device.network.reply = reply
@@ -157,6 +158,18 @@ def dps_answers(device: Device) -> Finding:
         text = f"the enrolment of {asked} holds another endorsement key than this TPM's ({error.message})"
         raise AskOperator(error.code, text, None, error.request_id)
     raise error
+
+
+def _asked(
+    device: Device, connection: DpsConnection, path: str, body: bytes, token: SasToken | None
+) -> Reply | NoReply:
+    """What DPS answers; RetryLater `tpm.timeout` where the TPM that has the certificate's key does not."""
+    if not connection.asks_tpm:
+        return connection.request("POST", path, body, token)
+    answer: Reply | NoReply = device.bounded(
+        lambda: connection.request("POST", path, body, token), ANSWER_LIMIT_S, connection.abort
+    )
+    return answer
 
 
 def _refuse_group_key(device: Device, connection: DpsConnection, refusal: Reply, body: bytes) -> None:

@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="make the key of the device's certificate, unless it is there, and print the request for the certificate",
     )
     parser.add_argument(
+        "--key-in-file",
+        action="store_true",
+        help="with --x509: the key is to lie in a file, in the clear, for a device whose TPM is not to have it",
+    )
+    parser.add_argument(
         "--id",
         metavar="ID",
         default=None,
@@ -55,6 +60,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
     """Reads the endorsement key and says how to enrol it, or adds it to a file."""
     if arguments.derive is not None:
         return _derived(arguments)
+    if arguments.key_in_file and not arguments.x509:
+        raise UsageError("--key-in-file goes with --x509: it says where the key of the certificate lies")
     if arguments.id is not None:
         raise UsageError("--id goes with --derive; registration_id of the settings is this device's own")
     from dps_agent.host.enrolment import CSV_HEADER, Enrolment, append
@@ -180,9 +187,10 @@ def _request(configuration: Configuration, arguments: argparse.Namespace) -> Out
     require_cryptography()
     from dps_agent.host.certificate_requests import request
 
-    pem, made = request(configuration)
+    pem, made = request(configuration, arguments.key_in_file)
     if made:
-        print(f"dps-agent: the key was made, in {configuration.device_key_file}", file=sys.stderr)
+        by = "" if arguments.key_in_file else " by the TPM, which alone can use it"
+        print(f"dps-agent: the key was made{by}, in {configuration.device_key_file}", file=sys.stderr)
     document = {"registrationId": configuration.registration_id, "certificateRequest": pem, "keyMade": made}
     return Outcome(pem.splitlines(), document)
 

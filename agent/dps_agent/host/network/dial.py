@@ -26,7 +26,7 @@ from dps_agent.effects import (
 )
 from dps_agent.host.network.heads import seconds_until
 from dps_agent.host.network.trust import Trust
-from dps_hal.errors import AskOperator
+from dps_hal.errors import AskOperator, DpsError
 from dps_text.addresses import is_plain_host
 
 TYPE_CHECKING = False
@@ -75,7 +75,8 @@ class Dialler:
     """Opens one TLS connection after the other, and can give up the one that is opened last.
 
     `ca_file` holds the only roots to trust, in PEM; empty: the system's. `setting` is what the operator calls it:
-    AskOperator `config.invalid` where it makes no sense. `certificate`: see `Trust`.
+    AskOperator `config.invalid` where it makes no sense. `certificate`, `asked_later`: see `Trust`. A key of a TPM's
+    that a connection was lent for its handshake is taken back behind it, or where a peer may ask later by `take_back`.
     """
 
     def __init__(
@@ -83,10 +84,12 @@ class Dialler:
         proxies: ProxyRule,
         ca_file: str,
         setting: str = "ca_file",
-        certificate: tuple[str, str] | None = None,
+        certificate: tuple[str, ...] | None = None,
+        asked_later: bool = False,
     ) -> None:
         self._proxies = proxies
-        self.trust = Trust(ca_file, setting, certificate)
+        self._asked_later = asked_later
+        self.trust = Trust(ca_file, setting, certificate, asked_later)
         if ca_file:
             self.trust.context()  # a wrong file is the operator's to correct: say so at once
         self._lock = threading.Lock()  # over the three below, which `abort` reaches from another thread
@@ -105,7 +108,7 @@ class Dialler:
 
         Both times are of the monotonic clock, `reach_by_s` for what comes before TLS. `afresh`: the peer has to show
         its certificate, so no session is resumed. Raises Failed: `connect` where no TCP connection stood, `tls` where
-        the peer was not verified.
+        the peer was not verified; RetryLater `tpm.absent` where this process has lost the TPM that has the key.
         """
         reach_by_s = deadline_s if reach_by_s is None else min(reach_by_s, deadline_s)
         while True:
@@ -138,8 +141,16 @@ class Dialler:
                 do_handshake_on_connect=False,
                 suppress_ragged_eofs=False,
             )
+        try:
+            self.trust.lend(tls)
+        except DpsError as error:
+            if self.trust.has_lost_tpm(error):
+                raise
+            raise Failed(NO_REPLY_TLS_FAILED, error.message) from None
         tls.settimeout(seconds_until(deadline_s))
         tls.do_handshake()
+        if not self._asked_later:
+            self.trust.take_back()
         return tls
 
     def explain(self, error: Exception, where: str) -> Failed:
@@ -176,6 +187,7 @@ class Dialler:
 
     def close(self) -> None:
         """Ends the connection that was dialled last, if there is one."""
+        self.trust.take_back()  # not under the lock, for which `abort` waits: it takes as long as the TPM does
         with self._lock:
             closing, self._socket = self._socket, None
             if isinstance(closing, ssl.SSLSocket):

@@ -42,7 +42,7 @@ class DpsConnection:
     the certificate must carry stays the endpoint's. `ca_file` holds the only roots to trust, in PEM; empty: the
     system's. `timeout_s` bounds one request in all, connecting and any repetition included. `proxy` is the setting
     `network.proxy`. `certificate` is what the device shows whoever asks for one, be it in the first handshake, by
-    renegotiation (TLS 1.2) or after it (1.3): the files of chain and key.
+    renegotiation (TLS 1.2) or after it (1.3), up to the first answer where a TPM has the key: see `Trust`.
 
     One thread calls `request` and `close`; any thread may call `abort`. AskOperator `config.invalid` where one of
     the settings makes no sense.
@@ -56,7 +56,7 @@ class DpsConnection:
         timeout_s: float = 60.0,
         user_agent: str = "dps-agent",
         proxy: str = NONE,
-        certificate: tuple[str, str] | None = None,
+        certificate: tuple[str, ...] | None = None,
     ) -> None:
         scheme, _, authority = endpoint.partition("://")
         self._authority = authority.removesuffix("/")
@@ -67,7 +67,7 @@ class DpsConnection:
         if connect_to:
             self._dial_host, dial_port = peer_of(connect_to, "connect_to")
             self._dial_port = dial_port or self._dial_port
-        self._dialler = Dialler(ProxyRule(proxy), ca_file, certificate=certificate)
+        self._dialler = Dialler(ProxyRule(proxy), ca_file, certificate=certificate, asked_later=True)
         self._timeout_s = timeout_s
         self._user_agent = user_agent
         self._stream: _Stream | None = None  # set while a connection can take a request
@@ -98,9 +98,15 @@ class DpsConnection:
                 return NoReply(f"{failed.reason}: {failed}", sent)
             if not reused:
                 self._dialler.trust.keep(stream.tls)
+                self._dialler.trust.take_back()
             if not keep:
                 self.close()
             return reply
+
+    @property
+    def asks_tpm(self) -> bool:
+        """Whether a request waits for a TPM as well as for DPS."""
+        return self._dialler.trust.asks_tpm
 
     def abort(self) -> None:
         """Makes a blocked `request` return at once, `closed`; for another thread, and nothing where none is blocked."""

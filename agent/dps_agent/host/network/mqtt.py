@@ -76,9 +76,8 @@ class HubConnection:
     `connect_to`, "host:port", is dialled instead of the hub's `port`; the name that is sent and that the certificate
     must carry stays the hub's. `ca_file` holds the only roots to trust, in PEM; empty: the system's. `transport` is
     "mqtt", "websocket" (port 443), or "auto": mqtt, and WebSocket where the hub's port is not reached; what worked is
-    tried first the next time. `proxy` is the setting `network.proxy`. `certificate`: the files of the chain that the
-    device shows the hub, and of its key. AskOperator `config.invalid` for what makes no
-    sense.
+    tried first the next time. `proxy` is the setting `network.proxy`. `certificate`: what the device shows the hub in
+    the handshake, and at no other time; see `Trust`. AskOperator `config.invalid` for what makes no sense.
 
     One thread at a time calls the methods; any thread, and any signal handler, may `post`, `take_back` and `abort`.
     """
@@ -92,7 +91,7 @@ class HubConnection:
         transport: str = AUTO,
         proxy: str = NONE,
         websocket_port: int = websocket.PORT,
-        certificate: tuple[str, str] | None = None,
+        certificate: tuple[str, ...] | None = None,
     ) -> None:
         self._ports = {MQTT: port, WEBSOCKET: websocket_port}
         self._connect_to = peer_of(connect_to, "hub.connect_to") if connect_to else None
@@ -142,6 +141,11 @@ class HubConnection:
             return False
         self._reached = (hub, wire, time.monotonic())
         return True
+
+    @property
+    def asks_tpm(self) -> bool:
+        """Whether a connection waits for a TPM as well as for its hub."""
+        return self._dialler.trust.asks_tpm
 
     @property
     def heard_at_s(self) -> float | None:

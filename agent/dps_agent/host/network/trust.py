@@ -6,6 +6,7 @@ was reached counts.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import ssl
 import time
@@ -19,6 +20,9 @@ from dps_text import NotText, without_mark
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import TypeAlias
+
+    from dps_hal.errors import DpsError
+    from dps_hal.host.tls_provider import TpmKey
 
     _FileState: TypeAlias = "tuple[int, ...] | None"  # changes with a file or folder; None where there is none
     _Sources: TypeAlias = "tuple[tuple[str, _FileState], ...]"
@@ -40,16 +44,29 @@ class Trust:
 
     `ca_file` holds the only roots, in PEM; empty: the system's. `setting` is what the operator calls it. `certificate`:
     the files of the chain that this device shows to whoever asks, and of its key; then no session is ever resumed, for
-    that would show what the device was, and not what it is. Used by one thread at a time.
+    that would show what the device was, and not what it is. `asked_later`: a peer may also ask for it once it has read
+    a request. Used by one thread at a time.
+
+    Where a TPM has the key its TCTI follows the two files. Then the key is an object in the TPM, which has room for
+    three: a connection has it from `lend` to `take_back`, in another context than the one it begins and ends with.
 
     The context is made anew, and with it all sessions end, when a file, a folder or a variable of the environment that
     it was made from has changed; after TRUST_LIFE_S; and when the system's clock was set, for certificates were judged
     by what it said before. So a process that runs for months trusts what its system trusts.
     """
 
-    def __init__(self, ca_file: str, setting: str, certificate: tuple[str, str] | None = None) -> None:
+    def __init__(
+        self, ca_file: str, setting: str, certificate: tuple[str, ...] | None = None, asked_later: bool = False
+    ) -> None:
         self._ca_file = ca_file
-        self._certificate = certificate
+        self._certificate = certificate[:2] if certificate else ()
+        self._tcti = certificate[2] if certificate and len(certificate) > 2 else ""
+        self._asked_later = asked_later
+        self._lent: tuple[ssl.SSLSocket, ssl.SSLContext, TpmKey] | None = None
+        if self._tcti:
+            from dps_hal.host import tls_provider
+
+            tls_provider.require(self._tcti)
         self._setting = setting
         self._context: ssl.SSLContext | None = None
         # By the name that was verified, with the seconds at which the peer's certificate is valid.
@@ -61,7 +78,12 @@ class Trust:
     @property
     def shows_certificate(self) -> bool:
         """Whether this device has a certificate for whoever asks."""
-        return self._certificate is not None
+        return bool(self._certificate)
+
+    @property
+    def asks_tpm(self) -> bool:
+        """Whether a connection waits for a TPM as well as for its peer."""
+        return self._tcti != ""
 
     def context(self) -> ssl.SSLContext:
         """What a connection is to be verified in now; AskOperator `config.invalid` where `ca_file` makes no sense."""
@@ -69,6 +91,39 @@ class Trust:
             self._make(all_roots=False)
         assert self._context is not None
         return self._context
+
+    def lend(self, tls: ssl.SSLSocket) -> None:
+        """Gives a connection that is about to begin the key that the TPM has, if one has it; as slow as the TPM.
+
+        AskOperator, RetryLater `tpm.absent` where it cannot be had.
+        """
+        if not self._tcti:
+            return
+        from dps_hal.host import tls_provider
+
+        def make() -> ssl.SSLContext:
+            context = self._rooted(all_roots=not self._leaves_out)
+            self._show(context)
+            return context
+
+        with_key, key = tls_provider.held(self._tcti, make)
+        self._lent = tls, tls.context, key
+        tls.context = with_key
+
+    def has_lost_tpm(self, error: DpsError) -> bool:
+        """Whether `lend` will raise the same as long as this process lives."""
+        from dps_hal.host.tls_provider import ConnectionLost
+
+        return isinstance(error, ConnectionLost)
+
+    def take_back(self) -> None:
+        """Flushes the key that was lent from the TPM; the connection goes on without; as slow as the TPM."""
+        if self._lent is None:
+            return
+        (tls, context, key), self._lent = self._lent, None
+        with contextlib.suppress(AttributeError):  # it has ended, and with it its use of the key
+            tls.context = context
+        key.release()
 
     def look_further(self) -> bool:
         """Whether there are roots that had no say in a refusal; from now on they have."""
@@ -93,7 +148,7 @@ class Trust:
 
         In TLS 1.3 it comes behind the handshake, ahead of all else that a server says.
         """
-        if self._certificate is not None:
+        if self._certificate:
             return
         name, session = tls.server_hostname, tls.session
         if name and session is not None and tls.context is self._context and (session.has_ticket or session.id):
@@ -112,7 +167,7 @@ class Trust:
 
     def _sources_now(self) -> _Sources:
         paths = (self._ca_file,) if self._ca_file else system_places()
-        return tuple((path, _state(path)) for path in (*paths, *(self._certificate or ())))
+        return tuple((path, _state(path)) for path in (*paths, *self._certificate))
 
     def _make(self, all_roots: bool) -> None:
         self._context = None
@@ -120,6 +175,13 @@ class Trust:
         self._made_at_s = _up_s()
         self._clock_ahead_s = time.time() - self._made_at_s
         self._sources = self._sources_now()  # before they are read: a change meanwhile is seen by the next connection
+        context = self._rooted(all_roots)
+        if self._certificate and not self._tcti:
+            self._show(context)
+        self._allow_later(context)
+        self._context = context
+
+    def _rooted(self, all_roots: bool) -> ssl.SSLContext:
         context = tls_context()
         if self._ca_file:
             self._leaves_out = False
@@ -128,9 +190,31 @@ class Trust:
             self._leaves_out = not all_roots and _take_hashed(context)
             if not self._leaves_out:
                 context.load_default_certs()
-        if self._certificate is not None:
-            _show(context, *self._certificate)
-        self._context = context
+        return context
+
+    def _show(self, context: ssl.SSLContext) -> None:
+        """Lets connections show the chain wherever a peer asks for it; AskOperator."""
+        chain_file, key_file = self._certificate
+        try:
+            for path in self._certificate:
+                os.close(open_regular(path))  # OpenSSL would wait for whoever writes to a FIFO
+            context.load_cert_chain(chain_file, key_file, password="")  # one with a password asks nobody for it
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            reason = getattr(error, "reason", "") or getattr(error, "strerror", "") or str(error)
+            text = f"certificate_file: expected a chain in PEM in '{chain_file}', for the key in '{key_file}': {reason}"
+            if self._tcti:
+                text = f"the TPM has not the key in '{key_file}', or that is not the one of '{chain_file}': {reason}"
+            raise AskOperator("config.invalid", text) from None
+
+    def _allow_later(self, context: ssl.SSLContext) -> None:
+        """Lets a server ask for the certificate once it has read a request, if it may.
+
+        By renegotiation in TLS 1.2, where that cannot be refused then, and in TLS 1.3 after the handshake, which a
+        client has to offer.
+        """
+        if self._certificate and self._asked_later:
+            context.options &= ~ssl.OP_NO_RENEGOTIATION
+            context.post_handshake_auth = True
 
 
 def tls_context() -> ssl.SSLContext:
@@ -177,24 +261,6 @@ def _take_file(context: ssl.SSLContext, ca_file: str, setting: str) -> None:
     except (OSError, NotText) as error:  # ssl.SSLError is an OSError: the file holds no certificate
         reason = error.reason if isinstance(error, ssl.SSLError) else getattr(error, "strerror", str(error))
         raise AskOperator("config.invalid", f"{setting}: expected PEM certificates in '{ca_file}': {reason}") from None
-
-
-def _show(context: ssl.SSLContext, chain_file: str, key_file: str) -> None:
-    """Lets connections show this chain wherever a peer asks for it; AskOperator.
-
-    A server may ask for it once it has read a request: by renegotiation in TLS 1.2, where that cannot be refused then,
-    and in TLS 1.3 after the handshake, which a client has to offer.
-    """
-    try:
-        for path in (chain_file, key_file):
-            os.close(open_regular(path))  # OpenSSL would wait for whoever writes to a FIFO
-        context.load_cert_chain(chain_file, key_file, password="")  # one with a password asks nobody for it
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        reason = getattr(error, "reason", "") or getattr(error, "strerror", "") or str(error)
-        text = f"certificate_file: expected a chain in PEM in '{chain_file}', for the key in '{key_file}': {reason}"
-        raise AskOperator("config.invalid", text) from None
-    context.options &= ~ssl.OP_NO_RENEGOTIATION
-    context.post_handshake_auth = True
 
 
 def system_places() -> tuple[str, ...]:

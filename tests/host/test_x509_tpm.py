@@ -1,0 +1,427 @@
+"""A device whose certificate's key its TPM has made: from the request to the hub, and what a TPM may do in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from debian_micropython import tls_provider
+from dps_agent.effects import Reply
+from dps_agent.host.config import ConfigurationError, client_certificate
+from dps_agent.host.device_certificates import private_key
+from dps_agent.host.network.https import DpsConnection
+from dps_agent.host.parts import dps_connection, hub_connection, open_device, open_tpm
+from dps_agent.hub_effects import ConnAck
+from dps_hal.errors import AskOperator, RetryLater
+from dps_hal.host import tls_provider as provider
+from dps_hal.host.signing_key import from_pem, to_pem
+from host.test_x509 import (
+    DEVICE,
+    HUB,
+    LINE,
+    PROGRAM,
+    SYSTEM_PYTHON,
+    Bench,
+    Document,
+    OpensslServer,
+    as_device,
+    emulator,
+    issued,
+)
+from support.cloud.emulator import EmulatorInThread
+from support.tpm.backends import BACK_ENDS
+from support.tpm.swtpm import Swtpm
+from support.tpm.tap import TpmTap
+
+__all__ = ["emulator"]
+CHECKOUT = Path(__file__).parents[2]
+PROCESS = CHECKOUT / "tests/support/programs/tpm_in_tls.py"
+HANDSHAKE = ["ECC_Parameters", "Hash", "Sign"]
+LOADED = ["ReadPublic", "Load", "ECC_Parameters"]
+
+
+class OneTpm:
+    """The TPM of all tests here: OpenSSL's provider, once it is loaded, has the same one until the process ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.swtpm = Swtpm(folder)
+        self.tap = TpmTap(self.swtpm.port)
+        self.modules = str(tls_provider())
+
+    def flush(self) -> None:
+        """Flushes what somebody has left, whom a command that hangs may hold."""
+        self.tap.let_go()
+        for handle in self.swtpm.leftovers():
+            self.swtpm.command(0x165, handle.to_bytes(4, "big"))
+
+    def close(self) -> None:
+        self.tap.close()
+        self.swtpm.kill()
+
+
+class TpmBench(Bench):
+    """A device with a TPM, whose settings name a certificate."""
+
+    backend = "wire"
+
+    def __init__(self, folder: Path, emulator: EmulatorInThread, capsys: Any, tpm: OneTpm, backend: str) -> None:
+        self.tpm = tpm
+        self.backend = backend
+        super().__init__(folder, emulator, capsys)
+
+    def configure(self, hub: str = "", more: str = "") -> None:
+        tpm = f'[tpm]\nbackend = "{self.backend}"\ntcti = "{self.tpm.tap.tcti}"\n'
+        super().configure(hub, more + tpm)
+
+    def request(self) -> str:
+        return str(self.command("enroll", "--x509")["certificateRequest"])
+
+    def names(self) -> list[str]:
+        """The commands that the TPM got since this was asked last."""
+        found = [*self.tpm.tap.names]
+        self.tpm.tap.forget()
+        return found
+
+
+@pytest.fixture(scope="session")
+def tpm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneTpm]:
+    one = OneTpm(tmp_path_factory.mktemp("tpm"))
+    yield one
+    one.close()
+
+
+@pytest.fixture(params=BACK_ENDS)
+def bench(request: pytest.FixtureRequest, made: Callable[[str], TpmBench]) -> TpmBench:
+    return made(request.param)
+
+
+@pytest.fixture
+def wired(made: Callable[[str], TpmBench]) -> TpmBench:
+    return made("wire")
+
+
+@pytest.fixture
+def made(
+    tmp_path: Path,
+    emulator: EmulatorInThread,
+    tpm: OneTpm,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Iterator[Callable[[str], TpmBench]]:
+    for name in [name for name in os.environ if name.startswith(("DPS_AGENT_", "CREDENTIALS_", "TPM2OPENSSL_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OPENSSL_MODULES", tpm.modules)
+    tpm.tap.forget()
+    yield lambda backend: TpmBench(tmp_path, emulator, capsys, tpm, backend)
+    tpm.tap.forget()
+    assert tpm.swtpm.leftovers() == [], "nothing is left in the TPM"
+
+
+def test_a_device_lives_from_its_request_to_its_hub_by_a_key_of_its_tpm(bench: TpmBench) -> None:
+    made = bench.command("enroll", "--x509")
+    assert made["keyMade"] and bench.key_file.stat().st_mode & 0o777 == 0o600
+    assert "Create" in bench.names() and from_pem(bench.key_file.read_bytes()).srk_handle == 0x81000001
+    assert not bench.command("enroll", "--x509")["keyMade"], "the key stays what it is"
+    bench.equip()
+    first = bench.command("provision")
+    assert (first["assignedHub"], first["deviceId"], first["backend"]) == (HUB, DEVICE, "x509")
+    assert bench.command("provision")["alreadyProvisioned"]
+    assert not bench.command("provision", "--force")["alreadyProvisioned"]
+    assert bench.command("status", "--remote")["differences"] == []
+    assert f", has made the device's own key, {bench.key_file}" in bench.text("status")
+    assert bench.text("enroll").splitlines()[0].split()[-1] == DEVICE
+
+
+@pytest.mark.parametrize("transport", ["mqtt", "websocket"])
+def test_the_hub_is_shown_the_certificate_and_the_tpm_is_given_back_before_it_says_a_word(
+    wired: TpmBench, transport: str
+) -> None:
+    bench = wired
+    bench.equip()
+    bench.command("provision")
+    bench.configure(hub=f'transport = "{transport}"\n')
+    bench.names()
+    connection = hub_connection(bench.loaded())
+    try:
+        for _ in range(2):
+            assert connection.connect(as_device()) == ConnAck(0, False)
+            assert bench.names() == [*LOADED, *HANDSHAKE, "FlushContext"]
+        assert bench.tpm.swtpm.leftovers() == [], "the connection stands, and has nothing in the TPM"
+        assert connection.publish(f"devices/{DEVICE}/messages/events/", b"without the TPM", 1)
+    finally:
+        connection.close()
+    assert bench.names() == []
+
+
+def test_a_connection_to_dps_has_the_key_up_to_its_first_answer(bench: TpmBench) -> None:
+    bench.equip()
+    bench.command("provision")
+    bench.names()
+    connection = dps_connection(bench.loaded())
+    path = f"/0ne00000000/registrations/{DEVICE}?api-version=2021-06-01"
+    for _ in range(2):
+        reply = connection.request("POST", path, b'{"registrationId":"%s"}' % DEVICE.encode(), None)
+        assert isinstance(reply, Reply) and reply.status == 200, reply
+    assert bench.names() == [*LOADED, *HANDSHAKE, "FlushContext"], "one handshake for both"
+    connection.close()
+
+
+def test_reconnects_leave_nothing_in_a_tpm_of_three_slots(bench: TpmBench) -> None:
+    bench.equip()
+    bench.command("provision")
+    connection = hub_connection(bench.loaded())
+    try:
+        connection.connect(as_device())
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            assert connection.connect(as_device()) == ConnAck(0, False)
+            assert bench.tpm.swtpm.leftovers() == []
+        assert abs(len(os.listdir("/proc/self/fd")) - before) <= 2, "the emulator may not have ended the last one yet"
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("asks", ["first", "renegotiation", "after"])
+def test_the_certificate_is_shown_whenever_a_server_asks_for_it(bench: TpmBench, tmp_path: Path, asks: str) -> None:
+    bench.equip()
+    bench.names()
+    server = OpensslServer(tmp_path, asks)
+    try:
+        server.until(b"ACCEPT")
+        serving = threading.Thread(target=server.serve, daemon=True)
+        serving.start()
+        shown = client_certificate(bench.loaded())
+        connection = DpsConnection(
+            "https://localhost", f"127.0.0.1:{server.port}", str(server.roots), 60.0, certificate=shown
+        )
+        reply = connection.request("PUT", "/register", b"{}", None)
+        connection.close()
+        serving.join(60)
+        assert isinstance(reply, Reply) and reply.status == 200, (reply, server.said.decode(errors="replace"))
+        assert DEVICE.encode() in server.said, "the server has seen whose certificate it is"
+        names = bench.names()
+        assert names[:3] == LOADED and names[-2:] == ["Sign", "FlushContext"] and names.count("Sign") == 1, names
+    finally:
+        server.close()
+
+
+# A TPM that does not answer, or is another one.
+
+
+class OtherProcess:
+    """`tpm_in_tls` with the settings of a device."""
+
+    def __init__(self, bench: TpmBench, whom: str, times: int = 1) -> None:
+        self._tpm = bench.tpm
+        path = f"{CHECKOUT}/agent:{CHECKOUT}/hal"
+        words = [sys.executable, str(PROCESS), str(bench.settings), whom, str(times)]
+        self.process = subprocess.Popen(
+            words, env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def said(self, time_passes: bool = False) -> list[str]:
+        """What it printed until it ended."""
+        out, _ = self.process.communicate("\n" if time_passes else None, 120)
+        assert self.process.returncode == 0
+        return out.splitlines()
+
+    def close(self) -> None:
+        """Ends it; a resource manager would flush what it leaves in the TPM."""
+        self.process.kill()
+        self.process.communicate()
+        self._tpm.flush()
+
+
+@pytest.mark.parametrize(("whom", "command"), [("dps", "Load"), (HUB, "Sign"), ("dps", "FlushContext")])
+def test_a_tpm_that_hangs_in_a_handshake_ends_it_at_our_deadline(wired: TpmBench, whom: str, command: str) -> None:
+    wired.equip()
+    wired.command("provision")
+    tap = wired.tpm.tap
+    tap.hanging.clear()
+    tap.hang(command=command)
+    process = OtherProcess(wired, whom)
+    try:
+        assert tap.hanging.wait(60), process.said()
+        assert process.said(time_passes=True) == ["tpm.timeout stuck: the TPM did not answer the words within 60 s"]
+    finally:
+        process.close()
+
+
+def test_a_process_whose_connection_to_the_tpm_was_cut_says_so_and_is_to_be_started_anew(wired: TpmBench) -> None:
+    wired.equip()
+    wired.command("provision")
+    wired.tpm.tap.drop(command="Sign")
+    process = OtherProcess(wired, HUB, 2)
+    try:
+        first, second = process.said()
+        assert first.startswith("NoReply(reason='tls_failed: TLS failed"), first
+        assert second.startswith("tpm.absent ended: OpenSSL's provider tpm2 has lost its TPM"), second
+        assert OtherProcess(wired, HUB).said() == ["ConnAck(return_code=0, session_present=False)"]
+    finally:
+        process.close()
+
+
+def test_a_tpm_that_was_cleared_is_named_and_the_key_is_not_replaced(wired: TpmBench) -> None:
+    bench = wired
+    bench.equip()
+    bench.command("provision")
+    key = bench.key_file.read_bytes()
+    bench.tpm.swtpm.clear()
+    signer = open_device(bench.loaded())
+    with pytest.raises(AskOperator, match="the TPM does not take the key that it made") as refused:
+        signer.sign(b"", b"message")
+    assert refused.value.code == "tpm.certificate_key"
+    error = bench.command("provision", "--force", status=3)["error"]
+    assert error["code"] == "network.tls_failed" and "the TPM has not the key in" in error["message"], error
+    assert bench.checked("device-key", status=5)["code"] == "tpm.certificate_key"
+    assert bench.command("enroll", "--x509", status=5)["error"]["code"] == "tpm.certificate_key"
+    assert bench.key_file.read_bytes() == key
+    bench.key_file.unlink()
+    bench.equip()
+    assert not bench.command("provision")["alreadyProvisioned"], "another key is another identity"
+
+
+# Where the key lies is decided once.
+
+
+def test_a_key_stays_where_it_lies(wired: TpmBench) -> None:
+    wired.command("enroll", "--x509", "--key-in-file")
+    in_file = wired.key_file.read_bytes()
+    assert b"BEGIN PRIVATE KEY" in in_file and wired.names() == []
+    assert not wired.command("enroll", "--x509")["keyMade"] and wired.names() == []
+    assert wired.key_file.read_bytes() == in_file
+    wired.key_file.unlink()
+    wired.command("enroll", "--x509")
+    in_tpm = wired.key_file.read_bytes()
+    error = wired.command("enroll", "--x509", "--key-in-file", status=6)["error"]
+    assert "expected a key in the clear, or none yet" in error["message"]
+    assert wired.key_file.read_bytes() == in_tpm
+    assert wired.command("enroll", "--key-in-file", status=2)["error"]["code"] == "agent.usage"
+
+
+def test_a_device_without_the_provider_or_with_a_tpm_for_one_alone_is_told_before_a_key_is_made(
+    wired: TpmBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = wired.settings.read_text()
+    for tcti, said in (
+        (f"device:{tmp_path}/tpm0", "which only one can have open"),
+        ("spi:/dev/spidev0.0", "which only one can have open"),
+    ):
+        wired.settings.write_text(text.replace(wired.tpm.tap.tcti, tcti))
+        error = wired.command("enroll", "--x509", status=5)["error"]
+        assert error["code"] == "tpm.tls_provider" and said in error["message"], error
+    wired.settings.write_text(
+        text.replace('backend = "wire"', 'backend = "simulator"').replace(
+            wired.tpm.tap.tcti, str(tmp_path / "simulated")
+        )
+    )
+    assert "with whose keys TLS cannot sign" in wired.command("enroll", "--x509", status=6)["error"]["message"]
+    wired.settings.write_text(text)
+    with monkeypatch.context() as patched:
+        patched.setattr(provider._Openssl, "_version_of", lambda self, loaded: "1.1.1")
+        patched.setattr(provider, "_found", [])
+        error = wired.command("enroll", "--x509", status=5)["error"]
+        assert "in version 1.2 or newer; came 1.1.1" in error["message"] and error["code"] == "tpm.tls_provider", error
+    with monkeypatch.context() as patched:
+        patched.setenv("OPENSSL_MODULES", str(tmp_path))
+        error = wired.command("enroll", "--x509", status=5)["error"]
+        assert f"provider tpm2 is missing, {tmp_path}/tpm2.so: install tpm2-openssl" in error["message"], error
+    assert not wired.key_file.exists()
+    wired.equip()
+    with monkeypatch.context() as patched:
+        patched.setenv("OPENSSL_MODULES", str(tmp_path))
+        assert wired.command("provision", status=5)["error"]["code"] == "tpm.tls_provider"
+        assert wired.checked("device-key", status=5)["code"] == "tpm.tls_provider"
+
+
+def test_every_check_of_a_good_device_is_good(bench: TpmBench) -> None:
+    bench.equip(days=(-1, 20))
+    bench.command("provision")
+    found = {one["id"]: one for one in bench.command("check")["checks"]}
+    for name in ("tpm-srk", "device-key", "device-certificate", "record-seal", "dps-answers", "dps-tls", "hub-mqtt"):
+        assert found[name]["result"] == "ok", found[name]
+    assert "has made the device's own key" in found["device-key"]["detail"]
+
+
+def test_verbs_that_show_no_certificate_do_not_ask_the_tpm(wired: TpmBench) -> None:
+    wired.equip()
+    wired.command("provision")
+    wired.names()
+    wired.command("status")
+    wired.command("enroll")
+    assert wired.names() == []
+
+
+def test_the_python_of_the_distribution_will_do(wired: TpmBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = wired.folder / "ossl-modules"  # the distribution's `cryptography` has use for one of its modules
+    beside.mkdir()
+    for folder in (Path(wired.tpm.modules), *Path("/usr/lib").glob("*/ossl-modules")):
+        for module in folder.glob("*.so"):
+            if not (beside / module.name).exists():
+                (beside / module.name).symlink_to(module)
+    monkeypatch.setenv("OPENSSL_MODULES", str(beside))
+
+    def by_system(*words: str) -> Document:
+        command = [SYSTEM_PYTHON, "-I", "-B", "-c", PROGRAM, "--json", "--config", str(wired.settings), *words]
+        ended = subprocess.run(command, check=False, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        document: Document = json.loads(ended.stdout)
+        return document
+
+    source = wired.folder / "issued.pem"
+    source.write_text(LINE.pem + issued(by_system("enroll", "--x509")["certificateRequest"], LINE))
+    by_system("install-certificate", str(source))
+    assert not by_system("provision")["alreadyProvisioned"]
+    assert by_system("provision")["alreadyProvisioned"], "the seal is verified"
+
+
+# The key's file, and its signatures.
+
+
+def test_a_damaged_file_is_refused_with_a_sentence(bench: TpmBench) -> None:
+    bench.request()
+    good = bench.key_file.read_bytes()
+    key = from_pem(good)
+    assert to_pem(key) == good and repr(open_device_key(bench)) == "TpmPrivateKey()"
+    other = key._replace(srk_handle=0x40000001)
+    for content, said in (
+        (good[:200], "expected one TSS2 PRIVATE KEY in PEM"),
+        (good.replace(b"\nM", b"\n", 1), "damaged"),
+        (to_pem(other), "expected a key under a persistent handle; came one under 0x40000001"),
+        (to_pem(key._replace(public=key.public[:40])), "public area"),
+        (to_pem(key._replace(public=key.public.replace(b"\x00\x04\x04\x72", b"\x00\x04\x00\x72"))), "signing key"),
+        (to_pem(key._replace(private=key.private[:-1])), "private area"),
+    ):
+        bench.key_file.write_bytes(content)
+        with pytest.raises(ConfigurationError) as refused:
+            open_device_key(bench)
+        assert "device_key_file: expected a key that 'dps-agent enroll --x509' had a TPM make" in str(refused.value)
+        assert said in str(refused.value), (said, str(refused.value))
+    bench.key_file.write_bytes(good)
+
+
+def open_device_key(bench: TpmBench) -> Any:
+    return private_key(bench.loaded(), open_tpm)
+
+
+def test_what_the_bus_altered_is_no_signature(bench: TpmBench) -> None:
+    bench.equip()
+    signer = open_device(bench.loaded())
+    message = b"\x00dps-agent record 1{}"
+    seal = signer.sign(b"", message)
+    assert len(seal) == 64 and signer.verify(message, seal) and not signer.verify(message + b" ", seal)
+    bench.tpm.tap.alter(command="Sign", place=-10, times=9)
+    with pytest.raises(RetryLater, match="came another") as refused:
+        signer.sign(b"", message)
+    assert refused.value.code == "tpm.bus_altered"
+    bench.tpm.tap.forget()
+    assert signer.verify(message, signer.sign(b"", message))
+    signer.release()
