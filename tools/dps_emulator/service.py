@@ -334,14 +334,19 @@ class DpsService:
 
     def settled(self, registration_id: str, now: float) -> Registration | None:
         """The device's registration, with an operation finished whose time has come."""
-        key = registration_key(registration_id)
-        registration = self.registrations.get(key)
+        registration = self.registrations.get(registration_key(registration_id))
         if registration and not registration.operation.finished and registration.operation.ready_at_s <= now:
-            previous = registration.assignment
+            return self._stored(registration, now)
+        return registration
+
+    def _stored(self, registration: Registration, now: float) -> Registration:
+        """Keeps a registration whose operation is under way, finished where its time has come."""
+        previous = registration.assignment
+        if registration.operation.ready_at_s <= now:
             registration = self._finish(registration)
-            self.registrations[key] = registration
-            if registration.assignment and registration.assignment is not previous:
-                self.assigned(previous, registration.assignment, now)
+        self.registrations[registration_key(registration.registration_id)] = registration
+        if registration.assignment and registration.assignment is not previous:
+            self.assigned(previous, registration.assignment, now)
         return registration
 
     def accept(
@@ -364,11 +369,9 @@ class DpsService:
         operation = Operation(operation_id, ready_at_s, payload, failure=failure, group=group, csr=csr)
         created = previous.created if previous else utc_text(now)
         assignment = previous.assignment if previous else None
-        key = registration_key(registration_id)
-        self.registrations[key] = Registration(registration_id, created, operation, assignment)
+        self._stored(Registration(registration_id, created, operation, assignment), now)
         if self.settings.stale_lookups:
-            self._stale[key] = (self.settings.stale_lookups, previous)
-        self.settled(registration_id, now)
+            self._stale[registration_key(registration_id)] = (self.settings.stale_lookups, previous)
         return operation_id
 
     def looked_up(self, registration_id: str, now: float) -> Registration | None:
@@ -784,6 +787,7 @@ def object_of(request: Request) -> dict[str, Any]:
         raise RefusalError(BAD_REQUEST, f"The body is not {error}.") from None
 
 
+@functools.lru_cache(64)  # a request's is asked for by its quota, its answer and its line in the log
 def target_of(path: str) -> Target:
     """Reads a path as received."""
     match [unquote(segment) for segment in path.split("/")]:

@@ -9,7 +9,11 @@ import hmac
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers import modes
 
 RandomBytes = Callable[[int], bytes]
 
@@ -194,15 +198,20 @@ def kdfa(key: bytes, label: bytes, context_u: bytes, context_v: bytes, bits: int
 def aes_cfb_encrypt(key: bytes, plaintext: bytes) -> bytes:
     """AES-CFB with 128-bit feedback and a zero vector, no padding."""
     # Here, because most commands need no cipher, and it takes longer to load than all they do.
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
-    # Block by block over ECB: library releases disagree on where CFB lives.
-    encryptor = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
-    feedback, out = bytes(16), b""
-    for at in range(0, len(plaintext), 16):
-        feedback = xor(plaintext[at : at + 16], encryptor.update(feedback))
-        out += feedback
-    return out
+    encryptor = Cipher(algorithms.AES(key), _cfb()(bytes(16))).encryptor()
+    return encryptor.update(plaintext) + encryptor.finalize()
+
+
+@cache
+def _cfb() -> "type[modes.CFB]":
+    """The mode, from where the installed release of the library has it: newer ones count it as retired."""
+    try:
+        from cryptography.hazmat.decrepit.ciphers.modes import CFB
+    except ImportError:
+        from cryptography.hazmat.primitives.ciphers.modes import CFB
+    return CFB
 
 
 def oaep_encrypt(modulus: int, message: bytes, label: bytes, seed: bytes) -> bytes:
