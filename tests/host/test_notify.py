@@ -38,13 +38,14 @@ def test_each_message_is_as_sd_notify_has_it(systemd: socket.socket) -> None:
     ours = notifier(systemd)
     ours.ready()
     ours.status("connected")
+    began_ns = time.monotonic_ns()
     ours.reloading()
     ours.stopping()
     ready, status, reloading, stopping = heard(systemd)
     assert (ready, status, stopping) == ("READY=1", "STATUS=connected", "STOPPING=1")
     word, moment = reloading.split("\n")
     assert word == "RELOADING=1"
-    assert abs(int(moment.removeprefix("MONOTONIC_USEC=")) - time.monotonic_ns() // 1000) < 5_000_000
+    assert began_ns // 1000 <= int(moment.removeprefix("MONOTONIC_USEC=")) <= time.monotonic_ns() // 1000
     ours.close()
 
 
@@ -58,12 +59,15 @@ def test_a_status_is_one_line_and_said_once(systemd: socket.socket) -> None:
     ours.close()
 
 
-def test_the_watchdog_is_fed_several_times_in_its_time_and_no_more(systemd: socket.socket) -> None:
+def test_the_watchdog_is_fed_several_times_in_its_time_and_no_more(
+    systemd: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = notifier(systemd, WATCHDOG_USEC="400000", WATCHDOG_PID=str(os.getpid()))
     assert ours.watchdog_s == 0.4
-    until_s = time.monotonic() + 0.45
-    while time.monotonic() < until_s:
+    for passed_ms in range(1, 451):
+        monkeypatch.setattr(time, "monotonic", lambda now_s=1000 + passed_ms / 1000: now_s)
         ours.alive()
+    monkeypatch.undo()
     assert 4 <= len(heard(systemd)) <= 6
     ours.close()
 
