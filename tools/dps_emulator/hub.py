@@ -8,6 +8,7 @@ real service, the choice made here is marked as ours.
 
 import base64
 import contextlib
+import functools
 import ipaddress
 import json
 import math
@@ -81,6 +82,11 @@ class Wire(Protocol):
         """Ends the connection after what was sent; MQTT 3.1.1 has no word of goodbye for a server."""
 
 
+@functools.lru_cache(128)  # a device's words are the same for each of its messages
+def _shown(text: str, readable: str = "") -> str:
+    return quote(text, safe=readable) or "-"
+
+
 @dataclass(frozen=True)
 class HubLine:
     """One thing that happened, as the log shows it; never a token, key or payload."""
@@ -95,8 +101,8 @@ class HubLine:
     def text(self) -> str:
         """The line: the time, then name=value, `-` for what is not there, percent-encoded."""
         return (
-            f"{self.time} hub={quote(self.hub, safe='') or '-'} device={quote(self.device_id, safe='') or '-'}"
-            f" event={self.event} code={self.code} detail={quote(self.detail[:_DETAIL_LIMIT], safe=_READABLE) or '-'}"
+            f"{self.time} hub={_shown(self.hub)} device={_shown(self.device_id)}"
+            f" event={self.event} code={self.code} detail={_shown(self.detail[:_DETAIL_LIMIT], _READABLE)}"
         )
 
     @classmethod

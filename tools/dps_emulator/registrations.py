@@ -1,6 +1,7 @@
 """What the service remembers of a device that has registered, and how that is written down."""
 
 import base64
+import functools
 import time
 from abc import abstractmethod
 from collections.abc import MutableMapping
@@ -103,5 +104,10 @@ class Registrations(MutableMapping[str, Registration]):
 
 def utc_text(when_s: float) -> str:
     """RFC 3339 with seven fractional digits, as the service prints it."""
-    whole = int(when_s)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{int((when_s - whole) * 10_000_000):07d}Z"
+    whole_s = int(when_s)
+    return f"{_seconds_text(whole_s)}.{int((when_s - whole_s) * 10_000_000):07d}Z"
+
+
+@functools.lru_cache(8)  # many things happen within a second
+def _seconds_text(when_s: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when_s))
