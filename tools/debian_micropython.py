@@ -1,6 +1,7 @@
 """What Debian 13 has and the machine may not: MicroPython and its sources, OpenSSL's provider for a TPM's keys; QEMU.
 
-Its MicroPython is the oldest release that the project supports.
+Its MicroPython is the oldest release that the project supports; the sources of the newest one that Debian has are those
+of its next version.
 
 apt-get fetches both into a folder of their own and checks Debian's signatures; the lists, sources and packages of the
 machine stay as they are. Debian's program runs with the C library of Debian 13, whatever the machine has.
@@ -17,6 +18,7 @@ from fresh_machine import APT_DEADLINE_S, NotReady, cache_folder, output_of, req
 
 SUITE = "trixie"
 OLDEST = (1, 25)  # what the suite has
+NEWEST_SUITE = "forky"
 INTERPRETER_PACKAGES = ("micropython", "libc6", "libffi8", "libmbedcrypto16", "libmbedtls21", "libmbedx509-7")
 SOURCES = ("micropython", "mbedtls", "lwip")
 QEMU_NEEDED = (8, 1)  # the first with a TPM on I2C
@@ -103,6 +105,17 @@ def tls_provider() -> Path:
             package.unlink()
 
     return _only(_made_once(f"tpm2-openssl-{SUITE}", make) / "root", "usr/lib/*/ossl-modules/tpm2.so").parent
+
+
+def newest_sources() -> Path:
+    """The folder with the sources of the newest MicroPython that Debian has, downloaded once (6 MB and the list)."""
+
+    def make(folder: Path) -> None:
+        _apt(folder, NEWEST_SUITE, "deb-src", "source", "micropython")
+        for archive in folder.glob("*.tar.*"):
+            archive.unlink()
+
+    return _only(_made_once(f"micropython-source-{NEWEST_SUITE}", make), "micropython-*/")
 
 
 def emulator() -> list[str]:

@@ -14,7 +14,7 @@ from dps_agent.lifecycle import STANDINGS, TRANSITIONS
 from dps_agent.patience import PATIENCES
 from dps_deploy.bundles import Unbundled, as_format, bundled, without_notes
 from dps_deploy.error_texts import Words, without_sentences
-from dps_deploy.modules import compiled, for_firmware, of_any_program, texts_of_errors
+from dps_deploy.modules import compiled, for_a_board, for_firmware, of_any_program, texts_of_errors
 from dps_deploy.names import named_in_calls, written_short
 from dps_deploy.tables import events_as_characters
 
@@ -201,6 +201,11 @@ def test_a_table_has_the_words_that_its_modules_ask_for_at_the_same_numbers_ever
     exec(for_firmware()["dps_texts.py"], values)
     lines = values["TEXTS"].decode().split("\n")[:-1]
     assert len(lines) == len(every) and all(line in ("", text) for line, text in zip(lines, every, strict=True))
+
+
+def test_a_module_by_itself_asks_a_board_for_nothing_that_only_a_type_checker_knows() -> None:
+    named = {module.path: "TYPE_CHECKING" in for_a_board(module.file.read_text()) for module in of_any_program()}
+    assert len(named) > 20 and not [path for path, is_there in named.items() if is_there]
 
 
 def test_the_code_of_every_error_is_in_the_bundles() -> None:

@@ -247,6 +247,7 @@ def for_a_board(source: str) -> str:
     lines = (
         source.replace("\nTYPE_CHECKING = False\n", "\n\n")
         .replace("\nif TYPE_CHECKING:\n", "\nif False:\n")
+        .replace("\nif not TYPE_CHECKING:\n", "\nif True:\n")
         .split("\n")
     )
     for node in ast.parse(source).body:
