@@ -47,41 +47,35 @@ class I2cBus:
         """As `Bus.start`: guard time, locality 0, checksum."""
         self._guard_us = _GUARD_US
         capability = bytearray(4)
-        self._read_into(_CAPABILITY, capability)
+        self.read_into(_CAPABILITY, capability)
         bits = int.from_bytes(capability, "little")
         if bits >> 31:
             raise OSError(f"expected an I2C TPM's interface capability; came 0x{bits:08x}")
         self._guard_us = bits >> _GUARD_SHIFT & 0xFF if bits & _GUARD_FLAGS else 0
-        self._write(_LOCALITY, b"\x00")
-        self._write(_CHECKSUM_ENABLE, b"\x01")
+        self._transfer(self._i2c.writeto, bytes([_LOCALITY, 0]))
+        self.write(_CHECKSUM_ENABLE, b"\x01")
         enabled = bytearray(1)
-        self._read_into(_CHECKSUM_ENABLE, enabled)
+        self.read_into(_CHECKSUM_ENABLE, enabled)
         self._has_checksum = enabled[0] == 1
 
     def read_into(self, register: int, into: "bytearray | memoryview") -> None:
         """As `Bus.read_into`."""
-        self._read_into(_REGISTERS.get(register, register), into)
+        self._transfer(self._i2c.writeto, bytes([_REGISTERS.get(register, register)]))
+        self._transfer(self._i2c.readfrom_into, into)
 
     def write(self, register: int, content: "bytes | memoryview") -> None:
         """As `Bus.write`."""
-        self._write(_REGISTERS.get(register, register), bytes(content))
+        self._transfer(self._i2c.writeto, bytes([_REGISTERS.get(register, register)]) + content)
 
     def agrees(self, content: "bytes | bytearray") -> bool:
         """As `Bus.agrees`."""
         if not self._has_checksum:
             return True
         stated = bytearray(2)
-        self._read_into(_CHECKSUM, stated)
+        self.read_into(_CHECKSUM, stated)
         return int.from_bytes(stated, "big") == _crc16(content)
 
-    def _read_into(self, register: int, into: "bytearray | memoryview") -> None:
-        self._write(register, b"")
-        self._acknowledged(self._i2c.readfrom_into, into)
-
-    def _write(self, register: int, content: bytes) -> None:
-        self._acknowledged(self._i2c.writeto, bytes([register]) + content)
-
-    def _acknowledged(self, transfer: "Callable[[int, Any], object]", content: "Any") -> None:
+    def _transfer(self, transfer: "Callable[[int, Any], object]", content: "Any") -> None:
         """One transfer, again while the TPM does not acknowledge it: that is how it says that it is busy."""
         started_ms = ticks_ms()
         while True:

@@ -170,7 +170,7 @@ class TpmProcedure(Operations):
         A password is only ever given to a session salted to a key of the NULL hierarchy; where both are empty there
         is nothing to hide.
         """
-        from dps_hal.tpm.upkeep import make_ek
+        from dps_hal.tpm.upkeep import make_ek, nv_content
 
         session: Any = None
         held = len(self._held)
@@ -186,7 +186,11 @@ class TpmProcedure(Operations):
                 return key
 
             created = make_ek(
-                self._ek_template, lambda index: self._nv_content(index, lambda: session), create, self._ek_name
+                self._ek_template,
+                # As `_nv_content`, and this is where a board's stack is deepest.
+                lambda index: nv_content(self._commands, index, lambda: session, self._auth(OWNER)),
+                create,
+                self._ek_name,
             )
             return self._evict_control(created, self._ek_handle, session)
         finally:

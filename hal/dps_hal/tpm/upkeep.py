@@ -81,14 +81,14 @@ def nv_content(commands: "Commands", index: int, session_of: "Callable[[], Any]"
     return content
 
 
-def if_readable(read: "Callable[[], bytes]") -> bytes:
-    """What `read()` finds in NV memory; empty where the TPM keeps it to itself, whatever it says for that.
+def if_readable(read: "Callable[..., bytes]", *given: "Any") -> bytes:
+    """What `read(*given)` finds in NV memory; empty where the TPM keeps it to itself, whatever it says for that.
 
     `check` names it; without a certified key the device registers as well. What another try, another password or
     another session may change is raised as it came.
     """
     try:
-        return read()
+        return read(*given)
     except AskOperator:
         return b""
     except RefusedError as refused:
@@ -111,7 +111,7 @@ def make_ek(
     """
     if settings != ek_template("tcg-l1"):
         return create(settings)
-    maker = _read_twice(lambda: template_in(content))
+    maker = _read_twice(template_in, content)
     if maker in (b"", settings):
         return create(settings)
     certificate = _read_twice(lambda: content(EK_CERTIFICATE_INDEX) or b"")
@@ -130,10 +130,10 @@ def make_ek(
     return made[1] if certificate and rsa_modulus(made[0].public) not in certificate else made[0]
 
 
-def _read_twice(read: "Callable[[], bytes]") -> bytes:
+def _read_twice(read: "Callable[..., bytes]", *given: "Any") -> bytes:
     """As `if_readable`; what NV says comes without a proof, and the key that is made by it stays."""
-    found = if_readable(read)
-    if found != if_readable(read):
+    found = if_readable(read, *given)
+    if found != if_readable(read, *given):
         raise RefusedError("nv_read", RC_ALTERED)
     return found
 

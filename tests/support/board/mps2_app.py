@@ -27,6 +27,7 @@ SMALL_HEAP = 160 * 1024  # where garbage is not to lie between what stays, see m
 GARBAGE_BYTES = 4096
 LIVES = "/lives"  # how often the board has started, so that a test tells a reset from a reconnect
 RESET_AFTER_S = 2
+MINUTE_MS = 60_000
 SILENT = "10.0.2.99"  # nobody has this address
 
 
@@ -92,9 +93,12 @@ async def run(life: int) -> None:
     agent.on_desired = lambda version, properties, whole: print("desired", version)
     sending = asyncio.create_task(send(agent, life))
     living = asyncio.create_task(agent.run())
-    shown = ("", "")
+    shown, minutes = ("", ""), 0
     while not living.done():
         await asyncio.sleep(0.02)
+        if time.ticks_ms() // MINUTE_MS != minutes:  # type: ignore[attr-defined]
+            minutes = time.ticks_ms() // MINUTE_MS  # type: ignore[attr-defined]
+            print("minute", minutes)
         if shown != (agent.state, agent.reason):
             if shown[0] != agent.state:
                 mps2.hurry(mps2.setting(agent.state))
