@@ -32,13 +32,16 @@ from cryptography.x509.oid import NameOID
 
 import dps_emulator.embedded
 from dps_deploy.modules import for_firmware
+from dps_emulator.server import DPS_NAMES
 from dps_emulator.service import Settings
 from support.board.compiled import compiled_into
 from support.board.cortex_firmware import BuildError
 from support.board.mps2_firmware import Debian, build_firmware
 from support.board.mps2_machine import HOST, I2C_BUS, PICO_W_HEAP, BoardError, Mps2, deployed
 from support.cloud.emulator import HUB, EmulatorInThread
+from support.cloud.hostile_cloud import DPS_FLOODS, Switchboard, hostile_dps, serving
 from support.cloud.ntp import NtpServer
+from support.cloud.servers import LOOPBACK, Server
 
 APP = Path(__file__).with_name("mps2_app.py")
 DEVICE = "press-07"
@@ -50,9 +53,13 @@ LEFT_KIB = {FROZEN: 124, ROMFS: 93}  # of a Pico W's heap at the hub, at least
 REACH_S = 240.0  # until it is at its hub: what a quiet machine does in 10 s takes a busy one a minute
 # How much faster than usual the board's clock goes, by the agent's state: where there is more to wait for than to do.
 HURRY = {"waiting": 60, "provisioned": 30, "connected": 60}
+OUT_S = 1800  # within which a busy machine's board has gone through those minutes
+RENEWAL = {**HURRY, "connected": 20}  # where a hub that answers after seconds has not gone yet
+RENEWALS = 5  # connections until one ends for a renewal: on a busy machine another may end before
 RECONNECTS = 100
 SESSION_S = 610  # a connection that lasted 600 s is a steady one, after which a device waits 5 to 10 s
-CABLE_S = (0.1, 1, 10, 60)  # of the host, some of it hurried
+CABLE_S = (0.1, 1, 10)  # of the host, some of it hurried
+CABLE_MINUTES = 30  # of the board
 YEAR_S = 365 * 86400.0
 TPM_GONE_MS, TPM_GONE_FOR_MS = (1, 1000, 2000, 4000, 8000, 16000), 20_000
 FAILURES = 20  # allocations that fail in each phase
@@ -150,6 +157,7 @@ class Desk:
         self.ntp = stack.enter_context(NtpServer())
         settings = Settings(enroll_any=True, retry_after_s=1, hubs=(HUB, SECOND_HUB))
         self.cloud = stack.enter_context(EmulatorInThread(settings))
+        self.dps_port = self.cloud.port
         self._folder = folder
         self._images: dict[str, bytes] = {}  # of file systems, by their NTP server
         self.place = place
@@ -169,7 +177,7 @@ class Desk:
         values = {
             "device": DEVICE,
             "host": HOST,
-            "dps": self.cloud.port,
+            "dps": self.dps_port,
             "hub": self.cloud.hub_port,
             "ca_file": self.cloud.ca_file,
             "bus": I2C_BUS,
@@ -214,6 +222,10 @@ class Desk:
         """How often DPS was asked to register this device."""
         return sum(line.operation == "register" and line.status == 202 for line in self.cloud.log)
 
+    def shallow(self, stack: int) -> None:
+        """BoardError where more of the C stack was used than a Pico should."""
+        self.expect(stack <= STACK_LIMIT, f"at most {STACK_LIMIT} bytes of C stack; came {stack}")
+
     def expect(self, holds: bool, what: str) -> None:
         """BoardError with the console where it does not hold."""
         if not holds:
@@ -226,7 +238,7 @@ def life(desk: Desk) -> str:
     desk.deploy()
     board.start()
     began_s = time.monotonic()
-    numbers = desk.reached()
+    stack = desk.reached(2)["stack"]  # the first message was written before the connection
     first_s = time.monotonic() - began_s
     desk.expect(desk.registrations() == 1 and desk.ntp.asked > 0, "one registration, after NTP was asked")
     desk.expect(cloud.invoke(DEVICE, "echo", {"a": [1]}, 30) == (200, {"a": [1]}), "a method's answer")
@@ -239,10 +251,11 @@ def life(desk: Desk) -> str:
     board.start()
     desk.expect(desk.reached()["life"] == 2 and desk.registrations() == 1, "a second life on the record of the first")
     numbers = cloud.invoke(DEVICE, "numbers", None, 30)[1]
-    desk.expect(numbers["stack"] <= STACK_LIMIT, f"at most {STACK_LIMIT} bytes of C stack; came {numbers['stack']}")
+    desk.shallow(stack)
+    desk.shallow(numbers["stack"])
     free, left = numbers["free"], desk.left_bytes
     desk.expect(free >= left, f"{left} bytes of heap left; came {free}")
-    return f"first telemetry after {first_s:.0f} s; " + told(numbers)
+    return f"first telemetry after {first_s:.0f} s, C stack {stack:,} B; then " + told(numbers)
 
 
 def reconnects(desk: Desk) -> str:
@@ -294,12 +307,16 @@ def cable(desk: Desk) -> str:
     desk.board.start(**HURRY)
     numbers = desk.reached()
     outs = []
-    for out_s in CABLE_S:
+    for out_s in (*CABLE_S, None):
         began_ms = numbers["upMs"]
         desk.board.plug(False)
-        until_s = time.monotonic() + out_s
-        while (left_s := until_s - time.monotonic()) > 0:
-            desk.board.look(min(left_s, 1))
+        if out_s is None:
+            minutes = len(re.findall("minute", desk.board.console))
+            desk.board.until("minute", OUT_S, minutes + 1 + CABLE_MINUTES)
+        else:
+            until_s = time.monotonic() + out_s
+            while (left_s := until_s - time.monotonic()) > 0:
+                desk.board.look(min(left_s, 1))
         desk.board.plug(True)
         numbers = desk.reached(2)
         outs.append(f"{(numbers['upMs'] - began_ms) / 1000:.0f} s")
@@ -321,6 +338,24 @@ def hubs(desk: Desk) -> str:
     numbers = desk.reached()
     count = f"{len(BAD_DPS)} faults of DPS, {len(BAD_HUBS)} of hubs"
     return f"{count}: at its hub again each time, in life {numbers['life']}"
+
+
+def floods(desk: Desk) -> str:
+    """DPS sends interim answers, headers, a body and chunks without end; then it is itself again."""
+    real = f"{LOOPBACK}:{desk.dps_port}"
+    server = Server(hostile_dps(DPS_FLOODS), serving(large_authority(), *DPS_NAMES))
+    with server, Switchboard(server.address) as switchboard:
+        desk.dps_port = int(switchboard.address.rpartition(":")[2])
+        desk.deploy()
+        desk.board.start(**HURRY)
+        until_s = time.monotonic() + len(DPS_FLOODS) * REACH_S
+        while len(server.requests) <= len(DPS_FLOODS):
+            desk.expect(time.monotonic() < until_s and desk.board.is_on, "a request after each flood")
+            desk.board.look(0.2)
+        switchboard.turn_to(real)
+        numbers = desk.reached(2)
+    desk.expect(numbers["life"] == 1, "no reset")
+    return f"{len(server.requests)} answers without end, then at its hub; {told(numbers)}"
 
 
 def names(desk: Desk) -> str:
@@ -378,15 +413,19 @@ def memory(desk: Desk) -> str:
 def moved(desk: Desk) -> str:
     """The token is renewed; then DPS sends the device to another hub."""
     desk.deploy()
-    desk.board.start(**HURRY)
+    desk.board.start(**RENEWAL)
     desk.reached()
-    desk.reconnected(desk.connects())
+    for _ in range(RENEWALS):
+        desk.reconnected(desk.connects())
+        if "the token is renewed" in desk.board.console:
+            break
     desk.expect(desk.registrations() == 1 and "the token is renewed" in desk.board.console, "a renewed token")
     desk.cloud.service.move(DEVICE, SECOND_HUB)
     desk.expect(desk.cloud.invoke(DEVICE, "reprovision", None, 30)[0] == 202, "a registration that begins")
     while [line.hub for line in desk.cloud.hub_log if line.event == "connected"][-1] != SECOND_HUB:
         desk.reconnected(desk.connects())
     numbers = desk.reached()
+    desk.shallow(numbers["stack"])
     return f"renewed, then at {SECOND_HUB}; life {numbers['life']}; " + told(numbers)
 
 
@@ -416,6 +455,7 @@ LIVES = {
     "cuts": Life(cuts),
     "cable": Life(cable),
     "hubs": Life(hubs),
+    "floods": Life(floods, FROZEN, HEAPS_KIB[FROZEN]),
     "names": Life(names),
     "clocks": Life(clocks),
     "tpms": Life(tpms),

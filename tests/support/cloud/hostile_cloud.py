@@ -8,24 +8,30 @@ import socket
 import ssl
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from dps_emulator import mqtt
 from support.cloud.broker import HubPeer
 from support.cloud.servers import LOOPBACK, Peer, answer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     import trustme
+
+    class Authority(Protocol):
+        """`trustme.CA`, or what issues certificates as that does."""
+
+        def issue_cert(self, *identities: str) -> trustme.LeafCert: ...
+
 
 HUB = "emulator.azure-devices.net"
 MARK = b"kept-"  # the payloads that a hub remembers begin with it
 _FLOOD_S = 20.0  # of one misdeed before the connection ends
 
 
-def serving(authority: trustme.CA, *names: str) -> ssl.SSLContext:
+def serving(authority: Authority, *names: str) -> ssl.SSLContext:
     """TLS with a certificate of this authority."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert(*names).configure_cert(context)
@@ -222,11 +228,14 @@ class RecordingHub:
 
 
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-_DPS_MISDEEDS: tuple[Callable[[Peer], None], ...] = (
+DPS_FLOODS: tuple[Callable[[Peer], None], ...] = (
     lambda peer: _forever(peer, b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 100),
     lambda peer: _forever(peer, _HEAD + b"X-More: " + b"y" * 1000 + b"\r\n", b"X-More: " + b"y" * 1000 + b"\r\n"),
     lambda peer: _forever(peer, _HEAD + b"Content-Length: 9999999999\r\n\r\n", b"x" * 65536),
     lambda peer: _forever(peer, _HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"ffff\r\n" + b"x" * 65535 + b"\r\n"),
+)
+DPS_MISDEEDS = (
+    *DPS_FLOODS,
     lambda peer: peer.drip(_HEAD * 100, 0.2),
     lambda peer: peer.send(answer(b"[" * 60_000)),
     lambda peer: peer.send(answer(b"\x1f\x8b" + b"z" * 1000, headers="Content-Encoding: gzip\r\n")),
@@ -237,9 +246,9 @@ _DPS_MISDEEDS: tuple[Callable[[Peer], None], ...] = (
 )
 
 
-def hostile_dps() -> Callable[[Peer], None]:
+def hostile_dps(misdeeds: Sequence[Callable[[Peer], None]] = DPS_MISDEEDS) -> Callable[[Peer], None]:
     """A behaviour: each request of a device meets another misdeed."""
-    turns = itertools.cycle(_DPS_MISDEEDS)
+    turns = itertools.cycle(misdeeds)
 
     def behave(peer: Peer) -> None:
         while True:
