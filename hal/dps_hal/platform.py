@@ -161,7 +161,9 @@ def to_json(value: "Any") -> str:
 
 def from_json(text: "bytes | str") -> "Any":
     """The value of one JSON text; ValueError for anything else, NaN, infinity and deep nesting included."""
-    depth = nesting(text)
+    depth = 0
+    if MICROPYTHON or _brackets(text) > NESTING_LIMIT:  # fewer cannot be nested so deep, whatever strings hold
+        depth = nesting(text)
     if depth > NESTING_LIMIT:  # before the parser: it and what walks its value are recursive
         raise ValueError(f"more than {NESTING_LIMIT} levels of nesting")
     if depth < 0:  # MicroPython 1.25 takes an end of the text for the end of the outermost object
@@ -182,6 +184,14 @@ def attribute_of(json_name: str) -> str:
     for letter in json_name:
         attribute += letter if letter == letter.lower() else "_" + letter.lower()
     return attribute
+
+
+def _brackets(text: "bytes | str") -> int:
+    """How many brackets open in a text, inside strings too; bytes may be any buffer."""
+    if isinstance(text, str):
+        return text.count("[") + text.count("{")
+    content = bytes(text)
+    return content.count(b"[") + content.count(b"{")
 
 
 def nesting(text: "bytes | str") -> int:

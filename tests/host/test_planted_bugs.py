@@ -1,4 +1,7 @@
-"""The tests notice what they are there to notice: each planted bug makes the named test fail, and only it is needed."""
+"""The tests notice what they are there to notice: each planted bug makes the named test fail, and only it is needed.
+
+That they pass without it, they show by themselves: they are tests of this run like all others.
+"""
 
 import os
 import subprocess
@@ -19,8 +22,6 @@ CAUGHT_BY = {
 @pytest.mark.parametrize("bug", CAUGHT_BY)
 def test_a_planted_bug_is_caught_by_its_test(bug: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", CAUGHT_BY[bug]]
-    healthy = subprocess.run(command, check=False, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
-    assert healthy.returncode == 0, f"{CAUGHT_BY[bug]} fails without a bug:\n{healthy.stdout}"
     places = os.pathsep.join(str(CHECKOUT / folder) for folder in ("agent", "hal", "tests"))
     planted = subprocess.run(
         [*command, "-p", "support.planted_bugs"],

@@ -117,7 +117,7 @@ def test_a_micropython_that_does_not_start_is_a_skipped_sweep_and_no_matter_for_
         assert str(micropython) in done.stderr and "Traceback" not in done.stderr, done.stderr
         done = run("--only", "sweep=disk plan=cut step=0 cut=3 left=0", "--json")
         assert done.returncode == 0 and json.loads(done.stdout)["states"] == 1, done.stdout + done.stderr
-    done = run("--sweep", "disk", "--json")
+    done = run("--sweep", "lives-by-certificate", "--json")
     assert done.returncode == 0 and set(json.loads(done.stdout)["perCommit"]) == {"slots", "linux"}, done.stderr
 
 

@@ -27,7 +27,6 @@ from dps_hal.store.slots import SlotStore
 from dps_hal.tpm.keys import unwrap
 from support.disk.faulty_writers import FAULTY, FAULTY_LATER
 from support.disk.flash import FlashSlots, PowerCut, Supply
-from support.share import takes
 from support.world import HUB, SHOWN, CertificateKey, FakeDps, World, settings, without
 
 TYPE_CHECKING = False
@@ -484,8 +483,8 @@ class Sweep:
     """Cuts lives at every event; `states` were looked at, `lost` names those that were wrong, and why.
 
     `plan` is CUT, CUT_TWICE (the recovery from each cut is cut as well), KILL_THEN_CUT or LOSE_THEN_CUT. `only` is the
-    name of one state. `at_first` ends with the first lost one. `shared`: of the first cuts, or kills, those alone that
-    this run takes (`support.share`).
+    name of one state. `at_first` ends with the first lost one. `shared`: of the first cuts, or kills, those alone whose
+    number it takes, as `support.share` has it.
     """
 
     def __init__(
@@ -495,7 +494,7 @@ class Sweep:
         tears: str = "all",
         only: str = "",
         at_first: bool = False,
-        shared: bool = False,
+        shared: "Callable[[int], bool] | None" = None,
         way: Way = BY_TPM,
     ) -> None:
         self.states = 0
@@ -539,7 +538,7 @@ class Sweep:
             kill += 1
             world = start.killed(kill)
             ended = lived_through(world, life.step)
-            if self._shared and not takes(kill):
+            if self._shared is not None and not self._shared(kill):
                 continue
             before = [None if held is None else held.payload] + world.offered
             after = Life(life.name, nothing, register_again, NEW, life.forgets)
@@ -553,7 +552,7 @@ class Sweep:
         depth: int,
         name: str,
         before: "list[bytes | None] | None" = None,
-        shared: bool = False,
+        shared: "Callable[[int], bool] | None" = None,
     ) -> None:
         """Cuts the step of `life` at each of its events; `depth` cuts more follow each other.
 
@@ -569,7 +568,7 @@ class Sweep:
             cut += 1
             world = start.killed(cut)
             ended = lived_through(world, life.step)  # the last state: it is over and the power goes
-            if shared and not takes(cut):
+            if shared is not None and not shared(cut):
                 continue
             allowed = (before or [None if held is None else held.payload]) + world.offered
             if life.forgets:
