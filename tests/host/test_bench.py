@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -70,6 +72,13 @@ def test_the_emulator_is_measured_beside_another_checkout_s(monkeypatch: pytest.
         assert set(report.rows[name]) == {"firstConnectMs", "deviceKiB", *kinds}
         assert all(report.rows[name][kind] > 0 for kind in kinds), report.rows
     assert {f"{kind}, this to beside" for kind in kinds} <= set(report.ratios)
+
+
+def test_a_key_in_the_tpm_is_measured_beside_one_in_a_file() -> None:
+    environ = clean_environ({"PYTHONPATH": f"{CHECKOUT}/tools{os.pathsep}{CHECKOUT}/tests"})
+    words = [sys.executable, "-m", "dps_bench", "handshake", "-n", "3", "--json"]
+    found = json.loads(subprocess.run(words, env=environ, check=True, capture_output=True, timeout=120).stdout)
+    assert set(found["rows"]) == {"key in the TPM", "key in a file"} and len(found["ratios"]) == 2, found
 
 
 def test_a_report_says_the_same_twice() -> None:

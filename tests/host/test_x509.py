@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -9,6 +10,7 @@ import socket
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,10 @@ from dps_agent.host import load
 from dps_agent.host.cli import main
 from dps_agent.host.config import Configuration, ConfigurationError, client_certificate
 from dps_agent.host.device_certificates import certificate_shown, ends_soon, valid_s
+from dps_agent.host.network.dial import Dialler
 from dps_agent.host.network.https import DpsConnection
 from dps_agent.host.network.mqtt import HubConnection
+from dps_agent.host.network.proxy import NONE, ProxyRule
 from dps_agent.host.network.trust import Trust
 from dps_agent.host.parts import hub_connection, open_device, tpm_warnings
 from dps_agent.host.private_file import write_private
@@ -595,6 +599,28 @@ def test_the_certificate_is_shown_whenever_a_server_asks_for_it(bench: Bench, tm
         serving.join(60)
         assert isinstance(reply, Reply) and reply.status == 200, (reply, server.said.decode(errors="replace"))
         assert DEVICE.encode() in server.said, "the server has seen whose certificate it is"
+    finally:
+        server.close()
+
+
+def test_a_hub_is_shown_the_certificate_in_the_handshake_and_at_no_other_time(bench: Bench, tmp_path: Path) -> None:
+    bench.equip()
+    server = OpensslServer(tmp_path, "renegotiation")
+    try:
+        server.until(b"ACCEPT")
+        dialler = Dialler(ProxyRule(NONE), str(server.roots), "hub.ca_file", client_certificate(bench.loaded()))
+        dialler.begin()
+        tls = dialler.dial("localhost", "127.0.0.1", server.port, time.monotonic() + 60)
+        tls.sendall(b"PUT / as before")
+        server.until(b"PUT /")
+        server.say(b"R\n")
+        tls.settimeout(60)
+        with contextlib.suppress(OSError):
+            assert tls.recv(1) == b"", "the server has given up, or waits"
+        server.process.kill()
+        said = server.said + server.process.communicate()[0]
+        assert b"SSL_do_handshake" in said and DEVICE.encode() not in said, said
+        dialler.close()
     finally:
         server.close()
 

@@ -15,6 +15,7 @@ import pytest
 
 from debian_micropython import tls_provider
 from dps_agent.effects import Reply
+from dps_agent.host.checks.device import Device
 from dps_agent.host.config import ConfigurationError, client_certificate
 from dps_agent.host.device_certificates import private_key
 from dps_agent.host.network.https import DpsConnection
@@ -253,6 +254,14 @@ def test_a_tpm_that_hangs_in_a_handshake_ends_it_at_our_deadline(wired: TpmBench
         assert process.said(time_passes=True) == ["tpm.timeout stuck: the TPM did not answer the words within 60 s"]
     finally:
         process.close()
+
+
+def test_a_check_that_the_tpm_does_not_answer_says_so_and_asks_nothing_more(wired: TpmBench) -> None:
+    device, answered = Device(wired.loaded), threading.Event()
+    with pytest.raises(RetryLater, match="the TPM did not answer DPS within") as refused:
+        device.bounded(lambda: answered.wait(600), 0.0, lambda: None)
+    assert refused.value.code == "tpm.timeout" and device.hangs
+    answered.set()
 
 
 def test_a_process_whose_connection_to_the_tpm_was_cut_says_so_and_is_to_be_started_anew(wired: TpmBench) -> None:

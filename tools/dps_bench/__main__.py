@@ -37,6 +37,10 @@ def main() -> int:
                 report = service.reconnect(arguments.n)
             case "telemetry":
                 report = service.telemetry(arguments.n, arguments.azure)
+            case "handshake":
+                from dps_bench import handshake  # with `cryptography`
+
+                report = handshake.measured(arguments.n)
             case "wake":
                 from dps_bench import wake  # needs what builds a board's image
 
