@@ -4,13 +4,14 @@ A stored assignment is JSON and behind it a seal of 32 bytes: HMAC-SHA256 by the
 `00 || "dps-agent record 1" || JSON`. The leading zero byte keeps that text apart from everything a token can be.
 Whoever can write the storage but cannot use that key can neither forge a record nor pair a key with another hub. Where
 the device has a key of its own that is the hub key, and the record has none; that of a certificate seals by 64 bytes,
-an ECDSA signature over the same. When a record holds says `load_held` of
+an ECDSA signature over the same. With a certificate that DPS has issued there is no hub key: the seal is made by the
+device's own key, of a device with a TPM by the certificate's. When a record holds says `load_held` of
 `dps_agent.attestation`.
 """
 
 from dps_agent.effects import Sign, UtcNow
 from dps_agent.sas import SasToken, hub_resource, string_to_sign
-from dps_agent.settings import AUTO, TPM, X509
+from dps_agent.settings import AUTO, ISSUED, TPM, X509
 from dps_agent.utc import date_text
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import attribute_of, from_base64, from_json, to_base64, to_json
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         payload: Any  # what a custom allocation returned
         payload_omitted: bool  # there was a payload, and it was too large to store
         attestation: str  # the way in which the device showed who it is
+        chain: str  # SHA-256, in hex, of the certificates that DPS issued, which have a record of their own; or empty
 else:
     from collections import namedtuple
 
@@ -67,6 +69,7 @@ else:
             "payload",
             "payload_omitted",
             "attestation",
+            "chain",
         ),
     )
 
@@ -129,6 +132,8 @@ def encode(assignment: Assignment, beside: "dict[str, Any] | None" = None) -> by
             value[name] = to_base64(getattr(assignment, attribute_of(name)))
     else:
         value["attestation"] = assignment.attestation
+    if assignment.chain:
+        value["issuedChain"] = assignment.chain
     if assignment.payload is not None:
         value["payload"] = assignment.payload
     return to_json(value).encode()
@@ -156,7 +161,10 @@ def decode(stored: bytes) -> "tuple[Assignment, bytes, bytes]":
         attestation = fields["attestation"] = value.get("attestation", TPM)
         if not isinstance(attestation, str):
             raise ValueError("attestation is no text")
-        if (attestation == X509) != (len(seal) == SIGNATURE_BYTES):
+        chain = fields["chain"] = value.get("issuedChain", "")
+        if not isinstance(chain, str):
+            raise ValueError("issuedChain is no text")
+        if _is_signed(attestation, chain) != (len(seal) == SIGNATURE_BYTES):
             raise ValueError("its seal is none of its attestation")
         for name in _BYTES.split():
             fields[attribute_of(name)] = from_base64(value[name]) if attestation == TPM else b""
@@ -169,6 +177,21 @@ def decode(stored: bytes) -> "tuple[Assignment, bytes, bytes]":
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IdentityStale("record.damaged", f"the stored assignment is not readable: {error}")
     return Assignment(**fields), text, seal
+
+
+def _is_signed(attestation: str, chain: str) -> bool:
+    """Whether the seal is a signature, because the key that makes it is that of a certificate."""
+    return attestation == X509 or (attestation == TPM and chain != "")
+
+
+def is_signed(assignment: Assignment) -> bool:
+    """Whether its seal is looked at by `Verify`."""
+    return _is_signed(assignment.attestation, assignment.chain)
+
+
+def has_tokens(assignment: Assignment) -> bool:
+    """Whether the device shows its hub tokens; else the connection shows a certificate."""
+    return assignment.attestation != X509 and not assignment.chain
 
 
 def payload_to_store(payload: "Any") -> "tuple[Any, bool]":
@@ -198,6 +221,7 @@ def difference(assignment: Assignment, settings: "Settings") -> str:
         ("id_scope", settings.id_scope, assignment.id_scope),
         ("endpoint", settings.endpoint, assignment.endpoint),
         ("attestation", settings.attestation, assignment.attestation),
+        ("certificate", settings.certificate, ISSUED if assignment.chain else ""),
     ):
         if ours != theirs:
             return f"the stored assignment is for {name} {theirs!r}, the settings say {ours!r}"
@@ -222,7 +246,7 @@ def hub_token(assignment: Assignment, life_s: int) -> "Generator[Effect, Any, Sa
     RetryLater `clock.not_set` while the clock cannot be believed. AskOperator `agent.no_token`: the device connects by
     its certificate.
     """
-    if assignment.attestation == X509:
+    if not has_tokens(assignment):
         raise AskOperator("agent.no_token", "there is no token: this device connects to its hub by its certificate")
     now: Utc = yield UtcNow()
     check_clock(now)

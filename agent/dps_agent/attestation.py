@@ -4,9 +4,10 @@ A way answers these questions, and nobody else asks which way it is:
 
 1. Which registration id is the device's? (`registration_id`)
 2. Is a stored assignment this device's? (`load_held`; its seal is made by the key that signs for the hub)
-3. What does it show DPS first, and with what does it sign that? (`Registering.opening`)
+3. What does it show DPS first, and with what does it sign that? (`Registering.opening`, `members`)
 4. DPS wants to know more: with what does it sign then? (`challenge_key`)
-5. What becomes of the answer: is all there (`missing`), and which key is the hub's? (`hub_key`)
+5. What becomes of the answer: is all there (`missing`), which key is the hub's (`hub_key`), and which certificate, with
+   what has to be stored before the identity (`issued`)?
 
 What signs for the hub, and seals the record, is one effect for all: `Sign` by the key that the assignment has, or where
 it has none by the device's own, which whoever runs the exchange holds. A device with a certificate shows that on each
@@ -20,11 +21,14 @@ not loaded.
 | `tpm` | EK and SRK | no token; a challenge follows | a key for this TPM alone | that one, wrapped by the SRK |
 | `symmetric-key` | nothing | a token by the device's key | nothing | the device's own |
 | `x509` | nothing | no token: the certificate is shown in TLS | nothing | the device's own, that of the certificate |
+
+Beside each of them DPS may issue the certificate for the hub (`registration_by_issuance`): the body has a request for
+it, the answer the certificate in place of a key, and what signs for the hub is the certificate's key.
 """
 
-from dps_agent.assignment import decode, difference, seal_message
+from dps_agent.assignment import decode, difference, is_signed, seal_message
 from dps_agent.effects import ReadEndorsementKey, ReadStorageRootKey, Sign, Verify
-from dps_agent.settings import AUTO, SYMMETRIC_KEY, TPM, X509
+from dps_agent.settings import AUTO, SYMMETRIC_KEY, TPM
 from dps_hal.errors import AskOperator, IdentityStale
 from dps_hal.platform import same_bytes
 from dps_hal.tpm.keys import object_name, registration_id_from_ek
@@ -32,10 +36,10 @@ from dps_hal.tpm.keys import object_name, registration_id_from_ek
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Generator
-    from typing import Any, Protocol, TypeAlias
+    from typing import Any, TypeAlias
 
     from dps_agent.assignment import Assignment
-    from dps_agent.effects import Effect
+    from dps_agent.effects import Effect, Records
     from dps_agent.messages import DeviceRegistrationResult, TpmAttestation, TpmChallenge
     from dps_agent.sas import SasToken
     from dps_agent.settings import Settings
@@ -45,24 +49,40 @@ if TYPE_CHECKING:
     # nothing yet to sign one with; the names of EK and SRK for the record, 34 bytes each, empty where there are none.
     Opening: TypeAlias = tuple[TpmAttestation | None, SasToken | None, bytes, bytes]
 
-    class Registering(Protocol):
-        """One registration by one way; `dps_agent.registration.registering` gives it."""
 
-        def opening(self, settings: Settings, registration_id: str) -> Generator[Effect, Any, Opening]:
-            """The first words; raises what the TPM or the clock has against it."""
-            ...
+class Registering:
+    """One registration by one way; `dps_agent.registration.registering` gives it.
 
-        def challenge_key(self, challenge: TpmChallenge) -> Generator[Effect, Any, bytes]:
-            """The wrapped key that signs what DPS did not take as it was; empty: there is none, it is a refusal."""
-            ...
+    What stands here is so for a device with a key of its own, to which DPS sends none.
+    """
 
-        def missing(self, state: DeviceRegistrationResult | None) -> str:
-            """What this way needs and an answer lacks, by its JSON name, "" for nothing."""
-            ...
+    def opening(self, settings: "Settings", registration_id: str) -> "Generator[Effect, Any, Opening]":
+        """The first words; raises what the TPM or the clock has against it."""
+        raise NotImplementedError
 
-        def hub_key(self, state: DeviceRegistrationResult) -> Generator[Effect, Any, bytes]:
-            """The wrapped key for the record, checked; empty where the device signs with a key of its own."""
-            ...
+    def members(self, registration_id: str) -> "Generator[Effect, Any, dict[str, Any]]":
+        """What else the body of `register` has, by JSON name."""
+        yield from ()
+        return {}
+
+    def challenge_key(self, challenge: "TpmChallenge") -> "Generator[Effect, Any, bytes]":
+        """The wrapped key that signs what DPS did not take as it was; empty: there is none, it is a refusal."""
+        yield from ()
+        return b""
+
+    def missing(self, state: "DeviceRegistrationResult | None") -> str:
+        """What this way needs and an answer lacks, by its JSON name, "" for nothing."""
+        return "" if state else "registrationState"
+
+    def hub_key(self, state: "DeviceRegistrationResult") -> "Generator[Effect, Any, bytes]":
+        """The wrapped key for the record, checked; empty where the device signs with a key of its own."""
+        yield from ()
+        return b""
+
+    def issued(self, state: "DeviceRegistrationResult") -> "Generator[Effect, Any, tuple[str, Records]]":
+        """The name of the chain that DPS issued, and the records that have to be stored before the identity."""
+        yield from ()
+        return "", ()
 
 
 def load_held(
@@ -88,7 +108,7 @@ def load_held(
     if not wanted:
         return None, "asked to register again"
     try:
-        if assignment.attestation == X509:
+        if is_signed(assignment):
             fits: bool = yield Verify(seal_message(text), seal)
         else:
             signature: bytes = yield Sign(assignment.wrapped_key, seal_message(text))
@@ -97,7 +117,24 @@ def load_held(
         return None, error.message
     if not fits:
         return None, "the stored assignment was altered: its seal does not fit"
-    return assignment, ""
+    if assignment.chain:
+        from dps_agent.issued import difference_of_chain
+
+        reason = yield from difference_of_chain(assignment)
+    return (None, reason) if reason else (assignment, "")
+
+
+def shown_to_hub(assignment: "Assignment") -> "Generator[Effect, Any, bytes | None]":
+    """What shows a hub who the device is that has no tokens: the chain that DPS issued; None: the device's own.
+
+    IdentityStale `record.damaged` where that is not there.
+    """
+    if not assignment.chain:
+        return None
+    from dps_agent.issued import chain_of
+
+    chain = yield from chain_of(assignment)
+    return chain
 
 
 def registration_id(settings: "Settings") -> "Generator[Effect, Any, str]":

@@ -89,6 +89,14 @@ if TYPE_CHECKING:
         message: bytes
         signature: bytes
 
+    class ReadRequest(NamedTuple):
+        """Answered by a request (PKCS #10, DER) for the certificate that DPS issues, always the same for its name.
+
+        Its key is made where there is none. With an empty name nothing is made: what there is, or empty.
+        """
+
+        registration_id: str
+
     class Uptime(NamedTuple):
         """Answered by monotonic seconds, a float."""
 
@@ -139,6 +147,7 @@ if TYPE_CHECKING:
         | ImportKey
         | Sign
         | Verify
+        | ReadRequest
         | Uptime
         | UtcNow
         | Random
@@ -158,6 +167,7 @@ if TYPE_CHECKING:
         | Tell
     )
     Exchange: TypeAlias = Generator[Effect, Any, Any]
+    Records: TypeAlias = tuple[tuple[str, bytes], ...]  # what is to be committed, in this order: record and payload
 else:
     from collections import namedtuple
 
@@ -169,6 +179,7 @@ else:
     ImportKey = namedtuple("ImportKey", ("activation",))
     Sign = namedtuple("Sign", ("wrapped_key", "message"))
     Verify = namedtuple("Verify", ("message", "signature"))
+    ReadRequest = namedtuple("ReadRequest", ("registration_id",))
     Uptime = namedtuple("Uptime", ())
     UtcNow = namedtuple("UtcNow", ())
     ConfirmClock = namedtuple("ConfirmClock", ("hub",))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         hub: str
         device_id: str
         user_name: str
-        token: SasToken | None  # None: the connection itself shows who the device is, by its certificate
+        token: SasToken | bytes | None  # bytes: this chain, DER, shows who the device is; None: the one it always shows
         keep_alive_s: int
         clean_session: bool
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dps_agent.assignment import Assignment
-    from dps_agent.effects import Effect
+    from dps_agent.effects import Effect, Records
     from dps_agent.fleet import Fleet
     from dps_agent.session import Session
     from dps_agent.settings import Settings
@@ -182,7 +182,7 @@ class Lifecycle:
         self._beside = beside
         self._connects = False  # the life goes on at the hub
         self._wish = OWN
-        self._uncommitted: tuple[Assignment, bytes] | None = None
+        self._uncommitted: tuple[Assignment, Records] | None = None
         self._session: Session | None = None  # the hub's side of `assignment`, while the life is at its hub
         self._lacks: dict[str, tuple[float, float]] = former._lacks if former else {}  # as `Session` has it
         self._lacks_of: str = former._lacks_of if former else ""  # the hub that lacks it
@@ -383,8 +383,8 @@ class Lifecycle:
         yield from self._held()
         return COMMITTED, spread * COMMITTED_SPREAD_S
 
-    def _register(self, wish: str, once: bool) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
-        """One registration; a new identity and its record."""
+    def _register(self, wish: str, once: bool) -> "Generator[Effect, Any, tuple[Assignment, Records]]":
+        """One registration; a new identity and its records."""
         registration_id = yield from registration_id_of(self.settings)
         beside: dict[str, Any] = {}
         if self._beside:
@@ -394,12 +394,13 @@ class Lifecycle:
         found = yield from register(self.settings, registration_id, beside, wish != SEEKING, once)
         return found
 
-    def _commit(self, record: bytes) -> "Generator[Effect, Any, None]":
+    def _commit(self, records: "Records") -> "Generator[Effect, Any, None]":
         """Stores the new identity; a failing store is asked again before the attempt counts as failed."""
         failures = 0
         while True:
             try:
-                yield Commit(IDENTITY, record)
+                for record, payload in records:
+                    yield Commit(record, payload)
                 return
             except RetryLater as error:
                 failures += 1

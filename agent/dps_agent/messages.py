@@ -191,9 +191,14 @@ def encode(message: "Any") -> bytes:
     return to_json(_write(message)).encode()
 
 
-def device_registration(registration_id: str, payload: "dict[str, Any] | None", tpm: "TpmAttestation | None") -> bytes:
-    """The JSON body with which a device registers and looks itself up."""
-    return encode(DeviceRegistration(payload, registration_id, tpm, {}))
+def device_registration(
+    registration_id: str,
+    payload: "dict[str, Any] | None",
+    tpm: "TpmAttestation | None",
+    members: "dict[str, Any] | None" = None,
+) -> bytes:
+    """The JSON body with which a device registers and looks itself up; `members` are of later versions of the API."""
+    return encode(DeviceRegistration(payload, registration_id, tpm, members or {}))
 
 
 def _json_object(body: bytes, where: str) -> "dict[str, Any]":

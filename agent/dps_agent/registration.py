@@ -8,9 +8,9 @@ business of the way in which the device shows who it is (`dps_agent.attestation`
 3. The TPM activates the challenge, and a token is signed with the key in it.
 4. PUT register with the token -> 202 and the number of an operation.
 5. Poll the registration status lookup, and where that does not help the operation, until one of them is final.
-6. The TPM imports the hub key.
-7. Check everything, and seal the record. Nothing is stored here: the caller commits what `register` returns, and until
-   then the old identity stays whole.
+6. The TPM imports the hub key. Where DPS issues a certificate in its place, that is taken.
+7. Check everything, and seal the record. Nothing is stored here: the caller commits what `register` returns, in its
+   order, and until the last of that the old identity stays whole.
 
 Three loops lie around it, from the inside out, and no wait is in any other place:
 
@@ -76,7 +76,8 @@ from dps_agent.messages import (
     device_registration,
 )
 from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_encode
-from dps_agent.settings import POLL_LOOKUP, SYMMETRIC_KEY, TPM
+from dps_agent.settings import API_VERSION, POLL_LOOKUP, SYMMETRIC_KEY, TPM
+from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 
 TYPE_CHECKING = False
@@ -85,7 +86,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from dps_agent.attestation import Registering
-    from dps_agent.effects import Effect
+    from dps_agent.effects import Effect, Records
     from dps_agent.sas import SasToken
     from dps_agent.settings import Settings
     from dps_hal.contracts import Utc
@@ -93,7 +94,6 @@ if TYPE_CHECKING:
 
     Body = TypeVar("Body")
 
-API_VERSION = "2021-10-01"
 UNREADABLE_LIMIT = 3  # answers in a row that make no sense before an exchange ends
 CLOCK_SKEW_S = 300  # between our clock and DPS's Date before a refused token is blamed on the clock
 THROTTLED = "dps.throttled"
@@ -118,10 +118,10 @@ def register(
     beside: "dict[str, Any] | None" = None,
     patient: bool = True,
     queues: bool = True,
-) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
-    """Registers the device and returns its assignment and the payload to commit as record `identity`.
+) -> "Generator[Effect, Any, tuple[Assignment, Records]]":
+    """Registers the device and returns its assignment and what to commit, the record `identity` last.
 
-    The record also holds what is `beside`, by JSON name. Raises RetryLater, AskOperator; never leaves the device worse
+    That record also holds what is `beside`, by JSON name. Raises RetryLater, AskOperator; never leaves the device worse
     than before. Not `patient`: where DPS does not answer the first request well, it is not asked again. Where DPS has
     no quota, a caller that `queues` has it asked again within the budget. One that does not has waits of its own before
     the first request, and a challenge is kept for it for as long as the token lives.
@@ -141,10 +141,10 @@ def register(
     return outcome
 
 
-def registration_path(id_scope: str, registration_id: str, step: str = "") -> str:
+def registration_path(id_scope: str, registration_id: str, step: str = "", version: str = API_VERSION) -> str:
     """Path and query of a request about a registration: `step` is "/register", "/operations/…", or "" to look it up."""
     resource = f"/{percent_encode(id_scope)}/registrations/{percent_encode(registration_id)}"
-    return f"{resource}{step}?api-version={API_VERSION}"
+    return f"{resource}{step}?api-version={version}"
 
 
 def _attempt(
@@ -154,12 +154,13 @@ def _attempt(
     budget: _Budget,
     beside: "dict[str, Any] | None",
     queues: bool,
-) -> "Generator[Effect, Any, tuple[Assignment, bytes]]":
+) -> "Generator[Effect, Any, tuple[Assignment, Records]]":
     way = registering(settings)
     shown, opening_token, ek_name, srk_name = yield from way.opening(settings, registration_id)
-    body = device_registration(registration_id, settings.payload, shown)
-    register_path = registration_path(settings.id_scope, registration_id, "/register")
-    del shown
+    members = yield from way.members(registration_id)
+    body = device_registration(registration_id, settings.payload, shown, members)
+    register_path = registration_path(settings.id_scope, registration_id, "/register", settings.api_version)
+    del shown, members
     http = Http("PUT", register_path, body, opening_token)
     reply, answer = yield from _step(http, begin, read_register, queues, first=True)
     if isinstance(answer, TpmChallenge):
@@ -184,6 +185,7 @@ def _attempt(
     del body, http, reply, answer  # a board needs their memory for the rest
     _check_answer(state, registration_id, settings)
     wrapped_key = yield from way.hub_key(state)
+    chain, before = yield from way.issued(state)
     assigned_at: Utc = yield UtcNow()
     payload, payload_omitted = payload_to_store(state.payload)
     assignment = Assignment(
@@ -204,14 +206,24 @@ def _attempt(
         payload=payload,
         payload_omitted=payload_omitted,
         attestation=settings.attestation,
+        chain=chain,
     )
     del state
     record: bytes = yield from sealed(assignment, beside)
-    return assignment, record
+    identity: Records = ((IDENTITY, record),)
+    return assignment, before + identity
 
 
 def registering(settings: "Settings") -> "Registering":
     """A registration by the way that the settings name, not begun."""
+    if settings.certificate:
+        from dps_agent.registration_by_issuance import ByIssuance
+
+        return ByIssuance(_of_attestation(settings))
+    return _of_attestation(settings)
+
+
+def _of_attestation(settings: "Settings") -> "Registering":
     if settings.attestation == SYMMETRIC_KEY:
         from dps_agent.registration_by_key import ByKey
 
@@ -251,9 +263,10 @@ def _poll(
     the operation knows. 4. Anything else: the operation is asked at once.
     """
     token = register.authorization
-    lookup = Http("POST", registration_path(settings.id_scope, registration_id), register.body, token)
+    where = settings.id_scope, registration_id
+    lookup = Http("POST", registration_path(*where, version=settings.api_version), register.body, token)
     step = f"/operations/{percent_encode(answer.operation_id or '')}"
-    operation = Http("GET", registration_path(settings.id_scope, registration_id, step), b"", token)
+    operation = Http("GET", registration_path(*where, step, settings.api_version), b"", token)
     by_lookup = settings.poll == POLL_LOOKUP
     not_yet_seen = False
     polls = requests = 0

@@ -4,6 +4,8 @@ DPS knows the certificate itself (an individual enrolment), or a CA above it (a 
 shows the same certificate to its hub. Source: Azure DPS, "X.509 certificate attestation".
 """
 
+from dps_agent.attestation import Registering
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -11,28 +13,13 @@ if TYPE_CHECKING:
 
     from dps_agent.attestation import Opening
     from dps_agent.effects import Effect
-    from dps_agent.messages import DeviceRegistrationResult, TpmChallenge
     from dps_agent.settings import Settings
 
 
-class ByCertificate:
+class ByCertificate(Registering):
     """See `dps_agent.attestation.Registering`."""
 
     def opening(self, settings: "Settings", registration_id: str) -> "Generator[Effect, Any, Opening]":
         """Nothing is said that the connection has not shown."""
         yield from ()
         return None, None, b"", b""
-
-    def challenge_key(self, challenge: "TpmChallenge") -> "Generator[Effect, Any, bytes]":
-        """There is no other proof than the certificate that was refused."""
-        yield from ()
-        return b""
-
-    def missing(self, state: "DeviceRegistrationResult | None") -> str:
-        """Nothing, where there is an answer at all."""
-        return "" if state else "registrationState"
-
-    def hub_key(self, state: "DeviceRegistrationResult") -> "Generator[Effect, Any, bytes]":
-        """The device's own."""
-        yield from ()
-        return b""

@@ -5,6 +5,7 @@ the same key signs for the hub. Source: Azure DPS, "symmetric key attestation".
 """
 
 from dps_agent.assignment import check_clock, signed_token
+from dps_agent.attestation import Registering
 from dps_agent.effects import ConfirmClock, UtcNow
 from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource
 
@@ -15,12 +16,11 @@ if TYPE_CHECKING:
 
     from dps_agent.attestation import Opening
     from dps_agent.effects import Effect
-    from dps_agent.messages import DeviceRegistrationResult, TpmChallenge
     from dps_agent.settings import Settings
     from dps_hal.contracts import Utc
 
 
-class ByKey:
+class ByKey(Registering):
     """See `dps_agent.attestation.Registering`."""
 
     def opening(self, settings: "Settings", registration_id: str) -> "Generator[Effect, Any, Opening]":
@@ -31,17 +31,3 @@ class ByKey:
         resource = dps_resource(settings.id_scope, registration_id)
         token = yield from signed_token(resource, now.now_s + DPS_TOKEN_LIFE_S, b"", DPS_KEY_NAME)
         return None, token, b"", b""
-
-    def challenge_key(self, challenge: "TpmChallenge") -> "Generator[Effect, Any, bytes]":
-        """There is no other key than the one that was refused."""
-        yield from ()
-        return b""
-
-    def missing(self, state: "DeviceRegistrationResult | None") -> str:
-        """Nothing, where there is an answer at all."""
-        return "" if state else "registrationState"
-
-    def hub_key(self, state: "DeviceRegistrationResult") -> "Generator[Effect, Any, bytes]":
-        """The device's own."""
-        yield from ()
-        return b""

@@ -4,6 +4,7 @@ DPS encrypts both keys that it sends, the challenge's and the hub's, to this EK 
 gives them back wrapped by the SRK. Source: Azure DPS Runtime Registration API, 2021-10-01.
 """
 
+from dps_agent.attestation import Registering
 from dps_agent.effects import ImportKey, ReadEndorsementKey, ReadStorageRootKey
 from dps_agent.messages import TpmAttestation
 from dps_hal.errors import AskOperator, RetryLater
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from dps_agent.settings import Settings
 
 
-class ByTpm:
+class ByTpm(Registering):
     """See `dps_agent.attestation.Registering`."""
 
     def opening(self, settings: "Settings", registration_id: str) -> "Generator[Effect, Any, Opening]":

@@ -31,7 +31,8 @@ messages again and again has strikes, which time takes away: with more than STRI
 ever more rarely, and only while nothing of others is under way.
 """
 
-from dps_agent.assignment import hub_token
+from dps_agent.assignment import has_tokens, hub_token
+from dps_agent.attestation import shown_to_hub
 from dps_agent.effects import (
     NO_REPLY_CLOSED,
     NO_REPLY_NOT_FOUND,
@@ -70,7 +71,7 @@ from dps_agent.hub_effects import (
     Withdrawn,
 )
 from dps_agent.sas import percent_decode, percent_encode
-from dps_agent.settings import X509, is_wanted
+from dps_agent.settings import is_wanted
 from dps_agent.twin import NEVER_S, Twin, query_value
 from dps_agent.utc import AGREEMENT_S
 from dps_hal.contracts import IDENTITY
@@ -223,11 +224,13 @@ class Session:
         self._forget_connection()
         self.accepted = False
         token, self._token = self._token, None
-        if self._assignment.attestation == X509:
+        shown: SasToken | bytes | None = token
+        if not has_tokens(self._assignment):
             self._renew_at_s = NEVER_S
+            shown = yield from shown_to_hub(self._assignment)
         elif token is None:
             yield ConfirmClock(self._assignment.assigned_hub)
-            token = yield from self._make_token(CONNECT_SPREAD)
+            shown = yield from self._make_token(CONNECT_SPREAD)
         self.was_provoked = self.has_served = False
         for telemetry in [telemetry for telemetry in self._in_flight if telemetry.withdrawn]:
             yield from self._give_up_unanswered(telemetry)
@@ -236,7 +239,7 @@ class Session:
         if self._settings.model_id:
             user_name += f"&model-id={percent_encode(self._settings.model_id)}"
         fresh = not self._reads  # with an old one the hub delivers at once what an earlier reader left, and counts that
-        answer: ConnAck | NoReply = yield Connect(hub, device_id, user_name, token, self._settings.keep_alive_s, fresh)
+        answer: ConnAck | NoReply = yield Connect(hub, device_id, user_name, shown, self._settings.keep_alive_s, fresh)
         if isinstance(answer, NoReply):
             return self._ended("was not reached", answer.reason)
         if answer.return_code:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         model_id: str  # of Plug and Play, empty: none
         features: "tuple[str, ...]"  # what the hub is asked for beside telemetry; AUTO among them: for all
         attestation: str  # one of ATTESTATIONS: how the device shows who it is
+        certificate: str  # ISSUED: DPS issues the certificate by which it connects to its hub; empty: none does
+        api_version: str  # of DPS
 else:
     from collections import namedtuple
 
@@ -45,6 +47,8 @@ else:
             "model_id",
             "features",
             "attestation",
+            "certificate",
+            "api_version",
         ),
     )
 
@@ -55,6 +59,9 @@ TPM = "tpm"
 SYMMETRIC_KEY = "symmetric-key"
 X509 = "x509"
 ATTESTATIONS = (TPM, SYMMETRIC_KEY, X509)
+ISSUED = "issued"
+API_VERSION = "2021-10-01"
+ISSUING_API_VERSION = "2025-07-01-preview"  # the first one in which a registration may ask for a certificate
 POLL_LOOKUP = "lookup"
 POLL_OPERATION = "operation"
 
@@ -72,9 +79,13 @@ def settings_of(values: "dict[str, Any]") -> Settings:
     under = 5381
     for key in sorted(values):
         counts = key[:4] == "tpm." or key in ("id_scope", "endpoint", "registration_id")
-        if counts or (key == "attestation" and values[key] != TPM):
+        if counts or (key == "attestation" and values[key] != TPM) or (key == "certificate" and values[key]):
             for byte in f"{values[key]}\n".encode():
                 under = (under * 33 + byte) & 0x3FFFFFFF  # a small integer on a board
+    certificate = values.get("certificate", "")  # a board has no such setting, nor the next
+    api_version = values.get("api_version", AUTO)
+    if api_version == AUTO:
+        api_version = ISSUING_API_VERSION if certificate else API_VERSION
     payload = dict(values["payload"])
     if values["model_id"]:
         payload["modelId"] = values["model_id"]
@@ -82,7 +93,7 @@ def settings_of(values: "dict[str, Any]") -> Settings:
         id_scope=values["id_scope"],
         registration_id=values["registration_id"],
         endpoint=values["endpoint"],
-        poll=values["poll"],
+        poll=POLL_OPERATION if certificate else values["poll"],  # a lookup never has the certificate
         payload=payload or None,
         registration_budget_s=values["retry.registration_budget_s"],
         first_contact_spread_s=values["retry.first_contact_spread_s"],
@@ -94,4 +105,6 @@ def settings_of(values: "dict[str, Any]") -> Settings:
         model_id=values["model_id"],
         features=tuple(values["hub.features"]),
         attestation=values["attestation"],
+        certificate=certificate,
+        api_version=api_version,
     )

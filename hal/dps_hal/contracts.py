@@ -236,6 +236,7 @@ else:
 
 IDENTITY: "Final" = "identity"  # record: hub, device, wrapped key, seal
 PROGRESS: "Final" = "progress"  # record: attempts and delays; expendable
+CERTIFICATE: "Final" = "certificate"  # record: what DPS issued, of devices for which it does; no secret
 
 EK_HANDLE: "Final" = 0x81010001  # TCG TPM v2.0 Provisioning Guidance, table 2
 SRK_HANDLE: "Final" = 0x81000001  # TCG TPM v2.0 Provisioning Guidance, table 2

@@ -19,7 +19,7 @@ from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import from_json, hmac_sha256, to_json
 from dps_hal.tpm.keys import registration_id_from_ek
 from support.claims import assert_refused, flipped
-from support.world import DEVICE, HUB, FakeTpm, World, settings
+from support.world import DEVICE, HUB, FakeTpm, World, settings, with_identity
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ SUFFIXES = (".azure-devices.net", ".azure-devices.cn", "hub.local")
 def provisioned(registration_id: str = DEVICE) -> "tuple[World, Assignment, bytes]":
     world = World()
     world.dps.assigned = lambda assigned=world.dps.assigned: dict(assigned(), registrationId=registration_id)  # type: ignore[method-assign]
-    assignment, record = world.run(register(settings(registration_id), registration_id))
+    assignment, record = with_identity(world.run(register(settings(registration_id), registration_id)))
     return world, assignment, record
 
 
@@ -62,6 +62,7 @@ FIELD_NAMES = (
     "payload",
     "payload_omitted",
     "attestation",
+    "chain",
 )
 
 

@@ -9,7 +9,18 @@ from dps_hal.contracts import IDENTITY, StoredRecord
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import from_json
 from support.claims import assert_refused, flipped
-from support.world import DEVICE, HUB, CertificateDps, CertificateKey, World, body_of, calls, error_reply, settings
+from support.world import (
+    DEVICE,
+    HUB,
+    CertificateDps,
+    CertificateKey,
+    World,
+    body_of,
+    calls,
+    error_reply,
+    settings,
+    with_identity,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +44,7 @@ def chosen(**changes: "Any") -> "Any":
 
 
 def registered(world: World, **how: "Any") -> "Any":
-    return world.run(register(chosen(), DEVICE, **how))
+    return with_identity(world.run(register(chosen(), DEVICE, **how)))
 
 
 def held(world: World, record: bytes, choice: "Any" = None) -> "Any":

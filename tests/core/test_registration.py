@@ -21,6 +21,7 @@ from support.world import (
     fake_blob,
     reply,
     settings,
+    with_identity,
     without,
 )
 
@@ -35,7 +36,7 @@ SERVICE = None  # in a script: the service answers by itself
 
 
 def enrol(world: World, choice: "Settings | None" = None) -> "Any":
-    return world.run(register(choice or settings(), DEVICE))
+    return with_identity(world.run(register(choice or settings(), DEVICE)))
 
 
 def in_a_life(world: World) -> "Any":

@@ -11,7 +11,20 @@ from dps_hal.device_key import DeviceKey, derived_key, key_in
 from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.platform import from_json, hmac_sha256, to_base64, to_json
 from support.claims import assert_refused, flipped
-from support.world import DEVICE, HUB, NOW_S, KeyDps, World, body_of, calls, error_reply, fake_blob, reply, settings
+from support.world import (
+    DEVICE,
+    HUB,
+    NOW_S,
+    KeyDps,
+    World,
+    body_of,
+    calls,
+    error_reply,
+    fake_blob,
+    reply,
+    settings,
+    with_identity,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +50,7 @@ def chosen(**changes: "Any") -> "Any":
 
 
 def registered(world: KeyWorld, registration_id: str = DEVICE, **how: "Any") -> "Any":
-    return world.run(register(chosen(), registration_id, **how))
+    return with_identity(world.run(register(chosen(), registration_id, **how)))
 
 
 def signed(key: bytes, resource: str, key_name: str = "registration") -> str:
@@ -222,7 +235,7 @@ def test_a_record_of_another_key_or_another_way_is_another_identity() -> None:
     assert kept is None and "seal" in reason
     kept, reason = held(world, record, settings(attestation=TPM))
     assert kept is None and "attestation 'symmetric-key'" in reason
-    _, of_tpm = World().run(register(settings(), DEVICE))
+    _, of_tpm = with_identity(World().run(register(settings(), DEVICE)))
     kept, reason = held(world, of_tpm)
     assert kept is None and "attestation 'tpm'" in reason
     assert b"attestation" not in of_tpm, "what a device with a TPM stores is as ever"

@@ -93,7 +93,7 @@ class Desk:
         ek, srk = object_name(tpm.endorsement_key()), object_name(tpm.storage_root_key())
         assignment = Assignment(
             *("0ne00000000", "https://localhost", "press-07", "emulator.azure-devices.net", "press-07"),
-            *(wrapped_key, ek, srk, "assigned", "", "", "", "", 1_800_000_000, None, False, TPM),
+            *(wrapped_key, ek, srk, "assigned", "", "", "", "", 1_800_000_000, None, False, TPM, ""),
         )
         text = encode(assignment)
         FileStore(self.state_dir).commit(IDENTITY, text + tpm.sign(wrapped_key, seal_message(text)))

@@ -180,7 +180,7 @@ def locked_tpm(tmp_path: Path) -> Iterator[Callable[[Bench], Command]]:
             ek, srk = object_name(tpm.endorsement_key()), object_name(tpm.storage_root_key())
             assignment = Assignment(
                 *("0ne00000000", bench.emulator.url, "press-07", HUB, "press-07", wrapped_key, ek, srk),
-                *("assigned", "", "", "", "", 1_800_000_000, None, False, TPM),
+                *("assigned", "", "", "", "", 1_800_000_000, None, False, TPM, ""),
             )
             text = encode(assignment)
             tap.on_command = cut

@@ -96,6 +96,7 @@ class Desk:
             {"line": 3},
             False,
             TPM,
+            "",
         )
         text = encode(assignment)
         self.store.commit(IDENTITY, text + self.tpm.sign(assignment.wrapped_key, seal_message(text)))

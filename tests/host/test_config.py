@@ -55,6 +55,8 @@ def with_scope(key: str) -> dict[str, str]:
     if key == "certificate_file":
         environ |= {"DPS_AGENT_REGISTRATION_ID": "press-07", "DPS_AGENT_ATTESTATION": "x509"}
         environ |= {"DPS_AGENT_DEVICE_KEY_FILE": "device-key.pem"}
+    if key == "issued_key_file":
+        environ |= {"DPS_AGENT_CERTIFICATE": "issued"}
     environ.pop(environment_name(key), None)
     return environ
 
@@ -71,7 +73,7 @@ def flat(content: dict[str, Any]) -> dict[str, Any]:
 # Every key with another value than its default.
 OTHER: dict[str, Any] = {
     key: value
-    for case in ("proxy-with-a-password", "a-certificate", "a-key-of-its-own", "every-setting")
+    for case in ("proxy-with-a-password", "an-issued-certificate", "a-certificate", "a-key-of-its-own", "every-setting")
     for key, value in flat(tomllib.loads((CASES[0].parent / case / "config.toml").read_text())).items()
 }
 
@@ -472,7 +474,7 @@ def test_the_logic_gets_its_settings(tmp_path: Path) -> None:
     suffixes = (".azure-devices.net", ".azure-devices.cn", ".azure-devices.us")
     endpoint = "https://global.azure-devices-provisioning.net"
     expected = ("0ne00000000", "r", endpoint, "lookup", {"a": 1}, 900, 0, suffixes, (0, 0, 0), 240, 0)
-    assert loaded.settings() == Settings(*expected, loaded.settings().under, "", ("auto",), "tpm")
+    assert loaded.settings() == Settings(*expected, loaded.settings().under, "", ("auto",), "tpm", "", "2021-10-01")
     model = 'model_id = "dtmi:com:example:Gateway;1"'
     assert read(model, tmp_path).settings().payload == {"modelId": "dtmi:com:example:Gateway;1"}
     assert read(f"{model}\npayload = {{a = 1}}", tmp_path).settings().payload == {

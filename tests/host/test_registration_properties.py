@@ -15,7 +15,7 @@ from dps_agent.settings import POLL_LOOKUP, POLL_OPERATION
 from dps_hal.contracts import StoredRecord
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.platform import from_json, hmac_sha256, to_base64, to_json
-from support.world import DEVICE, HUB, World, error_reply, fake_blob, reply, settings
+from support.world import DEVICE, HUB, World, error_reply, fake_blob, reply, settings, with_identity
 
 EXAMPLES = 2500
 ENROLMENT_STATUSES = ("unassigned", "assigning", "assigned", "failed", "disabled")
@@ -230,7 +230,7 @@ def test_a_registration_always_ends_in_the_right_class(
     started_s = world.uptime_s
     world.sleeps.clear()
     try:
-        assignment, record = world.run(register(settings(poll=poll, budget_s=budget_s), DEVICE))
+        assignment, record = with_identity(world.run(register(settings(poll=poll, budget_s=budget_s), DEVICE)))
     except DpsError as error:
         assert type(error) in (RetryLater, AskOperator), f"{type(error).__name__} {error.code}: {error}"
         assert error.code.split(".")[0] in ("dps", "network", "tpm", "clock"), error.code

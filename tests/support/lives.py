@@ -46,6 +46,7 @@ SLOT_BYTES = 1280
 SECOND_HUB = "second.azure-devices.net"
 FIRST_KEY, SECOND_KEY = bytes(range(32)), bytes(range(32, 64))  # of a device with a key of its own, one after the other
 RECORDS = (IDENTITY, PROGRESS)
+EVICTS = "evict-first"  # a faulty agent: forgets its hub at DPS's first answer, as others do
 # Where the last surviving operation is torn: after any byte; after every 32nd; at the start, in the payload.
 TEARS: "dict[str, tuple[int, ...] | None]" = {"all": None, "32": tuple(range(0, SLOT_BYTES, 32)), "few": (0, 20, 300)}
 
@@ -107,6 +108,8 @@ class FlashWorld(World):
     """A world whose records are on simulated flash, and whose power goes at an event of `supply`."""
 
     attestation = TPM
+    certificate = ""
+    records: "tuple[str, ...]" = RECORDS
 
     def __init__(self, new_store: "NewStore", contents: "dict[str, Slots] | None" = None, cut_at: int = 0) -> None:
         World.__init__(self)
@@ -114,10 +117,12 @@ class FlashWorld(World):
         self.new_store = new_store
         self.offered: list[bytes] = []  # every identity that was given to the store
         self.late = False  # the power went after the service had answered
-        self.evicts = False  # a faulty agent: forgets its hub at DPS's first answer, as others do
+        self.fault = ""  # of a faulty agent: EVICTS, or what the way has
         self.supply = Supply(cut_at)
         contents = contents or {}
-        self.flash = {record: FlashSlots(SLOT_BYTES, 0xFF, contents.get(record), self.supply) for record in RECORDS}
+        self.flash = {
+            record: FlashSlots(SLOT_BYTES, 0xFF, contents.get(record), self.supply) for record in self.records
+        }
         self.slot_store = new_store(self.flash)
 
     def begin(self) -> None:
@@ -139,7 +144,7 @@ class FlashWorld(World):
         world.inherit(self)
         world.dps = world.service = self.service.copy(world.tpm)
         world.uptime_s = self.uptime_s
-        world.evicts = self.evicts
+        world.fault = self.fault
         return world
 
     def killed(self, cut_at: int = 0, forgetting: bool = False) -> "FlashWorld":
@@ -148,25 +153,24 @@ class FlashWorld(World):
         `forgetting`: it is nowhere else, and never will be.
         """
         world = self.rebooted(self.durable(), cut_at)
-        world.flash = {record: self.flash[record].after_a_kill(world.supply) for record in RECORDS}
+        world.flash = {record: self.flash[record].after_a_kill(world.supply) for record in self.records}
         if forgetting:
-            for record in RECORDS:
+            for record in self.records:
                 world.flash[record].forget_pending()
         world.slot_store = self.new_store(world.flash)
         return world
 
     def durable(self) -> "dict[str, Slots]":
         """What of the flash is there for certain."""
-        return {record: self.flash[record].durable() for record in RECORDS}
+        return {record: self.flash[record].durable() for record in self.records}
 
     def aftermaths(self, torn_at: "tuple[int, ...] | None") -> "list[dict[str, Slots]]":
         """Every content of the flash that may be left when the power goes now."""
-        progress = self.flash[PROGRESS].aftermaths(torn_at)
-        return [
-            {IDENTITY: identity, PROGRESS: other}
-            for identity in self.flash[IDENTITY].aftermaths(torn_at)
-            for other in progress
-        ]
+        left: list[dict[str, Slots]] = [{}]
+        for record in self.records:
+            found = self.flash[record].aftermaths(torn_at)
+            left = [dict(before, **{record: slots}) for before in left for slots in found]
+        return left
 
     def answer(self, effect: "Any") -> "Any":
         """See `World.answer`."""
@@ -183,13 +187,13 @@ class FlashWorld(World):
             self.late = True
             self.supply.spend()
             self.late = False
-            if self.evicts and effect.method == "PUT":
+            if self.fault == EVICTS and effect.method == "PUT":
                 self.slot_store.erase(IDENTITY)
         return answer
 
     def lived(self, force: bool = False, once: bool = False) -> Lifecycle:
         """One life of the agent."""
-        life = Lifecycle(settings(attestation=self.attestation))
+        life = Lifecycle(settings(attestation=self.attestation, certificate=self.certificate))
         self.run(life.live(once, force))
         return life
 
@@ -202,6 +206,10 @@ class FlashWorld(World):
         resource = hub_resource(hub, assignment.device_id)
         signature = to_base64(hmac_sha256(key, f"{resource}\n{token.expires_at_s}".encode()))
         return assignment.assigned_hub == hub and f"sig={percent_encode(signature)}&" in token.header()
+
+    def serves(self, pair: "tuple[str, bytes]") -> bool:
+        """Whether the hub takes the device with what belongs to an identity."""
+        return pair == self.service.accepted
 
     def recover(self) -> Lifecycle:
         """What a device does that has power again, until its hub accepts it; nobody helps it.
@@ -317,7 +325,7 @@ def same_key(world: FlashWorld) -> None:
 
 def reset(world: FlashWorld) -> None:
     """`dps-agent reset`."""
-    for record in RECORDS:
+    for record in world.records:
         world.slot_store.erase(record)
 
 
@@ -422,7 +430,7 @@ def new_store(flash: "dict[str, FlashSlots]") -> SlotStore:
     return SlotStore(flash)
 
 
-WRITERS: "dict[str, NewStore]" = {"": new_store, "evict-first": new_store}
+WRITERS: "dict[str, NewStore]" = {"": new_store, EVICTS: new_store}
 WRITERS.update(FAULTY)
 WRITERS.update(FAULTY_LATER)
 
@@ -473,7 +481,7 @@ BY_KEY = Way(
         (CUT_TWICE, "few", LIVES_BY_KEY[:1] + LIVES_BY_KEY[-1:]),
         (KILL_THEN_CUT, "few", LIVES_BY_KEY[1:2]),
     ),
-    ("naive", "in-place", "single-slot", "evict-first"),
+    ("naive", "in-place", "single-slot", EVICTS),
 )
 BY_CERTIFICATE = Way("lives-by-certificate", CertificateWorld, BY_KEY.plans, BY_KEY.writers)
 WAYS = (BY_TPM, BY_KEY, BY_CERTIFICATE)
@@ -511,13 +519,13 @@ class Sweep:
     def run(self, lives: "tuple[Life, ...]" = LIVES) -> "Sweep":
         """Sweeps `lives`."""
         for life in lives:
-            world = self._way.world(WRITERS[self._writer])
+            world = self._way.world(WRITERS.get(self._writer, new_store))  # else the fault is the agent's
             name = f"sweep={self._way.name} plan={self._plan} tears={self._tears} life={life.name}"
             if self._only and not self._only.startswith(name + " "):
                 continue
             try:
                 life.before(world)
-                world.evicts = self._writer == "evict-first"
+                world.fault = self._writer
                 start = world.rebooted(world.durable())
                 if self._plan in (KILL_THEN_CUT, LOSE_THEN_CUT):
                     self._kill(start, life, name)
@@ -583,7 +591,7 @@ class Sweep:
             left = world.aftermaths(TEARS[self._tears])
             for number in range(len(left)):
                 looks = sha256(
-                    b"".join([part for record in RECORDS for part in left[number][record]])
+                    b"".join([part for record in world.records for part in left[number][record]])
                     + bytes([world.dps.registrations, len(world.dps.requests), ended])
                 )
                 if looks in seen:
@@ -628,7 +636,7 @@ class Sweep:
                 return f"a hub with the key of another one: {_shown(payload)}"
             may_serve = ended and life.ends == NEW
             if not ended and held is not None and not life.forgets:
-                may_serve = self._pair(world, held.payload) == world.service.accepted
+                may_serve = world.serves(self._pair(world, held.payload))
             end = world.recover()
         except IdentityStale as error:
             return f"the record is not readable: {error}"
@@ -648,7 +656,9 @@ class Sweep:
 
     def _store_of(self, contents: "dict[str, Slots]") -> SlotStore:
         """The store over these contents, for a look at them."""
-        return WRITERS[self._writer]({record: FlashSlots(SLOT_BYTES, 0xFF, contents[record]) for record in RECORDS})
+        return WRITERS.get(self._writer, new_store)(
+            {record: FlashSlots(SLOT_BYTES, 0xFF, contents[record]) for record in contents}
+        )
 
     def _pair(self, world: FlashWorld, payload: bytes) -> "tuple[str, bytes]":
         """Hub and key of an identity."""

@@ -18,6 +18,7 @@ from dps_agent.effects import (
     NoReply,
     Random,
     ReadEndorsementKey,
+    ReadRequest,
     ReadStorageRootKey,
     Reply,
     Sign,
@@ -41,8 +42,17 @@ from dps_agent.hub_effects import (
     Tell,
 )
 from dps_agent.sas import percent_encode
-from dps_agent.settings import AUTO, KEEP_ALIVE_S, POLL_LOOKUP, TPM, Settings
-from dps_hal.contracts import StoredRecord, Utc
+from dps_agent.settings import (
+    API_VERSION,
+    AUTO,
+    ISSUING_API_VERSION,
+    KEEP_ALIVE_S,
+    POLL_LOOKUP,
+    POLL_OPERATION,
+    TPM,
+    Settings,
+)
+from dps_hal.contracts import IDENTITY, StoredRecord, Utc
 from dps_hal.errors import DpsError, IdentityStale
 from dps_hal.platform import MICROPYTHON, from_json, hmac_sha256, sha256, to_base64, to_json
 from dps_hal.tpm.activation import Activation, join_activation, parse_activation
@@ -84,13 +94,14 @@ def settings(
     features: "tuple[str, ...]" = (AUTO,),
     token_life_s: int = TOKEN_LIFE_S,
     attestation: str = TPM,
+    certificate: str = "",
 ) -> Settings:
     """Settings as an operator would write them."""
     return Settings(
         id_scope,
         registration_id,
         "https://global.azure-devices-provisioning.net",
-        poll,
+        POLL_OPERATION if certificate else poll,
         payload,
         budget_s,
         spread_s,
@@ -102,7 +113,16 @@ def settings(
         model_id,
         features,
         attestation,
+        certificate,
+        ISSUING_API_VERSION if certificate else API_VERSION,
     )
+
+
+def with_identity(registered: "Any") -> "Any":
+    """What a registration has found where only the identity is to be stored: the assignment and that record."""
+    assignment, ((record, payload),) = registered
+    assert record == IDENTITY
+    return assignment, payload
 
 
 def id_key_public(key: bytes, attributes: int = ID_KEY_ATTRIBUTES) -> bytes:
@@ -474,6 +494,8 @@ class World:
             return self.tpm.sign(effect.wrapped_key, effect.message)
         if isinstance(effect, Verify):
             return self.tpm.verify(*effect)  # type: ignore[attr-defined]
+        if isinstance(effect, ReadRequest):
+            return self.tpm.request(effect.registration_id)  # type: ignore[attr-defined]
         if isinstance(effect, ReadEndorsementKey):
             return self.tpm.endorsement_key
         if isinstance(effect, ReadStorageRootKey):

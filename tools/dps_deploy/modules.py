@@ -24,12 +24,13 @@ PROGRAM = CHECKOUT / "micropython" / "app.py"
 STARTS = ("boot", "main")  # run as text by the firmware
 FACTORY = "dps_board.factory"  # called over the serial console
 BUSES = {"spi": "dps_hal.tpm.spi", "i2c": "dps_hal.tpm.i2c"}  # by `tpm.tcti`: a board has one of them
-_BY_CERTIFICATE = "dps_agent.registration_by_certificate"  # boards show none
+# Boards show no certificate.
+_OF_CERTIFICATES = ("dps_agent.registration_by_certificate", "dps_agent.registration_by_issuance", "dps_agent.issued")
 # By `attestation`: what a board of that kind has no use for.
 OF_OTHER_WAYS = {
-    "tpm": (_BY_CERTIFICATE, "dps_agent.registration_by_key", "dps_hal.device_key"),
+    "tpm": (*_OF_CERTIFICATES, "dps_agent.registration_by_key", "dps_hal.device_key"),
     "symmetric-key": (
-        _BY_CERTIFICATE,
+        *_OF_CERTIFICATES,
         *("dps_agent.registration_by_tpm", "dps_hal.tpm.wire", "dps_hal.tpm.tis"),
         *BUSES.values(),
     ),

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from dps_agent.fleet import UNKNOWN, dps_spread_s, token_life_s
 from dps_agent.host.cli.verb import Suggesting
-from dps_agent.settings import AUTO, KEEP_ALIVE_S, POLL_LOOKUP, TPM, Settings
+from dps_agent.settings import API_VERSION, AUTO, KEEP_ALIVE_S, POLL_LOOKUP, TPM, Settings
 from dps_emulator.quotas import BUCKET, MINUTE, Gate, Quota
 from dps_fleet import wire
 from dps_fleet.figures import comparison, figures, peak_to_mean, picture, table
@@ -224,7 +224,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     if arguments.sized:
         fleet = (arguments.devices, arguments.dps_quota, _per_s(arguments))
     suffixes = (".azure-devices.net",)
-    hub = (fleet, KEEP_ALIVE_S, 0, 0, "", (AUTO,), TPM)
+    hub = (fleet, KEEP_ALIVE_S, 0, 0, "", (AUTO,), TPM, "", API_VERSION)
     return Settings(wire.SCOPE, wire.DEVICE, wire.ENDPOINT, POLL_LOOKUP, None, 900, 0, suffixes, *hub)
 
 

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from dps_agent import effects
 from dps_agent.host.network.https import DpsConnection
 from dps_agent.lifecycle import PROVISIONED, Lifecycle
-from dps_agent.settings import AUTO, KEEP_ALIVE_S, POLL_LOOKUP, TPM, Settings
+from dps_agent.settings import API_VERSION, AUTO, KEEP_ALIVE_S, POLL_LOOKUP, TPM, Settings
 from dps_hal.contracts import Utc
 from dps_hal.errors import DpsError
 from dps_hal.host.simulator import SimulatedTpm
@@ -121,7 +121,7 @@ class Device:
         self._connection = DpsConnection(endpoint, ca_file=os.environ[f"{PREFIX}CA_FILE"])
         scope = os.environ[f"{PREFIX}ID_SCOPE"]
         suffixes = (".azure-devices.net",)
-        hub = ((0, 0, 0), KEEP_ALIVE_S, 0, 0, "", (AUTO,), TPM)
+        hub = ((0, 0, 0), KEEP_ALIVE_S, 0, 0, "", (AUTO,), TPM, "", API_VERSION)
         self._life = Lifecycle(Settings(scope, self.name, endpoint, POLL_LOOKUP, None, 900, 0, suffixes, *hub))
         self._tpm = tpm
         self._sleep = sleep

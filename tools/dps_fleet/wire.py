@@ -119,6 +119,7 @@ class Assigned:
             payload=None,
             payload_omitted=False,
             attestation=TPM,
+            chain="",
         )
         self.record = encode(held) + SIGNATURE
 

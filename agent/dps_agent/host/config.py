@@ -26,7 +26,17 @@ from dps_agent.host.settings_table import (
     TpmSettings,
     is_proxy_url,
 )
-from dps_agent.settings import AUTO, SYMMETRIC_KEY, TPM, X509, Settings, settings_of
+from dps_agent.settings import (
+    AUTO,
+    ISSUED,
+    ISSUING_API_VERSION,
+    SYMMETRIC_KEY,
+    TPM,
+    X509,
+    Settings,
+    settings_of,
+)
+from dps_hal.contracts import CERTIFICATE, IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator
 from dps_hal.host.regular import open_regular, read_regular
 from dps_text import BYTE_ORDER_MARK, NotText, Secret, secret_of, text_of
@@ -58,6 +68,7 @@ _TOML_HINTS = (  # what an error of `tomllib` begins with
 SEALED_KEY = b"{"  # with which a device's own key begins that a TPM has sealed; no base64 does
 TPM_KEY = b"-----BEGIN TSS2 PRIVATE KEY-----"  # and so the file of a key for TLS that a TPM has made
 COMMON_NAME_LIMIT = 64  # characters; RFC 5280, ub-common-name
+ISSUED_KEY_NAME = "issued-key.pem"
 SETTINGS_LIMIT = 1024 * 1024  # bytes; the template with every setting has 1/100
 PASSWORD_FILES = {key: setting.secret_limit for key, setting in KEYS.items() if setting.secret_limit}
 ENVIRONMENT_FILE = "/etc/environment"  # the environment of every session: pam_env(8)
@@ -99,6 +110,16 @@ class Configuration(TopSettings):
     def backend(self) -> str:
         """What keeps the device's key: a back end of the TPM, or the other way in which the device shows who it is."""
         return self.tpm.backend if self.attestation == TPM else self.attestation
+
+    @property
+    def records(self) -> tuple[str, ...]:
+        """What the store keeps of this device."""
+        return (IDENTITY, PROGRESS, CERTIFICATE) if self.certificate else (IDENTITY, PROGRESS)
+
+    @property
+    def issued_key_path(self) -> str:
+        """The file with the key of the certificate that DPS issues."""
+        return self.issued_key_file or os.path.join(self.state_dir, ISSUED_KEY_NAME)
 
     @property
     def id_scope_remedy(self) -> str:
@@ -332,6 +353,7 @@ def _check_together(collector: _Collector) -> None:
     if values["network.proxy_file"] and values["network.proxy"] != KEYS["network.proxy"].default:
         both = f"{origins['network.proxy']}; {origins['network.proxy_file']}"
         collector.problem(f"network.proxy_file: expected either this or network.proxy; both are set ({both})")
+    _check_issuing(collector)
     attestation = values["attestation"]
     if attestation != X509 and values["certificate_file"]:
         came = f'"{attestation}" ({origins["certificate_file"]})'
@@ -364,6 +386,29 @@ def _check_together(collector: _Collector) -> None:
         for other in handles[:at]:
             if values[key] == values[other]:
                 collector.problem(f"{key}: expected another handle than {other}; both are {values[key]:#x}")
+
+
+def _check_issuing(collector: _Collector) -> None:
+    """What goes with a certificate that DPS issues, and what does not."""
+    values, origins = collector.values, collector.origins
+    if not values["certificate"]:
+        if values["issued_key_file"]:
+            came = f"it is not set ({origins['issued_key_file']})"
+            collector.problem(f'issued_key_file: expected certificate = "{ISSUED}" with it; {came}')
+        return
+    with_it = f'with certificate = "{ISSUED}"'
+    if values["api_version"] != AUTO and values["api_version"] < ISSUING_API_VERSION[:10]:
+        came = f'"{values["api_version"]}" ({origins["api_version"]})'
+        collector.problem(f'api_version: expected "{ISSUING_API_VERSION}" or a later one, {with_it}; came {came}')
+    if values["tpm.persist_at"]:
+        collector.problem(f"tpm.persist_at: expected 0, {with_it}: no hub key comes that could be kept there")
+    if values["state_dir"].startswith("/dev/mtd"):
+        collector.problem(f"state_dir: expected a folder, {with_it}; a flash partition has no room for certificates")
+    if len(values["registration_id"]) > COMMON_NAME_LIMIT and values["attestation"] != X509:
+        collector.problem(
+            f"registration_id: expected at most {COMMON_NAME_LIMIT} characters, {with_it}, for it is the name in that;"
+            f" came {len(values['registration_id'])}"
+        )
 
 
 def _settle_state_dir(collector: _Collector, environ: Mapping[str, str]) -> None:

@@ -25,9 +25,9 @@ from urllib.parse import quote, unquote
 
 from dps_agent.host.config import PASSWORD_FILES, environment_name, password_file, proxy_of
 from dps_agent.host.printed import utc_text
-from dps_hal.contracts import IDENTITY, PROGRESS
+from dps_hal.contracts import CERTIFICATE, IDENTITY, PROGRESS
 from dps_hal.errors import DpsError
-from dps_hal.host.files import FileSlots
+from dps_hal.host.files import CERTIFICATE_SLOT_BYTES, FileSlots
 from dps_hal.host.regular import read_regular
 from dps_hal.platform import to_json
 from dps_hal.store import slots
@@ -162,13 +162,14 @@ def state_folder(path: str) -> str:
         lines.append(f"free: {space.f_bavail * space.f_frsize} bytes, {space.f_favail} files")
     except OSError as error:
         lines.append(f"free: {error.strerror}")
-    lines += [_slot(path, f"{record}.{slot}") for record in (IDENTITY, PROGRESS) for slot in (0, 1)]
+    records = [IDENTITY, PROGRESS, *([CERTIFICATE] if f"{CERTIFICATE}.0" in names else [])]
+    lines += [_slot(path, f"{record}.{slot}") for record in records for slot in (0, 1)]
     return "".join(f"{line}\n" for line in lines)
 
 
 def _slot(folder: str, name: str) -> str:
     try:
-        content = read_regular(os.path.join(folder, name), FileSlots.slot_bytes, follow=False)
+        content = read_regular(os.path.join(folder, name), CERTIFICATE_SLOT_BYTES, follow=False)
         found = slots.decode_slot(content, FileSlots.erase_value)
     except OSError as error:
         return f"{name}: {error.strerror}"

@@ -98,6 +98,14 @@ def open_device(configuration: Configuration) -> Any:
 
     As `open_tpm`; AskOperator `config.invalid` where the key's file holds none.
     """
+    if configuration.certificate:
+        from dps_agent.host.issued_keys import WithIssuedKey
+
+        return WithIssuedKey(configuration, _of_attestation(configuration))
+    return _of_attestation(configuration)
+
+
+def _of_attestation(configuration: Configuration) -> Any:
     if configuration.attestation == TPM:
         return open_tpm(configuration)
     if configuration.attestation == X509:
@@ -147,7 +155,8 @@ def hub_connection(configuration: Configuration) -> HubConnection:
         ca_file=hub.ca_file,
         transport=hub.transport,
         proxy=proxy_of(configuration),
-        certificate=client_certificate(configuration),
+        certificate=client_certificate(configuration) if not configuration.certificate else None,
+        issued_key_file=configuration.issued_key_path if configuration.certificate else "",
     )
 
 

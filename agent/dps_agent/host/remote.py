@@ -37,7 +37,7 @@ def look_up(settings: Settings) -> Generator[Effect, Any, DeviceRegistrationResu
     shown, token, _, _ = yield from asking.opening(settings, registration_id)
     body = device_registration(registration_id, settings.payload, shown)
     if token is None and settings.attestation == TPM:
-        register_path = registration_path(settings.id_scope, registration_id, "/register")
+        register_path = registration_path(settings.id_scope, registration_id, "/register", settings.api_version)
         challenge: Reply | NoReply = yield Http("PUT", register_path, body, None)
         if isinstance(challenge, NoReply):
             raise no_reply_error(challenge)
@@ -49,7 +49,7 @@ def look_up(settings: Settings) -> Generator[Effect, Any, DeviceRegistrationResu
         check_clock(now)
         resource = dps_resource(settings.id_scope, registration_id)
         token = yield from signed_token(resource, now.now_s + DPS_TOKEN_LIFE_S, key, DPS_KEY_NAME)
-    path = registration_path(settings.id_scope, registration_id)
+    path = registration_path(settings.id_scope, registration_id, "", settings.api_version)
     reply: Reply | NoReply = yield Http("POST", path, body, token)
     if isinstance(reply, NoReply):
         raise no_reply_error(reply)

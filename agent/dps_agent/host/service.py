@@ -86,7 +86,6 @@ from dps_agent.hub_effects import (
 )
 from dps_agent.lifecycle import BOOT, CONNECTED, CONNECTING, HALTED, PROVISIONED, PROVISIONING, WAITING, Lifecycle
 from dps_agent.twin import NOT_SENT
-from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.host.codes import REMEDIES
 from dps_hal.host.mounts import doubt
@@ -563,11 +562,16 @@ class Service:
             except (RetryLater, AskOperator, IdentityStale) as error:
                 text = f"the hub key stays at persist_at: {error.message}"
                 self._journal.event("warning", text, WARNING, state=self._life.state, code=error.code)
-            for record in (PROGRESS, IDENTITY):  # where the second one fails nothing was lost that is of use
+            configuration = self._equipment.configuration
+            for record in sorted(configuration.records, reverse=True):  # `progress` first: it is expendable
                 yield Erase(record)
+            if configuration.certificate:
+                from dps_agent.host.issued_keys import remove_key
+
+                remove_key(configuration)
             self._driver.life = None  # nothing of it is to be stored any more
             self._journal.event("reset", "the assignment was erased; the device registers again", NOTICE)
-            self._answer(command, 200, {"erased": [IDENTITY, PROGRESS]})
+            self._answer(command, 200, {"erased": list(configuration.records)})
             return True
         if command.name == "token":
             held = life.assignment

@@ -13,8 +13,11 @@ import os
 
 from dps_agent.fleet import LIMITS, TOKEN_LIFE_S, WEEK_S
 from dps_agent.settings import (
+    API_VERSION,
     ATTESTATIONS,
     AUTO,
+    ISSUED,
+    ISSUING_API_VERSION,
     KEEP_ALIVE_LIMIT_S,
     KEEP_ALIVE_S,
     POLL_LOOKUP,
@@ -168,6 +171,12 @@ def _is_id_scope(value: str) -> bool:
     return 0 < len(value) <= 64 and value.isascii() and value.replace("-", "").replace("_", "").isalnum()
 
 
+def _is_api_version(value: Any) -> bool:
+    import re
+
+    return isinstance(value, str) and re.fullmatch(r"auto|20\d\d-\d\d-\d\d(-preview)?", value, re.ASCII) is not None
+
+
 def is_registration_id(value: str) -> bool:
     """Whether a text has the form of a registration id, "auto" among them."""
     import re
@@ -303,6 +312,24 @@ class TopSettings(Section):
         " 'dps-agent install-certificate' checks them and puts them there. Its CN is the registration id.",
         board="a board shows no certificate: it registers by its TPM or by a symmetric key",
     )
+    certificate: str = form(
+        "", f'"{ISSUED}", or empty', lambda value: value in ("", ISSUED),
+        help=f'"{ISSUED}": with each registration DPS issues the certificate by which this device connects to its hub,'
+        " beside whatever attestation names. A preview of Azure, which was tried against no real service. Another value"
+        " is another identity: the device registers again.",
+        board="a board shows no certificate: it registers by its TPM or by a symmetric key",
+    )  # fmt: skip
+    issued_key_file: str = path(
+        help=f'With certificate = "{ISSUED}" the file of that certificate\'s key, which the agent makes where there is'
+        " none, 0600. Empty: issued-key.pem in state_dir.",
+        board="a board shows no certificate: it registers by its TPM or by a symmetric key",
+    )
+    api_version: str = form(
+        AUTO, '"auto", or a version such as 2021-10-01 or 2025-07-01-preview', _is_api_version,
+        help=f'The version of the DPS API that is asked for. "auto": {API_VERSION}, with certificate = "{ISSUED}"'
+        f" {ISSUING_API_VERSION}.",
+        board=f"a board speaks {API_VERSION}",
+    )  # fmt: skip
     endpoint: str = text(
         "https://global.azure-devices-provisioning.net",
         '"https://name" or "https://name:port", nothing behind it', _is_endpoint,

@@ -80,6 +80,8 @@ REMEDIES: dict[str, str] = {
     "dps.blob_malformed": "DPS sent a damaged key; if it repeats, look for a proxy that alters answers",
     "dps.certificate_refused": "compare registration id and certificate with the enrolment ('dps-agent enroll' shows"
     " both): DPS has to have the certificate itself, or a CA above it while certificate_file has all between",
+    "dps.chain_unsuitable": "DPS issued certificates that this device has no use for; the agent asks again later; if it"
+    " repeats, look at the enrolment's policy",
     "dps.conflict": "DPS refused it beside another change of this registration; the agent tries again by itself",
     "dps.ek_mismatch": "the enrolment holds another endorsement key: enrol the one that 'dps-agent enroll' prints",
     "dps.enrollment_disabled": "enable the enrolment in DPS",

@@ -11,7 +11,7 @@ import pwd
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
-from dps_hal.contracts import IDENTITY, PROGRESS
+from dps_hal.contracts import CERTIFICATE, IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.host.mounts import LOCKLESS, kind_of
 from dps_hal.host.regular import NotRegular, refuse_special
@@ -303,13 +303,17 @@ def is_unreadable(error: DpsError) -> bool:
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in _UNREADABLE
 
 
+CERTIFICATE_SLOT_BYTES = 20480  # of the record `certificate`: two chains
+
+
 class FileSlots:
     """The `SlotDevice` of one record: files `{record}.0` and `{record}.1`, written in place."""
 
     slot_bytes = 4096
     erase_value = 0xFF
 
-    def __init__(self, folder: StateFolder, record: str) -> None:
+    def __init__(self, folder: StateFolder, record: str, slot_bytes: int = 4096) -> None:
+        self.slot_bytes = slot_bytes
         self._folder = folder
         self._names = (f"{record}.0", f"{record}.1")
         self._written: dict[int, int] = {}  # slot -> descriptor, kept until sync: it is the one that hears of failures
@@ -515,10 +519,11 @@ class FileStore(LockedStore):
     def __init__(self, folder: str, calls: SystemCalls | None = None) -> None:
         self._folder = StateFolder(folder, calls or SystemCalls())
         self._files = {record: FileSlots(self._folder, record) for record in (IDENTITY, PROGRESS)}
-        super().__init__(self._files)
+        self._certificates = FileSlots(self._folder, CERTIFICATE, CERTIFICATE_SLOT_BYTES)
+        super().__init__({**self._files, CERTIFICATE: self._certificates})
 
     def commit(self, record: str, payload: bytes) -> None:
-        """See `Store.commit`. The first one makes room for all records.
+        """See `Store.commit`. The first one makes room for all records, but for `certificate`, which few devices have.
 
         So a registration, which begins with a commit of `progress`, ends at once where the identity would not fit.
         """
@@ -526,6 +531,8 @@ class FileStore(LockedStore):
             self.load(record)  # a newer format stops here, before anything is written
             for files in self._files.values():
                 files.make_room()
+            if record == CERTIFICATE:
+                self._certificates.make_room()
             SlotStore.commit(self, record, payload)
 
     def erase(self, record: str) -> None:

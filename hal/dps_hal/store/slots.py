@@ -139,12 +139,12 @@ class SlotStore:
 
     def commit(self, record: str, payload: bytes) -> None:
         """Makes `payload` the record's content; see `Store.commit`. One erase and one program of one slot."""
-        if len(payload) > self.max_payload:
-            raise AskOperator(
-                "store.too_large",
-                f"record '{record}' has {len(payload)} bytes where at most {self.max_payload} fit",
-            )
         device = self._device(record)
+        largest = device.slot_bytes - OVERHEAD_BYTES
+        if len(payload) > largest:
+            raise AskOperator(
+                "store.too_large", f"record '{record}' has {len(payload)} bytes where at most {largest} fit"
+            )
         _write(record, device, _settled_known(record, device), payload)
 
     def erase(self, record: str) -> None:

@@ -48,6 +48,7 @@ class FakeHub:
         self.name = name
         self.keys: dict[str, bytes] = {}
         self.certified: list[str] = []  # devices that it knows by the certificate of their connection
+        self.chains: list[bytes] = []  # issued ones that it takes
         self.script: list[Any] = []
         self.absent = ""  # a NoReply reason for every connection
         self.lacks: list[str] = []  # words in filters and topics that it does not serve
@@ -120,6 +121,8 @@ class FakeHub:
         fields: dict[str, str] = {}
         if effect.token is None:
             return int(FOREVER_S) if effect.device_id in self.certified else 0
+        if isinstance(effect.token, bytes):
+            return int(FOREVER_S) if effect.token in self.chains else 0
         kind, _, text = effect.token.header().partition(" ")
         for pair in text.split("&"):
             name, _, value = pair.partition("=")

@@ -56,7 +56,9 @@ def _of_other_ways(device: Device) -> dict[str, str]:
         others["device-key"] = "the TPM is who this device is: it has no key of its own"
     else:
         others["tpm-noda"] = "the hub's key is the device's own"
-    if attestation != X509:
+    if device.configuration.certificate:
+        others["tpm-noda"] = "the hub's key is that of the certificate which DPS issues"
+    if attestation != X509 and not device.configuration.certificate:
         others["device-certificate"] = "this device shows no certificate"
     if not uses_tpm:
         others |= {check.id: "no TPM is used" for check in CHECKS if check.id.startswith("tpm-")}

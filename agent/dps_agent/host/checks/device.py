@@ -122,7 +122,7 @@ class Device:
 
     def run(self, exchange: Generator[Effect, Any, Answer]) -> Answer:
         """An exchange with what signs for the device and the store, without any network."""
-        if self.configuration.attestation == TPM:
+        if self.configuration.attestation == TPM and not self.configuration.certificate:
             return self._running().run(exchange)
         if self._own is None:
             self._own = offline_runner(self.configuration, open_device(self.configuration))

@@ -159,7 +159,7 @@ def record_seal(device: Device) -> Finding:
     assignment, reason = device.run(load_held(settings, device.stored))
     if assignment is None:
         return Finding(WARNING, reason, REMEDIES["record.stale"])
-    if assignment.attestation != TPM:
+    if assignment.attestation != TPM or assignment.chain:
         return Finding(OK, "settings and seal fit: the device's key has made it")
     return Finding(OK, "settings, endorsement key, storage root key and seal fit, and its key signs")
 
@@ -195,6 +195,33 @@ def _load_tls_provider(device: Device) -> None:
 
 
 def device_certificate(device: Device) -> Finding:
+    if not device.configuration.certificate:
+        return _own_certificate(device)
+    issued = _issued_certificate(device)
+    if device.configuration.attestation != X509:
+        return issued
+    own = _own_certificate(device)
+    return own if own.result != OK else Finding(issued.result, f"{own.detail}; {issued.detail}", issued.remedy)
+
+
+def _issued_certificate(device: Device) -> Finding:
+    from dps_agent.der import validity
+    from dps_agent.host.issued_keys import PREVIEW
+    from dps_agent.issued import chain_of, difference_of_chain
+
+    assignment = device.assignment
+    if assignment is None or not assignment.chain:
+        return Finding(SKIPPED, "DPS has issued none yet")
+    reason = device.run(difference_of_chain(assignment))
+    if reason:
+        return Finding(WARNING, reason, REMEDIES["record.stale"])
+    last_s = validity(device.run(chain_of(assignment)))[1]
+    if last_s < time.time():
+        return Finding(WARNING, f"what DPS issued ended at {utc_text(last_s)} {PREVIEW}", REMEDIES["record.stale"])
+    return Finding(OK, f"issued by DPS, until {utc_text(last_s)} {PREVIEW}")
+
+
+def _own_certificate(device: Device) -> Finding:
     from dps_agent.host.certificate_requests import installed
     from dps_agent.host.device_certificates import ends_soon, valid_s
 

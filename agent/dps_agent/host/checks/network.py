@@ -130,7 +130,8 @@ def dps_answers(device: Device) -> Finding:
         client_certificate(configuration),
     )
     try:
-        reply = _asked(device, connection, registration_path(configuration.id_scope, registration_id), body, token)
+        path = registration_path(configuration.id_scope, registration_id, "", configuration.settings().api_version)
+        reply = _asked(device, connection, path, body, token)
         refused = isinstance(reply, Reply) and reply.status in LOOKUP_REFUSALS and not _is_challenge(reply)
         if refused and configuration.attestation == TPM:
             register_path = registration_path(configuration.id_scope, registration_id, "/register")

@@ -7,7 +7,7 @@ import sys
 
 from dps_agent.host.cli.running import ask_service
 from dps_agent.host.cli.verb import Outcome, UsageError, Verb, configuration_of
-from dps_hal.contracts import IDENTITY, PROGRESS, Store
+from dps_hal.contracts import CERTIFICATE, IDENTITY, Store
 from dps_hal.errors import AskOperator, DpsError, IdentityStale
 
 TYPE_CHECKING = False
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     configuration = configuration_of(arguments, need_id_scope=False)
     store = open_store(configuration.state_dir)
     try:
-        found = {record: text for record in (IDENTITY, PROGRESS) if (text := _description(store, record))}
+        found = {record: text for record in configuration.records if (text := _description(store, record))}
     except AskOperator as error:
         if error.code != "store.denied" or read_live(configuration) is None:
             raise
@@ -45,8 +45,12 @@ def run(arguments: argparse.Namespace) -> Outcome:
     warnings = _withdraw_key(configuration, store)
     lines += [f"warning: {warning}" for warning in warnings]
     document["warnings"] = warnings
-    for record in (IDENTITY, PROGRESS):  # also where nothing is found: a half-erased record ends here
+    for record in configuration.records:  # also where nothing is found: a half-erased record ends here
         store.erase(record)
+    if configuration.certificate:
+        from dps_agent.host.issued_keys import remove_key
+
+        remove_key(configuration)
     return Outcome([*lines, f"state folder: {configuration.state_dir}"], document)
 
 
@@ -86,6 +90,8 @@ def _description(store: Store, record: str) -> str:
         stored = store.load(record)
         if stored is None:
             return ""
+        if record == CERTIFICATE:
+            return "the certificate that DPS issued"
         if record != IDENTITY:
             return "the count of failed attempts"
         assignment, _, _ = decode(stored.payload)

@@ -205,11 +205,16 @@ def _lines(configuration: Configuration, document: dict[str, Any]) -> list[str]:
 
 def _certificate(configuration: Configuration) -> str:
     """How long the device's certificate is good; "" for a device that shows none."""
-    if configuration.attestation != X509:
-        return ""
-    from dps_agent.host.device_certificates import certificate_shown
+    shown = []
+    if configuration.attestation == X509:
+        from dps_agent.host.device_certificates import certificate_shown
 
-    return certificate_shown(configuration)
+        shown.append(certificate_shown(configuration))
+    if configuration.certificate:
+        from dps_agent.host.issued_keys import issued_shown
+
+        shown.append(issued_shown(configuration))
+    return "; ".join(shown)
 
 
 def _last_error(failed: Any) -> dict[str, Any]:

@@ -77,7 +77,8 @@ class HubConnection:
     must carry stays the hub's. `ca_file` holds the only roots to trust, in PEM; empty: the system's. `transport` is
     "mqtt", "websocket" (port 443), or "auto": mqtt, and WebSocket where the hub's port is not reached; what worked is
     tried first the next time. `proxy` is the setting `network.proxy`. `certificate`: what the device shows the hub in
-    the handshake, and at no other time; see `Trust`. AskOperator `config.invalid` for what makes no sense.
+    the handshake, and at no other time; see `Trust`. `issued_key_file`: that of the key for
+    the chains that a Connect has. AskOperator `config.invalid` for what makes no sense.
 
     One thread at a time calls the methods; any thread, and any signal handler, may `post`, `take_back` and `abort`.
     """
@@ -92,7 +93,9 @@ class HubConnection:
         proxy: str = NONE,
         websocket_port: int = websocket.PORT,
         certificate: tuple[str, ...] | None = None,
+        issued_key_file: str = "",
     ) -> None:
+        self._issued_key_file = issued_key_file
         self._ports = {MQTT: port, WEBSOCKET: websocket_port}
         self._connect_to = peer_of(connect_to, "hub.connect_to") if connect_to else None
         transports = [MQTT, WEBSOCKET] if transport == AUTO else [transport]
@@ -290,10 +293,13 @@ class HubConnection:
         client = self._client_of(effect)
         sent = False
         try:
+            if isinstance(effect.token, bytes):
+                self._dialler.trust.show(effect.token, self._issued_key_file)
             wire = self._wire = reached or self._reach(effect.hub, deadline_s)
             sent = True
             client.wire = wire
-            client.username_pw_set(effect.user_name, effect.token.header() if effect.token else None)
+            token = None if isinstance(effect.token, bytes) else effect.token
+            client.username_pw_set(effect.user_name, token.header() if token else None)
             try:
                 client.connect(effect.hub, keepalive=effect.keep_alive_s)  # the packet is made in here
             finally:

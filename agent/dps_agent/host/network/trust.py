@@ -11,7 +11,7 @@ import os
 import ssl
 import time
 
-from dps_agent.der import validity
+from dps_agent.der import certificates, validity
 from dps_agent.utc import AGREEMENT_S
 from dps_hal.errors import AskOperator
 from dps_hal.host.regular import open_regular, read_regular
@@ -67,6 +67,7 @@ class Trust:
             from dps_hal.host import tls_provider
 
             tls_provider.require(self._tcti)
+        self._issued: tuple[bytes, str] | None = None  # a chain that DPS issued, and the file of its key
         self._setting = setting
         self._context: ssl.SSLContext | None = None
         # By the name that was verified, with the seconds at which the peer's certificate is valid.
@@ -78,12 +79,18 @@ class Trust:
     @property
     def shows_certificate(self) -> bool:
         """Whether this device has a certificate for whoever asks."""
-        return bool(self._certificate)
+        return bool(self._certificate) or self._issued is not None
 
     @property
     def asks_tpm(self) -> bool:
         """Whether a connection waits for a TPM as well as for its peer."""
         return self._tcti != ""
+
+    def show(self, chain: bytes, key_file: str) -> None:
+        """From now on connections show this chain, DER, in the handshake; its key lies in `key_file`."""
+        if self._issued != (chain, key_file):
+            self._issued = chain, key_file
+            self._context = None
 
     def context(self) -> ssl.SSLContext:
         """What a connection is to be verified in now; AskOperator `config.invalid` where `ca_file` makes no sense."""
@@ -148,7 +155,7 @@ class Trust:
 
         In TLS 1.3 it comes behind the handshake, ahead of all else that a server says.
         """
-        if self._certificate:
+        if self.shows_certificate:
             return
         name, session = tls.server_hostname, tls.session
         if name and session is not None and tls.context is self._context and (session.has_ticket or session.id):
@@ -167,7 +174,8 @@ class Trust:
 
     def _sources_now(self) -> _Sources:
         paths = (self._ca_file,) if self._ca_file else system_places()
-        return tuple((path, _state(path)) for path in (*paths, *self._certificate))
+        own = (*self._certificate, *(self._issued[1:] if self._issued else ()))
+        return tuple((path, _state(path)) for path in (*paths, *own))
 
     def _make(self, all_roots: bool) -> None:
         self._context = None
@@ -178,6 +186,8 @@ class Trust:
         context = self._rooted(all_roots)
         if self._certificate and not self._tcti:
             self._show(context)
+        if self._issued:
+            _show_issued(context, *self._issued)
         self._allow_later(context)
         self._context = context
 
@@ -261,6 +271,22 @@ def _take_file(context: ssl.SSLContext, ca_file: str, setting: str) -> None:
     except (OSError, NotText) as error:  # ssl.SSLError is an OSError: the file holds no certificate
         reason = error.reason if isinstance(error, ssl.SSLError) else getattr(error, "strerror", str(error))
         raise AskOperator("config.invalid", f"{setting}: expected PEM certificates in '{ca_file}': {reason}") from None
+
+
+def _show_issued(context: ssl.SSLContext, chain: bytes, key_file: str) -> None:
+    """Lets connections show a chain that lies in no file of its own; AskOperator."""
+    text = "".join(ssl.DER_cert_to_PEM_cert(each) for each in certificates(chain))
+    fd = os.memfd_create("dps-agent", os.MFD_CLOEXEC)  # OpenSSL takes files alone
+    try:
+        os.write(fd, text.encode())
+        os.close(os.open(key_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+        context.load_cert_chain(f"/proc/self/fd/{fd}", key_file, password="")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", "") or getattr(error, "strerror", "") or str(error)
+        what = f"issued_key_file: expected the key of the certificate that DPS issued, in '{key_file}': {reason}"
+        raise AskOperator("config.invalid", what) from None
+    finally:
+        os.close(fd)
 
 
 def system_places() -> tuple[str, ...]:

@@ -1,0 +1,220 @@
+"""The key of the certificate that DPS issues, `issued_key_file`, beside what shows DPS who the device is.
+
+The file is PEM: the key, EC on P-256, and behind it the request (PKCS #10) for its certificate. Both are made by the
+first registration, before DPS is asked, and stay: so the same request goes out however often it has to be repeated, and
+whatever was issued for it is of use. Who removes the file gives the device another key, and another registration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from dps_agent.host.config import ConfigurationError
+from dps_agent.host.device_certificates import require_cryptography
+from dps_agent.host.private_file import write_private
+from dps_hal.errors import AskOperator, DpsError
+from dps_hal.host.regular import read_regular, replace_file, sync_folder_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from dps_agent.host.config import Configuration
+
+SETTING = "issued_key_file"
+FILE_LIMIT = 16 * 1024  # bytes
+PREVIEW = "(a preview of Azure: no real service was ever asked)"
+_NUMBER_BYTES = 32  # of either number of a signature on P-256
+
+
+class WithIssuedKey:
+    """What signs for a device, `own`, with the key of the certificate that DPS issues beside it.
+
+    A TPM alone has no key by which a record could be sealed, for DPS sends none: then this one seals it.
+    """
+
+    def __init__(self, configuration: Configuration, own: Any) -> None:
+        self._path = configuration.issued_key_path
+        self._own = own
+        self._seals = hasattr(own, "endorsement_key")
+        self._key: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is that of `own`."""
+        return getattr(self._own, name)
+
+    def request(self, registration_id: str) -> bytes:
+        """The request for the certificate, DER; see `dps_agent.effects.ReadRequest`.
+
+        AskOperator `agent.file` where the file cannot be written, `agent.not_available`; ConfigurationError for one
+        that holds something else.
+        """
+        require_cryptography()
+        from cryptography import x509
+        from cryptography.hazmat.primitives.serialization import Encoding
+
+        content = self._content()
+        key = None if content is None else self._read(content)
+        request = _request_in(content or b"")
+        if registration_id:
+            names = [] if request is None else request.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+            if [name.value for name in names] != [registration_id]:
+                request = self._make(key, registration_id)
+        return b"" if request is None else bytes(request.public_bytes(Encoding.DER))
+
+    def sign(self, wrapped_key: bytes, message: bytes) -> bytes:
+        """As `own`, or by the certificate's key: ECDSA with SHA-256, both numbers, 64 bytes."""
+        if wrapped_key or not self._seals:
+            signature: bytes = self._own.sign(wrapped_key, message)
+            return signature
+        from cryptography.hazmat.primitives.asymmetric import ec, utils
+        from cryptography.hazmat.primitives.hashes import SHA256
+
+        numbers = utils.decode_dss_signature(self._opened().sign(message, ec.ECDSA(SHA256())))
+        return b"".join(number.to_bytes(_NUMBER_BYTES) for number in numbers)
+
+    def verify(self, message: bytes, signature: bytes) -> bool:
+        """Whether `sign` with an empty key has made `signature` over this message."""
+        if not self._seals:
+            return bool(self._own.verify(message, signature))
+        if self._content() is None:
+            return False
+        require_cryptography()
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric import ec, utils
+        from cryptography.hazmat.primitives.hashes import SHA256
+
+        numbers = [int.from_bytes(part) for part in (signature[:_NUMBER_BYTES], signature[_NUMBER_BYTES:])]
+        try:
+            encoded = utils.encode_dss_signature(*numbers)
+            self._opened().public_key().verify(encoded, message, ec.ECDSA(SHA256()))
+        except InvalidSignature:
+            return False
+        return len(signature) == 2 * _NUMBER_BYTES
+
+    def release(self) -> None:
+        """Forgets the key, and what `own` has open."""
+        self._key = None
+        self._own.release()
+
+    def _opened(self) -> Any:
+        if self._key is None:
+            content = self._content()
+            if content is None:
+                raise self._invalid("expected the key that the registration has made; there is none")
+            self._key = self._read(content)
+        return self._key
+
+    def _content(self) -> bytes | None:
+        """The file; None where there is none."""
+        try:
+            return read_regular(self._path, FILE_LIMIT)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._invalid(f"cannot be read: {error.strerror}") from None
+
+    def _read(self, content: bytes) -> Any:
+        require_cryptography()
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+        try:
+            key = load_pem_private_key(content, None)
+        except (ValueError, TypeError, UnsupportedAlgorithm):
+            key = None
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+            raise self._invalid(
+                "expected the key that the agent has made, on the curve P-256; it holds another, or none"
+            )
+        return key
+
+    def _make(self, key: Any, registration_id: str) -> Any:
+        """Writes key and request, and has them on the disk before anybody hears of them."""
+        from cryptography import x509
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.hashes import SHA256
+        from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+        is_new = key is None
+        if is_new:
+            key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, registration_id)])
+        request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, SHA256())
+        secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        content = secret + request.public_bytes(Encoding.PEM)
+        try:
+            if is_new:
+                self._write(content)
+            else:
+                replace_file(self._path, content)
+                sync_folder_of(self._path)
+        except OSError as error:
+            raise AskOperator("agent.file", f"{self._path} cannot be written: {error.strerror}") from None
+        self._key = None
+        return request
+
+    def _write(self, content: bytes) -> None:
+        """The new file, whole or not at all; OSError, AskOperator."""
+        folder = os.path.dirname(self._path) or "."
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        part = f"{self._path}.new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)  # of an attempt that was cut
+        write_private(part, content)
+        if os.geteuid() == 0:  # what root makes in the agent's folder is the agent's
+            owner = os.stat(folder)
+            os.chown(part, owner.st_uid, owner.st_gid, follow_symlinks=False)
+        os.rename(part, self._path)
+        sync_folder_of(self._path)
+
+    def _invalid(self, what: str) -> ConfigurationError:
+        return ConfigurationError("config.invalid", [f"{SETTING}: {what} ({self._path})"])
+
+
+def issued_shown(configuration: Configuration) -> str:
+    """How long the certificate that DPS issued is good, for people; why that cannot be told, else."""
+    from dps_agent.assignment import decode
+    from dps_agent.der import validity
+    from dps_agent.host.printed import utc_text
+    from dps_agent.issued import chains_in, name_of
+    from dps_hal.contracts import CERTIFICATE, IDENTITY
+    from dps_hal.host.state_dir import open_store
+
+    try:
+        store = open_store(configuration.state_dir)
+        identity, kept = store.load(IDENTITY), store.load(CERTIFICATE)
+        named = decode(identity.payload)[0].chain if identity is not None else ""
+        chains = {name_of(chain): chain for chain in (chains_in(kept.payload) if kept is not None else [])}
+        if named not in chains:
+            return f"none yet: the first registration has DPS issue it {PREVIEW}"
+        _, last_s = validity(chains[named])
+    except (DpsError, ValueError):
+        return f"what DPS issued cannot be read: the device registers again {PREVIEW}"
+    key = f"its key lies in a plain file, {configuration.issued_key_path}"
+    return f"issued by DPS, until {utc_text(last_s)}; {key} {PREVIEW}"
+
+
+def remove_key(configuration: Configuration) -> None:
+    """Removes the file; AskOperator `agent.file`."""
+    path = configuration.issued_key_path
+    try:
+        os.unlink(path)
+        sync_folder_of(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise AskOperator("agent.file", f"{path} cannot be removed: {error.strerror}") from None
+
+
+def _request_in(content: bytes) -> Any:
+    """The request in the file; None where it has none that can be read."""
+    from cryptography import x509
+
+    begin = content.find(b"-----BEGIN CERTIFICATE REQUEST-----")
+    try:
+        return None if begin < 0 else x509.load_pem_x509_csr(content[begin:])
+    except ValueError:
+        return None

@@ -1,0 +1,352 @@
+"""A device on Linux whose certificate for the hub DPS issues: against the emulator, beside each way of attestation."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+
+from dps_agent.assignment import decode
+from dps_agent.der import certificates
+from dps_agent.host import load
+from dps_agent.host.cli import main
+from dps_agent.host.config import Configuration, ConfigurationError
+from dps_agent.host.parts import hub_connection, open_device
+from dps_agent.hub_effects import ConnAck, Connect
+from dps_agent.issued import CHAIN_LIMIT, chain_for, chains_in, joined, name_of, public_key_of
+from dps_emulator.attestation import Certificates, SymmetricKeys
+from dps_emulator.enrollments import Enrollment
+from dps_emulator.issuing import Issuer
+from dps_emulator.service import Settings
+from dps_hal.contracts import CERTIFICATE, IDENTITY
+from dps_hal.errors import AskOperator
+from dps_hal.host.state_dir import open_store
+from support.cloud.chains import NO_CA, party
+from support.cloud.emulator import HUB, EmulatorInThread
+from support.tpm.states import copy_state
+
+DEVICE = "press-07"
+KEY = bytes(range(32))
+POLICY = "line-4"
+VECTORS = Path(__file__).parents[1] / "vectors"
+Document = dict[str, Any]
+
+
+class Bench:
+    """A device whose settings say that its certificate is issued; `attestation` is what else shows who it is."""
+
+    def __init__(
+        self, folder: Path, emulator: EmulatorInThread, capsys: pytest.CaptureFixture[str], attestation: str
+    ) -> None:
+        self.folder = folder
+        self.emulator = emulator
+        self.capsys = capsys
+        self.state_dir = folder / "state"
+        self.key_file = self.state_dir / "issued-key.pem"
+        self.settings = folder / "given.toml"
+        self.printed = ""
+        tables = ""
+        if attestation == "tpm":
+            tables = f'[tpm]\nbackend = "simulator"\ntcti = "{copy_state(DEVICE, folder / "tpm")}"\n'
+            way = f'registration_id = "{DEVICE}"\n'
+        else:
+            self.own = folder / "own.key"
+            way = f'registration_id = "{DEVICE}"\nattestation = "{attestation}"\ndevice_key_file = "{self.own}"\n'
+            if attestation == "symmetric-key":
+                self.own.write_text(base64.b64encode(KEY).decode())
+            else:
+                own = party(DEVICE, None, NO_CA)
+                secret = own.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+                self.own.write_bytes(secret)
+                (folder / "own.pem").write_text(own.pem)
+                way += f'certificate_file = "{folder / "own.pem"}"\n'
+                self.certificate = own.certificate
+            self.own.chmod(0o600)
+        self._text = (
+            f'id_scope = "0ne00000000"\n{way}CERTIFICATE\nendpoint = "https://localhost"\n'
+            f'connect_to = "{emulator.connect_to}"\nca_file = "{emulator.ca_file}"\n'
+            f'state_dir = "{self.state_dir}"\nruntime_dir = "{folder}"\n'
+            f'[hub]\nconnect_to = "{emulator.hub_connect_to}"\nca_file = "{emulator.ca_file}"\nHUB\n{tables}'
+        )
+        self.configure()
+        emulator.service.enroll(Enrollment(DEVICE, self._enrolled(attestation), credential_policy=POLICY))
+
+    def _enrolled(self, attestation: str) -> Any:
+        if attestation == "symmetric-key":
+            return SymmetricKeys(KEY, KEY)
+        if attestation == "x509":
+            return Certificates(self.certificate)
+        return open_device(self.loaded()).endorsement_key()
+
+    def configure(self, certificate: str = 'certificate = "issued"', hub: str = "") -> None:
+        self.settings.write_text(self._text.replace("CERTIFICATE", certificate).replace("HUB\n", f"{hub}\n"))
+
+    def loaded(self) -> Configuration:
+        return load(self.settings, environ={})
+
+    def command(self, *words: str, status: int = 0) -> Document:
+        assert main(["--json", "--config", str(self.settings), *words]) == status, self.capsys.readouterr()
+        out, err = self.capsys.readouterr()
+        self.printed += out + err
+        document: Document = json.loads(out)
+        return document
+
+    def text(self, *words: str) -> str:
+        assert main(["--config", str(self.settings), *words]) == 0
+        out, err = self.capsys.readouterr()
+        self.printed += out + err
+        return out
+
+    def stored(self, record: str) -> bytes:
+        found = open_store(str(self.state_dir)).load(record)
+        assert found is not None
+        return found.payload
+
+    def chain(self) -> bytes:
+        """The one that the stored identity names."""
+        named = decode(self.stored(IDENTITY))[0].chain
+        (chain,) = [each for each in chains_in(self.stored(CERTIFICATE)) if name_of(each) == named]
+        return chain
+
+    def connack(self, chain: bytes) -> object:
+        connection = hub_connection(self.loaded())
+        try:
+            user_name = f"{HUB}/{DEVICE}/?api-version=2021-04-12"
+            return connection.connect(Connect(HUB, DEVICE, user_name, chain, 60, True))
+        finally:
+            connection.close()
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[EmulatorInThread]:
+    with EmulatorInThread(Settings(retry_after_s=0, client_certificates=True)) as running:
+        yield running
+
+
+@pytest.fixture(params=["symmetric-key", "x509", "tpm"])
+def attestation(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def bench(
+    tmp_path: Path,
+    emulator: EmulatorInThread,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    attestation: str,
+) -> Iterator[Bench]:
+    for name in [name for name in os.environ if name.startswith(("DPS_AGENT_", "CREDENTIALS_"))]:
+        monkeypatch.delenv(name)
+    made = Bench(tmp_path, emulator, capsys, attestation)
+    yield made
+    secret = made.key_file.read_text() if made.key_file.exists() else ""
+    for line in [line for line in secret.partition("END PRIVATE")[0].splitlines() if not line.startswith("-----")]:
+        assert line not in made.printed, "the key was printed"
+
+
+ONLY_KEY = pytest.mark.parametrize("attestation", ["symmetric-key"], indirect=True)
+
+
+def test_a_device_registers_beside_each_way_and_its_hub_takes_the_certificate_alone(bench: Bench) -> None:
+    first = bench.command("provision")
+    assert (first["assignedHub"], first["deviceId"], first["alreadyProvisioned"]) == (HUB, DEVICE, False)
+    assert bench.key_file.stat().st_mode & 0o777 == 0o600
+    own = load_pem_private_key(bench.key_file.read_bytes(), None).public_key()
+    chain = [x509.load_der_x509_certificate(each) for each in certificates(bench.chain())]
+    assert [each.subject.rfc4514_string() for each in chain] == [f"CN={DEVICE}", f"CN={POLICY}"]
+    assert chain[0].public_key() == own
+    assert bench.connack(bench.chain()) == ConnAck(0, False)
+    bench.configure(hub='transport = "websocket"')
+    assert bench.connack(bench.chain()) == ConnAck(0, False)
+    bench.configure()
+    assert bench.command("provision")["alreadyProvisioned"], "chain and seal fit"
+    before = bench.key_file.read_bytes()
+    assert not bench.command("provision", "--force")["alreadyProvisioned"]
+    assert bench.key_file.read_bytes() == before, "the same request goes out again"
+    assert len(chains_in(bench.stored(CERTIFICATE))) == 2
+    refused = bench.command("token", status=1)["error"]
+    assert refused["code"] == "agent.no_token"
+    assert bench.command("status", "--remote")["differences"] == []
+    shown = bench.text("status")
+    assert "issued by DPS, until 2" in shown and "no real service was ever asked" in shown
+    found = {one["id"]: one for one in bench.command("check")["checks"]}
+    for name in ("device-certificate", "record-seal", "dps-answers", "hub-mqtt"):
+        assert found[name]["result"] == "ok", found[name]
+    assert "issued by DPS, until 2" in found["device-certificate"]["detail"]
+
+
+@ONLY_KEY
+def test_no_other_device_s_certificate_is_taken(bench: Bench) -> None:
+    bench.command("provision")
+    stranger = Issuer(os.urandom)
+    csr = base64.b64decode(requested(DEVICE, load_pem_private_key(bench.key_file.read_bytes(), None)))
+    leaf, issuing, _ = stranger.chain(POLICY, csr, 3600, 1_790_000_000.0)
+    answer = bench.connack(leaf + issuing)
+    assert isinstance(answer, ConnAck) and answer.return_code == 5
+    other = ec.generate_private_key(ec.SECP256R1())
+    csr = base64.b64decode(requested(DEVICE, other))
+    answer = bench.connack(b"".join(stranger.chain(POLICY, csr, 3600, 1_790_000_000.0)))
+    assert "issued_key_file: expected the key of the certificate that DPS issued" in str(answer)
+
+
+@ONLY_KEY
+def test_another_key_or_another_setting_is_another_identity(bench: Bench) -> None:
+    bench.command("provision")
+    bench.key_file.unlink()
+    assert not bench.command("provision")["alreadyProvisioned"]
+    assert bench.connack(bench.chain()) == ConnAck(0, False)
+    bench.configure(certificate="")
+    assert not bench.command("provision")["alreadyProvisioned"]
+    assert "token" in bench.command("token")
+    bench.configure()
+    assert not bench.command("provision")["alreadyProvisioned"]
+
+
+@ONLY_KEY
+def test_a_record_without_its_certificate_is_none(bench: Bench) -> None:
+    bench.command("provision")
+    for content in (joined([b"\x30\x00"]), b"\x00", b""):
+        open_store(str(bench.state_dir)).commit(CERTIFICATE, content)
+        assert not bench.command("provision")["alreadyProvisioned"], content
+        assert bench.command("provision")["alreadyProvisioned"]
+    bench.command("reset", "--yes")
+    assert open_store(str(bench.state_dir)).load(CERTIFICATE) is None and not bench.key_file.exists()
+
+
+@ONLY_KEY
+def test_a_service_that_issues_nothing_is_named(bench: Bench) -> None:
+    bench.emulator.service.enroll(Enrollment(DEVICE, SymmetricKeys(KEY, KEY)))
+    error = bench.command("provision", status=4)["error"]
+    assert error["code"] == "dps.bad_request" and "credentialPolicyName" in error["message"]
+
+
+@ONLY_KEY
+def test_the_key_is_made_whole_or_not_at_all(bench: Bench) -> None:
+    bench.state_dir.mkdir(mode=0o700)
+    part = bench.key_file.with_name("issued-key.pem.new")
+    part.write_bytes(b"half of a key")
+    device = open_device(bench.loaded())
+    assert device.request("") == b"" and not bench.key_file.exists(), "nothing is made for who only looks"
+    first = device.request(DEVICE)
+    assert device.request(DEVICE) == first == device.request("") and not part.exists()
+    renamed = device.request("press-08")
+    assert public_key_of(renamed) == public_key_of(first) and renamed != first
+    bench.key_file.write_bytes(b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
+    with pytest.raises(ConfigurationError, match="issued_key_file: expected the key that the agent has made"):
+        device.request(DEVICE)
+    bench.key_file.unlink()
+    bench.key_file.mkdir()
+    with pytest.raises(AskOperator):
+        device.request(DEVICE)
+    bench.key_file.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"api_version": '"2021-10-01"'}, "api_version: expected "),
+        ({"state_dir": '"/dev/mtd3"'}, "state_dir: expected a folder"),
+        ({"tpm.persist_at": "0x81000100"}, "tpm.persist_at: expected 0"),
+        ({"registration_id": f'"{"a" * 65}"'}, "registration_id: expected at most 64 characters"),
+        ({"certificate": '""', "issued_key_file": '"/x"'}, "issued_key_file: expected certificate"),
+        ({"certificate": '"own"'}, "certificate: expected"),
+        ({"api_version": '"new"'}, "api_version: expected"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(tmp_path: Path, changes: dict[str, str], said: str) -> None:
+    given = {"id_scope": '"0ne00000000"', "certificate": '"issued"', "state_dir": f'"{tmp_path}"'} | changes
+    (tmp_path / "given.toml").write_text("".join(f"{name} = {value}\n" for name, value in given.items()))
+    with pytest.raises(ConfigurationError) as refused:
+        load(tmp_path / "given.toml", environ={})
+    assert any(problem.startswith(said) for problem in refused.value.problems), refused.value.problems
+
+
+# The chain in an answer.
+
+
+def requested(name: str, key: Any) -> str:
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    from cryptography.hazmat.primitives.hashes import SHA256
+
+    made = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, SHA256())
+    return base64.b64encode(made.public_bytes(Encoding.DER)).decode()
+
+
+OWN = ec.generate_private_key(ec.SECP256R1())
+REQUEST = base64.b64decode(requested(DEVICE, OWN))
+ISSUED = Issuer(os.urandom).chain(POLICY, REQUEST, 3600, 1_790_000_000.0)
+LEAF, ABOVE, TOP = (base64.b64encode(each).decode() for each in ISSUED)
+
+
+@pytest.mark.parametrize(
+    "sent", [[LEAF, ABOVE, TOP], [TOP, ABOVE, LEAF], [ABOVE, LEAF, TOP], [None, LEAF, ABOVE], [LEAF, LEAF, TOP, ABOVE]]
+)
+def test_the_chain_begins_at_the_device_s_own_certificate_in_whatever_order_it_came(sent: list[Any]) -> None:
+    assert chain_for(sent, REQUEST) == ISSUED[0] + ISSUED[1], "the root is whoever's who takes it"
+
+
+def test_what_does_not_lead_upwards_is_left_out() -> None:
+    stranger = base64.b64encode(party("stranger", None, NO_CA).certificate).decode()
+    assert chain_for([stranger, LEAF, ABOVE], REQUEST) == ISSUED[0] + ISSUED[1]
+    assert chain_for([LEAF], REQUEST) == ISSUED[0]
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        (None, "expected a list"),
+        ([LEAF] * 9, "at most 8"),
+        ([ABOVE, TOP], "none of the 2 certificates is for the key"),
+        ([], "none of the 0"),
+        ([7], "expected certificates in base64"),
+        (["----"], "base64|padding"),
+        (["AAAA"], "certificate: expected tag"),
+        ([LEAF[:-8]], "certificate: expected"),
+    ],
+)
+def test_an_answer_without_it_is_refused(sent: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        chain_for(sent, REQUEST)
+
+
+def test_a_chain_is_bounded() -> None:
+    assert len(joined([bytes(CHAIN_LIMIT)] * 2)) <= 20480 - 24, "two fit into the record"
+    huge = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), bytes(CHAIN_LIMIT))
+    large = party("line-4", None, [(huge, False)])
+    with pytest.raises(ValueError, match="at most 9216 bytes"):
+        chain_for([base64.b64encode(large.certificate).decode()], base64.b64decode(requested("line-4", large.key)))
+
+
+def test_the_public_key_of_the_vector_is_found() -> None:
+    known = json.loads((VECTORS / "certificate_request.json").read_text())
+    request = x509.load_der_x509_csr(base64.b64decode(known["csr"]))
+    spki = request.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    assert spki.endswith(public_key_of(base64.b64decode(known["csr"]))) and len(spki) == 294
+    for cut in range(0, 300, 7):
+        with pytest.raises(ValueError):
+            public_key_of(base64.b64decode(known["csr"])[:cut])
+
+
+@pytest.mark.parametrize("chains", [[], [b"a"], [b"a", b"bc"], [bytes(CHAIN_LIMIT)] * 2])
+def test_the_record_of_chains_is_read_as_it_was_written(chains: list[bytes]) -> None:
+    assert chains_in(joined(chains)) == chains
+    for cut in range(1, min(len(joined(chains)), 9)):
+        whole = joined(chains)[:-cut]
+        if chains[-1:] and cut <= len(chains[-1]):
+            with pytest.raises(ValueError):
+                chains_in(whole)
