@@ -27,7 +27,7 @@ it, the answer the certificate in place of a key, and what signs for the hub is 
 """
 
 from dps_agent.assignment import decode, difference, is_signed, seal_message
-from dps_agent.effects import ReadEndorsementKey, ReadStorageRootKey, Sign, Verify
+from dps_agent.effects import ConfirmClock, ReadEndorsementKey, ReadStorageRootKey, Sign, Verify
 from dps_agent.settings import AUTO, SYMMETRIC_KEY, TPM
 from dps_hal.errors import AskOperator, IdentityStale
 from dps_hal.platform import same_bytes
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from dps_agent.assignment import Assignment
     from dps_agent.effects import Effect, Records
     from dps_agent.messages import DeviceRegistrationResult, TpmAttestation, TpmChallenge
+    from dps_agent.renewal import Renewal
     from dps_agent.sas import SasToken
     from dps_agent.settings import Settings
     from dps_hal.contracts import StoredRecord
@@ -124,17 +125,22 @@ def load_held(
     return (None, reason) if reason else (assignment, "")
 
 
-def shown_to_hub(assignment: "Assignment") -> "Generator[Effect, Any, bytes | None]":
+def shown_to_hub(
+    assignment: "Assignment", renewal: "Renewal | None" = None
+) -> "Generator[Effect, Any, tuple[bytes | None, Renewal | None]]":
     """What shows a hub who the device is that has no tokens: the chain that DPS issued; None: the device's own.
 
-    IdentityStale `record.damaged` where that is not there.
+    And what has that renewed, on earlier connections of this identity and on those to come. IdentityStale
+    `record.damaged` where the chain is not there.
     """
     if not assignment.chain:
-        return None
+        return None, None
     from dps_agent.issued import chain_of
+    from dps_agent.renewal import Renewal
 
+    yield ConfirmClock(assignment.assigned_hub)  # when to renew it is a question of time
     chain = yield from chain_of(assignment)
-    return chain
+    return chain, renewal or Renewal(assignment, chain)
 
 
 def registration_id(settings: "Settings") -> "Generator[Effect, Any, str]":

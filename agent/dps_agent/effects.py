@@ -104,7 +104,8 @@ if TYPE_CHECKING:
         """Answered by `dps_hal.contracts.Utc`."""
 
     class ConfirmClock(NamedTuple):
-        """Before a token is made; answered by None once all were asked for the time who may know it.
+        """Before a token is made, or a certificate shown that is renewed in time; answered by None once all were asked
+        for the time who may know it.
 
         Where nobody vouches for the clock the certificate of `hub` is looked at; where there is no hub, "", or it is
         not reached, DPS is asked.

@@ -77,7 +77,7 @@ WAITED = "waited"
 KEPT = "the old one serves"  # the registration failed, the identity of before holds
 ACCEPTED = "the hub accepts it"
 PARTED = "no connection"  # it ended, or there was none
-RENEWED = "the next token is ready"
+RENEWED = "the next token is ready"  # or certificate
 STALE = "the identity is stale"
 
 # State, event, next state. One text, because a board has each tuple and each word in its heap.
@@ -498,6 +498,7 @@ class Lifecycle:
         yield Disconnect()
         self.reason = session.reason
         if end == ends.RENEW:
+            self.assignment = session.assignment
             return RENEWED, 0
         self._connected_since_s = None
         if end == ends.REGISTER:

@@ -13,7 +13,8 @@ Four things run side by side on a connection; only a suspect message holds up wh
 2. The twin is a machine of its own (`dps_agent.twin`): one request at a time, ours or a program's.
 3. Each telemetry message is under way (`_in_flight`) until it is acknowledged or given up. It may be `suspect`, which
    decides when it is sent again, and `withdrawn`: nobody waits for it.
-4. The next token is made while this one serves; once it is ready the connection ends with RENEW.
+4. The next token is made while this one serves; once it is ready the connection ends with RENEW. Of a device without
+   tokens the certificate that DPS issued is renewed (`dps_agent.renewal`, a machine of its own), to the same end.
 
 Which events they see. From the hub: Granted (1), Arrived (2, methods and messages), Acknowledged (3), Gone (all). From
 programs: SendTelemetry and Withdrawn (3), AnswerMethod, MessageDone. From the driver: Readers (1), where programs begin
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from dps_agent.assignment import Assignment
     from dps_agent.effects import Effect
     from dps_agent.hub_effects import ConnAck, Event
+    from dps_agent.renewal import Renewal
     from dps_agent.sas import SasToken
     from dps_agent.settings import Settings
     from dps_hal.contracts import Utc
@@ -200,6 +202,7 @@ class Session:
         self._struck: list[int] = []  # senders that got a strike for this connection: one each
         self._reads = False  # a program reads messages
         self._cleaned = False  # the older identity is gone
+        self._renewal: Renewal | None = None  # of the certificate that DPS issued
         self._forget_connection()
 
     def _forget_connection(self) -> None:
@@ -215,6 +218,13 @@ class Session:
         self._unasked.clear()
         self._renewed_at_s = NEVER_S  # when the next token was ready
         self.twin.forget_connection()
+        if self._renewal:
+            self._renewal.forget_connection()
+
+    @property
+    def assignment(self) -> "Assignment":
+        """The identity, which has another certificate once one was renewed."""
+        return self._assignment
 
     def open(self) -> "Generator[Effect, Any, str]":
         """Connects and subscribes; returns "" if that was done, else how it ended.
@@ -227,7 +237,7 @@ class Session:
         shown: SasToken | bytes | None = token
         if not has_tokens(self._assignment):
             self._renew_at_s = NEVER_S
-            shown = yield from shown_to_hub(self._assignment)
+            shown, self._renewal = yield from shown_to_hub(self._assignment, self._renewal)
         elif token is None:
             yield ConfirmClock(self._assignment.assigned_hub)
             shown = yield from self._make_token(CONNECT_SPREAD)
@@ -235,7 +245,8 @@ class Session:
         for telemetry in [telemetry for telemetry in self._in_flight if telemetry.withdrawn]:
             yield from self._give_up_unanswered(telemetry)
         hub, device_id = self._assignment.assigned_hub, self._assignment.device_id
-        user_name = f"{hub}/{device_id}/?api-version={API_VERSION}&DeviceClientType={self._client_type}"
+        version = self._renewal.api_version if self._renewal else API_VERSION
+        user_name = f"{hub}/{device_id}/?api-version={version}&DeviceClientType={self._client_type}"
         if self._settings.model_id:
             user_name += f"&model-id={percent_encode(self._settings.model_id)}"
         fresh = not self._reads  # with an old one the hub delivers at once what an earlier reader left, and counts that
@@ -311,7 +322,8 @@ class Session:
 
         1. Calls that no program has answered. 2. Telemetry of an earlier connection. 3. A twin request. 4. An end,
         where the hub has not granted the subscriptions in time. 5. A feature that the hub lacked. 6. The older
-        identity, which is forgotten. 7. The next token, and with it the end.
+        identity, which is forgotten. 7. A certificate that is to be renewed. 8. What the next connection shows is
+        ready: the end.
         """
         if self._overdue(now_s):  # the answer may have come in time and wait here
             end = yield from self._take_what_waits()
@@ -336,9 +348,22 @@ class Session:
                 self._cleaned = True
             except (RetryLater, AskOperator):
                 self._cleaned = True  # the next life's turn; what ails the store shows at the next commit
+        if self._renewal and now_s >= self._renewal.due_s():
+            must_register = yield from self._renewal.ask(now_s, self.dps_not_before_s)
+            if must_register:
+                self.reason = self._renewal.reason
+                return REGISTER
+            self._take_renewed(now_s)
         if now_s >= self._renew_due_s():
             return (yield from self._renew(now_s))
         return ""
+
+    def _take_renewed(self, now_s: float) -> None:
+        """Once another certificate is stored the next connection shows it."""
+        if self._renewal and self._renewal.assignment is not self._assignment:
+            self._assignment = self._renewal.assignment
+            self._renewed_at_s = now_s
+            self._cleaned = False
 
     def _overdue(self, now_s: float) -> "list[int]":
         return [call_id for call_id in self._calls if self._calls[call_id][1] <= now_s]
@@ -350,6 +375,8 @@ class Session:
 
     def _next_due_s(self) -> float:
         due_s = min(self._renew_due_s(), self._twin_due_s())
+        if self._renewal:
+            due_s = min(due_s, self._renewal.due_s())
         for _, until_s, _ in self._calls.values():
             due_s = min(due_s, until_s)
         for name in FEATURES:
@@ -441,7 +468,7 @@ class Session:
 
         What has come while the TPM signed is done on this connection: programs were told that it would be.
         """
-        if self._token is None:
+        if self._token is None and not self._renewal:
             try:
                 self._token = yield from self._make_token(RENEW_SPREAD)
             except (RetryLater, AskOperator):
@@ -453,7 +480,7 @@ class Session:
         end = yield from self._take_what_waits()
         if end or now_s < self._renew_due_s():
             return end
-        self.reason = "the token is renewed"
+        self.reason = "the certificate is renewed" if self._renewal else "the token is renewed"
         return RENEW
 
     def _make_token(self, spread: float) -> "Generator[Effect, Any, SasToken]":
@@ -485,6 +512,10 @@ class Session:
         if isinstance(event, RegisterAgain):
             self.reason = "asked to register again"
             return REGISTER
+        if self._renewal and (yield from self._renewal.take(event)):
+            taken_s: float = yield Uptime()
+            self._take_renewed(taken_s)
+            return ""
         if isinstance(event, Granted):
             yield from self._take_granted(event)
         elif isinstance(event, Acknowledged):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,19 +24,22 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from dps_agent.assignment import decode
-from dps_agent.der import certificates
+from dps_agent.der import certificates, validity
+from dps_agent.driver import Driver
 from dps_agent.host import load
 from dps_agent.host.cli import main
 from dps_agent.host.config import Configuration, ConfigurationError
-from dps_agent.host.parts import hub_connection, open_device
+from dps_agent.host.parts import clock_for, dps_connection, hub_connection, open_device
+from dps_agent.host.runner import Runner
 from dps_agent.hub_effects import ConnAck, Connect
 from dps_agent.issued import CHAIN_LIMIT, chain_for, chains_in, joined, name_of, public_key_of
+from dps_agent.lifecycle import Lifecycle
 from dps_emulator.attestation import Certificates, SymmetricKeys
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.issuing import Issuer
 from dps_emulator.service import Settings
 from dps_hal.contracts import CERTIFICATE, IDENTITY
-from dps_hal.errors import AskOperator
+from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.host.state_dir import open_store
 from support.cloud.chains import NO_CA, party
 from support.cloud.emulator import HUB, EmulatorInThread
@@ -157,6 +163,59 @@ def bench(
     secret = made.key_file.read_text() if made.key_file.exists() else ""
     for line in [line for line in secret.partition("END PRIVATE")[0].splitlines() if not line.startswith("-----")]:
         assert line not in made.printed, "the key was printed"
+
+
+class Shifted:
+    """A clock that a test moves."""
+
+    by_s = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.by_s
+
+
+def test_the_hub_renews_the_certificate_of_a_running_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("DPS_AGENT_", "CREDENTIALS_"))]:
+        monkeypatch.delenv(name)
+    clock = Shifted()
+    with EmulatorInThread(Settings(retry_after_s=0, client_certificates=True), clock=clock) as emulator:
+        bench = Bench(tmp_path, emulator, capsys, "symmetric-key")
+        clock.by_s = -25 * 86_400  # of a life of 30 days
+        bench.command("provision")
+        clock.by_s = 0.0
+        before, configuration = bench.chain(), bench.loaded()
+        store = open_store(configuration.state_dir)
+        life = Lifecycle(configuration.settings())
+        runner = Runner(
+            tpm=open_device(configuration),
+            store=store,
+            connection=dps_connection(configuration),
+            clock=clock_for(store),
+            hub=hub_connection(configuration),
+        )
+
+        def live() -> None:
+            with contextlib.suppress(RetryLater):
+                runner.run(life.live(False, False, True), Driver(life))
+
+        thread = threading.Thread(target=live)
+        thread.start()
+        try:
+            emulator.await_hub_log("connected", 2, DEVICE)
+        finally:
+            runner.stop()
+            thread.join(60)
+        assert not thread.is_alive()
+        events = [line.event for line in emulator.hub_log if line.device_id == DEVICE]
+        assert events.count("certificate") == 1 and events.count("issue-certificate") == 1, events
+        after = bench.chain()
+        lives_s = [validity(certificates(each)[0])[1] for each in (before, after)]
+        assert lives_s[1] - lives_s[0] > 24 * 86_400
+        assert bench.connack(after) == ConnAck(0, False)
+        assert bench.command("provision")["alreadyProvisioned"], "its seal is made anew"
+        assert sum(line.method == "PUT" for line in emulator.log) == 1
 
 
 ONLY_KEY = pytest.mark.parametrize("attestation", ["symmetric-key"], indirect=True)

@@ -2,12 +2,12 @@
 
 from dps_agent.issued import chains_in
 from dps_hal.contracts import CERTIFICATE
-from support.issuing import BY_ISSUANCE, IssuedWorld
-from support.lives import WHOLE_LIVES, Sweep, new_store, sweep
+from support.issuing import BY_ISSUANCE, LIVES, IssuedWorld
+from support.lives import Sweep, new_store, sweep
 
 
 def test_a_cut_anywhere_leaves_an_identity_with_its_certificate() -> None:
-    found = Sweep(tears="few", shared=True, way=BY_ISSUANCE).run(WHOLE_LIVES[:3])
+    found = Sweep(tears="few", way=BY_ISSUANCE).run(LIVES[:3] + LIVES[-1:])
     assert not found.lost, found.lost[0]
     assert found.states >= 100, f"only {found.states} states: the sweep does not sweep"
 

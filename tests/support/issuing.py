@@ -5,17 +5,21 @@ Beside `support.lives`, for CPython alone: on boards there is none of this.
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import TYPE_CHECKING, Any
 
 from dps_agent.assignment import decode, seal_message
 from dps_agent.attestation import shown_to_hub
 from dps_agent.effects import Commit, Http
+from dps_agent.hub_effects import Arrived, Publish, Subscribe
 from dps_agent.issued import chains_in, joined, name_of
+from dps_agent.renewal import Renewal
 from dps_agent.settings import ISSUED
 from dps_hal.contracts import CERTIFICATE, IDENTITY, PROGRESS
-from dps_hal.platform import from_json, sha256, to_base64
+from dps_hal.platform import from_base64, from_json, sha256, to_base64, to_json
 from support import lives
+from support.cloud.fake_hub import FakeHub
 from support.world import DEVICE, CertificateKey, FakeDps, FakeTpm, without
 
 if TYPE_CHECKING:
@@ -91,9 +95,12 @@ class IssuingDps(lives.KeyedDps):
         super().__init__(tpm)
         self.chains: list[bytes] = []
         self.root_first = False
+        self.dates = ("270115", "270214")  # of what is issued
 
     def work(self, http: Http) -> Reply:
         """See `FakeDps.work`."""
+        if http.path == "/":
+            return super().work(http)  # for its Date
         asks = "csr" in (from_json(http.body) if http.body else {})
         assert asks == (http.method == "PUT"), "a request for a certificate goes with each PUT, and with nothing else"
         assert "api-version=2025-07-01-preview" in http.path
@@ -115,9 +122,72 @@ class IssuingDps(lives.KeyedDps):
         if label != b"hub":
             return super()._new_key(label)
         tpm: Any = self.tpm
-        chain = certificate(DEVICE, "line 4", tpm.certificates_key, len(self.chains) + 1) + ISSUING
+        chain = certificate(DEVICE, "line 4", tpm.certificates_key, len(self.chains) + 1, self.dates) + ISSUING
         self.chains.append(chain)
         return chain
+
+
+class RenewingHub(FakeHub):
+    """A hub that takes what DPS and itself have issued, and has the topics of credentials.
+
+    `said` are (status, body) for the next requests instead of 202 and the certificate; None: it says nothing.
+    """
+
+    def __init__(self, name: str, chains: list[bytes]) -> None:
+        super().__init__(name)
+        self.chains = chains
+        self.asked: list[tuple[float, str, dict[str, Any]]] = []  # when, the request's id, its body
+        self.said: list[tuple[int, dict[str, Any]] | None] = []
+        self.issue_after_s = 1.0
+        self.held: list[tuple[str, bytes]] = []  # certificates that are not delivered: topic, body
+        self.life = ("270204", "270306")  # of what it issues
+        self.bare = False  # the body is the list alone
+
+    def publish(self, effect: Publish, packet_id: int, now_s: float) -> None:
+        """See `FakeHub.publish`."""
+        if not effect.topic.startswith("$iothub/credentials/POST/") or not self.serves(now_s):
+            super().publish(effect, packet_id, now_s)
+            return
+        assert "$iothub/credentials/res/#" in self.filters and not effect.qos
+        if [topic for topic in self.lacks if topic in effect.topic]:
+            self.drop(now_s)
+            return
+        rid, asked = effect.topic.partition("$rid=")[2], from_json(effect.payload)
+        assert re.fullmatch("[A-Za-z0-9][A-Za-z0-9-]{2,34}[A-Za-z0-9]", rid) and asked["id"] == DEVICE
+        assert from_base64(asked["csr"]) == request(DEVICE) and set(asked) <= {"id", "csr", "replace"}
+        self.asked.append((now_s, rid, asked))
+        said = self.said.pop(0) if self.said else (202, {"correlationId": "c"})
+        if said is None:
+            return
+        self.answer(now_s, said[0], rid, said[1])
+        if said[0] == 202:
+            leaf = certificate(DEVICE, "line 4", KEY, 100 + len(self.chains), self.life)
+            self.chains.append(leaf + ISSUING)
+            listed = [to_base64(each) for each in (leaf, ISSUING, ROOT)]
+            body = listed if self.bare else {"correlationId": "c", "certificates": listed}
+            self.held.append((rid, to_json(body).encode()))
+            self.events.append((now_s + self.issue_after_s, self._certificate()))
+
+    def subscribe(self, effect: Subscribe, packet_id: int, now_s: float) -> None:
+        """See `FakeHub.subscribe`; what was not delivered comes then."""
+        super().subscribe(effect, packet_id, now_s)
+        if self.held and self.serves(now_s) and "credentials" in effect.filters[0][0]:
+            self.events.append((now_s + 0.2, self._certificate()))
+
+    def take_event(self, now_s: float) -> Any:
+        """See `FakeHub.take_event`."""
+        event = super().take_event(now_s)
+        if isinstance(event, Arrived) and "credentials/res/200" in event.topic:
+            self.held = [each for each in self.held if each[0] not in event.topic]
+        return event
+
+    def answer(self, now_s: float, status: int, rid: str, body: dict[str, Any]) -> None:
+        """Says something to a request."""
+        self.send(now_s + 0.1, f"$iothub/credentials/res/{status}/?$rid={rid}", to_json(body).encode())
+
+    def _certificate(self) -> Arrived:
+        rid, body = self.held[-1]
+        return Arrived(f"$iothub/credentials/res/200/?$rid={rid}", body, 0)
 
 
 class IssuedWorld(lives.FlashWorld):
@@ -161,15 +231,33 @@ class IssuedWorld(lives.FlashWorld):
 
     def accepts(self, assignment: Assignment | None) -> bool:
         """See `FlashWorld.accepts`."""
-        return assignment is not None and self.serves((assignment.assigned_hub, self.run(shown_to_hub(assignment))))
+        return assignment is not None and self.serves((assignment.assigned_hub, self.run(shown_to_hub(assignment))[0]))
 
 
+def renew(world: lives.FlashWorld) -> None:
+    """The hub sends another certificate."""
+    service, tpm = world.service, world.tpm
+    assert isinstance(service, IssuingDps) and isinstance(tpm, IssuingTpm)
+    stored = world.slot_store.load(IDENTITY)
+    assert stored is not None
+    assignment = decode(stored.payload)[0]
+    renewal = Renewal(assignment, world.run(shown_to_hub(assignment))[0])
+    renewal.state = "accepted"
+    leaf = certificate(DEVICE, "line 4", tpm.certificates_key, 77, ("270204", "270306"))
+    service.chains.append(leaf + ISSUING)
+    service.issued.append((assignment.assigned_hub, leaf + ISSUING))
+    body = to_json({"certificates": [to_base64(leaf), to_base64(ISSUING)]}).encode()
+    topic = f"$iothub/credentials/res/200/?$rid={renewal.request_id}"
+    assert world.run(renewal.take(Arrived(topic, body, 0))) and renewal.assignment is not assignment
+
+
+LIVES = (*lives.WHOLE_LIVES, lives.Life("renewal", lives.twice, renew))
 BY_ISSUANCE = lives.Way(
     "lives-by-issuance",
     IssuedWorld,
     (
-        (lives.CUT, "few", lives.WHOLE_LIVES),
-        (lives.CUT, "32", lives.WHOLE_LIVES[:3] + lives.FAILING_LIVES),
+        (lives.CUT, "few", LIVES),
+        (lives.CUT, "32", LIVES[:3] + LIVES[-1:] + lives.FAILING_LIVES),
         (lives.CUT_TWICE, "few", lives.WHOLE_LIVES[:1]),
         (lives.KILL_THEN_CUT, "few", lives.WHOLE_LIVES[1:2]),
     ),

@@ -24,13 +24,10 @@ PROGRAM = CHECKOUT / "micropython" / "app.py"
 STARTS = ("boot", "main")  # run as text by the firmware
 FACTORY = "dps_board.factory"  # called over the serial console
 BUSES = {"spi": "dps_hal.tpm.spi", "i2c": "dps_hal.tpm.i2c"}  # by `tpm.tcti`: a board has one of them
-# Boards show no certificate.
-_OF_CERTIFICATES = ("dps_agent.registration_by_certificate", "dps_agent.registration_by_issuance", "dps_agent.issued")
 # By `attestation`: what a board of that kind has no use for.
 OF_OTHER_WAYS = {
-    "tpm": (*_OF_CERTIFICATES, "dps_agent.registration_by_key", "dps_hal.device_key"),
+    "tpm": ("dps_agent.registration_by_key", "dps_hal.device_key"),
     "symmetric-key": (
-        *_OF_CERTIFICATES,
         *("dps_agent.registration_by_tpm", "dps_hal.tpm.wire", "dps_hal.tpm.tis"),
         *BUSES.values(),
     ),
@@ -59,7 +56,11 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "dps_hal.tpm.wire": ("WireTpm",),
 }
 COMPILER_LIMIT_S = 60
-NOT_ON_A_BOARD = ("dps_hal/host/", "dps_hal/tpm/tcp.py")  # what needs an operating system; a TPM behind a socket
+# What needs an operating system; a TPM behind a socket; and what is for certificates, of which a board shows none.
+NOT_ON_A_BOARD = (
+    *("dps_hal/host/", "dps_hal/tpm/tcp.py", "dps_agent/registration_by_certificate.py"),
+    *("dps_agent/registration_by_issuance.py", "dps_agent/issued.py", "dps_agent/renewal.py"),
+)
 
 
 class Module(NamedTuple):

@@ -114,8 +114,9 @@ class FakeHub:
     def _verified(self, effect: "Connect", utc_s: int) -> int:
         """The token's expiry, or 0 where user name or token is not right."""
         user, _, query = effect.user_name.partition("?")
+        version = "2025-08-01-preview" if isinstance(effect.token, bytes) else "2021-04-12"
         if user != f"{self.name}/{effect.device_id}/" or not query.startswith(
-            "api-version=2021-04-12&DeviceClientType="
+            f"api-version={version}&DeviceClientType="
         ):
             return 0
         fields: dict[str, str] = {}

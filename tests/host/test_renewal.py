@@ -1,0 +1,258 @@
+"""An issued certificate is renewed over its hub: a device's life in virtual time, and what may go wrong with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dps_agent.assignment import decode
+from dps_agent.issued import chains_in, name_of
+from dps_agent.lifecycle import CONNECTED, Lifecycle
+from dps_agent.settings import ISSUED
+from dps_hal.contracts import CERTIFICATE, IDENTITY
+from dps_hal.errors import RetryLater
+from support.issuing import DAY_S, IssuingDps, IssuingTpm, RenewingHub
+from support.world import DEVICE, HUB, World, settings
+
+LIFE_S = 30 * DAY_S
+DUE_S = (18 * DAY_S, 20 * DAY_S)  # two thirds, and up to a twentieth of the life earlier
+LATER = ("270204", "270306")  # a life that begins as the first one is to be renewed
+
+
+class Device:
+    """A device at its hub, whose certificate was issued when the world began."""
+
+    def __init__(self) -> None:
+        self.world = World()
+        self.world.tpm = IssuingTpm()
+        self.world.dps = self.dps = IssuingDps(self.world.tpm)
+        self.hub = RenewingHub(HUB, self.dps.chains)
+        self.world.hubs = {HUB: self.hub}
+        self.life = Lifecycle(settings(certificate=ISSUED))
+
+    def live(self, until_s: float) -> Device:
+        self.world.effects.clear()
+        self.world.end_at(until_s)
+        self.world.run(self.life.live(False, False, True))
+        return self
+
+    def issue_later(self) -> None:
+        """From now on DPS issues for the time to come."""
+        self.dps.dates = LATER
+
+    @property
+    def registrations(self) -> int:
+        return self.dps.registrations
+
+    @property
+    def shown(self) -> bytes:
+        """The chain that the stored identity names."""
+        named = decode(self.world.store[IDENTITY])[0].chain
+        (chain,) = [chain for chain in chains_in(self.world.store[CERTIFICATE]) if name_of(chain) == named]
+        return chain
+
+
+@pytest.fixture
+def device() -> Device:
+    return Device()
+
+
+def test_it_is_renewed_at_two_thirds_of_its_life_and_the_next_connection_shows_it(device: Device) -> None:
+    device.live(DUE_S[0])
+    assert device.hub.asked == [] and len(device.hub.connections) == 1
+    device = Device().live(25 * DAY_S)
+    ((when, _, asked),) = device.hub.asked
+    assert DUE_S[0] < when < DUE_S[1] and "replace" not in asked
+    assert device.registrations == 1 and device.shown == device.dps.chains[-1]
+    assert [code for _, code in device.hub.connections] == [0, 0]
+    assert device.hub.connections[1][0] - when < 60, "at once"
+    assert device.life.state == CONNECTED and device.life.assignment is not None
+    assert device.life.assignment.chain == name_of(device.shown), "the life knows it as well"
+
+
+def test_a_year_of_renewals_is_lived_without_a_registration(device: Device) -> None:
+    lives = [("270204", "270306"), ("270224", "270326"), ("270316", "270415")]
+
+    def next_life() -> None:
+        device.hub.life = lives.pop(0)
+
+    for day in (10, 30, 50):
+        device.world.at(day * DAY_S, next_life)
+    device.live(70 * DAY_S)
+    assert len(device.hub.asked) == 3 and device.registrations == 1
+    assert len({rid for _, rid, _ in device.hub.asked}) == 3 and len(chains_in(device.world.store[CERTIFICATE])) == 2
+
+
+def test_a_bare_list_is_taken_as_well(device: Device) -> None:
+    device.hub.bare = True
+    device.live(25 * DAY_S)
+    assert device.registrations == 1 and device.shown == device.dps.chains[-1] and len(device.dps.chains) == 2
+
+
+def test_a_certificate_that_comes_hours_later_is_taken(device: Device) -> None:
+    device.hub.issue_after_s = 11 * 3600
+    device.live(25 * DAY_S)
+    assert len(device.hub.asked) == 1 and device.registrations == 1 and device.shown == device.dps.chains[-1]
+
+
+def test_after_a_lost_connection_the_same_request_goes_out_under_the_same_id(device: Device) -> None:
+    device.hub.issue_after_s = 6 * 3600
+    first: list[float] = []
+
+    def lose() -> None:
+        first.append(device.world.uptime_s)
+        device.hub.drop(device.world.uptime_s)
+        device.hub.said = [(202, {})]
+
+    device.world.at(19 * DAY_S, lose)
+    device.live(25 * DAY_S)
+    assert len(device.hub.asked) == 2 and device.hub.asked[0][1:] == device.hub.asked[1][1:], device.hub.asked
+    assert device.registrations == 1 and device.shown in device.dps.chains[1:]
+
+
+def test_the_next_process_asks_under_the_same_id(device: Device) -> None:
+    device.hub.said = [None]
+    device.live(DUE_S[0])
+    device.life = Lifecycle(settings(certificate=ISSUED))
+
+    def until_asked() -> None:
+        if device.hub.asked:
+            device.world.over = True
+        else:
+            device.world.at(device.world.uptime_s + 10, until_asked)
+
+    device.world.at(DUE_S[0] + 1, until_asked)
+    device.live(DUE_S[1])
+    (asked,) = device.hub.asked
+    again = Lifecycle(settings(certificate=ISSUED))
+    device.life = again
+    device.live(21 * DAY_S)
+    assert device.hub.asked[1][1:] == asked[1:] and device.registrations == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        (429, {"errorCode": 429002, "retryAfter": 7200}),
+        (500, {"errorCode": 500001}),
+        (503, {"errorCode": 503001, "message": "busy\x1b[2J"}),
+        None,
+        (409, {"errorCode": 409004}),
+    ],
+)
+def test_what_may_be_better_later_is_asked_for_again(device: Device, said: Any) -> None:
+    device.hub.said = [said]
+    device.live(22 * DAY_S)
+    first, second = device.hub.asked
+    assert device.registrations == 1 and device.shown == device.dps.chains[-1]
+    wait_s = second[0] - first[0]
+    if said and said[0] == 429:
+        assert wait_s >= 7200
+    elif said and said[0] == 409:
+        assert wait_s < 5 and second[2]["replace"] == "*" and second[1] == first[1]
+    else:
+        assert 20 <= wait_s <= 300
+
+
+def test_an_error_behind_the_202_counts_as_the_answer(device: Device) -> None:
+    rid: list[str] = []
+
+    def refuse() -> None:
+        rid.append(device.hub.asked[0][1])
+        device.hub.events.clear()
+        device.hub.held.clear()
+        device.hub.answer(device.world.uptime_s, 500, rid[0], {"errorCode": 500001})
+
+    device.hub.issue_after_s = 12 * 3600
+    device.world.at(19 * DAY_S, refuse)
+    device.live(22 * DAY_S)
+    assert len(device.hub.asked) == 2 and device.hub.asked[1][1] != rid[0] and device.registrations == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        (400, {"errorCode": 400037, "info": {"credentialError": "400000"}}),
+        (403, {"errorCode": 403010}),
+        (404, {"errorCode": 404001}),
+        (412, {"errorCode": 412005}),
+        (503, {"errorCode": 503102}),
+    ],
+)
+def test_what_will_stay_so_is_answered_by_a_registration_and_that_is_bounded(device: Device, said: Any) -> None:
+    device.hub.said = [said]
+    device.world.at(DUE_S[0], device.issue_later)
+    device.live(DUE_S[1])
+    assert device.registrations == 2 and device.shown == device.dps.chains[-1] and len(device.hub.asked) == 1
+    device = Device()
+    device.hub.said = [said] * 1000
+    device.live(25 * DAY_S)
+    in_vain = device.registrations - 1
+    assert 1 <= in_vain <= 6, in_vain  # DPS issues the same life again, which is as old as the first
+
+
+def test_a_clock_that_is_weeks_ahead_renews_and_registers_no_more_than_once_a_day(device: Device) -> None:
+    device.world.utc_error_s = 25 * DAY_S
+    device.hub.life = ("270116", "270215")
+    device.live(5 * DAY_S)
+    assert 1 <= len(device.hub.asked) <= 30 and device.registrations <= 5, (len(device.hub.asked), device.registrations)
+
+
+def test_a_hub_that_never_has_room_is_left_for_a_registration_after_some_tries(device: Device) -> None:
+    device.hub.said = [(429, {"errorCode": 429002})] * 5
+    device.world.at(DUE_S[0], device.issue_later)
+    device.live(DUE_S[1] + DAY_S)
+    assert len(device.hub.asked) == 5 and device.registrations == 2
+
+
+@pytest.mark.parametrize("refuses", [True, False], ids=["refuses", "hangs up"])
+def test_a_hub_without_the_topics_is_left_for_a_registration(device: Device, refuses: bool) -> None:
+    device.hub.lacks = ["credentials"]
+    device.hub.refuses = refuses
+    device.world.at(DUE_S[0], device.issue_later)
+    device.live(DUE_S[1] + DAY_S)
+    assert device.registrations == 2 and device.hub.asked == []
+
+
+def test_a_store_that_fails_is_asked_again_and_nothing_is_lost(device: Device) -> None:
+    device.live(DUE_S[0])
+    before = device.shown
+    device.world.refuse["Commit"] = [RetryLater("store.io", "the disk is away")] * 3
+    device.life = Lifecycle(settings(certificate=ISSUED))
+    device.live(25 * DAY_S)
+    assert device.shown == device.dps.chains[-1] != before and len(device.hub.asked) == 1 and device.registrations == 1
+
+
+def test_a_certificate_that_ends_no_later_or_is_for_another_key_is_refused(device: Device) -> None:
+    device.hub.life = ("270115", "270214")
+    device.live(20.5 * DAY_S)
+    assert device.shown in device.dps.chains and device.registrations >= 1
+    assert "ends no later" in device.life.reason or len(device.hub.asked) >= 2
+
+
+def test_a_clock_that_nobody_believes_renews_nothing(device: Device) -> None:
+    device.live(DUE_S[0])
+    device.world.believable = False
+    device.life = Lifecycle(settings(certificate=ISSUED))
+    device.live(22 * DAY_S)
+    assert device.hub.asked == []
+    device.world.believable = True
+    device.life = Lifecycle(settings(certificate=ISSUED))
+    device.live(22.1 * DAY_S)
+    assert len(device.hub.asked) == 1
+
+
+def test_a_certificate_that_the_hub_refuses_is_replaced_by_a_registration(device: Device) -> None:
+    device.live(DAY_S)
+    device.hub.chains = []
+    device.world.at(2 * DAY_S, lambda: device.hub.drop(2 * DAY_S))
+
+    def take_the_next() -> None:
+        device.hub.chains = device.dps.chains
+
+    device.world.at(2.1 * DAY_S, take_the_next)
+    device.life = Lifecycle(settings(certificate=ISSUED))
+    device.live(3 * DAY_S)
+    assert device.registrations >= 2 and device.life.state == CONNECTED
+    assert decode(device.world.store[IDENTITY])[0].device_id == DEVICE
