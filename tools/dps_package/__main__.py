@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 def main(try_built: Callable[[list[Path], Path], None] | None = None) -> int:
-    """Builds what the command line asks for and prints the paths; `--test` asks for everything.
+    """Builds what the command line asks for and prints the paths; `--test` asks for everything, `--foreign` for the
+    light package.
 
     `try_built` gets the paths and a folder to work in, before they are printed.
     """
     parser = argparse.ArgumentParser(prog="tools/package")
-    for name in ("--deb", "--light", "--wheel", "--test"):
+    for name in ("--deb", "--light", "--wheel", "--test", "--foreign"):
         parser.add_argument(name, action="store_true")
     parser.add_argument("--out", type=Path, default=CHECKOUT / "dist")
     parser.add_argument("--revision", default="1")
@@ -48,7 +49,7 @@ def main(try_built: Callable[[list[Path], Path], None] | None = None) -> int:
 
 def _build(wanted: argparse.Namespace, work: Path) -> list[Path]:
     """What was asked for, everything by default; `work` is for what is only needed on the way."""
-    everything = wanted.test or not (wanted.deb or wanted.light or wanted.wheel)
+    everything = wanted.test or not (wanted.deb or wanted.light or wanted.wheel or wanted.foreign)
     built: list[Path] = []
     if everything or wanted.wheel:
         built += build_distributions(wanted.out)
@@ -57,7 +58,7 @@ def _build(wanted: argparse.Namespace, work: Path) -> list[Path]:
         wheel = build_distributions(work, wheel_only=True)[0]
     if everything or wanted.deb:
         built.append(build_full(wanted.out, wheel, wanted.revision))
-    if everything or wanted.light:
+    if everything or wanted.light or wanted.foreign:
         built.append(build_light(wanted.out, wheel, wanted.revision))
     return built
 

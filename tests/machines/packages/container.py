@@ -42,7 +42,7 @@ def system_archive(packages: Sequence[str]) -> Path:
 
     Takes minutes the first time; `packages` may hold what is installed anyway.
     """
-    sources = _apt_sources()
+    sources = apt_sources()
     wanted = ",".join(sorted({*SYSTEM_PACKAGES, *packages}))
     name = hashlib.sha256(f"{wanted}\n{sources}".encode()).hexdigest()[:12]
     cache = Path(sys.prefix).parent
@@ -54,7 +54,7 @@ def system_archive(packages: Sequence[str]) -> Path:
             listed.write_text(sources)
             # What it mounts nobody else sees: a program that looks through all folders would keep it from ending.
             alone = ["unshare", "--mount"] if os.geteuid() == 0 else []
-            command = [*alone, "mmdebstrap", "--quiet", "--variant=minbase", f"--include={wanted}", _codename()]
+            command = [*alone, "mmdebstrap", "--quiet", "--variant=minbase", f"--include={wanted}", codename()]
             try:
                 run([*command, str(made), str(listed)], {**os.environ, "PATH": SYSTEM_PATH, "TMPDIR": folder})
             except BuildFailed as error:
@@ -65,7 +65,7 @@ def system_archive(packages: Sequence[str]) -> Path:
     return archive
 
 
-def _codename() -> str:
+def codename() -> str:
     text = Path("/etc/os-release").read_text()
     found = re.search(r"^VERSION_CODENAME=(\w+)$", text, re.M)
     if found is None:
@@ -73,7 +73,7 @@ def _codename() -> str:
     return found[1]
 
 
-def _apt_sources() -> str:
+def apt_sources() -> str:
     """This machine's own sources of its release, as lines of sources.list, without those of other projects."""
     fields = "$(ORIGIN)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)|$(SIGNED_BY)"
     targets = run(["apt-get", "indextargets", "--format", fields, "Created-By: Packages"]).splitlines()
@@ -84,7 +84,7 @@ def _apt_sources() -> str:
     lines: set[str] = set()
     for target in targets:
         origin, address, release, component, _ = target.split("|")
-        if origin in keyrings and release.startswith(_codename()):
+        if origin in keyrings and release.startswith(codename()):
             lines.add(f"deb [signed-by={keyrings[origin]}] {address} {release} {component}\n")
     if not lines:
         raise Unavailable("apt knows no sources of this release; run apt-get update")

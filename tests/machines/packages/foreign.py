@@ -1,0 +1,156 @@
+"""What `tools/package --foreign` does: dps-agent-light on the userlands of other processors, which qemu-user emulates.
+
+No kernel has to know of it (binfmt_misc): packages are unpacked, not installed, and each program is started by the
+emulator. So what is not run here are the maintainer scripts, systemd, and tpm2-tss of those processors; nor does
+`status` find the service, whose time of start qemu tells the service otherwise than all others.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from dps_package.__main__ import main as build
+from dps_package.distributions import run
+from machines.packages.container import ENDS_WITH_US, CommandFailed, Unavailable, apt_sources, codename
+from machines.packages.lifecycle import ID_SCOPE, claim, import_enrolment, title
+from support.cloud.emulator import EmulatorProcess
+from support.tpm.swtpm import Swtpm
+
+COMMAND_DEADLINE_S = 300  # of a processor that is emulated, on a busy machine
+LAUNCHER = ("/usr/bin/python3", "-IS", "/usr/bin/dps-agent")  # as its first line has it
+# With a mount namespace of its own nothing stays mounted, whatever ends it.
+ENTER = 'mount --bind /proc "$0/proc" && mount --bind /dev "$0/dev" && exec chroot "$0" "$@"'
+
+
+class Processor(NamedTuple):
+    """One architecture as Debian calls it, qemu and Python's platform.machine()."""
+
+    architecture: str
+    emulator: str
+    machine: str
+
+
+PROCESSORS = (
+    Processor("arm64", "qemu-aarch64-static", "aarch64"),
+    Processor("armhf", "qemu-arm-static", "armv7l"),
+)
+
+
+def main() -> int:
+    """Exit status 0: it lives on each of them; 1: not; 2: this machine cannot try it."""
+    try:
+        return build(try_built)
+    except CommandFailed as error:
+        print(f"\ntools/package: {error}", file=sys.stderr)
+        return 1
+    except Unavailable as error:
+        print(f"\ntools/package: {error}", file=sys.stderr)
+        return 2
+
+
+def try_built(built: list[Path], work: Path) -> None:
+    """A life on each processor."""
+    light = next(path for path in built if path.name.endswith("_all.deb"))
+    for processor in PROCESSORS:
+        with tempfile.TemporaryDirectory(prefix="dps-foreign-", dir="/var/tmp") as folder:
+            userland = Userland(Path(folder) / "root", processor, light)
+            with EmulatorProcess("--id-scope", ID_SCOPE, "--retry-after", "1") as emulator, Swtpm(work / "tpm") as tpm:
+                live(userland, emulator, tpm)
+        shutil.rmtree(work / "tpm")
+
+
+class Userland:
+    """A folder with a distribution's packages for one processor, unpacked, and dps-agent-light among them."""
+
+    def __init__(self, root: Path, processor: Processor, light: Path) -> None:
+        self.root = root
+        self.processor = processor
+        needs = run(["dpkg-deb", "--field", str(light), "Depends"]).split(",")
+        names = [need.split()[0] for need in needs if need.split()[0].startswith("python3")]
+        sources = root.with_name("sources.list")
+        # The release itself: its updates change nothing of what is tried here.
+        sources.write_text("".join(line for line in apt_sources().splitlines(True) if f"/ {codename()} " in line))
+        title(f"{processor.architecture}: {', '.join(names)} unpacked, {light.name} too")
+        words = ["unshare", "--mount", "mmdebstrap", "--quiet", "--variant=extract", f"--include={','.join(names)}"]
+        run([*words, f"--architectures={processor.architecture}", codename(), str(root), str(sources)])
+        run(["dpkg-deb", "--extract", str(light), str(root)])
+        for name in ("proc", "dev", "run"):
+            (root / name).mkdir(exist_ok=True)
+        program = shutil.which(processor.emulator)
+        if program is None:
+            raise Unavailable(f"this needs {processor.emulator} (package qemu-user-static)")
+        shutil.copy(program, root / "emulator")
+
+    def started(self, *words: str) -> subprocess.Popen[str]:
+        """`dps-agent` with these words, begun."""
+        enter = [*ENDS_WITH_US, "unshare", "--mount", "sh", "-c", ENTER, str(self.root), "/emulator", *LAUNCHER]
+        return subprocess.Popen(
+            [*enter, *words],
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": "/"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *words: str) -> str:
+        """Runs `dps-agent` with these words and returns its output, both streams; CommandFailed where it fails."""
+        print(f"# dps-agent {' '.join(words)}", flush=True)
+        with self.started(*words) as process:
+            try:
+                output, _ = process.communicate(timeout=COMMAND_DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise CommandFailed(f"did not end within {COMMAND_DEADLINE_S} s: dps-agent {words[0]}") from None
+        for line in output.splitlines():
+            print(f"  {line}", flush=True)
+        if process.returncode:
+            raise CommandFailed(f"exit status {process.returncode}: dps-agent {' '.join(words)}")
+        return output
+
+
+def live(userland: Userland, emulator: EmulatorProcess, tpm: Swtpm) -> None:
+    """Version, enrolment, registration through the back end `wire`, and the service until it is at its hub."""
+    said = userland.run("version")
+    claim(f"a {userland.processor.machine}", f"-{userland.processor.machine}-" in said, said)
+    folder = userland.root / "etc/dps-agent"
+    (folder / "config.d").mkdir(parents=True, exist_ok=True)
+    shutil.copy(emulator.ca_file, folder / "test-ca.pem")
+    (folder / "config.d/50-test.toml").write_text(
+        f'id_scope = "{ID_SCOPE}"\nendpoint = "{emulator.url}"\nca_file = "/etc/dps-agent/test-ca.pem"\n'
+        f'[tpm]\ntcti = "{tpm.tcti}"\n'
+        f'[hub]\nconnect_to = "{emulator.hub_connect_to}"\nca_file = "/etc/dps-agent/test-ca.pem"\n'
+    )
+    import_enrolment(userland.run("enroll", "--format", "csv"), emulator.state_dir)
+    userland.run("provision")
+    claim("assigned", "assigned" in userland.run("status"))
+    print("# dps-agent run", flush=True)
+    service = userland.started("run")
+    try:
+        until_s = time.monotonic() + COMMAND_DEADLINE_S
+        while not any(line.event == "connected" for line in emulator.hub_log):
+            if service.poll() is not None or time.monotonic() > until_s:
+                service.kill()
+                raise CommandFailed(f"not at its hub: {service.communicate()[0]}")
+            time.sleep(0.5)
+        claim("it is at its hub", True)
+        service.terminate()
+        output, _ = service.communicate(timeout=COMMAND_DEADLINE_S)
+        for line in output.splitlines():
+            print(f"  {line}", flush=True)
+        claim("asked to end it ends in order", service.returncode == 0, output)
+        registrations = sum(line.operation == "register" and line.status == 202 for line in emulator.log)
+        claim("one registration", registrations == 1, registrations)
+    finally:
+        service.kill()
+        service.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
