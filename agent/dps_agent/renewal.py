@@ -27,7 +27,17 @@ A preview of Azure, hub api-version 2025-08-01-preview. Sources: Microsoft's cli
 from dps_agent.assignment import Assignment, decode, sealed
 from dps_agent.backoff import exponential_s
 from dps_agent.der import certificates, validity
-from dps_agent.effects import Commit, LoadRecord, Random, ReadRequest, Uptime, UtcNow
+from dps_agent.effects import (
+    NO_REPLY_CLOSED,
+    NO_REPLY_TLS_CLIENT,
+    NO_REPLY_TLS_FAILED,
+    Commit,
+    LoadRecord,
+    Random,
+    ReadRequest,
+    Uptime,
+    UtcNow,
+)
 from dps_agent.hub_effects import Acknowledge, Arrived, Granted, Publish, Subscribe
 from dps_agent.issued import chain_for, name_of, records_with
 from dps_agent.twin import NEVER_S, query_value
@@ -116,6 +126,22 @@ class Renewal:
         self._packet_id = None
         if self._taken:
             self._taken = self._taken[0], 0
+
+    def is_refused(self, reason: str) -> "Generator[Effect, Any, bool]":
+        """Whether a connection that did not come about says that the hub does not take the certificate.
+
+        It says so in TLS, or hangs up on one that has ended.
+        """
+        word = reason.partition(":")[0]
+        if word == NO_REPLY_TLS_CLIENT:
+            return True
+        if word not in (NO_REPLY_CLOSED, NO_REPLY_TLS_FAILED):
+            return False
+        now: Utc = yield UtcNow()
+        try:
+            return now.believable and now.now_s > validity(certificates(self._chain)[0])[1]
+        except (ValueError, IndexError):
+            return True
 
     def ask(self, now_s: float, dps_not_before_s: float) -> "Generator[Effect, Any, bool]":
         """Does what is due; whether the device is to register instead, which DPS allows from `dps_not_before_s` on."""

@@ -252,7 +252,8 @@ class Session:
         fresh = not self._reads  # with an old one the hub delivers at once what an earlier reader left, and counts that
         answer: ConnAck | NoReply = yield Connect(hub, device_id, user_name, shown, self._settings.keep_alive_s, fresh)
         if isinstance(answer, NoReply):
-            return self._ended("was not reached", answer.reason)
+            end = self._ended("was not reached", answer.reason)
+            return REFUSED if self._renewal and (yield from self._renewal.is_refused(answer.reason)) else end
         if answer.return_code:
             return self._refused(answer.return_code)
         self.accepted = True

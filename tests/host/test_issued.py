@@ -6,6 +6,10 @@ import base64
 import contextlib
 import json
 import os
+import socket
+import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,9 +30,11 @@ from cryptography.hazmat.primitives.serialization import (
 from dps_agent.assignment import decode
 from dps_agent.der import certificates, validity
 from dps_agent.driver import Driver
+from dps_agent.effects import NoReply
 from dps_agent.host import load
 from dps_agent.host.cli import main
 from dps_agent.host.config import Configuration, ConfigurationError
+from dps_agent.host.network.mqtt import HubConnection
 from dps_agent.host.parts import clock_for, dps_connection, hub_connection, open_device
 from dps_agent.host.runner import Runner
 from dps_agent.hub_effects import ConnAck, Connect
@@ -41,7 +47,7 @@ from dps_emulator.service import Settings
 from dps_hal.contracts import CERTIFICATE, IDENTITY
 from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.host.state_dir import open_store
-from support.cloud.chains import NO_CA, party
+from support.cloud.chains import CA, NO_CA, SIGNS_CERTIFICATES, party, serving, written
 from support.cloud.emulator import HUB, EmulatorInThread
 from support.tpm.states import copy_state
 
@@ -165,6 +171,45 @@ def bench(
         assert line not in made.printed, "the key was printed"
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_hub_that_does_not_know_the_issuer_says_so_in_tls(tmp_path: Path, version: ssl.TLSVersion) -> None:
+    root, stranger, issuer = (party(name, None, [*CA, SIGNS_CERTIFICATES]) for name in ("root", "stranger", "issuer"))
+    served = party(HUB, root, [(x509.SubjectAlternativeName([x509.DNSName(HUB)]), False)])
+    own = party(DEVICE, issuer, NO_CA)
+    for name, one in (("root", root), ("stranger", stranger)):
+        (tmp_path / f"{name}.pem").write_text(one.pem)
+    context = serving(tmp_path, served)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(tmp_path / "stranger.pem")
+    context.maximum_version = version
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+            shaking = context.wrap_bio(there, back, server_side=True)
+            plain, _ = listening.accept()
+            with plain:
+                while came := plain.recv(65536):  # to the end: what is left unread would cost the client the alert
+                    there.write(came)
+                    with contextlib.suppress(ssl.SSLError):
+                        shaking.do_handshake()
+                    plain.sendall(back.read())
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        connection = HubConnection(
+            connect_to=f"127.0.0.1:{listening.getsockname()[1]}",
+            ca_file=str(tmp_path / "root.pem"),
+            transport="mqtt",
+            issued_key_file=str(written(tmp_path / "own.pem", own)),
+        )
+        answer = connection.connect(Connect(HUB, DEVICE, f"{HUB}/{DEVICE}/?api-version=1", own.certificate, 60, True))
+        connection.close()
+        thread.join(60)
+    assert isinstance(answer, NoReply) and "tls_client_certificate: " in answer.reason, answer
+    assert "unknown ca" in answer.reason
+
+
 class Shifted:
     """A clock that a test moves."""
 
@@ -216,6 +261,24 @@ def test_the_hub_renews_the_certificate_of_a_running_device(
         assert bench.connack(after) == ConnAck(0, False)
         assert bench.command("provision")["alreadyProvisioned"], "its seal is made anew"
         assert sum(line.method == "PUT" for line in emulator.log) == 1
+
+
+@pytest.mark.parametrize("attestation", ["symmetric-key", "tpm"], indirect=True)
+def test_the_service_runs_and_its_hub_hears_of_it(bench: Bench) -> None:
+    program = [sys.executable, "-m", "dps_agent.host.cli", "--config", str(bench.settings), "run"]
+    before = len(bench.emulator.hub_log)
+    started = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        bench.text("wait", "--timeout", "60")
+        shown = bench.text("status")
+    finally:
+        started.terminate()
+        said, _ = started.communicate(timeout=60)
+    bench.printed += said
+    assert started.returncode == 0, said
+    assert "state            connected" in shown and "issued by DPS, until 2" in shown, shown
+    events = [line.event for line in bench.emulator.hub_log[before:]]
+    assert events.count("connected") == 1 and "refused" not in events, events
 
 
 ONLY_KEY = pytest.mark.parametrize("attestation", ["symmetric-key"], indirect=True)

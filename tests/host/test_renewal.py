@@ -243,6 +243,29 @@ def test_a_clock_that_nobody_believes_renews_nothing(device: Device) -> None:
     assert len(device.hub.asked) == 1
 
 
+@pytest.mark.parametrize(
+    ("reason", "days", "registers"),
+    [
+        ("tls_client_certificate: unknown ca", 1, True),
+        ("closed: the connection broke", 1, False),
+        ("closed: the connection broke", 31, True),
+        ("tls_failed: handshake failure", 31, True),
+        ("connect: refused", 31, False),
+        ("dns: no answer", 31, False),
+    ],
+)
+def test_a_handshake_that_says_so_is_a_refusal(device: Device, reason: str, days: int, registers: bool) -> None:
+    device.hub.lacks = ["credentials"]
+    device.live(DAY_S)
+    device.hub.absent = reason
+    device.dps.dates = ("270214", "270316")
+    device.world.uptime_s = days * DAY_S
+    device.life = Lifecycle(settings(certificate=ISSUED))
+    device.live((days + 1) * DAY_S)
+    assert (device.registrations > 1) == registers, device.life.reason
+    assert device.registrations < 40, "and no more often than DPS is asked else"
+
+
 def test_a_certificate_that_the_hub_refuses_is_replaced_by_a_registration(device: Device) -> None:
     device.live(DAY_S)
     device.hub.chains = []

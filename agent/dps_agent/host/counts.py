@@ -39,7 +39,7 @@ class Counts:
             self.dps_heard_at_s = now_s
         elif kind == "Connect" and type(answer).__name__ == "ConnAck" and answer.return_code == 0:
             self.connections += 1
-            self.token_expires_at_s = effect.token.expires_at_s if effect.token else None
+            self.token_expires_at_s = getattr(effect.token, "expires_at_s", None)  # else a certificate is shown
         elif kind == "LoadRecord" and effect.record == IDENTITY:
             self.generation = answer.generation if answer is not None else None
             self.rollbacks += answer is not None and answer.rolled_back

@@ -14,6 +14,7 @@ from dps_emulator.certificates import CertificateError, is_authority
 from dps_emulator.enrollments import read_enrollments
 from dps_emulator.faults import FaultScriptError, read_fault_script
 from dps_emulator.hub import HubLine
+from dps_emulator.issuing import require_request
 from dps_emulator.json_text import parse_json
 from dps_emulator.server import LogLine
 from dps_emulator.tokens import TokenError, parse_token
@@ -147,6 +148,22 @@ def _connect() -> bytes:
     return bytes((0x10, len(body))) + body
 
 
+def _certificate_request(content: bytes) -> bool:
+    return accepts(CertificateError, lambda: require_request(content, "press-07"))
+
+
+def _request_seed() -> list[bytes]:
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "press-07")])
+    key = ec.derive_private_key(7, ec.SECP256R1())
+    made = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, SHA256())
+    return [made.public_bytes(Encoding.DER)]
+
+
 def _authority_seed() -> list[bytes]:
     import trustme
     from cryptography import x509
@@ -226,6 +243,12 @@ TARGETS = (
     ),
     Target(
         "authority", "certificates of CAs that are enrolled (dps_emulator.certificates)", _authority, _authority_seed
+    ),
+    Target(
+        "certificate-request",
+        "requests for certificates (dps_emulator.issuing)",
+        _certificate_request,
+        _request_seed,
     ),
     Target(
         "log-line",

@@ -23,6 +23,7 @@ from dps_agent.host.network.websocket import Frames
 from dps_agent.host.plain_toml import read_plain
 from dps_agent.http1 import Reader
 from dps_agent.hub_effects import Arrived, Publish, Tell
+from dps_agent.issued import chain_for, chains_in, joined
 from dps_agent.lifecycle import Lifecycle
 from dps_agent.registration import read_register, refusal_of
 from dps_agent.session import Session
@@ -33,7 +34,7 @@ from dps_board.ntp import read_answer
 from dps_board.tls import Trust
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator, DpsError, IdentityStale
-from dps_hal.platform import from_json, to_json
+from dps_hal.platform import from_json, to_base64, to_json
 from dps_hal.store.slots import VALID, decode_slot
 from dps_hal.tpm import keys
 from dps_hal.tpm.activation import join_activation, split_activation
@@ -42,6 +43,7 @@ from dps_hal.tpm.ek_certificate import certified_key
 from dps_hal.tpm.errors import RefusedError
 from dps_hal.tpm.wire import WireCommands
 from support.fuzz.target import DEEP, Target, accepts, halves
+from support.issuing import ISSUING, ROOT, certificate, request
 from support.vectors import load as vectors
 from support.vectors import unbase64, unhex
 from support.world import DEVICE, World, settings
@@ -360,6 +362,20 @@ def _event_line(content: bytes) -> bool:
     return found is not None
 
 
+def _issued(content: bytes) -> bool:
+    """A list of certificates, as DPS and hubs send it; where it is taken, so is the record that keeps it."""
+    try:
+        chain = chain_for(from_json(content), request(DEVICE))
+    except ValueError:
+        return False
+    assert chains_in(joined([chain])) == [chain]
+    return True
+
+
+def _issued_record(content: bytes) -> bool:
+    return accepts(ValueError, lambda: chains_in(content))
+
+
 def _record_seeds() -> list[bytes]:
     slots = [unhex(row["content"]) for row in vectors("records")["slots"]]
     return [payload for slot in slots if (payload := decode_slot(slot, 0xFF).payload)]
@@ -405,6 +421,22 @@ TARGETS = (
             b"POST /telemetry?a=%20 HTTP/1.1\r\nContent-Length: 2\r\nContent-Type: a/b; c=d\r\n"
             b"Expect: 100-continue\r\nConnection: close\r\n\r\n{}",
         ],
+    ),
+    Target(
+        "issued",
+        "certificates that DPS and hubs issue (dps_agent.issued)",
+        _issued,
+        lambda: [
+            json.dumps([to_base64(each) for each in (certificate(DEVICE, "line 4"), ISSUING, ROOT)]).encode(),
+            b'[null,"AAAA"]',
+            DEEP,
+        ],
+    ),
+    Target(
+        "issued-record",
+        "the record of issued certificates (dps_agent.issued)",
+        _issued_record,
+        lambda: [unhex(row["payload"]) for row in vectors("records")["slots"] if row["record"] == "certificate"],
     ),
     Target(
         "json",

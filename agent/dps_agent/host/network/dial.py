@@ -272,6 +272,17 @@ class Dialler:
             raise Failed(NO_REPLY_CLOSED, "given up")
 
 
+def broken(error: OSError) -> Failed:
+    """Why a connection failed that stood: in TLS 1.3 a peer refuses a certificate behind the handshake."""
+    name = (error.reason or "") if isinstance(error, ssl.SSLError) else ""
+    return _not_taken(name) if name.endswith(_OF_OUR_CERTIFICATE) else Failed(NO_REPLY_CLOSED, "the connection broke")
+
+
+def _not_taken(name: str) -> Failed:
+    why = name.partition("ALERT_")[2].lower().replace("_", " ")
+    return Failed(NO_REPLY_TLS_CLIENT, f"what answers there does not take this device's certificate: {why}")
+
+
 def say_goodbye(tls: ssl.SSLSocket) -> None:
     """Sends close_notify where that takes no time, and waits for no answer."""
     with contextlib.suppress(OSError, ValueError):  # there was no handshake, or the connection is broken
@@ -283,8 +294,7 @@ def _without_verdict(error: ssl.SSLError, shows_certificate: bool) -> Failed:
     """What a failure of TLS means that is no verdict on a certificate of the peer's."""
     name = error.reason or ""
     if shows_certificate and name.endswith(_OF_OUR_CERTIFICATE):
-        why = name.partition("ALERT_")[2].lower().replace("_", " ")
-        return Failed(NO_REPLY_TLS_CLIENT, f"what answers there does not take this device's certificate: {why}")
+        return _not_taken(name)
     for ending, reason, words in _WITHOUT_VERDICT:
         if name.endswith(ending):
             return Failed(reason, words)

@@ -29,7 +29,7 @@ from dps_agent.effects import (
 )
 from dps_agent.host.loop import Loop
 from dps_agent.host.network import websocket
-from dps_agent.host.network.dial import MQTT_PORT, Dialler, say_goodbye
+from dps_agent.host.network.dial import MQTT_PORT, Dialler, broken, say_goodbye
 from dps_agent.host.network.https import peer_of
 from dps_agent.host.network.proxy import NONE, ProxyRule
 from dps_agent.hub_effects import Acknowledged, Arrived, ConnAck, Gone, Granted
@@ -664,8 +664,8 @@ class _Wire:
             except ssl.SSLWantWriteError:
                 self._wants_write = True
                 return False
-            except OSError:
-                raise Failed(NO_REPLY_CLOSED, "the connection broke") from None
+            except OSError as error:
+                raise broken(error) from None
             finally:
                 self._has_more = self._tls.pending() > 0
             self.received_at_s = time.monotonic()
