@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import json
 import os
 import subprocess
@@ -39,7 +40,7 @@ from host.test_x509 import (
 )
 from support.cloud.emulator import EmulatorInThread
 from support.tpm.backends import BACK_ENDS
-from support.tpm.swtpm import Swtpm
+from support.tpm.swtpm import Swtpm, free_port_pair
 from support.tpm.tap import TpmTap
 
 __all__ = ["emulator"]
@@ -214,6 +215,21 @@ def test_the_certificate_is_shown_whenever_a_server_asks_for_it(bench: TpmBench,
         server.close()
 
 
+def test_the_service_connects_and_while_it_is_connected_the_tpm_is_anybody_s(wired: TpmBench) -> None:
+    wired.equip()
+    wired.names()
+    words = [sys.executable, "-m", "dps_agent.host.cli", "--config", str(wired.settings), "run"]
+    path = f"{CHECKOUT}/agent:{CHECKOUT}/hal"
+    service = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE)
+    try:
+        wired.command("wait", "--for", "connected", "--timeout", "120")
+        assert wired.tpm.swtpm.leftovers() == [] and wired.names().count("Sign") == 3, "DPS, the record, the hub"
+        assert wired.checked("tpm-slots")["result"] == "ok", "others have the TPM meanwhile"
+    finally:
+        service.terminate()
+        service.communicate()
+
+
 # A TPM that does not answer, or is another one.
 
 
@@ -274,6 +290,19 @@ def test_a_process_whose_connection_to_the_tpm_was_cut_says_so_and_is_to_be_star
         assert first.startswith("NoReply(reason='tls_failed: TLS failed"), first
         assert second.startswith("tpm.absent ended: OpenSSL's provider tpm2 has lost its TPM"), second
         assert OtherProcess(wired, HUB).said() == ["ConnAck(return_code=0, session_present=False)"]
+    finally:
+        process.close()
+
+
+def test_a_tpm_that_is_not_there_is_no_reason_to_give_up(wired: TpmBench) -> None:
+    wired.equip()
+    wired.command("provision")
+    tcti = f"swtpm:host=127.0.0.1,port={free_port_pair()}"
+    wired.settings.write_text(wired.settings.read_text().replace(wired.tpm.tap.tcti, tcti))
+    process = OtherProcess(wired, "dps", 2)
+    try:
+        for line in process.said():
+            assert line.startswith("NoReply(reason=") and f"no TPM answers OpenSSL's provider tpm2 at '{tcti}'" in line
     finally:
         process.close()
 
@@ -348,7 +377,9 @@ def test_a_device_without_the_provider_or_with_a_tpm_for_one_alone_is_told_befor
     with monkeypatch.context() as patched:
         patched.setenv("OPENSSL_MODULES", str(tmp_path))
         assert wired.command("provision", status=5)["error"]["code"] == "tpm.tls_provider"
-        assert wired.checked("device-key", status=5)["code"] == "tpm.tls_provider"
+        found = {one["id"]: one for one in wired.command("check", status=5)["checks"]}
+        assert found["device-key"]["code"] == "tpm.tls_provider"
+        assert (found["dps-tls"]["result"], found["dps-answers"]["result"]) == ("ok", "skipped"), found
 
 
 def test_every_check_of_a_good_device_is_good(bench: TpmBench) -> None:
@@ -415,6 +446,25 @@ def test_a_damaged_file_is_refused_with_a_sentence(bench: TpmBench) -> None:
         assert "device_key_file: expected a key that 'dps-agent enroll --x509' had a TPM make" in str(refused.value)
         assert said in str(refused.value), (said, str(refused.value))
     bench.key_file.write_bytes(good)
+
+
+def test_whatever_stands_in_a_key_s_file_it_is_a_key_or_a_value_error(wired: TpmBench) -> None:
+    wired.request()
+    good = wired.key_file.read_bytes()
+    der = binascii.a2b_base64(b"".join(good.splitlines()[1:-1]))
+    head, tail = good.splitlines()[0], good.splitlines()[-1]
+    refused = 0
+    for at in range(len(der)):
+        for altered in (
+            der[:at],
+            der[:at] + bytes([der[at] ^ 0xFF]) + der[at + 1 :],
+            der[:at] + b"\x84" + der[at + 1 :],
+        ):
+            try:
+                from_pem(b"\n".join([head, binascii.b2a_base64(altered), tail]))
+            except ValueError:
+                refused += 1
+    assert refused > len(der)
 
 
 def open_device_key(bench: TpmBench) -> Any:

@@ -38,9 +38,9 @@ def main(settings: str, whom: str, times: str) -> None:
     connection: Any = dps_connection(given) if whom == "dps" else hub_connection(given)
 
     def pass_time() -> None:
-        sys.stdin.readline()
-        clock.passed.set()
-        waits.ring()
+        if sys.stdin.readline():  # its end is no line
+            clock.passed.set()
+            waits.ring()
 
     threading.Thread(target=pass_time, daemon=True).start()
     for module in (loop, worker):
