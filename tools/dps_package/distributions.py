@@ -65,7 +65,8 @@ def build_distributions(out: Path, wheel_only: bool = False) -> list[Path]:
     environ = {**os.environ, "SOURCE_DATE_EPOCH": str(build_time_s())}
     kinds = ["--wheel"] if wheel_only else []
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()} if out.is_dir() else {}
-    run([sys.executable, "-m", "build", *kinds, "--outdir", str(out), str(CHECKOUT)], environ)
+    # What the build needs is in this environment: one of its own for each of them would be made anew every time.
+    run([sys.executable, "-m", "build", "--no-isolation", *kinds, "--outdir", str(out), str(CHECKOUT)], environ)
     built = sorted(
         path
         for path in out.iterdir()
