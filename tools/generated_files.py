@@ -1,4 +1,4 @@
-"""What is made from the tables in the code: settings, error codes, journal events, checks, metrics.
+"""What is made from the tables in the code: settings, error codes, journal events, checks, metrics, states.
 
 `tools/generate` writes it, and a test compares. Around a table that stands in a document everything else is kept, and
 in the tables of codes the words of each line, which stand nowhere else.
@@ -16,9 +16,12 @@ from dps_agent.host.config import environment_name
 from dps_agent.host.journal import EVENTS, message_id
 from dps_agent.host.metrics import METRICS, sample_name
 from dps_agent.host.settings_table import KEYS, SECTIONS, BoardSettings, Setting, rows_of
+from dps_agent.lifecycle import STANDINGS, TRANSITIONS
+from dps_agent.patience import PATIENCES
 from dps_deploy.settings import ON_A_BOARD, board_defaults
 from dps_hal.host.codes import REMEDIES
 from fresh_machine import CHECKOUT
+from state_picture import state_picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -112,6 +115,9 @@ MADE: dict[str, Callable[[str], str]] = {
     "docs/operators.md": operators_page,
     "micropython/README.md": board_page,
     "micropython/dps_board/keys.py": board_keys,
+    "docs/life.svg": lambda _: state_picture(TRANSITIONS, "The life of a device"),
+    "docs/standing.svg": lambda _: state_picture(STANDINGS, "The hub's standing towards this identity"),
+    "docs/patience.svg": lambda _: state_picture(PATIENCES, "How the device stands with DPS"),
 }
 
 

@@ -102,6 +102,9 @@ WITHIN = (
     "| `hub.keep_alive_s",
     "| `board.bus_hz",
     '("board.bus',
+    ">boot<",
+    ">trusted<",
+    ">calm<",
 )
 
 

@@ -21,7 +21,7 @@ PAGES: dict[str, list[str]] = {
         f"docs/{name}.md"
         for name in ("factories", "firmware", "platforms", "fleet", "ci", "testing", "emulator", "clients")
     ],
-    "Inside": ["agent/DESIGN.md", "hal/SPEC.md", "micropython/README.md", "docs/power-cuts.md"],
+    "Inside": ["docs/architecture.md", "agent/DESIGN.md", "hal/SPEC.md", "micropython/README.md", "docs/power-cuts.md"],
 }
 _TO_NEWEST = """\
 <!doctype html>
