@@ -46,21 +46,21 @@ _TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"  # RFC 9110, 5.6
 class Reader:
     """Reads what comes on one connection, one message after the other.
 
-    `names` are the headers to keep, in lower case. A body of up to `body_limit` bytes is taken, into `room` where that
-    is large enough. `end_counts`: an end in order is told from a cut, so that a body may end with the connection.
+    `names` are the headers to keep, in lower case. A body of up to `body_limit` bytes is taken, into `room` where
+    somebody gives one that is large enough. `end_counts`: an end in order is told from a cut, so that a body may end
+    with the connection.
     """
 
     def __init__(
         self,
         body_limit: int,
         names: "tuple[str, ...]" = ANSWER_HEADERS,
-        room: "bytearray | None" = None,
         end_counts: bool = False,
     ) -> None:
         self.rest = b""
         self._body_limit = body_limit
         self._names = names
-        self._room = room or bytearray()
+        self.room: bytes | bytearray = b""
         self._end_counts = end_counts
         self._left = self._lines_left = 0  # bytes and lines that may still come
 
@@ -194,7 +194,7 @@ class Reader:
 
     def _take(self, size: int) -> "Reading[memoryview]":
         """The next `size` bytes."""
-        content = memoryview(self._room)[:size] if size <= len(self._room) else memoryview(bytearray(size))
+        content = memoryview(self.room)[:size] if 0 < size <= len(self.room) else memoryview(bytearray(size))
         at = 0
         while True:
             piece, self.rest = self.rest[: size - at], self.rest[size - at :]

@@ -5,7 +5,7 @@ Sources: RFC 9110, RFC 9112.
 
 import gc
 
-from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_TOO_LARGE, Failed, NoReply, Reply
+from dps_agent.effects import NO_REPLY_CLOSED, NO_REPLY_MEMORY, NO_REPLY_TOO_LARGE, Failed, NoReply, Reply
 from dps_agent.http1 import Reader
 from dps_board.tls import Link, Trust, split_address
 
@@ -41,9 +41,8 @@ class Connection:
         self._host, port = split_address(self._authority, _HTTPS_PORT)
         self._dial = split_address(connect_to, port) if connect_to else (self._host, port)
         self._link = Link(trust, while_waiting)
-        # The room is made now: later on there may be no block of that size. Where a connection ends well and where it
-        # was cut MicroPython does not tell apart.
-        self._reader = Reader(BODY_LIMIT, room=bytearray(_ROOM_BYTES))
+        # Where a connection ends well and where it was cut MicroPython does not tell apart.
+        self._reader = Reader(BODY_LIMIT)
         self._answered = False  # a byte came since the last request
 
     @property
@@ -66,6 +65,7 @@ class Connection:
             self._answered = False
             try:
                 if not reused:
+                    self._make_room()
                     await self._link.open(self._dial[0], self._dial[1], self._host)
                 await self._send(self._head_of(method, path, body, authorization))
                 await self._send(body)
@@ -104,7 +104,14 @@ class Connection:
     def close(self) -> None:
         """Ends the connection, if there is one; the next request opens another."""
         self._link.close()
-        self._reader.rest = b""
+        self._reader.rest = self._reader.room = b""
+
+    def _make_room(self) -> None:
+        """Of the answers on a connection, before its handshake: after that there may be no block of this size."""
+        try:
+            self._reader.room = bytearray(_ROOM_BYTES)
+        except MemoryError as error:
+            raise Failed(NO_REPLY_MEMORY, f"no room for an answer: {error}")
 
     async def _send(self, message: bytes) -> None:
         sent = 0

@@ -35,7 +35,9 @@ def outcome(reading: "Any", came: "list[bytes]") -> "Any":
 
 def answer_in(came: "list[bytes]", room: bytes = b"", end_counts: bool = False) -> "Any":
     """Status, headers, body, Date, and whether the connection is kept; or a word as `outcome` has it."""
-    found = outcome(Reader(BODY_LIMIT, room=bytearray(room), end_counts=end_counts).answer(), came)
+    reader = Reader(BODY_LIMIT, end_counts=end_counts)
+    reader.room = bytearray(room)
+    found = outcome(reader.answer(), came)
     if isinstance(found, str):
         return found
     (status, headers, body, date_s), keep = found
