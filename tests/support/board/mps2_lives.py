@@ -48,7 +48,7 @@ DEVICE = "press-07"
 KIB = 1024
 SECOND_HUB = "second.azure-devices.net"
 FROZEN, ROMFS, FILES = "frozen", "in a ROMFS", "in files"  # where the agent's modules lie
-HEAPS_KIB = {FROZEN: 112, ROMFS: 152, FILES: 300}  # the smallest on which lives are tried
+HEAPS_KIB = {FROZEN: 104, ROMFS: 152, FILES: 300}  # the smallest on which lives are tried
 LEFT_KIB = {FROZEN: 125, ROMFS: 94}  # of a Pico W's heap at the hub, at least
 REACH_S = 240.0  # until it is at its hub: what a quiet machine does in 10 s takes a busy one a minute
 # How much faster than usual the board's clock goes, by the agent's state: where there is more to wait for than to do.
