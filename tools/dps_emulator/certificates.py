@@ -118,7 +118,7 @@ def _loaded(der: bytes) -> "x509.Certificate":
         certificate = x509.load_der_x509_certificate(der)
         _ = certificate.subject, certificate.issuer  # which are read no sooner than somebody asks
         return certificate
-    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion):  # TypeError: a name of bits
         raise CertificateError("it can't be read") from None
 
 

@@ -87,7 +87,7 @@ class Certificates:
     def _on(self, certificate: x509.Certificate) -> Verdict:
         try:
             said = _attributes(certificate)
-        except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        except (ValueError, TypeError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
             return Verdict(str(error))
         try:
             self._verifier.verify(certificate, self._intermediates)

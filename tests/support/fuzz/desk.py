@@ -170,7 +170,8 @@ def _authority_seed() -> list[bytes]:
     from cryptography.hazmat.primitives.serialization import Encoding
 
     pem = trustme.CA().cert_pem.bytes()
-    return [x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)]
+    der = x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
+    return [der, der.replace(b"\x0c", b"\x03", 1)]  # and one with a name of bits
 
 
 _RECORD = {"registrationId": "press-07", "attestation": {"type": "tpm", "tpm": {"endorsementKey": EK_TEXT}}}
