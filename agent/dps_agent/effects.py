@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     class NoReply(NamedTuple):
         """No whole answer came. `reason` is a NO_REPLY_* word, then optionally ": " and the system's own text.
 
+        On Linux the word may be a code such as `tpm.memory` instead: what ails this device, so that it asked nobody.
+
         `request_sent` is False only if the server cannot have seen the request.
         """
 
@@ -208,7 +210,7 @@ NO_REPLY_PROXY_SCHEME = "proxy_scheme"  # it wants them in a way that this agent
 
 
 class Failed(Exception):
-    """Why no whole answer came: `reason` is a NO_REPLY_* word, the message the rest. Runners make it a NoReply."""
+    """Why no whole answer came: `reason` is the word of a NoReply, the message the rest. Runners make it one."""
 
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)

@@ -454,6 +454,8 @@ ALLOCATION_FAILURES = (400207, 400208, 400209)  # webhook failed, no hub linked,
 def no_reply_error(reply: NoReply) -> RetryLater:
     """The error for an exchange without an answer."""
     word = reply.reason.split(":")[0]
+    if "." in word:  # a code: what the connection takes of this device was not to be had, and nobody was asked
+        return RetryLater(word, _printable(reply.reason[len(word) + 2 :]))
     word = NO_REPLY_DNS if word == NO_REPLY_NOT_FOUND else word  # whether DPS itself exists is no question
     code = "network.unreachable" if word == NO_REPLY_CONNECT else "network." + word
     return RetryLater(code, f"no answer from DPS ({_printable(reply.reason)})")

@@ -25,14 +25,14 @@ from dps_agent.assignment import decode, seal_message
 from dps_agent.effects import NoReply, Reply
 from dps_agent.host import load
 from dps_agent.host.cli import main
-from dps_agent.host.config import Configuration, ConfigurationError, client_certificate
+from dps_agent.host.config import Configuration, ConfigurationError
 from dps_agent.host.device_certificates import certificate_shown, ends_soon, valid_s
 from dps_agent.host.network.dial import Dialler
 from dps_agent.host.network.https import DpsConnection
 from dps_agent.host.network.mqtt import HubConnection
 from dps_agent.host.network.proxy import NONE, ProxyRule
 from dps_agent.host.network.trust import Trust
-from dps_agent.host.parts import hub_connection, open_device, tpm_warnings
+from dps_agent.host.parts import client_certificate, hub_connection, open_device, tpm_warnings
 from dps_agent.host.private_file import write_private
 from dps_agent.hub_effects import ConnAck, Connect
 from dps_emulator.attestation import Certificates
@@ -364,13 +364,13 @@ def test_a_key_is_on_the_disk_with_its_name_before_anybody_is_told_of_it(
     system_fsync = os.fsync
 
     def fsync(fd: int) -> None:
-        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        synced.append((os.readlink(f"/proc/self/fd/{fd}"), bench.key_file.exists()))
         system_fsync(fd)
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", fsync)
         bench.request()
-    assert synced == [str(bench.key_file), str(bench.folder)]
+    assert synced == [(f"{bench.key_file}.{os.getpid()}.new", False), (str(bench.folder), True)]
     for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
         bench.key_file.unlink(missing_ok=True)
 
@@ -381,6 +381,17 @@ def test_a_key_is_on_the_disk_with_its_name_before_anybody_is_told_of_it(
             patched.setattr(os, "fsync", failing)
             write_private(str(bench.key_file), b"half of a key")
         assert not bench.key_file.exists(), "the next attempt makes a whole one"
+        assert not [*bench.folder.glob("*.new")]
+
+    def no_links(*_names: str) -> None:
+        raise OSError(1, "Operation not permitted")  # as FAT does
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", no_links)
+        bench.request()
+        with pytest.raises(AskOperator, match="is there already"):
+            write_private(str(bench.key_file), b"another key")
+    assert b"PRIVATE KEY" in bench.key_file.read_bytes() and not [*bench.folder.glob("*.new")]
 
 
 def test_a_link_in_the_certificate_s_place_leads_root_nowhere_but_by_root_s_own(
@@ -547,7 +558,12 @@ class OpensslServer:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        how = {"first": ["-Verify", "5"], "renegotiation": ["-tls1_2"], "after": ["-tls1_3"]}[asks]
+        how = {
+            "first": ["-Verify", "5"],
+            "first-1.2": ["-tls1_2", "-Verify", "5"],
+            "renegotiation": ["-tls1_2"],
+            "after": ["-tls1_3"],
+        }[asks]
         self.process = subprocess.Popen(
             ["openssl", "s_server", "-accept", f"127.0.0.1:{self.port}", "-cert", str(self.chain), "-key",
              str(self.chain), "-CAfile", str(self.roots), "-no_ticket", "-no_cache", "-naccept", "1", *how],
@@ -570,7 +586,7 @@ class OpensslServer:
     def serve(self) -> None:
         """Takes the request, asks for the certificate where it has none yet, and answers."""
         self.until(b"PUT /")
-        if self.asks != "first":
+        if not self.asks.startswith("first"):
             self.say(b"R\n" if self.asks == "renegotiation" else b"c\n")
             self.until(b"verify return:1\n" if self.asks == "after" else b"verify return")
             self.until(DEVICE.encode())
@@ -617,6 +633,7 @@ def test_a_hub_is_shown_the_certificate_in_the_handshake_and_at_no_other_time(be
         tls.settimeout(60)
         with contextlib.suppress(OSError):
             assert tls.recv(1) == b"", "the server has given up, or waits"
+        server.until(b"SSL_do_handshake")  # it says so once it has ended the connection
         server.process.kill()
         said = server.said + server.process.communicate()[0]
         assert b"SSL_do_handshake" in said and DEVICE.encode() not in said, said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import binascii
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,18 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from debian_micropython import tls_provider
-from dps_agent.effects import Reply
+from dps_agent.effects import NoReply, Reply
+from dps_agent.host import loop, runner, worker
 from dps_agent.host.checks.device import Device
-from dps_agent.host.config import ConfigurationError, client_certificate
+from dps_agent.host.config import ConfigurationError
 from dps_agent.host.device_certificates import private_key
 from dps_agent.host.network.https import DpsConnection
-from dps_agent.host.parts import dps_connection, hub_connection, open_device, open_tpm
+from dps_agent.host.parts import client_certificate, dps_connection, hub_connection, open_device, open_tpm
 from dps_agent.hub_effects import ConnAck
+from dps_agent.registration import no_reply_error
 from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.host import tls_provider as provider
-from dps_hal.host.signing_key import from_pem, to_pem
+from dps_hal.host.signing_key import TEMPLATE, from_pem, to_pem
+from dps_hal.tpm.commands import OWNER
 from host.test_x509 import (
     DEVICE,
     HUB,
@@ -35,6 +42,7 @@ from host.test_x509 import (
     Document,
     OpensslServer,
     as_device,
+    certified,
     emulator,
     issued,
 )
@@ -47,6 +55,8 @@ __all__ = ["emulator"]
 CHECKOUT = Path(__file__).parents[2]
 PROCESS = CHECKOUT / "tests/support/programs/tpm_in_tls.py"
 HANDSHAKE = ["ECC_Parameters", "Hash", "Sign"]
+# Of TLS 1.2 the TPM also hashes the handshake, in a sequence, which is a second object.
+HASHED = ["HashSequenceStart", "SequenceComplete"]
 LOADED = ["ReadPublic", "Load", "ECC_Parameters"]
 
 
@@ -191,7 +201,7 @@ def test_reconnects_leave_nothing_in_a_tpm_of_three_slots(bench: TpmBench) -> No
         connection.close()
 
 
-@pytest.mark.parametrize("asks", ["first", "renegotiation", "after"])
+@pytest.mark.parametrize("asks", ["first", "first-1.2", "renegotiation", "after"])
 def test_the_certificate_is_shown_whenever_a_server_asks_for_it(bench: TpmBench, tmp_path: Path, asks: str) -> None:
     bench.equip()
     bench.names()
@@ -211,6 +221,9 @@ def test_the_certificate_is_shown_whenever_a_server_asks_for_it(bench: TpmBench,
         assert DEVICE.encode() in server.said, "the server has seen whose certificate it is"
         names = bench.names()
         assert names[:3] == LOADED and names[-2:] == ["Sign", "FlushContext"] and names.count("Sign") == 1, names
+        if asks in ("first-1.2", "renegotiation"):
+            assert [name for name in names[3:-2] if name != "SequenceUpdate"] == HASHED, names
+            assert names.count("SequenceUpdate") > 0
     finally:
         server.close()
 
@@ -267,15 +280,31 @@ def test_a_tpm_that_hangs_in_a_handshake_ends_it_at_our_deadline(wired: TpmBench
     process = OtherProcess(wired, whom)
     try:
         assert tap.hanging.wait(60), process.said()
-        assert process.said(time_passes=True) == ["tpm.timeout stuck: the TPM did not answer the words within 60 s"]
+        (said,) = process.said(time_passes=True)
+        waited = re.fullmatch(r"tpm.timeout stuck: it waits for the TPM, which did not answer within (\d+) s", said)
+        assert waited is not None and int(waited[1]) > 90, said
     finally:
         process.close()
 
 
-def test_a_check_that_the_tpm_does_not_answer_says_so_and_asks_nothing_more(wired: TpmBench) -> None:
+class Waiting:
+    """A connection that waits for its TPM, which may make a key just now."""
+
+    asks_tpm = True
+    creates_key = False
+
+    def abort(self) -> None:
+        """It cannot be ended."""
+
+
+def test_a_check_that_the_tpm_does_not_answer_says_so_and_asks_nothing_more(
+    wired: TpmBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "TPM_DEADLINE_S", 0.2)
     device, answered = Device(wired.loaded), threading.Event()
-    with pytest.raises(RetryLater, match="the TPM did not answer DPS within") as refused:
-        device.bounded(lambda: answered.wait(600), 0.0, lambda: None)
+    waiting: Any = Waiting()
+    with pytest.raises(RetryLater, match="the request waits for the TPM, which did not answer within") as refused:
+        device.bounded(lambda: answered.wait(600), 0.0, waiting)
     assert refused.value.code == "tpm.timeout" and device.hangs
     answered.set()
 
@@ -287,7 +316,7 @@ def test_a_process_whose_connection_to_the_tpm_was_cut_says_so_and_is_to_be_star
     process = OtherProcess(wired, HUB, 2)
     try:
         first, second = process.said()
-        assert first.startswith("NoReply(reason='tls_failed: TLS failed"), first
+        assert first.startswith("NoReply(reason='tpm.failed: the TPM did not sign"), first
         assert second.startswith("tpm.absent ended: OpenSSL's provider tpm2 has lost its TPM"), second
         assert OtherProcess(wired, HUB).said() == ["ConnAck(return_code=0, session_present=False)"]
     finally:
@@ -317,14 +346,147 @@ def test_a_tpm_that_was_cleared_is_named_and_the_key_is_not_replaced(wired: TpmB
     with pytest.raises(AskOperator, match="the TPM does not take the key that it made") as refused:
         signer.sign(b"", b"message")
     assert refused.value.code == "tpm.certificate_key"
-    error = bench.command("provision", "--force", status=3)["error"]
-    assert error["code"] == "network.tls_failed" and "the TPM has not the key in" in error["message"], error
+    error = bench.command("provision", "--force", status=5)["error"]
+    assert error["code"] == "tpm.certificate_key" and "does not take the key that it made" in error["message"], error
     assert bench.checked("device-key", status=5)["code"] == "tpm.certificate_key"
     assert bench.command("enroll", "--x509", status=5)["error"]["code"] == "tpm.certificate_key"
     assert bench.key_file.read_bytes() == key
     bench.key_file.unlink()
     bench.equip()
     assert not bench.command("provision")["alreadyProvisioned"], "another key is another identity"
+
+
+@pytest.mark.parametrize(
+    ("return_code", "code"),
+    [
+        (0x922, "tpm.timeout"),  # RETRY
+        (0x902, "tpm.memory"),
+        (0x921, "tpm.locked_out"),
+        (0x90A, "tpm.timeout"),  # TESTING
+        (0x101, "tpm.failure_mode"),
+    ],
+)
+def test_what_a_tpm_refuses_a_handshake_is_named_as_everywhere_and_passes(
+    wired: TpmBench, return_code: int, code: str
+) -> None:
+    wired.equip()
+    wired.command("provision")
+    connection = hub_connection(wired.loaded())
+    try:
+        wired.tpm.tap.refuse(return_code, command="Load", times=10)
+        for _ in range(2):
+            answer = connection.connect(as_device())
+            assert isinstance(answer, NoReply) and not answer.request_sent
+            assert answer.reason.startswith(f"{code}: "), answer
+        wired.tpm.tap.forget()
+        assert connection.connect(as_device()) == ConnAck(0, False), "the process goes on as if nothing had been"
+    finally:
+        connection.close()
+
+
+def test_whoever_gives_a_connection_up_waits_for_its_tpm_before_the_process_ends() -> None:
+    waiting, answered = worker.Worker(None, loop.Loop()), threading.Event()
+
+    def grace_s() -> float:
+        answered.set()  # the TPM answers, after all that could be aborted was
+        return 60.0
+
+    try:
+        outcome = waiting.do_or_abort(
+            lambda: answered.wait(600), 60.0, lambda: None, "it", lambda: True, tpm_grace_s=grace_s
+        )
+        assert outcome.answer is True and not waiting.stuck
+    finally:
+        answered.set()
+        waiting.end()
+
+
+def test_a_provider_that_has_no_tpm_is_told_why(
+    wired: TpmBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wired.equip()
+    with monkeypatch.context() as patched:
+        patched.setattr(provider, "_found", [])
+        with pytest.raises(RetryLater, match=f"no TPM at {tmp_path}/tpmrm0: No such file") as refused:
+            provider.load(f"device:{tmp_path}/tpmrm0")
+        assert refused.value.code == "tpm.absent"
+    text = wired.settings.read_text()
+    wired.settings.write_text(text.replace(wired.tpm.tap.tcti, "swtpm:host=127.0.0.1,port=9"))
+    (said,) = OtherProcess(wired, "dps").said()
+    assert "tpm.absent: no TPM answers OpenSSL's provider tpm2 at" in said and "tcti:IO failure" in said, said
+    wired.settings.write_text(text)
+
+
+def test_dps_is_not_asked_while_the_tpm_has_no_room_and_is_told_so(wired: TpmBench) -> None:
+    wired.equip()
+    wired.tpm.tap.refuse(0x902, command="Load", times=1000)
+    asked = len(wired.emulator.log)
+    connection = dps_connection(wired.loaded())
+    reply = connection.request("PUT", "/register", b"{}", None)
+    connection.close()
+    assert isinstance(reply, NoReply) and not reply.request_sent
+    error = no_reply_error(reply)
+    assert error.code == "tpm.memory" and error.message.startswith("the TPM refused load with 0x902"), error
+    assert len(wired.emulator.log) == asked
+
+
+def test_a_certificate_for_another_key_is_named_and_no_tpm_is_blamed(wired: TpmBench) -> None:
+    wired.equip()
+    other = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, DEVICE)])
+    wired.certificate_file.write_text(certified(name, other.public_key(), name, other))
+    error = wired.command("provision", status=6)["error"]
+    assert error["code"] == "config.invalid" and "the key is not the one of the certificate" in error["message"], error
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_storage_root_key_that_somebody_removed_is_found_or_made_again(wired: TpmBench, taken: bool) -> None:
+    wired.equip()
+    wired.command("provision")
+    key = wired.key_file.read_bytes()
+    wired.tpm.swtpm.evict(0x81000001)
+    if taken:
+        wired.tpm.swtpm.persist_primary(OWNER, TEMPLATE, 0x81000001)
+    connection = hub_connection(wired.loaded())
+    try:
+        for _ in range(2):
+            assert connection.connect(as_device()) == ConnAck(0, False)
+    finally:
+        connection.close()
+        wired.tpm.swtpm.evict(0x81000001)
+        if taken:
+            wired.tpm.swtpm.evict(0x81000002)
+    assert wired.key_file.read_bytes() == key
+
+
+def test_another_tpm_or_another_place_of_the_key_takes_a_restart(wired: TpmBench) -> None:
+    wired.equip()
+    wired.command("provision")
+    connection = hub_connection(wired.loaded())
+    try:
+        in_tpm = wired.key_file.read_bytes()
+        other = ec.generate_private_key(ec.SECP256R1())
+        in_file = other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        wired.key_file.write_bytes(in_file)
+        answer = connection.connect(as_device())
+        assert isinstance(answer, NoReply) and "restart the service" in answer.reason, answer
+        chain = wired.certificate_file.read_text()
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, DEVICE)])
+        wired.certificate_file.write_text(certified(name, other.public_key(), name, other))
+        by_file = hub_connection(wired.loaded())
+        wired.certificate_file.write_text(chain)
+        wired.key_file.write_bytes(in_tpm)
+        answer = by_file.connect(as_device())
+        assert isinstance(answer, NoReply) and "restart the service" in answer.reason, answer
+        by_file.close()
+        text = wired.settings.read_text()
+        wired.settings.write_text(text.replace(wired.tpm.tap.tcti, "swtpm:host=127.0.0.1,port=9"))
+        with pytest.raises(AskOperator, match="it changes with a restart only"):
+            hub_connection(wired.loaded())
+        wired.settings.write_text(text)
+        assert connection.connect(as_device()) == ConnAck(0, False)
+    finally:
+        connection.close()
 
 
 # Where the key lies is decided once.
@@ -352,8 +514,16 @@ def test_a_device_without_the_provider_or_with_a_tpm_for_one_alone_is_told_befor
     for tcti, said in (
         (f"device:{tmp_path}/tpm0", "which only one can have open"),
         ("spi:/dev/spidev0.0", "which only one can have open"),
+        ("spi-ltt2go:", "which only one can have open"),
+        ("i2c-ftdi:", "which only one can have open"),
+        ("spidev:/dev/spidev0.0", "which only one can have open"),
+        ("pcap:device:/dev/tpmrm0", "which only one can have open"),
+        ("device", "which only one can have open"),
+        ("libtpms:", "which only one can have open"),
     ):
-        wired.settings.write_text(text.replace(wired.tpm.tap.tcti, tcti))
+        backend = "wire" if tcti.startswith(("device:", "spi:")) else "esys"
+        settings = text.replace('backend = "wire"', f'backend = "{backend}"')
+        wired.settings.write_text(settings.replace(wired.tpm.tap.tcti, tcti))
         error = wired.command("enroll", "--x509", status=5)["error"]
         assert error["code"] == "tpm.tls_provider" and said in error["message"], error
     wired.settings.write_text(
@@ -386,6 +556,7 @@ def test_every_check_of_a_good_device_is_good(bench: TpmBench) -> None:
     bench.equip(days=(-1, 20))
     bench.command("provision")
     found = {one["id"]: one for one in bench.command("check")["checks"]}
+    assert found["settings"]["result"] == "ok", found["settings"]
     for name in ("tpm-srk", "device-key", "device-certificate", "record-seal", "dps-answers", "dps-tls", "hub-mqtt"):
         assert found[name]["result"] == "ok", found[name]
     assert "has made the device's own key" in found["device-key"]["detail"]
@@ -439,6 +610,8 @@ def test_a_damaged_file_is_refused_with_a_sentence(bench: TpmBench) -> None:
         (to_pem(key._replace(public=key.public[:40])), "public area"),
         (to_pem(key._replace(public=key.public.replace(b"\x00\x04\x04\x72", b"\x00\x04\x00\x72"))), "signing key"),
         (to_pem(key._replace(private=key.private[:-1])), "private area"),
+        (to_pem(key._replace(public=with_bit_changed(key.public, -40))), "damaged"),  # x
+        (to_pem(key._replace(public=with_bit_changed(key.public, -1))), "damaged"),  # y
     ):
         bench.key_file.write_bytes(content)
         with pytest.raises(ConfigurationError) as refused:
@@ -465,6 +638,12 @@ def test_whatever_stands_in_a_key_s_file_it_is_a_key_or_a_value_error(wired: Tpm
             except ValueError:
                 refused += 1
     assert refused > len(der)
+
+
+def with_bit_changed(content: bytes, place: int) -> bytes:
+    changed = bytearray(content)
+    changed[place] ^= 1
+    return bytes(changed)
 
 
 def open_device_key(bench: TpmBench) -> Any:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -47,7 +48,10 @@ def measured(count: int) -> Report:
         in_file = written(folder / "in-file.pem", party(DEVICE, root, NO_CA))
         chain, key = _in_tpm(folder, tpm.tcti, root)
         port = stack.enter_context(_Server(folder, root, roots))
-        shown = {"key in the TPM": (str(chain), str(key), tpm.tcti), "key in a file": (str(in_file), str(in_file))}
+        shown: dict[str, tuple[Any, ...]] = {
+            "key in the TPM": (str(chain), str(key), tpm.tcti, lambda: open_wire(tpm.tcti)),
+            "key in a file": (str(in_file), str(in_file)),
+        }
         diallers = {name: Dialler(ProxyRule(NONE), str(roots), "ca_file", each) for name, each in shown.items()}
         times: dict[str, list[float]] = {name: [] for name in shown}
         for turn in range(count + 1):  # the first one of each loads what the others have

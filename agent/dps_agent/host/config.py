@@ -17,6 +17,7 @@ from dps_agent.host.settings_table import (
     KEYS,
     SECTIONS,
     SOCKET_PATH_LIMIT,
+    TPM_KEY,
     ApiSettings,
     FleetSettings,
     HubSettings,
@@ -66,7 +67,6 @@ _TOML_HINTS = (  # what an error of `tomllib` begins with
     ("Cannot declare", "a table stands there twice"),
 )
 SEALED_KEY = b"{"  # with which a device's own key begins that a TPM has sealed; no base64 does
-TPM_KEY = b"-----BEGIN TSS2 PRIVATE KEY-----"  # and so the file of a key for TLS that a TPM has made
 COMMON_NAME_LIMIT = 64  # characters; RFC 5280, ub-common-name
 ISSUED_KEY_NAME = "issued-key.pem"
 SETTINGS_LIMIT = 1024 * 1024  # bytes; the template with every setting has 1/100
@@ -586,8 +586,12 @@ def secret_in(key: str, path: str, limit: int, is_credential: bool = False) -> S
 
 
 def odd_passwords(configuration: Configuration) -> list[str]:
-    """A sentence for each password file that may hold more than somebody typed; none shows anything of a password."""
-    files = [(key, configuration.value(key)) for key in PASSWORD_FILES]
+    """A sentence for each password file that may hold more than somebody typed; none shows anything of a password.
+
+    A certificate's key is PEM, which nobody types.
+    """
+    typed = [key for key in PASSWORD_FILES if key != "device_key_file" or configuration.attestation != X509]
+    files = [(key, configuration.value(key)) for key in typed]
     return [f"{key}: {odd} ({path})" for key, path in files if path and (odd := hierarchy_password(key, path).odd)]
 
 
@@ -602,25 +606,6 @@ def marked_files(configuration: Configuration) -> list[str]:
     """A sentence for each settings file that begins with a byte order mark, over which other programs may not pass."""
     marked = [path for path in configuration.files if read_regular(path, SETTINGS_LIMIT).startswith(BYTE_ORDER_MARK)]
     return [f"{path}: begins with a byte order mark, which is passed over" for path in marked]
-
-
-def client_certificate(configuration: Configuration) -> tuple[str, ...] | None:
-    """The files with the chain that this device shows DPS and its hub, and with its key; None where it shows none.
-
-    Behind them the TCTI of the TPM that has the key, where one has. ConfigurationError where there is none to have it.
-    """
-    if configuration.attestation != X509:
-        return None
-    files = configuration.certificate_file, password_file(configuration.device_key_file, os.environ)[0]
-    if not is_sealed(configuration):
-        return files
-    tpm = configuration.tpm
-    if tpm.backend == "simulator":
-        text = (
-            f'device_key_file: expected a key in a file, with tpm.backend = "simulator"; a TPM has that in {files[1]}'
-        )
-        raise ConfigurationError("config.invalid", [text])
-    return (*files, tpm.tcti)
 
 
 def backend_shown(configuration: Configuration) -> str:

@@ -14,8 +14,9 @@ import os
 import time
 
 from dps_agent.der import validity
-from dps_agent.host.config import TPM_KEY, Configuration, ConfigurationError, hierarchy_password
+from dps_agent.host.config import Configuration, ConfigurationError, hierarchy_password
 from dps_agent.host.printed import utc_text
+from dps_agent.host.settings_table import TPM_KEY
 from dps_hal.errors import AskOperator
 from dps_hal.host.regular import read_regular
 
@@ -154,11 +155,10 @@ def _key_in_tpm(configuration: Configuration, content: bytes, open_tpm: OpenTpm)
     from dps_hal.host.signing_key import from_pem
 
     try:
-        key = from_pem(content)
+        return TpmPrivateKey(open_tpm(configuration), from_pem(content))
     except ValueError as error:
         what = f"expected a key that 'dps-agent enroll --x509' had a TPM make; it is damaged: {error}"
         raise _invalid(KEY_SETTING, what, configuration.device_key_file) from None
-    return TpmPrivateKey(open_tpm(configuration), key)
 
 
 def tpm_of(key: Any) -> TpmService | None:

@@ -73,8 +73,11 @@ def hub_ways(
     hub: Hub | None,
     tell: Callable[[Message], bool] | None,
     interrupted: Callable[[], bool],
+    tpm_grace_s: Callable[[], float],
 ) -> dict[type, Callable[..., Outcome]]:
     """Effect -> how it is done; without a `hub` there is nobody to reach, and no more than that.
+
+    `tpm_grace_s` is as for `Worker.do_or_abort`.
 
     All are answered by values: what one of them raises comes out, and is not for the logic.
     """
@@ -100,8 +103,7 @@ def hub_ways(
     def dialled(call: Callable[[], Any]) -> Outcome:
         if not may_judge(clock):
             return Outcome(CLOCK_NOT_SET, None)
-        asks_tpm = getattr(hub, "asks_tpm", False)
-        return worker.do_or_abort(call, CONNECT_DEADLINE_S, hub.abort, "the connection", interrupted, asks_tpm)
+        return worker.do_or_abort(call, CONNECT_DEADLINE_S, hub.abort, "the connection", interrupted, tpm_grace_s)
 
     def reach(name: str) -> Outcome:
         if dialled(lambda: hub.is_verified(name)).answer is True and isinstance(clock, SystemClock):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 
@@ -13,9 +14,11 @@ from dps_agent.effects import Http, LoadRecord, NoReply, UtcNow
 from dps_agent.host.clock import SystemClock
 from dps_agent.host.config import (
     Configuration,
+    ConfigurationError,
     check_keys_in_hardware,
-    client_certificate,
     hierarchy_password,
+    is_sealed,
+    password_file,
     proxy_of,
 )
 from dps_agent.host.printed import utc_text
@@ -119,6 +122,26 @@ def _of_attestation(configuration: Configuration) -> Any:
     signer = FileSigner(configuration, lambda: open_tpm(configuration))
     signer.open()
     return signer
+
+
+def client_certificate(configuration: Configuration) -> tuple[Any, ...] | None:
+    """The files with the chain that this device shows DPS and its hub, and with its key; None where it shows none.
+
+    Behind them the TCTI of the TPM that has the key, where one has, and what opens that as a `TpmService`.
+    ConfigurationError where there is none to have it.
+    """
+    if configuration.attestation != X509:
+        return None
+    files = configuration.certificate_file, password_file(configuration.device_key_file, os.environ)[0]
+    if not is_sealed(configuration):
+        return files
+    tpm = configuration.tpm
+    if tpm.backend == "simulator":
+        text = (
+            f'device_key_file: expected a key in a file, with tpm.backend = "simulator"; a TPM has that in {files[1]}'
+        )
+        raise ConfigurationError("config.invalid", [text])
+    return (*files, tpm.tcti, lambda: open_tpm(configuration))
 
 
 def dps_connection(configuration: Configuration) -> DpsConnection:

@@ -12,7 +12,7 @@ Four parts play together, and only the last two know threads:
 Each turn of `_drive` is the same: take the next effect, feed the watchdog, look whether somebody called `stop`, do the
 effect, and hand its outcome to the driver: an answer, or a DpsError that is thrown there. What an effect of the TPM,
 the store or the clock raises goes to the logic, as a DpsError; what one of HTTP or the hub raises comes out of `run`,
-for those answer by values.
+for those answer by values, but for what ails the certificate that DPS would be shown: an AskOperator of HTTP's.
 
 How `run` ends: 1. with the exchange's result; 2. with the exchange's own error; 3. with `agent.interrupted`, after
 `stop`; 4. with the code of an overrun deadline. In the last case the worker is `stuck`: the process is to exit, and
@@ -54,7 +54,7 @@ from dps_agent.effects import (
 from dps_agent.host.clock import CLOCK_NOT_SET, SystemClock, may_judge
 from dps_agent.host.loop import Loop
 from dps_agent.host.worker import DONE, Outcome, Worker, attempt, bug, required
-from dps_hal.errors import EXIT_GROUPS, Broken, DpsError, RetryLater
+from dps_hal.errors import EXIT_GROUPS, AskOperator, Broken, DpsError, RetryLater
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -85,6 +85,13 @@ STORE_DEADLINE_S = 30.0
 Erase = namedtuple("Erase", ("record",))  # an effect for whoever is asked to forget; no logic yields it
 EXIT_GRACE_S = 1.5  # after a signal the process is gone by then, whatever blocks
 _UNSEEN = ("Uptime", "UtcNow", "Random", "Sleep", "Release", "ClockConfirmed", "Reach", "NextEvent", "Tell")
+
+
+def tpm_grace_s(connection: Any) -> float:
+    """How long a connection that was given up may wait for the TPM that has its key; 0 where none has."""
+    if not getattr(connection, "asks_tpm", False):
+        return 0.0
+    return TPM_KEY_DEADLINE_S if connection.creates_key else TPM_DEADLINE_S
 
 
 def _random() -> float:
@@ -252,7 +259,9 @@ class Runner:
         if kind not in self._ways:
             from dps_agent.host.hub_ways import hub_ways
 
-            self._ways |= hub_ways(self._worker, self._clock, self._hub, self._tell, self._interrupted)
+            self._ways |= hub_ways(
+                self._worker, self._clock, self._hub, self._tell, self._interrupted, lambda: tpm_grace_s(self._hub)
+            )
         if kind not in self._ways:
             which = "without a hub" if self._hub is None else "with a hub"
             raise Broken("agent.bug", f"the logic yielded a {kind.__name__}, which is no effect of a runner {which}")
@@ -280,13 +289,16 @@ class Runner:
         connection, clock = self._connection, self._clock
         if not may_judge(clock):
             return Outcome(CLOCK_NOT_SET, None)
-        outcome = self._worker.do_or_abort(
-            lambda: connection.request(*of),
-            HTTP_DEADLINE_S,
-            connection.abort,
-            "the request",
-            asks_tpm=getattr(connection, "asks_tpm", False),
-        )
+        try:
+            outcome = self._worker.do_or_abort(
+                lambda: connection.request(*of),
+                HTTP_DEADLINE_S,
+                connection.abort,
+                "the request",
+                tpm_grace_s=lambda: tpm_grace_s(connection),
+            )
+        except AskOperator as error:  # about this device's certificate
+            return Outcome(None, error)
         if isinstance(outcome.answer, Reply) and isinstance(clock, SystemClock):
             clock.heard(outcome.answer.date_s)
         return outcome

@@ -37,6 +37,7 @@ _MODEL_ID = r"dtmi:[A-Za-z](\w*[A-Za-z0-9])?(:[A-Za-z](\w*[A-Za-z0-9])?)*;[1-9][
 FEATURES = ("methods", "twin", "messages")
 AUTH_LIMIT = 64  # bytes; an authValue is at most as long as the hierarchy's digest, TPM 2.0 Library Part 1, 13.5
 PROXY_LIMIT = 2048  # bytes of a proxy's URL
+TPM_KEY = b"-----BEGIN TSS2 PRIVATE KEY-----"  # with which the file of a key for TLS begins that a TPM has made
 KEY_FILE_LIMIT = 1024  # bytes; a key of 64 bytes has 88 in base64, and some 700 where a TPM has sealed it
 OWNER_HANDLES = (0x81000000, 0x817FFFFF)  # persistent handles the owner may use, TCG handle registry, table 3
 NO_PIN = -1  # what stands for none where a board's setting names a pin

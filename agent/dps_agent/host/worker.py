@@ -103,16 +103,18 @@ class Worker:
         abort: Callable[[], None],
         what: str,
         interrupted: Callable[[], bool] = bool,
-        asks_tpm: bool = False,
+        tpm_grace_s: Callable[[], float] = float,
     ) -> Outcome:
         """The answer of a call that `abort` makes end; what the call raises comes out: it is not for the logic.
 
         1. It ends by itself: its answer. 2. At its deadline it is aborted and ends: its answer, where a NoReply says
         `timeout`. 3. After `stop`, or once `interrupted()` is true after `hasten`, it is aborted and ends: its answer.
-        4. It was aborted and does not end: stuck, RetryLater `network.timeout` or, after `stop`, `agent.interrupted`;
-        `tpm.timeout` where it `asks_tpm`, for nothing else in it could hang then.
+        4. It was aborted, and waits for the TPM yet, which nobody can end: its answer, within `tpm_grace_s()` more, or
+        STOP_GRACE_S after `stop`. 5. It does not end: stuck, RetryLater `network.timeout` or, after `stop`,
+        `agent.interrupted`; `tpm.timeout` where there is a TPM to wait for, for nothing else in it could hang then.
         """
         self._hand_over(call)
+        began_s = time.monotonic()
         outcome = self._wait(deadline_s, 0.0, interrupted)
         if outcome is None:
             given_up = interrupted()
@@ -121,11 +123,15 @@ class Worker:
                 outcome = self._wait(ABORT_GRACE_S / 10)
                 if outcome is not None:
                     break
-            else:
+            grace_s = tpm_grace_s()
+            if outcome is None and not self.is_stopped():
+                outcome = self._wait(grace_s, STOP_GRACE_S)
+            if outcome is None:
                 self.stuck = True
                 self.refuse_if_stopped()
-                if asks_tpm:
-                    raise RetryLater("tpm.timeout", f"the TPM did not answer {what} within {deadline_s:g} s")
+                if grace_s:
+                    text = f"{what} waits for the TPM, which did not answer within {time.monotonic() - began_s:.0f} s"
+                    raise RetryLater("tpm.timeout", text)
                 raise RetryLater("network.timeout", f"{what} did not end within {deadline_s:g} s")
             if isinstance(outcome.answer, NoReply) and not (given_up or self.is_stopped()):
                 text = f"{NO_REPLY_TIMEOUT}: no whole answer within {deadline_s:g} s"

@@ -1,4 +1,4 @@
-"""A process of its own that shows a certificate by a key of its TPM, and whose time a line on stdin makes pass.
+"""A process of its own that shows a certificate by a key of its TPM, and whose time a line on stdin makes fly.
 
     python tests/support/programs/tpm_in_tls.py SETTINGS HUB|dps TIMES
 
@@ -7,6 +7,7 @@ OpenSSL's provider is never taken out of a process, and is of no use once its TP
 own.
 """
 
+import math
 import os
 import sys
 import threading
@@ -18,17 +19,18 @@ if TYPE_CHECKING:
 
 
 class Time:
-    """The system's monotonic time, an hour ahead once `passed`."""
+    """The system's monotonic time, an hour a second from `flies_from_s` on, which it is an hour ahead of."""
 
-    passed = threading.Event()
+    flies_from_s = math.inf
 
     def monotonic(self) -> float:
-        return time.monotonic() + 3600 * self.passed.is_set()
+        now_s = time.monotonic()
+        return now_s if now_s < self.flies_from_s else now_s + 3600 * (1 + now_s - self.flies_from_s)
 
 
 def main(settings: str, whom: str, times: str) -> None:
     sys.path[:0] = ["agent", "hal"]
-    from dps_agent.host import load, loop, worker
+    from dps_agent.host import load, loop, runner, worker
     from dps_agent.host.parts import dps_connection, hub_connection
     from dps_agent.hub_effects import Connect
     from dps_hal.errors import DpsError
@@ -38,8 +40,8 @@ def main(settings: str, whom: str, times: str) -> None:
     connection: Any = dps_connection(given) if whom == "dps" else hub_connection(given)
 
     def pass_time() -> None:
-        if sys.stdin.readline():  # its end is no line
-            clock.passed.set()
+        if sys.stdin.readline():
+            clock.flies_from_s = time.monotonic()
             waits.ring()
 
     threading.Thread(target=pass_time, daemon=True).start()
@@ -53,10 +55,14 @@ def main(settings: str, whom: str, times: str) -> None:
             return connection.request("POST", path, b'{"registrationId":"%s"}' % device.encode(), None)
         return connection.connect(Connect(whom, device, f"{whom}/{device}/?api-version=2021-04-12", None, 60, True))
 
-    waiting = worker.Worker(None, waits)
+    waiting = worker.Worker(lambda: None, waits)  # it looks at the time each second
     for _ in range(int(times)):
         try:
-            print(waiting.do_or_abort(call, 60.0, connection.abort, "the words", asks_tpm=connection.asks_tpm).answer)
+            print(
+                waiting.do_or_abort(
+                    call, 60.0, connection.abort, "it", tpm_grace_s=lambda: runner.tpm_grace_s(connection)
+                ).answer
+            )
         except DpsError as error:
             print(f"{error.code} {'stuck' if waiting.stuck else 'ended'}: {error.message}")
         sys.stdout.flush()

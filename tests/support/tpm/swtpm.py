@@ -90,6 +90,10 @@ class Swtpm(SwtpmProcess):
         self._with_empty_password(0x120, [OWNER, transient], struct.pack(">I", handle))
         self.command(0x165, struct.pack(">I", transient))
 
+    def evict(self, handle: int) -> None:
+        """Frees a persistent handle."""
+        self._with_empty_password(0x120, [OWNER, handle], struct.pack(">I", handle))
+
     def fill_nv(self, template: bytes) -> None:
         """Leaves no room for a persistent object: NV indices, then the primary key of `template` at many handles."""
         index = 0x01800000

@@ -52,6 +52,7 @@ COMMANDS = {  # TPM 2.0 Library Part 2, table 12
     0x17A: "GetCapability",
     0x17B: "GetRandom",
     0x17D: "Hash",
+    0x186: "HashSequenceStart",
 }
 
 _LISTEN = "127.0.0.1"

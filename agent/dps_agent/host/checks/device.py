@@ -13,7 +13,7 @@ from dps_agent.host.config import Configuration, is_sealed
 from dps_agent.host.local.statefile import read_live
 from dps_agent.host.loop import Loop
 from dps_agent.host.parts import NoConnection, offline_runner, open_device, open_tpm
-from dps_agent.host.runner import Runner
+from dps_agent.host.runner import Runner, tpm_grace_s
 from dps_agent.host.worker import ABORT_GRACE_S, Worker
 from dps_agent.settings import AUTO, SYMMETRIC_KEY, TPM
 from dps_hal.contracts import IDENTITY
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dps_agent.assignment import Assignment
     from dps_agent.effects import Effect
     from dps_agent.host.checks.ways import Network
+    from dps_agent.host.network.https import DpsConnection
     from dps_hal.contracts import StoredRecord, TpmCondition, TpmService
 
     Answer = TypeVar("Answer")
@@ -137,11 +138,13 @@ class Device:
 
         return self.run(sign())
 
-    def bounded(self, request: Callable[[], Answer], limit_s: float, abort: Callable[[], None]) -> Answer:
+    def bounded(self, request: Callable[[], Answer], limit_s: float, connection: DpsConnection) -> Answer:
         """What a request says that waits for the TPM as well; RetryLater `tpm.timeout` where that does not answer."""
-        worker = Worker(None, Loop())
+        worker, limit_s = Worker(None, Loop()), limit_s + ABORT_GRACE_S
         try:
-            answer: Answer = worker.do_or_abort(request, limit_s + ABORT_GRACE_S, abort, "DPS", asks_tpm=True).answer
+            answer: Answer = worker.do_or_abort(
+                request, limit_s, connection.abort, "the request", tpm_grace_s=lambda: tpm_grace_s(connection)
+            ).answer
         finally:
             self._request_hangs = worker.stuck
             worker.end()

@@ -24,10 +24,11 @@ from dps_agent.host.checks import ways
 from dps_agent.host.checks.finding import NOTHING_STORED, OK, SKIPPED, WARNING, Finding, failed
 from dps_agent.host.checks.ways import MQTT, WEBSOCKET
 from dps_agent.host.clock import is_synchronised
-from dps_agent.host.config import NO_ID_SCOPE, client_certificate, proxy_of
+from dps_agent.host.config import NO_ID_SCOPE, proxy_of
 from dps_agent.host.network.dial import Dialler
 from dps_agent.host.network.https import DpsConnection
 from dps_agent.host.network.trust import system_places, tls_context
+from dps_agent.host.parts import client_certificate
 from dps_agent.host.printed import utc_text
 from dps_agent.lifecycle import PROVISIONING
 from dps_agent.messages import TpmChallenge, device_registration
@@ -168,7 +169,7 @@ def _asked(
     if not connection.asks_tpm:
         return connection.request("POST", path, body, token)
     answer: Reply | NoReply = device.bounded(
-        lambda: connection.request("POST", path, body, token), ANSWER_LIMIT_S, connection.abort
+        lambda: connection.request("POST", path, body, token), ANSWER_LIMIT_S, connection
     )
     return answer
 

@@ -69,6 +69,7 @@ _OF_OUR_CERTIFICATE = (
     "ALERT_UNKNOWN_CA",
     "ALERT_ACCESS_DENIED",
 )
+_OF_OUR_SIGNATURE = "evp lib"  # how OpenSSL calls a key that does not sign
 
 
 class Dialler:
@@ -76,7 +77,8 @@ class Dialler:
 
     `ca_file` holds the only roots to trust, in PEM; empty: the system's. `setting` is what the operator calls it:
     AskOperator `config.invalid` where it makes no sense. `certificate`, `asked_later`: see `Trust`. A key of a TPM's
-    that a connection was lent for its handshake is taken back behind it, or where a peer may ask later by `take_back`.
+    that a connection was lent for its handshake is taken back behind it, or where a peer may ask later by `take_back`;
+    it is borrowed before the peer is reached, so no peer has a connection for each try of a device whose TPM is ill.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Dialler:
         proxies: ProxyRule,
         ca_file: str,
         setting: str = "ca_file",
-        certificate: tuple[str, ...] | None = None,
+        certificate: tuple[Any, ...] | None = None,
         asked_later: bool = False,
     ) -> None:
         self._proxies = proxies
@@ -108,7 +110,8 @@ class Dialler:
 
         Both times are of the monotonic clock, `reach_by_s` for what comes before TLS. `afresh`: the peer has to show
         its certificate, so no session is resumed. Raises Failed: `connect` where no TCP connection stood, `tls` where
-        the peer was not verified; RetryLater `tpm.absent` where this process has lost the TPM that has the key.
+        the peer was not verified, a code such as `tpm.memory` where there is no key for the handshake now; AskOperator
+        where somebody has to change that, RetryLater `tpm.absent` where this process has lost the TPM that has it.
         """
         reach_by_s = deadline_s if reach_by_s is None else min(reach_by_s, deadline_s)
         while True:
@@ -117,6 +120,12 @@ class Dialler:
             except AskOperator as error:
                 raise Failed(NO_REPLY_TLS, error.message) from None
             session = None
+            try:
+                self.trust.borrow()
+            except DpsError as error:
+                if isinstance(error, AskOperator) or self.trust.has_lost_tpm(error):
+                    raise
+                raise Failed(error.code, error.message) from None
             try:
                 raw = self.reach(host, port, reach_by_s)
                 session = None if afresh else self.trust.session(name)
@@ -141,12 +150,7 @@ class Dialler:
                 do_handshake_on_connect=False,
                 suppress_ragged_eofs=False,
             )
-        try:
-            self.trust.lend(tls)
-        except DpsError as error:
-            if self.trust.has_lost_tpm(error):
-                raise
-            raise Failed(NO_REPLY_TLS_FAILED, error.message) from None
+        self.trust.lend(tls)
         tls.settimeout(seconds_until(deadline_s))
         tls.do_handshake()
         if not self._asked_later:
@@ -166,6 +170,8 @@ class Dialler:
         if isinstance(error, ssl.SSLCertVerificationError):
             return Failed(NO_REPLY_TLS, error.verify_message)
         if isinstance(error, ssl.SSLError) and not _is_end(error):
+            if self.trust.asks_tpm and _OF_OUR_SIGNATURE in str(error).lower().replace("_", " "):
+                return Failed("tpm.failed", "the TPM did not sign the TLS handshake, for a reason that Python drops")
             return _without_verdict(error, self.trust.shows_certificate)
         return Failed(NO_REPLY_CLOSED, f"the connection ended {where}")
 

@@ -19,6 +19,8 @@ from dps_text.addresses import host_and_port
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from dps_agent.sas import SasToken
 
 BODY_LIMIT = 64 * 1024  # bytes of an answer's body
@@ -56,7 +58,7 @@ class DpsConnection:
         timeout_s: float = 60.0,
         user_agent: str = "dps-agent",
         proxy: str = NONE,
-        certificate: tuple[str, ...] | None = None,
+        certificate: tuple[Any, ...] | None = None,
     ) -> None:
         scheme, _, authority = endpoint.partition("://")
         self._authority = authority.removesuffix("/")
@@ -107,6 +109,11 @@ class DpsConnection:
     def asks_tpm(self) -> bool:
         """Whether a request waits for a TPM as well as for DPS."""
         return self._dialler.trust.asks_tpm
+
+    @property
+    def creates_key(self) -> bool:
+        """Whether that may be as long as a TPM takes to make a key."""
+        return self._dialler.trust.creates_key
 
     def abort(self) -> None:
         """Makes a blocked `request` return at once, `closed`; for another thread, and nothing where none is blocked."""

@@ -34,6 +34,7 @@ from dps_agent.host.network.https import peer_of
 from dps_agent.host.network.proxy import NONE, ProxyRule
 from dps_agent.hub_effects import Acknowledged, Arrived, ConnAck, Gone, Granted
 from dps_agent.session import TOPIC_LIMIT
+from dps_hal.errors import AskOperator
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class HubConnection:
         transport: str = AUTO,
         proxy: str = NONE,
         websocket_port: int = websocket.PORT,
-        certificate: tuple[str, ...] | None = None,
+        certificate: tuple[Any, ...] | None = None,
         issued_key_file: str = "",
     ) -> None:
         self._issued_key_file = issued_key_file
@@ -149,6 +150,11 @@ class HubConnection:
     def asks_tpm(self) -> bool:
         """Whether a connection waits for a TPM as well as for its hub."""
         return self._dialler.trust.asks_tpm
+
+    @property
+    def creates_key(self) -> bool:
+        """Whether that may be as long as a TPM takes to make a key."""
+        return self._dialler.trust.creates_key
 
     @property
     def heard_at_s(self) -> float | None:
@@ -356,7 +362,10 @@ class HubConnection:
 
     def _open(self, transport: str, hub: str, deadline_s: float, reach_by_s: float, afresh: bool) -> _Wire:
         host, port = self._connect_to or (hub, None)
-        tls = self._dialler.dial(hub, host, port or self._ports[transport], deadline_s, reach_by_s, afresh)
+        try:
+            tls = self._dialler.dial(hub, host, port or self._ports[transport], deadline_s, reach_by_s, afresh)
+        except AskOperator as error:
+            raise Failed(error.code, error.message) from None
         try:
             if transport == MQTT:
                 wire = _Wire(tls, None, b"")

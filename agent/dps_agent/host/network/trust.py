@@ -12,15 +12,17 @@ import ssl
 import time
 
 from dps_agent.der import certificates, validity
+from dps_agent.host.settings_table import KEY_FILE_LIMIT, TPM_KEY
 from dps_agent.utc import AGREEMENT_S
-from dps_hal.errors import AskOperator
+from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.host.regular import open_regular, read_regular
 from dps_text import NotText, without_mark
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import TypeAlias
+    from typing import Any, TypeAlias
 
+    from dps_hal.contracts import TpmService
     from dps_hal.errors import DpsError
     from dps_hal.host.tls_provider import TpmKey
 
@@ -47,8 +49,9 @@ class Trust:
     that would show what the device was, and not what it is. `asked_later`: a peer may also ask for it once it has read
     a request. Used by one thread at a time.
 
-    Where a TPM has the key its TCTI follows the two files. Then the key is an object in the TPM, which has room for
-    three: a connection has it from `lend` to `take_back`, in another context than the one it begins and ends with.
+    Where a TPM has the key, its TCTI follows the two files, and what opens that TPM for the agent's own commands. Then
+    the key is an object in the TPM, which has room for three: it is there from `borrow` to `take_back`, a connection
+    has it from `lend` on, in another context than the one it begins and ends with.
 
     The context is made anew, and with it all sessions end, when a file, a folder or a variable of the environment that
     it was made from has changed; after TRUST_LIFE_S; and when the system's clock was set, for certificates were judged
@@ -56,13 +59,17 @@ class Trust:
     """
 
     def __init__(
-        self, ca_file: str, setting: str, certificate: tuple[str, ...] | None = None, asked_later: bool = False
+        self, ca_file: str, setting: str, certificate: tuple[Any, ...] | None = None, asked_later: bool = False
     ) -> None:
         self._ca_file = ca_file
-        self._certificate = certificate[:2] if certificate else ()
-        self._tcti = certificate[2] if certificate and len(certificate) > 2 else ""
+        self._certificate: tuple[str, ...] = certificate[:2] if certificate else ()
+        self._tcti: str = certificate[2] if certificate and len(certificate) > 2 else ""
+        self._open_tpm: Any = certificate[3] if certificate and self._tcti else None
+        self._tpm: TpmService | None = None  # while the storage root key is put in its place
+        self._srk_handle = 0  # where that is now; 0: where the key's file says
         self._asked_later = asked_later
-        self._lent: tuple[ssl.SSLSocket, ssl.SSLContext, TpmKey] | None = None
+        self._borrowed: tuple[ssl.SSLContext, TpmKey] | None = None
+        self._lent: tuple[ssl.SSLSocket, ssl.SSLContext] | None = None
         if self._tcti:
             from dps_hal.host import tls_provider
 
@@ -92,6 +99,12 @@ class Trust:
             self._issued = chain, key_file
             self._context = None
 
+    @property
+    def creates_key(self) -> bool:
+        """As `TpmService` has it: whether what waits for the TPM may take as long as that."""
+        tpm = self._tpm  # once: another thread asks
+        return bool(tpm is not None and tpm.creates_key)
+
     def context(self) -> ssl.SSLContext:
         """What a connection is to be verified in now; AskOperator `config.invalid` where `ca_file` makes no sense."""
         if self._context is None or not self._still_holds():
@@ -99,38 +112,87 @@ class Trust:
         assert self._context is not None
         return self._context
 
-    def lend(self, tls: ssl.SSLSocket) -> None:
-        """Gives a connection that is about to begin the key that the TPM has, if one has it; as slow as the TPM.
+    def borrow(self) -> None:
+        """Has the TPM load the key for the connection that is about to begin, if it has one; as slow as the TPM.
 
-        AskOperator, RetryLater `tpm.absent` where it cannot be had.
+        DpsError where it cannot be had: what the TPM says, AskOperator `tpm.certificate_key` where the key is gone, and
+        `config.invalid` for the files. A verdict of the TPM's counts when it came twice, and its storage root key was
+        looked for, or made anew, in between: anybody who owns the TPM may have moved that.
         """
         if not self._tcti:
             return
         from dps_hal.host import tls_provider
 
-        def make() -> ssl.SSLContext:
-            context = self._rooted(all_roots=not self._leaves_out)
-            self._show(context)
-            return context
+        self.take_back()
+        tls_provider.load(self._tcti)
+        try:
+            self._borrow()
+        except RetryLater:
+            raise
+        except (AskOperator, IdentityStale) as error:
+            if not error.code.startswith("tpm."):
+                raise
+            self._find_storage_root_key()
+            try:
+                self._borrow()
+            except IdentityStale as again:
+                text = f"the TPM does not take the key that it made: {again.message}"
+                raise AskOperator("tpm.certificate_key", text) from None
 
-        with_key, key = tls_provider.held(self._tcti, make)
-        self._lent = tls, tls.context, key
-        tls.context = with_key
+    def _borrow(self) -> None:
+        from dps_hal.host import tls_provider
+        from dps_hal.host.signing_key import from_pem, to_pem
+
+        chain_file, key_file = self._certificate
+
+        def make() -> ssl.SSLContext:
+            return self._rooted(all_roots=not self._leaves_out)
+
+        try:
+            os.close(open_regular(chain_file))  # OpenSSL would wait for whoever writes to a FIFO
+            content = read_regular(key_file, KEY_FILE_LIMIT)
+            if not content.startswith(TPM_KEY):
+                raise AskOperator("config.invalid", _moved(key_file, "in a file", "in the TPM"))
+            key = from_pem(content)
+            key = key._replace(srk_handle=self._srk_handle or key.srk_handle)
+            self._borrowed = tls_provider.held(make, chain_file, to_pem(key))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", "") or str(error)
+            text = f"expected a chain in PEM in '{chain_file}', for the TPM's key in '{key_file}': {reason}"
+            raise AskOperator("config.invalid", f"certificate_file: {text}") from None
+
+    def _find_storage_root_key(self) -> None:
+        """Our own procedure looks for it, and makes it where it is gone; the provider can do neither."""
+        tpm = self._tpm = self._open_tpm()
+        try:
+            tpm.storage_root_key()
+            self._srk_handle = tpm.srk_found_at or 0
+        finally:
+            tpm.release()
+            self._tpm = None
+
+    def lend(self, tls: ssl.SSLSocket) -> None:
+        """Gives a connection that is about to begin the key that was borrowed, if there is one; asks no TPM."""
+        if self._borrowed is not None:
+            self._lent = tls, tls.context
+            tls.context = self._borrowed[0]
 
     def has_lost_tpm(self, error: DpsError) -> bool:
-        """Whether `lend` will raise the same as long as this process lives."""
+        """Whether `borrow` will raise the same as long as this process lives."""
         from dps_hal.host.tls_provider import ConnectionLost
 
         return isinstance(error, ConnectionLost)
 
     def take_back(self) -> None:
-        """Flushes the key that was lent from the TPM; the connection goes on without; as slow as the TPM."""
-        if self._lent is None:
-            return
-        (tls, context, key), self._lent = self._lent, None
-        with contextlib.suppress(AttributeError):  # it has ended, and with it its use of the key
-            tls.context = context
-        key.release()
+        """Flushes the key that was borrowed from the TPM; a connection goes on without; as slow as the TPM."""
+        lent, self._lent = self._lent, None
+        if lent is not None:
+            tls, context = lent
+            with contextlib.suppress(AttributeError):  # it has ended, and with it its use of the key
+                tls.context = context
+        if self._borrowed is not None:
+            key, self._borrowed = self._borrowed[1], None  # no context has it any more
+            key.release()
 
     def look_further(self) -> bool:
         """Whether there are roots that had no say in a refusal; from now on they have."""
@@ -208,12 +270,13 @@ class Trust:
         try:
             for path in self._certificate:
                 os.close(open_regular(path))  # OpenSSL would wait for whoever writes to a FIFO
+            with open(key_file, "rb") as file:
+                if file.read(len(TPM_KEY)) == TPM_KEY:
+                    raise AskOperator("config.invalid", _moved(key_file, "in the TPM", "in a file"))
             context.load_cert_chain(chain_file, key_file, password="")  # one with a password asks nobody for it
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             reason = getattr(error, "reason", "") or getattr(error, "strerror", "") or str(error)
             text = f"certificate_file: expected a chain in PEM in '{chain_file}', for the key in '{key_file}': {reason}"
-            if self._tcti:
-                text = f"the TPM has not the key in '{key_file}', or that is not the one of '{chain_file}': {reason}"
             raise AskOperator("config.invalid", text) from None
 
     def _allow_later(self, context: ssl.SSLContext) -> None:
@@ -241,6 +304,11 @@ def tls_context() -> ssl.SSLContext:
     context.options |= ssl.OP_NO_RENEGOTIATION  # with it a send could have to wait for something to read
     context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # set by Python 3.11.2: a body cut off would look whole
     return context
+
+
+def _moved(key_file: str, now: str, before: str) -> str:
+    """That a key is no longer where this process was told."""
+    return f"device_key_file: the key of '{key_file}' lies {now}, and lay {before} when this began: restart the service"
 
 
 def validity_s(tls: ssl.SSLSocket) -> range:
