@@ -3,15 +3,17 @@
 A chain is the device's own certificate and behind it those of the CAs that lead upwards, each issued by the next, in
 DER one behind the other; its name is its SHA-256 in hex. The record `certificate` holds chains, each behind its length
 in four bytes: the one that the record `identity` names, and while that is to change the next one as well. So an
-identity always finds its own, whatever was cut in between. Nothing is verified here but whose key a certificate is for:
-whoever takes a certificate looks at the rest.
+identity always finds its own, whatever was cut in between. No signature is verified here: whoever takes a certificate
+does that. What no hub would take is refused all the same, before it replaces what one takes: another device's
+certificate, and one that has ended or not begun.
 """
 
 from dps_agent.assignment import decode
-from dps_agent.der import certificates
-from dps_agent.effects import LoadRecord, ReadRequest
+from dps_agent.der import certificates, validity
+from dps_agent.effects import LoadRecord, ReadRequest, UtcNow
+from dps_agent.utc import AGREEMENT_S, date_text
 from dps_hal.contracts import CERTIFICATE, IDENTITY
-from dps_hal.der import INTEGER, SEQUENCE, element, field_of
+from dps_hal.der import INTEGER, OBJECT_IDENTIFIER, SEQUENCE, element, field_of
 from dps_hal.errors import IdentityStale, RetryLater
 from dps_hal.platform import from_base64, sha256
 
@@ -22,11 +24,17 @@ if TYPE_CHECKING:
 
     from dps_agent.assignment import Assignment
     from dps_agent.effects import Effect, Records
-    from dps_hal.contracts import StoredRecord
+    from dps_hal.contracts import StoredRecord, Utc
 
 CHAIN_LIMIT = 9216  # bytes; three of RSA-4096 have some 6,000. Two of them fit into the record
 LINKS_LIMIT = 8  # certificates of one chain, and of one answer
 _LENGTH_BYTES = 4
+_OCTET_STRING = 0x04  # X.690, 8.1.2
+_EXTENSIONS = 0xA3  # RFC 5280, 4.1; the two optional fields before it have other tags
+_KEY_IDENTIFIER = 0x80  # of an authorityKeyIdentifier, 4.2.1.1
+_COMMON_NAME = b"\x55\x04\x03"  # 2.5.4.3
+_SUBJECT_KEY = b"\x55\x1d\x0e"  # 2.5.29.14
+_AUTHORITY_KEY = b"\x55\x1d\x23"  # 2.5.29.35
 
 
 def name_of(chain: bytes) -> str:
@@ -54,18 +62,14 @@ def joined(chains: "list[bytes]") -> bytes:
 
 def public_key_of(request: bytes) -> bytes:
     """The subjectPublicKeyInfo in a request (PKCS #10, RFC 2986, 4), without its head; ValueError."""
-    start, end = element(request, 0, len(request), SEQUENCE, "certificationRequest")
-    at, end = element(request, start, end, SEQUENCE, "certificationRequestInfo")
-    start = at
-    for what, tag in (("version", INTEGER), ("subject", SEQUENCE), ("subjectPKInfo", SEQUENCE)):
-        start, at = element(request, at, end, tag, what)
-    return request[start:at]
+    return _requested(request)[1]
 
 
-def chain_for(issued: "Any", request: bytes) -> bytes:
+def chain_for(issued: "Any", request: bytes, now: "Utc | None" = None) -> bytes:
     """The chain for the key of `request` in `issued`, base64 of DER in any order; ValueError says what is wrong.
 
-    What does not lead from it upwards is left out, and so is the root, which whoever takes the chain has.
+    Of several for this key it is the one that ends last. `now` judges its dates, where that is believed. What does not
+    lead from it upwards is left out, and so is the root, which whoever takes the chain has.
     """
     if not isinstance(issued, list) or len(issued) > LINKS_LIMIT:
         raise ValueError(f"expected a list of at most {LINKS_LIMIT} certificates")
@@ -76,14 +80,28 @@ def chain_for(issued: "Any", request: bytes) -> bytes:
         if not isinstance(text, str):
             raise ValueError("expected certificates in base64")
         rest += certificates(from_base64(text))
-    own = public_key_of(request)
-    chain = [certificate for certificate in rest if _field(certificate, "subjectPublicKeyInfo") == own][:1]
-    if not chain:
+    subject, own = _requested(request)
+    name = _common_name(subject)
+    leaf, begins_s, ends_s = b"", 0, 0
+    for certificate in rest:
+        if _field(certificate, "subjectPublicKeyInfo") != own:
+            continue
+        first_s, last_s = validity(certificate)
+        if not leaf or last_s > ends_s:
+            leaf, begins_s, ends_s = certificate, first_s, last_s
+    if not leaf:
         raise ValueError(f"none of the {len(rest)} certificates is for the key of this device")
+    if _common_name(_field(leaf, "subject")).lower() != name.lower():
+        raise ValueError(f"expected the CN {name.decode()!r}, and the device's certificate has another")
+    if now is not None and now.believable:
+        if ends_s < now.now_s:
+            raise ValueError(f"the device's certificate has ended, on {date_text(ends_s)}")
+        if begins_s > now.now_s + AGREEMENT_S:
+            raise ValueError(f"the device's certificate is not valid before {date_text(begins_s)}")
+    chain = [leaf]
     while len(chain) < LINKS_LIMIT:
-        issuer = _field(chain[-1], "issuer")
-        above = [each for each in rest if _field(each, "subject") == issuer and each not in chain]
-        if not above or _field(above[0], "issuer") == issuer:  # that is the root
+        above = [each for each in rest if each not in chain and _issues(each, chain[-1])]
+        if not above or _field(above[0], "issuer") == _field(above[0], "subject"):  # that is the root
             break
         chain.append(above[0])
     found = b"".join(chain)
@@ -106,32 +124,41 @@ def records_with(chain: bytes) -> "Generator[Effect, Any, Records]":
 
 
 def chain_of(assignment: "Assignment") -> "Generator[Effect, Any, bytes]":
-    """The chain that an assignment names; IdentityStale `record.damaged` where it is not there."""
+    """The chain that an assignment names; IdentityStale `record.damaged` where it is not there, or its key is not."""
     known = yield from _kept()
     for chain in known:
         if name_of(chain) == assignment.chain:
-            return chain
+            request: bytes = yield ReadRequest("")
+            try:
+                if request and _field(chain, "subjectPublicKeyInfo") == public_key_of(request):
+                    return chain
+            except ValueError:
+                raise IdentityStale("record.damaged", "the certificate that DPS issued cannot be read")
+            text = "the certificate that DPS issued is for another key than this device's"
+            raise IdentityStale("record.damaged", text)
     raise IdentityStale("record.damaged", "the certificate that belongs to the stored assignment is not there")
 
 
 def difference_of_chain(assignment: "Assignment") -> "Generator[Effect, Any, str]":
-    """Why the certificate of an assignment is not this device's, or ""."""
+    """Why the certificate of an assignment is of no use to this device, or ""."""
     try:
         chain = yield from chain_of(assignment)
-        request: bytes = yield ReadRequest("")
-        if not request or _field(certificates(chain)[0], "subjectPublicKeyInfo") != public_key_of(request):
-            return "the certificate that DPS issued is for another key than this device's"
+        now: Utc = yield UtcNow()
+        ends_s = validity(chain)[1]
+        if now.believable and ends_s < now.now_s:
+            return f"the certificate that DPS issued has ended, on {date_text(ends_s)}"
     except IdentityStale as error:
         return error.message
-    except (ValueError, IndexError):
+    except ValueError:
         return "the certificate that DPS issued cannot be read"
     return ""
 
 
-def chain_taken(issued: "Any", request: bytes) -> bytes:
+def chain_taken(issued: "Any", request: bytes) -> "Generator[Effect, Any, bytes]":
     """`chain_for`; RetryLater `dps.chain_unsuitable`."""
+    now: Utc = yield UtcNow()
     try:
-        return chain_for(issued, request)
+        return chain_for(issued, request, now)
     except ValueError as error:
         raise RetryLater("dps.chain_unsuitable", f"the certificates that were issued are refused: {error}")
 
@@ -147,3 +174,59 @@ def _kept() -> "Generator[Effect, Any, list[bytes]]":
 def _field(certificate: bytes, name: str) -> bytes:
     start, end = field_of(certificate, name)
     return certificate[start:end]
+
+
+def _requested(request: bytes) -> "tuple[bytes, bytes]":
+    """Subject and subjectPublicKeyInfo of a request, without their heads; ValueError."""
+    start, end = element(request, 0, len(request), SEQUENCE, "certificationRequest")
+    at, end = element(request, start, end, SEQUENCE, "certificationRequestInfo")
+    found = []
+    for what, tag in (("version", INTEGER), ("subject", SEQUENCE), ("subjectPKInfo", SEQUENCE)):
+        start, at = element(request, at, end, tag, what)
+        found.append(request[start:at])
+    return found[1], found[2]
+
+
+def _elements(der: bytes) -> "list[tuple[int, bytes]]":
+    """Tag and content of the elements that lie one behind the other; ValueError."""
+    found = []
+    at = 0
+    while at < len(der):
+        tag = der[at]
+        start, at = element(der, at, len(der), tag, "element")
+        found.append((tag, der[start:at]))
+    return found
+
+
+def _common_name(name: bytes) -> bytes:
+    """The CN of a Name (RFC 5280, 4.1.2.4), the last one; empty where it has none."""
+    found = b""
+    for _, relative in _elements(name):
+        for _, attribute in _elements(relative):
+            parts = _elements(attribute)
+            if len(parts) == 2 and parts[0] == (OBJECT_IDENTIFIER, _COMMON_NAME):
+                found = parts[1][1]
+    return found
+
+
+def _issues(above: bytes, certificate: bytes) -> bool:
+    """Whether `above` is of the CA that issued `certificate`: by the name, and where both say so by the key."""
+    if _field(above, "subject") != _field(certificate, "issuer"):
+        return False
+    wanted, has = _extension(certificate, _AUTHORITY_KEY), _extension(above, _SUBJECT_KEY)
+    wanted = b"".join([value for tag, value in _elements(wanted) if tag == _KEY_IDENTIFIER])
+    return not wanted or not has or wanted == has
+
+
+def _extension(certificate: bytes, wanted: bytes) -> bytes:
+    """The content of an extension's outermost element (RFC 5280, 4.1.2.9); empty where there is none; ValueError."""
+    _, at = field_of(certificate, "subjectPublicKeyInfo")
+    start, _ = element(certificate, 0, len(certificate), SEQUENCE, "certificate")
+    _, end = element(certificate, start, len(certificate), SEQUENCE, "tbsCertificate")
+    for tag, content in _elements(certificate[at:end]):
+        for _, extensions in _elements(content) if tag == _EXTENSIONS else ():
+            for _, extension in _elements(extensions):
+                parts = _elements(extension)
+                if parts and parts[0] == (OBJECT_IDENTIFIER, wanted) and parts[-1][0] == _OCTET_STRING:
+                    return b"".join([value for _, value in _elements(parts[-1][1])][:1])
+    return b""

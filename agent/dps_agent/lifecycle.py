@@ -260,6 +260,11 @@ class Lifecycle:
         names = ("methods", "twin", "messages")
         return [name for name in names if (known and name in self._lacks) or not is_wanted(name, self.settings)]
 
+    @property
+    def renewal_trouble(self) -> str:
+        """Why the certificate that DPS issued is not renewed; "" for nothing."""
+        return self._session.renewal_trouble if self._session else ""
+
     # The life.
 
     def live(self, once: bool, force: bool, connect: bool = False) -> "Generator[Effect, Any, None]":

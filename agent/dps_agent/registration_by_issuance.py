@@ -52,6 +52,6 @@ class ByIssuance(Registering):
 
     def issued(self, state: "DeviceRegistrationResult") -> "Generator[Effect, Any, tuple[str, Records]]":
         """The chain, by its name, and the record that has it."""
-        chain = chain_taken(state.unknown.get(_CHAIN), self._request)
+        chain = yield from chain_taken(state.unknown.get(_CHAIN), self._request)
         records = yield from records_with(chain)
         return name_of(chain), records

@@ -9,16 +9,18 @@ and the next connection shows it.
 | IDLE | the time to ask | `due_s` |
 | SUBSCRIBING | SUBACK, without which there would be no answer | ANSWER_LIMIT_S |
 | ASKED | the 202 | ANSWER_LIMIT_S |
-| ACCEPTED | the certificate | ISSUE_LIMIT_S |
+| ACCEPTED | the certificate | the hub's `operationExpires`, at most ISSUE_LIMIT_S |
 | STORING | a store that takes what has come | it is asked again after a delay |
 
 What goes wrong:
 
 1. The connection ends: the same request goes out under the same id on the next one.
 2. Another request is under way (409): ours takes its place.
-3. The hub has no room, or fails (429, 5xx), or says nothing: again, after ever longer delays, and those it asks for.
-4. TRIES_LIMIT of these in a row, a refusal that will stay, or LAST_PART of the life left: the device registers, which
-   brings a certificate as well, once in REGISTER_AGAIN of the life; in between it goes on asking.
+3. The hub has no room, or fails (429, 5xx), or says nothing, or the key of this device cannot be read: again, after
+   ever longer delays, and those it asks for.
+4. TRIES_LIMIT of these in a row, a refusal that will stay, or LAST_PART of the life left, whatever is under way: the
+   device registers, which brings a certificate as well, once in REGISTER_AGAIN of the life. In between it goes on
+   asking, but for what will stay so.
 5. The certificate has ended: the hub refuses it, and that is the life's business.
 
 A preview of Azure, hub api-version 2025-08-01-preview. Sources: Microsoft's clients, and a test run of theirs.
@@ -41,6 +43,7 @@ from dps_agent.effects import (
 from dps_agent.hub_effects import Acknowledge, Arrived, Granted, Publish, Subscribe
 from dps_agent.issued import chain_for, name_of, records_with
 from dps_agent.twin import NEVER_S, query_value
+from dps_agent.utc import utc_s, whole_number
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import from_json, to_base64, to_json
@@ -76,6 +79,8 @@ TRIES_LIMIT = 5
 AGAIN_FIRST_S = 60
 AGAIN_LIMIT_S = 3600
 ASKED_FOR_LIMIT_S = 86400  # of a delay that the hub asks for
+TEXT_LIMIT = 200  # characters of the hub's own words
+_CODES_LIMIT = 1_000_000  # they have six digits
 _FAILED = 0x80  # of a subscription: MQTT 3.1.1, 3.9.3
 _LATER = (408, 409, 429)  # and all from 500 on, but for these codes
 _FOR_GOOD = (412005, 503102)
@@ -84,7 +89,7 @@ _FOR_GOOD = (412005, 503102)
 class Renewal:
     """The renewals of one identity, one after the other. `assignment` is that identity, anew once one is stored.
 
-    `reason` says why the device is to register.
+    `reason` says what went wrong last, and why the device is to register; "" for nothing.
     """
 
     api_version = API_VERSION
@@ -102,17 +107,29 @@ class Renewal:
         self._attempt = 0  # requests whose end has come
         self._replaces = False  # the next request takes the place of another one
         self._register_not_before_s: float | None = None  # None: nothing is known of the certificate yet
+        self._dps_not_before_s = 0.0  # as `ask` heard it last
         self._not_before_s = 0.0  # after one renewal the next, whatever a clock says
         self._taken: tuple[bytes, int] | None = None  # a chain that is to be stored, and the packet that brought it
 
     @property
     def request_id(self) -> str:
-        """The same for what is asked again, also by the next process."""
-        return f"{self.assignment.chain[:24]}-{self._attempt}"
+        """The same for what is asked again.
+
+        Requests whose end has come are counted by this process alone. So the next process asks under this same id where
+        none had failed before, and else under another, which the hub answers with 409, and takes as a replacement.
+        """
+        return f"{self._request_ids}{self._attempt}"
+
+    @property
+    def _request_ids(self) -> str:
+        """How the ids of all requests begin that are made while this certificate is the one that is shown."""
+        return f"{self.assignment.chain[:24]}-"
 
     def due_s(self) -> float:
         """The uptime at which `ask` has something to do."""
-        return self._due_s
+        if self._ends_s is None or self.state == STORING:
+            return self._due_s
+        return min(self._due_s, max(self._late_s(), self._may_register_s()))
 
     def forget_connection(self) -> None:
         """What is under way is asked for again on the next connection; a hub that hung up on it waits for that."""
@@ -152,14 +169,14 @@ class Renewal:
             return False
         if self._ends_s is None and not (yield from self._look_at_life(now_s)):
             return False
-        if self.state != IDLE:
+        self._dps_not_before_s = dps_not_before_s
+        if self.state != IDLE and now_s >= self._due_s:
             said = "the hub did not issue the certificate in time" if self.state == ACCEPTED else "the hub said nothing"
             if self.state == ACCEPTED:
                 self._attempt += 1
             yield from self._fail(now_s, said)
-        late = self._ends_s is not None and now_s >= self._ends_s - LAST_PART * self._life_s
-        may_register = now_s >= max(self._register_not_before_s or 0.0, dps_not_before_s)
-        if may_register and (late or self.failures >= TRIES_LIMIT):
+        late = self._ends_s is not None and now_s >= self._late_s()
+        if now_s >= self._may_register_s() and (late or self.failures >= TRIES_LIMIT):
             self._register_not_before_s = now_s + self._rest_s()
             self.failures = 0
             self.reason = self.reason or "the certificate ends soon, and was not renewed"
@@ -187,7 +204,10 @@ class Renewal:
         if not isinstance(event, Arrived) or not event.topic.startswith(ANSWERS):
             return False
         status, _, query = event.topic[len(ANSWERS) :].partition("/")
-        if query_value(query, "$rid") == self.request_id and self.state in (ASKED, ACCEPTED, SUBSCRIBING):
+        rid = query_value(query, "$rid") or ""
+        expected = rid == self.request_id and self.state in (ASKED, ACCEPTED, SUBSCRIBING)
+        # What a hub kept for us comes ahead of the SUBACK, or when nobody waited any more.
+        if self.state != STORING and (expected or (status == "200" and rid.startswith(self._request_ids))):
             came_s: float = yield Uptime()
             yield from self._answered(status, event, came_s)
         if event.packet_id and not self._taken:
@@ -211,14 +231,17 @@ class Renewal:
         due_s = self._ends_s - self._life_s * (1 - RENEW_AT + RENEW_SPREAD * random)
         self._due_s = max(due_s, self._not_before_s)
         if self._register_not_before_s is None:  # it was issued just now, perhaps, and is old by a wrong clock
-            self._register_not_before_s = now_s + self._rest_s()
+            age_s = max(now.now_s - self.assignment.assigned_at_s, 0)
+            self._register_not_before_s = now_s + max(self._rest_s() - age_s, 0)
         return now_s >= self._due_s
 
     def _granted(self, granted: Granted, now_s: float) -> "Generator[Effect, Any, None]":
         if not granted.return_codes or granted.return_codes[0] == _FAILED:
             self._refuse_for_good(now_s, "the hub does not renew certificates")
             return
-        request: bytes = yield ReadRequest(self.assignment.registration_id)
+        request = yield from self._request(now_s)
+        if not request:
+            return
         body = {"id": self.assignment.device_id, "csr": to_base64(request)}
         if self._replaces:
             body["replace"] = "*"
@@ -236,16 +259,25 @@ class Renewal:
             value = None
         fields: dict[str, Any] = value if isinstance(value, dict) else {}
         if status == "202":
-            self._wait(ACCEPTED, now_s, ISSUE_LIMIT_S)
+            self._replaces = False
+            limit_s: float = yield from _issue_limit_s(fields.get("operationExpires"))
+            self._wait(ACCEPTED, now_s, limit_s)
             return
         self._attempt += 1
         if status == "200":
             yield from self._issued(fields.get("certificates") if fields else value, event.packet_id, now_s)
             return
+        try:
+            number = whole_number(status, 3)
+        except ValueError:
+            yield from self._fail(now_s, "the hub answered the request for the certificate without a status")
+            return
         code, message = fields.get("errorCode"), fields.get("message")
-        text = "".join([each if " " <= each <= "~" else "?" for each in str(message or "")[:200]])
-        said = f"the hub refused to renew the certificate with {status}: {code} {text}"
-        number = int(status) if status.isdigit() else 0
+        if isinstance(code, bool) or not isinstance(code, int) or not 0 <= code < _CODES_LIMIT:
+            code = 0
+        text = message[:TEXT_LIMIT] if isinstance(message, str) else ""
+        text = "".join([each if " " <= each <= "~" else "?" for each in text])
+        said = f"the hub refused to renew the certificate with {number}: {code} {text}"
         if number == 409 and not self._replaces:
             self._attempt -= 1
             self._replaces = True
@@ -257,9 +289,12 @@ class Renewal:
             self._refuse_for_good(now_s, said)
 
     def _issued(self, issued: "Any", packet_id: int, now_s: float) -> "Generator[Effect, Any, None]":
-        request: bytes = yield ReadRequest(self.assignment.registration_id)
+        request = yield from self._request(now_s)
+        if not request:
+            return
+        now: Utc = yield UtcNow()
         try:
-            chain = chain_for(issued, request)
+            chain = chain_for(issued, request, now)
             former, later = [validity(certificates(each)[0])[1] for each in (self._chain, chain)]
             if later <= former:
                 raise ValueError("it ends no later than the one that there is")
@@ -307,6 +342,15 @@ class Renewal:
         value = from_json(text)
         return {"persistAt": value["persistAt"]} if "persistAt" in value else {}
 
+    def _request(self, now_s: float) -> "Generator[Effect, Any, bytes]":
+        """The request for the certificate; empty where this device has it not, which counts as a failure."""
+        try:
+            request: bytes = yield ReadRequest(self.assignment.registration_id)
+        except (RetryLater, AskOperator, IdentityStale) as error:
+            yield from self._fail(now_s, f"the certificate is not renewed: {error.message}")
+            return b""
+        return request
+
     def _fail(self, now_s: float, said: str, asked_s: "Any" = None) -> "Generator[Effect, Any, None]":
         """It did not work, and may work later."""
         self.failures += 1
@@ -322,7 +366,16 @@ class Renewal:
         self.reason = said
         self.state = IDLE
         self.failures = TRIES_LIMIT
-        self._due_s = max(now_s, self._register_not_before_s or 0.0)
+        may_s = self._may_register_s()
+        self._due_s = now_s if now_s >= may_s else max(may_s, now_s + AGAIN_LIMIT_S)
+
+    def _late_s(self) -> float:
+        """The uptime from which on a registration does what no renewal has done."""
+        return (self._ends_s or 0.0) - LAST_PART * self._life_s
+
+    def _may_register_s(self) -> float:
+        """The uptime before which the device does not register for want of a renewal."""
+        return max(self._register_not_before_s or 0.0, self._dps_not_before_s)
 
     def _rest_s(self) -> float:
         """So long at least lies between two registrations, and between two renewals."""
@@ -330,3 +383,18 @@ class Renewal:
 
     def _wait(self, state: str, now_s: float, limit_s: float) -> None:
         self.state, self._due_s = state, now_s + limit_s
+
+
+def _issue_limit_s(operation_expires: "Any") -> "Generator[Effect, Any, float]":
+    """How long a certificate is waited for that comes until then: ISSUE_LIMIT_S where that says nothing."""
+    now: Utc = yield UtcNow()
+    text = operation_expires if isinstance(operation_expires, str) else ""  # "2026-01-31T12:52:20.565000000Z"
+    try:
+        marks = "".join([text[at : at + 1] for at in (4, 7, 10, 13, 16)])
+        if not now.believable or marks != "--T::" or text[19:20] not in (".", "Z") or text[-1:] != "Z":
+            return ISSUE_LIMIT_S
+        month, day, hour, minute, second = [whole_number(text[at : at + 2], 2) for at in range(5, 18, 3)]
+        until_s = utc_s(whole_number(text[:4], 4), month, day, hour, minute, second)
+    except ValueError:
+        return ISSUE_LIMIT_S
+    return min(max(until_s - now.now_s, ANSWER_LIMIT_S), ISSUE_LIMIT_S)

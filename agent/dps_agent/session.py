@@ -226,6 +226,11 @@ class Session:
         """The identity, which has another certificate once one was renewed."""
         return self._assignment
 
+    @property
+    def renewal_trouble(self) -> str:
+        """What went wrong last with the renewal of a certificate that DPS issued; "" for nothing."""
+        return self._renewal.reason if self._renewal else ""
+
     def open(self) -> "Generator[Effect, Any, str]":
         """Connects and subscribes; returns "" if that was done, else how it ended.
 

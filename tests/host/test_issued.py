@@ -44,7 +44,7 @@ from dps_emulator.attestation import Certificates, SymmetricKeys
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.issuing import Issuer
 from dps_emulator.service import Settings
-from dps_hal.contracts import CERTIFICATE, IDENTITY
+from dps_hal.contracts import CERTIFICATE, IDENTITY, Utc
 from dps_hal.errors import AskOperator, RetryLater
 from dps_hal.host.state_dir import open_store
 from support.cloud.chains import CA, NO_CA, SIGNS_CERTIFICATES, party, serving, written
@@ -368,8 +368,21 @@ def test_the_key_is_made_whole_or_not_at_all(bench: Bench) -> None:
     assert device.request(DEVICE) == first == device.request("") and not part.exists()
     renamed = device.request("press-08")
     assert public_key_of(renamed) == public_key_of(first) and renamed != first
-    bench.key_file.write_bytes(b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
-    with pytest.raises(ConfigurationError, match="issued_key_file: expected the key that the agent has made"):
+    for damaged in (b"", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"):
+        bench.key_file.write_bytes(damaged)
+        device = open_device(bench.loaded())
+        assert device.request("") == b"", "in the agent's own folder it is as none"
+        anew = device.request(DEVICE)
+        assert public_key_of(anew) != public_key_of(first) and device.request(DEVICE) == anew
+        bench.key_file.write_bytes(damaged)
+        bench.configure(certificate=f'certificate = "issued"\nissued_key_file = "{bench.key_file}"')
+        with pytest.raises(ConfigurationError, match="issued_key_file: expected the key that the agent has made"):
+            open_device(bench.loaded()).request(DEVICE)
+        bench.configure()
+    bench.key_file.unlink()
+    device.request(DEVICE)
+    bench.key_file.chmod(0o666)
+    with pytest.raises(ConfigurationError, match="chmod 600"):
         device.request(DEVICE)
     bench.key_file.unlink()
     bench.key_file.mkdir()
@@ -444,6 +457,67 @@ def test_what_does_not_lead_upwards_is_left_out() -> None:
 def test_an_answer_without_it_is_refused(sent: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         chain_for(sent, REQUEST)
+
+
+def coded(*ders: bytes) -> list[str]:
+    return [base64.b64encode(each).decode() for each in ders]
+
+
+@pytest.mark.parametrize(
+    ("now_s", "believable", "says"),
+    [
+        (1_790_000_000, True, ""),
+        (1_790_003_600, True, ""),
+        (1_790_003_601, True, "has ended, on 2026-09-21"),
+        (1_790_003_601, False, ""),
+        (1_790_000_000 - 300, True, ""),
+        (1_790_000_000 - 301, True, "not valid before 2026-09-21"),
+        (1_790_000_000 - 301, False, ""),
+    ],
+)
+def test_dates_count_under_a_clock_that_is_believed(now_s: int, believable: bool, says: str) -> None:
+    now = Utc(now_s, believable, "test")
+    with pytest.raises(ValueError, match=says) if says else contextlib.nullcontext():
+        assert chain_for(coded(*ISSUED), REQUEST, now) == b"".join(ISSUED[:2])
+
+
+def test_of_several_for_this_key_the_one_that_ends_last_is_taken() -> None:
+    again = Issuer(os.urandom)
+    chains = [again.chain(POLICY, REQUEST, life_s, 1_790_000_000.0) for life_s in (60, 7200, 3600)]
+    leaves = [chain[0] for chain in chains]
+    assert chain_for(coded(*leaves, *chains[0][1:]), REQUEST) == leaves[1] + chains[0][1]
+
+
+def test_a_certificate_of_another_name_is_refused() -> None:
+    renamed = base64.b64decode(requested("press-08", OWN))
+    with pytest.raises(ValueError, match="expected the CN 'press-08'"):
+        chain_for(coded(*ISSUED), renamed)
+    upper = base64.b64decode(requested(DEVICE.upper(), OWN))
+    assert chain_for(coded(*ISSUED), upper) == b"".join(ISSUED[:2]), "DPS compares ids without regard to case"
+
+
+def test_of_two_issuers_of_one_name_that_is_taken_whose_key_signed() -> None:
+    root = party("root", None, CA)
+    false, true = party("line-4", root, CA), party("line-4", root, CA)
+    own = party(DEVICE, true, NO_CA)
+    request = base64.b64decode(requested(DEVICE, own.key))
+    sent = coded(own.certificate, false.certificate, true.certificate, root.certificate)
+    assert chain_for(sent, request) == own.certificate + true.certificate
+    assert chain_for(sent[:2], request) == own.certificate
+
+
+@ONLY_KEY
+def test_who_asked_the_hub_for_the_time_shows_it_the_certificate_all_the_same(bench: Bench) -> None:
+    bench.command("provision")
+    connection = hub_connection(bench.loaded())
+    try:
+        user_name = f"{HUB}/{DEVICE}/?api-version=2021-04-12"
+        for _ in range(2):
+            assert connection.is_verified(HUB)
+            assert connection.connect(Connect(HUB, DEVICE, user_name, bench.chain(), 60, True)) == ConnAck(0, False)
+            connection.disconnect()
+    finally:
+        connection.close()
 
 
 def test_a_chain_is_bounded() -> None:

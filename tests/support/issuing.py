@@ -137,11 +137,20 @@ class RenewingHub(FakeHub):
         super().__init__(name)
         self.chains = chains
         self.asked: list[tuple[float, str, dict[str, Any]]] = []  # when, the request's id, its body
-        self.said: list[tuple[int, dict[str, Any]] | None] = []
+        self.said: list[tuple[Any, dict[str, Any]] | None] = []
         self.issue_after_s = 1.0
         self.held: list[tuple[str, bytes]] = []  # certificates that are not delivered: topic, body
-        self.life = ("270204", "270306")  # of what it issues
+        self.life = ("270202", "270306")  # of what it issues
         self.bare = False  # the body is the list alone
+        self.early: list[Arrived] = []  # what the next connection brings ahead of all else
+
+    def connect(self, effect: Any, now_s: float, utc_s: int) -> Any:
+        """See `FakeHub.connect`."""
+        answer = super().connect(effect, now_s, utc_s)
+        if self.serves(now_s):
+            self.events += [(now_s, event) for event in self.early]
+            self.early = []
+        return answer
 
     def publish(self, effect: Publish, packet_id: int, now_s: float) -> None:
         """See `FakeHub.publish`."""
@@ -181,7 +190,7 @@ class RenewingHub(FakeHub):
             self.held = [each for each in self.held if each[0] not in event.topic]
         return event
 
-    def answer(self, now_s: float, status: int, rid: str, body: dict[str, Any]) -> None:
+    def answer(self, now_s: float, status: Any, rid: str, body: dict[str, Any]) -> None:
         """Says something to a request."""
         self.send(now_s + 0.1, f"$iothub/credentials/res/{status}/?$rid={rid}", to_json(body).encode())
 
@@ -243,7 +252,7 @@ def renew(world: lives.FlashWorld) -> None:
     assignment = decode(stored.payload)[0]
     renewal = Renewal(assignment, world.run(shown_to_hub(assignment))[0])
     renewal.state = "accepted"
-    leaf = certificate(DEVICE, "line 4", tpm.certificates_key, 77, ("270204", "270306"))
+    leaf = certificate(DEVICE, "line 4", tpm.certificates_key, 77, ("270115", "270306"))
     service.chains.append(leaf + ISSUING)
     service.issued.append((assignment.assigned_hub, leaf + ISSUING))
     body = to_json({"certificates": [to_base64(leaf), to_base64(ISSUING)]}).encode()

@@ -2,19 +2,21 @@
 
 The file is PEM: the key, EC on P-256, and behind it the request (PKCS #10) for its certificate. Both are made by the
 first registration, before DPS is asked, and stay: so the same request goes out however often it has to be repeated, and
-whatever was issued for it is of use. Who removes the file gives the device another key, and another registration.
+whatever was issued for it is of use. Who removes the file gives the device another key, and another registration. So
+does damage to the file that the agent has in its own folder; one that `issued_key_file` names is the operator's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 
 from dps_agent.host.config import ConfigurationError
 from dps_agent.host.device_certificates import require_cryptography
 from dps_agent.host.private_file import write_private
 from dps_hal.errors import AskOperator, DpsError
-from dps_hal.host.regular import read_regular, replace_file, sync_folder_of
+from dps_hal.host.regular import open_regular, replace_file, sync_folder_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class WithIssuedKey:
 
     def __init__(self, configuration: Configuration, own: Any) -> None:
         self._path = configuration.issued_key_path
+        self._is_ours = not configuration.issued_key_file  # in the agent's own folder
         self._own = own
         self._seals = hasattr(own, "endorsement_key")
         self._key: Any = None
@@ -56,7 +59,7 @@ class WithIssuedKey:
 
         content = self._content()
         key = None if content is None else self._read(content)
-        request = _request_in(content or b"")
+        request = None if key is None else _request_in(content or b"")
         if registration_id:
             names = [] if request is None else request.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
             if [name.value for name in names] != [registration_id]:
@@ -71,16 +74,20 @@ class WithIssuedKey:
         from cryptography.hazmat.primitives.asymmetric import ec, utils
         from cryptography.hazmat.primitives.hashes import SHA256
 
-        numbers = utils.decode_dss_signature(self._opened().sign(message, ec.ECDSA(SHA256())))
+        key = self._opened()
+        if key is None:
+            raise self._invalid("expected the key that the registration has made; there is none")
+        numbers = utils.decode_dss_signature(key.sign(message, ec.ECDSA(SHA256())))
         return b"".join(number.to_bytes(_NUMBER_BYTES) for number in numbers)
 
     def verify(self, message: bytes, signature: bytes) -> bool:
         """Whether `sign` with an empty key has made `signature` over this message."""
         if not self._seals:
             return bool(self._own.verify(message, signature))
-        if self._content() is None:
-            return False
         require_cryptography()
+        key = self._opened()
+        if key is None:
+            return False
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric import ec, utils
         from cryptography.hazmat.primitives.hashes import SHA256
@@ -88,7 +95,7 @@ class WithIssuedKey:
         numbers = [int.from_bytes(part) for part in (signature[:_NUMBER_BYTES], signature[_NUMBER_BYTES:])]
         try:
             encoded = utils.encode_dss_signature(*numbers)
-            self._opened().public_key().verify(encoded, message, ec.ECDSA(SHA256()))
+            key.public_key().verify(encoded, message, ec.ECDSA(SHA256()))
         except InvalidSignature:
             return False
         return len(signature) == 2 * _NUMBER_BYTES
@@ -99,23 +106,28 @@ class WithIssuedKey:
         self._own.release()
 
     def _opened(self) -> Any:
+        """The key; None where there is none."""
         if self._key is None:
             content = self._content()
-            if content is None:
-                raise self._invalid("expected the key that the registration has made; there is none")
-            self._key = self._read(content)
+            self._key = None if content is None else self._read(content)
         return self._key
 
     def _content(self) -> bytes | None:
-        """The file; None where there is none."""
+        """The file; None where there is none. ConfigurationError for one that others than its owner may open."""
         try:
-            return read_regular(self._path, FILE_LIMIT)
+            with open(open_regular(self._path), "rb") as file:
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+                content = file.read(FILE_LIMIT)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise self._invalid(f"cannot be read: {error.strerror}") from None
+        if mode & 0o077:
+            raise self._invalid(f"expected a file that only its owner may open (chmod 600); its mode is {mode:03o}")
+        return content
 
     def _read(self, content: bytes) -> Any:
+        """The key in the file; None for one in the agent's own folder that was damaged: another is made."""
         require_cryptography()
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric import ec
@@ -126,6 +138,8 @@ class WithIssuedKey:
         except (ValueError, TypeError, UnsupportedAlgorithm):
             key = None
         if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+            if self._is_ours:
+                return None
             raise self._invalid(
                 "expected the key that the agent has made, on the curve P-256; it holds another, or none"
             )

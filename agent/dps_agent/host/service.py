@@ -635,6 +635,7 @@ class Service:
         warnings = tpm_warnings(self._equipment.tpm)
         warnings += [ROLLED_BACK] if life.rolled_back else []
         warnings += [FLEET_REFUSED] if life.fleet_refused else []
+        warnings += [life.renewal_trouble] if life.renewal_trouble else []
         for text in warnings:
             if text not in self._warned:
                 self._warned.add(text)
@@ -656,11 +657,11 @@ class Service:
             self._journal.event("lacking", text, NOTICE, state=life.state)
         elif lacked and not lacks and hub == lacked_of:
             self._journal.event("lacking", "the hub lacks nothing any more", NOTICE, state=life.state)
-        shown = (life.state, life.reason, life.connections, life.failed, life.error, held, lacks, life.fleet_refused)
+        shown = (life.state, self._why(), life.connections, life.failed, life.error, held, lacks, life.fleet_refused)
         if shown != self._shown:
             self._shown = shown
             if not isinstance(effect, Sleep):
-                self._show(life.reason, None)
+                self._show(self._why(), None)
         if life.state != former:
             self._announce(former, math.ceil(effect.delay_s) if isinstance(effect, Sleep) else None)
 
@@ -713,6 +714,11 @@ class Service:
                 self._end_registration(503 if isinstance(error, RetryLater) else 409, _error_of(error))
         elif state == PROVISIONED and former == BOOT:
             self._end_registration(200, self._provisioned(already=True))
+
+    def _why(self) -> str:
+        """Why the life is where it is, and what goes wrong beside that."""
+        life = self._life
+        return f"{life.reason}; {life.renewal_trouble}" if life.renewal_trouble else life.reason
 
     def _show(self, reason: str, until_s: float | None) -> None:
         """Tells systemd, the state file and the socket where the device stands, and until when it waits."""

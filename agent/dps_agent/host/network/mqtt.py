@@ -122,6 +122,8 @@ class HubConnection:
         deadline_s = time.monotonic() + CONNECT_LIMIT_S
         self._dialler.begin()
         self._aborted = False
+        if isinstance(effect.token, bytes) and self._dialler.trust.show(effect.token, self._issued_key_file):
+            self._forget_reached()  # on it the hub was shown no certificate, or another
         wire = self._take_reached(effect.hub)
         if wire is not None:
             answer = self._introduce(effect, wire, deadline_s)
@@ -299,8 +301,6 @@ class HubConnection:
         client = self._client_of(effect)
         sent = False
         try:
-            if isinstance(effect.token, bytes):
-                self._dialler.trust.show(effect.token, self._issued_key_file)
             wire = self._wire = reached or self._reach(effect.hub, deadline_s)
             sent = True
             client.wire = wire

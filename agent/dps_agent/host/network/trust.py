@@ -93,11 +93,16 @@ class Trust:
         """Whether a connection waits for a TPM as well as for its peer."""
         return self._tcti != ""
 
-    def show(self, chain: bytes, key_file: str) -> None:
-        """From now on connections show this chain, DER, in the handshake; its key lies in `key_file`."""
-        if self._issued != (chain, key_file):
-            self._issued = chain, key_file
-            self._context = None
+    def show(self, chain: bytes, key_file: str) -> bool:
+        """From now on connections show this chain, DER, in the handshake; its key lies in `key_file`.
+
+        False: so did those that were begun before.
+        """
+        if self._issued == (chain, key_file):
+            return False
+        self._issued = chain, key_file
+        self._context = None
+        return True
 
     @property
     def creates_key(self) -> bool:
