@@ -93,10 +93,12 @@ class Cloud:
         path = operation_path(NAME, json.loads(answer.body)["operationId"])
         return json.loads(self.ask("GET", path, None, version, **more).body)["registrationState"]
 
-    def connected(self, *chain: bytes, api: str = HUB_API, clean: bool = True, token: str = "") -> Wire:
+    def connected(
+        self, *chain: bytes, api: str = HUB_API, clean: bool = True, token: str = "", name: str = NAME
+    ) -> Wire:
         """A connection to the hub that shows the chain."""
-        user_name = f"{HUB}/{NAME}/?api-version={api}"
-        asked = mqtt.Connect(mqtt.LEVEL, NAME, user_name, token.encode() or None, clean, 60)
+        user_name = f"{HUB}/{name}/?api-version={api}"
+        asked = mqtt.Connect(mqtt.LEVEL, name, user_name, token.encode() or None, clean, 60)
         wire = Wire(self)
         wire.link = self.hubs.connect(wire, asked, HUB, self.now, chain)
         return wire
@@ -548,6 +550,37 @@ def test_only_a_device_of_a_policy_that_shows_its_certificate_gets_another() -> 
     wire = cloud.connected(token=token)
     wire.subscribe()
     assert wire.refused("rid-1", body()) == ("403/?$rid=rid-1", 403010)
+
+
+def test_a_device_whose_id_is_another_than_its_registration_id_is_renewed_by_the_latter() -> None:
+    cloud = Cloud(replace(BY_KEY, device_id="line-4-press"))
+    wire = cloud.connected(*ders(cloud.register()), name="line-4-press")
+    wire.subscribe()
+    wire.issue("rid-1", {**body(), "id": "line-4-press"})
+    assert [topic for topic, _ in wire.took()] == ["202/?$rid=rid-1", "200/?$rid=rid-1"]
+    wire.issue("rid-2", {**body(csr=requested("line-4-press")), "id": "line-4-press"})
+    assert [topic for topic, _ in wire.took()] == ["202/?$rid=rid-2", "400/?$rid=rid-2"]
+
+
+def test_a_disabled_enrolment_has_no_policy() -> None:
+    cloud = Cloud()
+    wire = cloud.connected(*ders(cloud.register()))
+    wire.subscribe()
+    cloud.service.enroll(replace(BY_KEY, enabled=False))
+    assert wire.refused("rid-1", body()) == ("404/?$rid=rid-1", 404001)
+
+
+def test_a_request_whose_time_is_over_stands_in_nobodys_way() -> None:
+    cloud = Cloud(issue_after_s=100_000)
+    wire = cloud.connected(*ders(cloud.register()))
+    wire.subscribe()
+    wire.issue("rid-1", body())
+    cloud.now += 43_199
+    wire.issue("rid-2", body())
+    cloud.now += 1
+    wire.issue("rid-3", body())
+    answers = ["202/?$rid=rid-1", "409/?$rid=rid-2", "202/?$rid=rid-3"]
+    assert [topic for topic, _ in wire.took()] == answers
 
 
 def test_a_request_under_way_outlives_the_process(tmp_path: Path) -> None:

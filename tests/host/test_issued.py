@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,8 @@ from dps_agent.der import certificates, validity
 from dps_agent.driver import Driver
 from dps_agent.effects import NoReply
 from dps_agent.host import load
+from dps_agent.host.checks import local
+from dps_agent.host.checks.finding import OK, WARNING
 from dps_agent.host.cli import main
 from dps_agent.host.config import Configuration, ConfigurationError
 from dps_agent.host.network.mqtt import HubConnection
@@ -348,6 +351,32 @@ def test_a_record_without_its_certificate_is_none(bench: Bench) -> None:
         assert bench.command("provision")["alreadyProvisioned"]
     bench.command("reset", "--yes")
     assert open_store(str(bench.state_dir)).load(CERTIFICATE) is None and not bench.key_file.exists()
+
+
+@ONLY_KEY
+def test_reset_forgets_what_settings_of_before_had_issued(bench: Bench) -> None:
+    (warned,) = bench.command("provision")["warnings"]
+    assert f"whoever reads it is this device at its hub ({bench.key_file})" in warned
+    bench.configure(certificate="")
+    assert set(bench.command("reset", "--yes")["erased"]) >= {IDENTITY, CERTIFICATE}
+    assert open_store(str(bench.state_dir)).load(CERTIFICATE) is None and not bench.key_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("begun_s", "result", "says"),
+    [(2000, OK, ", until 2"), (2500, WARNING, "not renewed yet"), (3700, WARNING, "ended at")],
+)
+def test_a_certificate_that_was_not_renewed_is_warned_of(begun_s: int, result: str, says: str) -> None:
+    chain = Issuer(os.urandom).chain(POLICY, REQUEST, 3600, time.time() - begun_s)[0]
+    answers: list[Any] = ["", chain]  # to why it is of no use, and to which it is
+    device: Any = SimpleNamespace(
+        assignment=SimpleNamespace(chain="a name"),
+        configuration=SimpleNamespace(issued_key_path="/k.pem"),
+        run=lambda exchange: (exchange.close(), answers.pop(0))[1],
+    )
+    found = local._issued_certificate(device)
+    assert found.result == result and says in found.detail
+    assert result == WARNING or "plain file, /k.pem" in found.detail
 
 
 @ONLY_KEY

@@ -89,16 +89,18 @@ class Credential:
     keys: tuple[bytes, ...] = field(default=(), repr=False)
     thumbprints: tuple[str, ...] = ()  # SHA-256 or SHA-1, hex in upper case
     authorities: tuple[bytes, ...] = field(default=(), repr=False)  # CAs whose certificates name the device; DER
+    name: str = ""  # the CN by which they name it; empty: its device id
 
     def to_json(self) -> dict[str, Any]:
         """For a file; holds the keys."""
         authorities = [base64.b64encode(der).decode() for der in self.authorities]
         keys = [key_text(key) for key in self.keys]
-        return {"keys": keys, "thumbprints": list(self.thumbprints), "authorities": authorities}
+        record = {"keys": keys, "thumbprints": list(self.thumbprints), "authorities": authorities}
+        return {**record, "name": self.name} if self.name else record
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "Credential":
         """The inverse of `to_json`; raises KeyError, TypeError or ValueError on anything else."""
         keys = tuple(base64.b64decode(key, validate=True) for key in record["keys"])
         authorities = tuple(base64.b64decode(der, validate=True) for der in record.get("authorities", ()))
-        return cls(keys, tuple(record.get("thumbprints", ())), authorities)
+        return cls(keys, tuple(record.get("thumbprints", ())), authorities, str(record.get("name", "")))

@@ -529,6 +529,8 @@ class Link:
                 raise renewal.RefusedError(renewal.NO_POLICY, "The device has no policy for certificates.")
             correlation_id = str(uuid.UUID(bytes=self.hub.context.random_bytes(16), version=4))
             known = self.device.pending
+            if known is not None and known.expires_at_s <= now:
+                known = None  # its time is over
             after_s = self.hub.context.issue_after_s
             taken = renewal.take(packet.payload, request_id, device_id, known, correlation_id, now, after_s)
         except renewal.RefusedError as error:
@@ -904,8 +906,9 @@ def certificate_refusal(
         return f"'{device_id}' has no certificate at this hub"
     try:
         if credential.authorities:
-            if common_name(client_chain[0]) != device_id:
-                return f"the certificate's CN is not '{device_id}'"
+            name = credential.name or device_id
+            if common_name(client_chain[0]) != name:
+                return f"the certificate's CN is not '{name}'"
             authority_of(client_chain, credential.authorities, now)
             return None
         if not set(thumbprints(client_chain[0])) & set(credential.thumbprints):

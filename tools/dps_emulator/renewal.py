@@ -111,9 +111,7 @@ def issued(pending: Pending, chain: list[str]) -> bytes:
     return _json({"correlationId": pending.correlation_id, "certificates": chain})
 
 
-def error(
-    code: int, message: str, tracking: str, now: float, info: dict[str, Any] | None = None, after_s: int | None = None
-) -> bytes:
+def error(code: int, message: str, tracking: str, now: float, info: dict[str, Any] | None = None) -> bytes:
     """The body of an error."""
     when = utc_text(now)
     content: dict[str, Any] = {
@@ -123,7 +121,7 @@ def error(
         "timestampUtc": when,
         "info": info,
     }
-    return _json(content if after_s is None else {**content, "retryAfter": after_s})
+    return _json(content)
 
 
 def not_verified(tracking: str, now: float) -> bytes:

@@ -284,14 +284,15 @@ class DpsService:
         policy = self.policy_at(hub, device_id)
         if not policy:
             raise CertificateError("is of a device whose enrolment names no policy")
-        require_request(request, device_id)
+        registration = self.registrations.at(hub, device_id)  # there is one: it gave the policy
+        require_request(request, registration.registration_id if registration else "")
         return self._issuer.chain(policy, request, self.settings.issued_life_s, now)
 
     def policy_at(self, hub: str, device_id: str) -> str:
         """By which policy that device gets certificates; empty: by none."""
         registration = self.registrations.at(hub, device_id)
         enrollment = self._enrollment_of(registration) if registration else None
-        return enrollment.credential_policy if enrollment else ""
+        return enrollment.credential_policy if enrollment and enrollment.enabled else ""
 
     def hub_key(self, hub: str, device_id: str) -> bytes | None:
         """The first key of `credential_at`, or None."""
@@ -428,7 +429,8 @@ class DpsService:
                 return replace(registration, operation=replace(operation, failure=failure))
             chain = self._issuer.chain(policy, request, self.settings.issued_life_s, operation.ready_at_s)
             operation = replace(operation, chain=tuple(base64.b64encode(each).decode() for each in chain))
-            issued = Credential(authorities=(self._issuer.authority(policy),))
+            authorities = (self._issuer.authority(policy),)
+            issued = Credential(authorities=authorities, name=registration.registration_id)
         if previous and not enrollment.update_hub_assignment:
             kept = replace(previous, credential=issued) if issued else previous
             return replace(registration, operation=operation, assignment=kept)

@@ -117,6 +117,11 @@ class Configuration(TopSettings):
         return (IDENTITY, PROGRESS, CERTIFICATE) if self.certificate else (IDENTITY, PROGRESS)
 
     @property
+    def forgotten(self) -> tuple[str, ...]:
+        """The records that a reset erases: also those of settings that held before, but for a flash partition."""
+        return (IDENTITY, PROGRESS, CERTIFICATE) if os.path.isdir(self.state_dir) else self.records
+
+    @property
     def issued_key_path(self) -> str:
         """The file with the key of the certificate that DPS issues."""
         return self.issued_key_file or os.path.join(self.state_dir, ISSUED_KEY_NAME)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import time
 
 from dps_agent.host.config import ConfigurationError
 from dps_agent.host.device_certificates import require_cryptography
@@ -46,6 +47,12 @@ class WithIssuedKey:
     def __getattr__(self, name: str) -> Any:
         """All else is that of `own`."""
         return getattr(self._own, name)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What somebody may want to change, though all works."""
+        text = "the key of the certificate that DPS issues lies in a plain file: whoever reads it is this device"
+        return [*getattr(self._own, "warnings", ()), f"{text} at its hub ({self._path})"]
 
     def request(self, registration_id: str) -> bytes:
         """The request for the certificate, DER; see `dps_agent.effects.ReadRequest`.
@@ -208,6 +215,8 @@ def issued_shown(configuration: Configuration) -> str:
     except (DpsError, ValueError):
         return f"what DPS issued cannot be read: the device registers again {PREVIEW}"
     key = f"its key lies in a plain file, {configuration.issued_key_path}"
+    if last_s < time.time():
+        return f"issued by DPS, ended at {utc_text(last_s)}: the device registers again; {key} {PREVIEW}"
     return f"issued by DPS, until {utc_text(last_s)}; {key} {PREVIEW}"
 
 

@@ -563,12 +563,12 @@ class Service:
                 text = f"the hub key stays at persist_at: {error.message}"
                 self._journal.event("warning", text, WARNING, state=self._life.state, code=error.code)
             configuration = self._equipment.configuration
-            for record in sorted(configuration.records, reverse=True):  # `progress` first: it is expendable
-                yield Erase(record)
-            if configuration.certificate:
+            if os.path.lexists(configuration.issued_key_path):
                 from dps_agent.host.issued_keys import remove_key
 
-                remove_key(configuration)
+                remove_key(configuration)  # first: what was cut behind it is another registration
+            for record in sorted(configuration.forgotten, reverse=True):  # `progress` first: it is expendable
+                yield Erase(record)
             self._driver.life = None  # nothing of it is to be stored any more
             self._journal.event("reset", "the assignment was erased; the device registers again", NOTICE)
             self._answer(command, 200, {"erased": list(configuration.records)})

@@ -322,7 +322,7 @@ class TopSettings(Section):
     )  # fmt: skip
     issued_key_file: str = path(
         help=f'With certificate = "{ISSUED}" the file of that certificate\'s key, which the agent makes where there is'
-        " none, 0600. Empty: issued-key.pem in state_dir.",
+        ' none, 0600. Empty: "issued-key.pem" in state_dir.',
         board="a board shows no certificate: it registers by its TPM or by a symmetric key",
     )
     api_version: str = form(

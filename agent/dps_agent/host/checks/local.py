@@ -206,6 +206,7 @@ def device_certificate(device: Device) -> Finding:
 
 def _issued_certificate(device: Device) -> Finding:
     from dps_agent.der import validity
+    from dps_agent.host.device_certificates import WARNED_LIFE
     from dps_agent.host.issued_keys import PREVIEW
     from dps_agent.issued import chain_of, difference_of_chain
 
@@ -215,10 +216,15 @@ def _issued_certificate(device: Device) -> Finding:
     reason = device.run(difference_of_chain(assignment))
     if reason:
         return Finding(WARNING, reason, REMEDIES["record.stale"])
-    last_s = validity(device.run(chain_of(assignment)))[1]
-    if last_s < time.time():
+    first_s, last_s = validity(device.run(chain_of(assignment)))
+    left_s = last_s - time.time()
+    key = f"its key lies in a plain file, {device.configuration.issued_key_path}"
+    if left_s < 0:
         return Finding(WARNING, f"what DPS issued ended at {utc_text(last_s)} {PREVIEW}", REMEDIES["record.stale"])
-    return Finding(OK, f"issued by DPS, until {utc_text(last_s)} {PREVIEW}")
+    if left_s * WARNED_LIFE < last_s - first_s:
+        what = f"issued by DPS, until {utc_text(last_s)}, and not renewed yet; {key} {PREVIEW}"
+        return Finding(WARNING, what, "'dps-agent status' says what stands in the way, in its line 'why'")
+    return Finding(OK, f"issued by DPS, until {utc_text(last_s)}; {key} {PREVIEW}")
 
 
 def _own_certificate(device: Device) -> Finding:

@@ -131,11 +131,12 @@ def dps_answers(device: Device) -> Finding:
         client_certificate(configuration),
     )
     try:
-        path = registration_path(configuration.id_scope, registration_id, "", configuration.settings().api_version)
+        version = configuration.settings().api_version
+        path = registration_path(configuration.id_scope, registration_id, "", version)
         reply = _asked(device, connection, path, body, token)
         refused = isinstance(reply, Reply) and reply.status in LOOKUP_REFUSALS and not _is_challenge(reply)
         if refused and configuration.attestation == TPM:
-            register_path = registration_path(configuration.id_scope, registration_id, "/register")
+            register_path = registration_path(configuration.id_scope, registration_id, "/register", version)
             reply = connection.request("PUT", register_path, body, None)
         elif refused and configuration.attestation == SYMMETRIC_KEY and isinstance(reply, Reply):
             _refuse_group_key(device, connection, reply, body)
@@ -184,7 +185,8 @@ def _refuse_group_key(device: Device, connection: DpsConnection, refusal: Reply,
     derived_key = device.signature(registration_id.encode())  # what derives it is what signs
     signature = hmac_sha256(derived_key, string_to_sign(resource, expires_at_s))
     token = SasToken(resource, expires_at_s, signature, DPS_KEY_NAME)
-    reply = connection.request("POST", registration_path(id_scope, registration_id), body, token)
+    path = registration_path(id_scope, registration_id, "", device.configuration.settings().api_version)
+    reply = connection.request("POST", path, body, token)
     if isinstance(reply, Reply) and reply.status in (200, 404):
         text = "the key of this device is that of an enrolment group: DPS takes the one that is derived of it"
         raise AskOperator("dps.group_key", f"{text} for {registration_id!r}")

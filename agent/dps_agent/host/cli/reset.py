@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from dps_agent.host.cli.running import ask_service
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     configuration = configuration_of(arguments, need_id_scope=False)
     store = open_store(configuration.state_dir)
     try:
-        found = {record: text for record in configuration.records if (text := _description(store, record))}
+        found = {record: text for record in configuration.forgotten if (text := _description(store, record))}
     except AskOperator as error:
         if error.code != "store.denied" or read_live(configuration) is None:
             raise
@@ -45,12 +46,12 @@ def run(arguments: argparse.Namespace) -> Outcome:
     warnings = _withdraw_key(configuration, store)
     lines += [f"warning: {warning}" for warning in warnings]
     document["warnings"] = warnings
-    for record in configuration.records:  # also where nothing is found: a half-erased record ends here
-        store.erase(record)
-    if configuration.certificate:
+    if os.path.lexists(configuration.issued_key_path):
         from dps_agent.host.issued_keys import remove_key
 
-        remove_key(configuration)
+        remove_key(configuration)  # first: what was cut behind it is another registration
+    for record in configuration.forgotten:  # also where nothing is found: a half-erased record ends here
+        store.erase(record)
     return Outcome([*lines, f"state folder: {configuration.state_dir}"], document)
 
 
