@@ -23,9 +23,10 @@ from dps_agent.host.network.websocket import Frames
 from dps_agent.host.plain_toml import read_plain
 from dps_agent.http1 import Reader
 from dps_agent.hub_effects import Arrived, Publish, Tell
-from dps_agent.issued import chain_for, chains_in, joined
+from dps_agent.issued import chain_for, chains_in, joined, name_of
 from dps_agent.lifecycle import Lifecycle
 from dps_agent.registration import read_register, refusal_of
+from dps_agent.renewal import ACCEPTED, ANSWERS, ASKED, IDLE, Renewal
 from dps_agent.session import Session
 from dps_agent.utc import http_date_s
 from dps_board.keys import read_values
@@ -43,7 +44,7 @@ from dps_hal.tpm.ek_certificate import certified_key
 from dps_hal.tpm.errors import RefusedError
 from dps_hal.tpm.wire import WireCommands
 from support.fuzz.target import DEEP, Target, accepts, halves
-from support.issuing import ISSUING, ROOT, certificate, request
+from support.issuing import ISSUING, ROOT, IssuingTpm, certificate, request
 from support.vectors import load as vectors
 from support.vectors import unbase64, unhex
 from support.world import DEVICE, World, settings
@@ -372,6 +373,23 @@ def _issued(content: bytes) -> bool:
     return True
 
 
+_SHOWN = certificate(DEVICE, "line 4") + ISSUING
+_HOLDER = _ASSIGNMENT._replace(wrapped_key=b"", chain=name_of(_SHOWN))
+_FIRST_REQUEST = Renewal(_HOLDER, _SHOWN).request_id
+
+
+def _renewed(content: bytes) -> bool:
+    """What a hub says to a request, behind the beginning of its topic; whether a certificate is stored for it."""
+    topic, body = halves(content)
+    renewal = Renewal(_HOLDER, _SHOWN)
+    renewal.state = ASKED
+    world = World()
+    world.tpm = IssuingTpm()
+    assert world.run(renewal.take(Arrived(ANSWERS + topic.decode("utf-8", "replace"), body, 1)))
+    assert renewal.state in (IDLE, ASKED, ACCEPTED) and len(renewal.reason) < 1000
+    return renewal.assignment is not _HOLDER
+
+
 def _issued_record(content: bytes) -> bool:
     return accepts(ValueError, lambda: chains_in(content))
 
@@ -431,6 +449,31 @@ TARGETS = (
             b'[null,"AAAA"]',
             DEEP,
         ],
+    ),
+    Target(
+        "renewal",
+        "answers of hubs to who asks for another certificate (dps_agent.renewal)",
+        _renewed,
+        lambda: (
+            [
+                f"200/?$rid={_FIRST_REQUEST}\n".encode() + json.dumps({"certificates": listed}).encode()
+                for listed in [
+                    [
+                        to_base64(each)
+                        for each in (certificate(DEVICE, "line 4", dates=("270115", "270306")), ISSUING, ROOT)
+                    ]
+                ]
+            ]
+            + [
+                f"{status}/?$rid={_FIRST_REQUEST}\n".encode() + body
+                for status, body in (
+                    ("202", b'{"operationExpires":"2027-01-15T12:52:20.565000000Z"}'),
+                    ("409", b'{"errorCode":409004}'),
+                    ("429", b'{"errorCode":429002,"retryAfter":60}'),
+                    ("\xb2", DEEP),
+                )
+            ]
+        ),
     ),
     Target(
         "issued-record",
