@@ -266,6 +266,39 @@ def test_the_hub_renews_the_certificate_of_a_running_device(
         assert sum(line.method == "PUT" for line in emulator.log) == 1
 
 
+def test_a_renewal_that_the_hub_refuses_is_told_in_journal_and_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("DPS_AGENT_", "CREDENTIALS_"))]:
+        monkeypatch.delenv(name)
+    clock = Shifted()
+    with EmulatorInThread(Settings(retry_after_s=0, client_certificates=True), clock=clock) as emulator:
+        bench = Bench(tmp_path, emulator, capsys, "symmetric-key")
+        clock.by_s = -25 * 86_400  # of a life of 30 days
+        bench.command("provision")
+        clock.by_s = 0.0
+        emulator.service.enroll(Enrollment(DEVICE, SymmetricKeys(KEY, KEY)))  # there is no policy any more
+        program = [sys.executable, "-m", "dps_agent.host.cli", "--config", str(bench.settings), "run"]
+        told = "the hub refused to renew the certificate with 404: 404001"
+        with (tmp_path / "journal").open("w") as journal:
+            started = subprocess.Popen(program, stdout=journal, stderr=subprocess.STDOUT, text=True)
+        try:
+            until_s = time.monotonic() + 120
+            shown = f"connected to {HUB}; {told}"
+            told_by_status = ""
+            while shown not in told_by_status and time.monotonic() < until_s:
+                time.sleep(0.2)
+                main(["--config", str(bench.settings), "status"])  # whose exit status changes meanwhile
+                told_by_status = capsys.readouterr().out
+            assert shown in told_by_status
+        finally:
+            started.terminate()
+            started.wait(60)
+        said = (tmp_path / "journal").read_text()
+        bench.printed += said
+        assert [line for line in said.splitlines() if told in line and "registers with DPS" not in line], said
+
+
 @pytest.mark.parametrize("attestation", ["symmetric-key", "tpm"], indirect=True)
 def test_the_service_runs_and_its_hub_hears_of_it(bench: Bench) -> None:
     program = [sys.executable, "-m", "dps_agent.host.cli", "--config", str(bench.settings), "run"]

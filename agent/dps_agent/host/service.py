@@ -717,8 +717,8 @@ class Service:
 
     def _why(self) -> str:
         """Why the life is where it is, and what goes wrong beside that."""
-        life = self._life
-        return f"{life.reason}; {life.renewal_trouble}" if life.renewal_trouble else life.reason
+        why, trouble = self._life.reason, self._life.renewal_trouble
+        return f"{why}; {trouble}" if trouble and trouble not in why else why
 
     def _show(self, reason: str, until_s: float | None) -> None:
         """Tells systemd, the state file and the socket where the device stands, and until when it waits."""
