@@ -793,11 +793,25 @@ def test_a_program_that_waits_to_be_told_to_send_its_body_is_told(agent: Agent) 
 
 
 def test_a_request_that_comes_too_slowly_is_cut_off_at_its_end(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "REQUEST_LIMIT_S", 1.0)
+    class Clock:
+        """The server's own: it goes on when the test says so."""
+
+        passed_s = 0.0
+
+        def monotonic(self) -> float:
+            return self.passed_s
+
+    clock = Clock()
+    monkeypatch.setattr(server, "time", clock)
     with agent.client.connect() as connection:
         for byte in b"GET /st":
             connection.send(bytes([byte]))
-            time.sleep(0.03)
+            agent.client.ask("GET", "/status")  # it has been read when another one's request is answered
+            clock.passed_s += server.REQUEST_LIMIT_S / 7.5
+        under_way = [client.deadline_s for client in list(agent.api._clients.values()) if client.head is not None]
+        assert under_way == [server.REQUEST_LIMIT_S], "it began with the first byte"
+        clock.passed_s += server.REQUEST_LIMIT_S / 7.5
+        agent.client.ask("GET", "/status")
         assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
         assert connection.recv(1000) == b""
 

@@ -11,7 +11,7 @@ from dps_hal.errors import RetryLater
 from dps_hal.platform import NESTING_LIMIT, from_json, nesting, to_json
 from support.vectors import load
 
-EXAMPLES = 600
+EXAMPLES = 2000
 names = sorted({name for kind in FIELDS for name, _ in fields_of(kind)} | {"generationId", ""})
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 json_value = st.recursive(

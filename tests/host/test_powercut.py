@@ -22,6 +22,7 @@ LEAST_STATES = {
     "lives": 20_000,
     "lives-by-key": 5_000,
     "lives-by-certificate": 5_000,
+    "lives-by-issuance": 5_000,
     "littlefs": 1_000,
     "disk": 5_000,
     "ext4": 200,

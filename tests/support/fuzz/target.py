@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Iterator
 
-DEEP = b"[" * 1500  # deeper than any parser that is recursive goes
+DEEP = b"[" * 20_000  # deeper than any parser that is recursive goes
 _ODD = (
     b"\0",
     b"\xff",
