@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from dps_package.distributions import CHECKOUT, BuildFailed
 
@@ -37,18 +37,20 @@ _LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 def add_to_site(folder: Path, version: str) -> Path:
     """Builds the documents of one version into `folder`, which may have those of others; the page that leads to them.
 
-    Each page lets its reader change to another version; who names none gets the newest.
+    Each page lets its reader change to another version; who names none gets the newest release, or the newest candidate
+    where there is no release. A folder whose name is no version is passed over.
     """
     with tempfile.TemporaryDirectory(prefix=".new-", dir=_made(folder)) as name:
         built = build_site(Path(name) / version, version, one_of_many=True)
         shutil.rmtree(folder / version, ignore_errors=True)
         built.rename(folder / version)
-    there = [path.name for path in folder.iterdir() if (path / "README.html").is_file()]
+    there = [path.name for path in folder.iterdir() if _is_version(path.name) and (path / "README.html").is_file()]
     versions = sorted(there, key=Version, reverse=True)
-    listed = [{"version": each, "title": each, "aliases": ["latest"] * (each == versions[0])} for each in versions]
+    latest = next((each for each in versions if not Version(each).is_prerelease), versions[0])
+    listed = [{"version": each, "title": each, "aliases": ["latest"] * (each == latest)} for each in versions]
     (folder / "versions.json").write_text(json.dumps(listed))
     index = folder / "index.html"
-    index.write_text(_TO_NEWEST.format(page=f"{versions[0]}/README.html"))
+    index.write_text(_TO_NEWEST.format(page=f"{latest}/README.html"))
     return index
 
 
@@ -118,6 +120,14 @@ def _copy(page: str, source: Path) -> None:
             linked = source / path.resolve().relative_to(CHECKOUT)
             linked.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, linked)
+
+
+def _is_version(name: str) -> bool:
+    try:
+        Version(name)
+    except InvalidVersion:
+        return False
+    return True
 
 
 def _slug(heading: str, separator: str) -> str:
