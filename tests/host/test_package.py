@@ -24,6 +24,7 @@ from dps_hal.errors import EXIT_GROUPS
 from dps_hal.host.codes import REMEDIES
 from dps_package.deb import pins
 from dps_package.distributions import BuildFailed, check_content, debian_version
+from machines.packages import foreign
 from support.built_packages import CHECKOUT, build, unpacked
 
 SERVICE = CHECKOUT / "agent/service"
@@ -428,3 +429,12 @@ def test_a_wrong_command_line_is_refused(words: tuple[str, ...]) -> None:
         [CHECKOUT / "tools/package", "--light", *words], capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 2 and "usage" in done.stderr, done.stderr
+
+
+def test_who_is_not_root_learns_that_other_processors_can_not_be_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(foreign, "build", lambda _: pytest.fail("nothing is built for it"))
+    assert foreign.main() == 2
+    assert "takes root" in capsys.readouterr().err

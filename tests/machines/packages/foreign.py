@@ -7,6 +7,7 @@ emulator. So what is not run here are the maintainer scripts, systemd, and tpm2-
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,8 @@ PROCESSORS = (
 def main() -> int:
     """Exit status 0: it lives on each of them; 1: not; 2: this machine cannot try it."""
     try:
+        if os.geteuid():
+            raise Unavailable("to mount into the folders of other processors' programs takes root")
         return build(try_built)
     except CommandFailed as error:
         print(f"\ntools/package: {error}", file=sys.stderr)
