@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import io
 import json
 import os
 import shutil
 import subprocess
 import tarfile
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +97,15 @@ def test_each_version_has_its_documents_and_the_newest_is_the_first(
         return out
 
     monkeypatch.setattr(site, "build_site", build)
-    for version in ("0.9.0", "0.10.0", "0.9.0", "0.10.0rc1"):
+    build(tmp_path / "site/of-others", "none", True)
+    assert 'url=0.9.0rc1/README.html"' in add_to_site(tmp_path / "site", "0.9.0rc1").read_text()
+    for version in ("0.9.0", "0.10.0", "0.9.0", "0.10.0rc1", "0.11.0rc1"):
         index = add_to_site(tmp_path / "site", version)
     listed = json.loads((tmp_path / "site/versions.json").read_text())
-    assert [each["version"] for each in listed] == ["0.10.0", "0.10.0rc1", "0.9.0"]
-    assert [each["aliases"] for each in listed] == [["latest"], [], []]
+    assert [each["version"] for each in listed] == ["0.11.0rc1", "0.10.0", "0.10.0rc1", "0.9.0", "0.9.0rc1"]
+    assert [each["aliases"] for each in listed] == [[], ["latest"], [], [], []]
     assert 'url=0.10.0/README.html"' in index.read_text()
-    assert {path.name for path in (tmp_path / "site").iterdir()} == {"index.html", "versions.json"} | {
+    assert {path.name for path in (tmp_path / "site").iterdir()} == {"index.html", "versions.json", "of-others"} | {
         each["version"] for each in listed
     }
 
@@ -211,6 +216,70 @@ def test_the_sums_are_signed_by_the_same_key_and_an_altered_file_of_them_is_noti
     subprocess.run(["gpgconf", "--homedir", home, "--kill", "all"], check=True)
 
 
+def test_what_the_sums_do_not_vouch_for_is_neither_signed_nor_published(
+    tmp_path: Path, keys: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, built, repository = tmp_path / "dist", tmp_path / "built", tmp_path / "repository"
+    built.mkdir()
+    made = package(built, "0.1.0-1")
+    shutil.rmtree(built / "tree-0.1.0-1")
+    (built / SUMS).write_text(f"{hashlib.sha256(made.read_bytes()).hexdigest()}  {made.name}\n")
+    signature = out / f"{SUMS}.asc"
+    out.mkdir()
+    signature.write_text("of earlier sums")
+    assert {path.name for path in release.hand_over(built, out)} == {made.name, SUMS}
+    assert not signature.exists()
+
+    def signed() -> tuple[int, str]:
+        monkeypatch.setenv(VARIABLE, keys[0])
+        monkeypatch.setattr("sys.argv", ["tools/release", "--apt", str(repository), "--out", str(out)])
+        return release.main(), capsys.readouterr().err
+
+    there = (out / made.name).read_bytes()
+    (out / made.name).write_bytes(there + b"!")
+    status, said = signed()
+    assert status == 1 and f"{made.name} is another file" in said
+    (out / made.name).unlink()
+    foreign = package(tmp_path, "0.0.9-1")
+    shutil.copyfile(foreign, out / foreign.name)
+    status, said = signed()
+    assert status == 1 and f"{foreign.name} is not in it, {made.name} is missing" in said
+    assert not repository.exists() and not signature.exists()
+    (out / foreign.name).unlink()
+    (out / made.name).write_bytes(there)
+    assert signed() == (0, "")
+    assert signature.exists() and (repository / made.name).read_bytes() == there
+
+
+@pytest.mark.parametrize("words", [["--audit"], ["--apt", "x"]], ids=lambda words: words[0])
+def test_what_asks_others_for_faults_gets_no_key(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPS_PACKAGE_PYTHON", "/usr/bin/python3")  # so that it stays in this process
+    monkeypatch.syspath_prepend(str(CHECKOUT / "tools"))
+    monkeypatch.setenv(VARIABLE, "of nobody")
+    monkeypatch.setattr("sys.argv", ["tools/release", *words])
+    loader = SourceFileLoader("tools_release", str(CHECKOUT / "tools/release"))
+    program = importlib.util.module_from_spec(importlib.util.spec_from_loader("tools_release", loader))  # type: ignore[arg-type]
+    loader.exec_module(program)
+    prepared: list[object] = []
+    monkeypatch.setattr(program, "require_packages", lambda _: prepared.append(os.environ.get(VARIABLE)))
+    monkeypatch.setattr(program, "environment", lambda *_: Path("/nowhere"))
+
+    class Started(Exception):
+        """Instead of the program."""
+
+    started: list[str | None] = []
+
+    def start(_path: str, _words: list[str], environ: dict[str, str]) -> None:
+        started.append(environ.get(VARIABLE))
+        raise Started
+
+    monkeypatch.setattr(os, "execve", start)
+    with pytest.raises(Started):
+        program.main()
+    assert prepared == [None]
+    assert started == [None if words == ["--audit"] else "of nobody"]
+
+
 def test_what_is_added_from_an_older_commit_reaches_devices_and_an_old_copy_does_not(
     tmp_path: Path, keys: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,7 +327,9 @@ def test_the_workflow_calls_the_tool_as_it_is_and_the_key_reaches_one_step_alone
     steps = {step["name"]: step for step in workflow["jobs"]["release"]["steps"] if "name" in step}
     commands = [line for step in steps.values() for line in step["run"].splitlines() if line.startswith("tools/")]
     build, sign = "tools/release --out dist", "tools/release --apt repository --out dist"
-    assert commands == ["tools/test", "tools/release --audit", build, sign]
+    assert commands == ["tools/test", "tools/fuzz --seconds 60", "tools/release --audit", build, sign]
+    assert "gives each target a minute" in " ".join((CHECKOUT / "SECURITY.md").read_text().split())
+    assert "--privileged" in workflow["jobs"]["release"]["container"]["options"], "the tests mount"
     keyed = [name for name, step in steps.items() if VARIABLE in step.get("env", {})]
     assert keyed == ["sign the repository"]
     assert "release-notes.md" in steps["draft"]["run"] and NOTES == "release-notes.md"

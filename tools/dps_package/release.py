@@ -18,7 +18,7 @@ from typing import NamedTuple
 from dps_agent import __version__
 from dps_package.artefacts import SUMS, notes_of
 from dps_package.distributions import CHECKOUT, BuildFailed, run
-from dps_package.repository import build_repository, key_from_environment, sign_sums
+from dps_package.repository import VARIABLE, build_repository, check_sums, key_from_environment, sign_sums
 from dps_package.site import add_to_site
 
 BUILD_DEADLINE_S = 3600
@@ -55,14 +55,18 @@ def main() -> int:
         help="a signed APT repository in DIR of the packages in --out, whose sums are signed too",
     )
     wanted = parser.parse_args()
+    if not wanted.apt:
+        os.environ.pop(VARIABLE, None)  # nothing that is started here needs it
     try:
         if wanted.apt:
             packages = sorted(wanted.out.glob("*.deb"))
             if not packages:
                 raise BuildFailed(f"expected Debian packages in {wanted.out}: run tools/release, or tools/package")
+            sums = wanted.out / SUMS
+            if sums.exists():
+                check_sums(sums, packages)
             key = key_from_environment()
             made = build_repository(wanted.apt, packages, key)
-            sums = wanted.out / SUMS
             for path in [*made, *([sign_sums(sums, key)] if sums.exists() else [])]:
                 print(path)
             return 0
@@ -89,12 +93,17 @@ def _release(wanted: argparse.Namespace) -> int:
             shutil.copytree(first, kept / "first")
             shutil.copytree(second, kept / "second")
             raise BuildFailed(f"two builds differ in {', '.join(differing)}: look into {kept}")
-        wanted.out.mkdir(parents=True, exist_ok=True)
-        for path in sorted(first.iterdir()):
-            shutil.copyfile(path, wanted.out / path.name)
+        for path in hand_over(first, wanted.out):
             size = path.stat().st_size
-            print(f"{size:9} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]} {wanted.out / path.name}")
+            print(f"{size:9} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]} {path}")
     return 0
+
+
+def hand_over(built: Path, out: Path) -> list[Path]:
+    """Copies what was built into `out`, where no signature of earlier sums stays; the paths there."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{SUMS}.asc").unlink(missing_ok=True)
+    return [Path(shutil.copyfile(path, out / path.name)) for path in sorted(built.iterdir())]
 
 
 def different(first: Path, second: Path) -> list[str]:

@@ -56,8 +56,28 @@ def build_repository(folder: Path, packages: Sequence[Path], key: str) -> list[P
     return [folder / name for name in INDICES]
 
 
+def check_sums(sums: Path, packages: Sequence[Path]) -> None:
+    """BuildFailed unless each file that `sums` names lies beside it and is what it says, and it names each package."""
+    named: dict[str, str] = {}
+    for line in sums.read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        named[name] = digest
+    wrong = [f"{path.name} is not in it" for path in packages if path.name not in named]
+    for name, digest in named.items():
+        path = sums.with_name(name)
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            wrong.append(f"{name} is another file")
+    if wrong:
+        raise BuildFailed(
+            f"{sums}: expected the sums of what lies beside it; came: {', '.join(wrong)}: "
+            "nothing is signed; begin with an empty folder and run tools/release again"
+        )
+
+
 def sign_sums(sums: Path, key: str) -> Path:
-    """Signs the file of a release's digests; the signature, armoured, lies beside it."""
+    """Signs the file of a release's digests; the signature, armoured, lies beside it. `check_sums` comes first."""
     signature = sums.with_name(f"{sums.name}.asc")
     with _keyring(key) as gpg:
         run([*gpg, "--armor", "--detach-sign", "--digest-algo", "SHA512", "--output", str(signature), str(sums)])
