@@ -1,4 +1,4 @@
-"""What Debian 13 has and the machine may not: MicroPython and its sources, OpenSSL's provider for a TPM's keys; QEMU.
+"""What Debian has and the machine may not: MicroPython, its sources, OpenSSL's provider for a TPM's keys, QEMU, a broker.
 
 Its MicroPython is the oldest release that the project supports; the sources of the newest one that Debian has are those
 of its next version.
@@ -8,13 +8,14 @@ machine stay as they are. Debian's program runs with the C library of Debian 13,
 """
 
 import fcntl
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fresh_machine import APT_DEADLINE_S, NotReady, cache_folder, output_of, require_success
+from fresh_machine import APT_DEADLINE_S, SYSTEM_PATH, NotReady, cache_folder, output_of, require_success
 
 SUITE = "trixie"
 OLDEST = (1, 25)  # what the suite has
@@ -26,6 +27,8 @@ QEMU_SUITE = "bookworm-backports"  # for Debian 12, which has an older one; late
 QEMU_PACKAGES = ("qemu-system-arm", "qemu-system-common", "qemu-system-data")
 FETCH_PACKAGES = ("debian-archive-keyring",)  # Ubuntu lacks it
 TLS_PROVIDER_PACKAGES = ("tpm2-openssl",)  # 1.3.0; Debian 12's 1.1.1 has no use for the project
+BROKER_SUITE = "bookworm"  # the oldest that the project runs on: later ones have what it needs
+BROKER_PACKAGES = ("mosquitto", "libcjson1", "libdlt2", "libmosquitto1", "libwrap0")
 BUILD_PACKAGES = (
     *("dpkg-dev", "xz-utils", "bzip2", "gcc", "libc6-dev", "make"),  # what unpacks sources, and their own compiler
     *("gcc-arm-none-eabi", "libnewlib-arm-none-eabi", "qemu-system-arm"),
@@ -139,6 +142,25 @@ def emulator() -> list[str]:
     return [str(folder / QEMU_BELOW), "-L", str(folder / "root/usr/share/qemu")]
 
 
+def mosquitto() -> list[str]:
+    """The words that start mosquitto: the machine's own, else one downloaded once, whose installation starts a service.
+
+    The one that is downloaded (0.5 MB and the package list) runs where it was unpacked.
+    """
+    installed = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}")
+    if installed is not None:
+        return [installed]
+
+    def make(folder: Path) -> None:
+        _apt(folder, BROKER_SUITE, "deb", "download", *BROKER_PACKAGES)
+        for package in sorted(folder.glob("*.deb")):
+            require_success(["dpkg-deb", "-x", str(package), str(folder / "root")], UNPACK_DEADLINE_S, folder)
+            package.unlink()
+
+    root = _made_once(f"mosquitto-{BROKER_SUITE}", make) / "root"
+    return ["env", f"LD_LIBRARY_PATH={_only(root, 'usr/lib/*-linux-*/')}", str(root / "usr/sbin/mosquitto")]
+
+
 def _version_of(program: list[str]) -> tuple[int, ...]:
     """The version that QEMU says it has; () where it does not run."""
     status, output = output_of([*program, "--version"], 30)
@@ -168,9 +190,7 @@ def _locked(path: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        raise NotReady(
-            f"no place for Debian's MicroPython: {error}\nset XDG_CACHE_HOME to a folder of yours"
-        ) from error
+        raise NotReady(f"no place for what Debian has: {error}\nset XDG_CACHE_HOME to a folder of yours") from error
 
 
 def _apt(folder: Path, suite: str, types: str, *command: str) -> None:

@@ -51,19 +51,14 @@ def require_python() -> None:
         raise NotReady(f"Python 3.11 or newer is needed; {sys.executable} is {sys.version.split()[0]}")
 
 
-def require_packages(packages: Sequence[str], archives: Path | None = None) -> None:
-    """Installs the Debian packages that are missing, as root or through a sudo that asks no password.
-
-    With `archives` it installs nothing: it leaves them, and what they need beside what is installed, in that folder.
-    """
+def require_packages(packages: Sequence[str]) -> None:
+    """Installs the Debian packages that are missing, as root or through a sudo that asks no password."""
     if shutil.which("dpkg-query", path=SYSTEM_PATH) is None:
         raise NotReady(f"this is not Debian or Ubuntu: install what they call {' '.join(packages)}, run it there")
     missing = [package for package in packages if not _is_installed(package)]
     if not missing:
         return
     command = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
-    if archives is not None:
-        command[2:2] = ["--download-only", "-o", f"Dir::Cache::archives={archives}"]
     if os.geteuid() == 0:
         become_root = []
     elif _sudo_asks_nothing():
@@ -99,26 +94,6 @@ def azure_client() -> Path:
 def azure_service() -> Path:
     """The Python of an environment with Microsoft's clients of the service APIs of DPS and hubs."""
     return _environment(f"azure-service-{_version()}", " ".join(AZURE_SERVICES).encode(), AZURE_SERVICES) / "bin/python"
-
-
-def mosquitto() -> list[str]:
-    """The words that start mosquitto: the installed one, else Debian's, unpacked: its installation starts a service."""
-    installed = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}")
-    if installed is not None:
-        return [installed]
-    folder = cache_folder() / "mosquitto"
-    with _locked(folder):
-        stamp = folder / "unpacked"
-        if not stamp.is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            archives = folder / "archives"
-            (archives / "partial").mkdir(parents=True)
-            require_packages(["mosquitto"], archives)
-            for archive in sorted(archives.glob("*.deb")):
-                require_success(["dpkg-deb", "--extract", str(archive), str(folder)], 60)
-            stamp.touch()
-    libraries = ":".join(str(path) for path in sorted((folder / "usr/lib").glob("*-linux-*")))
-    return ["env", f"LD_LIBRARY_PATH={libraries}", str(folder / "usr/sbin/mosquitto")]
 
 
 def _environment(name: str, content: bytes, installed: Sequence[str]) -> Path:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fresh_machine import azure_client, mosquitto
+from debian_micropython import mosquitto
+from fresh_machine import azure_client
 from support.cloud.emulator import DeviceCredentials, EmulatorInThread
 from support.documents import CHECKOUT, blocks_of
 from support.programs.azure_node import FOLDER, WHERE_NODE_IS

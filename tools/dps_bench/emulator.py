@@ -29,10 +29,11 @@ from urllib.parse import quote
 
 import trustme
 
+from debian_micropython import mosquitto
 from dps_bench.costs import CommandFailed
 from dps_bench.report import Report
 from emulator.device_side import SCOPE, Client, Device, operation_path, register_path
-from fresh_machine import CHECKOUT, NotReady, mosquitto
+from fresh_machine import CHECKOUT, NotReady
 
 HUB = "emulator.azure-devices.net"
 CLIENTS = 2  # processes
