@@ -1,4 +1,4 @@
-"""What Debian has and the machine may not: MicroPython, its sources, OpenSSL's provider for a TPM's keys, QEMU, a broker.
+"""What Debian has and the machine may not: MicroPython, its sources, OpenSSL's provider tpm2, QEMU, a broker.
 
 Its MicroPython is the oldest release that the project supports; the sources of the newest one that Debian has are those
 of its next version.
