@@ -252,7 +252,7 @@ def test_the_hubs_log_has_no_secret_and_can_be_read_back(emulator: EmulatorProce
         ({"operation": "connect", "connack": 0}, "'connack' is not a number from 1 to 5"),
         ({"operation": "telemetry", "connack": 5}, "only for 'connect'"),
         ({"operation": "telemetry", "drop": "later"}, "'drop' is not before or after"),
-        ({"operation": "telemetry", "status": 429}, "only for 'twin-get'"),
+        ({"operation": "telemetry", "status": 429}, "only for twin-get, twin-patch, issue-certificate"),
         ({"operation": "telemetry", "body": ""}, "'body' is only for a request to DPS"),
         ({"operation": "register", "silent": "after"}, "only for a hub's packet"),
         ({"method": "MQTT", "operation": "lookup"}, "no operation at a hub"),

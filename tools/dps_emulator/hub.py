@@ -149,9 +149,11 @@ class Certifies(Protocol):
 
     def policy_at(self, hub: str, device_id: str) -> str:
         """By which policy that device gets certificates; empty: by none."""
+        ...
 
     def renewed(self, hub: str, device_id: str, request: bytes, now: float) -> tuple[bytes, ...]:
         """Another certificate for that device, and those of its CAs; raises CertificateError."""
+        ...
 
 
 class Hub:

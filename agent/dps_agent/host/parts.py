@@ -56,7 +56,7 @@ def tpm_warnings(signer: Signer) -> list[str]:
     """What its use has shown so far of a TPM, and somebody may want to change, though all works."""
     named: Any = signer
     tpm: TpmService | None = getattr(named, "tpm", named)  # of a key in a file: the one that has sealed or made it
-    warnings = list(getattr(signer, "warnings", ()))
+    warnings: list[str] = list(getattr(signer, "warnings", ()))
     if tpm is None:
         return warnings
     warnings += [TRANSIENT_SRK] if tpm.srk_found_at == 0 else []

@@ -62,9 +62,10 @@ class Trust:
         self, ca_file: str, setting: str, certificate: tuple[Any, ...] | None = None, asked_later: bool = False
     ) -> None:
         self._ca_file = ca_file
-        self._certificate: tuple[str, ...] = certificate[:2] if certificate else ()
-        self._tcti: str = certificate[2] if certificate and len(certificate) > 2 else ""
-        self._open_tpm: Any = certificate[3] if certificate and self._tcti else None
+        shown: Any = certificate or ()
+        self._certificate: tuple[str, ...] = shown[:2]
+        self._tcti: str = shown[2] if len(shown) > 2 else ""
+        self._open_tpm: Any = shown[3] if self._tcti else None
         self._tpm: TpmService | None = None  # while the storage root key is put in its place
         self._srk_handle = 0  # where that is now; 0: where the key's file says
         self._asked_later = asked_later
