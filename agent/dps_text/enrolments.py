@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,9 @@ _COLUMNS = {  # what a column's name means, by its letters and digits in lower c
     "ekcertificatesha256": "ekCertificateSha256",
 }
 _NEEDED = {"registrationId", "endorsementKey"}
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with these a cell begins that a spreadsheet may take for a formula
+# Where a cell may begin, and with what a spreadsheet may take it for a formula there; guarded or not.
+_BEGINS, _FORMULA = r"(^|[,;\t\r\n][ \"]*)", r"[=+\-@\t\r]"
+_GUARDABLE, _GUARDED = (re.compile(f"{_BEGINS}{guard}(?='*{_FORMULA})") for guard in ("", "'"))
 
 
 class ListError(ValueError):
@@ -94,12 +97,15 @@ class EnrolmentList(NamedTuple):
 
 
 def guarded(cell: str) -> str:
-    """A cell that no spreadsheet takes for a formula: with an apostrophe in front where it could be one."""
-    return f"'{cell}" if cell.startswith(_FORMULA) else cell
+    """A cell that no spreadsheet takes for a formula: with an apostrophe wherever one could begin.
+
+    It could where the cell does, and behind what another reader of the list takes for the end of a cell or a line.
+    """
+    return _GUARDABLE.sub(r"\1'", cell)
 
 
 def _unguarded(cell: str) -> str:
-    return cell[1:] if cell[:1] == "'" and cell[1:].startswith(_FORMULA) else cell
+    return _GUARDED.sub(r"\1", cell)
 
 
 def read_enrolments(text: str) -> EnrolmentList:

@@ -293,6 +293,21 @@ def test_no_cell_of_the_results_is_a_formula_and_they_are_a_list_again(line: Lin
     assert [entry.registration_id for entry in again][:1] == ["-press"] and again[0].endorsement_key == key
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_no_way_to_separate_cells_finds_a_formula_in_the_results(line: Line, delimiter: str) -> None:
+    line.has(1)
+    odd = ["press;=cmd|x", 'press;"=cmd|y', "press\t=cmd|z", "press\t\t=a", "a;'=b", "a,=b", "a;b;-c", "'=a", "''=a"]
+    listed = [{"registrationId": each, "attestation": {"tpm": {"endorsementKey": f"k{each}"}}} for each in odd]
+    line.list.write_text(json.dumps(listed))
+    assert line.run("--dry-run") == 1
+    results = line.list.with_name("line.csv.results.csv").read_text()
+    cells = [cell for row in csv.reader(results.splitlines(), delimiter=delimiter) for cell in row]
+    assert any("cmd" in cell for cell in cells)
+    assert not [cell for cell in cells if cell.lstrip(' "')[:1] in ("=", "+", "-", "@", "\t")]
+    again = {entry.registration_id for entry in read_enrolments(results).entries}
+    assert again == {each for each in odd if '"' not in each}, "which no list may have in a cell"
+
+
 def test_a_dry_run_sends_nothing_and_writes_no_journal(line: Line) -> None:
     line.has(2)
     assert line.run("--dry-run") == 0
