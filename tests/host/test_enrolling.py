@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -352,6 +353,18 @@ def test_an_answer_that_is_no_services_ends_the_run(line: Line, capsys: pytest.C
         line.emulator.fault({"status": 200, "body": body})
         assert line.run() == 4 and "expected the answer to a bulk" in capsys.readouterr().err
         assert line.results == {"press-0": "unsent"} and line.report["ended"]
+
+
+def test_a_service_that_is_not_who_it_should_be_is_not_asked_for_ever(
+    line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line.has(1)
+    stranger = tmp_path / "stranger.pem"
+    trustme.CA().cert_pem.write_to_path(str(stranger))
+    words = [str(stranger) if word == str(line.emulator.ca_file) else word for word in line.words]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "--ca-file names other roots" in said and "waiting" not in said
 
 
 def test_a_signal_before_anything_is_sent_ends_the_run_without_a_traceback(

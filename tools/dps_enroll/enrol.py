@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from dps_agent.backoff import THROTTLE_LIMIT_S, retry_after_s
-from dps_agent.effects import NoReply, Reply
+from dps_agent.effects import NO_REPLY_TLS, NoReply, Reply
 from dps_agent.registration import refusal_of
 from dps_enroll.journal import Done, Journal
 from dps_enroll.service import BULK_LIMIT, CREATE, UPDATE_IF_MATCH, Service, refusals_of
@@ -255,6 +255,10 @@ class Enrolling:
             with self._lock:
                 self.requests += 1
                 self.throttled += isinstance(reply, Reply) and reply.status in _THROTTLED
+            if isinstance(reply, NoReply) and reply.reason.partition(":")[0] == NO_REPLY_TLS:
+                raise AskOperator(
+                    "network.tls", f"the service is not who it should be ({reply.reason}); --ca-file names other roots"
+                )
             if isinstance(reply, NoReply):
                 self._put_off(None, f"no answer ({reply.reason})")
             elif reply.status in _NOT_AUTHORIZED:

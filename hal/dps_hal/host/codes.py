@@ -76,7 +76,8 @@ REMEDIES: dict[str, str] = {
     " enrolment",
     "dps.assignment_refused": "DPS sent an assignment that this agent must not take; the message says why",
     "dps.allocation_failed": "the enrolment's allocation failed: check its linked hubs and its webhook",
-    "dps.bad_request": "DPS did not take the request; compare id_scope, registration_id and payload with the enrolment",
+    "dps.bad_request": "DPS did not take the request; compare id_scope, registration_id and payload with the enrolment,"
+    " which has to name a credential policy where certificate = \"issued\"",
     "dps.blob_malformed": "DPS sent a damaged key; if it repeats, look for a proxy that alters answers",
     "dps.certificate_refused": "compare registration id and certificate with the enrolment ('dps-agent enroll' shows"
     " both): DPS has to have the certificate itself, or a CA above it while certificate_file has all between",
@@ -88,8 +89,8 @@ REMEDIES: dict[str, str] = {
     "dps.forbidden": "check that the enrolment is enabled, and the service's network rules",
     "dps.group_key": "put the key that 'dps-agent enroll --derive' makes of it into device_key_file, and give the group"
     " another one: who has it is every device of the group",
-    "dps.key_refused": "compare the device's key and registration id with the enrolment: a group's devices have each"
-    " its derived key, and 'dps-agent check' shows whether the clock is right",
+    "dps.key_refused": "look whether there is an enrolment for this registration id, and compare the device's key with"
+    " it: a group's devices have each its derived key; a clock that is far off is refused, too",
     "dps.key_unsuitable": "DPS sent a key that is no HMAC-SHA256 signing key, or has a password of its own; report it"
     " to the service",
     "dps.malformed_answer": "the answer is not DPS's; look for a proxy or captive portal between device and service",
