@@ -77,7 +77,7 @@ REMEDIES: dict[str, str] = {
     "dps.assignment_refused": "DPS sent an assignment that this agent must not take; the message says why",
     "dps.allocation_failed": "the enrolment's allocation failed: check its linked hubs and its webhook",
     "dps.bad_request": "DPS did not take the request; compare id_scope, registration_id and payload with the enrolment,"
-    " which has to name a credential policy where certificate = \"issued\"",
+    ' which has to name a credential policy where certificate = "issued"',
     "dps.blob_malformed": "DPS sent a damaged key; if it repeats, look for a proxy that alters answers",
     "dps.certificate_refused": "compare registration id and certificate with the enrolment ('dps-agent enroll' shows"
     " both): DPS has to have the certificate itself, or a CA above it while certificate_file has all between",
