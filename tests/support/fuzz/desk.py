@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import tempfile
@@ -21,9 +22,11 @@ from dps_emulator.tokens import TokenError, parse_token
 from dps_emulator.tpm_keys import UnsuitableKeyError, parse_endorsement_key
 from dps_emulator.twin import PatchError, Twin, parse_patch
 from dps_emulator.websocket import FrameStream, WebSocketError, upgrade
+from dps_enroll.certificates import Certificates
 from dps_enroll.journal import Done, Journal
-from dps_enroll.service import refusals_of
+from dps_enroll.service import credentials_of, refusals_of
 from dps_hal.errors import AskOperator, DpsError
+from dps_hal.platform import to_base64
 from dps_hal.tpm.keys import check_ek_public
 from dps_text.enrolments import ListError, read_enrolments
 from support.fuzz.target import DEEP, Target, accepts
@@ -152,26 +155,29 @@ def _certificate_request(content: bytes) -> bool:
     return accepts(CertificateError, lambda: require_request(content, "press-07"))
 
 
-def _request_seed() -> list[bytes]:
-    from cryptography import x509
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.serialization import Encoding
-
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "press-07")])
-    key = ec.derive_private_key(7, ec.SECP256R1())
-    made = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, SHA256())
-    return [made.public_bytes(Encoding.DER)]
+def _credentials(content: bytes) -> bool:
+    return accepts(AskOperator, lambda: credentials_of(content.decode("utf-8", "surrogateescape"), "x"))
 
 
-def _authority_seed() -> list[bytes]:
-    import trustme
-    from cryptography import x509
-    from cryptography.hazmat.primitives.serialization import Encoding
+def _ek_certificate(content: bytes) -> bool:
+    """A file in the folder of endorsement key certificates, of which a verdict is asked, and as the file of roots."""
+    with tempfile.TemporaryDirectory(dir=_MEMORY) as name:
+        folder, roots = Path(name) / "folder", Path(name) / "roots.pem"
+        folder.mkdir()
+        (folder / "certificate").write_bytes(content)
+        roots.write_text(_ROOT)
+        now = datetime.datetime(2026, 11, 30, tzinfo=datetime.UTC)
+        found = Certificates(folder, roots, None, now)
+        assert len(found) + len(found.unreadable) == 1
+        assert found.verdict(unbase64(EK_TEXT)).why, "nobody who is trusted has signed it"
+        roots.write_bytes(content)
+        accepts(AskOperator, lambda: Certificates(folder, roots, None, now))
+        return bool(found)
 
-    pem = trustme.CA().cert_pem.bytes()
-    der = x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
-    return [der, der.replace(b"\x0c", b"\x03", 1)]  # and one with a name of bits
+
+# Fixed, so that what is found by an alteration of them is found again.
+_FIXED = {name: unbase64(text) for name, text in vectors("certificates").items() if name != "made"}
+_ROOT = "-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n".format(to_base64(_FIXED["authority"]))
 
 
 _RECORD = {"registrationId": "press-07", "attestation": {"type": "tpm", "tpm": {"endorsementKey": EK_TEXT}}}
@@ -243,13 +249,28 @@ TARGETS = (
         lambda: [unbase64(EK_TEXT)],
     ),
     Target(
-        "authority", "certificates of CAs that are enrolled (dps_emulator.certificates)", _authority, _authority_seed
+        "authority",
+        "certificates of CAs that are enrolled (dps_emulator.certificates)",
+        _authority,
+        lambda: [_FIXED["authority"], _FIXED["authority_of_bits"]],
+    ),
+    Target(
+        "ek-certificate",
+        "certificates of endorsement keys (dps_enroll.certificates)",
+        _ek_certificate,
+        lambda: [_FIXED["endorsement_key"], _FIXED["endorsement_key_of_bits"], _ROOT.encode()],
+    ),
+    Target(
+        "credentials",
+        "connection strings of the service (dps_enroll.service)",
+        _credentials,
+        lambda: [b"HostName=x.invalid;SharedAccessKeyName=a;SharedAccessKey=c2VjcmV0"],
     ),
     Target(
         "certificate-request",
         "requests for certificates (dps_emulator.issuing)",
         _certificate_request,
-        _request_seed,
+        lambda: [_FIXED["request"]],
     ),
     Target(
         "log-line",

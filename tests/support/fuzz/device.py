@@ -17,6 +17,7 @@ from dps_agent.client.values import error_in, event_of
 from dps_agent.der import certificates, not_after_s
 from dps_agent.effects import Failed, Random, Reply, Uptime
 from dps_agent.host.config import ConfigurationError, load
+from dps_agent.host.device_certificates import certificates_in
 from dps_agent.host.local.heads import REQUEST_HEADERS, read_head
 from dps_agent.host.network.proxy import Proxy, ProxyRule, schemes_of
 from dps_agent.host.network.websocket import Frames
@@ -35,6 +36,7 @@ from dps_board.ntp import read_answer
 from dps_board.tls import Trust
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator, DpsError, IdentityStale
+from dps_hal.host.signing_key import TEMPLATE, KeyFile, from_pem, to_pem
 from dps_hal.platform import from_json, to_base64, to_json
 from dps_hal.store.slots import VALID, decode_slot
 from dps_hal.tpm import keys
@@ -400,9 +402,24 @@ def _record_seeds() -> list[bytes]:
 
 
 def _certificate_seeds() -> list[bytes]:
-    from support.tpm.maker import certificate_for
+    made = unbase64(vectors("certificates")["endorsement_key"])
+    return [made, made + b"\xff" * 40]
 
-    return [certificate_for(EK), certificate_for(EK) + b"\xff" * 40]
+
+def _signing_key(content: bytes) -> bool:
+    """The file of a key for TLS; what is taken is written as what is taken again."""
+    try:
+        key = from_pem(content)
+    except ValueError:
+        return False
+    assert from_pem(to_pem(key)) == key
+    return True
+
+
+def _signing_key_seed() -> bytes:
+    numbers = keys.sized(b"\x01" * 32)
+    public = keys.sized(TEMPLATE[2:-4] + numbers + numbers)
+    return to_pem(KeyFile(0x81000001, public, keys.sized(b"\x02" * 90)))
 
 
 def _answers() -> list[bytes]:
@@ -521,6 +538,18 @@ TARGETS = (
         "public areas and wrapped keys (dps_hal.tpm.keys)",
         _public_area,
         lambda: [EK, keys.srk_public(EK[-256:]), _ASSIGNMENT.wrapped_key, keys.ek_template("tcg-l1")[2:]],
+    ),
+    Target(
+        "signing-key",
+        "files of keys for TLS in the TPM (dps_hal.host.signing_key)",
+        _signing_key,
+        lambda: [_signing_key_seed()],
+    ),
+    Target(
+        "own-certificate",
+        "the device's certificate in PEM (dps_agent.host.device_certificates)",
+        lambda content: accepts(ValueError, lambda: certificates_in(content)),
+        lambda: [b"-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n" * 2],
     ),
     Target("certificate", "certificates in DER (dps_hal.der, dps_agent.der)", _certificate, _certificate_seeds),
     Target(
