@@ -4,6 +4,7 @@ That they pass without it, they show by themselves: they are tests of this run l
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,23 @@ def test_a_planted_bug_is_caught_by_its_test(bug: str) -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PLANTED_BUG": bug, "PYTHONPATH": places},
+        env={**os.environ, "PLANTED_BUG": bug, "PYTHONPATH": places, "COLUMNS": "500"},
     )
     assert planted.returncode == 1, f"{CAUGHT_BY[bug]} passes with {bug} planted:\n{planted.stdout}{planted.stderr}"
-    assert "AssertionError" in planted.stdout or "assert" in planted.stdout
+    assert is_noticed(CAUGHT_BY[bug], planted.stdout), f"it failed for another reason:\n{planted.stdout}"
+
+
+def is_noticed(test: str, report: str) -> bool:
+    """Whether a claim of the test's own did not hold, by pytest's last words on it; any other exception is no claim."""
+    return bool(re.search(rf"^FAILED {re.escape(test)}(\[.*\])? - (AssertionError\b|assert )", report, re.MULTILINE))
+
+
+def test_a_test_that_ends_for_another_reason_notices_nothing() -> None:
+    for report, noticed in (
+        ("FAILED a.py::x - AssertionError: [2.1]", True),
+        ("FAILED a.py::x[1 2] - assert 1 == 2", True),
+        ("    assert x\nE  OSError\nFAILED a.py::x - OSError: AssertionError", False),
+        ("FAILED a.py::other - assert 1 == 2", False),
+        ("ERROR a.py::x - AssertionError", False),
+    ):
+        assert is_noticed("a.py::x", report) == noticed, report
