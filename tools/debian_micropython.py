@@ -11,7 +11,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,11 +66,7 @@ def interpreter() -> Path:
     """The program `micropython`, downloaded once (4 MB and the package list)."""
 
     def make(folder: Path) -> None:
-        _apt(folder, SUITE, "deb", "download", *INTERPRETER_PACKAGES)
-        root = folder / "root"
-        for package in sorted(folder.glob("*.deb")):
-            require_success(["dpkg-deb", "-x", str(package), str(root)], UNPACK_DEADLINE_S, folder)
-            package.unlink()
+        root = _unpacked(folder, SUITE, INTERPRETER_PACKAGES)
         loader = _only(root, "usr/lib/*/ld-linux*.so.*").relative_to(root)
         launcher = folder / "micropython"
         launcher.write_text(LAUNCHER.format(loader=loader, libraries=loader.parent))
@@ -102,10 +98,7 @@ def tls_provider() -> Path:
     """
 
     def make(folder: Path) -> None:
-        _apt(folder, SUITE, "deb", "download", *TLS_PROVIDER_PACKAGES)
-        for package in sorted(folder.glob("*.deb")):
-            require_success(["dpkg-deb", "-x", str(package), str(folder / "root")], UNPACK_DEADLINE_S, folder)
-            package.unlink()
+        _unpacked(folder, SUITE, TLS_PROVIDER_PACKAGES)
 
     return _only(_made_once(f"tpm2-openssl-{SUITE}", make) / "root", "usr/lib/*/ossl-modules/tpm2.so").parent
 
@@ -131,10 +124,7 @@ def emulator() -> list[str]:
         return [installed]
 
     def make(folder: Path) -> None:
-        _apt(folder, QEMU_SUITE, "deb", "download", *QEMU_PACKAGES)
-        for package in sorted(folder.glob("*.deb")):
-            require_success(["dpkg-deb", "-x", str(package), str(folder / "root")], UNPACK_DEADLINE_S, folder)
-            package.unlink()
+        _unpacked(folder, QEMU_SUITE, QEMU_PACKAGES)
         if _version_of([str(folder / QEMU_BELOW)]) < QEMU_NEEDED:
             raise NotReady(f"expected QEMU {QEMU_NEEDED} in Debian's {QEMU_SUITE}, and that it runs on this machine")
 
@@ -152,10 +142,7 @@ def mosquitto() -> list[str]:
         return [installed]
 
     def make(folder: Path) -> None:
-        _apt(folder, BROKER_SUITE, "deb", "download", *BROKER_PACKAGES)
-        for package in sorted(folder.glob("*.deb")):
-            require_success(["dpkg-deb", "-x", str(package), str(folder / "root")], UNPACK_DEADLINE_S, folder)
-            package.unlink()
+        _unpacked(folder, BROKER_SUITE, BROKER_PACKAGES)
 
     root = _made_once(f"mosquitto-{BROKER_SUITE}", make) / "root"
     return ["env", f"LD_LIBRARY_PATH={_only(root, 'usr/lib/*-linux-*/')}", str(root / "usr/sbin/mosquitto")]
@@ -191,6 +178,16 @@ def _locked(path: Path) -> Iterator[None]:
             yield
     except OSError as error:
         raise NotReady(f"no place for what Debian has: {error}\nset XDG_CACHE_HOME to a folder of yours") from error
+
+
+def _unpacked(folder: Path, suite: str, packages: Sequence[str]) -> Path:
+    """The folder `root` in `folder` with what is in these packages; none of their scripts has run."""
+    _apt(folder, suite, "deb", "download", *packages)
+    root = folder / "root"
+    for package in sorted(folder.glob("*.deb")):
+        require_success(["dpkg-deb", "-x", str(package), str(root)], UNPACK_DEADLINE_S, folder)
+        package.unlink()
+    return root
 
 
 def _apt(folder: Path, suite: str, types: str, *command: str) -> None:
