@@ -663,3 +663,18 @@ def test_what_the_bus_altered_is_no_signature(bench: TpmBench) -> None:
     bench.tpm.tap.forget()
     assert signer.verify(message, signer.sign(b"", message))
     signer.release()
+
+
+@pytest.mark.parametrize("number", [0, 5, 37, 129, 255])
+def test_a_refusal_is_known_whatever_number_openssl_gave_the_provider(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openssl = provider._openssl()
+    said = [(9, "no start line", "Expecting: ANY PRIVATE KEY"), (number, "cannot load key", "2306 tpm:warn(2.0): full")]
+    monkeypatch.setattr(openssl, "_errors", lambda: said)
+    with pytest.raises(RetryLater) as refused:
+        openssl.key(b"no key")
+    assert refused.value.code == "tpm.memory"
+    del said[1]
+    with pytest.raises(ValueError, match="no start line"):
+        openssl.key(b"no key")

@@ -44,7 +44,6 @@ _MODULES_DIR = 1003  # OPENSSL_INFO_MODULES_DIR
 _OF_CONTEXTS = 1  # CRYPTO_EX_INDEX_SSL_CTX
 _UTF8_POINTER = 6  # OSSL_PARAM_UTF8_PTR
 _OF_DSO = 37  # ERR_LIB_DSO: the module cannot be loaded, whatever it would do
-_OF_PROVIDERS = 128  # ERR_LIB_USER: from here on the numbers are those of modules
 _BAD_SEQUENCE = 0x70007  # TSS2_ESYS_RC_BAD_SEQUENCE: what a context says once an answer did not come whole
 
 _found: list[_Openssl] = []
@@ -136,7 +135,7 @@ class _Openssl:
         provider = library.OSSL_PROVIDER_load(None, b"tpm2") if own else None
         if not provider:
             errors = self._errors()
-            if not own or any(number == _OF_DSO for number, _, _ in errors):
+            if not own or any(number == _OF_DSO and _return_code(data) is None for number, _, data in errors):
                 text = f"OpenSSL's provider tpm2 cannot be loaded, {self.module()}: {_INSTALL}"
                 raise AskOperator("tpm.tls_provider", text)
             said = "; ".join(filter(None, (f"{reason} {data}".strip() for _, reason, data in errors)))
@@ -160,10 +159,9 @@ class _Openssl:
         if pointer:
             return pointer
         errors = self._errors()
-        for number, reason, data in errors:
-            code = data.partition(" ")[0]
-            if number >= _OF_PROVIDERS and code.isdecimal():
-                raise self._refused("read_public" if "parent" in reason else "load", int(code), data)
+        for _, reason, data in errors:
+            if (rc := _return_code(data)) is not None:
+                raise self._refused("read_public" if "parent" in reason else "load", rc, data)
         raise ValueError(f"the key: {_last(errors)}")
 
     def _refused(self, command: str, rc: int, text: str) -> DpsError:
@@ -275,6 +273,16 @@ def held(make: Callable[[], ssl.SSLContext], chain_file: str, pem: bytes) -> tup
         key.release()
         raise
     return context, key
+
+
+def _return_code(data: str) -> int | None:
+    """The return code of a TPM's refusal, "2306 tpm:warn(2.0): ..."; None for the text of any other error.
+
+    The number of the library does not tell them apart: the provider's is the next one that was free, of which OpenSSL
+    keeps eight bits, and tpm2-tss takes one for each of its digests.
+    """
+    code, _, words = data.partition(" ")
+    return int(code) if code.isascii() and code.isdecimal() and ":" in words.partition(" ")[0] else None
 
 
 def _last(errors: list[tuple[int, str, str]]) -> str:
