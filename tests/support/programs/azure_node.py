@@ -1,4 +1,4 @@
-"""Microsoft's clients for Node, where `tools/test` could fetch them."""
+"""Microsoft's clients for Node, and a linter that runs in it, where `tools/test` could fetch them."""
 
 import shutil
 
