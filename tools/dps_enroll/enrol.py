@@ -35,6 +35,7 @@ RESULTS = (CREATED, PRESENT, REPLACED, CONFLICT, REFUSED, UNSUITABLE, UNCERTIFIE
 ENROLLED = (CREATED, PRESENT, REPLACED)
 
 MINUTE_S = 60.0
+CATCH_UP_S = 1.0  # what came late by no more is caught up with
 FIRST_WAIT_S = 1.0  # after the first failure that names no delay; doubled with each
 LONGEST_WAIT_S = 60.0
 PATIENCE_S = 900.0  # without any device that is done with, the run ends
@@ -66,7 +67,8 @@ class Pace:
     def __init__(
         self, per_minute: float, stopped: threading.Event, uptime_s: Callable[[], float] = time.monotonic
     ) -> None:
-        self._step_s = MINUTE_S / per_minute
+        # What is caught up with is within the quota, too.
+        self._step_s = (MINUTE_S + CATCH_UP_S) / per_minute
         self._stopped = stopped
         self._uptime_s = uptime_s
         self._lock = threading.Lock()  # over the two below
@@ -79,8 +81,7 @@ class Pace:
                 now_s = self._uptime_s()
                 wait_s = max(self._next_s, self._not_before_s) - now_s
                 if wait_s <= 0:
-                    # What came late by less than a second is caught up with.
-                    self._next_s = max(self._next_s, now_s - 1) + cost * self._step_s
+                    self._next_s = max(self._next_s, now_s - CATCH_UP_S) + cost * self._step_s
             if self._stopped.wait(max(wait_s, 0)):
                 raise Stopped
             if wait_s <= 0:
