@@ -36,6 +36,8 @@ TPM = {"type": "tpm", "tpm": DEVICE.attestation()}
 class BackEnd:
     """A back end and the API."""
 
+    version = "2021-10-01"
+
     def __init__(self) -> None:
         self.store = Store()
         self.api = ServiceApi(self.store, SECRET, 300)
@@ -45,7 +47,7 @@ class BackEnd:
         authorization = self.token() if token is None else token
         named = {"host": f"{HOST}:443", "authorization": authorization, **named}
         encoded = b"" if body is None else json.dumps(body).encode()
-        return self.api.answer(Request(method, path, "api-version=2021-10-01", named, encoded), NOW)
+        return self.api.answer(Request(method, path, f"api-version={self.version}", named, encoded), NOW)
 
     def json(self, method: str, path: str, body: object = None, **headers: str) -> Any:
         answer = self.send(method, path, body, **headers)
@@ -218,3 +220,13 @@ def test_microsofts_client_manages_enrolments_and_sees_who_has_registered(emulat
     assert said["groups"] == ["presses"] and group_key not in ended.stdout
     assert (said["state"]["status"], said["state"]["deviceId"]) == ("assigned", "press-99")
     assert said["of group"] == [said["state"]]
+
+
+def test_a_credential_policy_is_passed_over_by_versions_that_have_none(back_end: BackEnd) -> None:
+    record = {"registrationId": "press-07", "attestation": TPM, "credentialPolicyName": "line-4"}
+    for version, kept in (("2021-10-01", None), ("2025-07-01-preview", "line-4"), ("2026-04-01", "line-4")):
+        back_end.version = version
+        assert back_end.json("PUT", "/enrollments/press-07", record).get("credentialPolicyName") == kept, version
+        bulk = {"enrollments": [{**record, "registrationId": f"press-{version}"}], "mode": "create"}
+        assert back_end.json("POST", "/enrollments", bulk)["isSuccessful"]
+        assert back_end.json("GET", f"/enrollments/press-{version}").get("credentialPolicyName") == kept, version

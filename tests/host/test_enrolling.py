@@ -259,6 +259,26 @@ def test_what_all_devices_share_is_in_each_enrolment(line: Line) -> None:
     assert line.run("--common", str(common)) == 6
 
 
+@pytest.mark.parametrize("by_list", [False, True])
+def test_a_credential_policy_goes_to_the_version_of_the_service_s_api_that_has_it(line: Line, by_list: bool) -> None:
+    common = line.folder / "common.json"
+    common.write_text('{"credentialPolicyName": "line-4"}')
+    line.has(2)
+    shared = ["--common", str(common)]
+    if by_list:
+        keys = [base64.b64encode(key_of(each)).decode() for each in range(2)]
+        records = [
+            {"registrationId": f"press-{at}", "attestation": {"type": "tpm", "tpm": {"endorsementKey": key}}}
+            for at, key in enumerate(keys)
+        ]
+        records[1]["credentialPolicyName"] = "line-4"
+        line.list.write_text(json.dumps(records))
+        shared = []
+    assert line.run(*shared) == 0
+    found = {name: each.get("credentialPolicyName") for name, each in line.enrolled().items()}
+    assert found == {"press-0": None if by_list else "line-4", "press-1": "line-4"}
+
+
 def test_what_is_wrong_in_a_list_is_named_and_the_rest_enrolled(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
     line.has(2)
     ecc = base64.b64encode(b"\0\x04abcd").decode()

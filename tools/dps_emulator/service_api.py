@@ -1,7 +1,7 @@
 """The service side of DPS: enrolments, groups and registrations, for back ends; a request goes in, an answer comes out.
 
-Source: DPS service API 2021-10-01. Where nothing is published, the choice is marked as ours. Whoever calls has the
-shared access policy `provisioningserviceowner`.
+Source: DPS service API 2021-10-01, and 2025-07-01-preview for credentialPolicyName. Where nothing is published, the
+choice is marked as ours. Whoever calls has the shared access policy `provisioningserviceowner`.
 """
 
 import base64
@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, unquote
 
 from dps_emulator.attestation import NEW_KEY_BYTES, key_text
 from dps_emulator.enrollments import Enrollment, EnrollmentError, enrollment_from_json, kind_of, registration_key
+from dps_emulator.issuing import FIRST_REGISTRATION_API, has_requests
 from dps_emulator.registrations import Registration, StateError, utc_text
 from dps_emulator.service import (
     BAD_REQUEST,
@@ -100,12 +101,13 @@ class ServiceApi:
         refusal = policy_refusal(request, POLICY, self._key, now, self._clock_skew_s)
         if refusal:
             raise RefusalError(UNAUTHORIZED, f"The request is refused: {refusal}.")
-        if not parse_qs(request.query).get("api-version", [""])[0].strip():
+        version = parse_qs(request.query).get("api-version", [""])[0].strip()
+        if not version:
             raise RefusalError(BAD_REQUEST, "The query parameter api-version is missing or empty.")
         segments = [unquote(segment) for segment in request.path.split("/")[1:]]
         match request.method, segments:
             case "POST", [("enrollments" | "enrollmentGroups") as kind]:
-                return self._bulk(kind, object_of(request), now)
+                return self._bulk(kind, object_of(request), version, now)
             case "POST", [("enrollments" | "enrollmentGroups") as kind, "query"]:
                 return self._query(kind, request)
             case "POST", [("enrollments" | "enrollmentGroups") as kind, name, "attestationmechanism"]:
@@ -113,7 +115,7 @@ class ServiceApi:
             case "GET", [("enrollments" | "enrollmentGroups") as kind, name]:
                 return json_response(200, _shown(self._found(kind, name)))
             case "PUT", [("enrollments" | "enrollmentGroups") as kind, name]:
-                given = object_of(request)
+                given = _as_asked(object_of(request), version)
                 return json_response(200, self._put(kind, name, given, request.headers.get("if-match"), now))
             case "DELETE", [("enrollments" | "enrollmentGroups") as kind, name]:
                 self._delete(kind, name, request.headers.get("if-match"))
@@ -173,7 +175,7 @@ class ServiceApi:
             _require_match(if_match, etag(enrollment))
         del self._records(kind)[registration_key(name)]
 
-    def _bulk(self, kind: str, body: dict[str, Any], now: float) -> Response:
+    def _bulk(self, kind: str, body: dict[str, Any], version: str, now: float) -> Response:
         """Up to ten at once, each for itself."""
         listed, mode = body.get(kind), body.get("mode")
         if not isinstance(listed, list) or not 1 <= len(listed) <= BULK_LIMIT:
@@ -184,7 +186,8 @@ class ServiceApi:
         for entry in listed:
             name = str(entry.get(id_name, "")) if isinstance(entry, dict) else ""
             try:
-                self._bulk_one(kind, str(mode), name, entry, now)
+                record = _as_asked(entry, version) if isinstance(entry, dict) else entry
+                self._bulk_one(kind, str(mode), name, record, now)
             except EnrollmentError as error:
                 errors.append({id_name: name, "errorCode": EK_MISMATCH, "errorStatus": f"{error}."})
             except RefusalError as refusal:
@@ -254,6 +257,13 @@ def registration_state(registration: Registration) -> dict[str, Any]:
         failure = operation.failure
         state |= {"status": failure.status, "errorCode": failure.code, "errorMessage": failure.message}
     return state
+
+
+def _as_asked(record: dict[str, Any], api_version: str) -> dict[str, Any]:
+    """A record without what the API had not yet in this version, which passes over it."""
+    if has_requests(api_version, FIRST_REGISTRATION_API):
+        return record
+    return {name: value for name, value in record.items() if name != "credentialPolicyName"}
 
 
 def _shown(enrollment: Enrollment) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dps_agent.host.cli.verb import Suggesting, table
 from dps_agent.host.config import secret_in
 from dps_enroll.enrol import ENROLLED, RESULTS, UNCERTIFIED, UNSENT, Enrolling, Plan, fit_to_send, of_one_key
 from dps_enroll.journal import Done, Journal, device_key
-from dps_enroll.service import Credentials, Service, credentials_of
+from dps_enroll.service import API_VERSION, ISSUING_API_VERSION, Credentials, Service, credentials_of
 from dps_hal.errors import EXIT_GROUPS, AskOperator, DpsError, RetryLater, exit_group
 from dps_hal.host.codes import REMEDIES
 from dps_hal.host.regular import read_regular, replace_file
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "DPS_ENROLL_CONNECTION_STRING"
 QUOTA_PER_MINUTE = 1000  # operations of one service: "Azure subscription and service limits", DPS
+POLICY = "credentialPolicyName"  # whose CA issues certificates for a device; the service's API has it of late
 LIST_LIMIT = 256 * 1024 * 1024  # bytes
 SECRET_LIMIT = 1024  # bytes of a connection string
 CONNECTIONS_LIMIT = 16
@@ -183,9 +184,11 @@ def _enrol(
         done += [Done(entry.registration_id, entry.endorsement_key, UNSENT, "") for entry in wanted]
         return None
     credentials = _credentials(chosen.credentials)
-    plan = Plan(
-        chosen.per_minute, chosen.counts == "devices", chosen.connections, chosen.replace, _common(chosen.common)
+    common = _common(chosen.common)
+    api_version = (
+        ISSUING_API_VERSION if POLICY in common or any(POLICY in each.record for each in wanted) else API_VERSION
     )
+    plan = Plan(chosen.per_minute, chosen.counts == "devices", chosen.connections, chosen.replace, common)
     failure: DpsError | None = None
     with Journal(chosen.journal or f"{chosen.list}.journal", credentials.host) as journal:
 
@@ -196,7 +199,7 @@ def _enrol(
         progress = _Progress(len(wanted), len(wanted) - len(left))
 
         def connect() -> Service:
-            return Service(credentials, chosen.ca_file, chosen.proxy)
+            return Service(credentials, chosen.ca_file, chosen.proxy, api_version)
 
         enrolling = Enrolling(plan, journal, connect, progress.add, progress.wait)
         try:

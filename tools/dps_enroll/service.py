@@ -1,7 +1,7 @@
 """The service API of one DPS as enrolling needs it: whose it is, who asks, and three requests.
 
-Source: DPS service API 2021-10-01; tokens as in `dps_agent.sas`, of a shared access policy with the right to write
-enrolments.
+Source: DPS service API 2021-10-01, and for enrolments with a credential policy 2025-07-01-preview; tokens as in
+`dps_agent.sas`, of a shared access policy with the right to write enrolments.
 """
 
 import base64
@@ -23,7 +23,8 @@ CREATE = "create"
 UPDATE_IF_MATCH = "updateIfMatchETag"
 TIMEOUT_S = 60.0
 TOKEN_LIFE_S = 600  # a request takes at most a tenth of it; the rest is for clocks that differ
-_API = "?api-version=2021-10-01"
+API_VERSION = "2021-10-01"
+ISSUING_API_VERSION = "2025-07-01-preview"  # with credentialPolicyName
 _FIELDS = ("HostName", "SharedAccessKeyName", "SharedAccessKey")
 
 
@@ -61,18 +62,19 @@ def credentials_of(text: str, where: str) -> Credentials:
 class Service:
     """One connection to the service; for one thread, but for `abort`."""
 
-    def __init__(self, credentials: Credentials, ca_file: str, proxy: str) -> None:
+    def __init__(self, credentials: Credentials, ca_file: str, proxy: str, api_version: str = API_VERSION) -> None:
         self._credentials = credentials
+        self._query = f"?api-version={api_version}"
         endpoint = f"https://{credentials.host}"
         self._connection = DpsConnection(endpoint, "", ca_file, TIMEOUT_S, "dps-enroll", proxy)
 
     def bulk(self, mode: str, records: Sequence[Mapping[str, Any]]) -> Reply | NoReply:
         """Up to `BULK_LIMIT` enrolments at once, each of which succeeds or fails for itself."""
-        return self._send("POST", f"/enrollments{_API}", {"enrollments": list(records), "mode": mode})
+        return self._send("POST", f"/enrollments{self._query}", {"enrollments": list(records), "mode": mode})
 
     def enrollment(self, registration_id: str) -> Reply | NoReply:
         """What the service has under a registration id."""
-        return self._send("GET", f"/enrollments/{quote(registration_id, safe='')}{_API}", None)
+        return self._send("GET", f"/enrollments/{quote(registration_id, safe='')}{self._query}", None)
 
     def abort(self) -> None:
         """Ends a request that is under way in another thread."""
