@@ -147,10 +147,10 @@ class Renewal:
     def is_refused(self, reason: str) -> "Generator[Effect, Any, bool]":
         """Whether a connection that did not come about says that the hub does not take the certificate.
 
-        It says so in TLS, or hangs up on one that has ended.
+        It says so in TLS, or hangs up on one that has ended. Or there is no key for it any more, in another TPM.
         """
         word = reason.partition(":")[0]
-        if word == NO_REPLY_TLS_CLIENT:
+        if word in (NO_REPLY_TLS_CLIENT, "tpm.certificate_key"):
             return True
         if word not in (NO_REPLY_CLOSED, NO_REPLY_TLS_FAILED):
             return False

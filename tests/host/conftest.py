@@ -14,6 +14,7 @@ from support.tpm.backends import BACK_ENDS, OpenTpm
 from support.tpm.states import copy_state
 from support.tpm.swtpm import Swtpm
 from support.tpm.tap import TpmTap
+from support.tpm.tls import TpmForTls
 
 
 @pytest.fixture
@@ -26,6 +27,13 @@ def machine(tmp_path: Path) -> Iterator[Swtpm]:
 def tap(machine: Swtpm) -> Iterator[TpmTap]:
     with TpmTap(machine.port) as new:
         yield new
+
+
+@pytest.fixture(scope="session")
+def tls_tpm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TpmForTls]:
+    one = TpmForTls(tmp_path_factory.mktemp("tpm"))
+    yield one
+    one.close()
 
 
 @pytest.fixture(params=BACK_ENDS)

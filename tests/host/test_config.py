@@ -55,7 +55,7 @@ def with_scope(key: str) -> dict[str, str]:
     if key == "certificate_file":
         environ |= {"DPS_AGENT_REGISTRATION_ID": "press-07", "DPS_AGENT_ATTESTATION": "x509"}
         environ |= {"DPS_AGENT_DEVICE_KEY_FILE": "device-key.pem"}
-    if key == "issued_key_file":
+    if key in ("issued_key_file", "issued_key"):
         environ |= {"DPS_AGENT_CERTIFICATE": "issued"}
     environ.pop(environment_name(key), None)
     return environ

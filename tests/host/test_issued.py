@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from cryptography import x509
@@ -38,6 +39,7 @@ from dps_agent.host.checks.finding import OK, WARNING
 from dps_agent.host.cli import main
 from dps_agent.host.config import Configuration, ConfigurationError
 from dps_agent.host.network.mqtt import HubConnection
+from dps_agent.host.network.shown import Shown
 from dps_agent.host.parts import clock_for, dps_connection, hub_connection, open_device
 from dps_agent.host.runner import Runner
 from dps_agent.hub_effects import ConnAck, Connect
@@ -74,9 +76,8 @@ class Bench:
         self.key_file = self.state_dir / "issued-key.pem"
         self.settings = folder / "given.toml"
         self.printed = ""
-        tables = ""
+        tables = self.tpm_table(attestation)
         if attestation == "tpm":
-            tables = f'[tpm]\nbackend = "simulator"\ntcti = "{copy_state(DEVICE, folder / "tpm")}"\n'
             way = f'registration_id = "{DEVICE}"\n'
         else:
             self.own = folder / "own.key"
@@ -98,14 +99,23 @@ class Bench:
             f'[hub]\nconnect_to = "{emulator.hub_connect_to}"\nca_file = "{emulator.ca_file}"\nHUB\n{tables}'
         )
         self.configure()
-        emulator.service.enroll(Enrollment(DEVICE, self._enrolled(attestation), credential_policy=POLICY))
+        emulator.service.enroll(Enrollment(DEVICE, self.enrolled(attestation), credential_policy=POLICY))
 
-    def _enrolled(self, attestation: str) -> Any:
+    def tpm_table(self, attestation: str) -> str:
+        """The part of the settings about the TPM."""
+        if attestation != "tpm":
+            return ""
+        return f'[tpm]\nbackend = "simulator"\ntcti = "{copy_state(DEVICE, self.folder / "tpm")}"\n'
+
+    def enrolled(self, attestation: str) -> Any:
         if attestation == "symmetric-key":
             return SymmetricKeys(KEY, KEY)
         if attestation == "x509":
             return Certificates(self.certificate)
-        return open_device(self.loaded()).endorsement_key()
+        device = open_device(self.loaded())
+        endorsement_key = device.endorsement_key()
+        device.release()
+        return endorsement_key
 
     def configure(self, certificate: str = 'certificate = "issued"', hub: str = "") -> None:
         self.settings.write_text(self._text.replace("CERTIFICATE", certificate).replace("HUB\n", f"{hub}\n"))
@@ -204,7 +214,7 @@ def test_a_hub_that_does_not_know_the_issuer_says_so_in_tls(tmp_path: Path, vers
             connect_to=f"127.0.0.1:{listening.getsockname()[1]}",
             ca_file=str(tmp_path / "root.pem"),
             transport="mqtt",
-            issued_key_file=str(written(tmp_path / "own.pem", own)),
+            issued=Shown("", str(written(tmp_path / "own.pem", own)), "", Mock(), "issued_key_file"),
         )
         answer = connection.connect(Connect(HUB, DEVICE, f"{HUB}/{DEVICE}/?api-version=1", own.certificate, 60, True))
         connection.close()
@@ -404,7 +414,7 @@ def test_a_certificate_that_was_not_renewed_is_warned_of(begun_s: int, result: s
     answers: list[Any] = ["", chain]  # to why it is of no use, and to which it is
     device: Any = SimpleNamespace(
         assignment=SimpleNamespace(chain="a name"),
-        configuration=SimpleNamespace(issued_key_path="/k.pem"),
+        configuration=SimpleNamespace(issued_key_path="/k.pem", issues_into_tpm=False),
         run=lambda exchange: (exchange.close(), answers.pop(0))[1],
     )
     found = local._issued_certificate(device)
@@ -461,6 +471,12 @@ def test_the_key_is_made_whole_or_not_at_all(bench: Bench) -> None:
         ({"tpm.persist_at": "0x81000100"}, "tpm.persist_at: expected 0"),
         ({"registration_id": f'"{"a" * 65}"'}, "registration_id: expected at most 64 characters"),
         ({"certificate": '""', "issued_key_file": '"/x"'}, "issued_key_file: expected certificate"),
+        ({"certificate": '""', "issued_key": '"tpm"'}, "issued_key: expected certificate"),
+        ({"issued_key": '"flash"'}, 'issued_key: expected one of "auto", "tpm", "file"'),
+        (
+            {"issued_key": '"tpm"', "tpm.backend": '"simulator"', "tpm.tcti": '"/x"'},
+            'issued_key: expected "file", or a TPM; came tpm.backend = "simulator"',
+        ),
         ({"certificate": '"own"'}, "certificate: expected"),
         ({"api_version": '"new"'}, "api_version: expected"),
     ],

@@ -657,7 +657,9 @@ def test_a_server_that_insists_refuses_a_device_without_a_certificate(tmp_path: 
 def test_a_key_of_another_certificate_is_no_way_to_connect(bench: Bench, tmp_path: Path) -> None:
     bench.equip()
     other = written(tmp_path / "other.pem", party(DEVICE, LINE, NO_CA))
-    trust = Trust(str(bench.emulator.ca_file), "ca_file", (str(bench.certificate_file), str(other)))
+    shown = client_certificate(bench.loaded())
+    assert shown is not None
+    trust = Trust(str(bench.emulator.ca_file), "ca_file", shown._replace(key_file=str(other)))
     with pytest.raises(AskOperator, match="certificate_file: expected a chain in PEM"):
         trust.context()
     other.unlink()

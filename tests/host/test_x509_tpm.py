@@ -18,7 +18,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from debian_micropython import tls_provider
 from dps_agent.effects import NoReply, Reply
 from dps_agent.host import loop, runner, worker
 from dps_agent.host.checks.device import Device
@@ -48,35 +47,14 @@ from host.test_x509 import (
 )
 from support.cloud.emulator import EmulatorInThread
 from support.tpm.backends import BACK_ENDS
-from support.tpm.swtpm import Swtpm, free_port_pair
-from support.tpm.tap import TpmTap
+from support.tpm.swtpm import free_port_pair
+from support.tpm.tls import CHECKOUT, OtherProcess, TpmForTls
 
 __all__ = ["emulator"]
-CHECKOUT = Path(__file__).parents[2]
-PROCESS = CHECKOUT / "tests/support/programs/tpm_in_tls.py"
 HANDSHAKE = ["ECC_Parameters", "Hash", "Sign"]
 # Of TLS 1.2 the TPM also hashes the handshake, in a sequence, which is a second object.
 HASHED = ["HashSequenceStart", "SequenceComplete"]
 LOADED = ["ReadPublic", "Load", "ECC_Parameters"]
-
-
-class OneTpm:
-    """The TPM of all tests here: OpenSSL's provider, once it is loaded, has the same one until the process ends."""
-
-    def __init__(self, folder: Path) -> None:
-        self.swtpm = Swtpm(folder)
-        self.tap = TpmTap(self.swtpm.port)
-        self.modules = str(tls_provider())
-
-    def flush(self) -> None:
-        """Flushes what somebody has left, whom a command that hangs may hold."""
-        self.tap.let_go()
-        for handle in self.swtpm.leftovers():
-            self.swtpm.command(0x165, handle.to_bytes(4, "big"))
-
-    def close(self) -> None:
-        self.tap.close()
-        self.swtpm.kill()
 
 
 class TpmBench(Bench):
@@ -84,7 +62,7 @@ class TpmBench(Bench):
 
     backend = "wire"
 
-    def __init__(self, folder: Path, emulator: EmulatorInThread, capsys: Any, tpm: OneTpm, backend: str) -> None:
+    def __init__(self, folder: Path, emulator: EmulatorInThread, capsys: Any, tpm: TpmForTls, backend: str) -> None:
         self.tpm = tpm
         self.backend = backend
         super().__init__(folder, emulator, capsys)
@@ -95,19 +73,6 @@ class TpmBench(Bench):
 
     def request(self) -> str:
         return str(self.command("enroll", "--x509")["certificateRequest"])
-
-    def names(self) -> list[str]:
-        """The commands that the TPM got since this was asked last."""
-        found = [*self.tpm.tap.names]
-        self.tpm.tap.forget()
-        return found
-
-
-@pytest.fixture(scope="session")
-def tpm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneTpm]:
-    one = OneTpm(tmp_path_factory.mktemp("tpm"))
-    yield one
-    one.close()
 
 
 @pytest.fixture(params=BACK_ENDS)
@@ -124,23 +89,23 @@ def wired(made: Callable[[str], TpmBench]) -> TpmBench:
 def made(
     tmp_path: Path,
     emulator: EmulatorInThread,
-    tpm: OneTpm,
+    tls_tpm: TpmForTls,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Iterator[Callable[[str], TpmBench]]:
     for name in [name for name in os.environ if name.startswith(("DPS_AGENT_", "CREDENTIALS_", "TPM2OPENSSL_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("OPENSSL_MODULES", tpm.modules)
-    tpm.tap.forget()
-    yield lambda backend: TpmBench(tmp_path, emulator, capsys, tpm, backend)
-    tpm.tap.forget()
-    assert tpm.swtpm.leftovers() == [], "nothing is left in the TPM"
+    monkeypatch.setenv("OPENSSL_MODULES", tls_tpm.modules)
+    tls_tpm.tap.forget()
+    yield lambda backend: TpmBench(tmp_path, emulator, capsys, tls_tpm, backend)
+    tls_tpm.tap.forget()
+    assert tls_tpm.swtpm.leftovers() == [], "nothing is left in the TPM"
 
 
 def test_a_device_lives_from_its_request_to_its_hub_by_a_key_of_its_tpm(bench: TpmBench) -> None:
     made = bench.command("enroll", "--x509")
     assert made["keyMade"] and bench.key_file.stat().st_mode & 0o777 == 0o600
-    assert "Create" in bench.names() and from_pem(bench.key_file.read_bytes()).srk_handle == 0x81000001
+    assert "Create" in bench.tpm.names() and from_pem(bench.key_file.read_bytes()).srk_handle == 0x81000001
     assert not bench.command("enroll", "--x509")["keyMade"], "the key stays what it is"
     bench.equip()
     first = bench.command("provision")
@@ -160,29 +125,29 @@ def test_the_hub_is_shown_the_certificate_and_the_tpm_is_given_back_before_it_sa
     bench.equip()
     bench.command("provision")
     bench.configure(hub=f'transport = "{transport}"\n')
-    bench.names()
+    bench.tpm.names()
     connection = hub_connection(bench.loaded())
     try:
         for _ in range(2):
             assert connection.connect(as_device()) == ConnAck(0, False)
-            assert bench.names() == [*LOADED, *HANDSHAKE, "FlushContext"]
+            assert bench.tpm.names() == [*LOADED, *HANDSHAKE, "FlushContext"]
         assert bench.tpm.swtpm.leftovers() == [], "the connection stands, and has nothing in the TPM"
         assert connection.publish(f"devices/{DEVICE}/messages/events/", b"without the TPM", 1)
     finally:
         connection.close()
-    assert bench.names() == []
+    assert bench.tpm.names() == []
 
 
 def test_a_connection_to_dps_has_the_key_up_to_its_first_answer(bench: TpmBench) -> None:
     bench.equip()
     bench.command("provision")
-    bench.names()
+    bench.tpm.names()
     connection = dps_connection(bench.loaded())
     path = f"/0ne00000000/registrations/{DEVICE}?api-version=2021-06-01"
     for _ in range(2):
         reply = connection.request("POST", path, b'{"registrationId":"%s"}' % DEVICE.encode(), None)
         assert isinstance(reply, Reply) and reply.status == 200, reply
-    assert bench.names() == [*LOADED, *HANDSHAKE, "FlushContext"], "one handshake for both"
+    assert bench.tpm.names() == [*LOADED, *HANDSHAKE, "FlushContext"], "one handshake for both"
     connection.close()
 
 
@@ -204,7 +169,7 @@ def test_reconnects_leave_nothing_in_a_tpm_of_three_slots(bench: TpmBench) -> No
 @pytest.mark.parametrize("asks", ["first", "first-1.2", "renegotiation", "after"])
 def test_the_certificate_is_shown_whenever_a_server_asks_for_it(bench: TpmBench, tmp_path: Path, asks: str) -> None:
     bench.equip()
-    bench.names()
+    bench.tpm.names()
     server = OpensslServer(tmp_path, asks)
     try:
         server.until(b"ACCEPT")
@@ -219,7 +184,7 @@ def test_the_certificate_is_shown_whenever_a_server_asks_for_it(bench: TpmBench,
         serving.join(60)
         assert isinstance(reply, Reply) and reply.status == 200, (reply, server.said.decode(errors="replace"))
         assert DEVICE.encode() in server.said, "the server has seen whose certificate it is"
-        names = bench.names()
+        names = bench.tpm.names()
         assert names[:3] == LOADED and names[-2:] == ["Sign", "FlushContext"] and names.count("Sign") == 1, names
         if asks in ("first-1.2", "renegotiation"):
             assert [name for name in names[3:-2] if name != "SequenceUpdate"] == HASHED, names
@@ -230,13 +195,13 @@ def test_the_certificate_is_shown_whenever_a_server_asks_for_it(bench: TpmBench,
 
 def test_the_service_connects_and_while_it_is_connected_the_tpm_is_anybody_s(wired: TpmBench) -> None:
     wired.equip()
-    wired.names()
+    wired.tpm.names()
     words = [sys.executable, "-m", "dps_agent.host.cli", "--config", str(wired.settings), "run"]
     path = f"{CHECKOUT}/agent:{CHECKOUT}/hal"
     service = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE)
     try:
         wired.command("wait", "--for", "connected", "--timeout", "120")
-        assert wired.tpm.swtpm.leftovers() == [] and wired.names().count("Sign") == 3, "DPS, the record, the hub"
+        assert wired.tpm.swtpm.leftovers() == [] and wired.tpm.names().count("Sign") == 3, "DPS, the record, the hub"
         assert wired.checked("tpm-slots")["result"] == "ok", "others have the TPM meanwhile"
     finally:
         service.terminate()
@@ -246,30 +211,6 @@ def test_the_service_connects_and_while_it_is_connected_the_tpm_is_anybody_s(wir
 # A TPM that does not answer, or is another one.
 
 
-class OtherProcess:
-    """`tpm_in_tls` with the settings of a device."""
-
-    def __init__(self, bench: TpmBench, whom: str, times: int = 1) -> None:
-        self._tpm = bench.tpm
-        path = f"{CHECKOUT}/agent:{CHECKOUT}/hal"
-        words = [sys.executable, str(PROCESS), str(bench.settings), whom, str(times)]
-        self.process = subprocess.Popen(
-            words, env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def said(self, time_passes: bool = False) -> list[str]:
-        """What it printed until it ended."""
-        out, _ = self.process.communicate("\n" if time_passes else None, 120)
-        assert self.process.returncode == 0
-        return out.splitlines()
-
-    def close(self) -> None:
-        """Ends it; a resource manager would flush what it leaves in the TPM."""
-        self.process.kill()
-        self.process.communicate()
-        self._tpm.flush()
-
-
 @pytest.mark.parametrize(("whom", "command"), [("dps", "Load"), (HUB, "Sign"), ("dps", "FlushContext")])
 def test_a_tpm_that_hangs_in_a_handshake_ends_it_at_our_deadline(wired: TpmBench, whom: str, command: str) -> None:
     wired.equip()
@@ -277,7 +218,7 @@ def test_a_tpm_that_hangs_in_a_handshake_ends_it_at_our_deadline(wired: TpmBench
     tap = wired.tpm.tap
     tap.hanging.clear()
     tap.hang(command=command)
-    process = OtherProcess(wired, whom)
+    process = OtherProcess(wired.tpm, wired.settings, whom)
     try:
         assert tap.hanging.wait(60), process.said()
         (said,) = process.said(time_passes=True)
@@ -313,12 +254,12 @@ def test_a_process_whose_connection_to_the_tpm_was_cut_says_so_and_is_to_be_star
     wired.equip()
     wired.command("provision")
     wired.tpm.tap.drop(command="Sign")
-    process = OtherProcess(wired, HUB, 2)
+    process = OtherProcess(wired.tpm, wired.settings, HUB, 2)
     try:
         first, second = process.said()
         assert first.startswith("NoReply(reason='tpm.failed: the TPM did not sign"), first
         assert second.startswith("tpm.absent ended: OpenSSL's provider tpm2 has lost its TPM"), second
-        assert OtherProcess(wired, HUB).said() == ["ConnAck(return_code=0, session_present=False)"]
+        assert OtherProcess(wired.tpm, wired.settings, HUB).said() == ["ConnAck(return_code=0, session_present=False)"]
     finally:
         process.close()
 
@@ -328,7 +269,7 @@ def test_a_tpm_that_is_not_there_is_no_reason_to_give_up(wired: TpmBench) -> Non
     wired.command("provision")
     tcti = f"swtpm:host=127.0.0.1,port={free_port_pair()}"
     wired.settings.write_text(wired.settings.read_text().replace(wired.tpm.tap.tcti, tcti))
-    process = OtherProcess(wired, "dps", 2)
+    process = OtherProcess(wired.tpm, wired.settings, "dps", 2)
     try:
         for line in process.said():
             assert line.startswith("NoReply(reason=") and f"no TPM answers OpenSSL's provider tpm2 at '{tcti}'" in line
@@ -412,7 +353,7 @@ def test_a_provider_that_has_no_tpm_is_told_why(
         assert refused.value.code == "tpm.absent"
     text = wired.settings.read_text()
     wired.settings.write_text(text.replace(wired.tpm.tap.tcti, "swtpm:host=127.0.0.1,port=9"))
-    (said,) = OtherProcess(wired, "dps").said()
+    (said,) = OtherProcess(wired.tpm, wired.settings, "dps").said()
     assert "tpm.absent: no TPM answers OpenSSL's provider tpm2 at" in said and "tcti:IO failure" in said, said
     wired.settings.write_text(text)
 
@@ -495,8 +436,8 @@ def test_another_tpm_or_another_place_of_the_key_takes_a_restart(wired: TpmBench
 def test_a_key_stays_where_it_lies(wired: TpmBench) -> None:
     wired.command("enroll", "--x509", "--key-in-file")
     in_file = wired.key_file.read_bytes()
-    assert b"BEGIN PRIVATE KEY" in in_file and wired.names() == []
-    assert not wired.command("enroll", "--x509")["keyMade"] and wired.names() == []
+    assert b"BEGIN PRIVATE KEY" in in_file and wired.tpm.names() == []
+    assert not wired.command("enroll", "--x509")["keyMade"] and wired.tpm.names() == []
     assert wired.key_file.read_bytes() == in_file
     wired.key_file.unlink()
     wired.command("enroll", "--x509")
@@ -541,7 +482,8 @@ def test_a_device_without_the_provider_or_with_a_tpm_for_one_alone_is_told_befor
     with monkeypatch.context() as patched:
         patched.setenv("OPENSSL_MODULES", str(tmp_path))
         error = wired.command("enroll", "--x509", status=5)["error"]
-        assert f"provider tpm2 is missing, {tmp_path}/tpm2.so: install tpm2-openssl" in error["message"], error
+        assert f"provider tpm2 is missing, {tmp_path}/tpm2.so" in error["message"], error
+        assert "install" not in error["message"] and "install tpm2-openssl 1.2" in error["remedy"], error
     assert not wired.key_file.exists()
     wired.equip()
     with monkeypatch.context() as patched:
@@ -565,10 +507,10 @@ def test_every_check_of_a_good_device_is_good(bench: TpmBench) -> None:
 def test_verbs_that_show_no_certificate_do_not_ask_the_tpm(wired: TpmBench) -> None:
     wired.equip()
     wired.command("provision")
-    wired.names()
+    wired.tpm.names()
     wired.command("status")
     wired.command("enroll")
-    assert wired.names() == []
+    assert wired.tpm.names() == []
 
 
 def test_the_python_of_the_distribution_will_do(wired: TpmBench, monkeypatch: pytest.MonkeyPatch) -> None:

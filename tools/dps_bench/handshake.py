@@ -16,17 +16,19 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from debian_micropython import tls_provider
+from dps_agent.host.device_certificates import KEY_SETTING
 from dps_agent.host.network.dial import Dialler
 from dps_agent.host.network.proxy import NONE, ProxyRule
+from dps_agent.host.network.shown import Shown
 from dps_agent.host.tpm_private_key import TpmPrivateKey
 from dps_bench.report import Report
+from dps_hal.contracts import TpmService
 from dps_hal.host.signing_key import KeyFile, to_pem
 from dps_hal.host.transports import open_wire
 from support.cloud.chains import CA, NO_CA, SIGNS_CERTIFICATES, Party, party, written
@@ -48,9 +50,13 @@ def measured(count: int) -> Report:
         in_file = written(folder / "in-file.pem", party(DEVICE, root, NO_CA))
         chain, key = _in_tpm(folder, tpm.tcti, root)
         port = stack.enter_context(_Server(folder, root, roots))
-        shown: dict[str, tuple[Any, ...]] = {
-            "key in the TPM": (str(chain), str(key), tpm.tcti, lambda: open_wire(tpm.tcti)),
-            "key in a file": (str(in_file), str(in_file)),
+
+        def opened() -> TpmService:
+            return open_wire(tpm.tcti)
+
+        shown = {
+            "key in the TPM": Shown(str(chain), str(key), tpm.tcti, opened, KEY_SETTING),
+            "key in a file": Shown(str(in_file), str(in_file), "", opened, KEY_SETTING),
         }
         diallers = {name: Dialler(ProxyRule(NONE), str(roots), "ca_file", each) for name, each in shown.items()}
         times: dict[str, list[float]] = {name: [] for name in shown}

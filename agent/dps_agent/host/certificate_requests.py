@@ -82,22 +82,13 @@ def request(configuration: Configuration, in_file: bool = False) -> tuple[str, b
 
 def _make_in_tpm(configuration: Configuration, path: str) -> None:
     """A key in the TPM, and its file, once it is known that TLS can use both."""
-    from dps_hal.host import tls_provider
-    from dps_hal.host.signing_key import KeyFile, to_pem
+    from dps_agent.host.tpm_private_key import made_by
 
     tpm, tcti = open_tpm(configuration), configuration.tpm.tcti
     if configuration.tpm.backend == "simulator":
         text = 'expected a TPM, or --key-in-file; came backend = "simulator", with whose keys TLS cannot sign'
         raise ConfigurationError("config.invalid", [f"tpm.backend: {text}"])
-    tls_provider.require(tcti)
-
-    def make() -> bytes:
-        key = to_pem(KeyFile(*tpm.create_signing_key()))
-        tpm.release()  # the provider may want the same TPM
-        tls_provider.load(tcti)
-        return key
-
-    write_private(path, offline_runner(configuration, tpm).ask_tpm(make))
+    write_private(path, offline_runner(configuration, tpm).ask_tpm(lambda: made_by(tpm, tcti)))
 
 
 def install(configuration: Configuration, source: str) -> Installed:

@@ -14,6 +14,8 @@ from dps_agent.host.plain_toml import read_plain
 from dps_agent.host.settings_table import (
     AUTH_LIMIT,
     GONE,
+    IN_FILE,
+    IN_TPM,
     KEYS,
     SECTIONS,
     SOCKET_PATH_LIMIT,
@@ -125,6 +127,13 @@ class Configuration(TopSettings):
     def issued_key_path(self) -> str:
         """The file with the key of the certificate that DPS issues."""
         return self.issued_key_file or os.path.join(self.state_dir, ISSUED_KEY_NAME)
+
+    @property
+    def issues_into_tpm(self) -> bool:
+        """Whether the TPM makes that key, where it has to be made."""
+        if self.issued_key != AUTO:
+            return self.issued_key == IN_TPM
+        return self.tpm.backend != "simulator" and (self.attestation == TPM or is_sealed(self))
 
     @property
     def id_scope_remedy(self) -> str:
@@ -400,11 +409,17 @@ def _check_issuing(collector: _Collector) -> None:
         if values["issued_key_file"]:
             came = f"it is not set ({origins['issued_key_file']})"
             collector.problem(f'issued_key_file: expected certificate = "{ISSUED}" with it; {came}')
+        if values["issued_key"] != AUTO:
+            came = f"it is not set ({origins['issued_key']})"
+            collector.problem(f'issued_key: expected certificate = "{ISSUED}" with it; {came}')
         return
     with_it = f'with certificate = "{ISSUED}"'
     if values["api_version"] != AUTO and values["api_version"] < ISSUING_API_VERSION[:10]:
         came = f'"{values["api_version"]}" ({origins["api_version"]})'
         collector.problem(f'api_version: expected "{ISSUING_API_VERSION}" or a later one, {with_it}; came {came}')
+    if values["issued_key"] == IN_TPM and values["tpm.backend"] == "simulator":
+        came = 'tpm.backend = "simulator", with whose keys TLS cannot sign'
+        collector.problem(f'issued_key: expected "{IN_FILE}", or a TPM; came {came} ({origins["issued_key"]})')
     if values["tpm.persist_at"]:
         collector.problem(f"tpm.persist_at: expected 0, {with_it}: no hub key comes that could be kept there")
     if values["state_dir"].startswith("/dev/mtd"):

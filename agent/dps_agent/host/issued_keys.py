@@ -4,6 +4,10 @@ The file is PEM: the key, EC on P-256, and behind it the request (PKCS #10) for 
 first registration, before DPS is asked, and stay: so the same request goes out however often it has to be repeated, and
 whatever was issued for it is of use. Who removes the file gives the device another key, and another registration. So
 does damage to the file that the agent has in its own folder; one that `issued_key_file` names is the operator's.
+
+The setting `issued_key` says where a key is made, in the TPM or in the clear; the file says where it is: one of a TPM's
+begins as such, "TSS2 PRIVATE KEY". A registration has it sign before DPS is asked. One that the TPM takes no more, as
+after TPM2_Clear, is as damage: nothing that was issued for it is of use.
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ import stat
 import time
 
 from dps_agent.host.config import ConfigurationError
-from dps_agent.host.device_certificates import require_cryptography
+from dps_agent.host.device_certificates import require_cryptography, tpm_of
 from dps_agent.host.private_file import write_private
+from dps_agent.host.settings_table import REQUEST, TPM_KEY
 from dps_hal.errors import AskOperator, DpsError
 from dps_hal.host.regular import open_regular, replace_file, sync_folder_of
 
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dps_agent.host.config import Configuration
+    from dps_agent.host.device_certificates import OpenTpm
+    from dps_hal.contracts import TpmService
 
 SETTING = "issued_key_file"
 FILE_LIMIT = 16 * 1024  # bytes
@@ -37,7 +44,9 @@ class WithIssuedKey:
     A TPM alone has no key by which a record could be sealed, for DPS sends none: then this one seals it.
     """
 
-    def __init__(self, configuration: Configuration, own: Any) -> None:
+    def __init__(self, configuration: Configuration, own: Any, open_tpm: OpenTpm) -> None:
+        self._configuration = configuration
+        self._open_tpm = open_tpm
         self._path = configuration.issued_key_path
         self._is_ours = not configuration.issued_key_file  # in the agent's own folder
         self._own = own
@@ -51,21 +60,33 @@ class WithIssuedKey:
     @property
     def warnings(self) -> list[str]:
         """What somebody may want to change, though all works."""
+        own: list[str] = [*getattr(self._own, "warnings", ())]
+        if is_in_tpm(self._configuration):
+            return own
         text = "the key of the certificate that DPS issues lies in a plain file: whoever reads it is this device"
-        return [*getattr(self._own, "warnings", ()), f"{text} at its hub ({self._path})"]
+        return [*own, f"{text} at its hub ({self._path})"]
+
+    @property
+    def creates_key(self) -> bool:
+        """As `TpmService` has it."""
+        tpms = self._own, tpm_of(self._key)
+        return any(bool(getattr(each, "creates_key", False)) for each in tpms)
 
     def request(self, registration_id: str) -> bytes:
         """The request for the certificate, DER; see `dps_agent.effects.ReadRequest`.
 
-        AskOperator `agent.file` where the file cannot be written, `agent.not_available`; ConfigurationError for one
-        that holds something else.
+        AskOperator `agent.file` where the file cannot be written, `agent.not_available`, `tpm.tls_provider` where TLS
+        could not use a key of the TPM's; ConfigurationError for a file that holds something else; and what the TPM
+        raises.
         """
         require_cryptography()
         from cryptography import x509
         from cryptography.hazmat.primitives.serialization import Encoding
 
         content = self._content()
-        key = None if content is None else self._read(content)
+        key = self._key = None if content is None else self._read(content)
+        if registration_id and key is not None and self._is_lost(key):
+            key = None
         request = None if key is None else _request_in(content or b"")
         if registration_id:
             names = [] if request is None else request.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
@@ -108,9 +129,38 @@ class WithIssuedKey:
         return len(signature) == 2 * _NUMBER_BYTES
 
     def release(self) -> None:
-        """Forgets the key, and what `own` has open."""
-        self._key = None
+        """Forgets the key, and what `own` and the TPM that has it have open."""
+        tpm, self._key = tpm_of(self._key), None
+        if tpm not in (None, self._own):
+            tpm.release()
         self._own.release()
+
+    def _tpm(self) -> TpmService:
+        """The TPM in which the key is made: the one that shows who the device is, if there is one."""
+        tpm: TpmService = self._own if self._seals else tpm_of(self._key) or self._open_tpm(self._configuration)
+        return tpm
+
+    def _is_lost(self, key: Any) -> bool:
+        """Whether the TPM that has made the key takes it no more; it says so twice, in two sessions.
+
+        ConfigurationError where that is in a file of the operator's.
+        """
+        if tpm_of(key) is None:
+            return False
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.hashes import SHA256
+
+        for _ in range(2):
+            try:
+                key.sign(b"", ec.ECDSA(SHA256()))
+            except AskOperator as error:
+                if error.code != "tpm.certificate_key":
+                    raise
+            else:
+                return False
+        if not self._is_ours:
+            raise self._invalid("expected a key that this TPM has made, and it does not take that: remove the file")
+        return True
 
     def _opened(self) -> Any:
         """The key; None where there is none."""
@@ -135,6 +185,8 @@ class WithIssuedKey:
 
     def _read(self, content: bytes) -> Any:
         """The key in the file; None for one in the agent's own folder that was damaged: another is made."""
+        if content.startswith(TPM_KEY):
+            return self._in_tpm(content)
         require_cryptography()
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric import ec
@@ -152,19 +204,45 @@ class WithIssuedKey:
             )
         return key
 
+    def _in_tpm(self, content: bytes) -> Any:
+        """As `_read`, for a key that a TPM has made."""
+        require_cryptography()
+        from dps_agent.host.tpm_private_key import TpmPrivateKey
+        from dps_hal.host.signing_key import from_pem
+
+        try:
+            return TpmPrivateKey(self._tpm(), from_pem(content.partition(REQUEST)[0]))
+        except ValueError as error:
+            if self._is_ours:
+                return None
+            raise self._invalid(f"expected a key that the TPM has made; it is damaged: {error}") from None
+
+    def _new_key(self) -> tuple[Any, bytes]:
+        """A key where the settings want it, and what its file has of it."""
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+        if self._configuration.issues_into_tpm:
+            from dps_agent.host.tpm_private_key import made_by
+
+            content = made_by(self._tpm(), self._configuration.tpm.tcti)
+            return self._in_tpm(content), content
+        key = ec.generate_private_key(ec.SECP256R1())
+        return key, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
     def _make(self, key: Any, registration_id: str) -> Any:
         """Writes key and request, and has them on the disk before anybody hears of them."""
         from cryptography import x509
-        from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.hashes import SHA256
-        from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+        from cryptography.hazmat.primitives.serialization import Encoding
 
         is_new = key is None
         if is_new:
-            key = ec.generate_private_key(ec.SECP256R1())
+            key, secret = self._new_key()
+        else:
+            secret = (self._content() or b"").partition(REQUEST)[0]
         name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, registration_id)])
         request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, SHA256())
-        secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         content = secret + request.public_bytes(Encoding.PEM)
         try:
             if is_new:
@@ -195,6 +273,23 @@ class WithIssuedKey:
         return ConfigurationError("config.invalid", [f"{SETTING}: {what} ({self._path})"])
 
 
+def is_in_tpm(configuration: Configuration) -> bool:
+    """Whether a TPM has the key; where there is none yet, or this user may not see it, whether it will have one."""
+    try:
+        with open(open_regular(configuration.issued_key_path), "rb") as file:
+            return file.read(len(TPM_KEY)) == TPM_KEY
+    except OSError:
+        return configuration.issues_into_tpm
+
+
+def key_shown(configuration: Configuration) -> str:
+    """Where the key is, for people."""
+    path = configuration.issued_key_path
+    if is_in_tpm(configuration):
+        return f"the TPM has made its key, {path}"
+    return f"its key lies in a plain file, {path}"
+
+
 def issued_shown(configuration: Configuration) -> str:
     """How long the certificate that DPS issued is good, for people; why that cannot be told, else."""
     from dps_agent.assignment import decode
@@ -214,7 +309,7 @@ def issued_shown(configuration: Configuration) -> str:
         _, last_s = validity(chains[named])
     except (DpsError, ValueError):
         return f"what DPS issued cannot be read: the device registers again {PREVIEW}"
-    key = f"its key lies in a plain file, {configuration.issued_key_path}"
+    key = key_shown(configuration)
     if last_s < time.time():
         return f"issued by DPS, ended at {utc_text(last_s)}: the device registers again; {key} {PREVIEW}"
     return f"issued by DPS, until {utc_text(last_s)}; {key} {PREVIEW}"
@@ -236,7 +331,7 @@ def _request_in(content: bytes) -> Any:
     """The request in the file; None where it has none that can be read."""
     from cryptography import x509
 
-    begin = content.find(b"-----BEGIN CERTIFICATE REQUEST-----")
+    begin = content.find(REQUEST)
     try:
         return None if begin < 0 else x509.load_pem_x509_csr(content[begin:])
     except ValueError:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from dps_agent.effects import Reply
     from dps_agent.host.network.https import DpsConnection
     from dps_agent.host.network.mqtt import HubConnection
+    from dps_agent.host.network.shown import Shown
     from dps_agent.host.steps import StepLines
     from dps_agent.sas import SasToken
     from dps_hal.contracts import Signer, Store, StoredRecord, TpmService, Utc
@@ -104,7 +105,7 @@ def open_device(configuration: Configuration) -> Any:
     if configuration.certificate:
         from dps_agent.host.issued_keys import WithIssuedKey
 
-        return WithIssuedKey(configuration, _of_attestation(configuration))
+        return WithIssuedKey(configuration, _of_attestation(configuration), open_tpm)
     return _of_attestation(configuration)
 
 
@@ -124,24 +125,36 @@ def _of_attestation(configuration: Configuration) -> Any:
     return signer
 
 
-def client_certificate(configuration: Configuration) -> tuple[Any, ...] | None:
-    """The files with the chain that this device shows DPS and its hub, and with its key; None where it shows none.
+def client_certificate(configuration: Configuration) -> Shown | None:
+    """What shows DPS and the hub who this device is; None where no certificate does.
 
-    Behind them the TCTI of the TPM that has the key, where one has, and what opens that as a `TpmService`.
-    ConfigurationError where there is none to have it.
+    ConfigurationError where there is no TPM to have its key.
     """
     if configuration.attestation != X509:
         return None
-    files = configuration.certificate_file, password_file(configuration.device_key_file, os.environ)[0]
-    if not is_sealed(configuration):
-        return files
+    from dps_agent.host.device_certificates import KEY_SETTING
+    from dps_agent.host.network.shown import Shown
+
+    key_file = password_file(configuration.device_key_file, os.environ)[0]
     tpm = configuration.tpm
-    if tpm.backend == "simulator":
-        text = (
-            f'device_key_file: expected a key in a file, with tpm.backend = "simulator"; a TPM has that in {files[1]}'
-        )
+    in_tpm = is_sealed(configuration)
+    if in_tpm and tpm.backend == "simulator":
+        text = f'{KEY_SETTING}: expected a key in a file, with tpm.backend = "simulator"; a TPM has that in {key_file}'
         raise ConfigurationError("config.invalid", [text])
-    return (*files, tpm.tcti, lambda: open_tpm(configuration))
+    tcti = tpm.tcti if in_tpm else ""
+    return Shown(configuration.certificate_file, key_file, tcti, lambda: open_tpm(configuration), KEY_SETTING)
+
+
+def issued_certificate(configuration: Configuration) -> Shown | None:
+    """What shows the hub who this device is where DPS issues the certificate, whose chain is in a record."""
+    if not configuration.certificate:
+        return None
+    from dps_agent.host.issued_keys import SETTING
+    from dps_agent.host.network.shown import Shown
+
+    tpm = configuration.tpm
+    tcti = tpm.tcti if tpm.backend != "simulator" else ""
+    return Shown("", configuration.issued_key_path, tcti, lambda: open_tpm(configuration), SETTING)
 
 
 def dps_connection(configuration: Configuration) -> DpsConnection:
@@ -179,7 +192,7 @@ def hub_connection(configuration: Configuration) -> HubConnection:
         transport=hub.transport,
         proxy=proxy_of(configuration),
         certificate=client_certificate(configuration) if not configuration.certificate else None,
-        issued_key_file=configuration.issued_key_path if configuration.certificate else "",
+        issued=issued_certificate(configuration),
     )
 
 

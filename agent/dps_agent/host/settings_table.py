@@ -38,6 +38,9 @@ FEATURES = ("methods", "twin", "messages")
 AUTH_LIMIT = 64  # bytes; an authValue is at most as long as the hierarchy's digest, TPM 2.0 Library Part 1, 13.5
 PROXY_LIMIT = 2048  # bytes of a proxy's URL
 TPM_KEY = b"-----BEGIN TSS2 PRIVATE KEY-----"  # with which the file of a key for TLS begins that a TPM has made
+REQUEST = b"-----BEGIN CERTIFICATE REQUEST-----"  # with which that for a certificate that DPS issues begins, behind it
+IN_TPM = "tpm"
+IN_FILE = "file"
 KEY_FILE_LIMIT = 1024  # bytes; a key of 64 bytes has 88 in base64, and some 700 where a TPM has sealed it
 OWNER_HANDLES = (0x81000000, 0x817FFFFF)  # persistent handles the owner may use, TCG handle registry, table 3
 NO_PIN = -1  # what stands for none where a board's setting names a pin
@@ -325,6 +328,14 @@ class TopSettings(Section):
         ' none, 0600. Empty: "issued-key.pem" in state_dir.',
         board="a board shows no certificate: it registers by its TPM or by a symmetric key",
     )
+    issued_key: str = word(
+        AUTO, IN_TPM, IN_FILE,
+        help=f'With certificate = "{ISSUED}" where that certificate\'s key is made: in the TPM, "{IN_TPM}", or in the'
+        f' clear in its file, "{IN_FILE}". "{AUTO}": in the TPM where that has what shows DPS who the device is, in the'
+        " file else, as with a simulated one. None of the two is taken for want of the other, and a key that is there"
+        " stays where it is.",
+        board="a board shows no certificate: it registers by its TPM or by a symmetric key",
+    )  # fmt: skip
     api_version: str = form(
         AUTO, '"auto", or a version such as 2021-10-01 or 2025-07-01-preview', _is_api_version,
         help=f'The version of the DPS API that is asked for. "auto": {API_VERSION}, with certificate = "{ISSUED}"'

@@ -10,12 +10,25 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
-from dps_hal.host.signing_key import point
+from dps_hal.host.signing_key import KeyFile, point, to_pem
 from dps_hal.platform import sha256
 
 if TYPE_CHECKING:
     from dps_hal.contracts import TpmService
-    from dps_hal.host.signing_key import KeyFile
+
+
+def made_by(tpm: TpmService, tcti: str) -> bytes:
+    """The file of a key that the TPM at `tcti` makes, once it is known that TLS can use both.
+
+    AskOperator `tpm.tls_provider` before anything is made, and what the TPM raises.
+    """
+    from dps_hal.host import tls_provider
+
+    tls_provider.require(tcti)
+    key = to_pem(KeyFile(*tpm.create_signing_key()))
+    tpm.release()  # the provider may want the same TPM
+    tls_provider.load(tcti)
+    return key
 
 
 class TpmPrivateKey(ec.EllipticCurvePrivateKey):

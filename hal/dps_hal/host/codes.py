@@ -36,9 +36,10 @@ REMEDIES: dict[str, str] = {
     "tpm.sealed_key": "the TPM was cleared or replaced since 'dps-agent import-key': put the device's key into"
     " device_key_file again, and run that again",
     "tpm.certificate_key": "the TPM was cleared or replaced since 'dps-agent enroll --x509': remove device_key_file,"
-    " run that again, and have another certificate issued",
+    " run that again, and have another certificate issued; of one that DPS issues another key is made by itself",
     "tpm.tls_provider": "install tpm2-openssl 1.2 or newer, as Debian 13 has it, and use a TPM behind the kernel's"
-    " resource manager (/dev/tpmrm0); or give the device a key in a file: 'dps-agent enroll --x509 --key-in-file'",
+    " resource manager (/dev/tpmrm0); or have the key in a file: 'dps-agent enroll --x509 --key-in-file', or for the"
+    ' certificate that DPS issues issued_key = "file"',
     "tpm.key_stale": "the stored key is not of this TPM's storage root key, as after TPM2_Clear; the agent registers"
     " again by itself",
     "tpm.handle_taken": "what is at persist_at is not known as an earlier key of this agent's, and stays: set another"

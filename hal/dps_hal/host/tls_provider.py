@@ -33,10 +33,6 @@ if TYPE_CHECKING:
     from dps_hal.errors import DpsError
 
 OLDEST = (1, 2)  # before it a key of the TPM's was used by OpenSSL as if it were in memory
-_INSTALL = (
-    "install tpm2-openssl 1.2 or newer, as Debian 13 has it, or give the device a key in a file"
-    " ('dps-agent enroll --x509 --key-in-file')"
-)
 _SHARED = ("swtpm", "tabrmd")  # TCTIs by which several have a TPM at once, beside managed device nodes
 _TCTI_VARIABLE = "TPM2OPENSSL_TCTI"
 _MODULES_VARIABLE = "OPENSSL_MODULES"
@@ -136,14 +132,13 @@ class _Openssl:
         if not provider:
             errors = self._errors()
             if not own or any(number == _OF_DSO and _return_code(data) is None for number, _, data in errors):
-                text = f"OpenSSL's provider tpm2 cannot be loaded, {self.module()}: {_INSTALL}"
-                raise AskOperator("tpm.tls_provider", text)
+                raise AskOperator("tpm.tls_provider", f"OpenSSL's provider tpm2 cannot be loaded, {self.module()}")
             said = "; ".join(filter(None, (f"{reason} {data}".strip() for _, reason, data in errors)))
             raise RetryLater("tpm.absent", f"no TPM answers OpenSSL's provider tpm2 at {tcti!r}: {said or 'no reason'}")
         version = self._version_of(provider)
         if tuple(int(part) if part.isdecimal() else 0 for part in version.split("-")[0].split(".")) < OLDEST:
             library.OSSL_PROVIDER_unload(provider)  # nobody has used it
-            text = f"expected OpenSSL's provider tpm2 in version 1.2 or newer; came {version or 'none'}: {_INSTALL}"
+            text = f"expected OpenSSL's provider tpm2 in version 1.2 or newer; came {version or 'none'}"
             raise AskOperator("tpm.tls_provider", text)
         self.loaded_for = tcti
 
@@ -243,7 +238,7 @@ def require(tcti: str) -> None:
         )
     openssl = _openssl()
     if not os.path.exists(openssl.module()):
-        raise AskOperator("tpm.tls_provider", f"OpenSSL's provider tpm2 is missing, {openssl.module()}: {_INSTALL}")
+        raise AskOperator("tpm.tls_provider", f"OpenSSL's provider tpm2 is missing, {openssl.module()}")
     openssl.refuse_another(tcti)
     os.environ.setdefault("TSS2_LOG", "all+NONE")  # the C libraries print every refusal to stderr otherwise
 

@@ -33,7 +33,10 @@ def main(settings: str, whom: str, times: str) -> None:
     from dps_agent.host import load, loop, runner, worker
     from dps_agent.host.parts import dps_connection, hub_connection
     from dps_agent.hub_effects import Connect
+    from dps_agent.issued import chains_in
+    from dps_hal.contracts import CERTIFICATE
     from dps_hal.errors import DpsError
+    from dps_hal.host.state_dir import open_store
 
     given, clock = load(settings, environ={}), Time()
     waits = loop.Loop()
@@ -47,13 +50,15 @@ def main(settings: str, whom: str, times: str) -> None:
     threading.Thread(target=pass_time, daemon=True).start()
     for module in (loop, worker):
         setattr(module, "time", clock)  # noqa: B010 (another class)
+    kept = open_store(given.state_dir).load(CERTIFICATE) if given.certificate else None
+    chain = chains_in(kept.payload)[-1] if kept is not None else None  # what DPS issued last
     device = given.registration_id
     path = f"/{given.id_scope}/registrations/{device}?api-version=2021-06-01"
 
     def call() -> object:
         if whom == "dps":
             return connection.request("POST", path, b'{"registrationId":"%s"}' % device.encode(), None)
-        return connection.connect(Connect(whom, device, f"{whom}/{device}/?api-version=2021-04-12", None, 60, True))
+        return connection.connect(Connect(whom, device, f"{whom}/{device}/?api-version=2021-04-12", chain, 60, True))
 
     waiting = worker.Worker(lambda: None, waits)  # it looks at the time each second
     for _ in range(int(times)):

@@ -11,7 +11,14 @@ from dps_agent.assignment import difference
 from dps_agent.attestation import load_held
 from dps_agent.host.checks.finding import NOTHING_STORED, OK, SKIPPED, WARNING, Finding
 from dps_agent.host.clock import SystemClock, is_synchronised
-from dps_agent.host.config import NO_ID_SCOPE, backend_shown, check_files, odd_passwords, readable_proxy_passwords
+from dps_agent.host.config import (
+    NO_ID_SCOPE,
+    backend_shown,
+    check_files,
+    is_sealed,
+    odd_passwords,
+    readable_proxy_passwords,
+)
 from dps_agent.host.printed import utc_text
 from dps_agent.settings import SYMMETRIC_KEY, TPM, X509
 from dps_hal.contracts import IDENTITY, PROGRESS
@@ -173,7 +180,7 @@ def device_key(device: Device) -> Finding:
             f"{shown}; registration_id {named!r} has capitals: DPS is told {named.lower()!r}, and keys are derived so"
         )
         return Finding(WARNING, text, "write registration_id in lower case, here and in the enrolment")
-    if not device.uses_tpm:
+    if not is_sealed(device.configuration):
         return Finding(OK, f"{shown}: whoever reads that is this device")
     if device.configuration.attestation == X509:
         _load_tls_provider(device)
@@ -207,10 +214,13 @@ def device_certificate(device: Device) -> Finding:
 def _issued_certificate(device: Device) -> Finding:
     from dps_agent.der import validity
     from dps_agent.host.device_certificates import WARNED_LIFE
-    from dps_agent.host.issued_keys import PREVIEW
+    from dps_agent.host.issued_keys import PREVIEW, is_in_tpm, key_shown
     from dps_agent.issued import chain_of, difference_of_chain
 
-    assignment = device.assignment
+    configuration, assignment = device.configuration, device.assignment
+    key, in_tpm = key_shown(configuration), is_in_tpm(configuration)
+    if in_tpm:
+        _load_tls_provider(device)
     if assignment is None or not assignment.chain:
         return Finding(SKIPPED, "DPS has issued none yet")
     reason = device.run(difference_of_chain(assignment))
@@ -218,13 +228,18 @@ def _issued_certificate(device: Device) -> Finding:
         return Finding(WARNING, reason, REMEDIES["record.stale"])
     first_s, last_s = validity(device.run(chain_of(assignment)))
     left_s = last_s - time.time()
-    key = f"its key lies in a plain file, {device.configuration.issued_key_path}"
     if left_s < 0:
         return Finding(WARNING, f"what DPS issued ended at {utc_text(last_s)} {PREVIEW}", REMEDIES["record.stale"])
     if left_s * WARNED_LIFE < last_s - first_s:
         what = f"issued by DPS, until {utc_text(last_s)}, and not renewed yet; {key} {PREVIEW}"
         return Finding(WARNING, what, "'dps-agent status' says what stands in the way, in its line 'why'")
-    return Finding(OK, f"issued by DPS, until {utc_text(last_s)}; {key} {PREVIEW}")
+    shown = f"issued by DPS, until {utc_text(last_s)}; {key}"
+    if configuration.issues_into_tpm and not in_tpm:
+        remedy = (
+            f"remove {configuration.issued_key_path}: the TPM makes another key, and the device registers with that"
+        )
+        return Finding(WARNING, f"{shown}, where it lay before the settings wanted it in the TPM {PREVIEW}", remedy)
+    return Finding(OK, f"{shown} {PREVIEW}")
 
 
 def _own_certificate(device: Device) -> Finding:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeAlias
 
     from dps_agent.host.network.proxy import ProxyRule
+    from dps_agent.host.network.shown import Shown
 
     _Lookup: TypeAlias = "list[tuple[Any, ...]] | OSError | None"  # getaddrinfo's answer, its error, None: abort()
 
@@ -86,7 +87,7 @@ class Dialler:
         proxies: ProxyRule,
         ca_file: str,
         setting: str = "ca_file",
-        certificate: tuple[Any, ...] | None = None,
+        certificate: Shown | None = None,
         asked_later: bool = False,
     ) -> None:
         self._proxies = proxies

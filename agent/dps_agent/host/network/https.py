@@ -19,8 +19,7 @@ from dps_text.addresses import host_and_port
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
+    from dps_agent.host.network.shown import Shown
     from dps_agent.sas import SasToken
 
 BODY_LIMIT = 64 * 1024  # bytes of an answer's body
@@ -58,7 +57,7 @@ class DpsConnection:
         timeout_s: float = 60.0,
         user_agent: str = "dps-agent",
         proxy: str = NONE,
-        certificate: tuple[Any, ...] | None = None,
+        certificate: Shown | None = None,
     ) -> None:
         scheme, _, authority = endpoint.partition("://")
         self._authority = authority.removesuffix("/")

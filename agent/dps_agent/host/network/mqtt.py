@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from paho.mqtt.reasoncodes import ReasonCode
 
+    from dps_agent.host.network.shown import Shown
     from dps_agent.host.network.trust import Trust
     from dps_agent.hub_effects import Connect, Event
 
@@ -78,8 +79,8 @@ class HubConnection:
     must carry stays the hub's. `ca_file` holds the only roots to trust, in PEM; empty: the system's. `transport` is
     "mqtt", "websocket" (port 443), or "auto": mqtt, and WebSocket where the hub's port is not reached; what worked is
     tried first the next time. `proxy` is the setting `network.proxy`. `certificate`: what the device shows the hub in
-    the handshake, and at no other time; see `Trust`. `issued_key_file`: that of the key for
-    the chains that a Connect has. AskOperator `config.invalid` for what makes no sense.
+    the handshake, and at no other time; see `Trust`. `issued`: with which key it shows the
+    chain that a Connect has. AskOperator `config.invalid` for what makes no sense.
 
     One thread at a time calls the methods; any thread, and any signal handler, may `post`, `take_back` and `abort`.
     """
@@ -93,10 +94,10 @@ class HubConnection:
         transport: str = AUTO,
         proxy: str = NONE,
         websocket_port: int = websocket.PORT,
-        certificate: tuple[Any, ...] | None = None,
-        issued_key_file: str = "",
+        certificate: Shown | None = None,
+        issued: Shown | None = None,
     ) -> None:
-        self._issued_key_file = issued_key_file
+        self._issued = issued
         self._ports = {MQTT: port, WEBSOCKET: websocket_port}
         self._connect_to = peer_of(connect_to, "hub.connect_to") if connect_to else None
         transports = [MQTT, WEBSOCKET] if transport == AUTO else [transport]
@@ -122,8 +123,10 @@ class HubConnection:
         deadline_s = time.monotonic() + CONNECT_LIMIT_S
         self._dialler.begin()
         self._aborted = False
-        if isinstance(effect.token, bytes) and self._dialler.trust.show(effect.token, self._issued_key_file):
-            self._forget_reached()  # on it the hub was shown no certificate, or another
+        if isinstance(effect.token, bytes):
+            assert self._issued is not None
+            if self._dialler.trust.show(effect.token, self._issued):
+                self._forget_reached()  # on it the hub was shown no certificate, or another
         wire = self._take_reached(effect.hub)
         if wire is not None:
             answer = self._introduce(effect, wire, deadline_s)

@@ -12,7 +12,7 @@ import ssl
 import time
 
 from dps_agent.der import certificates, validity
-from dps_agent.host.settings_table import KEY_FILE_LIMIT, TPM_KEY
+from dps_agent.host.settings_table import REQUEST, TPM_KEY
 from dps_agent.utc import AGREEMENT_S
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.host.regular import open_regular, read_regular
@@ -20,8 +20,10 @@ from dps_text import NotText, without_mark
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, TypeAlias
+    from collections.abc import Iterator
+    from typing import TypeAlias
 
+    from dps_agent.host.network.shown import Shown
     from dps_hal.contracts import TpmService
     from dps_hal.errors import DpsError
     from dps_hal.host.tls_provider import TpmKey
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     _FileState: TypeAlias = "tuple[int, ...] | None"  # changes with a file or folder; None where there is none
     _Sources: TypeAlias = "tuple[tuple[str, _FileState], ...]"
 
+KEY_LIMIT = 16 * 1024  # bytes of a file with a key and the request for its certificate
 CA_FILE_LIMIT = 8 * 1024 * 1024  # bytes; the roots of a distribution have a quarter of one MiB
 # A certificate in ca_file or among the system's roots ends a chain, whether it is a root or not. The form that RFC 5280
 # wants of certificates is not asked for: private authorities and inspecting proxies miss it, and it proves nothing.
@@ -44,38 +47,33 @@ SESSIONS_LIMIT = 4  # peers; a device has one DPS and one hub
 class Trust:
     """The roots for one purpose, the one context in which its connections are verified, and its sessions.
 
-    `ca_file` holds the only roots, in PEM; empty: the system's. `setting` is what the operator calls it. `certificate`:
-    the files of the chain that this device shows to whoever asks, and of its key; then no session is ever resumed, for
-    that would show what the device was, and not what it is. `asked_later`: a peer may also ask for it once it has read
-    a request. Used by one thread at a time.
+    `ca_file` holds the only roots, in PEM; empty: the system's. `setting` is what the operator calls it. `certificate`
+    is what this device shows to whoever asks; then no session is ever resumed, for that would show what the device was,
+    and not what it is. `asked_later`: a peer may also ask for it once it has read a request. Used by one thread at a
+    time.
 
-    Where a TPM has the key, its TCTI follows the two files, and what opens that TPM for the agent's own commands. Then
-    the key is an object in the TPM, which has room for three: it is there from `borrow` to `take_back`, a connection
-    has it from `lend` on, in another context than the one it begins and ends with.
+    Where a TPM has the key, that is an object in the TPM, which has room for three: it is there from `borrow` to
+    `take_back`, a connection has it from `lend` on, in another context than the one it begins and ends with.
 
     The context is made anew, and with it all sessions end, when a file, a folder or a variable of the environment that
     it was made from has changed; after TRUST_LIFE_S; and when the system's clock was set, for certificates were judged
     by what it said before. So a process that runs for months trusts what its system trusts.
     """
 
-    def __init__(
-        self, ca_file: str, setting: str, certificate: tuple[Any, ...] | None = None, asked_later: bool = False
-    ) -> None:
+    def __init__(self, ca_file: str, setting: str, certificate: Shown | None = None, asked_later: bool = False) -> None:
         self._ca_file = ca_file
-        shown: Any = certificate or ()
-        self._certificate: tuple[str, ...] = shown[:2]
-        self._tcti: str = shown[2] if len(shown) > 2 else ""
-        self._open_tpm: Any = shown[3] if self._tcti else None
+        self._certificate = certificate
+        self._chain = b""  # of the certificate, where DPS issued it; it lies in no file
+        self._in_tpm = certificate is not None and certificate.tcti != ""  # its key
         self._tpm: TpmService | None = None  # while the storage root key is put in its place
         self._srk_handle = 0  # where that is now; 0: where the key's file says
         self._asked_later = asked_later
         self._borrowed: tuple[ssl.SSLContext, TpmKey] | None = None
         self._lent: tuple[ssl.SSLSocket, ssl.SSLContext] | None = None
-        if self._tcti:
+        if certificate is not None and self._in_tpm:
             from dps_hal.host import tls_provider
 
-            tls_provider.require(self._tcti)
-        self._issued: tuple[bytes, str] | None = None  # a chain that DPS issued, and the file of its key
+            tls_provider.require(certificate.tcti)
         self._setting = setting
         self._context: ssl.SSLContext | None = None
         # By the name that was verified, with the seconds at which the peer's certificate is valid.
@@ -87,21 +85,24 @@ class Trust:
     @property
     def shows_certificate(self) -> bool:
         """Whether this device has a certificate for whoever asks."""
-        return bool(self._certificate) or self._issued is not None
+        return self._certificate is not None
 
     @property
     def asks_tpm(self) -> bool:
         """Whether a connection waits for a TPM as well as for its peer."""
-        return self._tcti != ""
+        return self._in_tpm
 
-    def show(self, chain: bytes, key_file: str) -> bool:
-        """From now on connections show this chain, DER, in the handshake; its key lies in `key_file`.
+    def show(self, chain: bytes, certificate: Shown) -> bool:
+        """From now on connections show this chain, DER, in the handshake, with the key that `certificate` names.
 
-        False: so did those that were begun before.
+        Where that lies its file says now: the agent itself may have made another. False: so did those that were begun
+        before.
         """
-        if self._issued == (chain, key_file):
+        shown = self._certificate, self._chain, self._in_tpm
+        self._certificate, self._chain = certificate, chain
+        self._in_tpm = _is_in_tpm(certificate.key_file)
+        if shown == (certificate, chain, self._in_tpm):
             return False
-        self._issued = chain, key_file
         self._context = None
         return True
 
@@ -125,51 +126,52 @@ class Trust:
         `config.invalid` for the files. A verdict of the TPM's counts when it came twice, and its storage root key was
         looked for, or made anew, in between: anybody who owns the TPM may have moved that.
         """
-        if not self._tcti:
+        shown = self._certificate
+        if shown is None or not self._in_tpm:
             return
         from dps_hal.host import tls_provider
 
         self.take_back()
-        tls_provider.load(self._tcti)
+        if not shown.tcti:
+            text = f'a TPM has the key in {shown.key_file}, and none is there with tpm.backend = "simulator"'
+            raise AskOperator("config.invalid", f"{shown.key_setting}: expected a key in the clear: {text}")
+        tls_provider.require(shown.tcti)
+        tls_provider.load(shown.tcti)
         try:
-            self._borrow()
+            self._borrow(shown)
         except RetryLater:
             raise
         except (AskOperator, IdentityStale) as error:
             if not error.code.startswith("tpm."):
                 raise
-            self._find_storage_root_key()
+            self._find_storage_root_key(shown)
             try:
-                self._borrow()
+                self._borrow(shown)
             except IdentityStale as again:
                 text = f"the TPM does not take the key that it made: {again.message}"
                 raise AskOperator("tpm.certificate_key", text) from None
 
-    def _borrow(self) -> None:
+    def _borrow(self, shown: Shown) -> None:
         from dps_hal.host import tls_provider
         from dps_hal.host.signing_key import from_pem, to_pem
-
-        chain_file, key_file = self._certificate
 
         def make() -> ssl.SSLContext:
             return self._rooted(all_roots=not self._leaves_out)
 
         try:
-            os.close(open_regular(chain_file))  # OpenSSL would wait for whoever writes to a FIFO
-            content = read_regular(key_file, KEY_FILE_LIMIT)
-            if not content.startswith(TPM_KEY):
-                raise AskOperator("config.invalid", _moved(key_file, "in a file", "in the TPM"))
-            key = from_pem(content)
-            key = key._replace(srk_handle=self._srk_handle or key.srk_handle)
-            self._borrowed = tls_provider.held(make, chain_file, to_pem(key))
+            with self._chain_file(shown) as chain_file:
+                content = read_regular(shown.key_file, KEY_LIMIT)
+                if not content.startswith(TPM_KEY):
+                    raise AskOperator("config.invalid", _moved(shown, "in a file", "in the TPM"))
+                key = from_pem(content.partition(REQUEST)[0])
+                key = key._replace(srk_handle=self._srk_handle or key.srk_handle)
+                self._borrowed = tls_provider.held(make, chain_file, to_pem(key))
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", "") or str(error)
-            text = f"expected a chain in PEM in '{chain_file}', for the TPM's key in '{key_file}': {reason}"
-            raise AskOperator("config.invalid", f"certificate_file: {text}") from None
+            raise _unsuitable(shown, "the TPM's key", error) from None
 
-    def _find_storage_root_key(self) -> None:
+    def _find_storage_root_key(self, shown: Shown) -> None:
         """Our own procedure looks for it, and makes it where it is gone; the provider can do neither."""
-        tpm = self._tpm = self._open_tpm()
+        tpm = self._tpm = shown.open_tpm()
         try:
             tpm.storage_root_key()
             self._srk_handle = tpm.srk_found_at or 0
@@ -242,7 +244,7 @@ class Trust:
 
     def _sources_now(self) -> _Sources:
         paths = (self._ca_file,) if self._ca_file else system_places()
-        own = (*self._certificate, *(self._issued[1:] if self._issued else ()))
+        own = self._certificate[:2] if self._certificate is not None else ()
         return tuple((path, _state(path)) for path in (*paths, *own))
 
     def _make(self, all_roots: bool) -> None:
@@ -252,10 +254,8 @@ class Trust:
         self._clock_ahead_s = time.time() - self._made_at_s
         self._sources = self._sources_now()  # before they are read: a change meanwhile is seen by the next connection
         context = self._rooted(all_roots)
-        if self._certificate and not self._tcti:
-            self._show(context)
-        if self._issued:
-            _show_issued(context, *self._issued)
+        if self._certificate is not None and not self._in_tpm:
+            self._show(context, self._certificate)
         self._allow_later(context)
         self._context = context
 
@@ -270,20 +270,30 @@ class Trust:
                 context.load_default_certs()
         return context
 
-    def _show(self, context: ssl.SSLContext) -> None:
+    def _show(self, context: ssl.SSLContext, shown: Shown) -> None:
         """Lets connections show the chain wherever a peer asks for it; AskOperator."""
-        chain_file, key_file = self._certificate
         try:
-            for path in self._certificate:
-                os.close(open_regular(path))  # OpenSSL would wait for whoever writes to a FIFO
-            with open(key_file, "rb") as file:
-                if file.read(len(TPM_KEY)) == TPM_KEY:
-                    raise AskOperator("config.invalid", _moved(key_file, "in the TPM", "in a file"))
-            context.load_cert_chain(chain_file, key_file, password="")  # one with a password asks nobody for it
+            with self._chain_file(shown) as chain_file:
+                os.close(open_regular(shown.key_file))  # OpenSSL would wait for whoever writes to a FIFO
+                if _is_in_tpm(shown.key_file):
+                    raise AskOperator("config.invalid", _moved(shown, "in the TPM", "in a file"))
+                context.load_cert_chain(chain_file, shown.key_file, password="")  # whose password asks nobody for it
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-            reason = getattr(error, "reason", "") or getattr(error, "strerror", "") or str(error)
-            text = f"certificate_file: expected a chain in PEM in '{chain_file}', for the key in '{key_file}': {reason}"
-            raise AskOperator("config.invalid", text) from None
+            raise _unsuitable(shown, "the key", error) from None
+
+    @contextlib.contextmanager
+    def _chain_file(self, shown: Shown) -> Iterator[str]:
+        """The chain as a file, for OpenSSL takes no other; OSError, ValueError for one that is none."""
+        if not self._chain:
+            os.close(open_regular(shown.chain_file))  # as for the key
+            yield shown.chain_file
+            return
+        fd = os.memfd_create("dps-agent", os.MFD_CLOEXEC)
+        try:
+            os.write(fd, "".join(ssl.DER_cert_to_PEM_cert(each) for each in certificates(self._chain)).encode())
+            yield f"/proc/self/fd/{fd}"
+        finally:
+            os.close(fd)
 
     def _allow_later(self, context: ssl.SSLContext) -> None:
         """Lets a server ask for the certificate once it has read a request, if it may.
@@ -312,9 +322,29 @@ def tls_context() -> ssl.SSLContext:
     return context
 
 
-def _moved(key_file: str, now: str, before: str) -> str:
+def _is_in_tpm(key_file: str) -> bool:
+    """Whether a TPM has the key in a file; False where that cannot be read, which whoever uses it says."""
+    try:
+        with open(open_regular(key_file), "rb") as file:
+            return file.read(len(TPM_KEY)) == TPM_KEY
+    except OSError:
+        return False
+
+
+def _moved(shown: Shown, now: str, before: str) -> str:
     """That a key is no longer where this process was told."""
-    return f"device_key_file: the key of '{key_file}' lies {now}, and lay {before} when this began: restart the service"
+    lay = f"the key of '{shown.key_file}' lies {now}, and lay {before} when this began"
+    return f"{shown.key_setting}: {lay}: restart the service"
+
+
+def _unsuitable(shown: Shown, key: str, error: Exception) -> AskOperator:
+    """That chain and key are none, or do not belong together."""
+    reason = getattr(error, "reason", "") or getattr(error, "strerror", "") or str(error)
+    if shown.chain_file:
+        text = f"certificate_file: expected a chain in PEM in '{shown.chain_file}', for {key} in '{shown.key_file}'"
+    else:
+        text = f"{shown.key_setting}: expected the key of the certificate that DPS issued, in '{shown.key_file}'"
+    return AskOperator("config.invalid", f"{text}: {reason}")
 
 
 def validity_s(tls: ssl.SSLSocket) -> range:
@@ -345,22 +375,6 @@ def _take_file(context: ssl.SSLContext, ca_file: str, setting: str) -> None:
     except (OSError, NotText) as error:  # ssl.SSLError is an OSError: the file holds no certificate
         reason = error.reason if isinstance(error, ssl.SSLError) else getattr(error, "strerror", str(error))
         raise AskOperator("config.invalid", f"{setting}: expected PEM certificates in '{ca_file}': {reason}") from None
-
-
-def _show_issued(context: ssl.SSLContext, chain: bytes, key_file: str) -> None:
-    """Lets connections show a chain that lies in no file of its own; AskOperator."""
-    text = "".join(ssl.DER_cert_to_PEM_cert(each) for each in certificates(chain))
-    fd = os.memfd_create("dps-agent", os.MFD_CLOEXEC)  # OpenSSL takes files alone
-    try:
-        os.write(fd, text.encode())
-        os.close(os.open(key_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
-        context.load_cert_chain(f"/proc/self/fd/{fd}", key_file, password="")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", "") or getattr(error, "strerror", "") or str(error)
-        what = f"issued_key_file: expected the key of the certificate that DPS issued, in '{key_file}': {reason}"
-        raise AskOperator("config.invalid", what) from None
-    finally:
-        os.close(fd)
 
 
 def system_places() -> tuple[str, ...]:
