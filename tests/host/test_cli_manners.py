@@ -10,7 +10,8 @@ import pytest
 
 from dps_agent.host import cli
 from dps_agent.host.checks.finding import FAILED, OK, SKIPPED, WARNING
-from dps_agent.host.cli import VERBS, main
+from dps_agent.host.cli import main
+from dps_agent.host.cli.verb import VERBS
 
 Said = Callable[..., tuple[int, str, str]]
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dps_agent import backoff, driver, http1, lifecycle, patience, session, twin, utc
-from dps_agent.host.cli import VERBS, command_line
+from dps_agent.host.cli.parser import command_line
+from dps_agent.host.cli.verb import VERBS
 from dps_agent.host.config import environment_name, load
 from dps_agent.host.journal import Journal
 from dps_agent.host.local import events, routes, server

@@ -34,15 +34,15 @@ atexit.register(loaded)
 sys.exit(main())
 """
 # Own modules without their packages' names in front: what every verb has, and what it has of its own.
-EVERY = """dps_agent dps_agent.fleet dps_agent.host dps_agent.host.cli dps_agent.host.cli.verb dps_agent.host.config
-dps_agent.host.error_document dps_agent.host.plain_toml dps_agent.host.printed dps_agent.host.provisioned
-dps_agent.host.settings_table dps_agent.settings dps_hal dps_hal.contracts dps_hal.errors dps_hal.host
-dps_hal.host.codes dps_hal.host.regular dps_text dps_text.addresses"""
+EVERY = """dps_agent dps_agent.fleet dps_agent.host dps_agent.host.cli dps_agent.host.cli.plain_words
+dps_agent.host.cli.verb dps_agent.host.config dps_agent.host.error_document dps_agent.host.plain_toml
+dps_agent.host.printed dps_agent.host.provisioned dps_agent.host.settings_table dps_agent.settings dps_hal
+dps_hal.contracts dps_hal.errors dps_hal.host dps_hal.host.codes dps_hal.host.regular dps_text dps_text.addresses"""
 OWN = {
     "--help": """
         dps_agent.host.cli.check dps_agent.host.cli.config dps_agent.host.cli.diag dps_agent.host.cli.enroll
         dps_agent.host.cli.import_key dps_agent.host.cli.install_certificate dps_agent.host.cli.metrics
-        dps_agent.host.cli.provision
+        dps_agent.host.cli.parser dps_agent.host.cli.provision
         dps_agent.host.cli.reset dps_agent.host.cli.run dps_agent.host.cli.running
         dps_agent.host.cli.status dps_agent.host.cli.token dps_agent.host.cli.version dps_agent.host.cli.wait
     """,
@@ -105,13 +105,14 @@ OWN = {
 # Of the standard library and of others, by verb; a settings file that is not plain brings typing, string and datetime.
 NEVER = "email http random urllib pathlib ipaddress dataclasses inspect tempfile calendar logging json"
 OFFLINE = f"{NEVER} ssl threading socket hashlib ctypes queue base64 dps_hal.host.libcrypto importlib.metadata"
+PLAIN = "argparse gettext"  # is read without
 FORBIDDEN = {
     "--help": f"{OFFLINE} typing tomllib datetime ujson decimal struct string",
-    "version": "ujson decimal ssl ctypes tomllib",
-    "status": f"{OFFLINE} typing tomllib datetime string",
-    "token": "email http random urllib pathlib ipaddress dataclasses inspect tempfile calendar ssl paho",
-    "provision": f"{NEVER} paho typing tomllib datetime string",
-    "run": "inspect json",
+    "version": f"{PLAIN} ujson decimal ssl ctypes tomllib",
+    "status": f"{OFFLINE} {PLAIN} re enum typing tomllib datetime string",
+    "token": f"{PLAIN} email http random urllib pathlib ipaddress dataclasses inspect tempfile calendar ssl paho",
+    "provision": f"{NEVER} {PLAIN} paho typing tomllib datetime string",
+    "run": f"{PLAIN} inspect json",
 }
 
 

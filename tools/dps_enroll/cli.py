@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dps_agent.host.cli.verb import Suggesting, table
+from dps_agent.host.cli.parser import Suggesting
+from dps_agent.host.cli.verb import table
 from dps_agent.host.config import secret_in
 from dps_enroll.enrol import ENROLLED, RESULTS, UNCERTIFIED, UNSENT, Enrolling, Plan, fit_to_send, of_one_key
 from dps_enroll.journal import Done, Journal, device_key

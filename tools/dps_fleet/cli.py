@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dps_agent.fleet import UNKNOWN, dps_spread_s, token_life_s
-from dps_agent.host.cli.verb import Suggesting
+from dps_agent.host.cli.parser import Suggesting
 from dps_agent.settings import API_VERSION, AUTO, KEEP_ALIVE_S, POLL_LOOKUP, TPM, Settings
 from dps_emulator.quotas import BUCKET, MINUTE, Gate, Quota
 from dps_fleet import wire

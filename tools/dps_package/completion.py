@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import shtab
 
 from dps_agent.host.checks import CHECKS
-from dps_agent.host.cli import command_line
+from dps_agent.host.cli.parser import command_line
 from dps_agent.host.settings_table import KEYS
 
 SHELLS = ("bash", "zsh", "fish")

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from dps_agent import __version__
 from dps_agent.host.checks import CHECKS
-from dps_agent.host.cli import command_line
 from dps_agent.host.cli.config import as_written
+from dps_agent.host.cli.parser import command_line
 from dps_agent.host.config import SYSTEM_FILE, SYSTEM_STATE_DIR, environment_name
 from dps_agent.host.settings_table import KEYS
 from dps_hal.host.codes import REMEDIES

@@ -6,7 +6,6 @@ Source: proc_pid_mountinfo(5), and Linux, Documentation/filesystems/overlayfs.rs
 from __future__ import annotations
 
 import os
-import re
 
 MOUNTS_FILE = "/proc/self/mountinfo"
 MEMORY = ("tmpfs", "ramfs", "devtmpfs", "rootfs")  # the last is the initramfs, where no other root took its place
@@ -97,4 +96,8 @@ def _of(line: str) -> Mount | None:
 
 
 def _unescaped(text: str) -> str:
+    if "\\" not in text:
+        return text
+    import re  # costs more than all else here
+
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)

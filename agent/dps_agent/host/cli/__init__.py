@@ -5,77 +5,35 @@ TPM, TLS and MQTT are imported by the verbs that use them, when they run: `--hel
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import contextlib
 import io
 import os
 import sys
-from functools import partial
 
+from dps_agent.host.cli.plain_words import read_plain
 from dps_agent.host.cli.verb import (
+    Arguments,
     Outcome,
-    Suggesting,
     UsageError,
-    Verb,
-    did_you_mean,
     discard,
     error_document,
     exit_word,
     remedy_of,
+    verb_in,
 )
-from dps_agent.host.config import SYSTEM_FILE, SYSTEM_STATE_DIR
+from dps_agent.host.config import SYSTEM_STATE_DIR
 from dps_agent.host.printed import printable
 from dps_hal.errors import EXIT_GROUPS, AskOperator, DpsError, RetryLater
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import Any, NoReturn
+    from typing import Any
 
 SCHEMA = "dps-agent/1"
-VERBS = (
-    "provision",
-    "run",
-    "status",
-    "wait",
-    "enroll",
-    "import-key",
-    "install-certificate",
-    "check",
-    "token",
-    "reset",
-    "config",
-    "metrics",
-    "diag",
-    "version",
-)
 COLOURED = ("check",)  # verbs whose lines begin with a result
 COLOURS = {"ok": 32, "warning": 33, "failed": 31}  # ECMA-48, Select Graphic Rendition
-_EXIT_STATUSES = """\
-exit status:
-  0 ok, 1 failed, 2 usage, 3 retry later, 4 refused by the service, 5 TPM, 6 settings
-
-most used:
-  dps-agent enroll       what to enter in the Device Provisioning Service
-  dps-agent status       where the device stands
-  dps-agent help VERB    what a verb does
-"""
-
-# With a width of its own: to ask the terminal, argparse imports shutil and its compressors, at every start.
-_HELP_FORMAT = partial(argparse.RawDescriptionHelpFormatter, width=78, max_help_position=20)
-
-
-class _Parser(Suggesting):
-    """An ArgumentParser whose errors are exceptions: `--json` has to report them as well."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_HELP_FORMAT, add_help=False, **options)
-        self.color = False  # Python 3.14 colours help by itself
-        self.add_argument("-h", "--help", action="help", help="show this help")
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, self.format_usage())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,7 +76,7 @@ def _leave(status: int) -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if "--version" in words and not _verb_in(words):
+    if "--version" in words and not verb_in(words):
         words[words.index("--version")] = "version"  # most programs call it `--version`
     elif words[:1] == ["help"]:
         words = [*words[1:], "--help"]
@@ -152,78 +110,14 @@ def _run(arguments: Sequence[str] | None) -> int:
     return _write(text, EXIT_GROUPS.index(outcome.code))
 
 
-def _parsed(words: Sequence[str]) -> argparse.Namespace:
-    """What `words` say; UsageError where that is nothing. The parser's memory is free again when the verb runs."""
-    parser = command_line(_verb_in(words))
-    parsed, unknown = parser.parse_known_args(words, argparse.Namespace(set_after=[]))
-    if unknown:
-        near = did_you_mean(unknown[0].partition("=")[0], _options_of(parser, parsed.verb))
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
-    if parsed.verb is None:  # not left to argparse: it would say this of an option that it does not know, too
-        raise UsageError("expected a verb", parser.format_usage())
-    return parsed
+def _parsed(words: Sequence[str]) -> Arguments:
+    """What `words` say; UsageError where that is nothing."""
+    said = read_plain(words)
+    if said is None:
+        from dps_agent.host.cli.parser import read
 
-
-def _options_of(parser: argparse.ArgumentParser, verb: str | None) -> list[str]:
-    """The options of the program and of one verb."""
-    known: list[str] = []
-    for action in parser._actions:
-        known += action.option_strings
-        if isinstance(action.choices, dict) and verb in action.choices:
-            known += _options_of(action.choices[verb], None)
-    return known
-
-
-def _verb_in(words: Sequence[str]) -> Sequence[str]:
-    """The word that is the verb, or would have to be; none where there is none."""
-    at = 0
-    while words[at : at + 1] and words[at].startswith("-"):
-        at += 2 if words[at] in ("--config", "--set") else 1
-    return words[at : at + 1]
-
-
-def command_line(first: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The parser of a command line that begins with `first`; where that is a verb the others are not loaded."""
-    parser = _Parser(
-        prog="dps-agent",
-        description="Gives this device its Azure IoT Hub: proves its TPM to the Device Provisioning Service.",
-        epilog=_EXIT_STATUSES,
-    )
-    _add_common(parser, "set_before")
-    parser.add_argument("--version", action="store_true", help="show what is installed, as the verb does")
-    parser.set_defaults(config=None, set_before=[], json=False, verbose=False)
-    verbs = parser.add_subparsers(dest="verb", metavar="verb", title="verbs")
-    for name in [name for name in VERBS if name in first] or VERBS:
-        verb: Verb = __import__(f"{__name__}.{name.replace('-', '_')}", fromlist=["VERB"]).VERB
-        own = verbs.add_parser(verb.name, help=verb.help, description=verb.help[0].upper() + verb.help[1:] + ".")
-        verb.add_arguments(own)
-        _add_common(own, "set_after")
-        own.set_defaults(run=verb.run)
-    return parser
-
-
-def _add_common(parser: argparse.ArgumentParser, set_name: str) -> None:
-    """The options that stand before or after the verb; without defaults, so that the second does not undo the first."""
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help=f"read this file instead of {SYSTEM_FILE} and config.d beside that",
-    )
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        dest=set_name,
-        action="append",
-        default=argparse.SUPPRESS,
-        help="change one setting, e.g. tpm.backend=wire; may be repeated",
-    )
-    parser.add_argument(
-        "--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON document instead of text"
-    )
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="show each request, without secrets"
-    )
+        said = read(words)
+    return said
 
 
 def _document(code: str, verb: str, content: Mapping[str, Any]) -> str:

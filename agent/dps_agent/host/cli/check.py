@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 from dps_agent.host.cli.verb import (
     Outcome,
     UsageError,
@@ -19,9 +17,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dps_agent.host.checks import Check, Device, Finding
+    from dps_agent.host.cli.verb import Arguments, Declared
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Declared) -> None:
     """Which checks to run."""
     parser.add_argument(
         "--only",
@@ -33,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="leave the network alone")
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
+def run(arguments: Arguments) -> Outcome:
     """Runs the checks; the first that failed decides the exit status."""
     return examine(arguments)[1]
 
 
-def examine(arguments: argparse.Namespace) -> tuple[Device, Outcome]:
+def examine(arguments: Arguments) -> tuple[Device, Outcome]:
     """Runs the checks; the device as they saw it, and the outcome."""
     from dps_agent.host.checks import CHECKS, Device, run_checks
 

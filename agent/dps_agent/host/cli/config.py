@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from dps_agent.host.cli.verb import Outcome, Verb, configuration_of
@@ -21,15 +20,17 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from dps_agent.host.cli.verb import Arguments, Declared
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: Declared) -> None:
     """The one thing to do with the settings."""
     parser.add_argument(
         "action", choices=("show", "validate"), help="show every setting and where it comes from, or check them all"
     )
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
+def run(arguments: Arguments) -> Outcome:
     """Shows the settings, or checks them and the files that they name."""
     if arguments.action == "show":
         return _show(configuration_of(arguments, need_id_scope=False), arguments.config)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
 import time
 
 from dps_agent.host.cli import check, config, status, version
-from dps_agent.host.cli.verb import Outcome, UsageError, Verb, configuration_of, discard, error_document, exit_word
+from dps_agent.host.cli.verb import (
+    Arguments,
+    Outcome,
+    UsageError,
+    Verb,
+    configuration_of,
+    discard,
+    error_document,
+    exit_word,
+)
 from dps_hal.errors import AskOperator, DpsError
 
 TYPE_CHECKING = False
@@ -17,8 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from dps_agent.host.cli.verb import Declared
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: Declared) -> None:
     """Where it goes, and whether the network may be used."""
     parser.add_argument(
         "--output",
@@ -29,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="leave the network alone")
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
+def run(arguments: Arguments) -> Outcome:
     """Collects what can be collected: the worse a device is, the more its report is needed."""
     from dps_agent.host import diag
     from dps_agent.host.private_file import write_private
@@ -73,9 +83,9 @@ def run(arguments: argparse.Namespace) -> Outcome:
     return Outcome(lines, {"file": path, "members": list(members)})
 
 
-def _arguments(arguments: argparse.Namespace, **own: Any) -> argparse.Namespace:
+def _arguments(arguments: Arguments, **own: Any) -> Arguments:
     """What another verb is given."""
-    return argparse.Namespace(**{**vars(arguments), **own})
+    return Arguments(**{**vars(arguments), **own})
 
 
 def _document(run: Callable[[], Outcome]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from dps_agent.host.cli.verb import Outcome, UsageError, Verb, configuration_of, table
@@ -15,10 +14,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from dps_agent.host.cli.verb import Arguments, Declared
+
 FORMATS = ("text", "csv", "json", "az")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Declared) -> None:
     """The form of the output, and where it goes."""
     parser.add_argument(
         "--format",
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
+def run(arguments: Arguments) -> Outcome:
     """Reads the endorsement key and says how to enrol it, or adds it to a file."""
     if arguments.derive is not None:
         return _derived(arguments)
@@ -178,7 +179,7 @@ def _refuse_form(form: str) -> None:
         )
 
 
-def _request(configuration: Configuration, arguments: argparse.Namespace) -> Outcome:
+def _request(configuration: Configuration, arguments: Arguments) -> Outcome:
     """The request for the device's certificate, and nothing else on stdout."""
     from dps_agent.host.device_certificates import require_cryptography
 
@@ -195,7 +196,7 @@ def _request(configuration: Configuration, arguments: argparse.Namespace) -> Out
     return Outcome(pem.splitlines(), document)
 
 
-def _derived(arguments: argparse.Namespace) -> Outcome:
+def _derived(arguments: Arguments) -> Outcome:
     """The key of one device of a group; the group's own key stays where it is."""
     from dps_hal.device_key import derived_key, key_in
     from dps_hal.platform import to_base64

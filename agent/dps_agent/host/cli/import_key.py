@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-
 from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, table
 from dps_agent.host.config import backend_shown
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from dps_agent.host.cli.verb import Arguments, Declared
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: Declared) -> None:
     """None."""
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
+def run(arguments: Arguments) -> Outcome:
     """Imports the key under the storage root key, tries it, and replaces the file by what this TPM alone can use."""
     from dps_agent.host.sealing import seal_key_file
 

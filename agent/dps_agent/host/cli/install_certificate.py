@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-
 from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, table
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from dps_agent.host.cli.verb import Arguments, Declared
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: Declared) -> None:
     """The file that came of the request."""
     parser.add_argument(
         "file",
@@ -16,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
+def run(arguments: Arguments) -> Outcome:
     """Checks key, name, life and chain; the running service shows it from its next connection on."""
     configuration = configuration_of(arguments, need_id_scope=False)
     from dps_agent.host.device_certificates import require_cryptography

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 
 from dps_agent.host.cli.running import ask_metrics
 from dps_agent.host.cli.verb import Outcome, UsageError, Verb, configuration_of
 from dps_hal.errors import AskOperator, RetryLater
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from dps_agent.host.cli.verb import Arguments, Declared
+
 _FILE_MODE = 0o644  # the collector is another user, and nothing in it is secret
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Declared) -> None:
     """Where to write."""
     parser.add_argument(
         "--textfile",
@@ -21,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
+def run(arguments: Arguments) -> Outcome:
     """Shows what the service says; a file is replaced as a whole."""
     from dps_agent.host import metrics
 

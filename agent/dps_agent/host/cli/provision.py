@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 
@@ -15,8 +14,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from dps_agent.host.cli.verb import Arguments, Declared
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: Declared) -> None:
     """When to register again, and when to give up."""
     parser.add_argument("--force", action="store_true", help="register again although the stored assignment holds")
     parser.add_argument(
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
+def run(arguments: Arguments) -> Outcome:
     """Registers unless the stored assignment holds; progress goes to stderr, the assignment to stdout."""
     configuration = configuration_of(arguments)
     started_s = time.monotonic()

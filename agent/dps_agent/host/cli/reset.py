@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
@@ -13,16 +12,17 @@ from dps_hal.errors import AskOperator, DpsError, IdentityStale
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from dps_agent.host.cli.verb import Arguments, Declared
     from dps_agent.host.config import Configuration
     from dps_hal.host.files import LockedStore
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Declared) -> None:
     """The answer to the question before erasing."""
     parser.add_argument("--yes", action="store_true", help="do not ask; required where nobody can be asked")
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
+def run(arguments: Arguments) -> Outcome:
     """Erases both records; needs no network, and the TPM only where the hub key is kept in it as well."""
     from dps_agent.host.local.statefile import read_live
     from dps_hal.host.state_dir import open_store

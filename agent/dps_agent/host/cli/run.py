@@ -1,11 +1,9 @@
 """`dps-agent run`: the service, in the foreground."""
 
-import argparse
-
-from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, no_arguments
+from dps_agent.host.cli.verb import Arguments, Outcome, Verb, configuration_of, no_arguments
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
+def run(arguments: Arguments) -> Outcome:
     """Registers where that is needed, connects to the hub and stays connected; ends at SIGTERM or SIGINT."""
     from dps_agent.host.journal import Journal
     from dps_agent.host.service import Service

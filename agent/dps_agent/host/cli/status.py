@@ -5,7 +5,6 @@ Offline and without the TPM: from what the running service says of itself, else 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -23,6 +22,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from dps_agent.host.cli.verb import Arguments, Declared
+
 _OF_THE_DEVICE = ("tpm", "store", "record")  # areas of errors that put the stored identity itself in question
 _CODES = {  # anything else is "not yet": retry
     "provisioned": "ok",
@@ -33,7 +34,7 @@ _CODES = {  # anything else is "not yet": retry
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Declared) -> None:
     """Whether to ask DPS."""
     parser.add_argument(
         "--remote",
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
+def run(arguments: Arguments) -> Outcome:
     """Needs no permission to write, and neither TPM nor network without --remote."""
     try:
         configuration = configuration_of(arguments, need_id_scope=arguments.remote)

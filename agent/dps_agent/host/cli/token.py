@@ -1,14 +1,18 @@
 """`dps-agent token`: a token for the assigned hub, for another program."""
 
-import argparse
+from __future__ import annotations
 
 from dps_agent.host import TOKEN_LIFE_LIMIT_S, TOKEN_LIFE_S
 from dps_agent.host.cli.running import ask_service
 from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, seconds_up_to
 from dps_agent.host.printed import utc_text
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from dps_agent.host.cli.verb import Arguments, Declared
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: Declared) -> None:
     """How long the token is valid."""
     parser.add_argument(
         "--life",
@@ -19,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
+def run(arguments: Arguments) -> Outcome:
     """Checks that the stored assignment holds, then has the TPM sign."""
     configuration = configuration_of(arguments)
     answer = ask_service(configuration, f"/command/token?life={arguments.life}")

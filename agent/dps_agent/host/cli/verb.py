@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 
-from dps_agent.host.config import Configuration, ConfigurationError, load
+from dps_agent.host.config import SYSTEM_FILE, Configuration, ConfigurationError, load
 from dps_agent.host.error_document import fields_of
 from dps_hal.errors import AskOperator, DpsError, exit_group
 from dps_hal.host.codes import REMEDIES
@@ -15,7 +14,7 @@ from dps_text import whole_number
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from typing import Any, NamedTuple, TextIO
+    from typing import Any, NamedTuple, Protocol, TextIO
 
     class Outcome(NamedTuple):
         """The result of one verb: `lines` for people, `document` for `--json`; `code` is a word of EXIT_GROUPS."""
@@ -29,13 +28,58 @@ if TYPE_CHECKING:
 
         name: str
         help: str
-        add_arguments: Callable[[argparse.ArgumentParser], None]
-        run: Callable[[argparse.Namespace], Outcome]
+        add_arguments: Callable[[Declared], None]
+        run: Callable[[Arguments], Outcome]
+
+    class Declared(Protocol):
+        """What takes the declarations of arguments: an ArgumentParser, and what reads plain words."""
+
+        def add_argument(
+            self,
+            *names: str,
+            action: str = ...,
+            dest: str = ...,
+            default: object = ...,
+            type: Callable[[str], Any] = ...,
+            choices: Sequence[str] = ...,
+            metavar: str = ...,
+            help: str = ...,
+        ) -> object: ...
+        def set_defaults(self, **defaults: Any) -> None: ...
 else:
     from collections import namedtuple
 
     Outcome = namedtuple("Outcome", ("lines", "document", "code"), defaults=("ok",))
     Verb = namedtuple("Verb", ("name", "help", "add_arguments", "run"))
+
+
+VERBS = (
+    "provision",
+    "run",
+    "status",
+    "wait",
+    "enroll",
+    "import-key",
+    "install-certificate",
+    "check",
+    "token",
+    "reset",
+    "config",
+    "metrics",
+    "diag",
+    "version",
+)
+
+
+class Arguments:
+    """What a command line says: an attribute for each argument of program and verb, `verb` itself, and its `run`."""
+
+    def __init__(self, **said: Any) -> None:
+        self.__dict__.update(said)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 class UsageError(AskOperator):
@@ -46,23 +90,75 @@ class UsageError(AskOperator):
         self.usage = usage
 
 
+def verb_named(name: str) -> Verb:
+    """One of VERBS; its module is loaded, and no other's."""
+    verb: Verb = __import__(f"{__package__}.{name.replace('-', '_')}", fromlist=["VERB"]).VERB
+    return verb
+
+
+def verb_in(words: Sequence[str]) -> Sequence[str]:
+    """The word that is the verb, or would have to be; none where there is none."""
+    at = 0
+    while words[at : at + 1] and words[at].startswith("-"):
+        at += 2 if words[at] in ("--config", "--set") else 1
+    return words[at : at + 1]
+
+
+def declare_program(parser: Declared, absent: object) -> None:
+    """What may stand before the verb; `absent` is the default that leaves an argument out of what was said."""
+    _declare_common(parser, "set_before", absent)
+    parser.add_argument("--version", action="store_true", help="show what is installed, as the verb does")
+    parser.set_defaults(config=None, set_before=[], set_after=[], json=False, verbose=False)
+
+
+def declare_verb(parser: Declared, verb: Verb, absent: object) -> None:
+    """What may stand behind the verb."""
+    verb.add_arguments(parser)
+    _declare_common(parser, "set_after", absent)
+    parser.set_defaults(run=verb.run)
+
+
+def _declare_common(parser: Declared, set_name: str, absent: object) -> None:
+    """The options that stand before or after the verb; without defaults, so that the second does not undo the first."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=absent,
+        help=f"read this file instead of {SYSTEM_FILE} and config.d beside that",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        dest=set_name,
+        action="append",
+        default=absent,
+        help="change one setting, e.g. tpm.backend=wire; may be repeated",
+    )
+    parser.add_argument("--json", action="store_true", default=absent, help="print one JSON document instead of text")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", default=absent, help="show each request, without secrets"
+    )
+
+
 def seconds_up_to(highest_s: int) -> Callable[[str], int]:
-    """What argparse calls to read whole seconds from 1 to `highest_s`."""
+    """What is called to read whole seconds from 1 to `highest_s`."""
 
     def read(text: str) -> int:
         seconds = whole_number(text, 1, highest_s)
         if seconds is None:
+            import argparse  # only after a mistake
+
             raise argparse.ArgumentTypeError(f"expected whole seconds from 1 to {highest_s}; came {text!r}")
         return seconds
 
     return read
 
 
-def no_arguments(parser: argparse.ArgumentParser) -> None:
+def no_arguments(parser: Declared) -> None:
     """For a verb without arguments of its own."""
 
 
-def configuration_of(arguments: argparse.Namespace, *, need_id_scope: bool = True) -> Configuration:
+def configuration_of(arguments: Arguments, *, need_id_scope: bool = True) -> Configuration:
     """The settings that the command line asks for."""
     overrides = [*arguments.set_before, *arguments.set_after]
     for override in overrides:
@@ -90,17 +186,6 @@ def exit_word(error: DpsError) -> str:
     if error.code in ("agent.usage", "agent.not_available", "tpm.not_available"):
         return "usage"
     return exit_group(error)
-
-
-class Suggesting(argparse.ArgumentParser):
-    """A parser that names the word which somebody may have meant."""
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        try:
-            super()._check_value(action, value)
-        except argparse.ArgumentError as error:
-            error.message += did_you_mean(str(value), map(str, action.choices or ()))
-            raise
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

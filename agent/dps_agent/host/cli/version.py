@@ -1,8 +1,6 @@
 """`dps-agent version`: what is installed, for a report."""
 
-import argparse
-
-from dps_agent.host.cli.verb import Outcome, Verb, no_arguments, table
+from dps_agent.host.cli.verb import Arguments, Outcome, Verb, no_arguments, table
 
 PACKAGES = (  # all that may come with the agent, and it: the Debian packages bring what they have of it along
     "dps-agent",
@@ -16,7 +14,7 @@ PACKAGES = (  # all that may come with the agent, and it: the Debian packages br
 )
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
+def run(arguments: Arguments) -> Outcome:
     """Shows the versions of the agent, of what it uses, and of Python; imports none of them."""
     import platform
     from importlib.metadata import PackageNotFoundError, version

@@ -6,7 +6,6 @@ often it is read. Where no service runs the stored records say whether there is 
 
 from __future__ import annotations
 
-import argparse
 import time
 
 from dps_agent.host.cli.status import stand
@@ -17,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from dps_agent.host.cli.verb import Arguments, Declared
     from dps_agent.host.config import Configuration
 
 LOOK_EVERY_S = 1.0
@@ -27,7 +27,7 @@ _FOR = {  # what may be waited for, and the states in which it is there
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Declared) -> None:
     """What to wait for, and for how long."""
     parser.add_argument(
         "--for",
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
+def run(arguments: Arguments) -> Outcome:
     """Waits; ends at once where nothing can come of it: the service halted, or there is no ID scope to start one."""
     started_s = time.monotonic()
     configuration = configuration_of(arguments, need_id_scope=False)
