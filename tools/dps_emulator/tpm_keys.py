@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import rsa
     from cryptography.hazmat.primitives.ciphers import modes
 
 RandomBytes = Callable[[int], bytes]
@@ -53,14 +54,12 @@ class StorageKey:
 
 @dataclass(frozen=True)
 class ActivationSecrets:
-    """Everything random in an activation blob; never shown."""
+    """What is random in an activation blob, but for the padding of its seeds; never shown."""
 
     inner_key: bytes  # 16 bytes
     credential_seed: bytes  # 32 bytes, for the EK
     duplication_seed: bytes  # 32 bytes, for the SRK
     seed_value: bytes  # 32 bytes, the id key's own seed
-    credential_oaep_seed: bytes  # 32 bytes
-    duplication_oaep_seed: bytes  # 32 bytes
 
     def __repr__(self) -> str:
         return "ActivationSecrets(...)"
@@ -151,9 +150,9 @@ def activation_blob(
             tpm2b,
             (
                 tpm2b(identity_hmac) + encrypted_identity,
-                oaep_encrypt(ek.modulus, secrets.credential_seed, b"IDENTITY\0", secrets.credential_oaep_seed),
+                oaep_encrypt(ek.modulus, secrets.credential_seed, b"IDENTITY\0"),
                 tpm2b(outer_hmac) + duplicate,
-                oaep_encrypt(srk.modulus, secrets.duplication_seed, b"DUPLICATE\0", secrets.duplication_oaep_seed),
+                oaep_encrypt(srk.modulus, secrets.duplication_seed, b"DUPLICATE\0"),
                 public,
                 aes_cfb_encrypt(secrets.inner_key, uri),
             ),
@@ -214,22 +213,16 @@ def _cfb() -> "type[modes.CFB]":
     return CFB
 
 
-def oaep_encrypt(modulus: int, message: bytes, label: bytes, seed: bytes) -> bytes:
-    """RSA-OAEP with SHA-256 and MGF1-SHA-256 (RFC 8017, 7.1.1), 256 bytes; `label` with its zero, `seed` 32 bytes."""
-    size = RSA_BITS // 8
-    block = hashlib.sha256(label).digest() + bytes(size - 66 - len(message)) + b"\x01" + message
-    masked_block = xor(block, mgf1(seed, len(block)))
-    masked_seed = xor(seed, mgf1(masked_block, len(seed)))
-    return pow(int.from_bytes(masked_seed + masked_block), RSA_EXPONENT, modulus).to_bytes(size)
+def oaep_encrypt(modulus: int, message: bytes, label: bytes) -> bytes:
+    """RSA-OAEP with SHA-256 and MGF1-SHA-256 (RFC 8017, 7.1.1), 256 bytes; `label` with its zero."""
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric.padding import MGF1, OAEP
+
+    return _public_key(modulus).encrypt(message, OAEP(MGF1(hashes.SHA256()), hashes.SHA256(), label))
 
 
-def mgf1(seed: bytes, size: int) -> bytes:
-    """MGF1 with SHA-256 (RFC 8017, B.2.1)."""
-    count = -(-size // 32)
-    return b"".join(hashlib.sha256(seed + struct.pack(">I", at)).digest() for at in range(count))[:size]
+@lru_cache(1000)
+def _public_key(modulus: int) -> "rsa.RSAPublicKey":
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicNumbers
 
-
-def xor(left: bytes, right: bytes) -> bytes:
-    """Bytewise, as long as the shorter one."""
-    size = min(len(left), len(right))
-    return (int.from_bytes(left[:size]) ^ int.from_bytes(right[:size])).to_bytes(size)
+    return RSAPublicNumbers(RSA_EXPONENT, modulus).public_key()
