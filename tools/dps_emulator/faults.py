@@ -122,6 +122,9 @@ class Fault:
         return kept + [(name, value) for name, value in changes.items() if value is not None]
 
 
+NO_FAULT = Fault()
+
+
 class FaultScript:
     """A script and how often each of its entries has been counted."""
 
@@ -132,7 +135,7 @@ class FaultScript:
 
     def of_request(self, request: Request) -> tuple[int, Fault]:
         """Counts one request to DPS; its entry's number and its fault, 0 and no fault where there is none."""
-        return self.take(request.method, target_of(request.path).operation) or (0, Fault())
+        return self.take(request.method, target_of(request.path).operation) or (0, NO_FAULT)
 
     def take(self, method: str, operation: str, device: str = "") -> tuple[int, Fault] | None:
         """Counts one request, or one packet with MQTT as its method; its fault and that entry's number, or None."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from dps_emulator import mqtt, websocket
 from dps_emulator.dps_mqtt import Asked, DpsLink, is_dps
-from dps_emulator.faults import MQTT, Fault, FaultScript
+from dps_emulator.faults import MQTT, NO_FAULT, Fault, FaultScript
 from dps_emulator.hub import Hubs, Link, Refusal, operation_of, silence_limit_s
 from dps_emulator.quotas import Gate
 from dps_emulator.registrations import StateError
@@ -30,7 +30,6 @@ _TICK_S = 0.1
 _READ_BYTES = 64 * 1024
 ABORT = struct.pack("ii", 1, 0)  # struct linger: on, 0 s: close() sends RST
 _WENT = "the device ended the connection without goodbye"
-_NO_FAULT = Fault()
 _WEBSOCKET = f"GET {websocket.PATH}".encode()
 
 
@@ -221,7 +220,7 @@ class _Connection(asyncio.BufferedProtocol):
         if self._muted or self._dropped:
             return
         self._output += plaintext
-        if not self._gathers:
+        if not self._gathers and not self._in_turn:
             self._gathers = True
             self._loop.call_soon(self._turn, self._gathered)
 
@@ -370,7 +369,7 @@ class _Connection(asyncio.BufferedProtocol):
     # --- from accept to packets
 
     def _accept(self) -> None:
-        fault = (self._fault("accept") if self._gated else None) or _NO_FAULT
+        fault = (self._fault("accept") if self._gated else None) or NO_FAULT
         self._hold(fault.delay_s, self._enter, fault)
 
     def _enter(self, fault: Fault) -> None:
@@ -529,7 +528,7 @@ class _Connection(asyncio.BufferedProtocol):
     def _act_by_script(self, packet: mqtt.Packet) -> None:
         fault = self._fault(operation_of(packet, self._device_id)) if self._server.faults().faults else None
         if fault is None:
-            self._answer(packet, _NO_FAULT)
+            self._answer(packet, NO_FAULT)
             self._deadline = self._loop.time() + self._silence_limit_s
         else:
             self._hold(fault.delay_s, self._act_with, fault, packet)

@@ -9,23 +9,18 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 import trustme
-import uvicorn
-from starlette.requests import ClientDisconnect
-from starlette.requests import Request as WireRequest
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from dps_emulator.control import Control
 from dps_emulator.control_socket import control_socket
 from dps_emulator.faults import Fault, FaultScript
-from dps_emulator.http_protocol import BoundedProtocol
+from dps_emulator.http_protocol import HttpConnection
 from dps_emulator.hub import HubContext, HubLine, Hubs
 from dps_emulator.hub_devices import Telemetry
 from dps_emulator.hub_server import ABORT, HubServer, defect
@@ -56,7 +51,7 @@ if TYPE_CHECKING:
 DPS_NAMES = ("global.azure-devices-provisioning.net", "*.azure-devices-provisioning.net")
 # The C client never reconnects within a registration: the connection must outlive its longest Retry-After, 300 s.
 KEEP_ALIVE_S = 330
-_STREAM = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
+_STREAM = (("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-store"))
 _ID_LIMIT = 200  # characters of a line that a client may have chosen; a registration id has 128 at most
 
 
@@ -108,18 +103,6 @@ class LoggedNotices(logging.Handler):
         """One record of a logger."""
         error = record.exc_info[1] if record.exc_info else None
         self._notice(defect(error) if error and error.__traceback__ else record.getMessage().partition("\n")[0])
-
-
-class _Protocol(BoundedProtocol):
-    """HTTP/1.1, which hands its transport to the application: a fault must reach the connection."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self.app_state = {**self.app_state, "transport": transport}
-        super().connection_made(transport)
-
-    def shutdown(self) -> None:
-        # A polite close waits for the client's goodbye, a slow answer for its end: neither may hold up a stop.
-        self.transport.abort()
 
 
 class EmulatorServer:
@@ -201,23 +184,8 @@ class EmulatorServer:
             self._site = self._site_at(web_socket, authority)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._serving = threading.Event()
-        config = uvicorn.Config(
-            self,
-            interface="asgi3",
-            http=_Protocol,
-            ws="none",
-            lifespan="off",
-            loop="asyncio",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            date_header=False,  # the service sends its own
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=1,
-        )
-        config.load()
-        self._server = uvicorn.Server(config)
+        self._is_stopped = False
+        self._ended = asyncio.Event()
 
     def run(self) -> None:
         """Serves until `stop`, which may come from a signal handler or another thread."""
@@ -239,7 +207,8 @@ class EmulatorServer:
                 started.push_async_callback(self._site.close)
                 await self._site.start()
             self._serving.set()
-            await self._server.serve(sockets=[])  # connections come from the other server
+            if not self._is_stopped:
+                await self._ended.wait()
 
     def _site_at(self, listening: socket.socket, authority: trustme.CA) -> "Site":
         """The page, which is loaded only where it is wanted."""
@@ -269,30 +238,30 @@ class EmulatorServer:
 
     def stop(self) -> None:
         """Ends `run` within two seconds, requests under way included."""
-        self._server.should_exit = True
+        self._is_stopped = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._ended.set)
 
     def _http(self) -> asyncio.Protocol:
         """Reads the requests of one connection."""
-        return _Protocol(self._server.config, self._server.server_state, {})
+        return HttpConnection(self._respond, self._notice, KEEP_ALIVE_S, MAX_BODY_BYTES)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, as ASGI."""
-        wire = WireRequest(scope, receive)
-        with contextlib.suppress(ClientDisconnect):
-            body = await _body(wire)
-            request = Request(
-                wire.method,
-                scope["raw_path"].decode("latin-1"),
-                scope["query_string"].decode("latin-1"),
-                dict(wire.headers),
-                body,
-                client_chain=scope["state"]["transport"].get_extra_info("client_chain"),
-            )
-            entry, fault = self.faults.of_request(request)
-            await _pause(fault.delay_s, receive)
+    def _respond(self, request: Request, wire: HttpConnection) -> Coroutine[object, object, None] | None:
+        """Answers a request at once, or says how where that takes its time."""
+        entry, fault = self.faults.of_request(request)
+        if entry or self._feed.takes(request.path) or self._hub_api.takes(request.path):
+            return self._respond_in_time(request, entry, fault, wire)
+        response = self.answer(request, entry, fault)
+        wire.answer(response.status, response.headers, response.body)
+        return None
+
+    async def _respond_in_time(self, request: Request, entry: int, fault: Fault, wire: HttpConnection) -> None:
+        try:
+            await asyncio.sleep(fault.delay_s)
             asked = self._asked(request, entry) if not fault.replaces_answer else None
             if isinstance(asked, Asked):
-                await StreamingResponse(self._feed.events(asked), headers=_STREAM)(scope, receive, send)
+                await self._stream(asked, wire)
                 return
             if asked is not None:
                 response = asked
@@ -300,7 +269,17 @@ class EmulatorServer:
                 response = self._logged(request, await self._of_hubs(request), entry)
             else:
                 response = self.answer(request, entry, fault)
-            await _deliver(response, fault, scope["state"]["transport"], receive, send)
+            await _deliver(response, fault, wire)
+        except Exception as error:  # a defect of ours ends nobody else's connection
+            self._notice(defect(error))
+            wire.transport.abort()
+
+    async def _stream(self, asked: Asked, wire: HttpConnection) -> None:
+        wire.begin(200, _STREAM, None)
+        async with contextlib.aclosing(self._feed.events(asked)) as events:
+            async for piece in events:
+                wire.send(piece)
+                await wire.room()
 
     def answer(self, request: Request, entry: int, fault: Fault) -> Response:
         """The answer of DPS to a request that this entry of the fault script fits, and its line in the log."""
@@ -403,44 +382,28 @@ def _listening(listen: str, port: int) -> socket.socket:
     return listening
 
 
-async def _body(wire: WireRequest) -> bytes:
-    """The whole body, of a GET too; beyond what the service takes it is read but not kept."""
-    body = b""
-    async for piece in wire.stream():
-        if len(body) <= MAX_BODY_BYTES:
-            body += piece
-    return body
-
-
-async def _deliver(
-    response: Response, fault: Fault, transport: asyncio.Transport, receive: Receive, send: Send
-) -> None:
+async def _deliver(response: Response, fault: Fault, wire: HttpConnection) -> None:
     """Sends the answer as the fault says."""
     if fault.cut_after_bytes == -1:
-        await _end(transport, receive, reset=fault.reset)
+        await _end(wire.transport, reset=fault.reset)
         return
-    headers = fault.altered(response.headers)
-    if not fault.chunked:
-        headers.append(("Content-Length", str(len(response.body))))
-    raw_headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-    await send({"type": "http.response.start", "status": response.status, "headers": raw_headers})
+    wire.begin(response.status, fault.altered(response.headers), None if fault.chunked else len(response.body))
     body = response.body[: fault.cut_after_bytes]
     step = len(body) or 1
     if fault.drip is not None:
         step = max(1, round(fault.drip / 10))
     for at in range(0, len(body), step):
         if at and fault.drip is not None:
-            await _pause(step / fault.drip, receive)
-        if transport.is_closing():
-            return
-        await send({"type": "http.response.body", "body": body[at : at + step], "more_body": True})
+            await asyncio.sleep(step / fault.drip)
+        wire.send(body[at : at + step])
+        await wire.room()
     if fault.cut_after_bytes is None:
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        wire.finish()
     else:
-        await _end(transport, receive, reset=fault.reset)
+        await _end(wire.transport, reset=fault.reset)
 
 
-async def _end(transport: asyncio.Transport, receive: Receive, *, reset: bool) -> None:
+async def _end(transport: asyncio.Transport, *, reset: bool) -> None:
     """Ends the TCP connection without a TLS goodbye, as a crash does, after what was sent has left."""
     for _ in range(100):
         if transport.get_write_buffer_size() == 0:
@@ -449,16 +412,3 @@ async def _end(transport: asyncio.Transport, receive: Receive, *, reset: bool) -
     if reset:
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
     transport.abort()
-    await _disconnected(receive)
-
-
-async def _pause(seconds: float, receive: Receive) -> None:
-    """Waits, but not for a client that has gone; the body must have been read."""
-    with contextlib.suppress(TimeoutError):
-        if seconds:
-            await asyncio.wait_for(_disconnected(receive), seconds)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -755,7 +755,7 @@ class _Exchange:
 
     @functools.cached_property
     def _api_version(self) -> str:
-        return parse_qs(self.request.query).get("api-version", [""])[0].strip()
+        return _api_version(self.request.query)
 
     def _csr(self, content: dict[str, Any]) -> str:
         """The request for a certificate in a body; versions before it was made pass it over as any other member."""
@@ -787,6 +787,11 @@ def object_of(request: Request) -> dict[str, Any]:
         return parse_object(request.body)
     except ValueError as error:
         raise RefusalError(BAD_REQUEST, f"The body is not {error}.") from None
+
+
+@functools.lru_cache(64)  # clients send the same one always
+def _api_version(query: str) -> str:
+    return parse_qs(query).get("api-version", [""])[0].strip()
 
 
 @functools.lru_cache(64)  # a request's is asked for by its quota, its answer and its line in the log
@@ -825,10 +830,15 @@ def refusal_response(refusal: RefusalError, request_id: str, now: float) -> Resp
 def standard_headers(request_id: str, now: float) -> tuple[tuple[str, str], ...]:
     """What every answer carries."""
     return (
-        ("Date", formatdate(now, usegmt=True)),
+        ("Date", _date(int(now))),
         ("x-ms-request-id", request_id),
         ("Strict-Transport-Security", "max-age=31536000; includeSubDomains"),
     )
+
+
+@functools.lru_cache(8)  # many things happen within a second
+def _date(when_s: int) -> str:
+    return formatdate(when_s, usegmt=True)
 
 
 def _key_bytes(tpm: Mapping[str, object], name: str) -> bytes:

@@ -9,7 +9,7 @@ speaks AMQP and is not emulated.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import NamedTuple
 from urllib.parse import parse_qs
 
@@ -83,7 +83,7 @@ class TelemetryFeed:
         hub = hub_named(request.headers.get("host", ""), self._hub_names)
         return Asked(after, query.get("deviceId", [None])[0], hub)
 
-    async def events(self, asked: Asked) -> AsyncIterator[bytes]:
+    async def events(self, asked: Asked) -> AsyncGenerator[bytes, None]:
         """The stream, at the pace of its reader; ends when it is closed."""
         after, happened = asked.after, asyncio.Event()
         self._messages.arrived.append(happened.set)

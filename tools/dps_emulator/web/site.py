@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qs, quote, urlencode
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,8 +16,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dps_emulator.http_protocol import BoundedProtocol
+from dps_emulator import http_protocol
 from dps_emulator.hub import HubLine
 from dps_emulator.hub_server import defect
 from dps_emulator.registrations import StateError
@@ -36,6 +38,38 @@ BEAT_S = 15.0
 BODY_S = 30.0
 _FOLDER = Path(__file__).parent
 _ASSETS = {"/page.css": "text/css", "/page.js": "text/javascript"}
+
+
+class BoundedProtocol(H11Protocol):
+    """Ends a connection whose request takes longer than REQUEST_S; uvicorn bounds only the time between two."""
+
+    _ends: asyncio.TimerHandle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        """More of a request, or of several."""
+        super().data_received(data)
+        state = self.conn.their_state
+        begun = state is h11.SEND_BODY or (state is h11.IDLE and bool(self.conn.trailing_data[0]))
+        if not begun:
+            self._forget()
+        elif self._ends is None:
+            self._ends = self.loop.call_later(http_protocol.REQUEST_S, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is over."""
+        self._forget()
+        super().connection_lost(exc)
+
+    def _forget(self) -> None:
+        if self._ends is not None:
+            self._ends.cancel()
+            self._ends = None
+
+    def _give_up(self) -> None:
+        """The rest of a request did not come: that is said where no answer has begun."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.write(http_protocol.TOO_LATE)
+        self.transport.close()
 
 
 class _Server(uvicorn.Server):
