@@ -167,6 +167,29 @@ def test_a_twin_that_could_not_be_stored_is_not_changed_in_memory_either(tmp_pat
         assert emulator._server.hubs.all()[0].device("press-07") is known and serves(emulator, device)
 
 
+def test_messages_that_could_not_be_kept_are_not_acknowledged_also_before_a_goodbye(
+    emulator: EmulatorInThread, device: DeviceCredentials
+) -> None:
+    events = f"devices/{device.device_id}/messages/events/"
+    three = b"".join(publish_packet(events, b"%d" % number, 1) for number in range(3))
+    statements: list[str] = []
+    for goodbye in (b"", b"\xe0\0"):
+        with Raw(emulator) as raw:
+            raw.ask(connect_packet(device))
+            emulator.store.rows("PRAGMA query_only = ON")
+            assert raw.ask(three + goodbye) == b""
+            emulator.store.rows("PRAGMA query_only = OFF")
+    assert emulator.telemetry(device.device_id) == []
+    assert any("attempt to write a readonly database" in notice for notice in emulator.notices)
+    with Raw(emulator) as raw:
+        raw.ask(connect_packet(device))
+        emulator.store._connection.set_trace_callback(statements.append)
+        assert raw.ask(three) == b"\x40\2\0\1" * 3 + b"\xd0\0"
+        emulator.store._connection.set_trace_callback(None)
+    assert [said["payload"] for said in emulator.telemetry(device.device_id)] == ["0", "1", "2"]
+    assert statements.count("COMMIT") == 1, statements
+
+
 def test_a_client_that_acknowledges_nothing_is_ended_alone(
     emulator: EmulatorInThread, device: DeviceCredentials, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from dps_emulator.hub import Hubs, Link, Refusal, operation_of, silence_limit_s
 from dps_emulator.quotas import Gate
 from dps_emulator.registrations import StateError
 from dps_emulator.service import Request, Response
+from dps_emulator.store import Messages
 from dps_emulator.tls_stream import Stream
 
 FIRST_PACKET_S = 30.0  # from TCP accept to CONNECT
@@ -39,6 +40,7 @@ class HubServer:
     def __init__(
         self,
         hubs: Hubs,
+        messages: Messages,
         tls: Callable[[], Stream],
         listening: Mapping[socket.socket, bool],
         faults: Callable[[], FaultScript],
@@ -50,11 +52,12 @@ class HubServer:
     ) -> None:
         """`listening` are sockets, and whether gate and faults of `accept` are for them.
 
-        `faults()` is the script in force, `clock` returns Unix seconds, `gate` lets new connections in.
+        `messages` are the hubs', `faults()` is the script in force, `clock` returns Unix seconds, `gate` lets new connections in.
 
         `dps` answers a request to DPS that an entry of the script fits; `http` makes what reads those by HTTP.
         """
         self.hubs = hubs
+        self.messages = messages
         self.tls = tls
         self.faults = faults
         self.now = clock
@@ -269,17 +272,22 @@ class _Connection(asyncio.BufferedProtocol):
     # --- its own turns
 
     def _turn(self, act: Callable[..., None], *arguments: Any) -> None:
-        """Acts, sends what comes of it, and ends the connection where that failed; raises for nothing a client does."""
+        """Acts, sends what comes of it, and ends the connection where that failed; raises for nothing a client does.
+
+        All messages of a turn are kept at once: what a client sends in one piece costs one transaction.
+        """
         reason = ""
         self._in_turn = True
         try:
-            act(*arguments)
+            with self._server.messages.gathered():
+                act(*arguments)
             self._flush()
         except (mqtt.ProtocolError, websocket.WebSocketError) as error:
             reason = f"protocol error: {error}"
         except (StateError, OSError) as error:  # ssl.SSLError is one
             reason = f"the connection failed: {error}"
             if isinstance(error, StateError):
+                self._output.clear()  # it may acknowledge what is not kept
                 self._server.notice(str(error))
         except Exception as error:  # a defect of ours ends nobody else's connection
             reason = "the hub failed"
@@ -307,7 +315,9 @@ class _Connection(asyncio.BufferedProtocol):
         self.drop()
 
     def _flush(self) -> None:
-        """Sends what has gathered."""
+        """Sends what has gathered, when what it acknowledges is kept; raises StateError."""
+        if self._in_turn:
+            self._server.messages.keep()
         if self._transport is None or self._transport.is_closing():
             return
         if self._output:

@@ -22,7 +22,6 @@ from dps_emulator.control_socket import control_socket
 from dps_emulator.faults import Fault, FaultScript
 from dps_emulator.http_protocol import HttpConnection
 from dps_emulator.hub import HubContext, HubLine, Hubs
-from dps_emulator.hub_devices import Telemetry
 from dps_emulator.hub_server import ABORT, HubServer, defect
 from dps_emulator.hub_service_api import HubServiceApi
 from dps_emulator.limits import BURST_S
@@ -40,7 +39,7 @@ from dps_emulator.service import (
     target_of,
 )
 from dps_emulator.service_api import ServiceApi
-from dps_emulator.store import Messages, Store
+from dps_emulator.store import Store
 from dps_emulator.telemetry_feed import Asked, TelemetryFeed, document
 from dps_emulator.tls_stream import streams
 
@@ -159,13 +158,15 @@ class EmulatorServer:
         chosen = service.settings
         of_hubs = chosen.clock_skew_s, self._happened, chosen.tier, chosen.limits, chosen.strict
         self._hub_log = hub_log
-        messages = _CopiedMessages(store.messages, telemetry) if telemetry else store.messages
-        context = HubContext(messages, os.urandom, *of_hubs, chosen.issue_after_s)
+        if telemetry:
+            store.messages.told.append(lambda message: telemetry(document(message)))
+        context = HubContext(store.messages, os.urandom, *of_hubs, chosen.issue_after_s)
         self.hubs = Hubs(service, store.devices, context)
         burst_s = BURST_S if chosen.limits else 1.0
         gate = Gate(chosen.connects_per_s, chosen.connect_queue_s, burst_s) if chosen.connects_per_s else None
         self._hub_server = HubServer(
             self.hubs,
+            store.messages,
             tls,
             {self._socket: False, self._hub_socket: True},
             lambda: self.faults,
@@ -351,19 +352,6 @@ def _refused(refusal: RefusalError, request_id: str, now: float) -> Response:
     response = refusal_response(refusal, request_id, now)
     headers = (*response.headers, *standard_headers(request_id, now))
     return replace(response, headers=headers, request_id=request_id)
-
-
-class _CopiedMessages:
-    """A MessageLog whose messages are also told to somebody else, when they are kept."""
-
-    def __init__(self, messages: Messages, copy: Callable[[str], None]) -> None:
-        self._messages = messages
-        self._copy = copy
-
-    def append(self, message: Telemetry) -> None:
-        """See MessageLog."""
-        self._messages.append(message)
-        self._copy(document(message))
 
 
 def _listening(listen: str, port: int) -> socket.socket:

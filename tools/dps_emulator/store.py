@@ -11,6 +11,7 @@ that `enroll-import` and `move` reach a server that is running; each access read
 """
 
 import contextlib
+import functools
 import json
 import os
 import sqlite3
@@ -26,6 +27,7 @@ from dps_emulator.registrations import Registration, Registrations, StateError
 DATABASE = "state.db"
 VERSION = 2  # of the tables, SQLite's user_version
 PAGE = 500  # records that a walk over all of them reads at once
+_READ_KEPT = 128  # enrolments; each step of a registration asks for the same one
 _BUSY_S = 10.0  # how long another process may hold the database
 _TABLES = """
 CREATE TABLE enrollments (key TEXT PRIMARY KEY, record TEXT NOT NULL);
@@ -57,8 +59,9 @@ class Store:
             self._connection.execute("PRAGMA synchronous = NORMAL")  # written at once, on the disk a little later
             self._connection.execute("PRAGMA wal_autocheckpoint = 4000")
         self._make_tables()
-        self.enrollments = Records(self, "enrollments", Enrollment.to_json, enrollment_from_json)
-        self.groups = Records(self, "enrollment_groups", Enrollment.to_json, enrollment_from_json)
+        of_enrollments = Enrollment.to_json, enrollment_from_json
+        self.enrollments = Records(self, "enrollments", *of_enrollments, kept=_READ_KEPT)
+        self.groups = Records(self, "enrollment_groups", *of_enrollments, kept=_READ_KEPT)
         self.registrations = StoredRegistrations(self, "registrations", Registration.to_json, Registration.from_json)
         self.messages = Messages(self, messages_limit_bytes)
 
@@ -161,11 +164,17 @@ class Records(MutableMapping[str, Record], Generic[Record]):
         to_json: Callable[[Record], dict[str, Any]],
         from_json: Callable[[Any], Record],
         hub: str | None = None,
+        kept: int = 0,
     ) -> None:
+        """`kept` of the records that were read last are not read again as long as their text is the same.
+
+        They have to be values that nobody changes.
+        """
         self._store = store
         self._table = table
         self._to_json = to_json
-        self._from_json = from_json
+        # What cannot change may be handed out again where the same text is found.
+        self._from_text = functools.lru_cache(kept)(lambda text: from_json(json.loads(text)))
         self._of_hub = () if hub is None else (hub,)
         self._where = f"FROM {table} WHERE " + ("" if hub is None else "hub = ? AND ")
 
@@ -217,7 +226,7 @@ class Records(MutableMapping[str, Record], Generic[Record]):
     def read(self, key: str, record: str) -> Record:
         """A record as it is stored; raises StateError where it is damaged."""
         try:
-            return self._from_json(json.loads(record))
+            return self._from_text(record)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             named = self._store.named(self._table, key)
             raise StateError(f"{named} can't be read back ({error}): repair or delete it") from None
@@ -268,13 +277,45 @@ class Messages:
     def __init__(self, store: Store, limit_bytes: int) -> None:
         self._store = store
         self._limit_bytes = limit_bytes
-        self.arrived: list[Callable[[], None]] = []  # called after each message
+        self.arrived: list[Callable[[], None]] = []  # called after messages were kept
+        self.told: list[Callable[[Telemetry], None]] = []  # called with each message that was kept
+        self._gathered: list[Telemetry] | None = None
         ((self._count, self._bytes),) = store.rows("SELECT count(*), coalesce(sum(length(record)), 0) FROM messages")
 
     def append(self, message: Telemetry) -> None:
-        """Keeps one more; when this returns the hub may acknowledge it. Raises StateError."""
-        line = json.dumps(message.to_json()).encode()
-        self.put([(message.device_id.lower(), line)])
+        """Keeps one more, within `gathered` with the others; then the hub may acknowledge it. Raises StateError."""
+        if self._gathered is None:
+            self._keep([message])
+        else:
+            self._gathered.append(message)
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """What is appended within is kept at once at its end, or by `keep`; raises StateError."""
+        if self._gathered is not None:
+            yield
+            return
+        self._gathered = []
+        try:
+            yield
+        finally:
+            try:
+                self.keep()
+            finally:
+                self._gathered = None
+
+    def keep(self) -> None:
+        """Keeps what has been gathered so far: all of it, or with StateError nothing."""
+        if self._gathered:
+            messages, self._gathered = self._gathered, []
+            self._keep(messages)
+
+    def _keep(self, messages: list[Telemetry]) -> None:
+        with self._store.transaction() if len(messages) > 1 else contextlib.nullcontext():
+            self.put([(each.device_id.lower(), json.dumps(each.to_json()).encode()) for each in messages])
+        for message in messages:
+            for tell in self.told:
+                tell(message)
         for call in list(self.arrived):
             call()
 

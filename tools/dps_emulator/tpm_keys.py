@@ -13,8 +13,8 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric import rsa
-    from cryptography.hazmat.primitives.ciphers import modes
+    from cryptography.hazmat.primitives.asymmetric import padding, rsa
+    from cryptography.hazmat.primitives.ciphers import CipherContext
 
 RandomBytes = Callable[[int], bytes]
 
@@ -196,29 +196,34 @@ def kdfa(key: bytes, label: bytes, context_u: bytes, context_v: bytes, bits: int
 
 def aes_cfb_encrypt(key: bytes, plaintext: bytes) -> bytes:
     """AES-CFB with 128-bit feedback and a zero vector, no padding."""
-    # Here, because most commands need no cipher, and it takes longer to load than all they do.
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
-
-    encryptor = Cipher(algorithms.AES(key), _cfb()(bytes(16))).encryptor()
+    encryptor = _aes_cfb()(key)
     return encryptor.update(plaintext) + encryptor.finalize()
 
 
 @cache
-def _cfb() -> "type[modes.CFB]":
-    """The mode, from where the installed release of the library has it: newer ones count it as retired."""
+def _aes_cfb() -> "Callable[[bytes], CipherContext]":
+    """The library's, loaded here because most commands need no cipher, and it takes longer than all they do."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
     try:
-        from cryptography.hazmat.decrepit.ciphers.modes import CFB
+        from cryptography.hazmat.decrepit.ciphers.modes import CFB  # newer releases count it as retired
     except ImportError:
         from cryptography.hazmat.primitives.ciphers.modes import CFB
-    return CFB
+    mode = CFB(bytes(16))
+    return lambda key: Cipher(algorithms.AES(key), mode).encryptor()
 
 
 def oaep_encrypt(modulus: int, message: bytes, label: bytes) -> bytes:
     """RSA-OAEP with SHA-256 and MGF1-SHA-256 (RFC 8017, 7.1.1), 256 bytes; `label` with its zero."""
+    return _public_key(modulus).encrypt(message, _oaep(label))
+
+
+@cache
+def _oaep(label: bytes) -> "padding.OAEP":
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric.padding import MGF1, OAEP
 
-    return _public_key(modulus).encrypt(message, OAEP(MGF1(hashes.SHA256()), hashes.SHA256(), label))
+    return OAEP(MGF1(hashes.SHA256()), hashes.SHA256(), label)
 
 
 @lru_cache(1000)

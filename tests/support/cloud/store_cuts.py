@@ -62,6 +62,7 @@ class Life:
 
     def __init__(self, folder: Path, say: Say) -> None:
         self.say = say
+        self.held: list[str] | None = None
         self.store = open_store(folder)
         self.service = DpsService(
             Settings(hubs=(ONE, TWO), retry_after_s=None),
@@ -112,15 +113,29 @@ class Life:
         """The device at its hub."""
         password = device.token(NOW_S).encode()
         connect = mqtt.Connect(mqtt.LEVEL, device.device_id, device.user_name, password, clean_session=False)
-        link = self.hubs.connect(Wire(lambda number: self.say("telemetry", f"{hub} {number}")), connect, hub, NOW_S)
+        link = self.hubs.connect(Wire(lambda number: self.acknowledged(f"{hub} {number}")), connect, hub, NOW_S)
         assert link is not None, f"the key does not get in at {hub}"
         return link
+
+    def acknowledged(self, payload: str) -> None:
+        """Tells of an acknowledged message at once, or with the others of the turn."""
+        if self.held is None:
+            self.say("telemetry", payload)
+        else:
+            self.held.append(payload)
 
     def speak(self, link: Link, hub: str) -> None:
         """Telemetry, twin and a message, each acknowledged when the hub has it."""
         events = f"devices/{DEVICE_ID}/messages/events/"
         for number in range(1, 4):
             link.received(mqtt.Publish(events, f"{hub} {number}".encode(), 1, packet_id=number), NOW_S)
+        self.held = []
+        with self.store.messages.gathered():  # as a connection does with what comes in one piece
+            for number in range(4, 7):
+                link.received(mqtt.Publish(events, f"{hub} {number}".encode(), 1, packet_id=number), NOW_S)
+        held, self.held = self.held, None
+        for payload in held:
+            self.say("telemetry", payload)
         link.received(
             mqtt.Publish("$iothub/twin/PATCH/properties/reported/?$rid=1", b'{"%s":1}' % hub[:3].encode()), NOW_S
         )
