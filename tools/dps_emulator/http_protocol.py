@@ -4,6 +4,7 @@ What is sent is put together here: fault scripts ask for answers that no library
 """
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable, Coroutine, Iterable
 from http import HTTPStatus
@@ -12,6 +13,7 @@ import h11
 
 from dps_emulator.service import Request
 
+_LOG = logging.getLogger(__name__)
 REQUEST_S = 30.0  # from a request's first byte to its last
 _AHEAD_BYTES = 64 * 1024  # of further requests, read while one is being answered
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
@@ -31,7 +33,6 @@ class HttpConnection(asyncio.Protocol):
     def __init__(
         self,
         respond: "Callable[[Request, HttpConnection], Coroutine[object, object, None] | None]",
-        notice: Callable[[str], None],
         keep_alive_s: float,
         body_limit: int,
     ) -> None:
@@ -41,7 +42,6 @@ class HttpConnection(asyncio.Protocol):
         read, but of that one byte at most is kept.
         """
         self._respond = respond
-        self._notice = notice
         self._keep_alive_s = keep_alive_s
         self._body_limit = body_limit
         self._loop = asyncio.get_running_loop()
@@ -100,7 +100,7 @@ class HttpConnection(asyncio.Protocol):
             try:
                 is_whole = self._read(data)
             except h11.RemoteProtocolError:
-                self._notice(_INVALID)
+                _LOG.warning(_INVALID)
                 self._closes, self._is_bodiless = True, False
                 self.answer(400, [("Content-Type", "text/plain; charset=utf-8")], _INVALID.encode())
                 return

@@ -246,7 +246,7 @@ class EmulatorServer:
 
     def _http(self) -> asyncio.Protocol:
         """Reads the requests of one connection."""
-        return HttpConnection(self._respond, self._notice, KEEP_ALIVE_S, MAX_BODY_BYTES)
+        return HttpConnection(self._respond, KEEP_ALIVE_S, MAX_BODY_BYTES)
 
     def _respond(self, request: Request, wire: HttpConnection) -> Coroutine[object, object, None] | None:
         """Answers a request at once, or says how where that takes its time."""
