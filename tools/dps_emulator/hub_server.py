@@ -52,7 +52,8 @@ class HubServer:
     ) -> None:
         """`listening` are sockets, and whether gate and faults of `accept` are for them.
 
-        `messages` are the hubs', `faults()` is the script in force, `clock` returns Unix seconds, `gate` lets new connections in.
+        `messages` are the hubs', `faults()` is the script in force, `clock` returns Unix seconds, `gate` lets new
+        connections in.
 
         `dps` answers a request to DPS that an entry of the script fits; `http` makes what reads those by HTTP.
         """
