@@ -99,6 +99,14 @@ if TYPE_CHECKING:
 
         registration_id: str
 
+    class FindIssuers(NamedTuple):
+        """Answered by a tuple: for each of these certificates, DER, the place of its issuer's, which has signed it.
+
+        -1 where that is none of them.
+        """
+
+        certificates: "tuple[bytes, ...]"
+
     class Uptime(NamedTuple):
         """Answered by monotonic seconds, a float."""
 
@@ -151,6 +159,7 @@ if TYPE_CHECKING:
         | Sign
         | Verify
         | ReadRequest
+        | FindIssuers
         | Uptime
         | UtcNow
         | Random
@@ -183,6 +192,7 @@ else:
     Sign = namedtuple("Sign", ("wrapped_key", "message"))
     Verify = namedtuple("Verify", ("message", "signature"))
     ReadRequest = namedtuple("ReadRequest", ("registration_id",))
+    FindIssuers = namedtuple("FindIssuers", ("certificates",))
     Uptime = namedtuple("Uptime", ())
     UtcNow = namedtuple("UtcNow", ())
     ConfirmClock = namedtuple("ConfirmClock", ("hub",))

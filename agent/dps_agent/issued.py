@@ -3,14 +3,14 @@
 A chain is the device's own certificate and behind it those of the CAs that lead upwards, each issued by the next, in
 DER one behind the other; its name is its SHA-256 in hex. The record `certificate` holds chains, each behind its length
 in four bytes: the one that the record `identity` names, and while that is to change the next one as well. So an
-identity always finds its own, whatever was cut in between. No signature is verified here: whoever takes a certificate
-does that. What no hub would take is refused all the same, before it replaces what one takes: another device's
-certificate, and one that has ended or not begun.
+identity always finds its own, whatever was cut in between. What no hub would take is refused before it replaces what
+one takes: another device's certificate, one that has ended or not begun, and one that the issuer which came with it has
+not signed.
 """
 
 from dps_agent.assignment import decode
 from dps_agent.der import certificates, validity
-from dps_agent.effects import LoadRecord, ReadRequest, UtcNow
+from dps_agent.effects import FindIssuers, LoadRecord, ReadRequest, UtcNow
 from dps_agent.utc import AGREEMENT_S, date_text
 from dps_hal.contracts import CERTIFICATE, IDENTITY
 from dps_hal.der import INTEGER, OBJECT_IDENTIFIER, SEQUENCE, element, field_of
@@ -29,12 +29,7 @@ if TYPE_CHECKING:
 CHAIN_LIMIT = 9216  # bytes; three of RSA-4096 have some 6,000. Two of them fit into the record
 LINKS_LIMIT = 8  # certificates of one chain, and of one answer
 _LENGTH_BYTES = 4
-_OCTET_STRING = 0x04  # X.690, 8.1.2
-_EXTENSIONS = 0xA3  # RFC 5280, 4.1; the two optional fields before it have other tags
-_KEY_IDENTIFIER = 0x80  # of an authorityKeyIdentifier, 4.2.1.1
 _COMMON_NAME = b"\x55\x04\x03"  # 2.5.4.3
-_SUBJECT_KEY = b"\x55\x1d\x0e"  # 2.5.29.14
-_AUTHORITY_KEY = b"\x55\x1d\x23"  # 2.5.29.35
 
 
 def name_of(chain: bytes) -> str:
@@ -65,49 +60,38 @@ def public_key_of(request: bytes) -> bytes:
     return _requested(request)[1]
 
 
-def chain_for(issued: "Any", request: bytes, now: "Utc | None" = None) -> bytes:
+def chain_for(issued: "Any", request: bytes) -> "Generator[Effect, Any, bytes]":
     """The chain for the key of `request` in `issued`, base64 of DER in any order; ValueError says what is wrong.
 
-    Of several for this key it is the one that ends last. `now` judges its dates, where that is believed. What does not
-    lead from it upwards is left out, and so is the root, which whoever takes the chain has.
+    Of several for this key it is the one that ends last. Its dates are judged by a clock that is believed, its
+    signature and those above it by the issuers that came with it. What does not lead from it upwards is left out, and
+    so is the root, which whoever takes the chain has.
     """
-    if not isinstance(issued, list) or len(issued) > LINKS_LIMIT:
-        raise ValueError(f"expected a list of at most {LINKS_LIMIT} certificates")
-    rest = []
-    for text in issued:
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise ValueError("expected certificates in base64")
-        rest += certificates(from_base64(text))
+    found = _listed(issued)
     subject, own = _requested(request)
-    name = _common_name(subject)
-    leaf, begins_s, ends_s = b"", 0, 0
-    for certificate in rest:
+    leaf, begins_s, ends_s = -1, 0, 0
+    for at, certificate in enumerate(found):
         if _field(certificate, "subjectPublicKeyInfo") != own:
             continue
         first_s, last_s = validity(certificate)
-        if not leaf or last_s > ends_s:
-            leaf, begins_s, ends_s = certificate, first_s, last_s
-    if not leaf:
-        raise ValueError(f"none of the {len(rest)} certificates is for the key of this device")
-    if _common_name(_field(leaf, "subject")).lower() != name.lower():
+        if leaf < 0 or last_s > ends_s:
+            leaf, begins_s, ends_s = at, first_s, last_s
+    if leaf < 0:
+        raise ValueError(f"none of the {len(found)} certificates is for the key of this device")
+    name = _common_name(subject)
+    if _common_name(_field(found[leaf], "subject")).lower() != name.lower():
         raise ValueError(f"expected the CN {name.decode()!r}, and the device's certificate has another")
-    if now is not None and now.believable:
+    now: Utc = yield UtcNow()
+    if now.believable:
         if ends_s < now.now_s:
             raise ValueError(f"the device's certificate has ended, on {date_text(ends_s)}")
         if begins_s > now.now_s + AGREEMENT_S:
             raise ValueError(f"the device's certificate is not valid before {date_text(begins_s)}")
-    chain = [leaf]
-    while len(chain) < LINKS_LIMIT:
-        above = [each for each in rest if each not in chain and _issues(each, chain[-1])]
-        if not above or _field(above[0], "issuer") == _field(above[0], "subject"):  # that is the root
-            break
-        chain.append(above[0])
-    found = b"".join(chain)
-    if len(found) > CHAIN_LIMIT:
-        raise ValueError(f"expected at most {CHAIN_LIMIT} bytes of certificates, got {len(found)}")
-    return found
+    issuers: tuple[int, ...] = yield FindIssuers(tuple(found))
+    chain = b"".join([found[at] for at in _upwards(found, issuers, leaf)])
+    if len(chain) > CHAIN_LIMIT:
+        raise ValueError(f"expected at most {CHAIN_LIMIT} bytes of certificates, got {len(chain)}")
+    return chain
 
 
 def records_with(chain: bytes) -> "Generator[Effect, Any, Records]":
@@ -156,11 +140,44 @@ def difference_of_chain(assignment: "Assignment") -> "Generator[Effect, Any, str
 
 def chain_taken(issued: "Any", request: bytes) -> "Generator[Effect, Any, bytes]":
     """`chain_for`; RetryLater `dps.chain_unsuitable`."""
-    now: Utc = yield UtcNow()
     try:
-        return chain_for(issued, request, now)
+        chain = yield from chain_for(issued, request)
     except ValueError as error:
         raise RetryLater("dps.chain_unsuitable", f"the certificates that were issued are refused: {error}")
+    return chain
+
+
+def _listed(issued: "Any") -> "list[bytes]":
+    """The certificates in an answer, each once; ValueError."""
+    if not isinstance(issued, list) or len(issued) > LINKS_LIMIT:
+        raise ValueError(f"expected a list of at most {LINKS_LIMIT} certificates")
+    found: list[bytes] = []
+    for text in issued:
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise ValueError("expected certificates in base64")
+        found += [each for each in certificates(from_base64(text)) if each not in found]
+    return found
+
+
+def _upwards(found: "list[bytes]", issuers: "tuple[int, ...]", leaf: int) -> "list[int]":
+    """The places of a certificate and of those above it, without the root; ValueError for a signature that is false.
+
+    Of one whose issuer did not come along nobody here can tell.
+    """
+    chain = [leaf]
+    while True:
+        above = issuers[chain[-1]]
+        issuer = _field(found[chain[-1]], "issuer")
+        if above < 0:
+            named = [each for each in found if _field(each, "subject") == issuer]
+            if named:
+                raise ValueError("a certificate is not signed by the one that came as its issuer's")
+            return chain
+        if above in chain or _field(found[above], "issuer") == _field(found[above], "subject"):  # that is the root
+            return chain
+        chain.append(above)
 
 
 def _kept() -> "Generator[Effect, Any, list[bytes]]":
@@ -207,26 +224,3 @@ def _common_name(name: bytes) -> bytes:
             if len(parts) == 2 and parts[0] == (OBJECT_IDENTIFIER, _COMMON_NAME):
                 found = parts[1][1]
     return found
-
-
-def _issues(above: bytes, certificate: bytes) -> bool:
-    """Whether `above` is of the CA that issued `certificate`: by the name, and where both say so by the key."""
-    if _field(above, "subject") != _field(certificate, "issuer"):
-        return False
-    wanted, has = _extension(certificate, _AUTHORITY_KEY), _extension(above, _SUBJECT_KEY)
-    wanted = b"".join([value for tag, value in _elements(wanted) if tag == _KEY_IDENTIFIER])
-    return not wanted or not has or wanted == has
-
-
-def _extension(certificate: bytes, wanted: bytes) -> bytes:
-    """The content of an extension's outermost element (RFC 5280, 4.1.2.9); empty where there is none; ValueError."""
-    _, at = field_of(certificate, "subjectPublicKeyInfo")
-    start, _ = element(certificate, 0, len(certificate), SEQUENCE, "certificate")
-    _, end = element(certificate, start, len(certificate), SEQUENCE, "tbsCertificate")
-    for tag, content in _elements(certificate[at:end]):
-        for _, extensions in _elements(content) if tag == _EXTENSIONS else ():
-            for _, extension in _elements(extensions):
-                parts = _elements(extension)
-                if parts and parts[0] == (OBJECT_IDENTIFIER, wanted) and parts[-1][0] == _OCTET_STRING:
-                    return b"".join([value for _, value in _elements(parts[-1][1])][:1])
-    return b""

@@ -292,13 +292,12 @@ class Renewal:
         request = yield from self._request(now_s)
         if not request:
             return
-        now: Utc = yield UtcNow()
         try:
-            chain = chain_for(issued, request, now)
+            chain = yield from chain_for(issued, request)
             former, later = [validity(certificates(each)[0])[1] for each in (self._chain, chain)]
             if later <= former:
                 raise ValueError("it ends no later than the one that there is")
-        except ValueError as error:
+        except (ValueError, RetryLater, AskOperator) as error:
             yield from self._fail(now_s, f"the renewed certificate is refused: {error}")
             return
         self._taken = chain, packet_id

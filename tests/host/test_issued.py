@@ -32,12 +32,13 @@ from cryptography.hazmat.primitives.serialization import (
 from dps_agent.assignment import decode
 from dps_agent.der import certificates, validity
 from dps_agent.driver import Driver
-from dps_agent.effects import NoReply
+from dps_agent.effects import FindIssuers, NoReply, UtcNow
 from dps_agent.host import load
 from dps_agent.host.checks import local
 from dps_agent.host.checks.finding import OK, WARNING
 from dps_agent.host.cli import main
 from dps_agent.host.config import Configuration, ConfigurationError
+from dps_agent.host.issuers import issuers_among
 from dps_agent.host.network.mqtt import HubConnection
 from dps_agent.host.network.shown import Shown
 from dps_agent.host.parts import clock_for, dps_connection, hub_connection, open_device
@@ -506,17 +507,31 @@ ISSUED = Issuer(os.urandom).chain(POLICY, REQUEST, 3600, 1_790_000_000.0)
 LEAF, ABOVE, TOP = (base64.b64encode(each).decode() for each in ISSUED)
 
 
+def taken(sent: Any, request: bytes, now: Utc | None = None) -> bytes:
+    """What becomes of certificates that are sent, as a device with a clock finds it."""
+    answers = {UtcNow: lambda _: now or Utc(0, False, "test"), FindIssuers: lambda each: issuers_among(each[0])}
+    exchange = chain_for(sent, request)
+    answer: Any = None
+    while True:
+        try:
+            effect = exchange.send(answer)
+        except StopIteration as end:
+            chain: bytes = end.value
+            return chain
+        answer = answers[type(effect)](effect)
+
+
 @pytest.mark.parametrize(
     "sent", [[LEAF, ABOVE, TOP], [TOP, ABOVE, LEAF], [ABOVE, LEAF, TOP], [None, LEAF, ABOVE], [LEAF, LEAF, TOP, ABOVE]]
 )
 def test_the_chain_begins_at_the_device_s_own_certificate_in_whatever_order_it_came(sent: list[Any]) -> None:
-    assert chain_for(sent, REQUEST) == ISSUED[0] + ISSUED[1], "the root is whoever's who takes it"
+    assert taken(sent, REQUEST) == ISSUED[0] + ISSUED[1], "the root is whoever's who takes it"
 
 
 def test_what_does_not_lead_upwards_is_left_out() -> None:
     stranger = base64.b64encode(party("stranger", None, NO_CA).certificate).decode()
-    assert chain_for([stranger, LEAF, ABOVE], REQUEST) == ISSUED[0] + ISSUED[1]
-    assert chain_for([LEAF], REQUEST) == ISSUED[0]
+    assert taken([stranger, LEAF, ABOVE], REQUEST) == ISSUED[0] + ISSUED[1]
+    assert taken([LEAF], REQUEST) == ISSUED[0]
 
 
 @pytest.mark.parametrize(
@@ -534,7 +549,7 @@ def test_what_does_not_lead_upwards_is_left_out() -> None:
 )
 def test_an_answer_without_it_is_refused(sent: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        chain_for(sent, REQUEST)
+        taken(sent, REQUEST)
 
 
 def coded(*ders: bytes) -> list[str]:
@@ -556,22 +571,22 @@ def coded(*ders: bytes) -> list[str]:
 def test_dates_count_under_a_clock_that_is_believed(now_s: int, believable: bool, says: str) -> None:
     now = Utc(now_s, believable, "test")
     with pytest.raises(ValueError, match=says) if says else contextlib.nullcontext():
-        assert chain_for(coded(*ISSUED), REQUEST, now) == b"".join(ISSUED[:2])
+        assert taken(coded(*ISSUED), REQUEST, now) == b"".join(ISSUED[:2])
 
 
 def test_of_several_for_this_key_the_one_that_ends_last_is_taken() -> None:
     again = Issuer(os.urandom)
     chains = [again.chain(POLICY, REQUEST, life_s, 1_790_000_000.0) for life_s in (60, 7200, 3600)]
     leaves = [chain[0] for chain in chains]
-    assert chain_for(coded(*leaves, *chains[0][1:]), REQUEST) == leaves[1] + chains[0][1]
+    assert taken(coded(*leaves, *chains[0][1:]), REQUEST) == leaves[1] + chains[0][1]
 
 
 def test_a_certificate_of_another_name_is_refused() -> None:
     renamed = base64.b64decode(requested("press-08", OWN))
     with pytest.raises(ValueError, match="expected the CN 'press-08'"):
-        chain_for(coded(*ISSUED), renamed)
+        taken(coded(*ISSUED), renamed)
     upper = base64.b64decode(requested(DEVICE.upper(), OWN))
-    assert chain_for(coded(*ISSUED), upper) == b"".join(ISSUED[:2]), "DPS compares ids without regard to case"
+    assert taken(coded(*ISSUED), upper) == b"".join(ISSUED[:2]), "DPS compares ids without regard to case"
 
 
 def test_of_two_issuers_of_one_name_that_is_taken_whose_key_signed() -> None:
@@ -580,8 +595,33 @@ def test_of_two_issuers_of_one_name_that_is_taken_whose_key_signed() -> None:
     own = party(DEVICE, true, NO_CA)
     request = base64.b64decode(requested(DEVICE, own.key))
     sent = coded(own.certificate, false.certificate, true.certificate, root.certificate)
-    assert chain_for(sent, request) == own.certificate + true.certificate
-    assert chain_for(sent[:2], request) == own.certificate
+    assert taken(sent, request) == own.certificate + true.certificate
+    assert taken(sent[:1], request) == own.certificate, "nobody can tell"
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["of the device's", "of the issuer's"])
+def test_a_chain_with_a_false_signature_is_refused(place: int) -> None:
+    root = party("root", None, CA)
+    false_root, line = party("root", None, CA), party("line-4", root, CA)
+    other, own = party("line-4", root, CA), party(DEVICE, line, NO_CA)
+    request = base64.b64decode(requested(DEVICE, own.key))
+    good = [own.certificate, line.certificate, root.certificate]
+    assert taken(coded(*good), request) == b"".join(good[:2])
+    good[place + 1] = (other, false_root)[place].certificate  # of the right name, and of another key
+    with pytest.raises(ValueError, match="a certificate is not signed by the one that came as its issuer's"):
+        taken(coded(*good), request)
+    altered = bytearray(own.certificate)
+    altered[-1] ^= 1
+    with pytest.raises(ValueError, match="is not signed by"):
+        taken(coded(bytes(altered), line.certificate, root.certificate), request)
+
+
+def test_who_is_no_ca_has_issued_nothing() -> None:
+    line = party("line-4", None, NO_CA)
+    own = party(DEVICE, line, NO_CA)
+    with pytest.raises(ValueError, match="is not signed by"):
+        taken(coded(own.certificate, line.certificate), base64.b64decode(requested(DEVICE, own.key)))
+    assert issuers_among((own.certificate, b"\x30\x00", line.certificate)) == (-1, -1, -1)
 
 
 @ONLY_KEY
@@ -601,9 +641,9 @@ def test_who_asked_the_hub_for_the_time_shows_it_the_certificate_all_the_same(be
 def test_a_chain_is_bounded() -> None:
     assert len(joined([bytes(CHAIN_LIMIT)] * 2)) <= 20480 - 24, "two fit into the record"
     huge = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), bytes(CHAIN_LIMIT))
-    large = party("line-4", None, [(huge, False)])
+    large = party("line-4", party("root", None, CA), [(huge, False)])
     with pytest.raises(ValueError, match="at most 9216 bytes"):
-        chain_for([base64.b64encode(large.certificate).decode()], base64.b64decode(requested("line-4", large.key)))
+        taken([base64.b64encode(large.certificate).decode()], base64.b64decode(requested("line-4", large.key)))
 
 
 def test_the_public_key_of_the_vector_is_found() -> None:

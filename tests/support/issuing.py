@@ -17,6 +17,7 @@ from dps_agent.issued import chains_in, joined, name_of
 from dps_agent.renewal import Renewal
 from dps_agent.settings import ISSUED
 from dps_hal.contracts import CERTIFICATE, IDENTITY, PROGRESS
+from dps_hal.der import field_of
 from dps_hal.platform import from_base64, from_json, sha256, to_base64, to_json
 from support import lives
 from support.cloud.fake_hub import FakeHub
@@ -65,6 +66,14 @@ def certificate(
     return der(0x30, der(0x30, *head, *fields), der(0x30), der(0x03, b"\0"))
 
 
+def issuers_by_name(certificates: tuple[bytes, ...]) -> tuple[int, ...]:
+    """For each certificate the place of the one above it; these have no signatures."""
+    issuers, subjects = [
+        [each[slice(*field_of(each, field))] for each in certificates] for field in ("issuer", "subject")
+    ]
+    return tuple(subjects.index(each) if each in subjects else -1 for each in issuers)
+
+
 ROOT, ISSUING = certificate("root", "root", b"r"), certificate("line 4", "root", b"i")
 
 
@@ -80,6 +89,9 @@ class IssuingTpm(FakeTpm):
     def request(self, registration_id: str) -> bytes:
         self.requests.append(registration_id)
         return request(registration_id or DEVICE, self.certificates_key)
+
+    def issuers(self, certificates: tuple[bytes, ...]) -> tuple[int, ...]:
+        return issuers_by_name(certificates)
 
     def sign(self, wrapped_key: bytes, message: bytes) -> bytes:
         return super().sign(wrapped_key, message) if wrapped_key else self.own.sign(b"", message)

@@ -11,6 +11,7 @@ import struct
 from dps_agent.driver import ClockConfirmed, Driver, Reach, Release, TpmCall
 from dps_agent.effects import (
     Commit,
+    FindIssuers,
     ForgetOlder,
     Http,
     ImportKey,
@@ -496,6 +497,8 @@ class World:
             return self.tpm.verify(*effect)  # type: ignore[attr-defined]
         if isinstance(effect, ReadRequest):
             return self.tpm.request(effect.registration_id)  # type: ignore[attr-defined]
+        if isinstance(effect, FindIssuers):
+            return self.tpm.issuers(effect.certificates)  # type: ignore[attr-defined]
         if isinstance(effect, ReadEndorsementKey):
             return self.tpm.endorsement_key
         if isinstance(effect, ReadStorageRootKey):

@@ -11,11 +11,11 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, padding, rsa
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, SignatureAlgorithmOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from dps_agent.der import validity
 from dps_agent.host.config import ConfigurationError, is_sealed, password_file
@@ -28,6 +28,7 @@ from dps_agent.host.device_certificates import (
     private_key,
     tpm_of,
 )
+from dps_agent.host.issuers import has_issued
 from dps_agent.host.parts import offline_runner, open_tpm
 from dps_agent.host.printed import utc_text
 from dps_agent.host.private_file import write_private
@@ -143,7 +144,7 @@ def _checked(configuration: Configuration, content: bytes, source: str) -> list[
         raise _refused(what, source)
     chain = [own]
     rest.remove(own)
-    while (above := next((each for each in rest if _has_issued(each, chain[-1])), None)) is not None:
+    while (above := next((each for each in rest if has_issued(each, chain[-1])), None)) is not None:
         chain.append(above)
         rest.remove(above)
     if rest:
@@ -183,28 +184,6 @@ def _public_of(certificate: x509.Certificate) -> bytes:
 
 def _public(key: CertificatePublicKeyTypes) -> bytes:
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-
-
-def _has_issued(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
-    """Whether `issuer` is a CA whose key signed the certificate."""
-    if certificate.issuer != issuer.subject:
-        return False
-    signed = certificate.signature, certificate.tbs_certificate_bytes
-    try:
-        key, hashed = issuer.public_key(), certificate.signature_hash_algorithm
-        if isinstance(key, ec.EllipticCurvePublicKey) and hashed is not None:
-            key.verify(*signed, ec.ECDSA(hashed))
-        elif isinstance(key, rsa.RSAPublicKey) and hashed is not None:
-            is_pss = certificate.signature_algorithm_oid == SignatureAlgorithmOID.RSASSA_PSS
-            pss = padding.PSS(padding.MGF1(hashed), padding.PSS.AUTO)
-            key.verify(*signed, pss if is_pss else padding.PKCS1v15(), hashed)
-        elif isinstance(key, (ed25519.Ed25519PublicKey, ed448.Ed448PublicKey)):
-            key.verify(*signed)
-        else:
-            return False
-        return issuer.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (ValueError, InvalidSignature, UnsupportedAlgorithm, x509.ExtensionNotFound):
-        return False
 
 
 def _for_clients(certificate: x509.Certificate) -> bool:

@@ -128,6 +128,13 @@ class WithIssuedKey:
             return False
         return len(signature) == 2 * _NUMBER_BYTES
 
+    def issuers(self, certificates: tuple[bytes, ...]) -> tuple[int, ...]:
+        """See `dps_agent.effects.FindIssuers`; AskOperator `agent.not_available`."""
+        require_cryptography()
+        from dps_agent.host.issuers import issuers_among
+
+        return issuers_among(certificates)
+
     def release(self) -> None:
         """Forgets the key, and what `own` and the TPM that has it have open."""
         tpm, self._key = tpm_of(self._key), None

@@ -36,6 +36,7 @@ from collections import namedtuple
 from dps_agent.driver import ClockConfirmed, Driver, Release, TpmCall
 from dps_agent.effects import (
     Commit,
+    FindIssuers,
     ForgetOlder,
     Http,
     ImportKey,
@@ -153,6 +154,7 @@ class Runner:
             Sign: lambda *of: self._at_tpm(lambda: tpm.sign(*of), TPM_DEADLINE_S),
             Verify: lambda *of: self._at_tpm(lambda: hardware.verify(*of), TPM_DEADLINE_S),
             ReadRequest: lambda name: self._at_tpm(lambda: hardware.request(name), TPM_DEADLINE_S),
+            FindIssuers: lambda ders: self._at_tpm(lambda: hardware.issuers(ders), TPM_DEADLINE_S),
             TpmCall: lambda call: self._at_tpm(call, TPM_KEY_DEADLINE_S),
             Commit: lambda *of: self._at_store(lambda: store.commit(*of)),
             LoadRecord: lambda record: self._at_store(lambda: store.load(record)),

@@ -367,8 +367,10 @@ def _event_line(content: bytes) -> bool:
 
 def _issued(content: bytes) -> bool:
     """A list of certificates, as DPS and hubs send it; where it is taken, so is the record that keeps it."""
+    world = World()
+    world.tpm = IssuingTpm()
     try:
-        chain = chain_for(from_json(content), request(DEVICE))
+        chain = world.run(chain_for(from_json(content), request(DEVICE)))
     except ValueError:
         return False
     assert chains_in(joined([chain])) == [chain]
