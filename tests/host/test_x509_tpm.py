@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import binascii
+import errno
 import json
 import os
 import re
@@ -358,6 +359,29 @@ def test_a_provider_that_has_no_tpm_is_told_why(
     wired.settings.write_text(text)
 
 
+def test_a_tpm_that_this_user_may_not_open_is_one_sentence_for_tls_as_for_all_else(
+    wired: TpmBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wired.equip()
+    node, really = tmp_path / "tpmrm0", os.open
+    node.touch(0o600)
+    wired.settings.write_text(wired.settings.read_text().replace(wired.tpm.tap.tcti, f"device:{node}"))
+
+    def denied(path: Any, *of: Any, **more: Any) -> int:
+        if path == str(node):  # root may open all
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return really(path, *of, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(provider, "_found", [])
+        patched.setattr(os, "open", denied)
+        error = wired.command("provision", status=5)["error"]
+        assert error["code"] == "tpm.denied" and f" may not open {node} (" in error["message"], error
+        assert "\n" not in error["message"] and "provider" not in error["message"]
+        answer = hub_connection(wired.loaded()).connect(as_device())
+        assert isinstance(answer, NoReply) and answer.reason.startswith("tpm.denied: "), answer
+
+
 def test_dps_is_not_asked_while_the_tpm_has_no_room_and_is_told_so(wired: TpmBench) -> None:
     wired.equip()
     wired.tpm.tap.refuse(0x902, command="Load", times=1000)
@@ -452,6 +476,8 @@ def test_a_device_without_the_provider_or_with_a_tpm_for_one_alone_is_told_befor
     wired: TpmBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = wired.settings.read_text()
+    before = wired.checked("settings", status=6)
+    assert "'dps-agent enroll --x509' makes the key" in before["detail"], before
     for tcti, said in (
         (f"device:{tmp_path}/tpm0", "which only one can have open"),
         ("spi:/dev/spidev0.0", "which only one can have open"),

@@ -498,7 +498,10 @@ def check_files(configuration: Configuration) -> None:
             problems += _odd_roots(key, path)
     for key in PASSWORD_FILES:
         try:
-            hierarchy_password(key, configuration.value(key))
+            if key == "device_key_file":
+                own_key(configuration)
+            else:
+                hierarchy_password(key, configuration.value(key))
         except ConfigurationError as error:
             problems.extend(error.problems)
     if not problems:
@@ -583,6 +586,18 @@ def hierarchy_password(key: str, path: str, environ: Mapping[str, str] | None = 
         return Secret()
     path, is_credential = password_file(path, os.environ if environ is None else environ)
     return secret_in(key, path, PASSWORD_FILES.get(key, AUTH_LIMIT), is_credential)
+
+
+def own_key(configuration: Configuration) -> Secret:
+    """What device_key_file holds, empty where none is set; as `hierarchy_password`, and what makes a key there."""
+    path = configuration.device_key_file
+    try:
+        return hierarchy_password("device_key_file", path)
+    except ConfigurationError as error:
+        if configuration.attestation != X509 or os.path.lexists(password_file(path, os.environ)[0]):
+            raise
+        how = "'dps-agent enroll --x509' makes the key and the request for its certificate"
+        raise ConfigurationError(error.code, [f"{error.problems[0]}; {how}"]) from None
 
 
 def secret_in(key: str, path: str, limit: int, is_credential: bool = False) -> Secret:

@@ -14,7 +14,7 @@ import os
 import time
 
 from dps_agent.der import validity
-from dps_agent.host.config import Configuration, ConfigurationError, hierarchy_password
+from dps_agent.host.config import Configuration, ConfigurationError, own_key
 from dps_agent.host.printed import utc_text
 from dps_agent.host.settings_table import TPM_KEY
 from dps_hal.errors import AskOperator
@@ -137,7 +137,7 @@ def private_key(configuration: Configuration, open_tpm: OpenTpm) -> Any:
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    content = bytes(hierarchy_password(KEY_SETTING, configuration.device_key_file))
+    content = bytes(own_key(configuration))
     if content.startswith(TPM_KEY):
         return _key_in_tpm(configuration, content, open_tpm)
     expected = "expected a private key on the curve P-256 in PEM, without a password"
