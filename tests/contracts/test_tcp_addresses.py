@@ -20,7 +20,7 @@ class SeveralAddresses:
         self.socket = socket.socket
         self._ports = ports
 
-    def getaddrinfo(self, host: str, port: int, family: int, kind: int) -> "list[tuple[object, ...]]":
+    def getaddrinfo(self, host: bytes, port: int, family: int, kind: int) -> "list[tuple[object, ...]]":
         return [socket.getaddrinfo(HOST, port, family, kind)[0] for port in self._ports]
 
 

@@ -155,3 +155,13 @@ def test_json_has_no_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "empty.toml").write_text("")
     main(["--config", str(tmp_path / "empty.toml"), "check", "--only", "settings", "--json"])
     assert terminal.getvalue().startswith("{") and "\x1b" not in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("verb", "limits"), [("status", [cli.GARBAGE_LIMIT]), ("run", [])])
+def test_only_what_ends_lets_garbage_lie(verb: str, limits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    parsed = type("Parsed", (), {"verb": verb, "run": staticmethod(lambda _: cli.Outcome([], {}))})
+    monkeypatch.setattr(cli, "_parsed", lambda _: parsed)
+    monkeypatch.setattr(cli.gc, "set_threshold", found.append)
+    monkeypatch.setattr(sys, "argv", ["dps-agent", verb])
+    assert (cli._run(None), cli._run([verb]), found) == (0, 0, limits)

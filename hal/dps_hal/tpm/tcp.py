@@ -58,7 +58,8 @@ class SwtpmTransport:
         """A connection to the first of the host's addresses that takes one: swtpm listens on one of them alone."""
         started_ms = ticks_ms()
         try:
-            found = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_STREAM)
+            # As bytes, which is how tpm2-tss takes it too: for a text CPython loads the IDNA codec.
+            found = socket.getaddrinfo(self._host.encode(), self._port, 0, socket.SOCK_STREAM)
         except OSError as error:
             raise RetryLater("tpm.absent", f"no TPM answers at {self._host}:{self._port}: {error}")
         failures: list[str] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 SCHEMA = "dps-agent/1"
+GARBAGE_LIMIT = 20_000  # objects; what a verb loads is no garbage, and to look through it takes a part of its time
 COLOURED = ("check",)  # verbs whose lines begin with a result
 COLOURS = {"ok": 32, "warning": 33, "failed": 31}  # ECMA-48, Select Graphic Rendition
 
@@ -89,6 +91,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         parsed = _parsed(words)
         verb = parsed.verb
+        if arguments is None and verb != "run":
+            gc.set_threshold(GARBAGE_LIMIT)
         outcome: Outcome = parsed.run(parsed)
     except SystemExit as stop:  # argparse has shown the help
         return _write("", int(stop.code or 0))
