@@ -45,6 +45,18 @@ def test_an_hour_that_is_too_short_is_no_success(tmp_path: Path, monkeypatch: py
         run_as_shown(OWN, OWN_SHOWN, tmp_path)
 
 
+def test_a_program_that_ends_before_it_answers_ends_the_demo_with_its_words(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text("def main():\n    print('nothing to do')\n")
+    words = [sys.executable, "-m", "support.first_hour", "--board", "--app", "app.py"]
+    places = os.pathsep.join(str(DEMO.parents[1] / name) for name in ("tools", "tests"))
+    environ = {**os.environ, "PYTHONPATH": places}
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=first_hour.DEADLINE_S, check=False
+    )
+    assert done.returncode == 1 and "board: nothing to do" in done.stdout, done.stdout
+    assert done.stderr.endswith("tools/demo: the board's program has ended, with the words above\n"), done.stderr
+
+
 def test_the_commands_of_the_page_differ_in_what_they_are_for() -> None:
     assert EXAMPLE == OWN[:2] == ["tools/demo", "--board"], "the example's own command is the same without its program"
     assert [word for word in EMULATED if word != "--emulated"] == OWN, "the same program on the board in QEMU"
