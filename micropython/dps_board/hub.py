@@ -149,7 +149,7 @@ class Hub:
     async def _reach(self, hub: str) -> "NoReply | None":
         """Verifies the hub, under another time where its certificates speak against the one believed."""
         failure: NoReply | None = None
-        forget("dps_agent.registration", "dps_agent.messages")  # they are through
+        forget("dps_agent.registration", "dps_agent.messages", "dps_hal.tpm.verdicts")  # they are through
         forget("dps_agent.registration_by_tpm", "dps_agent.registration_by_key")
         for _ in range(TIMES_TO_TRY):
             if self.connection.is_reached(hub):

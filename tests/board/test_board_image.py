@@ -30,14 +30,14 @@ from support.tpm.swtpm import Swtpm
 
 MICROPYTHON = str(Path(sys.executable).with_name("micropython"))
 # Bytes of .mpy of a board with SPI and littlefs, and of its errors' words: what there is, and not a hundredth more.
-CODE_LIMIT = 93_600
+CODE_LIMIT = 94_300
 TEXTS_LIMIT = 8_400
 BUNDLES = {"dps_base.py", "dps_registration.py", "dps_hub.py"}
 EK_CERTIFICATE_INDEX = 0x01C00002
 
 
 def test_the_compiled_files_stay_small() -> None:
-    """Three bundles, what a factory calls, and the heads of packages that name what is public."""
+    """Three bundles, what is loaded for a moment, and the heads of packages that name what is public."""
     sources = for_board(PROGRAM, without=[BUSES["i2c"]]).packages
     sizes = {path: len(compiled(source, path)) for path, source in sources.items()}
     for path, size in sorted(sizes.items()):

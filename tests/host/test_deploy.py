@@ -461,7 +461,8 @@ def test_bundles_that_were_made_before_are_taken_while_they_are_made_of_the_same
     ("words", "said"),
     [
         (["--image", "flash.img"], "expects --board or --image-size"),
-        (["--dry-run", "--board", "rpi-pico-w"], "--image, and nothing else, expects --board"),
+        (["--port", "/dev/ttyACM0", "--board", "rpi-pico-w"], "beside it --dry-run alone takes them"),
+        (["--dry-run", "--image-size", "65536"], "do not fit into an image of 65536 bytes"),
         (["--image", "flash.img", "--image-size", "5000"], "expected a multiple of 4096"),
         (["--image", "flash.img", "--image-size", "4096"], "from 8192; came 4096"),
         (["--image", "flash.img", "--image-size", "65536"], "do not fit into an image of 65536 bytes"),
@@ -545,12 +546,20 @@ def test_a_board_whose_heap_is_too_small_for_files_is_refused_before_anything_is
     tmp_path: Path, board: str
 ) -> None:
     (tmp_path / "board.toml").write_text(MINIMAL)
-    done = deploy("board.toml", "--image", "flash.img", "--board", board, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "flash.img").exists()
     said = (
         f"tools/deploy: --board: {board} has about {BOARDS[board].heap_kib} KiB for heap and TLS, and the agent needs"
     )
-    assert done.stderr.startswith(said) and "freeze the agent into the firmware and give --frozen" in done.stderr
+    for what in (["--image", "flash.img"], ["--dry-run"]):
+        done = deploy("board.toml", *what, "--board", board, cwd=tmp_path)
+        assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "flash.img").exists()
+        assert done.stderr.startswith(said) and "freeze the agent into the firmware and give --frozen" in done.stderr
+
+
+def test_a_dry_run_for_a_board_says_what_goes_there_and_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "board.toml").write_text(MINIMAL)
+    done = deploy("board.toml", "--dry-run", "--frozen", "--board", "rpi-pico-w", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("board.toml: "), done.stdout + done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["board.toml"]
 
 
 def test_whoever_knows_better_gets_a_warning_and_the_image(tmp_path: Path) -> None:
@@ -609,8 +618,17 @@ def test_a_board_has_the_driver_of_its_own_bus_and_what_its_program_asks_for(tmp
     (tmp_path / "app.py").write_text(
         "from dps_hal.tpm.i2c import I2cBus\nfrom dps_hal.store.block import block_store\n"
     )
-    base = for_board(tmp_path / "app.py", without=BUSES.values()).packages["dps_base.py"]
-    assert "class SpiBus" not in base and "class I2cBus" in base and "def block_store" in base
+    packages = for_board(tmp_path / "app.py", without=BUSES.values()).packages
+    base = packages["dps_base.py"]
+    assert "class SpiBus" not in base and "class I2cBus" in base
+    assert "def block_store" in packages["dps_hal/store/block.py"] and "def block_store" not in base
+
+
+def test_a_firmware_loads_the_driver_of_one_bus_alone() -> None:
+    """It has both, and a board's heap has room for the one that its settings name."""
+    packages = for_firmware()
+    assert "class SpiBus" in packages["dps_hal/tpm/spi.py"] and "class I2cBus" in packages["dps_hal/tpm/i2c.py"]
+    assert not re.search("class (SpiBus|I2cBus|BlockSlots)", packages["dps_base.py"])
 
 
 def test_nothing_of_the_host_goes_to_a_board() -> None:

@@ -33,7 +33,13 @@ PHASES = {
     "dps_board.factory": ("dps_board.factory",),
     "dps_agent.pnp": ("dps_agent.pnp",),
     "dps_board.messages": ("dps_board.messages",),
+    "dps_board.keys": ("dps_board.keys",),
+    "dps_hal.tpm.verdicts": ("dps_hal.tpm.verdicts",),
+    "dps_hal.store.block": ("dps_hal.store.block",),
+    "dps_hal.tpm.spi": ("dps_hal.tpm.spi",),
+    "dps_hal.tpm.i2c": ("dps_hal.tpm.i2c",),
 }
+ONE_OF = {"dps_hal.tpm.spi", "dps_hal.tpm.i2c"}  # a board has one of them: in BASE where the other is left out
 OURS = ("dps_agent", "dps_board", "dps_hal")
 FACTS = {"TYPE_CHECKING": False, "MICROPYTHON": True}  # names that mean the same in every module
 LONGEST = 100  # characters or bytes that may take the place of a name
@@ -206,8 +212,9 @@ def _share_out(modules: Mapping[str, _Module], public: Iterable[str]) -> None:
                 waiting.extend(modules[name].needs())
         return found
 
-    phases = {bundle: with_needs(heads) for bundle, heads in PHASES.items()}
-    own = {name for heads in PHASES.values() for name in heads}
+    in_base = ONE_OF if ONE_OF - modules.keys() else set()
+    phases = {bundle: with_needs(heads) for bundle, heads in PHASES.items() if bundle not in in_base}
+    own = {name for bundle in phases for name in PHASES[bundle]}
     counted = [name for names in phases.values() for name in names]
     base = with_needs([name for name in modules if counted.count(name) != 1 or (name in public and name not in own)])
     for bundle, names in phases.items():
