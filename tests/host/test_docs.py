@@ -453,6 +453,21 @@ def test_both_pages_on_boards_have_the_heaps_on_which_the_emulated_board_lives()
     assert f"a heap of {rows[0][2]} KiB or more" in page
 
 
+def test_the_transcript_of_a_board_is_as_its_life_prints_it_and_shows_that_life() -> None:
+    (shown,) = [found.text for found in blocks_of(FIRMWARE) if "== power cut" in found.text]
+    wide = mps2_lives.CONSOLE_WIDTH + 8
+    rows = [mps2_lives.Row(float(line[:6]), line[8:wide].rstrip(), line[wide:].strip()) for line in shown.splitlines()]
+    assert [row.text() for row in rows] == shown.splitlines()
+    assert [row.after_s for row in rows] == sorted(row.after_s for row in rows)
+    happened = iter([row.console or row.cloud for row in rows])
+    for event in (
+        *("== switched on", "DPS register 401", "DPS register 202", "DPS lookup 200", "hub connected", "hub telemetry"),
+        *("hub method-answer", "message 3000", "desired 2", "== power cut", "== switched on", "hub connected"),
+    ):
+        assert event in happened, f"{event!r} is not behind those before it"
+    assert [row.cloud for row in rows].count("DPS register 202") == 1
+
+
 # Numbers in prose: each sentence here is made of the constants that it speaks of.
 
 FEW = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

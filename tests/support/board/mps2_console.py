@@ -5,8 +5,9 @@
 
 `build` prints the path of the firmware, which has the agent in it; CACHE may have it from an earlier run. `enrol` puts
 FOLDER/flash.img on a board's flash, switches it on and prints its line for the enrolment, as mpremote gets it over the
-serial port. `run` switches that board on and shows its console until SIGTERM; it is on the Ethernet before its program
-begins. The TPM is a swtpm whose state stays in FOLDER. Exit status 0: done; 1: board or compiler say what failed.
+serial port. `run` switches that board on and shows its console until SIGTERM or until its program has ended; it is on
+the Ethernet before that begins. The TPM is a swtpm whose state stays in FOLDER. Exit status 0: done; 1: board or
+compiler say what failed.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from support.board.cortex_firmware import BuildError
 from support.board.mps2_firmware import Debian, build_firmware
 from support.board.mps2_machine import BoardError, Mps2
 
-PROMPT_S = 300
+PROMPT, PROMPT_S = ">>> ", 300
 LINE = b"import dps_board.factory as f; f.print_enrolment(); print('do' + 'ne')\r"
 
 
 def console_of(board: Mps2) -> None:
-    """Shows whole lines as they come, until the board is off."""
+    """Shows whole lines as they come, until the board is off or its program has ended."""
     shown = 0
-    while board.is_on:
+    while board.is_on and not board.console.endswith(PROMPT):
         whole = board.look(1).rpartition("\n")[0]
         for line in whole[shown:].splitlines():
             print(line, flush=True)
@@ -45,14 +46,14 @@ def main(words: list[str]) -> int:
         if what == "enrol":
             board.flash((Path(folder) / "flash.img").read_bytes())
             board.start(repl=1)
-            board.until(">>> ", PROMPT_S)
+            board.until(PROMPT, PROMPT_S)
             board.enter(LINE)
             board.until("\ndone", PROMPT_S)
             print("\n".join(board.console.partition("\ndone")[0].splitlines()[-2:]))  # a header and the line
         else:
             board.start(joined=1)
             console_of(board)
-            print("the board is off", flush=True)
+            print("the program has ended" if board.is_on else "the board is off", flush=True)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +51,15 @@ def build_firmware(debian: Debian, cache: Path, frozen: bool = True) -> Path:
         _make(debian.micropython, folder)
 
     return made_once(cache, staged, [debian[:3], headers], make)
+
+
+def flash_bytes(firmware: Path) -> int:
+    """What an ELF file takes of a flash: the contents of its segments."""
+    content = firmware.read_bytes()
+    (table,) = struct.unpack_from("<I", content, 28)
+    size, count = struct.unpack_from("<HH", content, 42)
+    segments = [struct.unpack_from("<5I", content, table + size * number) for number in range(count)]
+    return sum(in_file for kind, _, _, _, in_file in segments if kind == 1)  # PT_LOAD
 
 
 def _make(micropython: Path, folder: Path) -> None:

@@ -36,7 +36,7 @@ from dps_emulator.server import DPS_NAMES
 from dps_emulator.service import Settings
 from support.board.compiled import compiled_into
 from support.board.cortex_firmware import BuildError
-from support.board.mps2_firmware import Debian, build_firmware
+from support.board.mps2_firmware import Debian, build_firmware, flash_bytes
 from support.board.mps2_machine import HOST, I2C_BUS, PICO_W_HEAP, BoardError, Mps2, deployed
 from support.cloud.emulator import HUB, EmulatorInThread
 from support.cloud.hostile_cloud import DPS_FLOODS, Switchboard, hostile_dps, serving
@@ -49,7 +49,10 @@ KIB = 1024
 SECOND_HUB = "second.azure-devices.net"
 FROZEN, ROMFS, FILES = "frozen", "in a ROMFS", "in files"  # where the agent's modules lie
 HEAPS_KIB = {FROZEN: 104, ROMFS: 152, FILES: 300}  # the smallest on which lives are tried
-LEFT_KIB = {FROZEN: 125, ROMFS: 94}  # of a Pico W's heap at the hub, at least
+LEFT_KIB = {FROZEN: 125, ROMFS: 95}  # of a Pico W's heap at the hub, at least
+# In use behind a registration's steps on the smallest heap, at most; in a ROMFS with the hub's side, which has room.
+REGISTERING_KIB = {FROZEN: 74, ROMFS: 115}
+AGENT_FLASH_KIB = 116  # of a firmware's flash, at most, where it has the agent in it
 REACH_S = 240.0  # until it is at its hub: what a quiet machine does in 10 s takes a busy one a minute
 # How much faster than usual the board's clock goes, by the agent's state: where there is more to wait for than to do.
 HURRY = {"waiting": 60, "provisioned": 30, "connected": 60}
@@ -80,6 +83,8 @@ BAD_HUBS = (
     ({"operation": "subscribe", "delayS": 2, "times": 2},),
     ({"operation": "twin-get", "status": 429, "times": 1},),
 )
+CONSOLE_WIDTH = 58  # columns of a transcript
+NUMBERS = "at |life |minute "  # how the lines of the program begin that are for the lives alone
 STACK_LIMIT = 7 * KIB  # of the 8 KiB that a Pico has
 SETTINGS = """\
 id_scope = "0ne00000000"
@@ -148,6 +153,50 @@ def large_authority() -> LargeAuthority:
     return LargeAuthority()
 
 
+class Row(NamedTuple):
+    """One line of a transcript: seconds since it began, what the board's console said, what the cloud logged."""
+
+    after_s: float
+    console: str
+    cloud: str
+
+    def text(self) -> str:
+        """The three side by side."""
+        return f"{self.after_s:6.1f}  {self.console:{CONSOLE_WIDTH}}  {self.cloud}".rstrip()
+
+
+class Transcript:
+    """The serial console and the logs of DPS and hubs side by side, line by line as they come."""
+
+    def __init__(self, board: Mps2, cloud: EmulatorInThread) -> None:
+        self.rows: list[Row] = []
+        self._began_s = time.monotonic()
+        self._board = board
+        self._cloud = cloud
+        self._seen = (0, len(cloud.log), len(cloud.hub_log))  # characters, requests, lines
+        board.heard = self.note
+
+    def note(self, happened: str = "") -> None:
+        """Takes what has come since the last time; `happened`: what was done to the board just now."""
+        characters, requests, lines = self._seen
+        dps, hub = self._cloud.log[requests:], self._cloud.hub_log[lines:]
+        said, end, _ = self._board.console[characters:].rpartition("\n")
+        self._seen = characters + len(said + end), requests + len(dps), lines + len(hub)
+        for request in dps:
+            self._add("", f"DPS {request.operation or request.method} {request.status}")
+        for line in hub:
+            self._add("", f"hub {line.event}")
+        for console in said.splitlines():
+            if not re.match(NUMBERS, console):
+                self._add(console.rstrip(), "")
+        if happened:
+            self._add(f"== {happened}", "")
+
+    def _add(self, console: str, cloud: str) -> None:
+        if [(console, cloud)] != [row[1:] for row in self.rows[-1:]]:  # telemetry comes every second
+            self.rows.append(Row(time.monotonic() - self._began_s, console, cloud))
+
+
 class Desk:
     """A board, and DPS, two hubs and NTP for it; `place`: where the agent's modules lie on it."""
 
@@ -161,10 +210,11 @@ class Desk:
         self._folder = folder
         self._images: dict[str, bytes] = {}  # of file systems, by their NTP server
         self.place = place
-        firmware = build_firmware(debian, cache, place == FROZEN)
+        self.firmware = functools.partial(build_firmware, debian, cache)  # with the agent in it, or without
         heap_bytes = heap_kib * KIB if heap_kib else PICO_W_HEAP
         self.left_bytes = 0 if heap_kib else LEFT_KIB[place] * KIB  # of a Pico W's heap
-        self.board = stack.enter_context(Mps2(folder, debian.qemu, firmware, heap_bytes))
+        self.registering_bytes = REGISTERING_KIB.get(place, 0) * KIB if heap_kib else 0
+        self.board = stack.enter_context(Mps2(folder, debian.qemu, self.firmware(place == FROZEN), heap_bytes))
 
     def deploy(self, ntp: str = "") -> None:
         """A new board, switched off: its flash as `tools/deploy` makes it."""
@@ -233,12 +283,17 @@ class Desk:
 
 
 def life(desk: Desk) -> str:
-    """Boot, NTP, keys, challenge, assignment, record, power cut, record holds, MQTT and all that a hub does, reset."""
+    """Boot, NTP, keys, challenge, assignment, record, power cut, record holds, MQTT and all that a hub does, reset.
+
+    Prints the board's console and the cloud's logs side by side.
+    """
     board, cloud = desk.board, desk.cloud
     desk.deploy()
+    transcript = Transcript(board, cloud)
     board.start()
+    transcript.note("switched on")
     began_s = time.monotonic()
-    stack = desk.reached(2)["stack"]  # the first message was written before the connection
+    first = desk.reached(2)  # the first message was written before the connection
     first_s = time.monotonic() - began_s
     desk.expect(desk.registrations() == 1 and desk.ntp.asked > 0, "one registration, after NTP was asked")
     desk.expect(cloud.invoke(DEVICE, "echo", {"a": [1]}, 30) == (200, {"a": [1]}), "a method's answer")
@@ -248,14 +303,20 @@ def life(desk: Desk) -> str:
     board.until("desired 2")
     desk.expect(cloud.twin(DEVICE)["reported"]["dpsAgent"]["backend"] == "wire", "what the agent reports")
     board.cut_power()
+    transcript.note("power cut")
     board.start()
+    transcript.note("switched on")
     desk.expect(desk.reached()["life"] == 2 and desk.registrations() == 1, "a second life on the record of the first")
     numbers = cloud.invoke(DEVICE, "numbers", None, 30)[1]
-    desk.shallow(stack)
+    desk.shallow(first["stack"])
     desk.shallow(numbers["stack"])
+    used, most = first["registering"], desk.registering_bytes
+    desk.expect(not most or used <= most, f"at most {most} bytes of heap in use while it registers; came {used}")
     free, left = numbers["free"], desk.left_bytes
     desk.expect(free >= left, f"{left} bytes of heap left; came {free}")
-    return f"first telemetry after {first_s:.0f} s, C stack {stack:,} B; then " + told(numbers)
+    print(*[row.text() for row in transcript.rows], sep="\n", flush=True)
+    said = f"first telemetry after {first_s:.0f} s, in use before {used:,} B, C stack {first['stack']:,} B; then "
+    return said + told(numbers)
 
 
 def reconnects(desk: Desk) -> str:
@@ -429,6 +490,14 @@ def moved(desk: Desk) -> str:
     return f"renewed, then at {SECOND_HUB}; life {numbers['life']}; " + told(numbers)
 
 
+def flash(desk: Desk) -> str:
+    """A firmware with the agent in it, beside the same without."""
+    with_agent, without = (flash_bytes(desk.firmware(frozen)) for frozen in (True, False))
+    agent, most = with_agent - without, AGENT_FLASH_KIB * KIB
+    desk.expect(agent <= most, f"at most {most} bytes of flash for the agent; came {agent}")
+    return f"the agent takes {agent:,} B of the flash, beside {without:,} B of MicroPython"
+
+
 def told(numbers: dict[str, Any]) -> str:
     """The numbers that the README has."""
     return (
@@ -450,6 +519,9 @@ LIVES = {
     "life": Life(life),
     "life-romfs": Life(life, ROMFS),
     "life-files": Life(life, FILES, HEAPS_KIB[FILES]),
+    "small": Life(life, FROZEN, HEAPS_KIB[FROZEN]),
+    "small-romfs": Life(life, ROMFS, HEAPS_KIB[ROMFS]),
+    "flash": Life(flash),
     "reconnects": Life(reconnects, FROZEN, HEAPS_KIB[FROZEN]),
     "reconnects-romfs": Life(reconnects, ROMFS, HEAPS_KIB[ROMFS]),
     "cuts": Life(cuts),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dps_deploy.modules import CHECKOUT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
 HOST = "10.0.2.2"  # the host's loopback, as QEMU's user network shows it to the board
@@ -43,6 +43,7 @@ class Mps2:
     def __init__(self, folder: Path, qemu: Sequence[str], firmware: Path, heap_bytes: int = PICO_W_HEAP) -> None:
         self.folder = folder
         self.console = ""  # all of it, since the first start
+        self.heard: Callable[[], None] = lambda: None  # is called when more of it has come, and while nothing does
         self._qemu = list(qemu)
         self._firmware = firmware
         self._heap_bytes = heap_bytes
@@ -126,6 +127,8 @@ class Mps2:
                 if not piece:
                     break
                 self.console += piece.decode(errors="replace")
+                self.heard()
+        self.heard()
         return self.console
 
     def until(self, words: str, within_s: float = 120, count: int = 1) -> None:
