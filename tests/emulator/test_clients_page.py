@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from support.documents import CHECKOUT, blocks_of
 from support.programs.azure_node import FOLDER, WHERE_NODE_IS
 
 PAGE = CHECKOUT / "docs" / "clients.md"
+MICROPYTHON = str(Path(sys.executable).with_name("micropython"))
 PATIENCE_S = 120
 SENT = '{"temperature": 21.5}'
 # Microsoft's clients dial port 8883 and no other.
@@ -86,6 +88,24 @@ def test_microsofts_client_for_node(emulator: EmulatorInThread, device: DeviceCr
     (folder / "press.js").write_text(recipe("press.js"))
     (folder / "redirected.js").write_text(REDIRECTED_JS.replace("PORT", str(emulator.hub_port)))
     run(["node", "-r", "./redirected.js", "press.js"], folder, device, NODE_PATH=str(FOLDER / "node_modules"))
+    assert [message["payload"] for message in emulator.telemetry()] == [SENT]
+
+
+def test_umqtt_of_micropython(emulator: EmulatorInThread, device: DeviceCredentials, folder: Path) -> None:
+    installed = subprocess.run(
+        [MICROPYTHON, "-m", "mip", "install", "--target", str(folder), "umqtt.simple"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    if not (folder / "umqtt").is_dir():
+        pytest.skip(f"mip installs nothing here: {(installed.stdout + installed.stderr).strip().splitlines()[-1:]}")
+    program = recipe("press_umqtt.py")
+    assert "8883" in program
+    (folder / "press_umqtt.py").write_text(program.replace("8883", str(emulator.hub_port)))
+    token = emulator.hub_command("token", device="press-07", lifeS=3600)["token"]
+    run([MICROPYTHON, "press_umqtt.py", token], folder, device)
     assert [message["payload"] for message in emulator.telemetry()] == [SENT]
 
 
