@@ -19,7 +19,7 @@ import pytest
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dps_emulator import http_protocol
+from dps_emulator import http_protocol, server
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault, FaultScript, FaultScriptError, read_fault_script
 from dps_emulator.server import LogLine
@@ -354,6 +354,73 @@ def test_a_request_that_does_not_come_whole_ends(
         assert answer.startswith(b"HTTP/1.1 408 "), answer
         assert resting.call("GET", lookup_path(RID))[0] == 405
         assert resting.connection.sock is first_socket
+
+
+ASKED = b"GET /0ne00000000/registrations/x HTTP/1.1\r\nHost: x\r\n%s\r\n"  # which takes POST: 405
+
+
+def said_to(emulator: EmulatorInThread, *pieces: bytes) -> bytes:
+    """All that comes of these, sent one by one, until the emulator ends the connection."""
+    with raw_connection(emulator) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+        said = b""
+        while piece := connection.recv(65536):
+            said += piece
+        return said
+
+
+def test_requests_that_come_at_once_are_answered_in_their_order(emulator: EmulatorInThread) -> None:
+    emulator.script(Fault(request=2, delay_s=0.2, chunked=True), Fault(request=3, headers={"X-Third": "yes"}))
+    said = said_to(emulator, ASKED % b"" * 3 + ASKED % b"Connection: close\r\n")
+    answers = said.split(b"HTTP/1.1 405 Method Not Allowed\r\n")[1:]
+    assert [b"chunked" in answer for answer in answers] == [False, True, False, False], said
+    assert [b"X-Third" in answer for answer in answers] == [False, False, True, False]
+    assert [b"Connection: close" in answer for answer in answers] == [False, False, False, True]
+    assert [line.fault for line in emulator.log] == [0, 1, 2, 0]
+
+
+def test_reading_stops_and_goes_on_around_an_answer_that_takes_its_time(
+    emulator: EmulatorInThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_protocol, "_AHEAD_BYTES", 1000)
+    emulator.script(Fault(request=1, delay_s=0.3))
+    ahead = [ASKED % b"" * 50] * 9
+    said = said_to(emulator, ASKED % b"", *ahead, ASKED % b"Connection: close\r\n")
+    assert said.count(b"HTTP/1.1 405 ") == len(emulator.log) == 452
+
+
+def test_a_client_that_waits_for_100_is_told_to_go_on(emulator: EmulatorInThread) -> None:
+    head = b"POST /0ne00000000/registrations/x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: 100-continue\r\n"
+    with raw_connection(emulator) as connection:
+        connection.sendall(head + b"Content-Length: 2\r\n\r\n")
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b"{}")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_answer_is_framed_for_who_asked(chunked: bool, emulator: EmulatorInThread) -> None:
+    emulator.script(Fault(chunked=chunked))
+    old = said_to(emulator, (ASKED % b"").replace(b"HTTP/1.1", b"HTTP/1.0"))
+    head, _, body = old.partition(b"\r\n\r\n")
+    assert b"Transfer-Encoding" not in head and b"\r\nConnection: close" in head and json.loads(body)["errorCode"]
+    assert (b"\r\nContent-Length: %d" % len(body) in head) is not chunked
+    bare = said_to(emulator, (ASKED % b"Connection: close\r\n").replace(b"GET", b"HEAD"))
+    assert bare.startswith(b"HTTP/1.1 405 ") and bare.endswith(b"\r\n\r\n")
+
+
+def test_a_length_that_a_fault_names_is_sent_as_it_is(emulator: EmulatorInThread) -> None:
+    emulator.script(Fault(status=200, body="{}", headers={"Content-Length": "7"}))
+    said = said_to(emulator, ASKED % b"Connection: close\r\n")
+    assert said.count(b"Content-Length") == 1 and b"\r\nContent-Length: 7\r\n" in said and said.endswith(b"\r\n\r\n{}")
+
+
+def test_a_connection_that_rests_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "KEEP_ALIVE_S", 0.1)
+    with EmulatorInThread() as emulator:
+        said = said_to(emulator, ASKED % b"")
+    assert said.startswith(b"HTTP/1.1 405 ") and b"Connection" not in said
 
 
 def raw_connection(emulator: EmulatorInThread) -> ssl.SSLSocket:
