@@ -136,6 +136,24 @@ def test_the_tpm_makes_the_key_before_dps_is_asked_and_the_hub_takes_what_was_is
 
 
 @pytest.mark.parametrize("backend", ["wire", "esys"])
+def test_reconnects_leave_nothing_in_a_tpm_of_three_slots_and_no_file_open(
+    made: Callable[..., TpmBench], backend: str
+) -> None:
+    bench = made("tpm", backend)
+    bench.command("provision")
+    connection = hub_connection(bench.loaded())
+    try:
+        bench.connect(connection)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(12):
+            assert bench.connect(connection) == ConnAck(0, False)
+            assert bench.tpm.swtpm.leftovers() == []
+        assert abs(len(os.listdir("/proc/self/fd")) - before) <= 2, "the emulator may not have ended the last one yet"
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("backend", ["wire", "esys"])
 def test_a_device_without_another_use_for_its_tpm_has_that_make_the_key_where_the_settings_say_so(
     made: Callable[..., TpmBench], backend: str
 ) -> None:
