@@ -76,7 +76,7 @@ from dps_agent.messages import (
     device_registration,
 )
 from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_encode
-from dps_agent.settings import API_VERSION, POLL_LOOKUP, SYMMETRIC_KEY, TPM
+from dps_agent.settings import API_VERSION, POLL_LOOKUP, SYMMETRIC_KEY, TPM, X509
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 
@@ -228,7 +228,7 @@ def _of_attestation(settings: "Settings") -> "Registering":
         from dps_agent.registration_by_key import ByKey
 
         return ByKey()
-    if settings.attestation != TPM:
+    if settings.attestation == X509:
         from dps_agent.registration_by_certificate import ByCertificate
 
         return ByCertificate()

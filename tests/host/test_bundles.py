@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Collection
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dps_agent.lifecycle import STANDINGS, TRANSITIONS
 from dps_agent.patience import PATIENCES
-from dps_deploy.bundles import Unbundled, as_format, bundled, without_notes
+from dps_board.texts import sentence
+from dps_deploy.bundles import EMPTY, Unbundled, as_format, bundled, without_certificates, without_notes
 from dps_deploy.error_texts import Words, without_sentences
 from dps_deploy.modules import compiled, for_a_board, for_firmware, of_any_program, texts_of_errors
-from dps_deploy.names import named_in_calls, written_short
+from dps_deploy.names import named_in_calls, places_of, short_names, written_short
 from dps_deploy.tables import events_as_characters
 
 OURS = ("dps_base", "dps_registration", "dps_hub", "dps_agent", "dps_board", "dps_hal")
@@ -49,7 +51,26 @@ def test_names_that_two_modules_have_stay_two_and_what_is_public_keeps_its_own(m
     )
     base = loaded(monkeypatch, sources, "dps_base")
     assert base.ask(2) == [0, 1, "b"]
-    assert sorted(name for name in vars(base) if not name.startswith("__")) == ["_seen", "_seen_b", "ask", "ask_a"]
+    assert sorted(name for name in vars(base) if not name.startswith("__")) == [
+        *("_seen", "_seen_b", "ask", "ask_a"),
+        *("head", "sys"),  # what the heads of packages call
+    ]
+
+
+def test_what_no_program_asks_for_gets_a_short_name_unless_that_is_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (
+        "TABLE = [1]\n_shown = [2]\n\ndef helper(_shown):\n    return _shown + TABLE\n\n"
+        "def counted(each):\n    global TABLE\n    TABLE = TABLE + [len(TABLE)]\n    return helper(each.counted)\n\n"
+        "class Kept:\n    counted = _shown\n\ndef ask():\n    return counted(Kept)\n"
+    )
+    tree = without_notes(ast.parse(source))
+    short = short_names({"dps_agent.a": tree})
+    bundle = bundled({"dps_agent.a": tree}, {"dps_agent.a": ("ask",)}, short)["dps_base"]
+    assert sorted(name for _, name in short) == ["TABLE", "_shown", "ask", "counted", "helper"], "classes keep theirs"
+    table, helper = short["dps_agent.a", "TABLE"], short["dps_agent.a", "helper"]
+    assert f"def {helper}(_shown):\n    return _shown + {table}" in bundle and "def counted(each)" in bundle
+    assert "helper" not in bundle and "TABLE" not in bundle
+    assert loaded(monkeypatch, {"dps_base": bundle}, "dps_base").ask() == [2, 1, 1]
 
 
 def test_local_names_hide_those_at_the_head_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +180,38 @@ def test_modules_that_import_each_other_are_refused(monkeypatch: pytest.MonkeyPa
         made(monkeypatch, {"a": ()}, a="from dps_agent.b import g\n", b="from dps_agent.a import f\n")
 
 
+def test_what_is_never_reached_is_left_out_and_a_generator_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = ast.parse(
+        "def first():\n    if MICROPYTHON:\n        return 1\n    return desk()\n\n"
+        "def second(held):\n    if held.chain:\n        yield held.chain\n    held.chain = 'x'\n    return 2\n\n"
+        "def third(held):\n    if not held.chain:\n        return 3\n    yield from desk()\n\n"
+        "def fourth(held):\n    if MICROPYTHON or desk():\n        held = 4\n"
+        "    return 'desk' if held.certificate and desk() else held\n"
+    )
+    source = ast.unparse(ast.fix_missing_locations(without_notes(without_certificates(tree))))
+    module = loaded(monkeypatch, {"dps_base": source}, "dps_base")
+    held = SimpleNamespace(chain="")
+    assert "desk()" not in source and module.first() == 1 and module.fourth(held) == 4
+    for generator, value in ((module.second(held), 2), (module.third(held), 3)):
+        with pytest.raises(StopIteration) as ended:
+            next(generator)
+        assert ended.value.value == value
+    assert held.chain == "x"
+
+
+def test_no_certificate_is_shown_by_a_board_and_nothing_asks_for_one() -> None:
+    """What a board never has is not in its modules, nor is what only those ask for who have it."""
+    trees = [ast.parse(source) for source in for_firmware().values()]
+    nodes = [node for tree in trees for each in tree.body[1:] for node in ast.walk(each)]
+    asked = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert not asked & set(EMPTY) and "hub_key" in asked
+    ways = {name for name in imported if name and name.startswith("dps_agent.")}
+    assert (
+        ways == {"dps_agent.registration_by_key"} and "the certificate is renewed" not in for_firmware()["dps_hub.py"]
+    )
+
+
 @pytest.mark.parametrize("text", ["f'{a}'", "f'a {a!r} {{}} {b:04x}{a.real}'", "f\"{'x'}{a:>3}\"", "f'none'"])
 def test_an_f_string_is_the_same_text_as_its_format(text: str) -> None:
     tree = ast.parse(text, mode="eval").body
@@ -192,15 +245,22 @@ def test_the_sentences_of_errors_become_numbers_and_all_other_texts_stay() -> No
         assert kept in source
 
 
-def test_a_table_has_the_words_that_its_modules_ask_for_at_the_same_numbers_everywhere() -> None:
-    words = Words(["no one asks", "a {} b", "c"])
-    values: dict[str, bytes] = {}
-    exec(words.module(["raise ValueError(sentence(1, x))"]), values)
-    assert values["TEXTS"] == b"\na {} b\n\n"
+def test_a_table_has_the_words_that_its_modules_ask_for_at_the_same_numbers_everywhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the board reads of the table is the words, though pieces of them stand there once."""
+    texts = ["no one asks", "expected a {}, came {}", "c", "expected a {{b}}", "expected a {} that fits {}"]
+    source = Words(texts).module(["raise ValueError(sentence(1, x))", "sentence(3)", "sentence(4, 5)"])
+    assert source.count("expected a") == 1 and "no one asks" not in source
+    loaded(monkeypatch, {"dps_texts": source}, "dps_texts")
+    assert [sentence(1, 2, 3), sentence(2), sentence(3)] == ["expected a 2, came 3", "", "expected a {{b}}"]
+    assert sentence(4, 5, 6) == "expected a 5 that fits 6"
     every = texts_of_errors()
-    exec(for_firmware()["dps_texts.py"], values)
-    lines = values["TEXTS"].decode().split("\n")[:-1]
-    assert len(lines) == len(every) and all(line in ("", text) for line, text in zip(lines, every, strict=True))
+    source = for_firmware()["dps_texts.py"]
+    table = loaded(monkeypatch, {"dps_texts": source}, "dps_texts")
+    lines = [sentence(number) for number in range(len(every))]
+    assert all(line in ("", text) for line, text in zip(lines, every, strict=True)) and len(set(lines)) > 100
+    assert len(table.PIECES) + len(table.TEXTS) < 0.85 * sum(map(len, lines))
 
 
 def test_a_module_by_itself_asks_a_board_for_nothing_that_only_a_type_checker_knows() -> None:
@@ -209,10 +269,11 @@ def test_a_module_by_itself_asks_a_board_for_nothing_that_only_a_type_checker_kn
 
 
 def test_the_code_of_every_error_is_in_the_bundles() -> None:
-    """Whatever the words, nothing that a program compares went with them."""
+    """Whatever the words, nothing that a program compares went with them; but what certificates alone bring about."""
     codes = set()
     for module in of_any_program():
-        for node in ast.walk(ast.parse(module.file.read_text())):
+        tree = without_notes(without_certificates(ast.parse(module.file.read_text())))
+        for node in ast.walk(tree):
             is_raised = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args
             if is_raised and node.func.id in ("RetryLater", "AskOperator", "IdentityStale", "Broken"):  # type: ignore[attr-defined]
                 code = node.args[0]  # type: ignore[attr-defined]
@@ -301,7 +362,58 @@ def test_an_object_s_own_attributes_have_short_names_unless_anything_else_has_th
 def test_the_attributes_of_two_modules_get_the_same_short_name() -> None:
     other = "def f(counter):\n    return counter._count_so_far\n"
     short = written_short({"m": OWN, "n": other}, (), ())
-    assert "self._1," in short["m"] and "a._1" in short["n"]
+    name = re.findall(r"return _0\.(_\d)\n", short["n"])[0]
+    assert f"self.{name}, self.shown = (0, 1)" in short["m"]
+
+
+FAMILIES = """
+class First:
+    def __init__(self):
+        self._first_one, self._of_all = 1, 2
+
+    def ask(self):
+        return [self._first_one, self._asked_too()]
+
+class Second:
+    def __init__(self):
+        self._second_one, self._second_two = 3, 4
+
+    def _asked_too(self):
+        return self._second_one, self._second_two, self._second_two
+
+class Both(Second, First):
+    def __init__(self):
+        super().__init__()
+        First.__init__(self)
+
+    def _asked_too(self):
+        return [super()._asked_too(), self._of_all, lambda: self._first_one]
+
+class Stranger:
+    def __init__(self, both):
+        self._of_stranger, self._far_less = both, 5
+
+    def ask(self):
+        both = self._of_stranger
+        return both.ask()[1][:2], both._of_all, self._far_less, self._of_stranger._asked_too()[1]
+
+def run():
+    return Stranger(Both()).ask(), Second()._asked_too()
+"""
+
+
+def test_classes_that_are_no_relatives_have_the_same_short_names_for_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relatives never do, and neither does what is used outside of its class; private methods have one name each."""
+    names = short_names({"m": ast.parse(FAMILIES)})
+    short = written_short({"m": FAMILIES}, (), (), names)["m"]
+    before, after = (loaded(monkeypatch, {"dps_base": source}, "dps_base").run() for source in (FAMILIES, short))
+    assert before == after
+    used = {name: short.count(f".{name}") for name in re.findall(r"\._\d\b", short)}
+    assert sorted(used) == ["._0", "._1", "._2", "._3"] and "_one" not in short and "_far_less" not in short
+    assert f".{names['', '_asked_too']}()" in short and "_asked_too" not in short
+    assert places_of("_asked_too", {"m": ast.parse(FAMILIES)}) == ["m.Second._asked_too", "m.Both._asked_too"]
+    kept = written_short({"m": FAMILIES}, ["Both()._asked_too()"], (), names)["m"]
+    assert kept.count("def _asked_too(self)") == 2, "a program asks for it"
 
 
 def test_a_module_that_is_written_short_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +424,7 @@ def test_a_module_that_is_written_short_does_the_same(monkeypatch: pytest.Monkey
     assert before == after
     for kept in ("named_one", "question", "answer", "inherited_count", "(self, inherited_count)", "last=1"):
         assert kept in short
-    assert "hidden" not in short and "['celsius', 'taken_by_sensor']" in short and "def counted(a, *rest" in short
+    assert "hidden" not in short and "['celsius', 'taken_by_sensor']" in short and "def counted(_0, *rest" in short
 
 
 def test_a_parameter_keeps_its_name_where_another_scope_or_a_handler_has_it_too() -> None:
@@ -322,7 +434,7 @@ def test_a_parameter_keeps_its_name_where_another_scope_or_a_handler_has_it_too(
         "def f(x):\n    def g(x):\n        return x\n    return g(x)\n",
         "def f(x):\n    import x\n",
         "def f(x):\n    class C:\n        x = x\n    return C\n",
-        "def f(x):\n    return a(x)\n",
+        "def f(x):\n    return _0(x)\n",
     ]
     for source in sources:
         assert "def f(x)" in shortened(source), source

@@ -472,8 +472,9 @@ def test_bundles_that_were_made_before_are_taken_while_they_are_made_of_the_same
         (["--dry-run", "--app", "broken.py"], "tools/deploy: broken.py:2: invalid syntax\n"),
         (["--dry-run", "--app", "asks.py"], "broken.py:2: invalid syntax\n"),
         (["--dry-run", "--app", "idle.py"], "idle.py: expected a function main(), which main.py calls; there is none"),
-        ([], "one of the arguments --dry-run --image --port --freeze --texts is required"),
+        ([], "one of the arguments --dry-run --image --port --freeze --texts --names is required"),
         (["--texts"], "leave SETTINGS.toml (and --app) out: the words of errors are for every board alike"),
+        (["--names", "--app", "own.py"], "leave SETTINGS.toml (and --app) out: the short names are for every board"),
         (["--freeze", "fz"], "leave SETTINGS.toml (and --app) out: what is frozen is for every board alike"),
     ],
 )

@@ -4,7 +4,9 @@ On a microcontroller each module has a table of its names, those that it imports
 lives in memory together therefore becomes one module here, when a board is deployed; the sources stay as they are, for
 Linux, for tests and for readers. A bundle is the statements of its modules, each behind those that it imports:
 
-1. A name at the head of a module keeps its name; where two modules have it, the second one's gets the module's behind.
+1. A name at the head of a module gets the short one that `short` has for it, unless programs may ask for it or it is
+   the name of something else, too. It keeps its name otherwise; where two modules have it, the second one's gets the
+   module's behind.
 2. What one of our modules imports from another is not imported, but stands for itself. What is in another bundle is
    imported, at the head of the bundle or where a function imports it.
 3. Numbers and short texts take the place of their names. What nobody asks for is left out, as are docstrings,
@@ -42,6 +44,10 @@ PHASES = {
 ONE_OF = {"dps_hal.tpm.spi", "dps_hal.tpm.i2c"}  # a board has one of them: in BASE where the other is left out
 OURS = ("dps_agent", "dps_board", "dps_hal")
 FACTS = {"TYPE_CHECKING": False, "MICROPYTHON": True}  # names that mean the same in every module
+# What is known of every board, for none shows a certificate: attributes of settings, assignment and session, and what
+# functions say of an assignment.
+EMPTY: dict[str, str | None] = {"certificate": "", "chain": "", "_renewal": None}
+SAID = {"has_tokens": True, "is_signed": False}
 LONGEST = 100  # characters or bytes that may take the place of a name
 _FORGET = ("dps_board.memory", "forget")
 
@@ -71,7 +77,9 @@ class _Statement(NamedTuple):
     acts: bool  # it does more than to make names
 
 
-def bundled(sources: Mapping[str, ast.Module], public: Mapping[str, Iterable[str]]) -> dict[str, str]:
+def bundled(
+    sources: Mapping[str, ast.Module], public: Mapping[str, Iterable[str]], short: Mapping[Target, str] | None = None
+) -> dict[str, str]:
     """The sources of bundles and packages by the names under which they are imported.
 
     `sources` are the modules by theirs, without notes, and are changed here. `public` are those that programs may
@@ -87,15 +95,16 @@ def bundled(sources: Mapping[str, ast.Module], public: Mapping[str, Iterable[str
         for name in public
         for each in sorted(public[name] or [made for made in modules[name].made if made[0] != "_"])
     ]
-    _name_all(modules, order, wanted)
+    _name_all(modules, order, wanted, short or {})
     kept = _kept(
         [statement for name in order for statement in modules[name].statements(modules)],
         {modules[module].names[name].name for module, name in wanted},
     )
     bundles = {bundle: _written(bundle, kept, modules) for bundle in (BASE, *PHASES)}
     bundles = {bundle: source for bundle, source in bundles.items() if source}
+    bundles[BASE] = "import sys\n" * ("import sys\n" not in bundles[BASE]) + bundles[BASE] + HEAD
     for package in sorted({name.rpartition(".")[0] for name in public} | {name for name in OURS if name in public}):
-        bundles[package] = _package(package, [name for name in public if modules[name].bundle == BASE], modules)
+        bundles[package] = _package(package, [name for name in public if modules[name].bundle == BASE])
     return bundles
 
 
@@ -225,16 +234,19 @@ def _share_out(modules: Mapping[str, _Module], public: Iterable[str]) -> None:
 # --- what each name is called
 
 
-def _name_all(modules: Mapping[str, _Module], order: Sequence[str], wanted: Sequence[Target]) -> None:
+def _name_all(
+    modules: Mapping[str, _Module], order: Sequence[str], wanted: Sequence[Target], short: Mapping[Target, str]
+) -> None:
     """Gives each name at the head of a module its name in the bundles, and its value where that takes its place."""
     imports: dict[str, str] = {}
     for module in modules.values():
         for name, statement in module.firmware.items():
             if imports.setdefault(name, ast.unparse(statement)) != ast.unparse(statement):
                 raise Unbundled(f"{module.name} has another {name} than {imports[name]!r}")
-    taken = {*dir(builtins), *imports}
+    taken = {"head", *dir(builtins), *imports}
     hidden = _hidden(modules)
     values = _Values(modules)
+    spoken = _spoken(modules)
     # What is public keeps its name.
     for module_name, name in [*wanted, *[(each, made) for each in order for made in modules[each].made]]:
         module = modules[module_name]
@@ -242,13 +254,28 @@ def _name_all(modules: Mapping[str, _Module], order: Sequence[str], wanted: Sequ
             continue
         if name not in module.made:
             raise Unbundled(f"there is no {name} in {module_name}")
-        free = name
+        is_short = name not in spoken and (module_name, name) not in wanted
+        free = short.get((module_name, name), name) if is_short else name
         while free in taken or (free == name and (module_name, name) in hidden):
             free = f"{free}_{module_name.rpartition('.')[2]}"
         if free != name and (module_name, name) in wanted:
             raise Unbundled(f"{module_name}.{name}: another module has a public name that is the same")
         taken.add(free)
         module.names[name] = _Named(module.bundle, free, values.of(module_name, name))
+
+
+def _spoken(modules: Mapping[str, _Module]) -> set[str]:
+    """What stands in code for something else than a name at the head of a module: another name for that is one more."""
+    found: set[str] = set()
+    for module in modules.values():
+        for node in (node for each in module.body for node in ast.walk(each)):
+            if isinstance(node, ast.Attribute) and node.attr[0] != "_":  # those get short names as well
+                found.add(node.attr)
+            elif isinstance(node, ast.keyword | ast.arg) and node.arg:
+                found.add(node.arg)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return found
 
 
 def _hidden(modules: Mapping[str, _Module]) -> set[Target]:
@@ -507,13 +534,39 @@ class _Placed(ast.NodeTransformer):
 # --- what is left out
 
 
+class _WithoutCertificates(ast.NodeTransformer):
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        """Puts what is EMPTY in the place of what asks for it."""
+        self.generic_visit(node)
+        is_empty = node.attr in EMPTY and isinstance(node.ctx, ast.Load)
+        return ast.copy_location(ast.Constant(EMPTY[node.attr]), node) if is_empty else node
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        """See SAID."""
+        self.generic_visit(node)
+        is_said = isinstance(node.func, ast.Name) and node.func.id in SAID
+        return ast.copy_location(ast.Constant(SAID[ast.unparse(node.func)]), node) if is_said else node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        """No attestation is X509."""
+        self.generic_visit(node)
+        is_x509 = isinstance(node.comparators[0], ast.Name) and node.comparators[0].id == "X509"
+        return ast.copy_location(ast.Constant(isinstance(node.ops[0], ast.NotEq)), node) if is_x509 else node
+
+
+def without_certificates(tree: ast.Module) -> ast.Module:
+    """A module in which nobody has a certificate; what is not reached then drops out as one without notes."""
+    found: ast.Module = _WithoutCertificates().visit(tree)
+    return found
+
+
 class _WithoutNotes(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> Any:
-        """Drops docstrings; a body that is empty then passes."""
+        """Drops docstrings, and what stands behind a return; a body that is empty then passes."""
         found = super().visit(node)
         body = getattr(found, "body", None)
         if isinstance(body, list) and not isinstance(found, ast.Module):
-            found.body = [each for each in body if not _is_text(each)] or [ast.Pass()]
+            found.body = _until_end([each for each in body if not _is_text(each)]) or [ast.Pass()]
         elif isinstance(found, ast.Module):
             found.body = [each for each in found.body if not _is_text(each)]
         return found
@@ -524,7 +577,11 @@ class _WithoutNotes(ast.NodeTransformer):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         node.returns = None
-        return self.generic_visit(node)
+        is_generator = _yields(node.body)
+        self.generic_visit(node)
+        if is_generator and not _yields(node.body):
+            node.body += [ast.Return(), ast.Expr(ast.Yield())]
+        return node
 
     visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]
 
@@ -550,6 +607,17 @@ class _WithoutNotes(ast.NodeTransformer):
             return ast.Constant(not node.operand.value)
         return node
 
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+        self.generic_visit(node)
+        decides = isinstance(node.op, ast.Or)
+        first = node.values[0]
+        while isinstance(first, ast.Constant) and len(node.values) > 1:
+            if bool(first.value) == decides:
+                return first
+            node.values.pop(0)
+            first = node.values[0]
+        return node if len(node.values) > 1 else first
+
     def visit_If(self, node: ast.If) -> Any:
         self.generic_visit(node)
         if isinstance(node.test, ast.Constant):
@@ -574,6 +642,18 @@ class _WithoutNotes(ast.NodeTransformer):
 
 def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _until_end(body: list[ast.stmt]) -> list[ast.stmt]:
+    """Statements without those that are never reached; of a generator a `yield` stays, for it says what it is."""
+    for at, statement in enumerate(body):
+        if isinstance(statement, ast.Return | ast.Raise):
+            return body[: at + 1] + ([ast.Expr(ast.Yield())] if _yields(body[at + 1 :]) else [])
+    return body
+
+
+def _yields(body: Iterable[ast.AST]) -> bool:
+    return any(isinstance(node, ast.Yield | ast.YieldFrom) for node in within(body))
 
 
 def without_notes(tree: ast.Module) -> ast.Module:
@@ -634,12 +714,15 @@ def _written(bundle: str, kept: Sequence[_Statement], modules: Mapping[str, _Mod
     return ast.unparse(ast.fix_missing_locations(ast.Module(body, []))) + "\n"
 
 
-def _package(package: str, public: Sequence[str], modules: Mapping[str, _Module]) -> str:
+HEAD = """
+def head(package, modules):
+    for module in modules.split():
+        setattr(sys.modules[package], module, sys.modules[__name__])
+        sys.modules[package + "." + module] = sys.modules[__name__]
+"""
+
+
+def _package(package: str, public: Sequence[str]) -> str:
     """The head of a package: its public modules, each of which is the bundle that has them all."""
     children = sorted(name.rpartition(".")[2] for name in public if name.rpartition(".")[0] == package)
-    if not children:
-        return ""
-    return (
-        f"import sys\nimport {BASE}\nfor name in {tuple(children)!r}:\n"
-        f"    globals()[name] = sys.modules[__name__ + '.' + name] = {BASE}\n"
-    )
+    return f"import {BASE}\n{BASE}.head(__name__, {' '.join(children)!r})\n" if children else ""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from dps_board.texts import FIRST_PIECE
 from dps_deploy.bundles import without_notes
 
 TABLE = "dps_texts"  # the module with the words
@@ -34,10 +36,31 @@ class Words:
         return self.texts.index(text)
 
     def module(self, sources: Iterable[str]) -> str:
-        """The source of the module with the texts that `sources` ask for: a line for each number, empty for others."""
+        """The source of the module with the texts that `sources` ask for: a line for each number, empty for others.
+
+        A character stands for each piece that saves most where it is; `dps_board.texts` puts the pieces back.
+        """
         asked = {int(number) for source in sources for number in re.findall(rf"\b{FINDER[1]}\((\d+)", source)}
         lines = [text if number in asked else "" for number, text in enumerate(self.texts)]
-        return f"TEXTS = {''.join([line + chr(10) for line in lines]).encode()!r}\n"
+        pieces: list[str] = []
+        for place in range(FIRST_PIECE, 32):
+            saved = Counter({piece: -len(piece) - 1 for line in lines for piece in _pieces(line)})
+            for line in lines:
+                saved.update({piece: len(piece) - 1 for piece in _pieces(line)})
+            piece, most = max(saved.items(), key=lambda each: (each[1], each[0]), default=("", 0))
+            if most <= 0:
+                break
+            pieces.append(piece)
+            lines = [line.replace(piece, chr(place)) for line in lines]
+        whole = "".join([line + "\n" for line in lines])
+        return f"PIECES = {chr(10).join(pieces)!r}\nTEXTS = {whole.encode()!r}\n"
+
+
+def _pieces(line: str) -> set[str]:
+    """The words of a text with the spaces behind them, up to five at once; no characters that stand for pieces."""
+    words = re.findall("[^ ]+ ?", line)
+    found = {"".join(words[at:end]) for at in range(len(words)) for end in range(at + 1, at + 6)}
+    return {piece for piece in found if len(piece) > 2 and piece.isprintable()}
 
 
 def without_sentences(trees: Mapping[str, ast.Module], words: Words) -> None:

@@ -9,7 +9,7 @@ import ast
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -153,6 +153,23 @@ def texts_of_errors() -> list[str]:
     return words.texts
 
 
+def names_in_full() -> dict[str, list[str]]:
+    """What each short name in a board's traceback stands for."""
+    trees = _trees(of_any_program())
+    full = {}
+    for (module, name), short in _short_names({}).items():
+        full[short] = [f"{module}.{name}"] if module else names.places_of(name, trees)
+    return full
+
+
+def _short_names(trees: Mapping[str, ast.Module]) -> dict[names.Target, str]:
+    """Those of all modules of a board, the same on every board, and behind them those of `trees`."""
+    every = {name: bundles.without_notes(tree) for name, tree in _trees(of_any_program()).items()}
+    short = names.short_names(every | {name: tree for name, tree in trees.items() if name not in every})
+    del short[error_texts.FINDER]  # its calls are looked for by its name
+    return short
+
+
 def packages(modules: Iterable[Module], programs: Iterable[str], texts: bool = True) -> dict[str, str]:
     """The bundles of `modules` by path, with all that is public and that `programs`, sources, import."""
     modules, programs = list(modules), list(programs)
@@ -176,8 +193,9 @@ def _packages(modules: Collection[Module], programs: Collection[str], texts: boo
     called = {
         made for module in public for made in public[module] or scopes.bound(trees[module].body) if made[0] != "_"
     }
-    made = bundles.bundled(trees, public)
-    made = names.written_short(made, programs, called)
+    short = _short_names(trees)
+    made = bundles.bundled(trees, public, short)
+    made = names.written_short(made, programs, called, short)
     if texts:
         made[error_texts.TABLE] = words.module(made.values())
     heads = {name.rpartition(".")[0] for name in public}
@@ -196,7 +214,8 @@ def _is_ours(name: str) -> bool:
 
 
 def _trees(modules: Iterable[Module]) -> dict[str, ast.Module]:
-    return {module.name: ast.parse(text_of(module.file.read_bytes())) for module in modules}
+    parsed = {module.name: ast.parse(text_of(module.file.read_bytes())) for module in modules}
+    return {name: bundles.without_certificates(tree) for name, tree in parsed.items()}
 
 
 def _asked(source: str, modules: Collection[str]) -> Iterator[tuple[str, str]]:

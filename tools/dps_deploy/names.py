@@ -7,27 +7,31 @@ all parameters. So
 1. a parameter that no call names is called by its place, as those of other functions are (`parameters_by_place`);
 2. the fields of a named tuple are given as a list: a tuple of texts is stored beside the table, with its texts
    (`fields_as_lists`);
-3. an object's own attributes, which begin with an underscore, have short names (`own_attributes_in_short`);
-4. in front of everything stands a condition that never holds, which has what the module uses most (`most_used_first`).
-
-Functions and methods keep their names: a traceback has nothing else.
+3. where a named tuple is made, what its fields are called is left out (`fields_by_place`);
+4. an object's own attributes, which begin with an underscore, have short names (`own_attributes_in_short`);
+5. so have the functions and tables at the head of a module, and methods that begin with an underscore: the same ones
+   on every board (`short_names`), so that a traceback can be read;
+6. in front of everything stands a condition that never holds, which has what the module uses most (`most_used_first`).
 """
 
 from __future__ import annotations
 
 import ast
 import keyword
+import string
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import product
 from typing import TypeGuard
 
 from dps_deploy.scopes import COMPREHENSIONS, FUNCTIONS, SCOPES, arguments_of, bound, bound_by, locals_of, within
 
+Target = tuple[str, str]  # a module and a name at its head; "" and the name of a method, wherever that is
 NUMBERED_IN_A_BYTE = 128
 NUMBERED_BEFORE = 3  # the file's name, `<module>`, and `__name__`, of which the condition is made
 LEAST_USES = 5
 IN_THE_TABLE = 10  # characters of a text that has a number in any case; a longer one where it is a name as well
-PLACES = "abcdefghijklmnop"
+PLACES = [f"_{place}" for place in range(16)]  # as the attributes are named
 _HIDDEN = {  # what the compiler calls what has no name
     ast.Lambda: "<lambda>",
     ast.ListComp: "<listcomp>",
@@ -37,15 +41,22 @@ _HIDDEN = {  # what the compiler calls what has no name
 }
 
 
-def written_short(sources: Mapping[str, str], programs: Iterable[str], public: Collection[str]) -> dict[str, str]:
+def written_short(
+    sources: Mapping[str, str],
+    programs: Iterable[str],
+    public: Collection[str],
+    short: Mapping[Target, str] | None = None,
+) -> dict[str, str]:
     """Modules, by their names, that do the same and take less room.
 
     `programs` are the sources of those who use them; `public` functions and classes that other programs may call, of
-    which every parameter may be named.
+    which every parameter may be named. `short` are names for methods, see `short_names`.
     """
     trees = {name: ast.parse(source) for name, source in sources.items()}
     others = [ast.parse(source) for source in programs]
+    fields_by_place(trees.values())
     named = named_in_calls([*trees.values(), *others])
+    methods_in_short(trees.values(), others, short or {})
     own_attributes_in_short(trees.values(), others)
     for tree in trees.values():
         parameters_by_place(tree, named, public)
@@ -135,6 +146,25 @@ def _rename(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda, named
 # --- named tuples
 
 
+def fields_by_place(trees: Collection[ast.Module]) -> None:
+    """Makes named tuples without the names of their fields, where those stand in their order."""
+    calls = [
+        (name, call) for tree in trees for node in tree.body if (call := _named_tuple(node)) for name in bound([node])
+    ]
+    fields = {
+        name: [each.value for each in call.args[1].elts if isinstance(each, ast.Constant)]
+        for name, call in calls
+        if isinstance(call.args[1], ast.Tuple)
+    }
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in fields:
+            named = [word.arg for word in node.keywords]
+            at = len(node.args)
+            if named == fields[node.func.id][at : at + len(named)]:
+                node.args += [word.value for word in node.keywords]
+                node.keywords = []
+
+
 def fields_as_lists(tree: ast.Module) -> list[str]:
     """Gives the fields of named tuples as lists; the fields that are too long to be in the table by themselves."""
     long: list[str] = []
@@ -153,24 +183,113 @@ def fields_as_lists(tree: ast.Module) -> list[str]:
 def own_attributes_in_short(trees: Collection[ast.Module], others: Iterable[ast.Module]) -> None:
     """Gives the attributes that objects set for themselves alone short names, the same in all `trees`.
 
-    One that is the name of anything else, or part of a text, or used by `others`, keeps its own.
+    Classes that do not inherit from each other have the same ones, by how often they are used, unless an object's
+    attribute is used outside of its class. One that is the name of anything else, or part of a text, or used by
+    `others`, keeps its own.
     """
     nodes = [node for tree in trees for node in ast.walk(tree)]
     own = {node.attr for node in nodes if _is_own(node)}
-    for node in [*nodes, *(node for other in others for node in ast.walk(other))]:
+    own -= _other_uses(own, nodes, others)
+    own -= {node.name for node in nodes if isinstance(node, (*FUNCTIONS, ast.ClassDef))}
+    families = _families(nodes)
+    uses = [(family, node) for tree in trees for family, node in _attributes(tree, families, "") if node.attr in own]
+    shared = {node.attr for family, node in uses if not family}
+    counted: dict[str, Counter[str]] = {}
+    for family, node in uses:
+        if node.attr not in shared:
+            counted.setdefault(family, Counter())[node.attr] += 1
+    short = {
+        (family, name): f"_{number}"
+        for family, names in counted.items()
+        for number, name in enumerate(sorted(names, key=lambda name: (-names[name], name)))
+    }
+    first = max((len(names) for names in counted.values()), default=0)
+    of_all = {name: f"_{number}" for number, name in enumerate(sorted(shared), first)}
+    for family, node in uses:
+        node.attr = of_all.get(node.attr) or short[family, node.attr]
+
+
+def _other_uses(names: Collection[str], nodes: Iterable[ast.AST], others: Iterable[ast.Module]) -> set[str]:
+    """Those of `names` that are more than attributes and functions in `nodes`, part of a text, or used by `others`."""
+    found: set[str] = set()
+    for node in nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            own -= {name for name in own if name in node.value}
-        elif isinstance(node, (*FUNCTIONS, ast.ClassDef)):
-            own.discard(node.name)
+            found |= {name for name in names if name in node.value}
         elif isinstance(node, ast.Name):
-            own.discard(node.id)
+            found.add(node.id)
         elif isinstance(node, ast.arg | ast.keyword):
-            own.discard(str(node.arg))
-    own -= {node.attr for other in others for node in ast.walk(other) if isinstance(node, ast.Attribute)}
-    short = {name: f"_{number}" for number, name in enumerate(sorted(own))}
+            found.add(str(node.arg))
+    texts = [ast.unparse(other) for other in others]
+    return found | {name for name in names if any(name in text for text in texts)}
+
+
+def _families(nodes: Iterable[ast.AST]) -> dict[str, str]:
+    """By the name of each class: one of those that it is related to by inheritance."""
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    families = {node.name: node.name for node in classes}
+    for node in classes:
+        for base in node.bases:
+            if isinstance(base, ast.Name) and base.id in families:
+                ours, theirs = families[node.name], families[base.id]
+                families = {name: theirs if family == ours else family for name, family in families.items()}
+    return families
+
+
+def _attributes(node: ast.AST, families: Mapping[str, str], family: str) -> Iterator[tuple[str, ast.Attribute]]:
+    """Every attribute below a node that is in a class of `family`, and whose object's it is; "": anybody's."""
+    if isinstance(node, ast.ClassDef):
+        family = families[node.name]
+    if isinstance(node, ast.Attribute):
+        is_self = isinstance(node.value, ast.Name) and node.value.id == "self"
+        yield (family if is_self else ""), node
+    for child in ast.iter_child_nodes(node):
+        yield from _attributes(child, families, family)
+
+
+# --- functions
+
+
+def short_names(trees: Mapping[str, ast.Module]) -> dict[Target, str]:
+    """Short names of what `trees`, modules by name, make at their heads, and, for the module "", of private methods."""
+    targets: dict[Target, None] = {}
+    for module, tree in trees.items():
+        for node in tree.body:
+            imports = [each for each in ast.walk(node) if isinstance(each, ast.Import | ast.ImportFrom | ast.ClassDef)]
+            for name in sorted({*bound([node])} - {*bound(imports)}):
+                targets[module, name] = None
+            for method in _private_methods(node):
+                targets["", method.name] = None
+    pairs = product(string.ascii_letters, string.ascii_lowercase + string.digits)
+    return {target: "_" + "".join(pair) for target, pair in zip(targets, pairs, strict=False)}
+
+
+def places_of(name: str, trees: Mapping[str, ast.Module]) -> list[str]:
+    """Where `trees`, modules by name, have private methods of that name."""
+    return [
+        f"{module}.{node.name}.{name}"
+        for module, tree in trees.items()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and name in {method.name for method in _private_methods(node)}
+    ]
+
+
+def _private_methods(node: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    body = node.body if isinstance(node, ast.ClassDef) else []
+    return [each for each in body if isinstance(each, FUNCTIONS) and each.name[0] == "_" != each.name[1:2]]
+
+
+def methods_in_short(trees: Collection[ast.Module], others: Iterable[ast.Module], short: Mapping[Target, str]) -> None:
+    """Gives methods that begin with an underscore the names that `short` has for them, where they mean nothing else."""
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    found = [method for node in nodes for method in _private_methods(node)]
+    renamed = {method.name: short["", method.name] for method in found if ("", method.name) in short}
+    for name in _other_uses(renamed, nodes, others):
+        renamed.pop(name, None)
+    for method in found:
+        method.name = renamed.get(method.name, method.name)
     for node in nodes:
         if isinstance(node, ast.Attribute):
-            node.attr = short.get(node.attr, node.attr)
+            node.attr = renamed.get(node.attr, node.attr)
 
 
 def _is_own(node: ast.AST) -> TypeGuard[ast.Attribute]:
