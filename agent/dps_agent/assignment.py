@@ -11,7 +11,7 @@ device's own key, of a device with a TPM by the certificate's. When a record hol
 
 from dps_agent.effects import Sign, UtcNow
 from dps_agent.sas import SasToken, hub_resource, string_to_sign
-from dps_agent.settings import AUTO, ISSUED, TPM, X509
+from dps_agent.settings import AUTO, CERTIFICATES, ISSUED, TPM, X509
 from dps_agent.utc import date_text
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import attribute_of, from_base64, from_json, to_base64, to_json
@@ -152,6 +152,8 @@ def decode(stored: bytes) -> "tuple[Assignment, bytes, bytes]":
         try:
             value = from_json(text)
         except ValueError:  # the longer seal begins there, and no JSON ends so
+            if not CERTIFICATES:
+                raise
             text, seal = stored[:-SIGNATURE_BYTES], stored[-SIGNATURE_BYTES:]
             value = from_json(text)
         for name in _TEXTS.split():
@@ -161,10 +163,10 @@ def decode(stored: bytes) -> "tuple[Assignment, bytes, bytes]":
         attestation = fields["attestation"] = value.get("attestation", TPM)
         if not isinstance(attestation, str):
             raise ValueError("attestation is no text")
-        chain = fields["chain"] = value.get("issuedChain", "")
-        if not isinstance(chain, str):
+        chain = fields["chain"] = value.get("issuedChain", "") if CERTIFICATES else ""
+        if CERTIFICATES and not isinstance(chain, str):
             raise ValueError("issuedChain is no text")
-        if _is_signed(attestation, chain) != (len(seal) == SIGNATURE_BYTES):
+        if CERTIFICATES and _is_signed(attestation, chain) != (len(seal) == SIGNATURE_BYTES):
             raise ValueError("its seal is none of its attestation")
         for name in _BYTES.split():
             fields[attribute_of(name)] = from_base64(value[name]) if attestation == TPM else b""

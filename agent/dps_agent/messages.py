@@ -5,6 +5,7 @@ the API does not have are kept under `unknown`, enumeration values that it does 
 the wrong type is RetryLater `dps.malformed_answer`, and the message names the field.
 """
 
+from dps_agent.settings import CERTIFICATES
 from dps_hal.errors import RetryLater
 from dps_hal.platform import attribute_of, from_json, to_json
 
@@ -147,20 +148,22 @@ if not TYPE_CHECKING:
     TpmAttestation = _message("TpmAttestation", "endorsementKey storageRootKey")
     DeviceRegistration = _message("DeviceRegistration", "payload:ANY registrationId tpm:TpmAttestation")
     TpmRegistrationResult = _message("TpmRegistrationResult", "authenticationKey")
-    X509CertificateInfo = _message(
-        "X509CertificateInfo",
-        "issuerName notAfterUtc notBeforeUtc serialNumber sha1Thumbprint sha256Thumbprint subjectName version:INTEGER",
-    )
-    X509RegistrationResult = _message(
-        "X509RegistrationResult",
-        "certificateInfo:X509CertificateInfo enrollmentGroupId signingCertificateInfo:X509CertificateInfo",
-    )
+    if CERTIFICATES:
+        X509CertificateInfo = _message(
+            "X509CertificateInfo",
+            "issuerName notAfterUtc notBeforeUtc serialNumber sha1Thumbprint sha256Thumbprint subjectName "
+            "version:INTEGER",
+        )
+        X509RegistrationResult = _message(
+            "X509RegistrationResult",
+            "certificateInfo:X509CertificateInfo enrollmentGroupId signingCertificateInfo:X509CertificateInfo",
+        )
     SymmetricKeyRegistrationResult = _message("SymmetricKeyRegistrationResult", "enrollmentGroupId")
     DeviceRegistrationResult = _message(
         "DeviceRegistrationResult",
         "assignedHub createdDateTimeUtc deviceId errorCode:INTEGER errorMessage etag lastUpdatedDateTimeUtc "
         "payload:ANY registrationId status substatus symmetricKey:SymmetricKeyRegistrationResult "
-        "tpm:TpmRegistrationResult x509:X509RegistrationResult",
+        "tpm:TpmRegistrationResult" + (" x509:X509RegistrationResult" if CERTIFICATES else ""),
     )
     RegistrationOperationStatus = _message(
         "RegistrationOperationStatus", "operationId status registrationState:DeviceRegistrationResult"

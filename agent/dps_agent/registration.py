@@ -76,7 +76,7 @@ from dps_agent.messages import (
     device_registration,
 )
 from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_encode
-from dps_agent.settings import API_VERSION, POLL_LOOKUP, SYMMETRIC_KEY, TPM, X509
+from dps_agent.settings import API_VERSION, CERTIFICATES, POLL_LOOKUP, SYMMETRIC_KEY, TPM, X509
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 
@@ -532,7 +532,7 @@ def _unproved(reply: Reply, challenge: TpmChallenge, attestation: str, token: "S
     """The error where DPS does not take what the device has shown, and there is nothing more to show."""
     refused = refusal_of(reply)
     if token is None:
-        if attestation == TPM:
+        if not CERTIFICATES or attestation == TPM:
             return refused
         text = f"DPS did not accept this device's certificate: {refused.message}"
         return AskOperator("dps.certificate_refused", text, None, refused.request_id)

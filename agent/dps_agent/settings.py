@@ -60,6 +60,7 @@ SYMMETRIC_KEY = "symmetric-key"
 X509 = "x509"
 ATTESTATIONS = (TPM, SYMMETRIC_KEY, X509)
 ISSUED = "issued"
+CERTIFICATES = True  # a device may have some; False on every board, where tools/deploy leaves out what they alone need
 API_VERSION = "2021-10-01"
 ISSUING_API_VERSION = "2025-07-01-preview"  # the first one in which a registration may ask for a certificate
 POLL_LOOKUP = "lookup"
@@ -79,13 +80,19 @@ def settings_of(values: "dict[str, Any]") -> Settings:
     under = 5381
     for key in sorted(values):
         counts = key[:4] == "tpm." or key in ("id_scope", "endpoint", "registration_id")
-        if counts or (key == "attestation" and values[key] != TPM) or (key == "certificate" and values[key]):
+        if CERTIFICATES and key == "certificate" and values[key]:
+            counts = True
+        if counts or (key == "attestation" and values[key] != TPM):
             for byte in f"{values[key]}\n".encode():
                 under = (under * 33 + byte) & 0x3FFFFFFF  # a small integer on a board
-    certificate = values.get("certificate", "")  # a board has no such setting, nor the next
-    api_version = values.get("api_version", AUTO)
-    if api_version == AUTO:
-        api_version = ISSUING_API_VERSION if certificate else API_VERSION
+    certificate, api_version, poll = "", API_VERSION, values["poll"]
+    if CERTIFICATES:
+        certificate = values.get("certificate", "")  # a board has no such setting, nor the next
+        api_version = values.get("api_version", AUTO)
+        if api_version == AUTO:
+            api_version = ISSUING_API_VERSION if certificate else API_VERSION
+        if certificate:
+            poll = POLL_OPERATION  # a lookup never has it
     payload = dict(values["payload"])
     if values["model_id"]:
         payload["modelId"] = values["model_id"]
@@ -93,7 +100,7 @@ def settings_of(values: "dict[str, Any]") -> Settings:
         id_scope=values["id_scope"],
         registration_id=values["registration_id"],
         endpoint=values["endpoint"],
-        poll=POLL_OPERATION if certificate else values["poll"],  # a lookup never has the certificate
+        poll=poll,
         payload=payload or None,
         registration_budget_s=values["retry.registration_budget_s"],
         first_contact_spread_s=values["retry.first_contact_spread_s"],

@@ -238,8 +238,11 @@ def test_the_sentences_of_errors_become_numbers_and_all_other_texts_stay() -> No
         "    return AskOperator('tpm.absent', f'{{}} of {came:04x} is odd')\n"
         "def g():\n"
         "    return f('all is as it was'), 'expected a name that fits'\n"
+        "def difference(name):\n"
+        "    return f'it is for {name}', 'no'\n"
     )
-    assert texts == ["{} is not one of them", "{{}} of {:04x} is odd", "all is as it was", "expected a name that fits"]
+    assert texts[:3] == ["{} is not one of them", "{{}} of {:04x} is odd", "all is as it was"]
+    assert texts[3:] == ["expected a name that fits", "it is for {}"] and "sentence(4, name), 'no'" in source
     assert "sentence(0, came)" in source and "sentence(1, came)" in source and "f(sentence(2)), sentence(3)" in source
     for kept in ("'expected no change here'", "'GET / HTTP/1.1 and more'", "'the wait is over'", "', so'"):
         assert kept in source
@@ -425,6 +428,23 @@ def test_a_module_that_is_written_short_does_the_same(monkeypatch: pytest.Monkey
     for kept in ("named_one", "question", "answer", "inherited_count", "(self, inherited_count)", "last=1"):
         assert kept in short
     assert "hidden" not in short and "['celsius', 'taken_by_sensor']" in short and "def counted(_0, *rest" in short
+
+
+def test_methods_that_nothing_names_are_left_out_but_those_of_public_classes() -> None:
+    source = (
+        "class Base:\n    def first(self):\n        return self.first()\n\n"
+        "class Open(Base):\n    def second(self):\n        pass\n\n"
+        "class Life:\n    def first(self):\n        pass\n\n    def third(self):\n        return self.third\n\n"
+        "class More:\n    def __str__(self):\n        pass\n\n    def fourth(self):\n        return 'fifth'\n\n"
+        "    def fifth(self):\n        pass\n\n    def sixth(self):\n        pass\n"
+    )
+    tree = ast.parse(shortened(source, {"Open"}, "Life().sixth()"))
+    methods = [method.name for node in tree.body if isinstance(node, ast.ClassDef) for method in functions_in(node)]
+    assert methods == ["first", "second", "first", "__str__", "fifth", "sixth"]
+
+
+def functions_in(node: ast.ClassDef) -> list[ast.FunctionDef]:
+    return [each for each in node.body if isinstance(each, ast.FunctionDef)]
 
 
 def test_a_parameter_keeps_its_name_where_another_scope_or_a_handler_has_it_too() -> None:

@@ -43,7 +43,7 @@ PHASES = {
 }
 ONE_OF = {"dps_hal.tpm.spi", "dps_hal.tpm.i2c"}  # a board has one of them: in BASE where the other is left out
 OURS = ("dps_agent", "dps_board", "dps_hal")
-FACTS = {"TYPE_CHECKING": False, "MICROPYTHON": True}  # names that mean the same in every module
+FACTS = {"TYPE_CHECKING": False, "MICROPYTHON": True, "CERTIFICATES": False}  # names that mean the same in every module
 # What is known of every board, for none shows a certificate: attributes of settings, assignment and session, and what
 # functions say of an assignment.
 EMPTY: dict[str, str | None] = {"certificate": "", "chain": "", "_renewal": None}

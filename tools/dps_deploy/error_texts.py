@@ -2,7 +2,8 @@
 
 A sentence stands where the error is raised, for that is where it is read and mended; only when a board is deployed does
 a number take its place. `dps_board.texts` finds the words by that, and says the number and the values where there are
-none. The code of an error, such as `tpm.absent`, stays where it is.
+none. The code of an error, such as `tpm.absent`, stays where it is. So it is with the reasons why a stored assignment
+does not hold, which are as long.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ FINDER = ("dps_board.texts", "sentence")
 LEAST_WORDS = 3  # fewer take less room than what would find them
 BEGINNING = "expected "  # of a text about what is wrong, wherever that is made
 _ERRORS = ("RetryLater", "AskOperator", "IdentityStale", "Broken", "DpsError", "Failed", "RefusedError")
+_REASONS = (
+    "difference",
+    "load_held",
+    "_difference_of_hardware",
+)  # functions that say why a stored assignment does not hold
 _RAISED = (*_ERRORS, "ValueError", "OSError")
 
 
@@ -99,7 +105,7 @@ class _Taker(ast.NodeTransformer):
         calls = [each for each in ast.walk(node) if isinstance(each, ast.Call) and self._is_maker(each)]
         parts = [part for call in calls for part in ast.walk(call)]
         self._of_errors.append({part.id for part in parts if isinstance(part, ast.Name)})
-        self.generic_visit(node)
+        self._enter(node, node.name in _REASONS)
         self._of_errors.pop()
         return node
 

@@ -54,6 +54,7 @@ def written_short(
     """
     trees = {name: ast.parse(source) for name, source in sources.items()}
     others = [ast.parse(source) for source in programs]
+    without_unused_methods(trees.values(), others, public)
     fields_by_place(trees.values())
     named = named_in_calls([*trees.values(), *others])
     methods_in_short(trees.values(), others, short or {})
@@ -144,6 +145,35 @@ def _rename(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda, named
 
 
 # --- named tuples
+
+
+def without_unused_methods(
+    trees: Collection[ast.Module], others: Iterable[ast.Module], public: Collection[str]
+) -> None:
+    """Drops the methods of classes that are not `public` whose names are nowhere but in methods of that name."""
+    every = [node for tree in [*trees, *others] for node in ast.walk(tree)]
+    classes = [
+        (node, _with_bases(tree, public)) for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)
+    ]
+    asked = _asked(every)
+    for node, kept in classes:
+        for method in [each for each in node.body if isinstance(each, FUNCTIONS)]:
+            own = _asked(ast.walk(method))[method.name]
+            is_kept = node.name in kept or method.name.startswith("__")
+            if not is_kept and asked[method.name] == own:
+                node.body.remove(method)
+        node.body = node.body or [ast.Pass()]
+
+
+def _asked(nodes: Iterable[ast.AST]) -> Counter[str]:
+    """How often there is an attribute or a text that is such a name."""
+    found: Counter[str] = Counter()
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            found[node.attr] += 1
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found[node.value] += 1
+    return found
 
 
 def fields_by_place(trees: Collection[ast.Module]) -> None:
@@ -259,8 +289,9 @@ def short_names(trees: Mapping[str, ast.Module]) -> dict[Target, str]:
                 targets[module, name] = None
             for method in _private_methods(node):
                 targets["", method.name] = None
-    pairs = product(string.ascii_letters, string.ascii_lowercase + string.digits)
-    return {target: "_" + "".join(pair) for target, pair in zip(targets, pairs, strict=False)}
+    firsts, seconds = string.ascii_uppercase, (string.ascii_lowercase + string.digits, string.ascii_uppercase)
+    pairs = ("".join(pair) for second in seconds for pair in product(firsts, second))
+    return dict(zip(targets, pairs, strict=False))
 
 
 def places_of(name: str, trees: Mapping[str, ast.Module]) -> list[str]:
