@@ -19,6 +19,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from dps_agent import lifecycle
 from dps_agent.assignment import Assignment, encode, seal_message
 from dps_agent.host import Configuration, hub_token, load
 from dps_agent.host import clock as host_clock
@@ -386,6 +387,11 @@ def test_a_missing_extra_is_one_sentence_and_exit_2(backend: str, package: str, 
 
 
 # --- status
+
+
+def test_the_states_that_status_tells_apart_are_those_of_a_life() -> None:
+    states = {lifecycle.PROVISIONED, lifecycle.CONNECTING, lifecycle.CONNECTED, lifecycle.WAITING, lifecycle.HALTED}
+    assert set(status._CODES) == states
 
 
 def test_who_may_not_look_into_the_service_s_folder_is_not_told_to_take_it_over(

@@ -50,11 +50,11 @@ OWN = {
         dps_agent.host.cli.version
     """,
     "status": """
-        dps_agent.assignment dps_agent.attestation dps_agent.backoff dps_agent.effects
+        dps_agent.assignment dps_agent.backoff dps_agent.effects
         dps_agent.host.cli.running dps_agent.host.cli.status dps_agent.host.local dps_agent.host.local.statefile
-        dps_agent.lifecycle dps_agent.patience dps_agent.sas dps_agent.utc dps_hal.host.files
+        dps_agent.patience dps_agent.sas dps_agent.utc dps_hal.host.files
         dps_hal.host.mounts dps_hal.host.state_dir dps_hal.host.tcti dps_hal.platform dps_hal.store
-        dps_hal.store.slots dps_hal.tpm dps_hal.tpm.keys
+        dps_hal.store.slots
     """,
     "token": """
         dps_agent.assignment dps_agent.attestation dps_agent.backoff dps_agent.driver dps_agent.effects

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dps_agent.host.cli.verb import Arguments, Declared
 
 _OF_THE_DEVICE = ("tpm", "store", "record")  # areas of errors that put the stored identity itself in question
-_CODES = {  # anything else is "not yet": retry
+_CODES = {  # states of `dps_agent.lifecycle`, which is not loaded for their names; anything else is "not yet": retry
     "provisioned": "ok",
     "connecting": "ok",
     "connected": "ok",
@@ -128,7 +128,6 @@ def _of_records(configuration: Configuration) -> Outcome:
     """What the stored records say; no service runs."""
     from dps_agent.assignment import Assignment, decode, difference
     from dps_agent.host.local.statefile import assignment_document
-    from dps_agent.lifecycle import HALTED, PROVISIONED, WAITING
     from dps_agent.patience import Progress, decode_progress
     from dps_hal.host.state_dir import open_store
 
@@ -149,9 +148,9 @@ def _of_records(configuration: Configuration) -> Outcome:
     if failed and configuration.id_scope and failed.under not in (0, configuration.settings().under):
         failed = None  # under other settings
     if failed is not None and (not holds or failed.code.split(".")[0] in _OF_THE_DEVICE):
-        state, code, reason = HALTED if failed.halted else WAITING, failed.code, failed.message
+        state, code, reason = "halted" if failed.halted else "waiting", failed.code, failed.message
     elif assignment is not None and holds:
-        state, code, reason = PROVISIONED, "", f"assigned to {assignment.assigned_hub}"
+        state, code, reason = "provisioned", "", f"assigned to {assignment.assigned_hub}"
     remedy = REMEDIES.get(code, "")
     if not configuration.id_scope:
         remedy = configuration.id_scope_remedy
@@ -174,7 +173,7 @@ def _of_records(configuration: Configuration) -> Outcome:
         "failedAttempts": failed.attempts if failed is not None else 0,
         "lastError": _last_error(failed) if failed is not None else None,
     }
-    if state != PROVISIONED:
+    if state != "provisioned":
         retry_after_s = failed.next_try_delay_s if failed is not None else None
         document["error"] = {**error_fields(code, reason, retry_after_s), "remedy": remedy}
     return Outcome(_lines(configuration, document), document, _CODES.get(state, "retry"))
