@@ -464,6 +464,23 @@ def test_the_key_is_made_whole_or_not_at_all(bench: Bench) -> None:
     bench.key_file.rmdir()
 
 
+@ONLY_KEY
+def test_a_file_that_the_agent_has_not_made_is_neither_written_to_nor_removed(bench: Bench) -> None:
+    theirs = bench.folder / "theirs.pem"
+    key = ec.generate_private_key(ec.SECP256R1())
+    theirs.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    theirs.chmod(0o600)
+    before = theirs.read_bytes()
+    bench.configure(certificate=f'certificate = "issued"\nissued_key_file = "{theirs}"')
+    error = bench.command("provision", status=6)["error"]
+    assert "expected key and request that the agent has made, or no file; it has no request" in error["message"], error
+    (warned,) = bench.command("reset", "--yes")["warnings"]
+    assert warned == f"issued_key_file: {theirs} stays, for the agent has not made it" and theirs.read_bytes() == before
+    theirs.unlink()
+    bench.command("provision")
+    assert bench.command("reset", "--yes")["warnings"] == [] and not theirs.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -477,6 +494,22 @@ def test_the_key_is_made_whole_or_not_at_all(bench: Bench) -> None:
         (
             {"issued_key": '"tpm"', "tpm.backend": '"simulator"', "tpm.tcti": '"/x"'},
             'issued_key: expected "file", or a TPM; came tpm.backend = "simulator"',
+        ),
+        (
+            {"issued_key_file": '"/x/../y.key"', "device_key_file": '"/y.key"'},
+            "issued_key_file: expected another file than device_key_file; both are /y.key",
+        ),
+        (
+            {"issued_key_file": '"/x.pem"', "attestation": '"x509"', "certificate_file": '"/x.pem"'},
+            "issued_key_file: expected another file than certificate_file",
+        ),
+        (
+            {"device_key_file": '"/x/issued-key.pem"', "state_dir": '"/x"'},
+            "device_key_file: expected another file than the key of an issued certificate has",
+        ),
+        (
+            {"issued_key_file": '"/x/identity.0"', "state_dir": '"/x"'},
+            "issued_key_file: expected a name that ends in .pem",
         ),
         ({"certificate": '"own"'}, "certificate: expected"),
         ({"api_version": '"new"'}, "api_version: expected"),

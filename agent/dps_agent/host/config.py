@@ -126,7 +126,7 @@ class Configuration(TopSettings):
     @property
     def issued_key_path(self) -> str:
         """The file with the key of the certificate that DPS issues."""
-        return self.issued_key_file or os.path.join(self.state_dir, ISSUED_KEY_NAME)
+        return _issued_key_path(self.issued_key_file, self.state_dir)
 
     @property
     def issues_into_tpm(self) -> bool:
@@ -153,6 +153,10 @@ class Configuration(TopSettings):
         """The value of one dotted key of `KEYS`."""
         table, _, name = key.rpartition(".")
         return getattr(getattr(self, table) if table else self, name)
+
+
+def _issued_key_path(issued_key_file: str, state_dir: str) -> str:
+    return issued_key_file or os.path.join(state_dir, ISSUED_KEY_NAME)
 
 
 NO_ID_SCOPE = "id_scope is not set"
@@ -297,6 +301,7 @@ def load(
     _check_together(collector)
     _settle_state_dir(collector, environ)
     _settle_runtime_dir(collector, environ)
+    _check_issued_key_path(collector)
     if need_id_scope and not collector.values["id_scope"] and not collector.may_have_held("id_scope"):
         collector.problem(_ID_SCOPE_MISSING, "config.missing")
     if collector.problems:
@@ -469,6 +474,22 @@ def _settle_runtime_dir(collector: _Collector, environ: Mapping[str, str]) -> No
     else:
         found, origin = "", "default"
     collector.values["runtime_dir"], collector.origins["runtime_dir"] = found, origin
+
+
+def _check_issued_key_path(collector: _Collector) -> None:
+    """The file of an issued certificate's key, which the agent writes and `reset` removes, is no other one."""
+    values, named = collector.values, collector.values["issued_key_file"]
+    others = [key for key in (*PASSWORD_FILES, "certificate_file", "ca_file", "hub.ca_file") if values[key]]
+    if not named and not others:
+        return
+    path = os.path.realpath(_issued_key_path(named, values["state_dir"]))
+    for key in others:
+        if os.path.realpath(values[key]) == path:
+            at_fault, other = ("issued_key_file", key) if named else (key, "the key of an issued certificate has")
+            collector.problem(f"{at_fault}: expected another file than {other}; both are {path}")
+    if named and os.path.dirname(path) == os.path.realpath(values["state_dir"]) and not path.endswith(".pem"):
+        expected = "expected a name that ends in .pem, in the folder of the agent's own files"
+        collector.problem(f"issued_key_file: {expected}; came {named} ({collector.origins['issued_key_file']})")
 
 
 def check_keys_in_hardware(configuration: Configuration) -> None:

@@ -85,6 +85,8 @@ class WithIssuedKey:
 
         content = self._content()
         key = self._key = None if content is None else self._read(content)
+        if registration_id and key is not None and not self._is_ours and REQUEST not in (content or b""):
+            raise self._invalid("expected key and request that the agent has made, or no file; it has no request")
         if registration_id and key is not None and self._is_lost(key):
             key = None
         request = None if key is None else _request_in(content or b"")
@@ -322,16 +324,21 @@ def issued_shown(configuration: Configuration) -> str:
     return f"issued by DPS, until {utc_text(last_s)}; {key} {PREVIEW}"
 
 
-def remove_key(configuration: Configuration) -> None:
-    """Removes the file; AskOperator `agent.file`."""
+def remove_key(configuration: Configuration) -> list[str]:
+    """Removes the file, but for one that the agent has not made; why it stays, then. AskOperator `agent.file`."""
     path = configuration.issued_key_path
     try:
+        if configuration.issued_key_file:
+            with open(open_regular(path), "rb") as file:
+                if REQUEST not in file.read(FILE_LIMIT):
+                    return [f"{SETTING}: {path} stays, for the agent has not made it"]
         os.unlink(path)
         sync_folder_of(path)
     except FileNotFoundError:
         pass
     except OSError as error:
         raise AskOperator("agent.file", f"{path} cannot be removed: {error.strerror}") from None
+    return []
 
 
 def _request_in(content: bytes) -> Any:

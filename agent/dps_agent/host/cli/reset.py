@@ -44,12 +44,12 @@ def run(arguments: Arguments) -> Outcome:
     if ask_service(configuration, "/command/reset") is not None:
         return Outcome([*lines, "the service that runs registers the device again"], document)
     warnings = _withdraw_key(configuration, store)
-    lines += [f"warning: {warning}" for warning in warnings]
-    document["warnings"] = warnings
     if os.path.lexists(configuration.issued_key_path):
         from dps_agent.host.issued_keys import remove_key
 
-        remove_key(configuration)  # first: what was cut behind it is another registration
+        warnings += remove_key(configuration)  # first: what was cut behind it is another registration
+    lines += [f"warning: {warning}" for warning in warnings]
+    document["warnings"] = warnings
     for record in configuration.forgotten:  # also where nothing is found: a half-erased record ends here
         store.erase(record)
     return Outcome([*lines, f"state folder: {configuration.state_dir}"], document)
