@@ -7,8 +7,8 @@ where a device behaves so whatever it runs on:
 
 1. Before a token is made somebody confirms a clock that nobody keeps: the hub's certificate, else DPS's Date.
 2. A token that was refused may have been one of another day: unless the clock is confirmed DPS is asked for its Date.
-3. Before a long wait TPM and DPS are released, DPS before the hub is dialled and the hub before DPS is asked what time
-   it is: a board has memory for one of them.
+3. Before a long wait and before the hub is dialled TPM and DPS are released, and the hub before DPS is asked what time
+   it is: a board has memory for one of them, and a TPM that only one may have open is TLS's next.
 4. A life that connects reports who made its TPM, and its session hears whether programs read messages.
 5. In the end all is given back, whatever fails; a life that was ended on purpose is no crash, and `progress` says so.
 
@@ -129,9 +129,9 @@ class Driver:
         """What answers one effect, with what else is due before and after it.
 
         Before: 1. `ConfirmClock` is answered here. 2. `Sleep` releases what a long wait does not need. 3. `NextEvent`
-        is answered by Readers where that has changed, else it releases as a `Sleep` does. 4. `Connect` hangs up on DPS.
-        After: 5. a refused `Connect` may ask for DPS's Date. 6. The first EK reports who made the TPM. Effects go by
-        name: a board that registers has not loaded those of the hub.
+        is answered by Readers where that has changed, else it releases as a `Sleep` does. 4. `Connect` releases the TPM
+        and hangs up on DPS. After: 5. a refused `Connect` may ask for DPS's Date. 6. The first EK reports who made the
+        TPM. Effects go by name: a board that registers has not loaded those of the hub.
         """
         kind = type(effect).__name__
         if kind == "ConfirmClock":
@@ -150,6 +150,7 @@ class Driver:
             yield from self._release_for(effect.until_uptime_s - now_s)
         elif kind == "Connect":
             self._told = None
+            yield Release("TPM")
             yield Release("DPS")
         answer: Any = yield effect
         if kind == "Connect":
@@ -173,6 +174,7 @@ class Driver:
         if before.believable:
             return
         if hub:
+            yield Release("TPM")
             yield Release("DPS")
             yield Reach(hub)
             now: Utc = yield UtcNow()

@@ -67,7 +67,7 @@ def test_the_hubs_certificate_confirms_a_clock_that_nobody_keeps_and_dps_is_left
     world.believable, world.vouching = False, [HUB]
     [_, now] = world.run(asking(ConfirmClock(HUB), UtcNow()))
     assert now.believable and world.reached == [HUB] and world.dps.requests == []
-    assert world.asked[1:3] == [Release("DPS"), Reach(HUB)], "a board has memory for one connection"
+    assert world.asked[1:4] == [Release("TPM"), Release("DPS"), Reach(HUB)], "a board has memory for one of them"
 
 
 def test_where_the_hub_says_nothing_dps_is_asked_what_time_it_is_and_hung_up_on() -> None:
@@ -156,10 +156,10 @@ def test_before_long_waits_tpm_and_dps_are_released() -> None:
             assert world.released == [(100, what) for what in released], wait
 
 
-def test_dps_is_hung_up_on_before_the_hub_is_dialled() -> None:
+def test_the_tpm_is_released_and_dps_is_hung_up_on_before_the_hub_is_dialled() -> None:
     world = Desk()
     world.run(asking(CONNECT))
-    assert world.asked[:2] == [Release("DPS"), CONNECT]
+    assert world.asked[:3] == [Release("TPM"), Release("DPS"), CONNECT], "TLS may want the TPM"
 
 
 # What a life reports, and what its session hears.
