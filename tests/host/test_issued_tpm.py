@@ -171,6 +171,93 @@ def test_a_device_without_another_use_for_its_tpm_has_that_make_the_key_where_th
     assert bench.command("provision")["alreadyProvisioned"]
 
 
+@pytest.mark.parametrize("backend", ["wire", "esys"])
+def test_the_tpm_that_has_sealed_the_device_s_own_key_makes_the_other_one_too_and_has_one_user(
+    made: Callable[..., TpmBench], backend: str
+) -> None:
+    bench = made("symmetric-key", backend)
+    bench.command("import-key")
+    bench.tpm.names()
+    assert not bench.command("provision")["alreadyProvisioned"]
+    assert bench.tpm.names().count("Create") == 1 and b"BEGIN TSS2" in bench.key_file.read_bytes()
+    assert not bench.command("provision", "--force")["alreadyProvisioned"]
+    device = open_device(bench.loaded())
+    for _ in range(2):
+        device.sign(b"", b"message")
+        device.request(DEVICE)
+        assert {"HMAC", "Sign"} <= set(bench.tpm.names())
+    device.sign(b"", b"message")
+    device.release()
+    assert bench.tpm.swtpm.leftovers() == []
+
+
+def test_a_life_that_connects_at_once_leaves_the_tpm_to_tls(made: Callable[..., TpmBench]) -> None:
+    bench = made()
+    bench.command("provision")
+    configuration, store = bench.loaded(), open_store(str(bench.state_dir))
+    connections = len([each for each in bench.emulator.hub_log if each.event == "connected"])
+    life = Lifecycle(configuration.settings())
+    runner = Runner(
+        tpm=open_device(configuration),
+        store=store,
+        connection=dps_connection(configuration),
+        clock=clock_for(store),
+        hub=hub_connection(configuration),
+        random=lambda: 0.0,  # it waits for nothing between its record's seal and the hub
+    )
+
+    def live() -> None:
+        with contextlib.suppress(RetryLater):
+            runner.run(life.live(False, False, True), Driver(life))
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        bench.emulator.await_hub_log("connected", connections + 1, DEVICE)
+    finally:
+        runner.stop()
+        thread.join(60)
+    assert not thread.is_alive() and not runner.stuck
+
+
+def test_a_key_for_which_the_tpm_has_to_make_its_storage_root_key_first_has_the_time_for_that(
+    made: Callable[..., TpmBench],
+) -> None:
+    bench = made("symmetric-key")
+    bench.configure(certificate='certificate = "issued"\nissued_key = "tpm"')
+    bench.tpm.swtpm.clear()
+    device = open_device(bench.loaded())
+    assert not device.creates_key
+    bench.tpm.tap.hanging.clear()
+    bench.tpm.tap.hang(command="CreatePrimary")
+    thread = threading.Thread(target=lambda: device.request(DEVICE))
+    thread.start()
+    assert bench.tpm.tap.hanging.wait(60)
+    assert device.creates_key
+    bench.tpm.tap.let_go()
+    thread.join(60)
+    assert not thread.is_alive()
+    device.release()
+    assert not device.creates_key
+
+
+@pytest.mark.parametrize("backend", ["wire", "esys"])
+@pytest.mark.parametrize("attestation", ["symmetric-key", "tpm"])
+def test_a_tpm_that_makes_no_key_is_given_back_and_makes_it_at_the_next_attempt(
+    made: Callable[..., TpmBench], attestation: str, backend: str
+) -> None:
+    bench = made(attestation, backend)
+    bench.configure(certificate='certificate = "issued"\nissued_key = "tpm"')
+    device = open_device(bench.loaded())
+    bench.tpm.tap.refuse(0x902, command="Create", times=99)
+    with pytest.raises(RetryLater, match="0x902"):
+        device.request(DEVICE)
+    assert bench.tpm.swtpm.leftovers() == []
+    bench.tpm.tap.forget()
+    public_key_of(device.request(DEVICE))
+    device.release()
+
+
 def test_the_key_lies_in_a_file_beside_a_tpm_only_where_the_settings_say_so(made: Callable[..., TpmBench]) -> None:
     bench = made()
     bench.configure(certificate='certificate = "issued"\nissued_key = "file"')

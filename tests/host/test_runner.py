@@ -28,6 +28,7 @@ from dps_agent.effects import (
     NoReply,
     Random,
     ReadEndorsementKey,
+    ReadRequest,
     ReadStorageRootKey,
     Reply,
     Sign,
@@ -117,8 +118,9 @@ class Hardware:
     def erase(self, record: str) -> None:
         raise AssertionError("no effect erases")
 
-    def request(self, method: str, path: str, body: bytes, authorization: Any) -> Reply | NoReply:
-        return self._call("request", WHOLE, method, path, body, authorization)
+    def request(self, *of: Any) -> Any:
+        """Of the connection and, with one argument, of the TPM."""
+        return self._call("request", WHOLE if of[1:] else b"the request", *of)
 
     def abort(self) -> None:
         return self._call("abort", None)
@@ -539,6 +541,7 @@ def test_the_observer_sees_each_effect_with_its_outcome_and_duration() -> None:
         (ReadStorageRootKey(), "storage_root_key", "TPM_KEY_DEADLINE_S", "tpm.timeout"),
         (ImportKey(b""), "import_key", "TPM_DEADLINE_S", "tpm.timeout"),
         (Sign(b"", b""), "sign", "TPM_DEADLINE_S", "tpm.timeout"),
+        (ReadRequest(""), "request", "REQUEST_DEADLINE_S", "tpm.timeout"),
         (LoadRecord("identity"), "load", "STORE_DEADLINE_S", "store.io"),
         (Commit("identity", b""), "commit", "STORE_DEADLINE_S", "store.io"),
         (ForgetOlder("identity"), "forget_older", "STORE_DEADLINE_S", "store.io"),
@@ -569,6 +572,7 @@ def test_a_tpms_own_limits_end_before_the_runners_do() -> None:
     for ours_s, theirs_s in (
         (runner.TPM_DEADLINE_S, COMMAND_LIMIT_S),
         (runner.TPM_KEY_DEADLINE_S, KEY_CREATION_LIMIT_S),
+        (runner.REQUEST_DEADLINE_S, KEY_CREATION_LIMIT_S + 3 * COMMAND_LIMIT_S),
         (runner.TPM_DEADLINE_S, 2 * RELEASE_LIMIT_S + LEAST_LIMIT_S),
     ):
         assert ours_s >= theirs_s + LEAST_LIMIT_S + margin_s

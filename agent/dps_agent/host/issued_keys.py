@@ -26,10 +26,10 @@ from dps_hal.host.regular import open_regular, replace_file, sync_folder_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from dps_agent.host.config import Configuration
-    from dps_agent.host.device_certificates import OpenTpm
     from dps_hal.contracts import TpmService
 
 SETTING = "issued_key_file"
@@ -38,15 +38,32 @@ PREVIEW = "(a preview of Azure: no real service was ever asked)"
 _NUMBER_BYTES = 32  # of either number of a signature on P-256
 
 
+class OneTpm:
+    """The device's TPM for all that asks it, made at the first call: where only one may have it open, two would wait.
+
+    `found` is None until then.
+    """
+
+    def __init__(self, open_tpm: Callable[[], TpmService]) -> None:
+        self._open_tpm = open_tpm
+        self.found: TpmService | None = None
+
+    def __call__(self) -> TpmService:
+        """That TPM."""
+        self.found = self.found or self._open_tpm()
+        return self.found
+
+
 class WithIssuedKey:
     """What signs for a device, `own`, with the key of the certificate that DPS issues beside it.
 
-    A TPM alone has no key by which a record could be sealed, for DPS sends none: then this one seals it.
+    A TPM alone has no key by which a record could be sealed, for DPS sends none: then this one seals it. `tpm` is the
+    one that `own` has, too, if it has any.
     """
 
-    def __init__(self, configuration: Configuration, own: Any, open_tpm: OpenTpm) -> None:
+    def __init__(self, configuration: Configuration, own: Any, tpm: OneTpm) -> None:
         self._configuration = configuration
-        self._open_tpm = open_tpm
+        self._tpm = tpm
         self._path = configuration.issued_key_path
         self._is_ours = not configuration.issued_key_file  # in the agent's own folder
         self._own = own
@@ -69,8 +86,8 @@ class WithIssuedKey:
     @property
     def creates_key(self) -> bool:
         """As `TpmService` has it."""
-        tpms = self._own, tpm_of(self._key)
-        return any(bool(getattr(each, "creates_key", False)) for each in tpms)
+        tpm = self._tpm.found
+        return tpm is not None and tpm.creates_key
 
     def request(self, registration_id: str) -> bytes:
         """The request for the certificate, DER; see `dps_agent.effects.ReadRequest`.
@@ -138,16 +155,11 @@ class WithIssuedKey:
         return issuers_among(certificates)
 
     def release(self) -> None:
-        """Forgets the key, and what `own` and the TPM that has it have open."""
-        tpm, self._key = tpm_of(self._key), None
-        if tpm not in (None, self._own):
-            tpm.release()
+        """Forgets the key, and what `own` and the TPM have open."""
+        self._key = None
         self._own.release()
-
-    def _tpm(self) -> TpmService:
-        """The TPM in which the key is made: the one that shows who the device is, if there is one."""
-        tpm: TpmService = self._own if self._seals else tpm_of(self._key) or self._open_tpm(self._configuration)
-        return tpm
+        if self._tpm.found is not None:
+            self._tpm.found.release()
 
     def _is_lost(self, key: Any) -> bool:
         """Whether the TPM that has made the key takes it no more; it says so twice, in two sessions.

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from dps_agent.assignment import Assignment
     from dps_agent.effects import Reply
+    from dps_agent.host.device_certificates import OpenTpm
     from dps_agent.host.network.https import DpsConnection
     from dps_agent.host.network.mqtt import HubConnection
     from dps_agent.host.network.shown import Shown
@@ -103,13 +104,14 @@ def open_device(configuration: Configuration) -> Any:
     As `open_tpm`; AskOperator `config.invalid` where the key's file holds none.
     """
     if configuration.certificate:
-        from dps_agent.host.issued_keys import WithIssuedKey
+        from dps_agent.host.issued_keys import OneTpm, WithIssuedKey
 
-        return WithIssuedKey(configuration, _of_attestation(configuration), open_tpm)
-    return _of_attestation(configuration)
+        tpm = OneTpm(lambda: open_tpm(configuration))
+        return WithIssuedKey(configuration, _of_attestation(configuration, lambda _: tpm()), tpm)
+    return _of_attestation(configuration, open_tpm)
 
 
-def _of_attestation(configuration: Configuration) -> Any:
+def _of_attestation(configuration: Configuration, open_tpm: OpenTpm) -> Any:
     if configuration.attestation == TPM:
         return open_tpm(configuration)
     if configuration.attestation == X509:

@@ -82,6 +82,8 @@ HTTP_DEADLINE_S = 60.0  # one request in all
 # Each is longer than the limits of `dps_hal.tpm.rules`, whose clean errors come first; these end what hangs.
 TPM_KEY_DEADLINE_S = 180.0  # a TPM may have to create the EK or SRK first: RSA-2048 takes minutes on slow ones
 TPM_DEADLINE_S = 30.0
+# Four operations: a key is asked twice whether it is good, another is made, and signs; the SRK is made in one of them.
+REQUEST_DEADLINE_S = TPM_KEY_DEADLINE_S + 3 * TPM_DEADLINE_S
 STORE_DEADLINE_S = 30.0
 Erase = namedtuple("Erase", ("record",))  # an effect for whoever is asked to forget; no logic yields it
 EXIT_GRACE_S = 1.5  # after a signal the process is gone by then, whatever blocks
@@ -153,7 +155,7 @@ class Runner:
             ImportKey: lambda activation: self._at_tpm(lambda: hardware.import_key(activation), TPM_DEADLINE_S),
             Sign: lambda *of: self._at_tpm(lambda: tpm.sign(*of), TPM_DEADLINE_S),
             Verify: lambda *of: self._at_tpm(lambda: hardware.verify(*of), TPM_DEADLINE_S),
-            ReadRequest: lambda name: self._at_tpm(lambda: hardware.request(name), TPM_DEADLINE_S),
+            ReadRequest: lambda name: self._at_tpm(lambda: hardware.request(name), REQUEST_DEADLINE_S),
             FindIssuers: lambda ders: self._at_tpm(lambda: hardware.issuers(ders), TPM_DEADLINE_S),
             TpmCall: lambda call: self._at_tpm(call, TPM_KEY_DEADLINE_S),
             Commit: lambda *of: self._at_store(lambda: store.commit(*of)),

@@ -25,8 +25,10 @@ def made_by(tpm: TpmService, tcti: str) -> bytes:
     from dps_hal.host import tls_provider
 
     tls_provider.require(tcti)
-    key = to_pem(KeyFile(*tpm.create_signing_key()))
-    tpm.release()  # the provider may want the same TPM
+    try:
+        key = to_pem(KeyFile(*tpm.create_signing_key()))
+    finally:
+        tpm.release()  # the provider may want the same TPM
     tls_provider.load(tcti)
     return key
 
