@@ -230,3 +230,5 @@ def test_a_credential_policy_is_passed_over_by_versions_that_have_none(back_end:
         bulk = {"enrollments": [{**record, "registrationId": f"press-{version}"}], "mode": "create"}
         assert back_end.json("POST", "/enrollments", bulk)["isSuccessful"]
         assert back_end.json("GET", f"/enrollments/press-{version}").get("credentialPolicyName") == kept, version
+    back_end.version = "2021-10-01"
+    assert "credentialPolicyName" not in back_end.json("GET", "/enrollments/press-2026-04-01"), "kept, and not shown"

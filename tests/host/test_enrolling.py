@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
+from dps_agent.host.network.https import DpsConnection
 from dps_enroll import cli, enrol
 from dps_enroll.certificates import EK_CERTIFICATE, FIRMWARE, MANUFACTURER, MODEL, Certificates
 from dps_enroll.cli import VARIABLE, main
@@ -80,6 +81,10 @@ class Line:
 
     def enrolled(self) -> dict[str, Any]:
         return {name: each.to_json() for name, each in self.emulator.store.enrollments.items()}
+
+    @property
+    def policies(self) -> dict[str, Any]:
+        return {name: each.get("credentialPolicyName") for name, each in self.enrolled().items()}
 
     @property
     def bulks(self) -> int:
@@ -259,8 +264,24 @@ def test_what_all_devices_share_is_in_each_enrolment(line: Line) -> None:
     assert line.run("--common", str(common)) == 6
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The path of each request."""
+    paths: list[str] = []
+    request = DpsConnection.request
+
+    def noted(connection: DpsConnection, method: str, path: str, body: bytes, *more: Any) -> Any:
+        paths.append(path)
+        return request(connection, method, path, body, *more)
+
+    monkeypatch.setattr(DpsConnection, "request", noted)
+    return paths
+
+
 @pytest.mark.parametrize("by_list", [False, True])
-def test_a_credential_policy_goes_to_the_version_of_the_service_s_api_that_has_it(line: Line, by_list: bool) -> None:
+def test_a_credential_policy_goes_to_the_version_of_the_service_s_api_that_has_it(
+    line: Line, asked: list[str], by_list: bool
+) -> None:
     common = line.folder / "common.json"
     common.write_text('{"credentialPolicyName": "line-4"}')
     line.has(2)
@@ -275,8 +296,41 @@ def test_a_credential_policy_goes_to_the_version_of_the_service_s_api_that_has_i
         line.list.write_text(json.dumps(records))
         shared = []
     assert line.run(*shared) == 0
-    found = {name: each.get("credentialPolicyName") for name, each in line.enrolled().items()}
-    assert found == {"press-0": None if by_list else "line-4", "press-1": "line-4"}
+    assert line.policies == {"press-0": None if by_list else "line-4", "press-1": "line-4"}
+    versions = ["2021-10-01"] * by_list + ["2025-07-01-preview"]
+    assert [path.partition("?api-version=")[2] for path in asked] == versions, "without one, no preview is asked"
+
+
+def test_a_credential_policy_that_is_none_is_not_sent_and_that_of_the_list_wins(line: Line, asked: list[str]) -> None:
+    common = line.folder / "common.json"
+    common.write_text('{"credentialPolicyName": "line-4"}')
+    tpm = {"type": "tpm", "tpm": {"endorsementKey": base64.b64encode(key_of(0)).decode()}}
+    line.list.write_text(json.dumps({"registrationId": "press-0", "attestation": tpm, "credentialPolicyName": None}))
+    assert line.run("--common", str(common)) == 0
+    assert line.policies == {"press-0": None}
+    assert asked == ["/enrollments?api-version=2021-10-01"]
+
+
+def test_another_credential_policy_is_a_conflict_until_it_is_to_be_replaced(line: Line) -> None:
+    common = line.folder / "common.json"
+    line.has(2)
+    common.write_text('{"initialTwin": {"properties": {"desired": {"speed": 3}}}}')
+    assert line.run("--common", str(common)) == 0
+    for before, policy in ((None, "line-4"), ("line-4", "line-5")):
+        common.write_text(f'{{"credentialPolicyName": "{policy}"}}')
+        for _ in range(2):  # the journal says that they are enrolled, without the policy; then that it is a conflict
+            assert line.run("--common", str(common)) == 1
+            assert line.results == {"press-0": "conflict", "press-1": "conflict"}
+            assert set(line.policies.values()) == {before}
+        assert line.run("--common", str(common), "--replace") == 0
+        assert line.results == {"press-0": "replaced", "press-1": "replaced"}
+        assert set(line.policies.values()) == {policy}
+        bulks = line.bulks
+        assert line.run("--common", str(common)) == 0 and line.run() == 0 and line.bulks == bulks
+    assert {each["initialTwin"]["properties"]["desired"]["speed"] for each in line.enrolled().values()} == {3}
+    (line.folder / "line.csv.journal").unlink()
+    assert line.run() == 0, "a list that names no policy leaves that which is there"
+    assert line.run("--common", str(common)) == 0 and line.results == {"press-0": "present", "press-1": "present"}
 
 
 def test_what_is_wrong_in_a_list_is_named_and_the_rest_enrolled(line: Line, capsys: pytest.CaptureFixture[str]) -> None:

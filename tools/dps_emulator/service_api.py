@@ -109,14 +109,15 @@ class ServiceApi:
             case "POST", [("enrollments" | "enrollmentGroups") as kind]:
                 return self._bulk(kind, object_of(request), version, now)
             case "POST", [("enrollments" | "enrollmentGroups") as kind, "query"]:
-                return self._query(kind, request)
+                return self._query(kind, request, version)
             case "POST", [("enrollments" | "enrollmentGroups") as kind, name, "attestationmechanism"]:
                 return json_response(200, self._found(kind, name).to_json()["attestation"])
             case "GET", [("enrollments" | "enrollmentGroups") as kind, name]:
-                return json_response(200, _shown(self._found(kind, name)))
+                return json_response(200, _as_asked(_shown(self._found(kind, name)), version))
             case "PUT", [("enrollments" | "enrollmentGroups") as kind, name]:
                 given = _as_asked(object_of(request), version)
-                return json_response(200, self._put(kind, name, given, request.headers.get("if-match"), now))
+                shown = self._put(kind, name, given, request.headers.get("if-match"), now)
+                return json_response(200, _as_asked(shown, version))
             case "DELETE", [("enrollments" | "enrollmentGroups") as kind, name]:
                 self._delete(kind, name, request.headers.get("if-match"))
                 return Response(204, (), b"")
@@ -208,11 +209,11 @@ class ServiceApi:
         else:
             self._put(kind, name, entry, given_etag or "" if mode == "updateIfMatchETag" else None, now)
 
-    def _query(self, kind: str, request: Request) -> Response:
+    def _query(self, kind: str, request: Request, version: str) -> Response:
         query = " ".join(str(object_of(request).get("query", "")).split()).lower()
         if query not in ("select *", f"select * from {kind.lower()}"):
             raise RefusalError(BAD_REQUEST, f"query is not 'SELECT * FROM {kind}': the emulator has no other.")
-        shown = ((key, _shown(each)) for key, each in self._walk(self._records(kind), request))
+        shown = ((key, _as_asked(_shown(each), version)) for key, each in self._walk(self._records(kind), request))
         return _page(shown, request, "enrollmentGroup" if _KINDS[kind] else "enrollment")
 
     def _walk(self, records: Records[Any], request: Request) -> Iterator[tuple[str, Any]]:
@@ -260,7 +261,7 @@ def registration_state(registration: Registration) -> dict[str, Any]:
 
 
 def _as_asked(record: dict[str, Any], api_version: str) -> dict[str, Any]:
-    """A record without what the API had not yet in this version, which passes over it."""
+    """A record without what the API had not yet in this version, which neither takes nor shows it."""
     if has_requests(api_version, FIRST_REGISTRATION_API):
         return record
     return {name: value for name, value in record.items() if name != "credentialPolicyName"}

@@ -23,7 +23,7 @@ from dps_agent.host.cli.verb import table
 from dps_agent.host.config import secret_in
 from dps_enroll.enrol import ENROLLED, RESULTS, UNCERTIFIED, UNSENT, Enrolling, Plan, fit_to_send, of_one_key
 from dps_enroll.journal import Done, Journal, device_key
-from dps_enroll.service import API_VERSION, ISSUING_API_VERSION, Credentials, Service, credentials_of
+from dps_enroll.service import Credentials, Service, credentials_of
 from dps_hal.errors import EXIT_GROUPS, AskOperator, DpsError, RetryLater, exit_group
 from dps_hal.host.codes import REMEDIES
 from dps_hal.host.regular import read_regular, replace_file
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 VARIABLE = "DPS_ENROLL_CONNECTION_STRING"
 QUOTA_PER_MINUTE = 1000  # operations of one service: "Azure subscription and service limits", DPS
-POLICY = "credentialPolicyName"  # whose CA issues certificates for a device; the service's API has it of late
 LIST_LIMIT = 256 * 1024 * 1024  # bytes
 SECRET_LIMIT = 1024  # bytes of a connection string
 CONNECTIONS_LIMIT = 16
@@ -87,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("list", metavar="FILE", help="CSV or JSON, as 'dps-agent enroll --append' writes it")
     add("--credentials", metavar="FILE", help=f"with a connection string; default: the variable {VARIABLE}")
     add("--common", metavar="FILE", help="JSON: fields of every enrolment, such as iotHubs or initialTwin")
-    add("--replace", action="store_true", help="a registration id that another key is enrolled for gets the list's key")
+    add("--replace", action="store_true", help="an enrolment by another key, or with another policy, gets the list's")
     add(
         "--per-minute",
         type=_number(10**6),
@@ -186,21 +185,18 @@ def _enrol(
         return None
     credentials = _credentials(chosen.credentials)
     common = _common(chosen.common)
-    api_version = (
-        ISSUING_API_VERSION if POLICY in common or any(POLICY in each.record for each in wanted) else API_VERSION
-    )
     plan = Plan(chosen.per_minute, chosen.counts == "devices", chosen.connections, chosen.replace, common)
     failure: DpsError | None = None
     with Journal(chosen.journal or f"{chosen.list}.journal", credentials.host) as journal:
 
         def result(entry: Entry) -> tuple[str, str]:
-            return journal.result(entry.registration_id, entry.endorsement_key) or (UNSENT, "")
+            return journal.result(entry.registration_id, entry.endorsement_key, plan.policy(entry)) or (UNSENT, "")
 
         left = [entry for entry in wanted if result(entry)[0] not in ENROLLED]
         progress = _Progress(len(wanted), len(wanted) - len(left))
 
         def connect() -> Service:
-            return Service(credentials, chosen.ca_file, chosen.proxy, api_version)
+            return Service(credentials, chosen.ca_file, chosen.proxy)
 
         enrolling = Enrolling(plan, journal, connect, progress.add, progress.wait)
         try:

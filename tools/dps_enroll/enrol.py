@@ -17,16 +17,16 @@ from dps_agent.backoff import THROTTLE_LIMIT_S, retry_after_s
 from dps_agent.effects import NO_REPLY_TLS, NoReply, Reply
 from dps_agent.registration import refusal_of
 from dps_enroll.journal import Done, Journal
-from dps_enroll.service import BULK_LIMIT, CREATE, UPDATE_IF_MATCH, Service, refusals_of
+from dps_enroll.service import BULK_LIMIT, CREATE, POLICY, UPDATE_IF_MATCH, Service, refusals_of
 from dps_hal.errors import AskOperator, DpsError, RetryLater
 from dps_hal.platform import from_json
 from dps_hal.tpm.keys import check_ek_public
 from dps_text.enrolments import Entry
 
 CREATED = "created"
-PRESENT = "present"  # enrolled by this key before; after a lost answer or a kill, perhaps by us
+PRESENT = "present"  # enrolled by this key, and with the list's policy; perhaps by us, before a lost answer or a kill
 REPLACED = "replaced"
-CONFLICT = "conflict"  # its id is enrolled by another key, and stays so
+CONFLICT = "conflict"  # its id is enrolled by another key, or with another policy, and stays so
 REFUSED = "refused"  # by the service
 UNSUITABLE = "unsuitable"  # its key is none of a TPM's endorsement keys; not sent
 UNCERTIFIED = "uncertified"  # its certificate is not verified; not sent
@@ -55,6 +55,19 @@ class Plan(NamedTuple):
     connections: int
     replace: bool
     common: Mapping[str, Any]  # fields of every enrolment that has none of that name
+
+    def record(self, entry: Entry) -> dict[str, Any]:
+        """As the service takes it, without what the service itself has written into a list that came from it.
+
+        A credential policy that is null or empty is none, which only a preview of the service's API would understand.
+        """
+        own = {name: value for name, value in entry.record.items() if name not in _OF_THE_SERVICE}
+        record = {**self.common, **own}
+        return record if record.get(POLICY) else {name: value for name, value in record.items() if name != POLICY}
+
+    def policy(self, entry: Entry) -> str:
+        """The credential policy that the enrolment is to have, "" for whichever it has."""
+        return str(self.record(entry).get(POLICY, ""))
 
 
 class Stopped(Exception):
@@ -125,7 +138,12 @@ class Enrolling:
 
     def run(self, entries: Sequence[Entry]) -> None:
         """Enrols all of them; returns when each is in the journal."""
-        self._batches = iter([list(entries[at : at + BULK_LIMIT]) for at in range(0, len(entries), BULK_LIMIT)])
+        of_one_version = [
+            [entry for entry in entries if bool(self._plan.policy(entry)) is has_policy] for has_policy in (False, True)
+        ]
+        self._batches = iter(
+            [each[at : at + BULK_LIMIT] for each in of_one_version for at in range(0, len(each), BULK_LIMIT)]
+        )
         with ThreadPoolExecutor(self._plan.connections, "dps-enroll") as pool:
             # Each thread ends with the last batch, with its own failure, or when `_stopped` is set.
             threads = [pool.submit(self._work) for _ in range(self._plan.connections)]
@@ -167,11 +185,11 @@ class Enrolling:
     def _enrol(self, service: Service, batch: Sequence[Entry]) -> None:
         """Sends a batch until each of its devices is done with."""
         while batch:
-            records = [self._record(entry) for entry in batch]
+            records = [self._plan.record(entry) for entry in batch]
             reply = self._answer(len(batch), partial(service.bulk, CREATE, records))
             if reply.status != 200:
                 if len(batch) == 1:
-                    self._write([_done(batch[0], REFUSED, _said(reply))])
+                    self._write([self._done(batch[0], REFUSED, _said(reply))])
                     return
                 for entry in batch:  # one of them may be what the service can't read
                     self._enrol(service, [entry])
@@ -186,13 +204,13 @@ class Enrolling:
                 code, words = refusals.get(entry.registration_id.lower(), (0, ""))
                 status = code // 1000
                 if not code:
-                    done.append(_done(entry, CREATED))
+                    done.append(self._done(entry, CREATED))
                 elif status == CONFLICT_STATUS:
                     there.append(entry)
                 elif status in _LATER:
                     again.append(entry)
                 else:
-                    done.append(_done(entry, REFUSED, f"{code} {words}"))
+                    done.append(self._done(entry, REFUSED, f"{code} {words}"))
             self._write(done)
             for entry in there:
                 self._write([self._compared(service, entry)])
@@ -211,23 +229,31 @@ class Enrolling:
 
     def _compared(self, service: Service, entry: Entry, once_more: bool = True) -> Done:
         """What becomes of a device whose registration id is enrolled already."""
-        reply = self._answer(1, lambda: service.enrollment(entry.registration_id))
+        policy = self._plan.policy(entry)
+        reply = self._answer(1, lambda: service.enrollment(entry.registration_id, bool(policy)))
         if reply.status != 200:
-            return _done(entry, REFUSED, _said(reply))
+            return self._done(entry, REFUSED, _said(reply))
         try:
             enrolled = from_json(reply.body)
             attestation, etag = enrolled["attestation"], enrolled["etag"]
             key = (attestation.get("tpm") or {}).get("endorsementKey")
         except (ValueError, KeyError, TypeError, AttributeError):
             raise _malformed(reply, "an enrolment") from None
+        record = {**self._plan.record(entry), "etag": etag}
+        other = "by another key"
         if key == entry.endorsement_key.strip():
-            return _done(entry, PRESENT)
+            had = enrolled.get(POLICY) or ""
+            if policy in ("", had):
+                return self._done(entry, PRESENT)
+            kept = {name: value for name, value in enrolled.items() if name not in _OF_THE_SERVICE}
+            record = {**kept, POLICY: policy, "etag": etag}
+            other = f"with the {POLICY} '{had}', and not '{policy}'" if had else f"without the {POLICY} '{policy}'"
         if not self._plan.replace:
-            return _done(entry, CONFLICT, "this registration id is enrolled by another key")
-        status, why = self._replaced(service, {**self._record(entry), "etag": etag})
+            return self._done(entry, CONFLICT, f"this registration id is enrolled {other}")
+        status, why = self._replaced(service, record)
         if status == CHANGED_STATUS and once_more:  # perhaps by us, in a request whose answer was lost
             return self._compared(service, entry, once_more=False)
-        return _done(entry, REFUSED, why) if status else _done(entry, REPLACED)
+        return self._done(entry, REFUSED, why) if status else self._done(entry, REPLACED)
 
     def _replaced(self, service: Service, record: Mapping[str, Any]) -> tuple[int, str]:
         """Puts a record in the place of that with its etag; status and words of a refusal, (0, "") for none."""
@@ -241,10 +267,8 @@ class Enrolling:
             asked_s = retry_after_s(reply.headers, THROTTLE_LIMIT_S)
             self._put_off(asked_s, f"an enrolment is to be sent later: {code} {words}")
 
-    def _record(self, entry: Entry) -> dict[str, Any]:
-        """As the service takes it, without what the service itself has written into a list that came from it."""
-        own = {name: value for name, value in entry.record.items() if name not in _OF_THE_SERVICE}
-        return {**self._plan.common, **own}
+    def _done(self, entry: Entry, result: str, detail: str = "") -> Done:
+        return _done(entry, result, detail)._replace(policy=self._plan.policy(entry))
 
     def _answer(self, devices: int, ask: Callable[[], Reply | NoReply]) -> Reply:
         """The answer to a request, asked again until there is one that counts; RetryLater after a long time."""

@@ -26,6 +26,7 @@ class Done(NamedTuple):
     endorsement_key: str  # base64 of its TPM2B_PUBLIC
     result: str  # a word of `enrol.RESULTS`
     detail: str  # in words, often empty
+    policy: str = ""  # the credentialPolicyName that the enrolment was to have
 
     @property
     def key(self) -> tuple[str, str]:
@@ -48,7 +49,7 @@ class Journal:
     def __init__(self, path: str, service: str) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._results: dict[tuple[str, str], tuple[str, str]] = {}
+        self._results: dict[tuple[str, str], tuple[str, str, str]] = {}  # with the policy
         try:
             self._file = open(path, "a+b")  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
@@ -70,22 +71,27 @@ class Journal:
     def __len__(self) -> int:
         return len(self._results)
 
-    def result(self, registration_id: str, endorsement_key: str) -> tuple[str, str] | None:
-        """Result and detail of a device that an earlier run, or this one, is done with."""
-        return self._results.get(device_key(registration_id, endorsement_key))
+    def result(self, registration_id: str, endorsement_key: str, policy: str) -> tuple[str, str] | None:
+        """Result and detail of a device that an earlier run, or this one, is done with; `policy` as in `Done`.
+
+        None where one is wanted, and the result is of an enrolment that was to have another one, or none.
+        """
+        result, detail, had = self._results.get(device_key(registration_id, endorsement_key), ("", "", ""))
+        return (result, detail) if result and policy in ("", had) else None
 
     def add(self, done: Sequence[Done]) -> None:
         """Writes down what became of these; on the disk when this returns."""
         lines = "".join(
-            json.dumps({"id": key[0], "ek": key[1], "result": each.result, "detail": each.detail}) + "\n"
+            json.dumps({"id": id_, "ek": ek, "result": each.result, "detail": each.detail, "policy": each.policy})
+            + "\n"
             for each in done
-            for key in [each.key]
+            for id_, ek in [each.key]
         )
         with self._lock:
             self._file.write(lines.encode())
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._results.update({each.key: (each.result, each.detail) for each in done})
+            self._results.update({each.key: (each.result, each.detail, each.policy) for each in done})
 
     def _take(self, service: str) -> None:
         try:
@@ -110,7 +116,9 @@ class Journal:
             form, written_for = head["dpsEnrollJournal"], head["service"]
             if form != FORM:
                 raise ValueError(f"expected form {FORM}; came {form}")
-            self._results = {(line["id"], line["ek"]): (line["result"], line["detail"]) for line in lines}
+            self._results = {
+                (line["id"], line["ek"]): (line["result"], line["detail"], line.get("policy", "")) for line in lines
+            }
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._wrong(f"expected a journal of dps-enroll; {error!r}: name another file") from None
         if written_for != service:

@@ -24,7 +24,8 @@ UPDATE_IF_MATCH = "updateIfMatchETag"
 TIMEOUT_S = 60.0
 TOKEN_LIFE_S = 600  # a request takes at most a tenth of it; the rest is for clocks that differ
 API_VERSION = "2021-10-01"
-ISSUING_API_VERSION = "2025-07-01-preview"  # with credentialPolicyName
+POLICY = "credentialPolicyName"  # of an enrolment: whose CA issues certificates for the device
+ISSUING_API_VERSION = "2025-07-01-preview"  # the first that has it
 _FIELDS = ("HostName", "SharedAccessKeyName", "SharedAccessKey")
 
 
@@ -62,19 +63,19 @@ def credentials_of(text: str, where: str) -> Credentials:
 class Service:
     """One connection to the service; for one thread, but for `abort`."""
 
-    def __init__(self, credentials: Credentials, ca_file: str, proxy: str, api_version: str = API_VERSION) -> None:
+    def __init__(self, credentials: Credentials, ca_file: str, proxy: str) -> None:
         self._credentials = credentials
-        self._query = f"?api-version={api_version}"
         endpoint = f"https://{credentials.host}"
         self._connection = DpsConnection(endpoint, "", ca_file, TIMEOUT_S, "dps-enroll", proxy)
 
     def bulk(self, mode: str, records: Sequence[Mapping[str, Any]]) -> Reply | NoReply:
         """Up to `BULK_LIMIT` enrolments at once, each of which succeeds or fails for itself."""
-        return self._send("POST", f"/enrollments{self._query}", {"enrollments": list(records), "mode": mode})
+        has_policy = any(POLICY in record for record in records)
+        return self._send("POST", "/enrollments", {"enrollments": list(records), "mode": mode}, has_policy)
 
-    def enrollment(self, registration_id: str) -> Reply | NoReply:
+    def enrollment(self, registration_id: str, with_policy: bool) -> Reply | NoReply:
         """What the service has under a registration id."""
-        return self._send("GET", f"/enrollments/{quote(registration_id, safe='')}{self._query}", None)
+        return self._send("GET", f"/enrollments/{quote(registration_id, safe='')}", None, with_policy)
 
     def abort(self) -> None:
         """Ends a request that is under way in another thread."""
@@ -84,8 +85,10 @@ class Service:
         """Ends the connection."""
         self._connection.close()
 
-    def _send(self, method: str, path: str, body: object) -> Reply | NoReply:
+    def _send(self, method: str, path: str, body: object, has_policy: bool) -> Reply | NoReply:
+        """One request, by the version of the API that it takes: without a policy none is asked of a preview."""
         encoded = b"" if body is None else json.dumps(body).encode()
+        path = f"{path}?api-version={ISSUING_API_VERSION if has_policy else API_VERSION}"
         return self._connection.request(method, path, encoded, self._credentials.token(time.time()))
 
 
