@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,13 +30,21 @@ from dps_hal.errors import RetryLater
 from dps_hal.host import tls_provider as provider
 from dps_hal.host.signing_key import from_pem
 from dps_hal.host.state_dir import open_store
+from dps_hal.tpm.keys import ALG_AES, ALG_CFB, ALG_NULL, ALG_SHA256, sized
 from host.test_issued import DEVICE, HUB, Bench, Shifted, emulator
 from host.test_x509 import LINE, issued
 from support.cloud.emulator import EmulatorInThread
+from support.tpm.swtpm import OWNER
 from support.tpm.tls import OtherProcess, TpmForTls
 
 __all__ = ["emulator"]
 LOADED = ["ReadPublic", "Load", "ECC_Parameters"]
+SRK_HANDLE = 0x81000001
+# An ECC storage key of nobody's template: TPM2B_PUBLIC.
+OTHER_PRIMARY = sized(
+    struct.pack(">HHIH", 0x0023, ALG_SHA256, 0x00030472, 0)
+    + struct.pack(">HHHHHHI", ALG_AES, 128, ALG_CFB, ALG_NULL, 0x0003, ALG_NULL, 0)
+)
 HANDSHAKE = ["ECC_Parameters", "Hash", "Sign"]
 
 
@@ -307,6 +316,30 @@ def test_a_key_that_the_tpm_lost_is_made_anew_by_the_next_registration(made: Cal
     assert not bench.command("provision", "--force")["alreadyProvisioned"]
     assert bench.key_file.read_bytes() != before
     assert bench.connack(bench.chain()) == ConnAck(0, False)
+
+
+def test_a_tpm_without_room_for_its_storage_root_key_says_so_to_the_hub_s_connection_and_the_key_is_good(
+    made: Callable[..., TpmBench],
+) -> None:
+    bench = made("symmetric-key")
+    bench.configure(certificate='certificate = "issued"\nissued_key = "tpm"')
+    bench.command("provision")
+    before = bench.key_file.read_bytes()
+    bench.tpm.swtpm.evict(SRK_HANDLE)
+    try:
+        for somebody_else_is_there in (False, True):
+            if somebody_else_is_there:
+                bench.tpm.swtpm.persist_primary(OWNER, OTHER_PRIMARY, SRK_HANDLE)
+            bench.tpm.tap.refuse(0x14B, command="EvictControl", times=99)
+            answer = bench.connack(bench.chain())
+            assert isinstance(answer, NoReply), answer
+            assert answer.reason.startswith("tpm.nv_full: the TPM has no room to keep the storage root key"), answer
+            assert not bench.command("provision", "--force")["alreadyProvisioned"]
+            assert bench.key_file.read_bytes() == before
+    finally:
+        bench.tpm.tap.forget()
+        bench.tpm.swtpm.evict(SRK_HANDLE)
+    assert bench.connack(bench.chain()) == ConnAck(0, False), "now there is room"
 
 
 def test_a_tpm_that_says_once_that_it_lost_the_key_is_asked_again(made: Callable[..., TpmBench]) -> None:

@@ -89,22 +89,18 @@ class ServiceTpm(TpmProcedure):
 
     def create_signing_key(self) -> tuple[int, bytes, bytes]:
         """As `TpmService.create_signing_key`."""
-        from dps_hal.host.signing_key import TEMPLATE, point
+        from dps_hal.host.signing_key import TEMPLATE, place_of_srk, point
 
         def create() -> tuple[int, bytes, bytes]:
             srk = self._storage_root_key()
-            if not self.srk_found_at:
-                raise AskOperator(
-                    "tpm.nv_full",
-                    "the TPM has no room to keep the storage root key, under which a key for TLS is found again",
-                )
+            srk_handle = place_of_srk(self.srk_found_at)
             commands: Any = self._commands
             public, private = commands.create(srk, TEMPLATE, self._salted_session())
             try:
                 point(public)
             except ValueError as error:
                 raise AskOperator("tpm.failed", f"the TPM made a key: {error}") from None
-            return self.srk_found_at, public, private
+            return srk_handle, public, private
 
         return self._operate(create)
 

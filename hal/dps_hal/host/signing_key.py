@@ -11,6 +11,7 @@ import binascii
 import struct
 
 from dps_hal.der import INTEGER, OBJECT_IDENTIFIER, SEQUENCE, element
+from dps_hal.errors import AskOperator
 from dps_hal.tpm.keys import (
     ALG_NULL,
     ALG_SHA256,
@@ -81,6 +82,14 @@ def signature_numbers(signature: bytes) -> tuple[int, int]:
     if at != len(signature):
         raise ValueError("expected the signature's end behind s")
     return int.from_bytes(r, "big"), int.from_bytes(s, "big")
+
+
+def place_of_srk(found_at: int | None) -> int:
+    """The persistent handle of the SRK, see `TpmService.srk_found_at`; AskOperator `tpm.nv_full` where it has none."""
+    if not found_at:
+        text = "the TPM has no room to keep the storage root key, under which a key for TLS is found again"
+        raise AskOperator("tpm.nv_full", text)
+    return found_at
 
 
 def to_pem(key: KeyFile) -> bytes:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dps_agent.host.network.shown import Shown
     from dps_hal.contracts import TpmService
     from dps_hal.errors import DpsError
+    from dps_hal.host.signing_key import KeyFile
     from dps_hal.host.tls_provider import TpmKey
 
     _FileState: TypeAlias = "tuple[int, ...] | None"  # changes with a file or folder; None where there is none
@@ -123,8 +124,8 @@ class Trust:
         """Has the TPM load the key for the connection that is about to begin, if it has one; as slow as the TPM.
 
         DpsError where it cannot be had: what the TPM says, AskOperator `tpm.certificate_key` where the key is gone, and
-        `config.invalid` for the files. A verdict of the TPM's counts when it came twice, and its storage root key was
-        looked for, or made anew, in between: anybody who owns the TPM may have moved that.
+        `config.invalid` for the files. What the TPM refuses the provider counts where our own procedure, which looks
+        for the storage root key or makes it anew, is refused the same: anybody who owns the TPM may have moved that.
         """
         shown = self._certificate
         if shown is None or not self._in_tpm:
@@ -144,37 +145,45 @@ class Trust:
         except (AskOperator, IdentityStale) as error:
             if not error.code.startswith("tpm."):
                 raise
-            self._find_storage_root_key(shown)
+            self._ask_ourselves(shown)
             try:
                 self._borrow(shown)
             except IdentityStale as again:
-                text = f"the TPM does not take the key that it made: {again.message}"
-                raise AskOperator("tpm.certificate_key", text) from None
+                text = f"OpenSSL's provider tpm2 does not get the key loaded with which the TPM signs: {again.message}"
+                raise AskOperator("tpm.failed", text) from None
 
     def _borrow(self, shown: Shown) -> None:
         from dps_hal.host import tls_provider
-        from dps_hal.host.signing_key import from_pem, to_pem
+        from dps_hal.host.signing_key import to_pem
 
         def make() -> ssl.SSLContext:
             return self._rooted(all_roots=not self._leaves_out)
 
         try:
             with self._chain_file(shown) as chain_file:
-                content = read_regular(shown.key_file, KEY_LIMIT)
-                if not content.startswith(TPM_KEY):
-                    raise AskOperator("config.invalid", _moved(shown, "in a file", "in the TPM"))
-                key = from_pem(content.partition(REQUEST)[0])
+                key = _key_in_tpm(shown)
                 key = key._replace(srk_handle=self._srk_handle or key.srk_handle)
                 self._borrowed = tls_provider.held(make, chain_file, to_pem(key))
         except (OSError, ValueError) as error:
             raise _unsuitable(shown, "the TPM's key", error) from None
 
-    def _find_storage_root_key(self, shown: Shown) -> None:
-        """Our own procedure looks for it, and makes it where it is gone; the provider can do neither."""
+    def _ask_ourselves(self, shown: Shown) -> None:
+        """Has our own procedure sign with the key, as a registration does; AskOperator, `tpm.certificate_key` among it.
+
+        It looks for the storage root key, and makes it where it is gone; the provider can do neither, and finds it at a
+        persistent handle alone.
+        """
+        from dps_hal.host.signing_key import place_of_srk
+
+        key = _key_in_tpm(shown)
         tpm = self._tpm = shown.open_tpm()
         try:
             tpm.storage_root_key()
-            self._srk_handle = tpm.srk_found_at or 0
+            tpm.sign_digest(key.public, key.private, bytes(32))
+            self._srk_handle = place_of_srk(tpm.srk_found_at)
+        except IdentityStale as error:
+            text = f"the TPM does not take the key that it made: {error.message}"
+            raise AskOperator("tpm.certificate_key", text) from None
         finally:
             tpm.release()
             self._tpm = None
@@ -329,6 +338,16 @@ def _is_in_tpm(key_file: str) -> bool:
             return file.read(len(TPM_KEY)) == TPM_KEY
     except OSError:
         return False
+
+
+def _key_in_tpm(shown: Shown) -> KeyFile:
+    """The key of a TPM's in a file; AskOperator, ValueError for one that is damaged, OSError."""
+    from dps_hal.host.signing_key import from_pem
+
+    content = read_regular(shown.key_file, KEY_LIMIT)
+    if not content.startswith(TPM_KEY):
+        raise AskOperator("config.invalid", _moved(shown, "in a file", "in the TPM"))
+    return from_pem(content.partition(REQUEST)[0])
 
 
 def _moved(shown: Shown, now: str, before: str) -> str:
