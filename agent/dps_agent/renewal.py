@@ -206,11 +206,12 @@ class Renewal:
         status, _, query = event.topic[len(ANSWERS) :].partition("/")
         rid = query_value(query, "$rid") or ""
         expected = rid == self.request_id and self.state in (ASKED, ACCEPTED, SUBSCRIBING)
+        is_judged = True
         # What a hub kept for us comes ahead of the SUBACK, or when nobody waited any more.
         if self.state != STORING and (expected or (status == "200" and rid.startswith(self._request_ids))):
             came_s: float = yield Uptime()
-            yield from self._answered(status, event, came_s)
-        if event.packet_id and not self._taken:
+            is_judged = yield from self._answered(status, event, came_s)
+        if event.packet_id and is_judged and not self._taken:
             yield Acknowledge(event.packet_id)
         return True
 
@@ -239,8 +240,8 @@ class Renewal:
         if not granted.return_codes or granted.return_codes[0] == _FAILED:
             self._refuse_for_good(now_s, "the hub does not renew certificates")
             return
-        request = yield from self._request(now_s)
-        if not request:
+        request = yield from self._request(self.assignment.registration_id, now_s)
+        if request is None:
             return
         body = {"id": self.assignment.device_id, "csr": to_base64(request)}
         if self._replaces:
@@ -251,8 +252,11 @@ class Renewal:
         else:
             self._wait(ASKED, now_s, ANSWER_LIMIT_S)
 
-    def _answered(self, status: str, event: Arrived, now_s: float) -> "Generator[Effect, Any, None]":
-        """1. It will come. 2. It has come. 3. Another request is under way. 4. Later. 5. Never."""
+    def _answered(self, status: str, event: Arrived, now_s: float) -> "Generator[Effect, Any, bool]":
+        """1. It will come. 2. It has come. 3. Another request is under way. 4. Later. 5. Never.
+
+        False: it has come, and could not be judged, so that the hub is to bring it again on the next connection.
+        """
         try:
             value: Any = from_json(event.payload or b"")
         except ValueError:
@@ -262,16 +266,17 @@ class Renewal:
             self._replaces = False
             limit_s: float = yield from _issue_limit_s(fields.get("operationExpires"))
             self._wait(ACCEPTED, now_s, limit_s)
-            return
+            return True
         self._attempt += 1
         if status == "200":
-            yield from self._issued(fields.get("certificates") if fields else value, event.packet_id, now_s)
-            return
+            issued = fields.get("certificates") if fields else value
+            is_judged: bool = yield from self._issued(issued, event.packet_id, now_s)
+            return is_judged
         try:
             number = whole_number(status, 3)
         except ValueError:
             yield from self._fail(now_s, "the hub answered the request for the certificate without a status")
-            return
+            return True
         code, message = fields.get("errorCode"), fields.get("message")
         if isinstance(code, bool) or not isinstance(code, int) or not 0 <= code < _CODES_LIMIT:
             code = 0
@@ -287,11 +292,13 @@ class Renewal:
             yield from self._fail(now_s, said, fields.get("retryAfter"))
         else:
             self._refuse_for_good(now_s, said)
+        return True
 
-    def _issued(self, issued: "Any", packet_id: int, now_s: float) -> "Generator[Effect, Any, None]":
-        request = yield from self._request(now_s)
-        if not request:
-            return
+    def _issued(self, issued: "Any", packet_id: int, now_s: float) -> "Generator[Effect, Any, bool]":
+        """Takes what was issued for the key that there is, which signs nothing for that; whether it could be judged."""
+        request = yield from self._request("", now_s)
+        if request is None:
+            return False
         try:
             chain = yield from chain_for(issued, request)
             former, later = [validity(certificates(each)[0])[1] for each in (self._chain, chain)]
@@ -299,10 +306,11 @@ class Renewal:
                 raise ValueError("it ends no later than the one that there is")
         except (ValueError, RetryLater, AskOperator) as error:
             yield from self._fail(now_s, f"the renewed certificate is refused: {error}")
-            return
+            return isinstance(error, ValueError)
         self._taken = chain, packet_id
         self.state = STORING
         _packet_id = yield from self._store(now_s)
+        return True
 
     def _store(self, now_s: float) -> "Generator[Effect, Any, int]":
         """Makes what has come durable: the chains first, then the identity that names the new one.
@@ -341,13 +349,13 @@ class Renewal:
         value = from_json(text)
         return {"persistAt": value["persistAt"]} if "persistAt" in value else {}
 
-    def _request(self, now_s: float) -> "Generator[Effect, Any, bytes]":
-        """The request for the certificate; empty where this device has it not, which counts as a failure."""
+    def _request(self, registration_id: str, now_s: float) -> "Generator[Effect, Any, bytes | None]":
+        """See `ReadRequest`; None where this device has it not now, which counts as a failure."""
         try:
-            request: bytes = yield ReadRequest(self.assignment.registration_id)
+            request: bytes = yield ReadRequest(registration_id)
         except (RetryLater, AskOperator, IdentityStale) as error:
             yield from self._fail(now_s, f"the certificate is not renewed: {error.message}")
-            return b""
+            return None
         return request
 
     def _fail(self, now_s: float, said: str, asked_s: "Any" = None) -> "Generator[Effect, Any, None]":

@@ -377,6 +377,44 @@ def test_a_key_that_cannot_be_read_for_a_while_costs_no_connection(device: Devic
     assert device.registrations == 1 and device.shown == device.dps.chains[-1] and len(device.dps.chains) == 2
 
 
+@pytest.mark.parametrize("unreadable", [False, True])
+def test_what_has_come_needs_no_signature_and_is_acknowledged_once_it_could_be_judged(
+    device: Device, monkeypatch: pytest.MonkeyPatch, unreadable: bool
+) -> None:
+    """A TPM that is busy signs no request; and where nobody can say what the key is, the hub brings it again."""
+    device.hub.issue_after_s = 30 * DAY_S
+    read = device.world.tpm.request
+    brought: list[Arrived] = []
+
+    def busy(registration_id: str) -> bytes:
+        if registration_id or unreadable:
+            raise RetryLater("tpm.memory", "the TPM refused load with 0x902")
+        return read(registration_id)
+
+    def come() -> None:
+        monkeypatch.setattr(device.world.tpm, "request", busy)
+        device.hub.events.clear()
+        rid, body = device.hub.held.pop()
+        brought.append(Arrived(f"$iothub/credentials/res/200/?$rid={rid}", body, 7))
+        device.hub.events.append((device.world.uptime_s, brought[0]))
+
+    def come_again() -> None:
+        by_then.extend(acknowledged)
+        monkeypatch.setattr(device.world.tpm, "request", read)
+        if not acknowledged:
+            device.hub.early = brought
+            device.hub.drop(device.world.uptime_s)
+
+    acknowledged: list[int] = []
+    by_then: list[int] = []
+    monkeypatch.setattr(device.hub, "acknowledge", acknowledged.append)
+    device.world.at(19 * DAY_S, come)
+    device.world.at(19 * DAY_S + 20, come_again)
+    device.live(19 * DAY_S + 3600)
+    assert by_then == ([] if unreadable else [7]) and acknowledged == [7]
+    assert device.registrations == 1 and device.shown == device.dps.chains[1]
+
+
 def test_a_renewal_that_fails_is_told_until_it_succeeds(device: Device) -> None:
     device.hub.said = [(500, {"errorCode": 500001})] * 3
     device.live(DUE_S[0])
