@@ -306,6 +306,10 @@ def test_a_key_that_the_tpm_lost_is_made_anew_by_the_next_registration(made: Cal
     assert isinstance(answer, NoReply) and answer.reason.startswith("tpm.certificate_key: the TPM does not take"), (
         answer
     )
+    found = {one["id"]: one for one in bench.command("check", status=5)["checks"]}["device-certificate"]
+    assert found["code"] == "tpm.certificate_key" and "'dps-agent provision --force' has the TPM" in found["remedy"]
+    assert bench.key_file.read_bytes() == before, "a check replaces nothing"
+    assert "for the key of the certificate that DPS issues alone: the device's own key lies" in bench.text("status")
     bench.configure(
         certificate=f'certificate = "issued"\nissued_key = "tpm"\nissued_key_file = "{bench.key_file}"'
     )  # and then it is the operator's

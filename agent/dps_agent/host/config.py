@@ -675,6 +675,12 @@ def backend_shown(configuration: Configuration) -> str:
     if is_sealed(configuration):
         how = "made" if configuration.attestation == X509 else "sealed"
         return f"{shown}, has {how} the device's own key, {path}"
+    if configuration.certificate:
+        from dps_agent.host.issued_keys import is_in_tpm
+
+        if is_in_tpm(configuration):
+            plain = f"the device's own key lies in a plain file, {path}"
+            return f"{shown}, for the key of the certificate that DPS issues alone: {plain}"
     return f"none: the device's own key lies in a plain file, {path}"
 
 

@@ -147,6 +147,18 @@ class WithIssuedKey:
             return False
         return len(signature) == 2 * _NUMBER_BYTES
 
+    def try_key(self) -> None:
+        """Has a TPM that has made the key sign once; AskOperator `tpm.certificate_key` where it takes that no more.
+
+        Else as `request` with an empty name; nothing is replaced.
+        """
+        key = self._opened()
+        if tpm_of(key) is not None:
+            from cryptography.hazmat.primitives.asymmetric import ec
+            from cryptography.hazmat.primitives.hashes import SHA256
+
+            key.sign(b"", ec.ECDSA(SHA256()))
+
     def issuers(self, certificates: tuple[bytes, ...]) -> tuple[int, ...]:
         """See `dps_agent.effects.FindIssuers`; AskOperator `agent.not_available`."""
         require_cryptography()

@@ -126,9 +126,11 @@ class Device:
         """An exchange with what signs for the device and the store, without any network."""
         if self.configuration.attestation == TPM and not self.configuration.certificate:
             return self._running().run(exchange)
-        if self._own is None:
-            self._own = offline_runner(self.configuration, open_device(self.configuration))
-        return self._own.run(exchange)
+        return self._signing().run(exchange)
+
+    def try_issued_key(self) -> None:
+        """Has a TPM sign with the key of the certificate that DPS issues, if it has made that; as `ask`."""
+        self._signing().ask_tpm(self._signer.try_key)
 
     def signature(self, message: bytes) -> bytes:
         """`message` signed by the device's own key."""
@@ -163,6 +165,16 @@ class Device:
             runner.run(exchange())
         finally:
             self._disk_hangs = runner.stuck
+
+    @cached_property
+    def _signer(self) -> Any:
+        """What signs for the device."""
+        return open_device(self.configuration)
+
+    def _signing(self) -> Runner:
+        if self._own is None:
+            self._own = offline_runner(self.configuration, self._signer)
+        return self._own
 
     def _running(self) -> Runner:
         if self._runner is None:

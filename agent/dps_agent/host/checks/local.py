@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dps_agent.assignment import difference
 from dps_agent.attestation import load_held
-from dps_agent.host.checks.finding import NOTHING_STORED, OK, SKIPPED, WARNING, Finding
+from dps_agent.host.checks.finding import NOTHING_STORED, OK, SKIPPED, WARNING, Finding, failed
 from dps_agent.host.clock import SystemClock, is_synchronised
 from dps_agent.host.config import (
     NO_ID_SCOPE,
@@ -22,7 +22,7 @@ from dps_agent.host.config import (
 from dps_agent.host.printed import utc_text
 from dps_agent.settings import SYMMETRIC_KEY, TPM, X509
 from dps_hal.contracts import IDENTITY, PROGRESS
-from dps_hal.errors import IdentityStale, RetryLater
+from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.host.codes import REMEDIES
 from dps_hal.host.files import FileSlots, StateFolder, SystemCalls
 from dps_hal.host.mounts import doubt
@@ -221,6 +221,14 @@ def _issued_certificate(device: Device) -> Finding:
     key, in_tpm = key_shown(configuration), is_in_tpm(configuration)
     if in_tpm:
         _load_tls_provider(device)
+        try:
+            device.try_issued_key()
+        except AskOperator as error:
+            if error.code != "tpm.certificate_key":
+                raise
+            makes_another = "'dps-agent provision --force' has the TPM make another, and registers with that"
+            path = configuration.issued_key_file
+            return failed(error, f"remove {path}; {makes_another}" if path else makes_another)
     if assignment is None or not assignment.chain:
         return Finding(SKIPPED, "DPS has issued none yet")
     reason = device.run(difference_of_chain(assignment))
