@@ -192,7 +192,8 @@ def tpm_document(device: Device) -> dict[str, Any]:
         return {"attestation": device.configuration.attestation, "tpm": "none is used"}
     try:
         found: dict[str, Any] = dict(device.condition._asdict())
-        found["ekName"] = object_name(device.endorsement_key).hex()
+        if device.needs_endorsement_key:
+            found["ekName"] = object_name(device.endorsement_key).hex()
         found["srkName"] = object_name(device.storage_root_key).hex()
         found["srkFoundAt"] = device.tpm.srk_found_at
     except DpsError as error:

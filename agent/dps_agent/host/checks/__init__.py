@@ -48,7 +48,11 @@ def _run(check: Check, device: Device, findings: dict[str, Finding]) -> Finding:
 def _of_other_ways(device: Device) -> dict[str, str]:
     """The checks that this device has no use for, and why: they are made only where somebody asks for them."""
     try:
-        attestation, uses_tpm = device.configuration.attestation, device.uses_tpm
+        attestation, uses_tpm, needs_ek = (
+            device.configuration.attestation,
+            device.uses_tpm,
+            device.needs_endorsement_key,
+        )
     except DpsError:
         return {}  # the check of the settings says what is wrong with them
     others = {}
@@ -60,9 +64,14 @@ def _of_other_ways(device: Device) -> dict[str, str]:
         others["tpm-noda"] = "the hub's key is that of the certificate which DPS issues"
     if attestation != X509 and not device.configuration.certificate:
         others["device-certificate"] = "this device shows no certificate"
+    if not needs_ek:
+        others |= dict.fromkeys(_OF_ENDORSEMENT_KEY, "no endorsement key shows who this device is")
     if not uses_tpm:
         others |= {check.id: "no TPM is used" for check in CHECKS if check.id.startswith("tpm-")}
     return others
+
+
+_OF_ENDORSEMENT_KEY = ("tpm-ek", "tpm-certificate", "tpm-self-challenge")
 
 
 def _online(name: str) -> Callable[[Device], Finding]:

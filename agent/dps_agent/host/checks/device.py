@@ -51,6 +51,14 @@ class Device:
             return True
         return is_sealed(self.configuration) or (bool(self.configuration.certificate) and is_in_tpm(self.configuration))
 
+    @property
+    def needs_endorsement_key(self) -> bool:
+        """Whether its endorsement key is who it is, or has let the TPM seal its key: what it made needs none."""
+        configuration = self.configuration
+        return configuration.attestation == TPM or (
+            configuration.attestation == SYMMETRIC_KEY and is_sealed(configuration)
+        )
+
     @cached_property
     def tpm(self) -> TpmService:
         """The TPM that they name, not touched yet."""
