@@ -1,4 +1,4 @@
-"""What Debian has and the machine may not: MicroPython, its sources, OpenSSL's provider tpm2, QEMU, a broker.
+"""What Debian has and the machine may not: MicroPython, its sources, OpenSSL's provider tpm2, QEMU, a broker, musl.
 
 Its MicroPython is the oldest release that the project supports; the sources of the newest one that Debian has are those
 of its next version.
@@ -7,15 +7,13 @@ apt-get fetches both into a folder of their own and checks Debian's signatures; 
 machine stay as they are. Debian's program runs with the C library of Debian 13, whatever the machine has.
 """
 
-import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fresh_machine import APT_DEADLINE_S, SYSTEM_PATH, NotReady, cache_folder, output_of, require_success
+from fresh_machine import APT_DEADLINE_S, SYSTEM_PATH, NotReady, cache_folder, locked, output_of, require_success
 
 SUITE = "trixie"
 OLDEST = (1, 25)  # what the suite has
@@ -33,6 +31,20 @@ BUILD_PACKAGES = (
     *("dpkg-dev", "xz-utils", "bzip2", "gcc", "libc6-dev", "make"),  # what unpacks sources, and their own compiler
     *("gcc-arm-none-eabi", "libnewlib-arm-none-eabi", "qemu-system-arm"),
 )
+MUSL_SUITE = "bookworm"  # Python 3.11, the oldest that the project runs on
+MUSL_SOURCES = ("libffi", "zlib", "openssl", "python3.11")
+MUSL_BUILD_PACKAGES = ("musl-tools", "linux-libc-dev", "dpkg-dev", "xz-utils", "make", "gcc", "perl")
+MUSL_OPENSSL_WITHOUT = (
+    "shared tests engine legacy async dso cms ts srp gost sm2 sm3 sm4 aria camellia seed idea cast bf rc2 mdc2"
+)
+MUSL_PROGRAMS = {  # what builds Python asks both where the machine's own C library has its files
+    "musl-cc": """#!/bin/sh
+case "$*" in *-print-multiarch*) exit ;; esac
+exec musl-gcc "$@" -idirafter {headers}
+""",
+    "dpkg-architecture": "#!/bin/sh\nexit 1\n",
+}
+MUSL_DEADLINE_S = 3000
 KEYRINGS = ("debian-archive-keyring.gpg", "debian-archive-keyring.pgp")  # Debian 12 has the first, later ones both
 DEBIAN = "http://deb.debian.org/debian"
 UNPACK_DEADLINE_S = 120
@@ -148,6 +160,72 @@ def mosquitto() -> list[str]:
     return ["env", f"LD_LIBRARY_PATH={_only(root, 'usr/lib/*-linux-*/')}", str(root / "usr/sbin/mosquitto")]
 
 
+def musl_python() -> Path:
+    """The folder of a system that has musl as its C library and Python, built once from Debian's sources (45 MB).
+
+    It takes six minutes of a core and the machine's `musl-tools`.
+    """
+
+    def make(folder: Path) -> None:
+        _apt(folder, MUSL_SUITE, "deb-src", "source", *MUSL_SOURCES)
+        parts = ("libffi", "zlib", "openssl", "[Pp]ython3*")
+        libffi, zlib, openssl, python = (_only(folder, f"{name}-*/") for name in parts)
+        root, built, headers, programs = (folder / name for name in ("root", "built", "headers", "programs"))
+        headers.mkdir()
+        for name in ("linux", "asm-generic"):
+            (headers / name).symlink_to(Path("/usr/include", name))
+        (headers / "asm").symlink_to(_only(Path("/usr/include"), "*-linux-gnu/asm"))
+        programs.mkdir()
+        for name, text in MUSL_PROGRAMS.items():
+            (programs / name).write_text(text.format(headers=headers))
+            (programs / name).chmod(0o755)
+        environ = ("env", f"PATH={programs}:{SYSTEM_PATH}", "CC=musl-cc")
+        quick = "CFLAGS=-O1 -fPIC"  # to build, not to run
+        jobs, install = f"-j{os.cpu_count() or 1}", f"--prefix={built}"
+        lean = [f"no-{name}" for name in MUSL_OPENSSL_WITHOUT.split()]
+        found = f"CPPFLAGS=-I{built}/include", f"LDFLAGS=-L{built}/lib"
+        wanted = f"--with-openssl={built}", "--without-ensurepip", "--disable-test-modules"
+        for below, words in (
+            (libffi, (*environ, quick, "./configure", install, "--disable-shared", "--disable-docs")),
+            (libffi, (*environ, "make", jobs, "install")),
+            (zlib, (*environ, quick, "./configure", install, "--static")),
+            (zlib, (*environ, "make", "install")),
+            (openssl, (*environ, "./Configure", install, "--libdir=lib", "--openssldir=/etc/ssl", *lean, quick)),
+            (openssl, (*environ, "make", jobs, "build_libs")),
+            (openssl, (*environ, "make", "install_dev")),
+            (python, (*environ, "OPT=-O1", *found, "./configure", "--prefix=/usr", *wanted)),
+            (python, (*environ, "make", jobs)),
+            (python, (*environ, "make", "install", f"DESTDIR={root}")),
+        ):
+            require_success(list(words), MUSL_DEADLINE_S, below)
+        loader = root / "lib" / f"ld-musl-{os.uname().machine}.so.1"
+        loader.parent.mkdir()
+        shutil.copy(_only(Path("/usr/lib"), "*-linux-musl/libc.so"), loader)
+        for path in (libffi, zlib, openssl, python, built, headers, programs):
+            shutil.rmtree(path)
+        for archive in folder.glob("*.tar.*"):
+            archive.unlink()
+
+    return _made_once(f"musl-python-{MUSL_SUITE}", make) / "root"
+
+
+def umqtt_folder() -> Path:
+    """Where MicroPython's own MQTT client is, once it is fetched."""
+    return cache_folder() / "umqtt"
+
+
+def umqtt(micropython: Path) -> Path:
+    """That folder, filled by the `mip` of a MicroPython newer than Debian's; NotReady where it reaches no server."""
+
+    def make(folder: Path) -> None:
+        words = [str(micropython), "-m", "mip", "install", "--target", str(folder), "umqtt.simple"]
+        output = require_success(words, APT_DEADLINE_S, folder)
+        if not (folder / "umqtt").is_dir():
+            raise NotReady(output)
+
+    return _made_once(umqtt_folder().name, make)
+
+
 def _version_of(program: list[str]) -> tuple[int, ...]:
     """The version that QEMU says it has; () where it does not run."""
     status, output = output_of([*program, "--version"], 30)
@@ -158,26 +236,15 @@ def _version_of(program: list[str]) -> tuple[int, ...]:
 def _made_once(name: str, make: Callable[[Path], None]) -> Path:
     """The folder `name` of the cache; `make` fills it where no earlier run did so to the end."""
     folder = cache_folder() / name
-    with _locked(folder.with_suffix(".lock")):
+    with locked(folder):
         stamp = folder / "complete"
         if not stamp.is_file():
-            print(f"fetching from Debian into {folder}, once", flush=True)
+            print(f"fetching into {folder}, once", flush=True)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             make(folder)
             stamp.touch()
     return folder
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-    except OSError as error:
-        raise NotReady(f"no place for what Debian has: {error}\nset XDG_CACHE_HOME to a folder of yours") from error
 
 
 def _unpacked(folder: Path, suite: str, packages: Sequence[str]) -> Path:

