@@ -406,6 +406,18 @@ def test_reset_forgets_what_settings_of_before_had_issued(bench: Bench) -> None:
     assert open_store(str(bench.state_dir)).load(CERTIFICATE) is None and not bench.key_file.exists()
 
 
+@ONLY_KEY
+def test_reset_beside_a_registration_removes_nothing(bench: Bench) -> None:
+    bench.command("provision")
+    before, chain = bench.key_file.read_bytes(), bench.chain()
+    with open_store(str(bench.state_dir)).exclusive():
+        assert bench.command("reset", "--yes", status=3)["error"]["code"] == "store.locked"
+    assert bench.key_file.read_bytes() == before and bench.chain() == chain
+    bench.command("reset", "--yes")
+    bench.state_dir.rename(bench.folder / "elsewhere")
+    assert bench.command("reset", "--yes")["erased"] == [] and not bench.state_dir.exists()
+
+
 @pytest.mark.parametrize(
     ("begun_s", "result", "says"),
     [(2000, OK, ", until 2"), (2500, WARNING, "not renewed yet"), (3700, WARNING, "ended at")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -43,15 +44,17 @@ def run(arguments: Arguments) -> Outcome:
     document = {"erased": list(found), "stateDir": configuration.state_dir, "backend": configuration.backend}
     if ask_service(configuration, "/command/reset") is not None:
         return Outcome([*lines, "the service that runs registers the device again"], document)
-    warnings = _withdraw_key(configuration, store)
-    if os.path.lexists(configuration.issued_key_path):
-        from dps_agent.host.issued_keys import remove_key
+    there_is_one = os.path.lexists(configuration.state_dir)  # the lock of none would make it
+    with store.exclusive() if there_is_one else contextlib.nullcontext():
+        warnings = _withdraw_key(configuration, store)
+        if os.path.lexists(configuration.issued_key_path):
+            from dps_agent.host.issued_keys import remove_key
 
-        warnings += remove_key(configuration)  # first: what was cut behind it is another registration
+            warnings += remove_key(configuration)  # first: what was cut behind it is another registration
+        for record in configuration.forgotten:  # also where nothing is found: a half-erased record ends here
+            store.erase(record)
     lines += [f"warning: {warning}" for warning in warnings]
     document["warnings"] = warnings
-    for record in configuration.forgotten:  # also where nothing is found: a half-erased record ends here
-        store.erase(record)
     return Outcome([*lines, f"state folder: {configuration.state_dir}"], document)
 
 
@@ -70,15 +73,12 @@ def _withdraw_key(configuration: Configuration, store: LockedStore) -> list[str]
     if stored is None or not (handle or kept_key.noted(stored.payload)[0]):
         return []
 
-    from dps_agent.host.parts import kept_to_ourselves, offline_runner, open_tpm
+    from dps_agent.host.parts import offline_runner, open_tpm
 
     try:
-        with kept_to_ourselves(store):
-            tpm = open_tpm(configuration)
-            offline_runner(configuration, tpm).run(kept_key.withdraw(tpm, handle))
+        tpm = open_tpm(configuration)
+        offline_runner(configuration, tpm).run(kept_key.withdraw(tpm, handle))
     except DpsError as error:
-        if error.code == "store.locked":
-            raise
         return [f"the hub key stays in the TPM: {error.message}"]
     return []
 
