@@ -445,12 +445,14 @@ def test_a_service_that_issues_nothing_is_named(bench: Bench) -> None:
 @ONLY_KEY
 def test_the_key_is_made_whole_or_not_at_all(bench: Bench) -> None:
     bench.state_dir.mkdir(mode=0o700)
-    part = bench.key_file.with_name("issued-key.pem.new")
-    part.write_bytes(b"half of a key")
+    parts = [bench.key_file.with_name(f"issued-key.pem.{process}new") for process in (f"{os.getpid()}.", "")]
+    for part in parts:
+        part.write_bytes(b"half of a key")
     device = open_device(bench.loaded())
     assert device.request("") == b"" and not bench.key_file.exists(), "nothing is made for who only looks"
     first = device.request(DEVICE)
-    assert device.request(DEVICE) == first == device.request("") and not part.exists()
+    assert device.request(DEVICE) == first == device.request("")
+    assert [part.exists() for part in parts] == [False, True], "what another process writes is left alone"
     renamed = device.request("press-08")
     assert public_key_of(renamed) == public_key_of(first) and renamed != first
     for damaged in (b"", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"):

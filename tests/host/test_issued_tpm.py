@@ -20,6 +20,7 @@ from dps_agent.effects import NoReply
 from dps_agent.host.config import ConfigurationError
 from dps_agent.host.parts import clock_for, dps_connection, hub_connection, open_device
 from dps_agent.host.runner import Runner
+from dps_agent.host.settings_table import REQUEST
 from dps_agent.hub_effects import ConnAck, Connect
 from dps_agent.issued import public_key_of
 from dps_agent.lifecycle import Lifecycle
@@ -28,7 +29,7 @@ from dps_emulator.service import Settings
 from dps_hal.contracts import CERTIFICATE
 from dps_hal.errors import RetryLater
 from dps_hal.host import tls_provider as provider
-from dps_hal.host.signing_key import from_pem
+from dps_hal.host.signing_key import from_pem, to_pem
 from dps_hal.host.state_dir import open_store
 from dps_hal.tpm.keys import ALG_AES, ALG_CFB, ALG_NULL, ALG_SHA256, sized
 from host.test_issued import DEVICE, HUB, Bench, Shifted, emulator
@@ -320,6 +321,49 @@ def test_a_key_that_the_tpm_lost_is_made_anew_by_the_next_registration(made: Cal
     assert not bench.command("provision", "--force")["alreadyProvisioned"]
     assert bench.key_file.read_bytes() != before
     assert bench.connack(bench.chain()) == ConnAck(0, False)
+
+
+def test_settings_that_name_another_tpm_for_a_while_cost_no_key(made: Callable[..., TpmBench]) -> None:
+    """What another TPM's refusal makes of it is what TPM2_Clear makes of it; a key put back is the former TPM."""
+    bench = made("symmetric-key")
+    bench.configure(certificate='certificate = "issued"\nissued_key = "tpm"')
+    bench.command("provision")
+    good, aside = bench.key_file.read_bytes(), bench.key_file.with_name("issued-key.pem.lost")
+    bench.key_file.write_bytes(elsewhere(good))
+    (warned,) = bench.command("provision", "--force")["warnings"]
+    assert warned.startswith("the TPM did not take the key") and warned.endswith(str(aside)), warned
+    assert aside.read_bytes() == elsewhere(good) and aside.stat().st_mode & 0o777 == 0o600
+    other = bench.key_file.read_bytes()
+    aside.write_bytes(good)
+    bench.key_file.write_bytes(elsewhere(other))
+    assert bench.command("provision", "--force")["warnings"] == []
+    assert (bench.key_file.read_bytes(), aside.read_bytes()) == (good, elsewhere(other))
+    assert bench.connack(bench.chain()) == ConnAck(0, False)
+    bench.command("reset", "--yes")
+    assert not bench.key_file.exists() and not aside.exists()
+
+
+def elsewhere(content: bytes) -> bytes:
+    """The file of a key as another TPM has it: this one refuses its private part, whose integrity is another's."""
+    key = from_pem(content.partition(REQUEST)[0])
+    private = key.private[:4] + bytes(byte ^ 1 for byte in key.private[4:])
+    return to_pem(key._replace(private=private)) + content[content.index(REQUEST) :]
+
+
+def test_a_key_goes_where_it_belongs_while_the_file_of_the_device_s_own_key_is_not_there(
+    made: Callable[..., TpmBench],
+) -> None:
+    bench = made("symmetric-key", "esys")
+    bench.command("import-key")
+    device = open_device(bench.loaded())
+    away = bench.own.rename(bench.own.with_suffix(".away"))
+    device.request(DEVICE)
+    assert bench.key_file.read_bytes().startswith(b"-----BEGIN TSS2")
+    bench.key_file.unlink()
+    with pytest.raises(ConfigurationError, match="device_key_file"):
+        open_device(bench.loaded())
+    away.rename(bench.own)
+    device.release()
 
 
 def test_a_tpm_without_room_for_its_storage_root_key_says_so_to_the_hub_s_connection_and_the_key_is_good(

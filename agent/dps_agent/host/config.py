@@ -130,10 +130,14 @@ class Configuration(TopSettings):
 
     @property
     def issues_into_tpm(self) -> bool:
-        """Whether the TPM makes that key, where it has to be made."""
+        """Whether the TPM makes that key, where it has to be made, as far as this user may see that."""
+        return self.issues_into_tpm_beside(self.attestation == TPM or is_sealed(self))
+
+    def issues_into_tpm_beside(self, own_in_tpm: bool) -> bool:
+        """The same, where it is known whether a TPM has what shows DPS who the device is."""
         if self.issued_key != AUTO:
             return self.issued_key == IN_TPM
-        return self.tpm.backend != "simulator" and (self.attestation == TPM or is_sealed(self))
+        return self.tpm.backend != "simulator" and own_in_tpm
 
     @property
     def id_scope_remedy(self) -> str:

@@ -7,7 +7,8 @@ does damage to the file that the agent has in its own folder; one that `issued_k
 
 The setting `issued_key` says where a key is made, in the TPM or in the clear; the file says where it is: one of a TPM's
 begins as such, "TSS2 PRIVATE KEY". A registration has it sign before DPS is asked. One that the TPM takes no more, as
-after TPM2_Clear, is as damage: nothing that was issued for it is of use.
+after TPM2_Clear, is as damage: nothing that was issued for it is of use. It is kept aside, and taken back where the TPM
+takes that one and not the other: then the settings named another TPM meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 
 from dps_agent.host.config import ConfigurationError
 from dps_agent.host.device_certificates import require_cryptography, tpm_of
-from dps_agent.host.private_file import write_private
+from dps_agent.host.private_file import replace_private
 from dps_agent.host.settings_table import REQUEST, TPM_KEY
 from dps_hal.errors import AskOperator, DpsError
 from dps_hal.host.regular import open_regular, replace_file, sync_folder_of
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from dps_hal.contracts import TpmService
 
 SETTING = "issued_key_file"
+ASIDE = ".lost"  # the name's end of the file of a key that the TPM took no more
 FILE_LIMIT = 16 * 1024  # bytes
 PREVIEW = "(a preview of Azure: no real service was ever asked)"
 _NUMBER_BYTES = 32  # of either number of a signature on P-256
@@ -68,7 +70,10 @@ class WithIssuedKey:
         self._is_ours = not configuration.issued_key_file  # in the agent's own folder
         self._own = own
         self._seals = hasattr(own, "endorsement_key")
+        # Decided while it is known: later somebody may put the file of the device's own key elsewhere for a moment.
+        self._makes_in_tpm = configuration.issues_into_tpm_beside(self._seals or own.tpm is not None)
         self._key: Any = None
+        self._has_replaced = False
 
     def __getattr__(self, name: str) -> Any:
         """All else is that of `own`."""
@@ -78,6 +83,9 @@ class WithIssuedKey:
     def warnings(self) -> list[str]:
         """What somebody may want to change, though all works."""
         own: list[str] = [*getattr(self._own, "warnings", ())]
+        if self._has_replaced:
+            text = "the TPM did not take the key of the certificate that DPS issued, and another was made"
+            own.append(f"{text}: was it cleared, or do the settings name another? The former one is {self._aside}")
         if is_in_tpm(self._configuration):
             return own
         text = "the key of the certificate that DPS issues lies in a plain file: whoever reads it is this device"
@@ -104,13 +112,14 @@ class WithIssuedKey:
         key = self._key = None if content is None else self._read(content)
         if registration_id and key is not None and not self._is_ours and REQUEST not in (content or b""):
             raise self._invalid("expected key and request that the agent has made, or no file; it has no request")
-        if registration_id and key is not None and self._is_lost(key):
-            key = None
+        lost = b""
+        if registration_id and content is not None and key is not None and self._is_lost(key):
+            lost, (content, key) = content, self._taken_back(content)
         request = None if key is None else _request_in(content or b"")
         if registration_id:
             names = [] if request is None else request.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
             if [name.value for name in names] != [registration_id]:
-                request = self._make(key, registration_id)
+                request = self._make(key, registration_id, lost)
         return b"" if request is None else bytes(request.public_bytes(Encoding.DER))
 
     def sign(self, wrapped_key: bytes, message: bytes) -> bytes:
@@ -195,6 +204,21 @@ class WithIssuedKey:
             raise self._invalid("expected a key that this TPM has made, and it does not take that: remove the file")
         return True
 
+    @property
+    def _aside(self) -> str:
+        """The file of the key that the TPM took no more when another was made."""
+        return self._path + ASIDE
+
+    def _taken_back(self, lost: bytes) -> tuple[bytes | None, Any]:
+        """The key whose place the lost one took, as it is after settings that named another TPM; both None for none."""
+        content = self._content(self._aside)
+        key = None if content is None else self._read(content)
+        if content is None or key is None or self._is_lost(key):
+            return None, None
+        replace_private(self._path, content)
+        replace_private(self._aside, lost)
+        return content, key
+
     def _opened(self) -> Any:
         """The key; None where there is none."""
         if self._key is None:
@@ -202,10 +226,10 @@ class WithIssuedKey:
             self._key = None if content is None else self._read(content)
         return self._key
 
-    def _content(self) -> bytes | None:
+    def _content(self, path: str = "") -> bytes | None:
         """The file; None where there is none. ConfigurationError for one that others than its owner may open."""
         try:
-            with open(open_regular(self._path), "rb") as file:
+            with open(open_regular(path or self._path), "rb") as file:
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
                 content = file.read(FILE_LIMIT)
         except FileNotFoundError:
@@ -255,7 +279,7 @@ class WithIssuedKey:
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-        if self._configuration.issues_into_tpm:
+        if self._makes_in_tpm:
             from dps_agent.host.tpm_private_key import made_by
 
             content = made_by(self._tpm(), self._configuration.tpm.tcti)
@@ -263,8 +287,8 @@ class WithIssuedKey:
         key = ec.generate_private_key(ec.SECP256R1())
         return key, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
-    def _make(self, key: Any, registration_id: str) -> Any:
-        """Writes key and request, and has them on the disk before anybody hears of them."""
+    def _make(self, key: Any, registration_id: str, lost: bytes) -> Any:
+        """Writes key and request, and has them on the disk before anybody hears of them; `lost` is kept aside."""
         from cryptography import x509
         from cryptography.hazmat.primitives.hashes import SHA256
         from cryptography.hazmat.primitives.serialization import Encoding
@@ -277,30 +301,19 @@ class WithIssuedKey:
         name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, registration_id)])
         request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, SHA256())
         content = secret + request.public_bytes(Encoding.PEM)
-        try:
-            if is_new:
-                self._write(content)
-            else:
+        if is_new:
+            if lost:
+                replace_private(self._aside, lost)
+                self._has_replaced = True
+            replace_private(self._path, content)
+        else:
+            try:
                 replace_file(self._path, content)
                 sync_folder_of(self._path)
-        except OSError as error:
-            raise AskOperator("agent.file", f"{self._path} cannot be written: {error.strerror}") from None
+            except OSError as error:
+                raise AskOperator("agent.file", f"{self._path} cannot be written: {error.strerror}") from None
         self._key = None
         return request
-
-    def _write(self, content: bytes) -> None:
-        """The new file, whole or not at all; OSError, AskOperator."""
-        folder = os.path.dirname(self._path) or "."
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        part = f"{self._path}.new"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)  # of an attempt that was cut
-        write_private(part, content)
-        if os.geteuid() == 0:  # what root makes in the agent's folder is the agent's
-            owner = os.stat(folder)
-            os.chown(part, owner.st_uid, owner.st_gid, follow_symlinks=False)
-        os.rename(part, self._path)
-        sync_folder_of(self._path)
 
     def _invalid(self, what: str) -> ConfigurationError:
         return ConfigurationError("config.invalid", [f"{SETTING}: {what} ({self._path})"])
@@ -356,6 +369,9 @@ def remove_key(configuration: Configuration) -> list[str]:
             with open(open_regular(path), "rb") as file:
                 if REQUEST not in file.read(FILE_LIMIT):
                     return [f"{SETTING}: {path} stays, for the agent has not made it"]
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + ASIDE)
         os.unlink(path)
         sync_folder_of(path)
     except FileNotFoundError:
