@@ -679,12 +679,9 @@ def backend_shown(configuration: Configuration) -> str:
     if is_sealed(configuration):
         how = "made" if configuration.attestation == X509 else "sealed"
         return f"{shown}, has {how} the device's own key, {path}"
-    if configuration.certificate:
-        from dps_agent.host.issued_keys import is_in_tpm
-
-        if is_in_tpm(configuration):
-            plain = f"the device's own key lies in a plain file, {path}"
-            return f"{shown}, for the key of the certificate that DPS issues alone: {plain}"
+    if configuration.certificate and issued_key_is_in_tpm(configuration):
+        plain = f"the device's own key lies in a plain file, {path}"
+        return f"{shown}, for the key of the certificate that DPS issues alone: {plain}"
     return f"none: the device's own key lies in a plain file, {path}"
 
 
@@ -696,6 +693,18 @@ def is_sealed(configuration: Configuration) -> bool:
             return file.read(len(begin)) == begin
     except OSError:
         return False
+
+
+def issued_key_is_in_tpm(configuration: Configuration) -> bool:
+    """Whether a TPM has the key of the certificate that DPS issues.
+
+    Where there is no key yet, or this user may not see it: whether a TPM will have it.
+    """
+    try:
+        with open(open_regular(configuration.issued_key_path), "rb") as file:
+            return file.read(len(TPM_KEY)) == TPM_KEY
+    except OSError:
+        return configuration.issues_into_tpm
 
 
 def _shortened(value: Any) -> str:

@@ -18,7 +18,7 @@ import os
 import stat
 import time
 
-from dps_agent.host.config import ConfigurationError
+from dps_agent.host.config import ConfigurationError, issued_key_is_in_tpm
 from dps_agent.host.device_certificates import require_cryptography, tpm_of
 from dps_agent.host.private_file import replace_private
 from dps_agent.host.settings_table import REQUEST, TPM_KEY
@@ -86,7 +86,7 @@ class WithIssuedKey:
         if self._has_replaced:
             text = "the TPM did not take the key of the certificate that DPS issued, and another was made"
             own.append(f"{text}: was it cleared, or do the settings name another? The former one is {self._aside}")
-        if is_in_tpm(self._configuration):
+        if issued_key_is_in_tpm(self._configuration):
             return own
         text = "the key of the certificate that DPS issues lies in a plain file: whoever reads it is this device"
         return [*own, f"{text} at its hub ({self._path})"]
@@ -319,19 +319,10 @@ class WithIssuedKey:
         return ConfigurationError("config.invalid", [f"{SETTING}: {what} ({self._path})"])
 
 
-def is_in_tpm(configuration: Configuration) -> bool:
-    """Whether a TPM has the key; where there is none yet, or this user may not see it, whether it will have one."""
-    try:
-        with open(open_regular(configuration.issued_key_path), "rb") as file:
-            return file.read(len(TPM_KEY)) == TPM_KEY
-    except OSError:
-        return configuration.issues_into_tpm
-
-
 def key_shown(configuration: Configuration) -> str:
     """Where the key is, for people."""
     path = configuration.issued_key_path
-    if is_in_tpm(configuration):
+    if issued_key_is_in_tpm(configuration):
         return f"the TPM has made its key, {path}"
     return f"its key lies in a plain file, {path}"
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dps_agent.assignment import decode
 from dps_agent.effects import Commit, LoadRecord, Sign
 from dps_agent.host.clock import SystemClock
-from dps_agent.host.config import Configuration, is_sealed
-from dps_agent.host.issued_keys import is_in_tpm
+from dps_agent.host.config import Configuration, is_sealed, issued_key_is_in_tpm
 from dps_agent.host.local.statefile import read_live
 from dps_agent.host.loop import Loop
 from dps_agent.host.parts import NoConnection, offline_runner, open_device, open_tpm
@@ -49,7 +48,9 @@ class Device:
         """Whether a TPM is who it is, or keeps its key."""
         if self.configuration.attestation == TPM:
             return True
-        return is_sealed(self.configuration) or (bool(self.configuration.certificate) and is_in_tpm(self.configuration))
+        return is_sealed(self.configuration) or (
+            bool(self.configuration.certificate) and issued_key_is_in_tpm(self.configuration)
+        )
 
     @property
     def needs_endorsement_key(self) -> bool:

@@ -16,6 +16,7 @@ from dps_agent.host.config import (
     backend_shown,
     check_files,
     is_sealed,
+    issued_key_is_in_tpm,
     odd_passwords,
     readable_proxy_passwords,
 )
@@ -214,11 +215,11 @@ def device_certificate(device: Device) -> Finding:
 def _issued_certificate(device: Device) -> Finding:
     from dps_agent.der import validity
     from dps_agent.host.device_certificates import WARNED_LIFE
-    from dps_agent.host.issued_keys import PREVIEW, is_in_tpm, key_shown
+    from dps_agent.host.issued_keys import PREVIEW, key_shown
     from dps_agent.issued import chain_of, difference_of_chain
 
     configuration, assignment = device.configuration, device.assignment
-    key, in_tpm = key_shown(configuration), is_in_tpm(configuration)
+    key, in_tpm = key_shown(configuration), issued_key_is_in_tpm(configuration)
     if in_tpm:
         _load_tls_provider(device)
         try:
