@@ -31,7 +31,7 @@ from dps_agent.patience import CLOCK_WAIT_S, decode_progress
 from dps_agent.settings import SYMMETRIC_KEY
 from dps_board.clock import TIMES_TO_TRY
 from dps_board.https import Connection
-from dps_board.memory import BESIDE_HUB_BYTES, REGISTERS_BESIDE_HUB_BYTES, forget, has_room
+from dps_board.memory import BESIDE_HUB_BYTES, REGISTERS_BESIDE_HUB_BYTES, forget, free_block, has_room
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import Broken, DpsError, RetryLater
 from dps_hal.platform import declare_random_source, ms_since, random_bytes, ticks_ms
@@ -190,6 +190,7 @@ class Agent:
             await self._live(connect)
         finally:
             self._over = True
+            free_block()
             if joining is not None:
                 joining.cancel()
 
@@ -360,7 +361,7 @@ class Agent:
             self._no_room = 0
 
     def _answer(self, effect: "Effect") -> "Any":
-        """What answers the effect; where TPM or store lack memory, they get that of the connection to DPS."""
+        """What answers the effect; where TPM or store lack memory, they get what is for the connection to DPS."""
         kind = type(effect).__name__
         try:
             return self.answers[kind](*effect)
@@ -368,6 +369,7 @@ class Agent:
             if kind not in _GO_FIRST:
                 raise
         self.connection.close()
+        free_block()
         self._tpm.release()
         gc.collect()
         return self.answers[kind](*effect)

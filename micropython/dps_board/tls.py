@@ -26,7 +26,7 @@ from dps_agent.effects import (
     NO_REPLY_TLS_VERSION,
     Failed,
 )
-from dps_board.memory import has_room
+from dps_board.memory import free_block, has_room, hold_block
 from dps_hal.platform import ms_since, ticks_ms
 
 TYPE_CHECKING = False
@@ -47,6 +47,7 @@ _MBEDTLS_REASONS = {-0x7200: NO_REPLY_NOT_TLS, -0x6E80: NO_REPLY_TLS_VERSION}  #
 # Where MicroPython returns None, CPython raises one of these; and it has no numbers for what fails in TLS.
 _NOT_YET = (ssl.SSLWantReadError, ssl.SSLWantWriteError) if hasattr(ssl, "SSLError") else ()
 _UNNUMBERED = ssl.SSLError if hasattr(ssl, "SSLError") else ()
+_open: "list[Link]" = []  # those that have their place in the heap
 
 
 class Trust:
@@ -73,6 +74,7 @@ class Trust:
                 raise ValueError("this MicroPython cannot verify certificates")
             self._context = context
             self._roots = []  # the context has them
+            hold_block()
         return self._context
 
 
@@ -169,7 +171,9 @@ class Link:
         try:
             context = self._trust.context()
             self._lacks_room = not has_room()
+            free_block()  # its place is taken now
             self._tls = context.wrap_socket(self._socket, server_hostname=name, do_handshake_on_connect=False)
+            _open.append(self)
         except (OSError, ValueError) as error:
             raise self._broken(error)
         except MemoryError as error:
@@ -210,6 +214,10 @@ class Link:
                     pass  # it is broken, which is as good
         self._tls = self._socket = self._read = None
         self.is_shaken = False
+        if self in _open:
+            _open.remove(self)
+        if not _open:
+            hold_block()  # else what is free is the program's
 
     def _broken(self, error: Exception) -> Failed:
         """What a failure of the TLS module means: it raises ValueError for certificates, its own codes below 0.

@@ -7,7 +7,7 @@ import sys
 from dps_agent.effects import Failed, NoReply, Reply
 from dps_agent.http1 import LINES_LIMIT
 from dps_agent.hub_effects import AnswerMethod, Arrived, MessageDone, SendTelemetry
-from dps_board import parts
+from dps_board import memory, parts, tls
 from dps_board.clock import BoardClock
 from dps_board.config import BoardConfiguration
 from dps_board.https import Connection
@@ -373,6 +373,68 @@ def test_no_room_for_the_context_is_said_as_such() -> None:
         raise AssertionError("it was made")
     except Failed as failed:
         assert failed.reason == "memory"
+
+
+class RoomyHeap:
+    """A `gc` whose heap has so much free."""
+
+    free_bytes = memory.HANDSHAKE_BYTES
+
+    def collect(self) -> None: ...
+
+    def mem_free(self) -> int:
+        return self.free_bytes
+
+
+class AnyTls(Trust):
+    """Trust whose connections are of no meaning; it notes whether each one's place was free when it came."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.found_free: list[bool] = []
+
+    def context(self) -> "Any":
+        return self
+
+    def wrap_socket(self, *_arguments: "Any", **_named: "Any") -> "Any":
+        self.found_free.append(not memory._block)
+        return self
+
+    def read(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_the_place_of_tls_is_kept_where_no_connection_has_it_and_only_there() -> None:
+    usual = memory._TLS_IN_HEAP, memory.gc
+    heap: Any = RoomyHeap()
+    trust = AnyTls()
+    dps, hub = Link(trust), Link(trust)
+    memory._TLS_IN_HEAP, memory.gc = True, heap
+    try:
+        assert memory.has_room() and memory._block, "until the first connection"
+        dps._wrap("dps.example")
+        hub._wrap("hub.example")
+        dps.close()
+        assert not memory._block, "beside another connection the heap is the program's"
+        hub.close()
+        hub.close()
+        assert [len(block) for block in memory._block] == [memory.BLOCK_BYTES]
+        assert memory.has_room()
+        hub._wrap("hub.example")
+        assert trust.found_free == [True] * 3
+        heap.free_bytes = memory.HANDSHAKE_BYTES - 1
+        assert not memory.has_room() and not memory._block
+        hub.close()
+        agent = agent_whose_requests([NoReply("closed: ended", False)])
+        agent.answers["Sleep"] = lambda delay_s, reason: agent.stop()
+        asyncio.run(agent.run(connect=False))
+        assert not memory._block, "an agent that has ended keeps nothing"
+    finally:
+        memory._TLS_IN_HEAP, memory.gc = usual
+        memory.free_block()
+    assert memory.has_room() and not memory._block, "TLS has memory of its own there"
+    assert not tls._open
 
 
 class BarePart:
