@@ -374,6 +374,29 @@ def test_messages_are_bounded_in_bytes_whatever_they_consist_of_also_after_a_res
         assert [kept.message for kept in store.messages.after()] == [larger]
 
 
+def test_messages_that_a_full_disk_refuses_at_the_commit_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, run = Store(None, limit := 10_000), Store.rows
+    for number in range(50):
+        store.messages.append(telemetry(b"x", number))
+    kept = store.messages.after()
+
+    def is_full(store: Store, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        if statement == "COMMIT":
+            raise StateError("database or disk is full")
+        return run(store, statement, *values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "rows", is_full)
+        for lines in ([("d", b"y" * 500)] * 2, [("d", b"y" * limit)]):  # the latter trims
+            for _ in range(20):
+                with pytest.raises(StateError, match="disk is full"):
+                    store.messages.put(lines)
+    counted = store.rows("SELECT count(*), sum(length(record)) FROM messages")
+    assert [(store.messages._count, store.messages._bytes)] == counted
+    store.messages.put([("d1", b"z")] * 2)
+    assert store.messages.after() == kept and store.messages.last_number() == kept[-1].number + 2
+
+
 def test_what_messages_in_memory_take_is_the_limit_however_wide_their_characters_are() -> None:
     store = Store(None, 1024 * 1024)
     pages: list[int] = []

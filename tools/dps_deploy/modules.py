@@ -157,15 +157,14 @@ def names_in_full() -> dict[str, list[str]]:
     """What each short name in a board's traceback stands for."""
     trees = _trees(of_any_program())
     full = {}
-    for (module, name), short in _short_names({}).items():
+    for (module, name), short in _short_names().items():
         full[short] = [f"{module}.{name}"] if module else names.places_of(name, trees)
     return full
 
 
-def _short_names(trees: Mapping[str, ast.Module]) -> dict[names.Target, str]:
-    """Those of all modules of a board, the same on every board, and behind them those of `trees`."""
-    every = {name: bundles.without_notes(tree) for name, tree in _trees(of_any_program()).items()}
-    short = names.short_names(every | {name: tree for name, tree in trees.items() if name not in every})
+def _short_names() -> dict[names.Target, str]:
+    """Those of all modules that any program may load, the same on every board."""
+    short = names.short_names({name: bundles.without_notes(tree) for name, tree in _trees(of_any_program()).items()})
     del short[error_texts.FINDER]  # its calls are looked for by its name
     return short
 
@@ -193,7 +192,10 @@ def _packages(modules: Collection[Module], programs: Collection[str], texts: boo
     called = {
         made for module in public for made in public[module] or scopes.bound(trees[module].body) if made[0] != "_"
     }
-    short = _short_names(trees)
+    short = _short_names()
+    alone = trees.keys() - {module.name for module in of_any_program()}  # of these programs: they keep their names
+    for method in names.private_methods(trees[name] for name in alone):
+        short.pop(("", method), None)
     made = bundles.bundled(trees, public, short)
     made = names.written_short(made, programs, called, short)
     if texts:

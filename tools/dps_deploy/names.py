@@ -304,6 +304,11 @@ def places_of(name: str, trees: Mapping[str, ast.Module]) -> list[str]:
     ]
 
 
+def private_methods(trees: Iterable[ast.Module]) -> set[str]:
+    """The names of the private methods in `trees`."""
+    return {method.name for tree in trees for node in tree.body for method in _private_methods(node)}
+
+
 def _private_methods(node: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     body = node.body if isinstance(node, ast.ClassDef) else []
     return [each for each in body if isinstance(each, FUNCTIONS) and each.name[0] == "_" != each.name[1:2]]
