@@ -190,6 +190,20 @@ def test_messages_that_could_not_be_kept_are_not_acknowledged_also_before_a_good
     assert statements.count("COMMIT") == 1, statements
 
 
+def test_messages_are_not_acknowledged_either_where_keeping_them_is_defective(
+    emulator: EmulatorInThread, device: DeviceCredentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planted(_: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    with Raw(emulator) as raw:
+        raw.ask(connect_packet(device))
+        monkeypatch.setattr(emulator.store.messages, "put", planted)
+        assert raw.ask(publish_packet(f"devices/{device.device_id}/messages/events/", b"x", 1)) == b""
+    assert ["planted" in notice for notice in emulator.notices] == [True]
+    emulator.notices.clear()
+
+
 def test_a_client_that_acknowledges_nothing_is_ended_alone(
     emulator: EmulatorInThread, device: DeviceCredentials, monkeypatch: pytest.MonkeyPatch
 ) -> None:

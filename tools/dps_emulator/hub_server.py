@@ -292,6 +292,7 @@ class _Connection(asyncio.BufferedProtocol):
                 self._server.notice(str(error))
         except Exception as error:  # a defect of ours ends nobody else's connection
             reason = "the hub failed"
+            self._output.clear()  # as above
             self._server.notice(defect(error))
         finally:
             self._in_turn = False
