@@ -81,7 +81,7 @@ def codes_page(page: str) -> str:
     parts = [page[: page.index(f"### {AREAS['tpm']}\n")].rstrip("\n") + "\n"]
     for area, title in AREAS.items():
         codes = [(f"`{code}`", remedy) for code, remedy in REMEDIES.items() if code.startswith(f"{area}.")]
-        rows = [(code, lines.get(code, ""), remedy) for code, remedy in codes]
+        rows: list[tuple[str, ...]] = [(code, lines.get(code, ""), remedy) for code, remedy in codes]
         parts.append(f"### {title}\n\n" + _table(("code", "what the line says", "what to do"), rows))
     return "\n".join(parts)
 
