@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dps_agent.assignment import decode, seal_message
 from dps_agent.attestation import shown_to_hub
-from dps_agent.effects import Commit, Http
+from dps_agent.effects import Commit, Http, ReadRequest
 from dps_agent.hub_effects import Arrived, Publish, Subscribe
 from dps_agent.issued import chains_in, joined, name_of
 from dps_agent.renewal import Renewal
@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 KEY = bytes(range(64, 96))  # the device's own, of which a request and certificates show the digest
 OTHER_KEY = bytes(range(96, 128))
 DAY_S = 86_400
-OLD_CHAIN_FIRST, IDENTITY_FIRST = "drops-the-old-chain", "stores-the-identity-first"  # faulty agents
+OLD_CHAIN_FIRST, IDENTITY_FIRST, KEY_LAST = (  # faulty agents
+    "drops-the-old-chain",
+    "stores-the-identity-first",
+    "stores-the-key-last",
+)
 
 
 def der(tag: int, *parts: bytes) -> bytes:
@@ -78,17 +82,21 @@ ROOT, ISSUING = certificate("root", "root", b"r"), certificate("line 4", "root",
 
 
 class IssuingTpm(FakeTpm):
-    """A TPM, beside which the key of the issued certificate lies in a file: that seals."""
+    """A TPM, beside which the key of the issued certificate lies in a file: that seals. An empty one is none."""
 
     def __init__(self, seed: int = 1, key: bytes = KEY) -> None:
         super().__init__(seed)
+        self.give(key)
+        self.requests: list[str] = []
+
+    def give(self, key: bytes) -> None:
+        """Another key."""
         self.certificates_key = key
         self.own = CertificateKey(key)
-        self.requests: list[str] = []
 
     def request(self, registration_id: str) -> bytes:
         self.requests.append(registration_id)
-        return request(registration_id or DEVICE, self.certificates_key)
+        return self.certificates_key and request(registration_id or DEVICE, self.certificates_key)
 
     def issuers(self, certificates: tuple[bytes, ...]) -> tuple[int, ...]:
         return issuers_by_name(certificates)
@@ -212,19 +220,40 @@ class RenewingHub(FakeHub):
 
 
 class IssuedWorld(lives.FlashWorld):
-    """The life of such a device: its chains lie in a record of their own."""
+    """The life of such a device: its chains have a record of their own, and its key a file that a cut leaves whole."""
 
     certificate = ISSUED
     records = (IDENTITY, PROGRESS, CERTIFICATE)
+    tpm: IssuingTpm
 
     def begin(self) -> None:
         """See `FlashWorld.begin`."""
-        self.tpm = IssuingTpm()
+        self.tpm = IssuingTpm(key=b"")
+        self.in_file = b""  # the key that a cut leaves
+        self.were_in_file: list[bytes] = []
+        self.made = 0  # keys, also those that no file had
+        self.lost = b""  # the key that the TPM takes no more
         self.dps = self.service = IssuingDps(self.tpm)
         self._held_back: Commit | None = None
 
+    def inherit(self, before: lives.FlashWorld) -> None:
+        """See `FlashWorld.inherit`."""
+        super().inherit(before)
+        assert isinstance(before, IssuedWorld)
+        self.in_file, self.made, self.lost = before.in_file, before.made, before.lost
+        self.were_in_file = list(before.were_in_file)
+        self.tpm.give(self.in_file)
+
+    def forget(self) -> None:
+        """See `FlashWorld.forget`."""
+        self.supply.spend()
+        self.in_file = b""
+        self.tpm.give(b"")
+
     def answer(self, effect: Any) -> Any:
         """See `FlashWorld.answer`; a faulty agent does something else."""
+        if isinstance(effect, ReadRequest) and effect.registration_id:
+            self._have_key()
         if isinstance(effect, Commit) and effect.record == CERTIFICATE:
             if self.fault == OLD_CHAIN_FIRST:
                 effect = Commit(CERTIFICATE, joined(chains_in(effect.payload)[-1:]))
@@ -232,17 +261,35 @@ class IssuedWorld(lives.FlashWorld):
                 self._held_back = effect
                 return None
         answer = super().answer(effect)
-        if isinstance(effect, Commit) and effect.record == IDENTITY and self._held_back:
-            held_back, self._held_back = self._held_back, None
-            super().answer(held_back)
+        if isinstance(effect, Commit) and effect.record == IDENTITY:
+            if self._held_back:
+                held_back, self._held_back = self._held_back, None
+                super().answer(held_back)
+            self._write_key()
         return answer
 
+    def _have_key(self) -> None:
+        """Makes another key where there is none that is good."""
+        if self.tpm.certificates_key in (b"", self.lost):
+            self.made += 1
+            self.tpm.give(sha256(b"key %d" % self.made))
+            if self.fault != KEY_LAST:
+                self._write_key()
+
+    def _write_key(self) -> None:
+        """Writes the key where the file has another one: whole or not at all."""
+        if self.in_file != self.tpm.certificates_key:
+            self.supply.spend()
+            self.in_file = self.tpm.certificates_key
+            self.were_in_file.append(self.in_file)
+            self.supply.spend()
+
     def key_of(self, payload: bytes) -> bytes:
-        """The chain that an identity names, if this device has sealed it."""
+        """The chain that an identity names, if a key that the file had has sealed it; else none."""
         assignment, text, seal = decode(payload)
-        tpm: Any = self.tpm
+        if not any(CertificateKey(key).verify(seal_message(text), seal) for key in self.were_in_file):
+            return b""
         service: Any = self.service
-        assert tpm.verify(seal_message(text), seal)
         chains: list[bytes] = [chain for chain in service.chains if name_of(chain) == assignment.chain]
         return chains[0]
 
@@ -252,7 +299,9 @@ class IssuedWorld(lives.FlashWorld):
 
     def accepts(self, assignment: Assignment | None) -> bool:
         """See `FlashWorld.accepts`."""
-        return assignment is not None and self.serves((assignment.assigned_hub, self.run(shown_to_hub(assignment))[0]))
+        if assignment is None or self.tpm.certificates_key == self.lost:
+            return False
+        return self.serves((assignment.assigned_hub, self.run(shown_to_hub(assignment))[0]))
 
 
 def renew(world: lives.FlashWorld) -> None:
@@ -272,15 +321,26 @@ def renew(world: lives.FlashWorld) -> None:
     assert world.run(renewal.take(Arrived(topic, body, 0))) and renewal.assignment is not assignment
 
 
-LIVES = (*lives.WHOLE_LIVES, lives.Life("renewal", lives.twice, renew))
+def lose_key(world: lives.FlashWorld) -> None:
+    """The TPM takes the key no more, as after TPM2_Clear, and the hub's handshake has said so."""
+    assert isinstance(world, IssuedWorld)
+    world.lost = world.in_file
+    world.lived(force=True)
+
+
+LIVES = (
+    *lives.WHOLE_LIVES,
+    lives.Life("renewal", lives.twice, renew),
+    lives.Life("lost-key", lives.twice, lose_key, lives.NEW, True),
+)
 BY_ISSUANCE = lives.Way(
     "lives-by-issuance",
     IssuedWorld,
     (
         (lives.CUT, "few", LIVES),
-        (lives.CUT, "32", LIVES[:3] + LIVES[-1:] + lives.FAILING_LIVES),
-        (lives.CUT_TWICE, "few", lives.WHOLE_LIVES[:1]),
+        (lives.CUT, "32", LIVES[:3] + LIVES[-2:] + lives.FAILING_LIVES),
+        (lives.CUT_TWICE, "few", LIVES[:1] + LIVES[-1:]),
         (lives.KILL_THEN_CUT, "few", lives.WHOLE_LIVES[1:2]),
     ),
-    ("naive", "in-place", "single-slot", lives.EVICTS, OLD_CHAIN_FIRST, IDENTITY_FIRST),
+    ("naive", "in-place", "single-slot", lives.EVICTS, OLD_CHAIN_FIRST, IDENTITY_FIRST, KEY_LAST),
 )

@@ -134,6 +134,9 @@ class FlashWorld(World):
         self.tpm.storage_root_key = before.tpm.storage_root_key
         self.tpm.keys = dict(before.tpm.keys)
 
+    def forget(self) -> None:
+        """What a reset removes before the records."""
+
     def key_of(self, payload: bytes) -> bytes:
         """The hub key that belongs to an identity."""
         return unwrap(decode(payload)[0].wrapped_key)[1][36:]
@@ -325,6 +328,7 @@ def same_key(world: FlashWorld) -> None:
 
 def reset(world: FlashWorld) -> None:
     """`dps-agent reset`."""
+    world.forget()
     for record in world.records:
         world.slot_store.erase(record)
 
