@@ -41,6 +41,7 @@ from dps_agent.host.config import Configuration, ConfigurationError
 from dps_agent.host.issuers import issuers_among
 from dps_agent.host.network.mqtt import HubConnection
 from dps_agent.host.network.shown import Shown
+from dps_agent.host.network.trust import Trust
 from dps_agent.host.parts import clock_for, dps_connection, hub_connection, open_device
 from dps_agent.host.runner import Runner
 from dps_agent.hub_effects import ConnAck, Connect
@@ -476,6 +477,24 @@ def test_the_key_is_made_whole_or_not_at_all(bench: Bench) -> None:
     with pytest.raises(AskOperator):
         device.request(DEVICE)
     bench.key_file.rmdir()
+
+
+@ONLY_KEY
+def test_without_cryptography_the_setting_that_needs_it_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = open_device(bench.loaded())
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(AskOperator, match=r'^certificate = "issued" needs the Python package cryptography'):
+        device.request(DEVICE)
+
+
+def test_a_key_that_goes_to_a_tpm_while_a_connection_begins_takes_no_restart(tmp_path: Path) -> None:
+    own = party(DEVICE, None, NO_CA)
+    file = written(tmp_path / "own.pem", own)
+    trust = Trust("", "hub.ca_file")
+    trust.show(own.certificate, Shown("", str(file), "", Mock(), "issued_key_file"))
+    file.write_bytes(b"-----BEGIN TSS2 PRIVATE KEY-----\n")
+    with pytest.raises(AskOperator, match=r"lies in the TPM, and lay in a file .* the next connection takes it from"):
+        trust.context()
 
 
 @ONLY_KEY

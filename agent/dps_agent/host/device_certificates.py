@@ -17,6 +17,7 @@ from dps_agent.der import validity
 from dps_agent.host.config import Configuration, ConfigurationError, own_key
 from dps_agent.host.printed import utc_text
 from dps_agent.host.settings_table import TPM_KEY
+from dps_agent.settings import X509
 from dps_hal.errors import AskOperator
 from dps_hal.host.regular import read_regular
 
@@ -118,12 +119,12 @@ class CertificateSigner:
             tpm.release()
 
 
-def require_cryptography() -> None:
-    """AskOperator `agent.not_available` where that package is missing."""
+def require_cryptography(setting: str = f'attestation = "{X509}"') -> None:
+    """AskOperator `agent.not_available` where that package is missing, which the setting needs."""
     try:
         import cryptography  # noqa: F401
     except ImportError:
-        text = 'attestation = "x509" needs the Python package cryptography: python3-cryptography in Debian'
+        text = f"{setting} needs the Python package cryptography: python3-cryptography in Debian"
         raise AskOperator("agent.not_available", text) from None
 
 

@@ -22,6 +22,7 @@ from dps_agent.host.config import ConfigurationError, issued_key_is_in_tpm
 from dps_agent.host.device_certificates import require_cryptography, tpm_of
 from dps_agent.host.private_file import replace_private
 from dps_agent.host.settings_table import REQUEST, TPM_KEY
+from dps_agent.settings import ISSUED
 from dps_hal.errors import AskOperator, DpsError
 from dps_hal.host.regular import open_regular, replace_file, sync_folder_of
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 SETTING = "issued_key_file"
 ASIDE = ".lost"  # the name's end of the file of a key that the TPM took no more
 FILE_LIMIT = 16 * 1024  # bytes
+_NEEDING_IT = f'certificate = "{ISSUED}"'
 PREVIEW = "(a preview of Azure: no real service was ever asked)"
 _NUMBER_BYTES = 32  # of either number of a signature on P-256
 
@@ -104,7 +106,7 @@ class WithIssuedKey:
         could not use a key of the TPM's; ConfigurationError for a file that holds something else; and what the TPM
         raises.
         """
-        require_cryptography()
+        require_cryptography(_NEEDING_IT)
         from cryptography import x509
         from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -140,7 +142,7 @@ class WithIssuedKey:
         """Whether `sign` with an empty key has made `signature` over this message."""
         if not self._seals:
             return bool(self._own.verify(message, signature))
-        require_cryptography()
+        require_cryptography(_NEEDING_IT)
         key = self._opened()
         if key is None:
             return False
@@ -170,7 +172,7 @@ class WithIssuedKey:
 
     def issuers(self, certificates: tuple[bytes, ...]) -> tuple[int, ...]:
         """See `dps_agent.effects.FindIssuers`; AskOperator `agent.not_available`."""
-        require_cryptography()
+        require_cryptography(_NEEDING_IT)
         from dps_agent.host.issuers import issuers_among
 
         return issuers_among(certificates)
@@ -244,7 +246,7 @@ class WithIssuedKey:
         """The key in the file; None for one in the agent's own folder that was damaged: another is made."""
         if content.startswith(TPM_KEY):
             return self._in_tpm(content)
-        require_cryptography()
+        require_cryptography(_NEEDING_IT)
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -263,7 +265,7 @@ class WithIssuedKey:
 
     def _in_tpm(self, content: bytes) -> Any:
         """As `_read`, for a key that a TPM has made."""
-        require_cryptography()
+        require_cryptography(_NEEDING_IT)
         from dps_agent.host.tpm_private_key import TpmPrivateKey
         from dps_hal.host.signing_key import from_pem
 

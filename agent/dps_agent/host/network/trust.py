@@ -351,9 +351,9 @@ def _key_in_tpm(shown: Shown) -> KeyFile:
 
 
 def _moved(shown: Shown, now: str, before: str) -> str:
-    """That a key is no longer where this process was told."""
-    lay = f"the key of '{shown.key_file}' lies {now}, and lay {before} when this began"
-    return f"{shown.key_setting}: {lay}: restart the service"
+    """That a key is no longer where this process was told, or where that of an issued certificate just was."""
+    lay = f"{shown.key_setting}: the key of '{shown.key_file}' lies {now}, and lay {before} when this began"
+    return f"{lay}: restart the service" if shown.chain_file else f"{lay}: the next connection takes it from there"
 
 
 def _unsuitable(shown: Shown, key: str, error: Exception) -> AskOperator:
