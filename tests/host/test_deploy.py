@@ -37,6 +37,7 @@ from dps_deploy.modules import (
     for_board,
     for_firmware,
     has_main,
+    names_in_full,
     needed,
 )
 from dps_deploy.roots import DEFAULT_ROOTS, RootError, find_roots
@@ -493,6 +494,17 @@ def test_what_is_for_every_board_takes_no_program_and_the_rest_takes_settings() 
     assert done.returncode == 2 and "leave SETTINGS.toml (and --app) out" in done.stderr, done.stderr
     done = deploy("--dry-run")
     assert done.returncode == 2 and "expected SETTINGS.toml, which --freeze" in done.stderr, done.stderr
+
+
+def test_the_short_names_of_every_program_are_explained(tmp_path: Path) -> None:
+    """Modules that a program for any firmware does not load keep their names: nobody prints what short ones mean."""
+    program = tmp_path / "app.py"
+    imports = "import dps_agent.der, dps_hal.tpm.ek_certificate, dps_hal.tpm.self_challenge"
+    program.write_text(f"{imports}\n\n\ndef main():\n    pass\n")
+    sources = "\n".join(for_board(program).packages.values())
+    made = set(re.findall(r"^ *(?:async def |def )?([A-Z][A-Za-z0-9])(?:\(| =)", sources, re.MULTILINE))
+    assert len(made) > 100 and made <= names_in_full().keys()
+    assert "def make_activation(" in sources
 
 
 @pytest.mark.parametrize(
