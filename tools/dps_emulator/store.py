@@ -311,8 +311,7 @@ class Messages:
             self._keep(messages)
 
     def _keep(self, messages: list[Telemetry]) -> None:
-        with self._store.transaction() if len(messages) > 1 else contextlib.nullcontext():
-            self.put([(each.device_id.lower(), json.dumps(each.to_json()).encode()) for each in messages])
+        self.put([(each.device_id.lower(), json.dumps(each.to_json()).encode()) for each in messages])
         for message in messages:
             for tell in self.told:
                 tell(message)
@@ -320,12 +319,14 @@ class Messages:
             call()
 
     def put(self, lines: list[tuple[str, bytes]]) -> None:
-        """Keeps messages as they are stored, with the lower-case ids of their devices."""
-        self._store.write_all("INSERT INTO messages (device, record) VALUES (?, ?)", lines)
-        self._count += len(lines)
-        self._bytes += sum(len(line) for _, line in lines)
-        if self._bytes > self._limit_bytes or self._count > MESSAGES_KEPT + MESSAGES_KEPT // 10:
-            self._trim()
+        """Keeps messages as they are stored, with the lower-case ids of their devices: all of them or none."""
+        count, size = self._count + len(lines), self._bytes + sum(len(line) for _, line in lines)
+        is_full = size > self._limit_bytes or count > MESSAGES_KEPT + MESSAGES_KEPT // 10
+        with self._store.transaction() if is_full or len(lines) > 1 else contextlib.nullcontext():
+            self._store.write_all("INSERT INTO messages (device, record) VALUES (?, ?)", lines)
+            if is_full:
+                count, size = self._trim(count, size)
+        self._count, self._bytes = count, size  # not before the end: a full disk may show itself at the commit
 
     def has(self, line: tuple[str, bytes]) -> bool:
         """Whether a message is kept, as it is stored, with the lower-case id of its device."""
@@ -368,15 +369,18 @@ class Messages:
         self._bytes -= sum(size for (size,) in gone)
         return len(gone)
 
-    def _trim(self) -> None:
-        """Forgets the oldest down to what is kept, and a tenth below the limit in bytes; one message always stays."""
-        left, count, last_gone = self._bytes, self._count, 0
+    def _trim(self, count: int, left: int) -> tuple[int, int]:
+        """Forgets the oldest of `count` messages with `left` bytes; how many messages and bytes stay.
+
+        Down to what is kept, and a tenth below the limit in bytes; one message always stays.
+        """
+        last_gone = 0
         for number, size in self._store.rows("SELECT number, length(record) FROM messages ORDER BY number"):
             if (left <= self._limit_bytes * 9 // 10 and count <= MESSAGES_KEPT) or count == 1:
                 break
             left, count, last_gone = left - size, count - 1, number
         self._store.rows("DELETE FROM messages WHERE number <= ?", last_gone)
-        self._bytes, self._count = left, count
+        return count, left
 
 
 def _readable(rows: Iterable[tuple[int, bytes]]) -> list[Kept]:
