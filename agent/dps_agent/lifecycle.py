@@ -321,7 +321,7 @@ class Lifecycle:
             delay_s: float = yield from self.patience.before_hub_s(spread_s)
             return HOLDS, delay_s
         if self.assignment:
-            self.reason = "the hub refused the device" if self.standing == REFUSED else "asked to register again"
+            self.reason = self.error.message if self.error and self.standing == REFUSED else "asked to register again"
         now_s: float = yield Uptime()
         if wait_first:
             self.reason = f"{self.attempts} registrations failed before this start"
@@ -509,7 +509,7 @@ class Lifecycle:
         if end == ends.REGISTER:
             self._wish = ASKED
             return REGISTER, 0
-        self.error = RetryLater(ends.PARTED_CODES[end], session.reason)
+        self.error = RetryLater(session.code or ends.PARTED_CODES[end], session.reason)
         now_s: float = yield Uptime()
         may_ask_dps = self.patience.may_ask_dps(now_s)
         if session.accepted:

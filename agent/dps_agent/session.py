@@ -177,7 +177,7 @@ class Session:
         lacks: "dict[str, tuple[float, float]]",
     ) -> None:
         self.accepted = False
-        self.reason = ""
+        self.reason = self.code = ""
         self.was_provoked = False  # the last connection ended right after a message that was suspect
         self.has_served = False  # on it the hub acknowledged a message
         self.serial = serial
@@ -767,10 +767,13 @@ class Session:
 
     def _ended(self, what: str, reason: str) -> str:
         self.reason = f"{self._assignment.assigned_hub} {what} ({reason})"
-        return NOT_FOUND if reason.partition(":")[0] == NO_REPLY_NOT_FOUND else LOST
+        word = reason.partition(":")[0]
+        self.code = word if "." in word else ""  # a code: this device is the reason, and not the way to the hub
+        return NOT_FOUND if word == NO_REPLY_NOT_FOUND else LOST
 
     def _refused(self, return_code: int) -> str:
         hub, device_id = self._assignment.assigned_hub, self._assignment.device_id
+        self.code = ""
         self.reason = f"{hub} refused the connection of {device_id!r} with code {return_code}"
         if return_code in _UNACCEPTABLE:
             raise AskOperator("hub.protocol", self.reason)

@@ -466,6 +466,35 @@ def test_a_handshake_that_says_so_is_a_refusal(device: Device, reason: str, day:
     assert device.registrations < 40, "and no more often than DPS is asked else"
 
 
+@pytest.mark.parametrize(
+    ("said", "code", "registers"),
+    [
+        ("tpm.tls_provider: OpenSSL's provider tpm2 is missing", "tpm.tls_provider", False),
+        ("tpm.certificate_key: the TPM does not take the key", "tpm.certificate_key", True),
+        ("closed: the connection broke", "hub.lost", False),
+    ],
+)
+def test_what_the_device_itself_lacks_for_its_hub_keeps_its_code(
+    device: Device, said: str, code: str, registers: bool
+) -> None:
+    """Its remedy goes with the code, and the one of a hub that is out of reach would lead nowhere."""
+    device.live(DAY_S)
+    seen: set[tuple[str, str]] = set()
+
+    def look() -> None:
+        if device.life.error:
+            seen.add((device.life.error.code, device.life.reason))
+        device.world.at(device.world.uptime_s + 1, look)
+
+    device.hub.absent = said
+    device.world.at(DAY_S + 1, look)
+    device.life = Lifecycle(settings(certificate=ISSUED))
+    device.live(DAY_S + 3600)
+    assert {code for code, _ in seen} == {code}, seen
+    assert all(said in reason or not reason.startswith("the hub refused") for _, reason in seen), seen
+    assert (device.registrations > 1) == registers
+
+
 def test_a_key_that_is_lost_while_the_device_runs_is_made_anew(device: Device) -> None:
     device.live(DAY_S)
 
