@@ -1,7 +1,8 @@
 """A registration in which DPS issues the certificate for the hub, beside whatever shows who the device is.
 
-The key pair is made before DPS is asked, and kept with its request for as long as the device lives: so whatever DPS
-issues, now or for an earlier attempt, is for this key. What the way itself would be given for its hub is not used.
+The key pair is made before DPS is asked, and kept with its request until its file goes or its TPM takes it no more: so
+whatever DPS issues, now or for an earlier attempt, is for this key. What the way itself would be given for its hub is
+not used.
 A preview of Azure. Source: Azure DPS Runtime Registration API, 2025-07-01-preview.
 """
 
