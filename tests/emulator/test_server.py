@@ -296,6 +296,10 @@ def test_a_script_counts_over_all_or_over_what_it_matches() -> None:
         ('[{"status": 99}]', "'status' is not"),
         ('[{"operation": "put"}]', "'operation' is not"),
         ('[{"headers": {"a": 1}}]', "'headers' is not"),
+        ('[{"headers": {"a": "\u20ac"}}]', "'headers' is not an object of Latin-1 text of one line or null"),
+        ('[{"headers": {"a": "b\\r\\nc: d"}}]', "'headers' is not"),
+        ('[{"headers": {"\u20ac": null}}]', "'headers' is not"),
+        ('[{"headers": {"transfer-encoding": "chunked"}}]', "without Transfer-Encoding"),
         ('[{"drip": 0}]', "'drip' is not"),
         ('[{"reset": true}]', "'reset' needs 'cutAfterBytes'"),
     ],
@@ -414,6 +418,31 @@ def test_a_length_that_a_fault_names_is_sent_as_it_is(emulator: EmulatorInThread
     emulator.script(Fault(status=200, body="{}", headers={"Content-Length": "7"}))
     said = said_to(emulator, ASKED % b"Connection: close\r\n")
     assert said.count(b"Content-Length") == 1 and b"\r\nContent-Length: 7\r\n" in said and said.endswith(b"\r\n\r\n{}")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(headers={"connection": "Upgrade, Close"}),
+        Fault(headers={"content-length": "9999"}),
+        Fault(headers={"Content-Length": "3"}),
+        Fault(headers={"Content-Length": "3"}, chunked=True),
+        Fault(status=204, headers={"Content-Length": "7"}),
+    ],
+)
+def test_an_answer_that_says_so_or_is_framed_wrong_is_the_last_one(fault: Fault, emulator: EmulatorInThread) -> None:
+    emulator.script(fault)
+    said = said_to(emulator, ASKED % b"" * 2)
+    assert said.count(b"HTTP/1.1 ") == said.lower().count(b"\r\nconnection:") == 1 and len(emulator.log) == 1
+    assert all(b"%b: %b" % (name.encode(), str(value).encode()) in said for name, value in fault.headers.items())
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_answer_of_204_has_neither_length_nor_body(chunked: bool, emulator: EmulatorInThread) -> None:
+    emulator.script(Fault(status=204, chunked=chunked))
+    said = said_to(emulator, ASKED % b"" + ASKED % b"Connection: close\r\n")
+    assert said.count(b"HTTP/1.1 204 ") == 2 and said.endswith(b"\r\n\r\n")
+    assert b"{" not in said and b"Content-Length" not in said and b"Transfer-Encoding" not in said
 
 
 def test_a_connection_that_rests_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ requests or over those of the same `method` ("PUT") and `operation` ("register",
 `times`: no more than so often. What goes wrong, in any combination:
 
 - `status`, `body` (text, or JSON of any shape): answered instead of asking the service;
-- `headers`: names and values that replace the answer's, null takes one away;
+- `headers`: names and values that replace the answer's, null takes one away; the connection ends behind an answer with
+  `Connection: close` or a wrong `Content-Length`;
 - `retryAfterDateS`: Retry-After is a date, so many seconds behind the answer's own Date;
 - `delayS`: seconds before the service is asked;
 - `drip`: bytes of the body each second; `chunked`: true sends the body without a Content-Length;
@@ -158,7 +159,7 @@ _FIELDS: dict[str, tuple[str, type | tuple[type, ...], str]] = {
     "operation": ("operation", str, f"one of {', '.join((*DPS_OPERATIONS, *HUB_OPERATIONS))}"),
     "status": ("status", int, "an HTTP status from 200 to 599"),
     "body": ("body", object, "anything"),
-    "headers": ("headers", dict, "an object of text or null"),
+    "headers": ("headers", dict, "an object of Latin-1 text of one line or null, without Transfer-Encoding"),
     "retryAfterDateS": ("retry_after_date_s", int, "a number of seconds from 0"),
     "delayS": ("delay_s", (int, float), "seconds"),
     "drip": ("drip", (int, float), "bytes a second, more than 0"),
@@ -202,6 +203,16 @@ def fault_script(entries: object) -> FaultScript:
     return FaultScript([_fault(number, entry) for number, entry in enumerate(entries, 1)])
 
 
+def _is_header(name: str, value: object) -> bool:
+    """Whether that can be sent; a body is framed by `chunked` alone."""
+    text = name if value is None else f"{name}{value}"
+    return (
+        (value is None or isinstance(value, str))
+        and name.lower() != "transfer-encoding"
+        and all(character not in "\r\n\0" and ord(character) < 256 for character in text)
+    )
+
+
 def _fault(number: int, entry: object) -> Fault:
     if not isinstance(entry, dict):
         raise FaultScriptError(f"entry {number} is not an object")
@@ -218,7 +229,7 @@ def _fault(number: int, entry: object) -> Fault:
         if name in ("drop", "silent"):
             fits = value in ("before", "after")
         if name == "headers" and isinstance(value, dict):
-            fits = all(item is None or isinstance(item, str) for item in value.values())
+            fits = all(_is_header(*item) for item in value.items())
         if not fits:
             raise FaultScriptError(f"entry {number}: '{name}' is not {expected}")
         values[attribute] = value

@@ -6,7 +6,7 @@ What is sent is put together here: fault scripts ask for answers that no library
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Sequence
 from http import HTTPStatus
 
 import h11
@@ -20,6 +20,7 @@ _REASONS = {status.value: status.phrase for status in HTTPStatus}
 TOO_LATE = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 _INVALID = "Invalid HTTP request received."
 _BODILESS = (204, 304)
+_FRAMING = ("connection", "content-length")
 
 
 class HttpConnection(asyncio.Protocol):
@@ -166,29 +167,39 @@ class HttpConnection(asyncio.Protocol):
 
     # --- answers
 
-    def answer(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
+    def answer(self, status: int, headers: Sequence[tuple[str, str]], body: bytes) -> None:
         """A whole answer."""
         self.begin(status, headers, len(body))
         self.send(body)
         self.finish()
 
-    def begin(self, status: int, headers: Iterable[tuple[str, str]], length: int | None) -> None:
+    def begin(self, status: int, headers: Sequence[tuple[str, str]], length: int | None) -> None:
         """The head of an answer; without a length it goes on until it is finished.
 
-        A `Content-Length` among the headers is sent in place of `length`.
+        Of the headers a `Connection: close` is obeyed, and a `Content-Length` is sent in place of `length`: where that
+        is wrong for the body, the connection ends behind it.
         """
         lines = [f"HTTP/1.1 {status} {_REASONS.get(status, '')}"]
         lines += [f"{name}: {value}" for name, value in headers]
-        self._is_bodiless = self._is_bodiless or status in _BODILESS
-        if length is not None:
+        named = {name.lower(): value.strip().lower() for name, value in headers if name.lower() in _FRAMING}
+        says_close = "close" in (token.strip() for token in named.get("connection", "").split(","))
+        said = named.get("content-length")
+        self._closes = self._closes or says_close
+        if status in _BODILESS:
+            self._is_bodiless, self._is_chunked = True, False
+            self._closes = self._closes or (status == HTTPStatus.NO_CONTENT and said is not None)
+        elif length is not None:
             self._is_chunked = False
-            if not any(line.lower().startswith("content-length:") for line in lines):
+            if said is None:
                 lines.append(f"Content-Length: {length}")
+            else:
+                self._closes = self._closes or said != str(length)
         elif self._is_chunked:
             lines.append("Transfer-Encoding: chunked")
+            self._closes = self._closes or said is not None
         else:
             self._closes = True
-        if self._closes:
+        if self._closes and not says_close:
             lines.append("Connection: close")
         self.transport.write("\r\n".join((*lines, "", "")).encode("latin-1"))
 
