@@ -394,6 +394,28 @@ def test_reading_stops_and_goes_on_around_an_answer_that_takes_its_time(
     assert said.count(b"HTTP/1.1 405 ") == len(emulator.log) == 452
 
 
+def test_a_defect_in_a_request_that_was_read_ahead_ends_its_connection(
+    emulator: EmulatorInThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planted(*_: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(emulator._server, "_logged", planted)
+    emulator.script(Fault(request=1))
+    monkeypatch.setattr(emulator._server, "_respond_in_time", _nothing)
+    with raw_connection(emulator) as connection:
+        connection.settimeout(10)
+        connection.sendall(ASKED % b"" * 2)
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            assert connection.recv(1000) == b""
+    assert ["planted" in notice for notice in emulator.notices] == [True]
+    emulator.notices.clear()
+
+
+async def _nothing(*_: object) -> None:
+    """Leaves a request without an answer."""
+
+
 def test_a_client_that_waits_for_100_is_told_to_go_on(emulator: EmulatorInThread) -> None:
     head = b"POST /0ne00000000/registrations/x HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: 100-continue\r\n"
     with raw_connection(emulator) as connection:

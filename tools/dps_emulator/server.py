@@ -253,8 +253,11 @@ class EmulatorServer:
         entry, fault = self.faults.of_request(request)
         if entry or self._feed.takes(request.path) or self._hub_api.takes(request.path):
             return self._respond_in_time(request, entry, fault, wire)
-        response = self.answer(request, entry, fault)
-        wire.answer(response.status, response.headers, response.body)
+        try:
+            response = self.answer(request, entry, fault)
+            wire.answer(response.status, response.headers, response.body)
+        except Exception as error:
+            self._fail(error, wire)
         return None
 
     async def _respond_in_time(self, request: Request, entry: int, fault: Fault, wire: HttpConnection) -> None:
@@ -271,9 +274,13 @@ class EmulatorServer:
             else:
                 response = self.answer(request, entry, fault)
             await _deliver(response, fault, wire)
-        except Exception as error:  # a defect of ours ends nobody else's connection
-            self._notice(defect(error))
-            wire.transport.abort()
+        except Exception as error:
+            self._fail(error, wire)
+
+    def _fail(self, error: Exception, wire: HttpConnection) -> None:
+        """A defect of ours ends nobody else's connection."""
+        self._notice(defect(error))
+        wire.transport.abort()
 
     async def _stream(self, asked: Asked, wire: HttpConnection) -> None:
         wire.begin(200, _STREAM, None)
