@@ -125,7 +125,7 @@ def test_an_error_has_its_words_where_they_are_and_its_number_and_values_where_n
         env={**os.environ, "MICROPYPATH": f"{image.folder}:.frozen"},
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    table = [line[5:] for line in deploy_prints("--texts").splitlines()]
+    table = [line[5:] for line in deploy_prints("--texts").splitlines()[1:]]
     number = table.index("{}: cannot be read: error {}")
     said = "nowhere.json: cannot be read: error 2" if texts else f"({number}) nowhere.json, 2"
     assert done.stdout.startswith(f"config.unreadable {said} "), done.stdout + done.stderr

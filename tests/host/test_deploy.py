@@ -17,6 +17,7 @@ import trustme
 from littlefs import LittleFS
 
 import dps_deploy.kept
+from dps_agent import __version__
 from dps_agent.host.config import ConfigurationError
 from dps_agent.host.settings_table import KEYS
 from dps_board.config import load
@@ -494,6 +495,17 @@ def test_what_is_for_every_board_takes_no_program_and_the_rest_takes_settings() 
     assert done.returncode == 2 and "leave SETTINGS.toml (and --app) out" in done.stderr, done.stderr
     done = deploy("--dry-run")
     assert done.returncode == 2 and "expected SETTINGS.toml, which --freeze" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("option", ["--names", "--texts"])
+def test_a_list_for_the_reader_of_errors_names_its_release_and_ends_quietly_where_nobody_reads(option: str) -> None:
+    assert deploy(option).stdout.startswith(f"dps-agent {__version__}\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "tools/deploy", option]
+    done = subprocess.run(words, cwd=CHECKOUT, stdout=writer, stderr=subprocess.PIPE, timeout=120, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_the_short_names_of_every_program_are_explained(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from dps_package.sbom import write_sbom
 from dps_package.site import build_site
 
 SUMS = "SHA256SUMS"
+LISTS = ("names", "texts")  # what tools/deploy prints for the reader of a board's errors, other in each release
 NOTES = "release-notes.md"
 _HEADING = re.compile(r"^## \[(?P<version>[^\]]+)\](?: - (?P<date>\d{4}-\d\d-\d\d))?$", re.MULTILINE)
 
@@ -106,7 +107,7 @@ def _requirements(wheel: Path) -> list[str]:
 
 
 def _firmware(folder: Path, version: str) -> dict[str, bytes]:
-    """What a firmware freezes, with its manifest, and the same compiled as an image of a ROM file system."""
+    """What a firmware freezes, with its manifest, the same compiled as an image of a ROM file system, and its names."""
     frozen, compiled = folder / "frozen", folder / "compiled"
     run([sys.executable, str(CHECKOUT / "tools/deploy"), "--freeze", str(frozen)])
     files = files_below(frozen)
@@ -116,7 +117,8 @@ def _firmware(folder: Path, version: str) -> dict[str, bytes]:
             (compiled / path).write_bytes(content)
     image = folder / "dps-agent.romfs"
     run([sys.executable, "-m", "mpremote", "romfs", "--no-mpy", "--output", str(image), "build", str(compiled)])
-    return {**files, f"dps-agent-{version}.romfs": image.read_bytes()}
+    lists = {f"{name}.txt": run([sys.executable, str(CHECKOUT / "tools/deploy"), f"--{name}"]) for name in LISTS}
+    return {**files, f"dps-agent-{version}.romfs": image.read_bytes(), **{name: lists[name].encode() for name in lists}}
 
 
 def main() -> int:
