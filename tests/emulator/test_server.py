@@ -423,6 +423,17 @@ def test_a_client_that_waits_for_100_is_told_to_go_on(emulator: EmulatorInThread
         assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(b"{}")
         assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
+    assert said_to(emulator, head + b"Content-Length: 2\r\n\r\n{}").startswith(b"HTTP/1.1 400 "), "the body is there"
+
+
+def test_an_empty_line_before_a_request_is_passed_over(emulator: EmulatorInThread) -> None:
+    said = said_to(emulator, b"\r\n", ASKED % b"" + b"\r\n" + ASKED % b"Connection: close\r\n")
+    assert said.count(b"HTTP/1.1 405 ") == 2, said
+
+
+def test_a_request_with_two_lengths_is_its_connection_s_last(emulator: EmulatorInThread) -> None:
+    both = b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n"
+    assert said_to(emulator, ASKED % both + b"0\r\n\r\n" + ASKED % b"").count(b"HTTP/1.1 ") == 1
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -471,6 +482,7 @@ def test_a_connection_that_rests_too_long_ends(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(server, "KEEP_ALIVE_S", 0.1)
     with EmulatorInThread() as emulator:
         said = said_to(emulator, ASKED % b"")
+        assert said_to(emulator, b"\r\n") == b"", "nor does an empty line keep it open"
     assert said.startswith(b"HTTP/1.1 405 ") and b"Connection" not in said
 
 

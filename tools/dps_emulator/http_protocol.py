@@ -40,7 +40,7 @@ class HttpConnection(asyncio.Protocol):
         """`respond` answers a request, at once or by the coroutine that it returns, which has no exception.
 
         The connection may rest for `keep_alive_s` between two requests. What is beyond `body_limit` bytes of a body is
-        read, but of that one byte at most is kept.
+        read, but of that no more is kept than came in the piece that went beyond.
         """
         self._respond = respond
         self._keep_alive_s = keep_alive_s
@@ -129,6 +129,12 @@ class HttpConnection(asyncio.Protocol):
 
     def _read(self, data: bytes) -> bool:
         """Whether a request is whole with `data`; raises h11.RemoteProtocolError."""
+        if self._head is None and not self._reader.trailing_data[0]:
+            data = data.lstrip(b"\r\n")  # RFC 9112, 2.2
+            if not data:  # which h11 would take for the end of the connection
+                if self._deadline == math.inf:
+                    self._end_after(self._keep_alive_s)
+                return False
         self._reader.receive_data(data)
         while True:
             event = self._reader.next_event()
@@ -139,7 +145,7 @@ class HttpConnection(asyncio.Protocol):
                 return True
             elif isinstance(event, h11.Request):
                 self._head = event
-                if self._reader.they_are_waiting_for_100_continue:
+                if self._reader.they_are_waiting_for_100_continue and not self._reader.trailing_data[0]:
                     self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             else:
                 break
@@ -158,7 +164,8 @@ class HttpConnection(asyncio.Protocol):
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(list(head.headers))}
         chain = self.transport.get_extra_info("client_chain") or ()
         request = Request(method, path, query, headers, bytes(self._body), client_chain=chain)
-        self._closes = self._reader.their_state is h11.MUST_CLOSE
+        has_two_lengths = "transfer-encoding" in headers and "content-length" in headers  # RFC 9112, 6.1
+        self._closes = self._reader.their_state is h11.MUST_CLOSE or has_two_lengths
         self._is_chunked = head.http_version >= b"1.1"
         self._is_bodiless = method == "HEAD"
         self._reader, self._head, self._is_reading = h11.Connection(h11.SERVER), None, False
