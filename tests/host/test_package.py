@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from dps_agent.host.cli import VERBS
+from dps_agent.host.cli.verb import VERBS
 from dps_agent.host.cli.version import PACKAGES
 from dps_agent.host.config import environment_name
 from dps_agent.host.settings_table import KEYS

@@ -9,6 +9,7 @@ import ssl
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from dps_agent.effects import NoReply, Reply
 from dps_agent.host.network import trust
 from dps_agent.host.network.https import DpsConnection
+from dps_agent.host.network.shown import Shown
 from dps_agent.host.network.trust import Trust, tls_context, validity_s
 from dps_hal.host.codes import REMEDIES
 from support.cloud.chains import (
@@ -231,11 +233,12 @@ def test_a_certificate_of_the_device_that_is_not_taken_is_named(tmp_path: Path, 
         (party("press-07", None, NO_CA), "unknown ca"),
         (party("press-07", ROOT, NO_CA, dates=(ended[0], ended[1])), "certificate expired"),
     ):
-        shown = str(written(tmp_path / "device.pem", device))
+        file = str(written(tmp_path / "device.pem", device))
+        shown = Shown(file, file, "", Mock(), "tls_key")
         with (
             Server(answering(answer(b"{}")), context) as server,
             contextlib.closing(
-                DpsConnection(f"https://{PEER}", server.address, root_file, certificate=(shown, shown))
+                DpsConnection(f"https://{PEER}", server.address, root_file, certificate=shown)
             ) as connection,
         ):
             reply = connection.request("GET", "/", b"", None)
