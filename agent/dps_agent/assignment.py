@@ -9,21 +9,15 @@ device's own key, of a device with a TPM by the certificate's. When a record hol
 `dps_agent.attestation`.
 """
 
-from dps_agent.effects import Sign, UtcNow
-from dps_agent.sas import SasToken, hub_resource, string_to_sign
 from dps_agent.settings import AUTO, CERTIFICATES, ISSUED, TPM, X509
-from dps_agent.utc import date_text
-from dps_hal.errors import AskOperator, IdentityStale, RetryLater
+from dps_hal.errors import IdentityStale
 from dps_hal.platform import attribute_of, from_base64, from_json, to_base64, to_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Generator
     from typing import Any, NamedTuple
 
-    from dps_agent.effects import Effect
     from dps_agent.settings import Settings
-    from dps_hal.contracts import Utc
 
     class Assignment(NamedTuple):
         """One device at one hub, with the key that belongs to both."""
@@ -210,13 +204,6 @@ def seal_message(text: bytes) -> bytes:
     return _SEALED_TEXT + text
 
 
-def sealed(assignment: Assignment, beside: "dict[str, Any] | None" = None) -> "Generator[Effect, Any, bytes]":
-    """The payload to store: JSON and seal. The signature also shows that the key loads and signs."""
-    text = encode(assignment, beside)
-    seal: bytes = yield Sign(assignment.wrapped_key, seal_message(text))
-    return text + seal
-
-
 def difference(assignment: Assignment, settings: "Settings") -> str:
     """Why an assignment does not fit the settings, or "" if it does."""
     for name, ours, theirs in (
@@ -232,32 +219,3 @@ def difference(assignment: Assignment, settings: "Settings") -> str:
         return f"the stored assignment is for registration_id {assignment.registration_id!r}, the settings say {ours!r}"
     fault = hub_fault(assignment.assigned_hub, settings.hub_suffixes)
     return f"the stored hub no longer fits hub_suffixes: {fault}" if fault else ""
-
-
-def signed_token(
-    resource: str, expires_at_s: int, wrapped_key: bytes, key_name: str = ""
-) -> "Generator[Effect, Any, SasToken]":
-    """Has the wrapped key sign, or the device's own where that is empty; `resource` is already percent-encoded."""
-    signature: bytes = yield Sign(wrapped_key, string_to_sign(resource, expires_at_s))
-    return SasToken(resource, expires_at_s, signature, key_name)
-
-
-def hub_token(assignment: Assignment, life_s: int) -> "Generator[Effect, Any, SasToken]":
-    """A token for the assigned hub, valid for `life_s` seconds, signed by the hub key.
-
-    RetryLater `clock.not_set` while the clock cannot be believed. AskOperator `agent.no_token`: the device connects by
-    its certificate.
-    """
-    if not has_tokens(assignment):
-        raise AskOperator("agent.no_token", "there is no token: this device connects to its hub by its certificate")
-    now: Utc = yield UtcNow()
-    check_clock(now)
-    resource = hub_resource(assignment.assigned_hub, assignment.device_id)
-    token: SasToken = yield from signed_token(resource, now.now_s + life_s, assignment.wrapped_key)
-    return token
-
-
-def check_clock(now: "Utc") -> None:
-    """RetryLater `clock.not_set` unless `now` can be believed: a token with a wrong expiry is no token."""
-    if not now.believable:
-        raise RetryLater("clock.not_set", f"the clock is not set ({now.source} says {date_text(now.now_s)})")

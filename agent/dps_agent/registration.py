@@ -29,15 +29,7 @@ failed, and when the next one begins, is not known here: see `dps_agent.patience
 Registration API, 2021-10-01.
 """
 
-from dps_agent.assignment import (
-    Assignment,
-    check_clock,
-    device_id_fault,
-    hub_fault,
-    payload_to_store,
-    sealed,
-    signed_token,
-)
+from dps_agent.assignment import Assignment, device_id_fault, hub_fault, payload_to_store
 from dps_agent.backoff import (
     HELD_AGAIN_S,
     POLL_DEFAULT_LIMIT_S,
@@ -77,6 +69,7 @@ from dps_agent.messages import (
 )
 from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource, percent_encode
 from dps_agent.settings import API_VERSION, CERTIFICATES, POLL_LOOKUP, SYMMETRIC_KEY, TPM, X509
+from dps_agent.signing import check_clock, sealed, signed_token
 from dps_hal.contracts import IDENTITY
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 

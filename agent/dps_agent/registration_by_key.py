@@ -4,10 +4,10 @@ The key is an individual enrolment's, or one that was derived of a group's for t
 the same key signs for the hub. Source: Azure DPS, "symmetric key attestation".
 """
 
-from dps_agent.assignment import check_clock, signed_token
 from dps_agent.attestation import Registering
 from dps_agent.effects import ConfirmClock, UtcNow
 from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource
+from dps_agent.signing import check_clock, signed_token
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ What goes wrong:
 A preview of Azure, hub api-version 2025-08-01-preview. Sources: Microsoft's clients, and a test run of theirs.
 """
 
-from dps_agent.assignment import Assignment, decode, sealed
+from dps_agent.assignment import Assignment, decode
 from dps_agent.backoff import exponential_s
 from dps_agent.der import certificates, validity
 from dps_agent.effects import (
@@ -42,6 +42,7 @@ from dps_agent.effects import (
 )
 from dps_agent.hub_effects import Acknowledge, Arrived, Granted, Publish, Subscribe
 from dps_agent.issued import chain_for, name_of, records_with
+from dps_agent.signing import sealed
 from dps_agent.twin import NEVER_S, query_value
 from dps_agent.utc import utc_s, whole_number
 from dps_hal.contracts import IDENTITY

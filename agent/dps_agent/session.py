@@ -32,7 +32,7 @@ messages again and again has strikes, which time takes away: with more than STRI
 ever more rarely, and only while nothing of others is under way.
 """
 
-from dps_agent.assignment import has_tokens, hub_token
+from dps_agent.assignment import has_tokens
 from dps_agent.attestation import shown_to_hub
 from dps_agent.effects import (
     NO_REPLY_CLOSED,
@@ -73,6 +73,7 @@ from dps_agent.hub_effects import (
 )
 from dps_agent.sas import percent_decode, percent_encode
 from dps_agent.settings import is_wanted
+from dps_agent.signing import hub_token
 from dps_agent.twin import NEVER_S, Twin, query_value
 from dps_agent.utc import AGREEMENT_S
 from dps_hal.contracts import IDENTITY

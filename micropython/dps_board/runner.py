@@ -27,7 +27,8 @@ from dps_agent import __version__
 from dps_agent.driver import Driver
 from dps_agent.effects import NO_REPLY_MEMORY, NO_REPLY_TIMEOUT, NO_REPLY_TLS, NoReply, Reply
 from dps_agent.lifecycle import CONNECTED, Lifecycle
-from dps_agent.patience import CLOCK_WAIT_S, decode_progress
+from dps_agent.patience import CLOCK_WAIT_S
+from dps_agent.progress import decode_progress
 from dps_agent.settings import SYMMETRIC_KEY
 from dps_board.clock import TIMES_TO_TRY
 from dps_board.https import Connection

@@ -1,19 +1,10 @@
 """The stored assignment: what it holds, and when it holds."""
 
-from dps_agent.assignment import (
-    Assignment,
-    decode,
-    device_id_fault,
-    encode,
-    hub_fault,
-    hub_token,
-    payload_to_store,
-    seal_message,
-    sealed,
-)
+from dps_agent.assignment import Assignment, decode, device_id_fault, encode, hub_fault, payload_to_store, seal_message
 from dps_agent.attestation import load_held
 from dps_agent.registration import register
 from dps_agent.settings import AUTO
+from dps_agent.signing import hub_token, sealed
 from dps_hal.contracts import StoredRecord
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import from_json, hmac_sha256, to_json

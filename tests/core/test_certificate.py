@@ -1,10 +1,11 @@
 """A device with a certificate: registration, record and hub, where the connection shows who it is."""
 
-from dps_agent.assignment import decode, hub_token, seal_message
+from dps_agent.assignment import decode, seal_message
 from dps_agent.attestation import load_held
 from dps_agent.lifecycle import CONNECTED, HALTED, Lifecycle
 from dps_agent.registration import register
 from dps_agent.settings import SYMMETRIC_KEY, TPM, X509
+from dps_agent.signing import hub_token
 from dps_hal.contracts import IDENTITY, StoredRecord
 from dps_hal.errors import AskOperator, IdentityStale, RetryLater
 from dps_hal.platform import from_json

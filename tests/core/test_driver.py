@@ -4,7 +4,7 @@ from dps_agent.driver import ClockConfirmed, Driver, Reach, Release
 from dps_agent.effects import Commit, ConfirmClock, Http, ReadEndorsementKey, Sign, Sleep, Uptime, UtcNow
 from dps_agent.hub_effects import ConnAck, Connect, Disconnect, NextEvent, Readers
 from dps_agent.lifecycle import CONNECTED, Lifecycle
-from dps_agent.patience import decode_progress
+from dps_agent.progress import decode_progress
 from dps_agent.sas import SasToken
 from dps_hal.contracts import PROGRESS, TpmCondition
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater

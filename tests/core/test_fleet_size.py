@@ -12,7 +12,8 @@ from dps_agent.fleet import (
     token_life_s,
 )
 from dps_agent.lifecycle import START_SPREAD_S, Lifecycle
-from dps_agent.patience import Patience, Progress, decode_fleet, decode_progress, encode_progress
+from dps_agent.patience import Patience
+from dps_agent.progress import Progress, decode_fleet, decode_progress, encode_progress
 from dps_hal.contracts import PROGRESS
 from dps_hal.errors import RetryLater
 from dps_hal.platform import from_json

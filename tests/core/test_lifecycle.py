@@ -15,7 +15,7 @@ from dps_agent.lifecycle import (
     WAITING,
     Lifecycle,
 )
-from dps_agent.patience import Progress, decode_progress, encode_progress
+from dps_agent.progress import Progress, decode_progress, encode_progress
 from dps_agent.settings import AUTO, settings_of
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, RetryLater

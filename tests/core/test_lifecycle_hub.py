@@ -19,7 +19,8 @@ from dps_agent.lifecycle import (
     WAITING,
     Lifecycle,
 )
-from dps_agent.patience import CONNECTS_LIMIT, Progress, decode_progress, encode_progress
+from dps_agent.patience import CONNECTS_LIMIT
+from dps_agent.progress import Progress, decode_progress, encode_progress
 from dps_agent.settings import KEEP_ALIVE_S
 from dps_agent.utc import CERTIFICATE
 from dps_hal.contracts import IDENTITY, PROGRESS

@@ -1,6 +1,5 @@
 """Tokens of DPS and hub against computed and published vectors."""
 
-from dps_agent.assignment import signed_token
 from dps_agent.effects import Sign
 from dps_agent.sas import (
     DPS_KEY_NAME,
@@ -10,6 +9,7 @@ from dps_agent.sas import (
     percent_encode,
     string_to_sign,
 )
+from dps_agent.signing import signed_token
 from dps_hal.platform import hmac_sha256
 from support.vectors import load, unbase64
 

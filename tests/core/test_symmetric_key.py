@@ -1,11 +1,12 @@
 """A device whose own key signs: registration, record and hub, and the vectors that others have published or printed."""
 
-from dps_agent.assignment import decode, hub_token, seal_message
+from dps_agent.assignment import decode, seal_message
 from dps_agent.attestation import load_held
 from dps_agent.lifecycle import CONNECTED, HALTED, PROVISIONED, Lifecycle
 from dps_agent.registration import register
 from dps_agent.sas import SasToken, dps_resource, hub_resource, string_to_sign
 from dps_agent.settings import SYMMETRIC_KEY, TPM
+from dps_agent.signing import hub_token
 from dps_hal.contracts import IDENTITY, StoredRecord
 from dps_hal.device_key import DeviceKey, derived_key, key_in
 from dps_hal.errors import AskOperator, RetryLater

@@ -28,7 +28,7 @@ from dps_agent.host.cli import exit_word, main, running, status
 from dps_agent.host.cli.verb import UsageError
 from dps_agent.host.local import statefile
 from dps_agent.host.parts import _stopped_after
-from dps_agent.patience import Progress, encode_progress
+from dps_agent.progress import Progress, encode_progress
 from dps_agent.sas import string_to_sign
 from dps_agent.settings import TPM
 from dps_hal.contracts import IDENTITY, PROGRESS

@@ -29,7 +29,7 @@ from dps_agent.host.runner import Erase
 from dps_agent.host.service import Service, _Driver
 from dps_agent.hub_effects import MessageDone, NextEvent, Readers, SendTelemetry, TelemetryDone, Tell
 from dps_agent.lifecycle import CONNECTING
-from dps_agent.patience import Progress, decode_progress
+from dps_agent.progress import Progress, decode_progress
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault
 from dps_emulator.service import Settings

@@ -1,7 +1,7 @@
 """Records of every version ever released, byte by byte, are read by this one."""
 
 from dps_agent.assignment import decode
-from dps_agent.patience import decode_progress
+from dps_agent.progress import decode_progress
 from dps_hal.contracts import CERTIFICATE, IDENTITY
 from dps_hal.platform import sha256
 from dps_hal.store.slots import FORMAT_VERSION, TOMBSTONE, VALID, SlotStore, decode_slot, encode_slot

@@ -14,11 +14,12 @@ Each state has a name, `sweep=lives plan=cut tears=all life=other-hub cut=5 late
 one alone.
 """
 
-from dps_agent.assignment import decode, hub_token, seal_message
+from dps_agent.assignment import decode, seal_message
 from dps_agent.effects import Commit, Http, LoadRecord
 from dps_agent.lifecycle import PROVISIONED, Lifecycle
 from dps_agent.sas import hub_resource, percent_encode
 from dps_agent.settings import SYMMETRIC_KEY, TPM, X509
+from dps_agent.signing import hub_token
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.device_key import DeviceKey
 from dps_hal.errors import DpsError, IdentityStale

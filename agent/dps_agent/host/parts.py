@@ -8,7 +8,7 @@ import threading
 import time
 
 from dps_agent import __version__
-from dps_agent.assignment import decode, hub_token
+from dps_agent.assignment import decode
 from dps_agent.attestation import load_held
 from dps_agent.effects import Http, LoadRecord, NoReply, UtcNow
 from dps_agent.host.clock import SystemClock
@@ -24,8 +24,9 @@ from dps_agent.host.config import (
 from dps_agent.host.printed import utc_text
 from dps_agent.host.provisioned import Provisioned
 from dps_agent.host.runner import Runner
-from dps_agent.patience import decode_progress
+from dps_agent.progress import decode_progress
 from dps_agent.settings import TPM, X509
+from dps_agent.signing import hub_token
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.host.state_dir import open_store

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dps_agent.assignment import check_clock, signed_token
 from dps_agent.attestation import registration_id as registration_id_of
 from dps_agent.effects import Http, NoReply, UtcNow
 from dps_agent.messages import DeviceRegistrationResult, TpmChallenge, decode, device_registration
 from dps_agent.registration import no_reply_error, read_register, refusal_of, registering, registration_path
 from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, dps_resource
 from dps_agent.settings import TPM
+from dps_agent.signing import check_clock, signed_token
 
 if TYPE_CHECKING:
     from collections.abc import Generator

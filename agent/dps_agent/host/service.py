@@ -39,7 +39,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dps_agent import __version__
-from dps_agent.assignment import difference, hub_token
+from dps_agent.assignment import difference
 from dps_agent.driver import _CLOSE_FOR_S, Driver
 from dps_agent.effects import ConfirmClock, Sleep, Uptime
 from dps_agent.host import kept_key, memory
@@ -85,6 +85,7 @@ from dps_agent.hub_effects import (
     TwinDone,
 )
 from dps_agent.lifecycle import BOOT, CONNECTED, CONNECTING, HALTED, PROVISIONED, PROVISIONING, WAITING, Lifecycle
+from dps_agent.signing import hub_token
 from dps_agent.twin import NOT_SENT
 from dps_hal.errors import AskOperator, Broken, DpsError, IdentityStale, RetryLater
 from dps_hal.host.codes import REMEDIES

@@ -17,7 +17,7 @@ import time
 from board_life import FileFlash, Heap, NamedAnswers, mount  # type: ignore[import-not-found]
 
 from dps_agent.lifecycle import CONNECTED
-from dps_agent.patience import decode_progress
+from dps_agent.progress import decode_progress
 from dps_agent.settings import Settings
 from dps_board.clock import BoardClock
 from dps_board.config import load

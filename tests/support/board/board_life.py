@@ -101,7 +101,7 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
         gc.threshold(GARBAGE_BYTES)  # type: ignore[attr-defined]
     import asyncio
 
-    from dps_agent.assignment import hub_token
+    from dps_agent.signing import hub_token
     from dps_board.clock import BoardClock
     from dps_board.config import load
     from dps_board.parts import make_store, make_tpm

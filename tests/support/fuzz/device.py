@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from dps_agent import assignment, patience, session
+from dps_agent import assignment, progress, session
 from dps_agent.client.errors import AgentError
 from dps_agent.client.values import error_in, event_of
 from dps_agent.der import certificates, not_after_s
@@ -119,8 +119,8 @@ def _dps_answer(content: bytes) -> bool:
 
 
 def _record(content: bytes) -> bool:
-    patience.decode_fleet(content)
-    patience.decode_progress(content)
+    progress.decode_fleet(content)
+    progress.decode_progress(content)
     try:
         found, text, seal = assignment.decode(content)
     except IdentityStale:
@@ -515,7 +515,7 @@ TARGETS = (
     Target("dps-answer", "bodies of DPS (dps_agent.messages, .registration)", _dps_answer, _answers),
     Target(
         "record",
-        "stored records (dps_agent.assignment, .patience)",
+        "stored records (dps_agent.assignment, .progress)",
         _record,
         _record_seeds,
     ),

@@ -20,11 +20,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dps_agent.assignment import hub_token
 from dps_agent.driver import TpmCall
 from dps_agent.effects import Commit, Http, ImportKey, LoadRecord, ReadEndorsementKey, ReadStorageRootKey, Reply, Sign
 from dps_agent.host import kept_key
 from dps_agent.lifecycle import PROVISIONED, Lifecycle
+from dps_agent.signing import hub_token
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.service import DpsService, Request, Settings
 from dps_hal.contracts import IDENTITY, PROGRESS

@@ -11,7 +11,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dps_agent import __version__
-from dps_agent.assignment import signed_token
 from dps_agent.effects import (
     NO_REPLY_CONNECT,
     NO_REPLY_DNS,
@@ -36,6 +35,7 @@ from dps_agent.registration import LOOKUP_REFUSALS, no_reply_error, read_registe
 from dps_agent.registration_by_tpm import shown_keys
 from dps_agent.sas import DPS_KEY_NAME, DPS_TOKEN_LIFE_S, SasToken, dps_resource, string_to_sign
 from dps_agent.settings import SYMMETRIC_KEY, TPM
+from dps_agent.signing import signed_token
 from dps_agent.utc import AGREEMENT_S
 from dps_hal.errors import AskOperator, DpsError, IdentityStale, RetryLater
 from dps_hal.platform import hmac_sha256

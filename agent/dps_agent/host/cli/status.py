@@ -128,7 +128,7 @@ def _of_records(configuration: Configuration) -> Outcome:
     """What the stored records say; no service runs."""
     from dps_agent.assignment import Assignment, decode, difference
     from dps_agent.host.local.statefile import assignment_document
-    from dps_agent.patience import Progress, decode_progress
+    from dps_agent.progress import Progress, decode_progress
     from dps_hal.host.state_dir import open_store
 
     store = open_store(configuration.state_dir)
