@@ -26,6 +26,7 @@ FIRMWARE = x509.ObjectIdentifier("2.23.133.2.3")
 FILE_LIMIT = 64 * 1024  # bytes of one certificate
 EXPONENT = 65537  # of every key that `check_ek_public` takes
 _VENDOR = re.compile(r"id:[0-9A-Fa-f]{8}")
+_DAMAGED = (ValueError, TypeError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)  # where a field is read
 _PEM = b"-----BEGIN"
 _DER = Encoding.DER
 
@@ -87,11 +88,11 @@ class Certificates:
     def _on(self, certificate: x509.Certificate) -> Verdict:
         try:
             said = _attributes(certificate)
-        except (ValueError, TypeError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        except _DAMAGED as error:
             return Verdict(str(error))
         try:
             self._verifier.verify(certificate, self._intermediates)
-        except verification.VerificationError as error:
+        except (verification.VerificationError, *_DAMAGED) as error:  # of the chain, too
             return Verdict(f"its chain to the roots is not verified: {error}", *said)
         if not _VENDOR.fullmatch(said[0].partition(" ")[0]):
             return Verdict(f"expected the TPM's manufacturer as id:XXXXXXXX; came {said[0]!r}", *said)
