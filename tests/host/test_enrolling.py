@@ -560,7 +560,8 @@ def test_certificates_are_verified_up_to_the_makers_roots_and_those_devices_alon
     odd_name = x509.UnrecognizedExtension(x509.SubjectAlternativeName.oid, ODD_NAME)
     (folder / "0.crt").unlink()
     assert verdict(maker.sign(named("odd"), keys[0], [odd_name])) != ""
-    whole = maker.sign(named("odd"), keys[0], []).public_bytes(Encoding.DER)
+    unknown = x509.UnrecognizedExtension(x509.ObjectIdentifier("2.19.29.17"), b"\x30\0")
+    whole = maker.sign(named("odd"), keys[0], [unknown]).public_bytes(Encoding.DER)
     (folder / "1.crt").write_bytes(whole.replace(b"\x0c\x03odd", b"\x61\x03odd"))  # a name's text that is no text
     assert "not verified" in Certificates(folder, roots, between, NOW).verdict(eks[0]).why
     verdict(maker.of_a_tpm(rsa.generate_private_key(65537, 2048).public_key()))
