@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import uvicorn
@@ -23,9 +22,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from dps_emulator import http_protocol, server
 from dps_emulator.enrollments import Enrollment
 from dps_emulator.faults import Fault, FaultScript, FaultScriptError, read_fault_script
-from dps_emulator.http_protocol import HttpConnection
 from dps_emulator.server import LogLine
-from dps_emulator.service import Request, Settings
+from dps_emulator.service import Settings
 from dps_emulator.web import site
 from emulator.device_side import (
     API,
@@ -394,30 +392,6 @@ def test_reading_stops_and_goes_on_around_an_answer_that_takes_its_time(
     ahead = [ASKED % b"" * 50] * 9
     said = said_to(emulator, ASKED % b"", *ahead, ASKED % b"Connection: close\r\n")
     assert said.count(b"HTTP/1.1 405 ") == len(emulator.log) == 452
-
-
-def test_no_connection_s_requests_that_came_at_once_hold_up_all_others() -> None:
-    asked: list[str] = []
-
-    def respond(request: Request, connection: HttpConnection) -> None:
-        asked.append(request.path)
-        connection.answer(200, [], b"")
-
-    async def turns() -> list[int]:
-        connection = HttpConnection(respond, 60, 1000)
-        transport = Mock(asyncio.Transport, **{"is_closing.return_value": False})
-        connection.connection_made(transport)
-        connection.data_received(b"".join(b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n" % number for number in range(40)))
-        connection.data_received(b"GET /40 HTTP/1.1\r\nHost: x\r\n\r\n")
-        seen = [len(asked)]
-        while seen[-1:] != seen[-2:-1]:
-            await asyncio.sleep(0)
-            seen.append(len(asked))
-        connection.connection_lost(None)
-        return seen
-
-    assert asyncio.run(turns()) == [16, 32, 41, 41]
-    assert asked == [f"/{number}" for number in range(41)], "and none overtakes another"
 
 
 def test_a_defect_in_a_request_that_was_read_ahead_ends_its_connection(

@@ -16,7 +16,6 @@ from dps_emulator.service import Request
 _LOG = logging.getLogger(__name__)
 REQUEST_S = 30.0  # from a request's first byte to its last
 _AHEAD_BYTES = 64 * 1024  # of further requests, read while one is being answered
-_ANSWERS_A_TURN = 16  # of one connection's requests that came at once, before all others have theirs
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 TOO_LATE = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 _INVALID = "Invalid HTTP request received."
@@ -55,7 +54,6 @@ class HttpConnection(asyncio.Protocol):
         self._room = asyncio.Event()  # for what is sent
         self._room.set()
         self._closes = self._is_chunked = self._is_bodiless = self._is_reading = False
-        self._lets_others = False  # until the loop's next turn
         self._deadline = math.inf
         self._timer: asyncio.TimerHandle | None = None
 
@@ -68,7 +66,7 @@ class HttpConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """More of a request, or of several."""
-        if self._task is None and self._room.is_set() and not self._lets_others:
+        if self._task is None and self._room.is_set():
             self._take(data)
             return
         self._ahead += data
@@ -82,7 +80,8 @@ class HttpConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """They have left."""
         self._room.set()
-        self._go_on()
+        if self._task is None:
+            self._go_on()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is over."""
@@ -94,13 +93,9 @@ class HttpConnection(asyncio.Protocol):
     # --- requests
 
     def _take(self, data: bytes) -> None:
-        """Answers what has come whole; the rest waits for more, for an answer that takes its time, or for others."""
-        answered = 0
+        """Answers what has come whole; the rest waits for more, or for an answer that takes its time."""
         while data and not self.transport.is_closing():
-            if answered == _ANSWERS_A_TURN:
-                self._lets_others = True
-                self._loop.call_soon(self._go_on)
-            if self._lets_others or not self._room.is_set():
+            if not self._room.is_set():
                 self._ahead += data
                 return
             try:
@@ -119,7 +114,6 @@ class HttpConnection(asyncio.Protocol):
                 self._ahead += data
                 self._task = self._loop.create_task(self._wait(waiting))
                 return
-            answered += 1
 
     async def _wait(self, answered: Coroutine[object, object, None]) -> None:
         await answered
@@ -127,9 +121,8 @@ class HttpConnection(asyncio.Protocol):
         self._go_on()
 
     def _go_on(self) -> None:
-        """Takes up what has been read ahead, unless an answer is under way, whose end does."""
-        self._lets_others = False
-        if self._task is None and not self.transport.is_closing():
+        """Takes up what has been read ahead."""
+        if not self.transport.is_closing():
             ahead, self._ahead = bytes(self._ahead), bytearray()
             self.transport.resume_reading()
             self._take(ahead)
