@@ -19,7 +19,7 @@ LONG = (
     "tests/host/test_wire.py::test_a_byte_flipped_in_every_answer_is_refused",
     "tests/powercut/test_lives.py::",
 )
-# They run what is not counted: tools, and what tools have made of the agent.
+# They are about tools, which are not counted, and what tools have made of the agent.
 OF_TOOLS = (
     "tests/board/test_board_image.py::",
     "tests/host/test_bundles.py::",

@@ -10,8 +10,8 @@ machine and two counts:
 
 Who pushes it. The life alone: `begin_attempt`, `fail_attempt`, `hold` and `forgive` are the four events of the table;
 `begin_connection`, `lose_connection`, `steady` and `begin_identity` only count. The life hands on what the hub told of
-the fleet (`keep_fleet`), which is stored here because the record is. Patience pushes nobody: it returns
-delays, and the life waits.
+the fleet (`keep_fleet`), which stands in the same record. Patience pushes nobody: it returns delays, and the life
+waits.
 
 What is not in the table. `load` puts a device that has failed in an earlier life into FAILED, before any event. The
 times before which DPS is not to be asked (`dps_not_before_s`, DPS's wish, and the device's own) are no states: what is

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _HEAD = f"POST /telemetry HTTP/1.1\r\nHost: localhost\r\nContent-Length: {PAYLOAD_SIZE}\r\n\r\n"
 MESSAGE = _HEAD.encode() + bytes(PAYLOAD_SIZE)
-RECONNECT_LIMIT_S = 300  # more than the longest wait between two connections
+RECONNECT_LIMIT_S = 360  # more than the longest wait between two connections, HUB_LIMIT_S
 SETTLE_S = 15  # a new connection does a few more things: the twin, the older identity
 PEAK_LIMIT_MIB = {"wire": 28.5, "esys": 46}  # what `run` may take at its peak, with Debian 12's Python
 CPU_LIMIT_PERCENT = 0.1  # of one processor, connected with nothing to do
@@ -116,10 +116,11 @@ def reconnect(count: int) -> Report:
             before_ms = {name: cpu_ms(agent.pid) for name, (_, agent) in services.items()}
             for desk, _ in services.values():
                 desk.service.disconnect(REGISTRATION_ID)
-            for name, (desk, agent) in services.items():
+            for desk, _ in services.values():
                 # Who asks the agent itself would be part of what is measured.
                 desk.service.await_hub_log("connected", number + 2, within_s=RECONNECT_LIMIT_S)
-                time.sleep(1)  # topics and twin
+            time.sleep(1)  # topics and twin
+            for name, (_, agent) in services.items():  # both over the same time
                 used_ms[name].append(cpu_ms(agent.pid) - before_ms[name])
     for name, used in used_ms.items():
         report.row(name, {"cpuMs": statistics.median(used), "leastCpuMs": min(used), "mostCpuMs": max(used)})

@@ -89,7 +89,7 @@ class Certificates:
         try:
             said = _attributes(certificate)
         except _DAMAGED as error:
-            return Verdict(str(error))
+            return Verdict(f"its extensions are damaged: {error}")
         try:
             self._verifier.verify(certificate, self._intermediates)
         except (verification.VerificationError, *_DAMAGED) as error:  # of the chain, too
