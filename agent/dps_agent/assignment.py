@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         attestation: str  # the way in which the device showed who it is
         chain: str  # SHA-256, in hex, of the certificates that DPS issued, which have a record of their own; or empty
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Assignment = namedtuple(
         "Assignment",

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
         call: Callable[[], Any]
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Release = namedtuple("Release", ("what",))
     Reach = namedtuple("Reach", ("hub",))

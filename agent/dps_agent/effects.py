@@ -181,7 +181,7 @@ if TYPE_CHECKING:
     Exchange: TypeAlias = Generator[Effect, Any, Any]
     Records: TypeAlias = tuple[tuple[str, bytes], ...]  # what is to be committed, in this order: record and payload
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Http = namedtuple("Http", ("method", "path", "body", "authorization"))
     Reply = namedtuple("Reply", ("status", "headers", "body", "date_s"))

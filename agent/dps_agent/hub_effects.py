@@ -223,7 +223,7 @@ if TYPE_CHECKING:
     )
     Message: TypeAlias = TelemetryDone | TwinDone | CloudMessage | MethodCall | Desired
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Connect = namedtuple("Connect", ("hub", "device_id", "user_name", "token", "keep_alive_s", "clean_session"))
     ConnAck = namedtuple("ConnAck", ("return_code", "session_present"))

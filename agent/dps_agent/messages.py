@@ -135,7 +135,7 @@ _KINDS: "dict[str, Any]" = {"": STRING, "INTEGER": INTEGER, "ANY": ANY, "STRINGS
 FIELDS: "dict[Any, str]" = {}
 
 if not TYPE_CHECKING:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     def _message(name: str, fields: str) -> "Any":
         """A message of these fields: a named tuple, whose names are the JSON names as Python writes them."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         connects: int  # connections to the hub begun in a row, none of them steady yet
         under: int  # `Settings.under` of what failed; 0: not known
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Progress = namedtuple(
         "Progress",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         certificate: str  # ISSUED: DPS issues the certificate by which it connects to its hub; empty: none does
         api_version: str  # of DPS
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Settings = namedtuple(
         "Settings",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         uptime_s: int
         source: str
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     _Time = namedtuple("_Time", ("now_s", "uptime_s", "source"))
 

@@ -215,7 +215,7 @@ if TYPE_CHECKING:
 
     WhileWaiting = Callable[[], None]  # called at least once a second while something blocks
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     TpmCondition = namedtuple(
         "TpmCondition",

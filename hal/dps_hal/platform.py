@@ -1,4 +1,4 @@
-"""The one file that knows there are two runtimes: JSON, base64, AES, randomness, short waits."""
+"""The one file that knows there are two runtimes, but for `named`: JSON, base64, AES, randomness, short waits."""
 
 import binascii
 import os

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         properties: "dict[str, str]"
         payload: "bytes | None"
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Message = namedtuple("Message", ("properties", "payload"))
 

@@ -38,10 +38,10 @@ TEXTS = sorted(
 
 BOARD_MODULES = {"struct", "binascii", "hashlib", "collections"}
 AGENT_MAY_IMPORT = {
-    *("dps_hal.contracts", "dps_hal.der", "dps_hal.errors", "dps_hal.platform"),
+    *("dps_hal.contracts", "dps_hal.der", "dps_hal.errors", "dps_hal.named", "dps_hal.platform"),
     *("dps_hal.tpm.activation", "dps_hal.tpm.keys"),
 }
-# platform.py alone knows two runtimes.
+# platform.py and named.py alone know two runtimes.
 PLATFORM_MAY_IMPORT = {"os", "sys", "time", "ujson", "cryptolib", "dps_hal.host.aes", "dps_hal.host.libcrypto"}
 
 # MicroPython has no such built-in, and finds out only when an exception is matched against it.
@@ -353,7 +353,7 @@ RULES: list[tuple[str, Rule, list[Path], str, str]] = [
     (
         "dps_hal imports what a board has",
         only_these_imports(HAL_IMPORTS),
-        [path for path in SHARED_HAL if path.name not in ("platform.py", "tcp.py", "littlefs.py")],
+        [path for path in SHARED_HAL if path.name not in ("platform.py", "named.py", "tcp.py", "littlefs.py")],
         "import os",
         "from dps_hal import errors",
     ),
@@ -363,6 +363,13 @@ RULES: list[tuple[str, Rule, list[Path], str, str]] = [
         [HAL / "platform.py"],
         "import socket",
         "import os",
+    ),
+    (
+        "named.py imports what it chooses from",
+        only_these_imports({"sys", "collections", "dps_hal.host.named_tuples"}),
+        [HAL / "named.py"],
+        "import os",
+        "import sys",
     ),
     (
         "tcp.py imports what a socket takes",

@@ -37,7 +37,8 @@ sys.exit(main())
 EVERY = """dps_agent dps_agent.fleet dps_agent.host dps_agent.host.cli dps_agent.host.cli.plain_words
 dps_agent.host.cli.verb dps_agent.host.config dps_agent.host.error_document dps_agent.host.plain_toml
 dps_agent.host.printed dps_agent.host.provisioned dps_agent.host.settings_table dps_agent.settings dps_hal
-dps_hal.contracts dps_hal.errors dps_hal.host dps_hal.host.codes dps_hal.host.regular dps_text dps_text.addresses"""
+dps_hal.contracts dps_hal.errors dps_hal.host dps_hal.host.codes dps_hal.host.named_tuples dps_hal.host.regular
+dps_hal.named dps_text dps_text.addresses"""
 OWN = {
     "--help": """
         dps_agent.host.cli.check dps_agent.host.cli.config dps_agent.host.cli.diag dps_agent.host.cli.enroll

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         srk_name: bytes
         wrapped_key: bytes
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Sealed = namedtuple("Sealed", ("ek_name", "srk_name", "wrapped_key"))
 

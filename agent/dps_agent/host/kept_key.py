@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         handle: int  # `persist_at` when the record was made; 0: nowhere
         names: tuple[bytes, ...]  # of the keys that are ours: the record's own, then its former one if it names one
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     _Ours = namedtuple("_Ours", ("wrapped_key", "handle", "names"))
 

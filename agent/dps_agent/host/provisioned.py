@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         duration_s: float
         warnings: tuple[str, ...]  # what else was asked for and could not be done
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Provisioned = namedtuple(
         "Provisioned",

@@ -31,7 +31,6 @@ import queue
 import signal
 import threading
 import time
-from collections import namedtuple
 
 from dps_agent.driver import ClockConfirmed, Driver, Release, TpmCall
 from dps_agent.effects import (
@@ -60,7 +59,7 @@ from dps_hal.errors import EXIT_GROUPS, AskOperator, Broken, DpsError, RetryLate
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
-    from typing import Any, Protocol, TypeVar
+    from typing import Any, NamedTuple, Protocol, TypeVar
 
     from dps_agent.effects import Effect, NoReply
     from dps_agent.host.hub_ways import Hub
@@ -77,6 +76,14 @@ if TYPE_CHECKING:
         def abort(self) -> None: ...
         def close(self) -> None: ...
 
+    class Erase(NamedTuple):
+        """An effect for whoever is asked to forget; no logic yields it."""
+
+        record: str
+else:
+    from dps_hal.named import namedtuple
+
+    Erase = namedtuple("Erase", ("record",))
 
 HTTP_DEADLINE_S = 60.0  # one request in all
 # Each is longer than the limits of `dps_hal.tpm.rules`, whose clean errors come first; these end what hangs.
@@ -85,7 +92,6 @@ TPM_DEADLINE_S = 30.0
 # Four operations: a key is asked twice whether it is good, another is made, and signs; the SRK is made in one of them.
 REQUEST_DEADLINE_S = TPM_KEY_DEADLINE_S + 3 * TPM_DEADLINE_S
 STORE_DEADLINE_S = 30.0
-Erase = namedtuple("Erase", ("record",))  # an effect for whoever is asked to forget; no logic yields it
 EXIT_GRACE_S = 1.5  # after a signal the process is gone by then, whatever blocks
 _UNSEEN = ("Uptime", "UtcNow", "Random", "Sleep", "Release", "ClockConfirmed", "Reach", "NextEvent", "Tell")
 

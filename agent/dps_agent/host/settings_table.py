@@ -68,7 +68,7 @@ if TYPE_CHECKING:
         secret_limit: int = 0  # bytes of the secret in the file that it names; 0: it names none
         shown: Callable[[Any], Any] = lambda value: value  # what of a value may be seen
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Setting = namedtuple(
         "Setting",

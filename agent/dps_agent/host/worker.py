@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         answer: Any
         error: DpsError | None
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Outcome = namedtuple("Outcome", ("answer", "error"))
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         kind: str
         options: tuple[str, ...]
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Mount = namedtuple("Mount", ("place", "kind", "options"))
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         public: bytes  # TPM2B_PUBLIC and TPM2B_PRIVATE, sizes included
         private: bytes
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     KeyFile = namedtuple("KeyFile", ("srk_handle", "public", "private"))
 

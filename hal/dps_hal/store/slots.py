@@ -88,7 +88,7 @@ if TYPE_CHECKING:
             """Makes durable what was erased, programmed or renewed since the last sync."""
             ...
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Slot = namedtuple("Slot", ("state", "generation", "payload", "version"))
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         id_key_public: bytes  # marshalled TPM2B_PUBLIC of the key
         encrypted_uri: bytes | None  # None: the blob ended before it
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Activation = namedtuple(
         "Activation",

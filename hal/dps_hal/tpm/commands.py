@@ -192,7 +192,7 @@ if TYPE_CHECKING:
             ...
 
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Key = namedtuple("Key", ("handle", "public", "name"))
 

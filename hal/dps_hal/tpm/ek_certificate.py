@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         usable: bool  # whether `ek_template = "tcg-l1"` makes it so
         by_maker: bool  # whether NV says something else than template L-1
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Certified = namedtuple("Certified", ("verdict", "sha256", "locked", "template", "usable", "by_maker"))
 

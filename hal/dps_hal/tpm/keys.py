@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         scheme_hash: int
         unique: bytes
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     KeyedHashPublic = namedtuple(
         "KeyedHashPublic",

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         ) -> object: ...
         def set_defaults(self, **defaults: Any) -> None: ...
 else:
-    from collections import namedtuple
+    from dps_hal.named import namedtuple
 
     Outcome = namedtuple("Outcome", ("lines", "document", "code"), defaults=("ok",))
     Verb = namedtuple("Verb", ("name", "help", "add_arguments", "run"))
