@@ -22,6 +22,8 @@ def test_one_is_what_one_of_collections_is() -> None:
     assert ours == theirs and hash(ours) == hash(theirs) and repr(ours) == repr(theirs)
     assert (ours.method, ours.path, ours.body) == tuple(ours) == ("GET", "/", b"")
     assert ours._asdict() == theirs._asdict() and ours._fields == theirs._fields == FIELDS
+    assert Asked._make(ours) == ours and type(Asked._make(ours)) is Asked
+    assert Optional._field_defaults == THEIR_OPTIONAL._field_defaults
     changed = ours._replace(path="/b")
     assert type(changed) is Asked and changed == theirs._replace(path="/b")
     assert Asked.__module__ == __name__ and Asked.__slots__ == () and not hasattr(ours, "__dict__")

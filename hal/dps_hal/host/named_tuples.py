@@ -7,7 +7,7 @@ from operator import itemgetter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Any, Self
 
 
@@ -16,7 +16,7 @@ class _Named(tuple):  # type: ignore[type-arg]
 
     __slots__ = ()
     _fields: tuple[str, ...]
-    _defaults: Mapping[str, Any]
+    _field_defaults: Mapping[str, Any]
 
     def __new__(cls, *values: Any, **named: Any) -> Self:
         if named or len(values) != len(cls._fields):
@@ -30,6 +30,10 @@ class _Named(tuple):  # type: ignore[type-arg]
     def __getnewargs__(self) -> tuple[Any, ...]:
         return tuple(self)
 
+    @classmethod
+    def _make(cls, values: Iterable[Any]) -> Self:
+        return cls(*values)
+
     def _replace(self, **named: Any) -> Self:
         return type(self)(**{**self._asdict(), **named})
 
@@ -42,7 +46,7 @@ def _filled(kind: type[_Named], values: tuple[Any, ...], named: Mapping[str, Any
     given = dict(zip(kind._fields, values, strict=False))
     if len(values) > len(kind._fields) or not given.keys().isdisjoint(named):
         raise TypeError(f"{kind.__name__} takes {', '.join(kind._fields)}, each once")
-    filled = {**kind._defaults, **given, **named}
+    filled = {**kind._field_defaults, **given, **named}
     if filled.keys() != set(kind._fields):
         raise TypeError(f"{kind.__name__} takes {', '.join(kind._fields)}; came {', '.join(filled)}")
     return [filled[name] for name in kind._fields]
@@ -54,5 +58,5 @@ def namedtuple(name: str, fields: Sequence[str], defaults: Sequence[Any] = ()) -
     made["__slots__"] = ()
     made["__module__"] = sys._getframe(1).f_globals["__name__"]
     made["__match_args__"] = made["_fields"] = tuple(fields)
-    made["_defaults"] = dict(zip(fields[len(fields) - len(defaults) :], defaults, strict=True))
+    made["_field_defaults"] = dict(zip(fields[len(fields) - len(defaults) :], defaults, strict=True))
     return type(name, (_Named,), made)
