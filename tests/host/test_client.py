@@ -709,6 +709,7 @@ def test_importing_it_loads_nothing_of_the_service_and_neither_asyncio_nor_sqlit
     ours = {name for name in loaded if name.startswith("dps_")}
     assert ours == {
         *("dps_agent", "dps_agent.http1", "dps_agent.effects", "dps_agent.utc", "dps_hal", "dps_hal.contracts"),
+        *("dps_hal.named", "dps_hal.host", "dps_hal.host.named_tuples"),
         *(f"dps_agent.client{name}" for name in ("", ".blocking", ".errors", ".steps", ".values")),
     }
     assert not {name.partition(".")[0] for name in loaded} & {
