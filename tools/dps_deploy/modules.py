@@ -104,7 +104,7 @@ def needed(entries: Iterable[str], program: Path = PROGRAM, without: Collection[
         module = Module(program, "app.py") if name == "app" else _find(name, [*ROOTS, program.parent])
         if module is not None:
             found[module.path] = module
-            imported = _imported(_source(module), str(module.file))
+            imported = _imported(text_of(module.file.read_bytes()), str(module.file))
             waiting.extend((each, not _is_ours(name)) for each in imported)
     return [found[path] for path in sorted(found)]
 
@@ -215,13 +215,13 @@ def _is_ours(name: str) -> bool:
     return name.partition(".")[0] in bundles.OURS
 
 
-def _source(module: Module) -> str:
-    """Its text; a board has named tuples built in."""
-    return text_of(module.file.read_bytes()).replace("from dps_hal.named import", "from collections import")
+def _with_built_in(source: str) -> str:
+    """The source with the named tuples that a board has."""
+    return source.replace("from dps_hal.named import", "from collections import")
 
 
 def _trees(modules: Iterable[Module]) -> dict[str, ast.Module]:
-    parsed = {module.name: ast.parse(_source(module)) for module in modules}
+    parsed = {module.name: ast.parse(_with_built_in(text_of(module.file.read_bytes()))) for module in modules}
     return {name: bundles.without_certificates(tree) for name, tree in parsed.items()}
 
 
@@ -273,7 +273,8 @@ def for_a_board(source: str) -> str:
     The compiler drops `if False`, and puts the value of a `const` in the place of its name, where that is private.
     """
     lines = (
-        source.replace("\nTYPE_CHECKING = False\n", "\n\n")
+        _with_built_in(source)
+        .replace("\nTYPE_CHECKING = False\n", "\n\n")
         .replace("\nif TYPE_CHECKING:\n", "\nif False:\n")
         .replace("\nif not TYPE_CHECKING:\n", "\nif True:\n")
         .split("\n")
