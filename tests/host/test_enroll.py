@@ -265,7 +265,15 @@ def test_a_folder_that_stays_locked_is_reported_in_time(tmp_path: Path, monkeypa
         os.close(fd)
 
 
-@pytest.mark.parametrize("words", [("--append", "line"), ("--append", "line.csv", "--format", "text")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--append", "line"),
+        ("--append", "line.csv", "--format", "text"),
+        ("--append", "line.csv", "--format", "az"),
+        ("--append", "line.json", "--format", "csv"),
+    ],
+)
 def test_a_file_without_a_form_is_exit_2(
     words: Words, line: dict[str, Words], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

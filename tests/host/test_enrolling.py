@@ -32,7 +32,7 @@ from dps_enroll.cli import VARIABLE, main
 from dps_enroll.enrol import MINUTE_S, Pace, Stopped
 from dps_enroll.journal import Journal
 from dps_enroll.service import Credentials, credentials_of
-from dps_hal.errors import AskOperator
+from dps_hal.errors import EXIT_GROUPS, AskOperator
 from dps_text.enrolments import read_enrolments
 from emulator.device_side import EK_HEAD
 from support.cloud.emulator import EmulatorInThread
@@ -108,6 +108,37 @@ def test_a_list_is_enrolled_ten_at_a_time_and_only_once(line: Line, capsys: pyte
     (line.folder / "line.csv.journal").unlink()
     assert line.run() == 0 and set(line.results.values()) == {"present"}, "without the journal they are looked at"
     assert line.report["results"] == {"present": 31} and line.report["enrolledBefore"] == 0
+
+
+def test_a_folder_without_any_certificate_certifies_no_device(line: Line) -> None:
+    line.has(2)
+    folder, roots = line.folder / "lot", line.folder / "roots.pem"
+    folder.mkdir()
+    roots.write_bytes(pem(Authority("root").certificate))
+    words = ("--ek-certificates", str(folder), "--ek-roots", str(roots))
+    for content in (None, b"no certificate"):
+        if content is not None:
+            (folder / "1.crt").write_bytes(content)
+        assert line.run(*words) == 1
+        assert set(line.results.values()) == {"uncertified"} and line.enrolled() == {} and line.bulks == 0
+        assert line.report["certificates"]["unreadable"] == ["1.crt"] * (content is not None)
+
+
+def test_what_could_not_be_written_or_read_is_named_before_anything_is_sent(
+    line: Line, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line.has(1)
+    absent, binary = line.folder / "absent/x", line.folder / "binary"
+    binary.write_bytes(b"\xff\xfe")
+    binary.chmod(0o600)
+    for words, said in (
+        (("--results", str(absent)), f"--results: expected a folder that can be written to; came {absent.parent}"),
+        (("--report", str(absent)), f"--report: expected a folder that can be written to; came {absent.parent}"),
+        (("--credentials", str(binary)), f"--credentials: {binary}: expected text in UTF-8"),
+    ):
+        assert line.run(*words) == EXIT_GROUPS.index("config")
+        assert said in capsys.readouterr().err
+    assert line.enrolled() == {} and line.bulks == 0
 
 
 def test_what_is_lost_throttled_or_refused_as_a_whole_costs_a_second_try(line: Line) -> None:

@@ -125,10 +125,15 @@ def _number(highest: int) -> Any:
 
 def _run(chosen: argparse.Namespace) -> int:
     started_s = time.time()
+    results, report = (chosen.results or f"{chosen.list}.results.csv"), (chosen.report or f"{chosen.list}.report.json")
+    for option, path in (("--results", results), ("--report", report)):  # before anything is sent
+        folder = os.path.dirname(os.path.abspath(path))
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise AskOperator("config.invalid", f"{option}: expected a folder that can be written to; came {folder}")
     content, listed = _listed(chosen.list)
     fit, done = fit_to_send(listed.entries)
     certificates = _certificates(chosen)
-    verdicts = {entry.registration_id: certificates.verdict(ek) for entry, ek in fit} if certificates else {}
+    verdicts = {} if certificates is None else {entry.registration_id: certificates.verdict(ek) for entry, ek in fit}
     wanted: list[Entry] = []
     for entry, _ in fit:
         verdict = verdicts.get(entry.registration_id)
@@ -157,7 +162,7 @@ def _run(chosen: argparse.Namespace) -> int:
         "results": {result: counts[result] for result in RESULTS if counts[result]},
         "ended": failure.message if failure else "",
     }
-    if certificates:
+    if certificates is not None:
         tpms = Counter(verdict.tpm for verdict in verdicts.values() if not verdict.why)
         lot["certificates"] = {
             "verified": sum(tpms.values()),
@@ -165,8 +170,8 @@ def _run(chosen: argparse.Namespace) -> int:
             "ofNoDevice": certificates.unused,
             "unreadable": certificates.unreadable,
         }
-    replace_file(chosen.results or f"{chosen.list}.results.csv", _results(listed, outcome, verdicts))
-    replace_file(chosen.report or f"{chosen.list}.report.json", f"{json.dumps(lot, indent=2)}\n".encode())
+    replace_file(results, _results(listed, outcome, verdicts))
+    replace_file(report, f"{json.dumps(lot, indent=2)}\n".encode())
     print("\n".join(table([(result, str(count)) for result, count in lot["results"].items()])))
     for each in listed.odd:
         print(f"{chosen.list}: {each}", file=sys.stderr)
@@ -261,7 +266,10 @@ def _certificates(chosen: argparse.Namespace) -> Certificates | None:
 
 def _credentials(path: str | None) -> Credentials:
     if path is not None:
-        return credentials_of(text_of(secret_in("--credentials", path, SECRET_LIMIT)), path)
+        try:
+            return credentials_of(text_of(secret_in("--credentials", path, SECRET_LIMIT)), path)
+        except NotText as error:
+            raise AskOperator("config.invalid", f"--credentials: {path}: {error}") from None
     text = os.environ.get(VARIABLE, "")
     if not text:
         raise AskOperator("config.missing", f"expected --credentials FILE, or the variable {VARIABLE}")

@@ -222,7 +222,10 @@ def _derived(arguments: Arguments) -> Outcome:
 
 def _file_format(path: str, form: str) -> str:
     """How the file is written; UsageError where nothing says so."""
-    form = form or path.rpartition(".")[2]
+    ending = path.rpartition(".")[2]
+    if form and ending in ("csv", "json") and form != ending:
+        raise UsageError(f"--append: {path} is {ending.upper()} by its name; came --format {form}")
+    form = form or ending
     if form not in FORMATS[1:]:
         raise UsageError("--append: expected --format csv, json or az, or a file whose name ends in .csv or .json")
     return form
