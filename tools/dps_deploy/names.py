@@ -24,7 +24,18 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import product
 from typing import TypeGuard
 
-from dps_deploy.scopes import COMPREHENSIONS, FUNCTIONS, SCOPES, arguments_of, bound, bound_by, locals_of, within
+from dps_deploy.inlining import inlined
+from dps_deploy.scopes import (
+    COMPREHENSIONS,
+    FUNCTIONS,
+    SCOPES,
+    arguments_of,
+    bound,
+    bound_by,
+    families,
+    locals_of,
+    within,
+)
 
 Target = tuple[str, str]  # a module and a name at its head; "" and the name of a method, wherever that is
 NUMBERED_IN_A_BYTE = 128
@@ -55,6 +66,7 @@ def written_short(
     trees = {name: ast.parse(source) for name, source in sources.items()}
     others = [ast.parse(source) for source in programs]
     without_unused_methods(trees.values(), others, public)
+    inlined(trees.values(), others, public)
     fields_by_place(trees.values())
     named = named_in_calls([*trees.values(), *others])
     methods_in_short(trees.values(), others, short or {})
@@ -221,8 +233,8 @@ def own_attributes_in_short(trees: Collection[ast.Module], others: Iterable[ast.
     own = {node.attr for node in nodes if _is_own(node)}
     own -= _other_uses(own, nodes, others)
     own -= {node.name for node in nodes if isinstance(node, (*FUNCTIONS, ast.ClassDef))}
-    families = _families(nodes)
-    uses = [(family, node) for tree in trees for family, node in _attributes(tree, families, "") if node.attr in own]
+    related = families(nodes)
+    uses = [(family, node) for tree in trees for family, node in _attributes(tree, related, "") if node.attr in own]
     shared = {node.attr for family, node in uses if not family}
     counted: dict[str, Counter[str]] = {}
     for family, node in uses:
@@ -251,18 +263,6 @@ def _other_uses(names: Collection[str], nodes: Iterable[ast.AST], others: Iterab
             found.add(str(node.arg))
     texts = [ast.unparse(other) for other in others]
     return found | {name for name in names if any(name in text for text in texts)}
-
-
-def _families(nodes: Iterable[ast.AST]) -> dict[str, str]:
-    """By the name of each class: one of those that it is related to by inheritance."""
-    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
-    families = {node.name: node.name for node in classes}
-    for node in classes:
-        for base in node.bases:
-            if isinstance(base, ast.Name) and base.id in families:
-                ours, theirs = families[node.name], families[base.id]
-                families = {name: theirs if family == ours else family for name, family in families.items()}
-    return families
 
 
 def _attributes(node: ast.AST, families: Mapping[str, str], family: str) -> Iterator[tuple[str, ast.Attribute]]:

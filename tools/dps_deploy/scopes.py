@@ -55,3 +55,15 @@ def locals_of(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
         if isinstance(each, ast.Global):
             found -= set(each.names)
     return found
+
+
+def families(nodes: Iterable[ast.AST]) -> dict[str, str]:
+    """By the name of each class: one of those that it is related to by inheritance."""
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    found = {node.name: node.name for node in classes}
+    for node in classes:
+        for base in node.bases:
+            if isinstance(base, ast.Name) and base.id in found:
+                ours, theirs = found[node.name], found[base.id]
+                found = {name: theirs if family == ours else family for name, family in found.items()}
+    return found
