@@ -2,11 +2,12 @@
 
 What is deployed calls `sentence` where the source has the words. Without the module `dps_texts`, which a firmware may
 leave out, the number and the values stand for them: `tools/deploy --texts` prints the words of each number.
+
+The table has a line for each number. The words are in ASCII; a byte that is no printable character of it stands for a
+piece of many texts, which is a line of a second table, and may have such bytes itself.
 """
 
 from dps_board.memory import forget
-
-FIRST_PIECE = 14  # of the characters, up to 31, that stand for a piece of many texts
 
 
 def sentence(number: int, *values: object) -> str:
@@ -17,14 +18,24 @@ def sentence(number: int, *values: object) -> str:
             TEXTS,
         )
 
+        text = _line(TEXTS, number)
         at = 0
-        for _ in range(number):
-            at = TEXTS.index(b"\n", at) + 1
-        text: str = TEXTS[at : TEXTS.index(b"\n", at)].decode()
-        for place, piece in enumerate(PIECES.split("\n")):
-            text = text.replace(chr(FIRST_PIECE + place), piece)
-        text = text.format(*values) if values else text
+        while at < len(text):
+            byte = text[at]
+            if 32 <= byte < 127:
+                at += 1
+            else:
+                text = text[:at] + _line(PIECES, byte if byte < 32 else byte - 95) + text[at + 1 :]
+        words = text.decode()
+        words = words.format(*values) if values else words
     except (ImportError, MemoryError):
-        text = f"({number}) " + ", ".join([str(value) for value in values])
+        words = f"({number}) " + ", ".join([str(value) for value in values])
     forget("dps_texts")
-    return text
+    return words
+
+
+def _line(table: bytes, number: int) -> bytes:
+    at = 0
+    for _ in range(number):
+        at = table.index(b"\n", at) + 1
+    return table[at : table.index(b"\n", at)]

@@ -13,11 +13,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from dps_board.texts import FIRST_PIECE
-from dps_deploy.bundles import without_notes
+from dps_deploy.bundles import Unbundled, without_notes
 
 TABLE = "dps_texts"  # the module with the words
 FINDER = ("dps_board.texts", "sentence")
+# Bytes that stand for pieces, each for the line of its place in this; a line feed ends a line, and stands for none.
+CODES = [*range(32), *range(127, 256)]
+LONGEST_PIECE = 8  # bytes
 LEAST_WORDS = 3  # fewer take less room than what would find them
 BEGINNING = "expected "  # of a text about what is wrong, wherever that is made
 _ERRORS = ("RetryLater", "AskOperator", "IdentityStale", "Broken", "DpsError", "Failed", "RefusedError")
@@ -44,29 +46,36 @@ class Words:
     def module(self, sources: Iterable[str]) -> str:
         """The source of the module with the texts that `sources` ask for: a line for each number, empty for others.
 
-        A character stands for each piece that saves most where it is; `dps_board.texts` puts the pieces back.
+        A byte stands for each piece that saves most where it is; `dps_board.texts` puts the pieces back. Unbundled for
+        a text that is not in printable ASCII.
         """
         asked = {int(number) for source in sources for number in re.findall(rf"\b{FINDER[1]}\((\d+)", source)}
         lines = [text if number in asked else "" for number, text in enumerate(self.texts)]
-        pieces: list[str] = []
-        for place in range(FIRST_PIECE, 32):
-            saved = Counter({piece: -len(piece) - 1 for line in lines for piece in _pieces(line)})
-            for line in lines:
-                saved.update({piece: len(piece) - 1 for piece in _pieces(line)})
-            piece, most = max(saved.items(), key=lambda each: (each[1], each[0]), default=("", 0))
-            if most <= 0:
-                break
-            pieces.append(piece)
-            lines = [line.replace(piece, chr(place)) for line in lines]
-        whole = "".join([line + "\n" for line in lines])
-        return f"PIECES = {chr(10).join(pieces)!r}\nTEXTS = {whole.encode()!r}\n"
+        for line in lines:
+            if line and not (line.isascii() and line.isprintable()):
+                raise Unbundled(f"expected printable ASCII in the text of an error; came {line!r}")
+        pieces, table = _packed("".join([line + "\n" for line in lines]).encode())
+        return f"PIECES = {pieces!r}\nTEXTS = {table!r}\n"
 
 
-def _pieces(line: str) -> set[str]:
-    """The words of a text with the spaces behind them, up to five at once; no characters that stand for pieces."""
-    words = re.findall("[^ ]+ ?", line)
-    found = {"".join(words[at:end]) for at in range(len(words)) for end in range(at + 1, at + 6)}
-    return {piece for piece in found if len(piece) > 2 and piece.isprintable()}
+def _packed(table: bytes) -> tuple[bytes, bytes]:
+    """The pieces, a line for each of CODES, and the table with these bytes in their places."""
+    pieces = []
+    for code in CODES:
+        piece, most = b"", 0
+        counted = Counter(
+            table[at : at + size] for size in range(2, LONGEST_PIECE + 1) for at in range(len(table) - size + 1)
+        )
+        for each, count in counted.items():
+            if count * (len(each) - 1) - len(each) - 1 > most and b"\n" not in each:
+                saved = table.count(each) * (len(each) - 1) - len(each) - 1  # where it overlaps itself it is there once
+                if (saved, each) > (most, piece):
+                    piece, most = each, saved
+        if code == ord("\n") or not most:
+            piece = b""
+        pieces.append(piece)
+        table = table.replace(piece, bytes([code])) if piece else table
+    return b"".join([piece + b"\n" for piece in pieces]).rstrip(b"\n") + b"\n", table
 
 
 def without_sentences(trees: Mapping[str, ast.Module], words: Words) -> None:
