@@ -60,39 +60,21 @@ class RefusedError(Exception):
         self.altered_handle = self.base == _FMT1_VALUE  # no TPM gives such a handle: the one that we got was altered
         if self.altered_handle and not self.parameter and not unnumbered:
             self.altered = True
-
-    @property
-    def connection_lost(self) -> bool:
-        """Whether the TPM cannot be reached any more over this connection."""
-        return self.layer == _LAYER_TCTI
-
-    @property
-    def stale(self) -> bool:
-        """Whether the connection, a session or a handle is no longer what it was: the TPM restarted or was cleared."""
-        if self.layer not in TPM_LAYERS and self.layer != LAYER_MARSHALLING:
-            return True
-        if RC_REFERENCE_H0 <= self.code <= RC_REFERENCE_S6:
-            return True
-        if self.altered or (self.base == FMT1_HANDLE and not self.parameter):
-            return True
-        return self.base in FMT1_AUTH and self.command not in _ON_HIERARCHIES and self.command != "nv_read"
-
-    @property
-    def counted(self) -> bool:
-        """Whether the TPM took it for a failed guess and counted that towards its lockout: it is not tried again."""
-        return self.base == _FMT1_AUTH_FAIL and self.command in _BY_KEY
-
-    @property
-    def by_key(self) -> bool:
-        """Whether the key that is used refused its empty password."""
-        return self.base in FMT1_AUTH and self.command in _BY_KEY
+        self.connection_lost = self.layer == _LAYER_TCTI  # the TPM cannot be reached any more over this connection
+        self.wrong_auth = self.base in FMT1_AUTH  # a password that the TPM did not take, or a command that was altered
+        self.by_key = self.wrong_auth and command in _BY_KEY  # the key that is used refused its empty password
+        # The TPM took it for a failed guess and counted that towards its lockout: it is not tried again.
+        self.counted = self.base == _FMT1_AUTH_FAIL and command in _BY_KEY
+        # The connection, a session or a handle is no longer what it was: the TPM restarted or was cleared.
+        self.stale = (
+            (self.layer not in TPM_LAYERS and self.layer != LAYER_MARSHALLING)
+            or RC_REFERENCE_H0 <= self.code <= RC_REFERENCE_S6
+            or self.altered
+            or (self.unknown_handle and not self.parameter)
+            or (self.wrong_auth and command not in _ON_HIERARCHIES and command != "nv_read")
+        )
 
     @property
     def wrong_password(self) -> bool:
         """Whether what we gave is not the password of the owner's or the endorsement hierarchy, see `of_owner`."""
         return self.wrong_auth and (self.command in _ON_HIERARCHIES or self.of_owner)
-
-    @property
-    def wrong_auth(self) -> bool:
-        """Whether the TPM did not take a password, or a command that was altered."""
-        return self.base in FMT1_AUTH
