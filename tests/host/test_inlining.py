@@ -87,6 +87,27 @@ def run():
     tell(2)
     return log
 """,
+    "early ends where more follows": """
+def gone(a):
+    if a == 1:
+        return "one"
+    if a == 2:
+        b = "two"
+    elif a == 3:
+        raise ValueError("three")
+    else:
+        b = "more"
+    if a > 10:
+        return b + "!"
+def told(a):
+    try:
+        found = gone(a)
+    except ValueError as error:
+        return str(error)
+    return found
+def run():
+    return [told(each) for each in (1, 2, 3, 4, 11)]
+""",
     "an error that is caught inside": """
 def gone(a):
     try:
@@ -243,13 +264,14 @@ def run():
     a = 2
     return stays() + a
 """,
-    "early ends where more follows": """
+    "an early end within a loop": """
 def stays(a):
-    if a:
-        return 1
+    for each in a:
+        if each:
+            return each
     return 2
 def run():
-    found = stays(0)
+    found = stays([0, 3])
     return found
 """,
     "names that would live for long": """

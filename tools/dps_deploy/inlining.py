@@ -369,13 +369,20 @@ def _body(found: _Found, places: Sequence[_Place]) -> bool:
     elif place.inside.body[-1] is statement and _is_all(statement, result) and not any(each.value for each in returns):
         body = _with_names(node, given, place)
     else:
-        is_straight = not returns or (len(returns) == 1 and returns[0] is node.body[-1])
-        if not is_straight or not _is_first(statement, result) or (_lives(place.inside) and _keeps(node, given)):
+        if not _is_first(statement, result) or (_lives(place.inside) and _keeps(node, given)):
             return False
         body = _with_names(node, given, place)
-        last = body.pop() if returns else ast.Return(None)
-        assert isinstance(last, ast.Return)
-        _replace(statement, result, [last.value or ast.Constant(None)])
+        if not returns or returns == node.body[-1:]:
+            last = body.pop() if returns else ast.Return(None)
+            assert isinstance(last, ast.Return)
+            value = last.value or ast.Constant(None)
+        else:
+            name = _free_name(place.inside, body)
+            assigned = _assigned(body, name)
+            if assigned is None or _lives(place.inside):
+                return False
+            body, value = assigned, ast.Name(name, ast.Load())
+        _replace(statement, result, [value])
         if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Constant | ast.Name):
             body.append(statement)
     _replace(place.inside, statement, body or [ast.Pass()])
@@ -400,6 +407,28 @@ def _with_names(node: Function, given: Given, place: _Place) -> list[ast.stmt]:
     ]
     renamed = _Renamed(names, values)
     return begin + [renamed.visit(copy.deepcopy(each)) for each in node.body]
+
+
+def _free_name(inside: Function, body: Iterable[ast.stmt]) -> str:
+    """A name that is neither in a function nor in what is written into it."""
+    taken = {name for each in (inside, *body) for name in _names_in(each)}
+    return next(name for at in range(len(taken) + 1) if (name := f"value_{at}") not in taken)
+
+
+def _assigned(body: Sequence[ast.stmt], name: str) -> list[ast.stmt] | None:
+    """A body that gives a name what it returned; None where it returns within anything but conditions."""
+    for at, statement in enumerate(body):
+        before, behind = list(body[:at]), list(body[at + 1 :])
+        if isinstance(statement, ast.Return):
+            return [*before, ast.Assign([ast.Name(name, ast.Store())], statement.value or ast.Constant(None))]
+        if any(isinstance(each, ast.Return) for each in within([statement])):
+            if not isinstance(statement, ast.If):
+                return None
+            if behind and not _always_ends(statement.body):
+                return None
+            holds, fails = _assigned(statement.body, name), _assigned([*statement.orelse, *behind], name)
+            return None if holds is None or fails is None else [*before, ast.If(statement.test, holds, fails)]
+    return [*body] if _always_ends(body) else [*body, ast.Assign([ast.Name(name, ast.Store())], ast.Constant(None))]
 
 
 def _is_all(statement: ast.stmt, result: ast.expr) -> bool:
