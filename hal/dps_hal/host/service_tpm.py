@@ -63,7 +63,8 @@ class ServiceTpm(TpmProcedure):
 
         def found() -> str:
             maker = if_readable(self._makers_template)
-            return _template_of(self._endorsement_key().public, self._ek_template, maker, made_from)
+            likely = ek_template(self._ek_template)
+            return _template_of(self._endorsement_key().public, likely, maker, made_from)
 
         return self._operate(found)
 

@@ -77,7 +77,8 @@ class TpmProcedure(Operations):
         `exclusive`: nobody else ever uses this TPM, so whatever a crash left in it is flushed when it is opened.
         """
         super().__init__(commands, Passwords(owner_auth, endorsement_auth), exclusive)
-        self._ek_template = template_of_ek(ek_template)
+        template_of_ek(ek_template)  # a name of no template is refused here, and the template made where a key is
+        self._ek_template = ek_template
         self._ek_handle = ek_handle
         self._srk_handle = srk_handle
         self._ek_name = b""  # the name of the EK to make where none is there: the record's, then the pinned one's

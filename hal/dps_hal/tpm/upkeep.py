@@ -101,15 +101,17 @@ def if_readable(read: "Callable[..., bytes]", *given: "Any") -> bytes:
 
 
 def make_ek(
-    settings: bytes, content: "Callable[[int], bytes | None]", create: "Callable[[bytes], Key]", name: bytes
+    template_name: str, content: "Callable[[int], bytes | None]", create: "Callable[[bytes], Key]", name: bytes
 ) -> "Key":
     """A missing EK, which `create(template)` makes; `content(index)` reads an NV index, None where there is none.
 
-    With a `name`, of the EK in a record, it is the key of that name, where L-1 or the maker's template gives it. Else
-    the certificate decides: the maker's template makes it only where that gives the key that is certified. NV says no
-    more than that, for anybody may define an index, and TPM2_Clear takes what an owner has defined.
+    `template_name` is the setting. With a `name`, of the EK in a record, it is the key of that name, where L-1 or the
+    maker's template gives it. Else the certificate decides: the maker's template makes it only where that gives the key
+    that is certified. NV says no more than that, for anybody may define an index, and TPM2_Clear takes what an owner
+    has defined.
     """
-    if settings != ek_template("tcg-l1"):
+    settings = ek_template(template_name)
+    if template_name != "tcg-l1":
         return create(settings)
     maker = _read_twice(template_in, content)
     if maker in (b"", settings):
