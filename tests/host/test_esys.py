@@ -403,6 +403,14 @@ def test_the_two_ek_templates_give_two_keys(machine: Swtpm, open_tpm: OpenTpm) -
     assert_refused(lambda: open_tpm(machine.tcti, ek_template="tcg"), AskOperator, "config.invalid")
 
 
+def test_between_connections_no_key_is_kept_but_the_name_of_the_ek(machine: Swtpm, open_tpm: OpenTpm) -> None:
+    tpm = open_tpm(machine.tcti)
+    register(tpm)
+    name = object_name(tpm.endorsement_key())
+    tpm.release()
+    assert {value for value in vars(tpm).values() if isinstance(value, bytes)} == {name}
+
+
 def test_a_cleared_tpm_makes_identity_and_answer_stale(machine: Swtpm, open_tpm: OpenTpm) -> None:
     tpm = open_tpm(machine.tcti)
     wrapped_key = register(tpm)

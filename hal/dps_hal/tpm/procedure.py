@@ -7,8 +7,8 @@ knows no keys: it repeats an operation, ends connections, and flushes. What only
 
 Each thing stands on the one before, and is made when it is first needed on a connection:
 
-1. The EK is read, or made and made persistent, and checked against its template. The first one that is seen is pinned:
-   another one later is no TPM of ours.
+1. The EK is read, or made and made persistent, and checked against its template. The name of the first one that is seen
+   is pinned: another one later is no TPM of ours.
 2. The session is salted to the EK. From here on every secret is encrypted, and every answer is proved by its HMAC.
 3. The SRK is read, looked for at other handles, or made; and proved in the session. Where it has no room in NV memory
    it is a transient object, and the same one at every start.
@@ -17,8 +17,8 @@ Each thing stands on the one before, and is made when it is first needed on a co
 5. The key in the credential is imported under the SRK, or a key that was wrapped before is loaded, used and flushed.
 
 `_ek`, `_srk`, `_session` and `_policy` belong to a connection, and `_forget_connection` forgets them; a key at a
-persistent handle is read again on the next one, because nobody says what happened to the TPM meanwhile. `_pinned_ek`
-and `_ek_name` outlive connections. No other key is remembered: wrapped keys are the caller's.
+persistent handle is read again on the next one, because nobody says what happened to the TPM meanwhile.
+`_pinned_name` and `_ek_name` outlive connections. No other key is remembered: wrapped keys are the caller's.
 
 What a step raises: RefusedError where the TPM refused a command, which `Operations` makes an error of ours or tries
 again; AskOperator and the like where one of our checks failed, which is doubted as well.
@@ -29,7 +29,7 @@ from dps_hal.errors import AskOperator
 from dps_hal.tpm.activation import parse_activation
 from dps_hal.tpm.commands import ENDORSEMENT, NULL, OWNER
 from dps_hal.tpm.errors import RC_NV_SPACE, RefusedError
-from dps_hal.tpm.keys import check_ek_public, check_srk_public, has_no_da, srk_template, unwrap, wrap
+from dps_hal.tpm.keys import check_ek_public, check_srk_public, has_no_da, object_name, srk_template, unwrap, wrap
 from dps_hal.tpm.keys import ek_template as template_of_ek
 from dps_hal.tpm.operations import Operations
 from dps_hal.tpm.rules import (
@@ -82,7 +82,7 @@ class TpmProcedure(Operations):
         self._ek_handle = ek_handle
         self._srk_handle = srk_handle
         self._ek_name = b""  # the name of the EK to make where none is there: the record's, then the pinned one's
-        self._pinned_ek = b""  # the first EK seen; nothing is ever salted to another
+        self._pinned_name = b""  # of the first EK seen; nothing is ever salted to another
         self.srk_found_at: int | None = None  # `TpmService` says what it is for
 
     def _forget_connection(self) -> None:
@@ -158,10 +158,12 @@ class TpmProcedure(Operations):
         if self._ek is None:
             ek = self._present(self._ek_handle) or self._create_ek()
             check_ek_public(ek.public)
-            if self._pinned_ek not in {b"", ek.public}:
+            # The name stands for the whole public area: it is the SHA-256 of that, made here, for the check has left no
+            # other nameAlg. Who finds another area with the same one deceives TPMs, too: they know keys by it.
+            name = object_name(ek.public)
+            if self._pinned_name not in {b"", name}:
                 raise AskOperator("tpm.ek_changed", "the TPM shows another endorsement key than before")
-            self._pinned_ek = ek.public
-            self._ek_name = ek.name
+            self._pinned_name = self._ek_name = name
             self._ek = ek
         return self._ek
 
