@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from dps_agent.effects import NoReply, Reply
     from dps_agent.hub_effects import ConnAck, Message
     from dps_board.clock import BoardClock
-    from dps_board.config import BoardConfiguration
     from dps_board.https import Connection
+    from dps_board.tls import Trust
 
     class Program(Protocol):
         """What the hub's side needs of an `Agent`: the way to DPS, and what the program wants to be called for."""
@@ -60,12 +60,12 @@ class Hub:
     def __init__(
         self,
         agent: "Program",
-        config: "BoardConfiguration",
+        trust: "Trust",
+        connect_to: str,
         clock: "BoardClock",
         watchdog: "Callable[[], None] | None",
     ) -> None:
-        values = config.values
-        self.connection = HubConnection(config.hub_trust, values["hub.connect_to"], watchdog)
+        self.connection = HubConnection(trust, connect_to, watchdog)
         self._agent = agent
         self._clock = clock
         self.desired: dict[str, Any] | None = None  # as `Agent.desired`

@@ -3,19 +3,19 @@
 `machine` and `network` are loaded by the parts that need them, so a board without Wi-Fi or LED does without.
 """
 
-import asyncio
 import os
 import time
 
 from dps_agent.lifecycle import CONNECTED, CONNECTING, PROVISIONED
 from dps_agent.settings import SYMMETRIC_KEY
 from dps_board.clock import BoardClock
+from dps_board.hardware import stay_joined
 from dps_hal.errors import AskOperator
 from dps_hal.store.littlefs import LittleFsStore
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from typing import Any
 
     from dps_board.config import BoardConfiguration
@@ -28,7 +28,6 @@ SPI_HZ = 10_000_000  # PTP: every TPM takes 10 MHz
 I2C_HZ = 400_000
 NO_PIN = -1
 _SINCE_2000_S = 946_684_800  # the epoch of some ports
-_JOIN_AGAIN_S = 15
 _NOT_LIT = 0
 _LIT = 1
 _GOOD_STATES = (PROVISIONED, CONNECTING, CONNECTED)
@@ -172,22 +171,9 @@ def make_led(config: "BoardConfiguration") -> "Callable[[str], None] | None":
     return lambda state: pin.value(_LIT if state in _GOOD_STATES else _NOT_LIT)
 
 
-async def keep_joined(config: "BoardConfiguration") -> None:
-    """Joins the Wi-Fi and joins it again whenever it is lost; returns at once where none is named.
+def keep_joined(config: "BoardConfiguration") -> "Coroutine[Any, Any, None]":
+    """Joins the Wi-Fi and joins it again whenever it is lost; returns at once where none is named. To be awaited.
 
     Otherwise it never ends by itself: it is for a task that the program starts, and cancels in the end.
     """
-    ssid = config.values["board.wifi_ssid"]
-    if not ssid:
-        return
-    import network  # pyright: ignore[reportMissingImports]
-
-    station = network.WLAN(network.STA_IF)
-    station.active(True)
-    while True:
-        if not station.isconnected():
-            try:
-                station.connect(ssid, config.values["board.wifi_password"])
-            except (OSError, RuntimeError, MemoryError):  # an ESP32's driver has RuntimeError for what it knows no name
-                pass  # the radio is still at it, or there is no room; the next round tries again
-        await asyncio.sleep(_JOIN_AGAIN_S)
+    return stay_joined(config.values["board.wifi_ssid"], config.values["board.wifi_password"])

@@ -31,6 +31,7 @@ from dps_agent.patience import CLOCK_WAIT_S
 from dps_agent.progress import decode_progress
 from dps_agent.settings import SYMMETRIC_KEY
 from dps_board.clock import TIMES_TO_TRY
+from dps_board.hardware import stay_joined
 from dps_board.https import Connection
 from dps_board.memory import BESIDE_HUB_BYTES, REGISTERS_BESIDE_HUB_BYTES, forget, free_block, has_room
 from dps_hal.contracts import IDENTITY, PROGRESS
@@ -101,7 +102,8 @@ class Agent:
         runtime = f"{sys.implementation.name} {'.'.join([str(part) for part in sys.implementation.version[:3]])}"
         about = {"agentVersion": __version__, "runtime": runtime, "backend": backend}
         self._life = Lifecycle(config.settings, about)
-        self._config = config
+        self._hub_trust = config.hub_trust
+        self._hub_connect_to: str = values["hub.connect_to"]
         self._tpm = tpm
         self._store = store
         self._clock = clock
@@ -113,7 +115,7 @@ class Agent:
         self._stopping = False
         self._over = False  # `run` has ended
         self._no_room = 0  # failures for want of memory since DPS or hub was reached last
-        self._join: Callable[[BoardConfiguration], Any] | None = None  # keeps the network joined, beside `run`
+        self._wifi: tuple[str, str] | None = None  # name and password of what is kept joined, beside `run`
         absent: Any = None  # where the device has a key of its own, of which nobody asks this
         # What answers each effect, by its name: a function of the effect's fields; it may return something to await.
         self.answers: dict[str, Callable[..., Any]] = {
@@ -150,7 +152,7 @@ class Agent:
         clock = parts.make_clock(config, feed)
         tpm, store, led = parts.make_signer(config, feed), parts.make_store(config), parts.make_led(config)
         agent = cls(config, tpm, store, clock, on_state=led, watchdog=feed)
-        agent._join = parts.keep_joined
+        agent._wifi = config.values["board.wifi_ssid"], config.values["board.wifi_password"]
         return agent
 
     @property
@@ -185,7 +187,7 @@ class Agent:
         lives long lies strewn over it by then, and the program is to reset the board.
         """
         # Started here, ended with this: it never ends by itself where there is a network to join.
-        joining = asyncio.create_task(self._join(self._config)) if self._join else None
+        joining = asyncio.create_task(stay_joined(*self._wifi)) if self._wifi else None
         self._over = False
         try:
             await self._live(connect)
@@ -380,7 +382,7 @@ class Agent:
         if self.hub is None:
             from dps_board.hub import Hub
 
-            self.hub = Hub(self, self._config, self._clock, self._watchdog)
+            self.hub = Hub(self, self._hub_trust, self._hub_connect_to, self._clock, self._watchdog)
             self.answers.update(self.hub.answers)
         return self.hub
 

@@ -1,13 +1,14 @@
 """Pieces of a board that need no board: settings, NTP answers, the clock. Plain functions, for both interpreters."""
 
 import asyncio
+import os
 import struct
 import sys
 
 from dps_agent.effects import Failed, NoReply, Reply
 from dps_agent.http1 import LINES_LIMIT
 from dps_agent.hub_effects import AnswerMethod, Arrived, MessageDone, SendTelemetry
-from dps_board import memory, parts, tls
+from dps_board import config, memory, parts, tls
 from dps_board.clock import BoardClock
 from dps_board.config import BoardConfiguration
 from dps_board.https import Connection
@@ -473,6 +474,66 @@ def agent_whose_requests(answers: "list[Any]") -> Agent:
     agent.answers["Http"] = request
     agent.answers["Sleep"] = lambda delay_s, reason: None
     return agent
+
+
+class Radio:
+    """Stands for `network`: it joins nothing, and notes with what it was to."""
+
+    STA_IF = 0
+
+    def __init__(self) -> None:
+        self.joins: list[tuple[str, str]] = []
+
+    def WLAN(self, interface: int) -> "Radio":
+        return self
+
+    def active(self, on: bool) -> None: ...
+
+    def isconnected(self) -> bool:
+        return False
+
+    def connect(self, ssid: str, password: str) -> None:
+        self.joins.append((ssid, password))
+
+
+async def lives_and_joins(agent: Agent) -> None:
+    """A life that ends once the other tasks have begun."""
+
+    async def live(_connect: bool) -> None:
+        await asyncio.sleep(0)
+
+    agent._live = live  # type: ignore[method-assign]
+    await agent.run()
+
+
+def test_an_agent_by_the_settings_joins_their_network_and_keeps_no_other_of_them() -> None:
+    settings = {
+        "id_scope": "0ne1",
+        "registration_id": "press-07",
+        "attestation": "symmetric-key",
+        "device_key": "a2V5a2V5a2V5a2V5a2V5a2V5",
+        "hub": {"connect_to": "hub:1"},
+        "board": {"wifi_ssid": "plant", "wifi_password": "open sesame"},
+    }
+    values = read_values(to_json(settings).encode(), "config.json")
+    trust, hub_trust = Trust([]), Trust([])
+    made: list[Any] = [BoardConfiguration(values, trust, hub_trust)]
+    radio: Any = Radio()
+    store: Any = BarePart()
+    usual = config.load, parts.make_store
+    sys.modules["network"] = radio
+    config.load, parts.make_store = lambda path: made.pop(), lambda config: store
+    try:
+        agent = Agent.from_config(os.urandom)
+        asyncio.run(lives_and_joins(agent))
+    finally:
+        config.load, parts.make_store = usual
+        sys.modules.pop("network")
+    assert radio.joins == [("plant", "open sesame")]
+    hub = agent._join_hub()
+    assert hub.connection._link._trust is hub_trust and hub.connection._dial == ("hub", 1)
+    kept = list(agent.__dict__.values()) + list(hub.__dict__.values())
+    assert values not in kept and not any(isinstance(each, BoardConfiguration) for each in kept)
 
 
 def test_a_board_whose_heap_has_no_room_again_and_again_ends_its_run_for_a_reset() -> None:
