@@ -55,7 +55,7 @@ MESSAGES_LIMIT = 8  # messages and calls that the program has in hand; a hub del
 
 
 class Hub:
-    """One connection to one hub after the other. `answers` is what answers the effects that concern it."""
+    """One connection to one hub after the other."""
 
     def __init__(
         self,
@@ -73,7 +73,10 @@ class Hub:
         self._serial = 0  # how often the program has asked for something
         self._asked: dict[int, list[Any]] = {}  # by request id, until the session says what became of it
         self._tasks: list[object] = []  # those in which the program's own functions run
-        self.answers: dict[str, Callable[..., Any]] = {
+
+    def answers(self) -> "dict[str, Callable[..., Any]]":
+        """What answers the effects that concern it, as `Agent.answers` has it."""
+        return {
             "Reach": self._reach,
             "Connect": self._connect,
             "Subscribe": self.connection.subscribe,

@@ -383,7 +383,7 @@ class Agent:
             from dps_board.hub import Hub
 
             self.hub = Hub(self, self._hub_trust, self._hub_connect_to, self._clock, self._watchdog)
-            self.answers.update(self.hub.answers)
+            self.answers.update(self.hub.answers())
         return self.hub
 
     # DPS.
