@@ -1,6 +1,9 @@
-"""The settings of a board, from `config.json`, and the root certificates that they name."""
+"""The settings of a board, from `config.json`, and the root certificates that they name.
 
-from dps_agent.settings import settings_of
+Loaded while a board starts, and for as long as somebody has a BoardConfiguration.
+"""
+
+from dps_agent.values import settings_of
 from dps_board.memory import forget
 from dps_board.tls import Trust
 from dps_hal.errors import AskOperator

@@ -1,15 +1,16 @@
 """The parts of a board, made from its settings: TPM, store, clock, watchdog, LED, network.
 
+Loaded while a board starts: what is made here has nothing of this module in it, so that the module can go.
 `machine` and `network` are loaded by the parts that need them, so a board without Wi-Fi or LED does without.
 """
 
 import os
 import time
 
-from dps_agent.lifecycle import CONNECTED, CONNECTING, PROVISIONED
 from dps_agent.settings import SYMMETRIC_KEY
 from dps_board.clock import BoardClock
-from dps_board.hardware import stay_joined
+from dps_board.hardware import NOT_LIT, epoch_s, shown_by, stay_joined
+from dps_board.hardware import set_rtc as hardware_set_rtc
 from dps_hal.errors import AskOperator
 from dps_hal.store.littlefs import LittleFsStore
 
@@ -27,10 +28,7 @@ if TYPE_CHECKING:
 SPI_HZ = 10_000_000  # PTP: every TPM takes 10 MHz
 I2C_HZ = 400_000
 NO_PIN = -1
-_SINCE_2000_S = 946_684_800  # the epoch of some ports
-_NOT_LIT = 0
-_LIT = 1
-_GOOD_STATES = (PROVISIONED, CONNECTING, CONNECTED)
+set_rtc = hardware_set_rtc  # here programs look for it
 
 
 def make_signer(config: "BoardConfiguration", while_waiting: "Callable[[], None] | None" = None) -> "Signer":
@@ -127,23 +125,10 @@ def make_clock(config: "BoardConfiguration", while_waiting: "Callable[[], None] 
 def latest_s(end_s: int, gmtime: "Callable[[int], Any]") -> int:
     """`end_s`, or where this port's `gmtime` has no such time the last one that it has; seconds since 1970."""
     try:
-        gmtime(end_s - _epoch_s(gmtime))
+        gmtime(end_s - epoch_s(gmtime))
         return end_s
     except (OverflowError, ValueError):
-        return _epoch_s(gmtime) + 0x7FFFFFFF
-
-
-def _epoch_s(gmtime: "Callable[[int], Any]") -> int:
-    return _SINCE_2000_S if gmtime(0)[0] == 2000 else 0
-
-
-def set_rtc(now_s: int) -> None:
-    """Sets the board's clock to `now_s`, seconds since 1970; OverflowError for what this port has no time for."""
-    import machine  # pyright: ignore[reportMissingImports]
-
-    epoch_s = _epoch_s(time.gmtime)
-    year, month, day, hour, minute, second, weekday = time.gmtime(now_s - epoch_s)[:7]
-    machine.RTC().datetime((year, month, day, weekday, hour, minute, second, 0))
+        return epoch_s(gmtime) + 0x7FFFFFFF
 
 
 def make_watchdog(config: "BoardConfiguration") -> "Callable[[], None] | None":
@@ -167,8 +152,7 @@ def make_led(config: "BoardConfiguration") -> "Callable[[str], None] | None":
     """Shows a state: lit while the identity serves; None where there is no LED."""
     if config.values["board.led_pin"] == NO_PIN:
         return None
-    pin = _pin(config.values, "led_pin", _NOT_LIT)
-    return lambda state: pin.value(_LIT if state in _GOOD_STATES else _NOT_LIT)
+    return shown_by(_pin(config.values, "led_pin", NOT_LIT))
 
 
 def keep_joined(config: "BoardConfiguration") -> "Coroutine[Any, Any, None]":

@@ -143,16 +143,18 @@ class Agent:
         `random_source` is the firmware's own, `os.urandom`, where a hardware generator feeds it: so it is on ESP32,
         RP2350, STM32 and i.MX RT, and on RP2040 a ring oscillator's. AskOperator `config.…` for wrong settings.
         """
-        from dps_board import parts
         from dps_board.config import load
 
         declare_random_source(random_source)
         config = load(path)
+        from dps_board import parts
+
         feed = parts.make_watchdog(config)
         clock = parts.make_clock(config, feed)
         tpm, store, led = parts.make_signer(config, feed), parts.make_store(config), parts.make_led(config)
         agent = cls(config, tpm, store, clock, on_state=led, watchdog=feed)
         agent._wifi = config.values["board.wifi_ssid"], config.values["board.wifi_password"]
+        forget("dps_board.parts", "dps_board.config")
         return agent
 
     @property

@@ -144,7 +144,7 @@ def test_a_traceback_can_be_read_by_the_names_that_the_deploy_tool_prints(image:
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert "config.unreadable" in done.stdout, done.stdout + done.stderr
-    public, private = re.findall(r'File "dps_base.py", line 1, in (\w+)\n', done.stdout)
+    public, private = re.findall(r'File "dps_board/config.py", line 1, in (\w+)\n', done.stdout)
     full = dict(line.split(" ", 1) for line in deploy_prints("--names").splitlines())
     assert public == "load" and full[private] == "dps_board.config._content"
     assert "dps_agent.driver.Driver._ask_date" in full.values()

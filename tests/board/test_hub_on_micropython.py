@@ -158,6 +158,10 @@ def test_one_wake_sends_takes_what_waits_and_ends_in_order(desk: Desk) -> None:
     hub = desk.emulator
     first = wake()
     assert first["messages"] == [] and first["desired"] == {"$version": 1}
+    gone = {"dps_board.config", "dps_board.parts", "dps_board.keys"}
+    assert "dps_board.runner" in first["loaded"] and gone.isdisjoint(first["loaded"]), (
+        "what a start alone needs is let go"
+    )
     hub.send_c2d(DEVICE, b"while asleep", {})
     hub.set_desired(DEVICE, {"rate": 5})
     second = wake()

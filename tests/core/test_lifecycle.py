@@ -16,7 +16,8 @@ from dps_agent.lifecycle import (
     Lifecycle,
 )
 from dps_agent.progress import Progress, decode_progress, encode_progress
-from dps_agent.settings import AUTO, settings_of
+from dps_agent.settings import AUTO
+from dps_agent.values import settings_of
 from dps_hal.contracts import IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator, Broken, RetryLater
 from dps_hal.platform import from_json, to_json

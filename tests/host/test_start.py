@@ -53,7 +53,7 @@ OWN = {
     "status": """
         dps_agent.assignment
         dps_agent.host.cli.running dps_agent.host.cli.status dps_agent.host.local dps_agent.host.local.statefile
-        dps_agent.progress dps_hal.host.files
+        dps_agent.progress dps_agent.values dps_hal.host.files
         dps_hal.host.mounts dps_hal.host.state_dir dps_hal.host.tcti dps_hal.platform dps_hal.store
         dps_hal.store.slots
     """,
@@ -61,7 +61,7 @@ OWN = {
         dps_agent.assignment dps_agent.attestation dps_agent.driver dps_agent.effects
         dps_agent.host.cli.running dps_agent.host.cli.token dps_agent.host.clock dps_agent.host.local
         dps_agent.host.local.statefile dps_agent.host.loop dps_agent.host.parts dps_agent.host.runner
-        dps_agent.host.worker dps_agent.progress dps_agent.sas dps_agent.signing dps_agent.utc
+        dps_agent.host.worker dps_agent.progress dps_agent.sas dps_agent.signing dps_agent.utc dps_agent.values
         dps_hal.host.files dps_hal.host.libcrypto dps_hal.host.mounts dps_hal.host.service_tpm
         dps_hal.host.state_dir dps_hal.host.tcti dps_hal.host.tpm_node dps_hal.host.transports
         dps_hal.platform dps_hal.store dps_hal.store.slots dps_hal.tpm dps_hal.tpm.activation
@@ -77,7 +77,8 @@ OWN = {
         dps_agent.host.network.https dps_agent.host.network.proxy dps_agent.host.network.trust
         dps_agent.host.parts dps_agent.host.runner dps_agent.host.steps dps_agent.host.worker dps_agent.http1
         dps_agent.lifecycle dps_agent.messages dps_agent.patience dps_agent.progress dps_agent.registration
-        dps_agent.registration_by_tpm dps_agent.sas dps_agent.signing dps_agent.utc dps_hal.der dps_hal.host.files
+        dps_agent.registration_by_tpm dps_agent.sas dps_agent.signing dps_agent.utc dps_agent.values dps_hal.der
+        dps_hal.host.files
         dps_hal.host.libcrypto dps_hal.host.mounts dps_hal.host.service_tpm dps_hal.host.state_dir
         dps_hal.host.tcti dps_hal.host.tpm_node dps_hal.host.transports dps_hal.platform dps_hal.store
         dps_hal.store.slots dps_hal.tpm dps_hal.tpm.activation dps_hal.tpm.commands dps_hal.tpm.errors
@@ -97,7 +98,7 @@ OWN = {
         dps_agent.host.runner dps_agent.host.service dps_agent.host.steps dps_agent.host.worker dps_agent.http1
         dps_agent.hub_effects dps_agent.lifecycle dps_agent.messages dps_agent.patience dps_agent.progress
         dps_agent.properties dps_agent.sas dps_agent.session dps_agent.signing dps_agent.twin
-        dps_agent.utc dps_hal.der dps_hal.host.files
+        dps_agent.utc dps_agent.values dps_hal.der dps_hal.host.files
         dps_hal.host.libcrypto dps_hal.host.mounts dps_hal.host.service_tpm dps_hal.host.state_dir
         dps_hal.host.tcti dps_hal.host.tpm_node dps_hal.host.transports dps_hal.platform dps_hal.store
         dps_hal.store.slots dps_hal.tpm dps_hal.tpm.activation dps_hal.tpm.commands dps_hal.tpm.errors

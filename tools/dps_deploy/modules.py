@@ -43,6 +43,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "dps_board.clock": ("BoardClock",),
     "dps_board.config": ("CONFIG_FILE", "BoardConfiguration", "load"),
     "dps_board.factory": ("enrolment_line", "print_enrolment"),
+    "dps_board.memory": ("forget",),
     "dps_board.parts": (),
     "dps_board.runner": ("Agent",),
     "dps_hal.contracts": ("IDENTITY", "PROGRESS", "StoredRecord", "TpmCondition", "Utc"),

@@ -37,7 +37,6 @@ from dps_agent.settings import (
     TPM,
     X509,
     Settings,
-    settings_of,
 )
 from dps_hal.contracts import CERTIFICATE, IDENTITY, PROGRESS
 from dps_hal.errors import AskOperator
@@ -106,6 +105,8 @@ class Configuration(TopSettings):
         """The part that the logic knows; AskOperator `config.missing` where there is no id_scope."""
         if not self.id_scope:
             raise ConfigurationError("config.missing", [_ID_SCOPE_MISSING])
+        from dps_agent.values import settings_of
+
         return settings_of({key: self.value(key) for key in KEYS})
 
     @property

@@ -130,7 +130,14 @@ def main(config_file: str, flash_file: str, word: str, *payloads: str) -> None:
     mount(flash)
     before = flash.erased, flash.programmed
     agent = Agent.from_config(os.urandom, config_file)
-    said: dict[str, Any] = {"messages": [], "refused": [], "commits": [], "sends": payloads or ("1", "2")}
+    loaded = [name for name in sys.modules if name[:4] == "dps_"]
+    said: dict[str, Any] = {
+        "loaded": loaded,
+        "messages": [],
+        "refused": [],
+        "commits": [],
+        "sends": payloads or ("1", "2"),
+    }
     asyncio.run(asyncio.wait_for(PROGRAMS[word](agent, said), 90))
     said["flash"] = flash.erased - before[0], flash.programmed - before[1]
     print(json.dumps(said))

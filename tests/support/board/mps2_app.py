@@ -17,8 +17,7 @@ import mps2  # type: ignore[import-not-found]  # the image's own module, of mps2
 import network
 
 from dps_agent.lifecycle import PROVISIONING
-from dps_board import parts
-from dps_board.config import load
+from dps_board.memory import forget
 from dps_board.runner import Agent
 from dps_hal.errors import RetryLater
 from dps_hal.platform import declare_random_source
@@ -46,11 +45,15 @@ def made_agent() -> Agent:
             gc.collect()
             most[0] = max(most[0], gc.mem_alloc())  # type: ignore[attr-defined]
 
+    from dps_board import parts
+    from dps_board.config import load
+
     declare_random_source(os.urandom)
     config = load()
     feed = parts.make_watchdog(config)
     clock, signer = parts.make_clock(config, feed), parts.make_signer(config, feed)
     agent = Agent(config, signer, parts.make_store(config), clock, watchdog=feed, observe=observe)
+    forget("dps_board.parts", "dps_board.config")
     return agent
 
 
