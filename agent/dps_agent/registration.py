@@ -174,7 +174,9 @@ def _attempt(
     elif settings.attestation != TPM and not queues:
         yield from _hold(budget)
 
-    state = yield from _poll(way, settings, registration_id, http, reply, answer, budget)
+    # The large ones go first: what a call leaves on a generator's stack MicroPython keeps until another call of as many
+    # arguments takes its place.
+    state = yield from _poll(http, reply, answer, way, settings, registration_id, budget)
     del body, http, reply, answer  # a board needs their memory for the rest
     _check_answer(state, registration_id, settings)
     wrapped_key = yield from way.hub_key(state)
@@ -237,12 +239,12 @@ def _hold(budget: _Budget) -> "Generator[Effect, Any, None]":
 
 
 def _poll(
-    way: "Registering",
-    settings: "Settings",
-    registration_id: str,
     register: Http,
     reply: Reply,
     answer: RegistrationOperationStatus,
+    way: "Registering",
+    settings: "Settings",
+    registration_id: str,
     budget: _Budget,
 ) -> "Generator[Effect, Any, DeviceRegistrationResult]":
     """Asks until the registration has ended well, and returns how; `register` is the last PUT, with its answer.
