@@ -64,7 +64,7 @@ OWN = {
         dps_agent.host.worker dps_agent.progress dps_agent.sas dps_agent.signing dps_agent.utc dps_agent.values
         dps_hal.host.files dps_hal.host.libcrypto dps_hal.host.mounts dps_hal.host.service_tpm
         dps_hal.host.state_dir dps_hal.host.tcti dps_hal.host.tpm_node dps_hal.host.transports
-        dps_hal.platform dps_hal.store dps_hal.store.slots dps_hal.tpm dps_hal.tpm.activation
+        dps_hal.platform dps_hal.store dps_hal.store.slots dps_hal.tpm
         dps_hal.tpm.commands dps_hal.tpm.errors dps_hal.tpm.keys dps_hal.tpm.operations
         dps_hal.tpm.procedure dps_hal.tpm.rules dps_hal.tpm.sessions dps_hal.tpm.tcp dps_hal.tpm.upkeep
         dps_hal.tpm.wire
@@ -101,7 +101,7 @@ OWN = {
         dps_agent.utc dps_agent.values dps_hal.der dps_hal.host.files
         dps_hal.host.libcrypto dps_hal.host.mounts dps_hal.host.service_tpm dps_hal.host.state_dir
         dps_hal.host.tcti dps_hal.host.tpm_node dps_hal.host.transports dps_hal.platform dps_hal.store
-        dps_hal.store.slots dps_hal.tpm dps_hal.tpm.activation dps_hal.tpm.commands dps_hal.tpm.errors
+        dps_hal.store.slots dps_hal.tpm dps_hal.tpm.commands dps_hal.tpm.errors
         dps_hal.tpm.keys dps_hal.tpm.operations dps_hal.tpm.procedure dps_hal.tpm.rules dps_hal.tpm.sessions
         dps_hal.tpm.tcp dps_hal.tpm.upkeep dps_hal.tpm.wire
     """,

@@ -29,7 +29,10 @@ from dps_deploy.scopes import arguments_of, bound, bound_by, locals_of, within
 BASE = "dps_base"
 # Bundle: the modules with whose import it is loaded. What they alone import is in it as well; BASE has all others.
 PHASES = {
-    "dps_registration": ("dps_agent.registration", "dps_agent.registration_by_tpm", "dps_hal.tpm.upkeep"),
+    "dps_registration": (
+        *("dps_agent.registration", "dps_agent.registration_by_tpm"),
+        *("dps_hal.tpm.activation", "dps_hal.tpm.upkeep"),
+    ),
     "dps_agent.registration_by_key": ("dps_agent.registration_by_key", "dps_hal.device_key"),
     "dps_hub": ("dps_board.hub", "dps_agent.session"),
     "dps_board.factory": ("dps_board.factory",),

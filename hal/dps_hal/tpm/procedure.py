@@ -26,7 +26,6 @@ again; AskOperator and the like where one of our checks failed, which is doubted
 
 from dps_hal.contracts import EK_HANDLE, SRK_HANDLE
 from dps_hal.errors import AskOperator
-from dps_hal.tpm.activation import parse_activation
 from dps_hal.tpm.commands import ENDORSEMENT, NULL, OWNER
 from dps_hal.tpm.errors import RC_NV_SPACE, RefusedError
 from dps_hal.tpm.keys import check_ek_public, check_srk_public, has_no_da, object_name, srk_template, unwrap, wrap
@@ -105,6 +104,8 @@ class TpmProcedure(Operations):
 
     def import_key(self, activation: bytes) -> bytes:
         """As `Tpm.import_key`."""
+        from dps_hal.tpm.activation import parse_activation
+
         parsed = parse_activation(activation)
         return self._operate(lambda: self._import_key(parsed))
 
