@@ -90,27 +90,13 @@ class CertificateSigner:
 
     def sign(self, wrapped_key: bytes, message: bytes) -> bytes:
         """ECDSA with SHA-256 over `message`, both numbers, 64 bytes; `wrapped_key` is empty."""
-        from cryptography.hazmat.primitives.asymmetric import ec, utils
-        from cryptography.hazmat.primitives.hashes import SHA256
-
         self.open()
-        numbers = utils.decode_dss_signature(self._key.sign(message, ec.ECDSA(SHA256())))
-        return b"".join(number.to_bytes(_NUMBER_BYTES) for number in numbers)
+        return signature_by(self._key, message)
 
     def verify(self, message: bytes, signature: bytes) -> bool:
         """Whether `sign` has made `signature` over this message, now or earlier."""
-        from cryptography.exceptions import InvalidSignature
-        from cryptography.hazmat.primitives.asymmetric import ec, utils
-        from cryptography.hazmat.primitives.hashes import SHA256
-
         self.open()
-        numbers = [int.from_bytes(part) for part in (signature[:_NUMBER_BYTES], signature[_NUMBER_BYTES:])]
-        try:
-            encoded = utils.encode_dss_signature(*numbers)
-            self._key.public_key().verify(encoded, message, ec.ECDSA(SHA256()))
-        except InvalidSignature:
-            return False
-        return len(signature) == 2 * _NUMBER_BYTES
+        return has_signed(self._key, message, signature)
 
     def release(self) -> None:
         """Forgets the key, and ends session and connection of the TPM that has it."""
@@ -134,21 +120,14 @@ def private_key(configuration: Configuration, open_tpm: OpenTpm) -> Any:
     One in a TPM asks that only to sign.
     """
     require_cryptography()
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
     content = bytes(own_key(configuration))
     if content.startswith(TPM_KEY):
         return _key_in_tpm(configuration, content, open_tpm)
-    expected = "expected a private key on the curve P-256 in PEM, without a password"
     try:
-        key = load_pem_private_key(content, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise _invalid(KEY_SETTING, f"{expected}; it is none", configuration.device_key_file) from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise _invalid(KEY_SETTING, f"{expected}; it is another key", configuration.device_key_file)
-    return key
+        return key_in(content)
+    except ValueError as error:
+        what = f"expected a private key on the curve P-256 in PEM, without a password; {error}"
+        raise _invalid(KEY_SETTING, what, configuration.device_key_file) from None
 
 
 def _key_in_tpm(configuration: Configuration, content: bytes, open_tpm: OpenTpm) -> Any:
@@ -160,6 +139,44 @@ def _key_in_tpm(configuration: Configuration, content: bytes, open_tpm: OpenTpm)
     except ValueError as error:
         what = f"expected a key that 'dps-agent enroll --x509' had a TPM make; it is damaged: {error}"
         raise _invalid(KEY_SETTING, what, configuration.device_key_file) from None
+
+
+def key_in(content: bytes) -> Any:
+    """The key on P-256 in a PEM file without a password; ValueError says what is wrong."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(content, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise ValueError("it is none") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise ValueError("it is another key")
+    return key
+
+
+def signature_by(key: Any, message: bytes) -> bytes:
+    """ECDSA with SHA-256 over `message`, both numbers, 64 bytes."""
+    from cryptography.hazmat.primitives.asymmetric import ec, utils
+    from cryptography.hazmat.primitives.hashes import SHA256
+
+    numbers = utils.decode_dss_signature(key.sign(message, ec.ECDSA(SHA256())))
+    return b"".join(number.to_bytes(_NUMBER_BYTES) for number in numbers)
+
+
+def has_signed(key: Any, message: bytes, signature: bytes) -> bool:
+    """Whether `signature_by` has made `signature` with this key over `message`."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric import ec, utils
+    from cryptography.hazmat.primitives.hashes import SHA256
+
+    numbers = [int.from_bytes(part) for part in (signature[:_NUMBER_BYTES], signature[_NUMBER_BYTES:])]
+    try:
+        key.public_key().verify(utils.encode_dss_signature(*numbers), message, ec.ECDSA(SHA256()))
+    except InvalidSignature:
+        return False
+    return len(signature) == 2 * _NUMBER_BYTES
 
 
 def tpm_of(key: Any) -> TpmService | None:

@@ -19,7 +19,7 @@ import stat
 import time
 
 from dps_agent.host.config import ConfigurationError, issued_key_is_in_tpm
-from dps_agent.host.device_certificates import require_cryptography, tpm_of
+from dps_agent.host.device_certificates import has_signed, key_in, require_cryptography, signature_by, tpm_of
 from dps_agent.host.private_file import replace_private
 from dps_agent.host.settings_table import REQUEST, TPM_KEY
 from dps_agent.settings import ISSUED
@@ -39,7 +39,6 @@ ASIDE = ".lost"  # the name's end of the file of a key that the TPM took no more
 FILE_LIMIT = 16 * 1024  # bytes
 _NEEDING_IT = f'certificate = "{ISSUED}"'
 PREVIEW = "(a preview of Azure: no real service was ever asked)"
-_NUMBER_BYTES = 32  # of either number of a signature on P-256
 
 
 class OneTpm:
@@ -129,14 +128,10 @@ class WithIssuedKey:
         if wrapped_key or not self._seals:
             signature: bytes = self._own.sign(wrapped_key, message)
             return signature
-        from cryptography.hazmat.primitives.asymmetric import ec, utils
-        from cryptography.hazmat.primitives.hashes import SHA256
-
         key = self._opened()
         if key is None:
             raise self._invalid("expected the key that the registration has made; there is none")
-        numbers = utils.decode_dss_signature(key.sign(message, ec.ECDSA(SHA256())))
-        return b"".join(number.to_bytes(_NUMBER_BYTES) for number in numbers)
+        return signature_by(key, message)
 
     def verify(self, message: bytes, signature: bytes) -> bool:
         """Whether `sign` with an empty key has made `signature` over this message."""
@@ -144,19 +139,7 @@ class WithIssuedKey:
             return bool(self._own.verify(message, signature))
         require_cryptography(_NEEDING_IT)
         key = self._opened()
-        if key is None:
-            return False
-        from cryptography.exceptions import InvalidSignature
-        from cryptography.hazmat.primitives.asymmetric import ec, utils
-        from cryptography.hazmat.primitives.hashes import SHA256
-
-        numbers = [int.from_bytes(part) for part in (signature[:_NUMBER_BYTES], signature[_NUMBER_BYTES:])]
-        try:
-            encoded = utils.encode_dss_signature(*numbers)
-            key.public_key().verify(encoded, message, ec.ECDSA(SHA256()))
-        except InvalidSignature:
-            return False
-        return len(signature) == 2 * _NUMBER_BYTES
+        return key is not None and has_signed(key, message, signature)
 
     def try_key(self) -> None:
         """Has a TPM that has made the key sign once; AskOperator `tpm.certificate_key` where it takes that no more.
@@ -165,10 +148,7 @@ class WithIssuedKey:
         """
         key = self._opened()
         if tpm_of(key) is not None:
-            from cryptography.hazmat.primitives.asymmetric import ec
-            from cryptography.hazmat.primitives.hashes import SHA256
-
-            key.sign(b"", ec.ECDSA(SHA256()))
+            signature_by(key, b"")
 
     def issuers(self, certificates: tuple[bytes, ...]) -> tuple[int, ...]:
         """See `dps_agent.effects.FindIssuers`; AskOperator `agent.not_available`."""
@@ -191,12 +171,9 @@ class WithIssuedKey:
         """
         if tpm_of(key) is None:
             return False
-        from cryptography.hazmat.primitives.asymmetric import ec
-        from cryptography.hazmat.primitives.hashes import SHA256
-
         for _ in range(2):
             try:
-                key.sign(b"", ec.ECDSA(SHA256()))
+                signature_by(key, b"")
             except AskOperator as error:
                 if error.code != "tpm.certificate_key":
                     raise
@@ -247,21 +224,13 @@ class WithIssuedKey:
         if content.startswith(TPM_KEY):
             return self._in_tpm(content)
         require_cryptography(_NEEDING_IT)
-        from cryptography.exceptions import UnsupportedAlgorithm
-        from cryptography.hazmat.primitives.asymmetric import ec
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
         try:
-            key = load_pem_private_key(content, None)
-        except (ValueError, TypeError, UnsupportedAlgorithm):
-            key = None
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+            return key_in(content)
+        except ValueError:
             if self._is_ours:
                 return None
-            raise self._invalid(
-                "expected the key that the agent has made, on the curve P-256; it holds another, or none"
-            )
-        return key
+            what = "expected the key that the agent has made, on the curve P-256; it holds another, or none"
+            raise self._invalid(what) from None
 
     def _in_tpm(self, content: bytes) -> Any:
         """As `_read`, for a key that a TPM has made."""
