@@ -23,7 +23,6 @@ import pytest
 
 from contracts.tpm import blob_for
 from dps_agent.assignment import Assignment, encode, seal_message
-from dps_agent.host import runner
 from dps_agent.host.checks import local, network, ways
 from dps_agent.host.cli import main
 from dps_agent.host.network import websocket
@@ -595,7 +594,7 @@ def test_a_disk_that_hangs_ends_the_checks_in_time(
     bench: Bench, quiet: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = threading.Event()
-    monkeypatch.setattr(runner, "STORE_DEADLINE_S", 0.2)
+    monkeypatch.setattr("dps_agent.host.checks.device.STORE_DEADLINE_S", 0.2)
     monkeypatch.setattr(local, "_write_scratch", lambda *_: end.wait(30))
     try:
         status, found = found_by(bench, capsys, "--offline")

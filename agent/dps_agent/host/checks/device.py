@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dps_agent.assignment import decode
-from dps_agent.effects import Commit, LoadRecord, Sign
-from dps_agent.host.clock import SystemClock
+from dps_agent.effects import LoadRecord, Sign
 from dps_agent.host.config import Configuration, is_sealed, issued_key_is_in_tpm
 from dps_agent.host.local.statefile import read_live
 from dps_agent.host.loop import Loop
-from dps_agent.host.parts import NoConnection, offline_runner, open_device, open_tpm
-from dps_agent.host.runner import Runner, tpm_grace_s
-from dps_agent.host.worker import ABORT_GRACE_S, Worker
+from dps_agent.host.parts import offline_runner, open_device, open_tpm
+from dps_agent.host.runner import STORE_DEADLINE_S, Runner, tpm_grace_s
+from dps_agent.host.worker import ABORT_GRACE_S, Worker, required
 from dps_agent.settings import AUTO, SYMMETRIC_KEY, TPM
 from dps_hal.contracts import IDENTITY
 from dps_hal.tpm.keys import registration_id_from_ek
@@ -36,7 +36,7 @@ class Device:
         self._load_settings = load_settings
         self._runner: Runner | None = None  # on the TPM
         self._own: Runner | None = None  # on what signs for the device, where that is another
-        self._disk_hangs = self._request_hangs = False
+        self._worker_hangs = False
 
     @cached_property
     def configuration(self) -> Configuration:
@@ -120,11 +120,7 @@ class Device:
     @property
     def hangs(self) -> bool:
         """Whether an earlier call did not end: nothing more can be asked then."""
-        return (
-            self._disk_hangs
-            or self._request_hangs
-            or any(runner.stuck for runner in (self._runner, self._own) if runner is not None)
-        )
+        return self._worker_hangs or any(runner.stuck for runner in (self._runner, self._own) if runner is not None)
 
     def ask(self, call: Callable[[TpmService], Answer]) -> Answer:
         """One call of the TPM, with the runner's deadlines; the TPM is released behind it."""
@@ -152,28 +148,28 @@ class Device:
 
     def bounded(self, request: Callable[[], Answer], limit_s: float, connection: DpsConnection) -> Answer:
         """What a request says that waits for the TPM as well; RetryLater `tpm.timeout` where that does not answer."""
-        worker, limit_s = Worker(None, Loop()), limit_s + ABORT_GRACE_S
-        try:
+        limit_s += ABORT_GRACE_S
+        with self._worker(connection.abort) as worker:
             answer: Answer = worker.do_or_abort(
                 request, limit_s, connection.abort, "the request", tpm_grace_s=lambda: tpm_grace_s(connection)
             ).answer
-        finally:
-            self._request_hangs = worker.stuck
-            worker.end()
         return answer
 
     def write(self, call: Callable[[], None]) -> None:
         """A call that writes to the disk, with the runner's deadline for that."""
-        other: Any = _Other(call)
-        runner = Runner(tpm=other, store=other, connection=NoConnection(), clock=SystemClock())
+        with self._worker() as worker:
+            required(worker.do(call, STORE_DEADLINE_S, "store.io"))
 
-        def exchange() -> Generator[Effect, Any, None]:
-            yield Commit("", b"")
-
+    @contextmanager
+    def _worker(self, *aborts: Callable[[], None]) -> Iterator[Worker]:
+        """A worker for one call, which the `aborts` end where Ctrl-C came."""
+        worker = Worker(None, Loop())
         try:
-            runner.run(exchange())
+            yield worker
         finally:
-            self._disk_hangs = runner.stuck
+            worker.settle(*aborts)
+            self._worker_hangs = worker.stuck
+            worker.end()
 
     @cached_property
     def _signer(self) -> Any:
@@ -189,16 +185,3 @@ class Device:
         if self._runner is None:
             self._runner = offline_runner(self.configuration, self.tpm)
         return self._runner
-
-
-class _Other:
-    """A store that does something else instead of a commit, and no TPM."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self._call = call
-
-    def commit(self, _record: str, _payload: bytes) -> None:
-        self._call()
-
-    def release(self) -> None:
-        """Nothing is open."""
