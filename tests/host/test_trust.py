@@ -391,7 +391,7 @@ def test_no_session_serves_when_its_root_is_trusted_no_more(tmp_path: Path, cont
 def test_a_session_belongs_to_the_context_that_verified_it(ca_file: str, context: ssl.SSLContext) -> None:
     with peer(context) as server, contextlib.closing(dps(server, ca_file)) as connection:
         assert asked(connection) == ""
-        held = connection._dialler.trust
+        held = connection.trust
         other = Trust(ca_file, "ca_file")
         assert other.session(PEER) is None
         tls = connection._dialler.dial(PEER, *_host_and_port(server), time.monotonic() + 20)
@@ -445,7 +445,7 @@ def test_a_refusal_by_the_clock_leaves_nothing_to_resume(version: str, tmp_path:
     with peer(early) as server, contextlib.closing(dps(server, ca_file)) as connection:
         for connections in (1, 2):
             assert "not yet valid" in asked(connection) and server.connections == connections
-        assert resumed(early) == 0 and not connection._dialler.trust._sessions
+        assert resumed(early) == 0 and not connection.trust._sessions
 
 
 def test_what_a_peer_does_not_resume_it_may_begin(context: ssl.SSLContext, ca_file: str) -> None:
@@ -477,7 +477,7 @@ def test_a_peer_that_offers_nothing_is_met_anew(tmp_path: Path, ca_file: str) ->
     context.num_tickets = 0
     with peer(context) as server, contextlib.closing(dps(server, ca_file)) as connection:
         assert (asked(connection), asked(connection)) == ("", "")
-        assert not connection._dialler.trust._sessions
+        assert not connection.trust._sessions
         assert (server.connections, resumed(context)) == (2, 0)
 
 
@@ -488,7 +488,7 @@ def test_sessions_are_few(tmp_path: Path, ca_file: str) -> None:
         for name in names:
             connection._host = name.decode()
             assert asked(connection) == ""
-        assert list(connection._dialler.trust._sessions) == [name.decode() for name in names[-SESSIONS_LIMIT:]]
+        assert list(connection.trust._sessions) == [name.decode() for name in names[-SESSIONS_LIMIT:]]
 
 
 def _host_and_port(server: Server) -> tuple[str, int]:

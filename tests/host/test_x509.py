@@ -514,7 +514,7 @@ def test_a_new_certificate_is_shown_from_the_next_connection_on(bench: Bench) ->
     connection = hub_connection(bench.loaded())
     try:
         assert connection.connect(as_device()) == ConnAck(0, False)
-        trust = connection._dialler.trust
+        trust = connection.trust
         first = trust.context()
         assert trust.context() is first and trust.session(HUB) is None, (
             "no session is kept where one shows a certificate"

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -232,8 +233,7 @@ def test_a_tpm_that_hangs_in_a_handshake_ends_it_at_our_deadline(wired: TpmBench
 class Waiting:
     """A connection that waits for its TPM, which may make a key just now."""
 
-    asks_tpm = True
-    creates_key = False
+    trust = SimpleNamespace(asks_tpm=True, creates_key=False)
 
     def abort(self) -> None:
         """It cannot be ended."""

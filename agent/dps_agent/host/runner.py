@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 
     from dps_agent.effects import Effect, NoReply
     from dps_agent.host.hub_ways import Hub
+    from dps_agent.host.network.trust import Trust
     from dps_agent.hub_effects import Event, Message
     from dps_agent.sas import SasToken
     from dps_hal.contracts import Clock, Signer, Store
@@ -98,9 +99,10 @@ _UNSEEN = ("Uptime", "UtcNow", "Random", "Sleep", "Release", "ClockConfirmed", "
 
 def tpm_grace_s(connection: Any) -> float:
     """How long a connection that was given up may wait for the TPM that has its key; 0 where none has."""
-    if not getattr(connection, "asks_tpm", False):
+    trust: Trust | None = getattr(connection, "trust", None)
+    if trust is None or not trust.asks_tpm:
         return 0.0
-    return TPM_KEY_DEADLINE_S if connection.creates_key else TPM_DEADLINE_S
+    return TPM_KEY_DEADLINE_S if trust.creates_key else TPM_DEADLINE_S
 
 
 def _random() -> float:

@@ -167,7 +167,7 @@ def _asked(
     device: Device, connection: DpsConnection, path: str, body: bytes, token: SasToken | None
 ) -> Reply | NoReply:
     """What DPS answers; RetryLater `tpm.timeout` where the TPM that has the certificate's key does not."""
-    if not connection.asks_tpm:
+    if not connection.trust.asks_tpm:
         return connection.request("POST", path, body, token)
     answer: Reply | NoReply = device.bounded(
         lambda: connection.request("POST", path, body, token), ANSWER_LIMIT_S, connection

@@ -69,6 +69,7 @@ class DpsConnection:
             self._dial_host, dial_port = peer_of(connect_to, "connect_to")
             self._dial_port = dial_port or self._dial_port
         self._dialler = Dialler(ProxyRule(proxy), ca_file, certificate=certificate, asked_later=True)
+        self.trust = self._dialler.trust
         self._timeout_s = timeout_s
         self._user_agent = user_agent
         self._stream: _Stream | None = None  # set while a connection can take a request
@@ -98,21 +99,11 @@ class DpsConnection:
                     continue
                 return NoReply(f"{failed.reason}: {failed}", sent)
             if not reused:
-                self._dialler.trust.keep(stream.tls)
-                self._dialler.trust.take_back()
+                self.trust.keep(stream.tls)
+                self.trust.take_back()
             if not keep:
                 self.close()
             return reply
-
-    @property
-    def asks_tpm(self) -> bool:
-        """Whether a request waits for a TPM as well as for DPS."""
-        return self._dialler.trust.asks_tpm
-
-    @property
-    def creates_key(self) -> bool:
-        """Whether that may be as long as a TPM takes to make a key."""
-        return self._dialler.trust.creates_key
 
     def abort(self) -> None:
         """Makes a blocked `request` return at once, `closed`; for another thread, and nothing where none is blocked."""

@@ -103,6 +103,7 @@ class HubConnection:
         transports = [MQTT, WEBSOCKET] if transport == AUTO else [transport]
         self._transports = transports[:1] if connect_to else transports  # in the order in which they are tried
         self._dialler = Dialler(ProxyRule(proxy), ca_file, "hub.ca_file", certificate)
+        self.trust = self._dialler.trust
         self._identity = ("", "")  # hub and device id
         self._client: _Client | None = None  # paho's, for this identity
         self._in_flight: dict[int, tuple[bytes, bytes]] = {}  # packet id -> topic and payload, QoS 1
@@ -125,7 +126,7 @@ class HubConnection:
         self._aborted = False
         if isinstance(effect.token, bytes):
             assert self._issued is not None
-            if self._dialler.trust.show(effect.token, self._issued):
+            if self.trust.show(effect.token, self._issued):
                 self._forget_reached()  # on it the hub was shown no certificate, or another
         wire = self._take_reached(effect.hub)
         if wire is not None:
@@ -150,16 +151,6 @@ class HubConnection:
             return False
         self._reached = (hub, wire, time.monotonic())
         return True
-
-    @property
-    def asks_tpm(self) -> bool:
-        """Whether a connection waits for a TPM as well as for its hub."""
-        return self._dialler.trust.asks_tpm
-
-    @property
-    def creates_key(self) -> bool:
-        """Whether that may be as long as a TPM takes to make a key."""
-        return self._dialler.trust.creates_key
 
     @property
     def heard_at_s(self) -> float | None:
@@ -326,7 +317,7 @@ class HubConnection:
         if wire.connack is None:
             self._end()
             return NoReply(wire.reason(), sent)
-        wire.leave_session(self._dialler.trust)
+        wire.leave_session(self.trust)
         if wire.connack.return_code:
             self._end()
             return wire.connack
