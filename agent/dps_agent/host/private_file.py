@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 
 from dps_hal.errors import AskOperator
-from dps_hal.host.regular import sync_folder_of
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from dps_hal.host.regular import sync_folder_of, written_beside
 
 
 def write_private(path: str, content: bytes) -> None:
     """Makes a file that only its owner may read: there is the whole of it or none, whenever the power is cut.
 
-    It is written under another name, which is this process's own and ends in `.new`. No cut takes it away once this has
-    returned. AskOperator `agent.file` where that cannot be, or it exists.
+    It is written under another name, see `written_beside`. No cut takes it away once this has returned. AskOperator
+    `agent.file` where that cannot be, or it exists.
     """
     try:
-        with _written(path, content) as part:
+        with written_beside(path, content, 0o600) as part:
             _give_name(part, path)
+        sync_folder_of(path)
     except FileExistsError:
         raise AskOperator("agent.file", f"{path} is there already: name a new file") from None
     except OSError as error:
@@ -34,32 +30,14 @@ def replace_private(path: str, content: bytes) -> None:
     folder = os.path.dirname(path) or "."
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        with _written(path, content) as part:
+        with written_beside(path, content, 0o600) as part:
             if os.geteuid() == 0:
                 owner = os.stat(folder)
                 os.chown(part, owner.st_uid, owner.st_gid, follow_symlinks=False)
             os.replace(part, path)
+        sync_folder_of(path)
     except OSError as error:
         raise AskOperator("agent.file", f"{path} cannot be written: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _written(path: str, content: bytes) -> Iterator[str]:
-    """The file under another name, on the disk; the body gives it its own. OSError."""
-    part = f"{path}.{os.getpid()}.new"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(part)  # of a program with this number that was cut
-    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(fd)
-        yield part
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
-    sync_folder_of(path)
 
 
 def _give_name(part: str, path: str) -> None:

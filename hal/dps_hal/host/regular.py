@@ -9,6 +9,10 @@ import errno
 import os
 import stat
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
 LINKS_LIMIT = 8
 _FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _NULL_DEVICE = os.makedev(1, 3)  # Linux, Documentation/admin-guide/devices.txt
@@ -44,33 +48,47 @@ def read_regular(path: "str | os.PathLike[str]", limit_bytes: int, follow: bool 
 def replace_file(path: str, content: bytes, mode: "int | None" = None) -> None:
     """Writes the file anew under another name and gives it its own; OSError, and then the former is whole.
 
-    The other name is this process's own, for two may write the same file at once; it ends in `.new`.
-
     With a `mode` it is for a folder in memory. Without, mode and owner stay those that it had, and the content is on
     the disk before the name; whether the name is, is the caller's business.
+    """
+
+    def own(fd: int) -> None:
+        if mode:
+            os.fchmod(fd, mode)
+        elif os.path.exists(path):
+            former = os.stat(path)
+            os.fchmod(fd, stat.S_IMODE(former.st_mode))
+            if os.geteuid() == 0:
+                os.fchown(fd, former.st_uid, former.st_gid)
+
+    with written_beside(path, content, mode or 0o666, own, sync=not mode) as part:
+        os.replace(part, path)
+
+
+@contextlib.contextmanager
+def written_beside(
+    path: str, content: bytes, mode: int, own: "Callable[[int], None]" = lambda _: None, sync: bool = True
+) -> "Iterator[str]":
+    """A file with this content under another name, with `sync` on the disk; the body gives it its own. OSError.
+
+    The other name is this process's own, for two may write the same file at once; it ends in `.new`. `own` is called
+    before anything is in the file, and sets who may read that.
     """
     part = f"{path}.{os.getpid()}.new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(part)  # of a program with this number that was cut
+    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode or 0o666)
         with open(fd, "wb") as file:
-            if mode:
-                os.fchmod(fd, mode)
-            elif os.path.exists(path):
-                former = os.stat(path)
-                os.fchmod(fd, stat.S_IMODE(former.st_mode))
-                if os.geteuid() == 0:
-                    os.fchown(fd, former.st_uid, former.st_gid)
+            own(fd)
             file.write(content)
             file.flush()
-            if not mode:
+            if sync:
                 os.fsync(fd)
-        os.replace(part, path)
-    except OSError:
-        with contextlib.suppress(OSError):
+        yield part
+    finally:
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
-        raise
 
 
 def sync_folder_of(path: str) -> None:
