@@ -11,7 +11,6 @@ import contextlib
 import io
 import os
 import platform
-import pwd
 import re
 import stat
 import subprocess
@@ -27,7 +26,7 @@ from dps_agent.host.config import PASSWORD_FILES, environment_name, password_fil
 from dps_agent.host.printed import utc_text
 from dps_hal.contracts import CERTIFICATE, IDENTITY, PROGRESS
 from dps_hal.errors import DpsError
-from dps_hal.host.files import CERTIFICATE_SLOT_BYTES, FileSlots
+from dps_hal.host.files import CERTIFICATE_SLOT_BYTES, FileSlots, user_name
 from dps_hal.host.regular import read_regular
 from dps_hal.platform import to_json
 from dps_hal.store import slots
@@ -154,7 +153,7 @@ def state_folder(path: str) -> str:
         lines.append(f"more than {NAMES_LIMIT} names, of which these are some")
     for name, status in entries:
         lines.append(
-            f"{stat.filemode(status.st_mode)} {_owner(status.st_uid):<12} {status.st_size:>8}"
+            f"{stat.filemode(status.st_mode)} {user_name(status.st_uid):<12} {status.st_size:>8}"
             f" {utc_text(status.st_mtime)} {name}"
         )
     try:
@@ -175,13 +174,6 @@ def _slot(folder: str, name: str) -> str:
         return f"{name}: {error.strerror}"
     size = "" if found.payload is None else f", {len(found.payload)} bytes"
     return f"{name}: {_STATES[found.state]}, version {found.version}, generation {found.generation}{size}"
-
-
-def _owner(user: int) -> str:
-    try:
-        return pwd.getpwuid(user).pw_name
-    except KeyError:
-        return str(user)
 
 
 def tpm_document(device: Device) -> dict[str, Any]:
@@ -212,7 +204,7 @@ def system() -> str:
     for name in sorted(os.listdir("/dev")):
         if name.startswith("tpm"):
             lines.append(_node(f"/dev/{name}"))
-    lines.append(f"this is user {_owner(os.geteuid())}, groups {sorted(os.getgroups())}")
+    lines.append(f"this is user {user_name(os.geteuid())}, groups {sorted(os.getgroups())}")
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -221,7 +213,7 @@ def _node(path: str) -> str:
         status = os.stat(path)
     except OSError as error:  # a link to nowhere, or the device has just gone
         return f"{path}: {error.strerror}"
-    return f"{path} {stat.filemode(status.st_mode)} {_owner(status.st_uid)} group {status.st_gid}"
+    return f"{path} {stat.filemode(status.st_mode)} {user_name(status.st_uid)} group {status.st_gid}"
 
 
 def journal() -> str:

@@ -254,7 +254,7 @@ class StateFolder:
                     return "ask the owner of the folder"
                 path = os.path.dirname(path)
         us = self.calls.geteuid()
-        theirs, ours = _user_name(owner[0]), _user_name(us)
+        theirs, ours = user_name(owner[0]), user_name(us)
         if owner[0] == us:
             return f"{path} belongs to {theirs}, who this is: look at its mode and its security labels"
         hand_over = f"sudo chown -R {ours} {self.path}"
@@ -560,7 +560,8 @@ class FileStore(LockedStore):
             self._folder.close(fd)
 
 
-def _user_name(user: int) -> str:
+def user_name(user: int) -> str:
+    """What a user is called; the number where nobody is."""
     try:
         return pwd.getpwuid(user).pw_name
     except KeyError:

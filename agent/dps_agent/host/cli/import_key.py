@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, table
+from dps_agent.host.cli.verb import Outcome, Verb, configuration_of, no_arguments, table
 from dps_agent.host.config import backend_shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from dps_agent.host.cli.verb import Arguments, Declared
-
-
-def add_arguments(parser: Declared) -> None:
-    """None."""
+    from dps_agent.host.cli.verb import Arguments
 
 
 def run(arguments: Arguments) -> Outcome:
@@ -28,4 +24,4 @@ def run(arguments: Arguments) -> Outcome:
     return Outcome([title, *table(rows)], {"sealed": True, "alreadySealed": not done, "deviceKeyFile": path})
 
 
-VERB = Verb("import-key", "have the TPM seal the device's key, and shred its file", add_arguments, run)
+VERB = Verb("import-key", "have the TPM seal the device's key, and shred its file", no_arguments, run)
