@@ -201,18 +201,21 @@ def _is_feature_list(value: Any) -> bool:
 
 
 def _is_endpoint(value: str) -> bool:
-    if not value.startswith("https://"):
+    plain = value.isascii() and value.isprintable() and not set("@/?# ") & set(value.removeprefix("https://"))
+    return plain and value[-1:] != ":" and _is_url(value, "https://")
+
+
+def _is_url(value: str, scheme: str) -> bool:
+    if not value.startswith(scheme):
         return False
-    if plain_address(value.removeprefix("https://")):
+    if plain_address(value.removeprefix(scheme)):
         return True
     from urllib.parse import urlsplit
 
     try:
-        parts = urlsplit(value)
-        plain = bool(parts.hostname) and parts.port != 0 and parts.username is None and value[-1] != ":"
-    except ValueError:  # a port that is no number, brackets that do not pair
+        return bool(urlsplit(value).hostname) and urlsplit(value).port != 0
+    except ValueError:  # brackets that do not pair, a port that is none
         return False
-    return plain and value.isascii() and value.isprintable() and " " not in value and value == f"https://{parts.netloc}"
 
 
 def is_address(value: str) -> bool:
@@ -225,16 +228,7 @@ def is_address(value: str) -> bool:
 
 def is_proxy_url(value: str) -> bool:
     """Whether a text is the URL of a proxy."""
-    if not value.startswith("http://"):
-        return False
-    if plain_address(value.removeprefix("http://")):
-        return True
-    from urllib.parse import urlsplit
-
-    try:
-        return bool(urlsplit(value).hostname) and urlsplit(value).port != 0
-    except ValueError:  # brackets that do not pair, a port that is none
-        return False
+    return _is_url(value, "http://")
 
 
 def _is_socket(value: str) -> bool:
