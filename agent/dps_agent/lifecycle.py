@@ -193,21 +193,6 @@ class Lifecycle:
     # What others read and ask for.
 
     @property
-    def attempts(self) -> int:
-        """Registrations in a row that failed, and the one under way; a success counts until the hub has accepted it."""
-        return self.patience.attempts
-
-    @property
-    def failed(self) -> int:
-        """Registrations in a row that failed."""
-        return self.patience.failed
-
-    @property
-    def dps_not_before_s(self) -> float:
-        """The uptime before which DPS does not want to be asked."""
-        return self.patience.dps_not_before_s
-
-    @property
     def fleet(self) -> "Fleet":
         """The fleet as the hub told it last, and as the settings have it where it told nothing, or what is absurd."""
         return merged(self.patience.fleet, self.settings.fleet) or self.settings.fleet
@@ -246,7 +231,7 @@ class Lifecycle:
             "assignedHub": held.assigned_hub if held else "",
             "deviceId": held.device_id if held else "",
             "substatus": held.substatus if held else "",
-            "failedAttempts": self.failed,
+            "failedAttempts": self.patience.failed,
             "connections": self.connections,
             "code": self.error.code if self.error else "",
             "registrationCode": self.registration_error.code if self.registration_error else "",
@@ -279,7 +264,7 @@ class Lifecycle:
         self._connects = connect
         self._wish = ASKED if force else OWN
         yield from self.patience.load(once)
-        wait_first = self.attempts > 0 and not once
+        wait_first = self.patience.attempts > 0 and not once
         while True:
             if self.state == BOOT:
                 event, wait_s = yield from self._boot(wait_first, once)
@@ -324,8 +309,8 @@ class Lifecycle:
             self.reason = self.error.message if self.error and self.standing == REFUSED else "asked to register again"
         now_s: float = yield Uptime()
         if wait_first:
-            self.reason = f"{self.attempts} registrations failed before this start"
-        elif not once and not self._uncommitted and now_s < self.dps_not_before_s:
+            self.reason = f"{self.patience.attempts} registrations failed before this start"
+        elif not once and not self._uncommitted and now_s < self.patience.dps_not_before_s:
             self.reason = "DPS asked for patience"
         else:
             return REGISTER, 0
@@ -343,7 +328,7 @@ class Lifecycle:
         try:
             if self._uncommitted is None:
                 spread_s = 0.0
-                is_first = wish == OWN and not self.attempts and not once
+                is_first = wish == OWN and not self.patience.attempts and not once
                 if is_first:
                     random: float = yield Random()  # with an identity, the hub was asked meanwhile
                     spread_s = random * max(0 if self.assignment else self._dps_spread_s(), START_SPREAD_S)
@@ -453,7 +438,7 @@ class Lifecycle:
             self._session = Session(self.settings, held, about, self.summary, self.serial, self._lacks)
             self._session.twin.keep_fleet = self._keep_fleet
         session = self._session
-        session.dps_not_before_s = self.dps_not_before_s
+        session.dps_not_before_s = self.patience.dps_not_before_s
         session.token_life_s = self._token_life_s()
         if self._connected_since_s is None:
             yield from self.patience.begin_connection()
@@ -520,7 +505,7 @@ class Lifecycle:
             if session.clock_kept(now, now_s):
                 yield from self._refuse(now_s)
             if self.standing == REFUSED:
-                if may_ask_dps and (before == APPEALED or not self.attempts):
+                if may_ask_dps and (before == APPEALED or not self.patience.attempts):
                     return REGISTER, 0
                 delay_s: float = yield from self.patience.before_dps_s()
                 return FAILED_BEFORE, delay_s
@@ -557,7 +542,7 @@ class Lifecycle:
 
     def _refuse(self, now_s: float) -> "Generator[Effect, Any, None]":
         """The hub refused a fresh token. A fleet that it refuses stays doubted for a spread, and asks it on."""
-        if self.standing == DOUBTED and not self.attempts and self._dps_spread_s():
+        if self.standing == DOUBTED and not self.patience.attempts and self._dps_spread_s():
             if self._refused_until_s is None:
                 random: float = yield Random()
                 self._refused_until_s = now_s + random * self._dps_spread_s()

@@ -214,8 +214,8 @@ def test_assigned_without_a_key_is_retried_three_times_before_the_operator_is_as
     answer = world.answer
 
     def watch(effect: "Any") -> "Any":
-        if life.state in (WAITING, HALTED) and states[-1:] != [life.state + str(life.attempts)]:
-            states.append(life.state + str(life.attempts))
+        if life.state in (WAITING, HALTED) and states[-1:] != [life.state + str(life.patience.attempts)]:
+            states.append(life.state + str(life.patience.attempts))
         return answer(effect)
 
     world.answer = watch  # type: ignore[method-assign]
@@ -355,9 +355,9 @@ def test_dpss_wish_to_be_left_alone_is_of_the_settings_that_it_met() -> None:
     world = World()
     world.dps.script = [error_reply(429, 429001, "slow down", "7200")]
     former = lived(world, choice=settings(under=7), once=True)
-    assert former.dps_not_before_s > 7000
-    assert Lifecycle(settings(under=7), former=former).dps_not_before_s == former.dps_not_before_s
-    assert Lifecycle(settings(under=8), former=former).dps_not_before_s == 0
+    assert former.patience.dps_not_before_s > 7000
+    assert Lifecycle(settings(under=7), former=former).patience.dps_not_before_s == former.patience.dps_not_before_s
+    assert Lifecycle(settings(under=8), former=former).patience.dps_not_before_s == 0
 
 
 def test_a_delay_that_no_restart_would_keep_is_stored_at_once() -> None:
@@ -571,10 +571,10 @@ def test_an_attempt_that_memory_ended_is_counted_once() -> None:
     life = Lifecycle(settings())
     world.refuse["Http"] = [MemoryError()]  # type: ignore[list-item]
     out_of_memory(world, life)
-    assert life.attempts == 1
+    assert life.patience.attempts == 1
     world.refuse["LoadRecord"] = [None, RetryLater("store.io", "failed")]
     world.run(life.live(True, False))
-    assert life.state == WAITING and life.attempts == 1
+    assert life.state == WAITING and life.patience.attempts == 1
 
 
 def test_a_connection_after_memory_ran_out_is_counted() -> None:

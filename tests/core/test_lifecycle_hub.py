@@ -95,7 +95,7 @@ def test_a_first_life_registers_and_connects() -> None:
     live(world, 60, life=life)
     assert seen == [BOOT, PROVISIONING, PROVISIONED, CONNECTING, CONNECTED]
     assert sum([delay_s for delay_s, reason in world.sleeps if "assign" in reason or "fleet" in reason]) < 10
-    assert life.connections == 1 and life.attempts == 0 and HUB in life.reason
+    assert life.connections == 1 and life.patience.attempts == 0 and HUB in life.reason
 
 
 def test_a_plain_reboot_never_asks_dps_and_writes_only_that_it_connects_and_that_this_went_well() -> None:
@@ -263,7 +263,7 @@ def test_a_lockout_longer_than_the_token_ends_with_a_reconnect() -> None:
     world.at(start_s + 100, lock)
     life = live(world, 2.2 * TOKEN_LIFE_S)
     expired_s = world.hub.connections[0][0] + TOKEN_LIFE_S
-    assert life.state == CONNECTED and life.connections == 2 and life.attempts == 0
+    assert life.state == CONNECTED and life.connections == 2 and life.patience.attempts == 0
     assert world.slept("locked out") and min(world.slept("locked out")) >= 600
     assert expired_s < world.hub.connections[1][0] and world.dps.requests == []
 
@@ -331,7 +331,7 @@ def test_a_withdrawn_key_is_replaced_by_registering_again() -> None:
     world.at(world.uptime_s + 600, world.hub.keys.clear)
     world.at(world.uptime_s + 600, lambda: world.hub.drop(world.uptime_s))
     life = live(world, 700)
-    assert life.state == CONNECTED and life.committed and life.attempts == 0 and life.connections == 2
+    assert life.state == CONNECTED and life.committed and life.patience.attempts == 0 and life.connections == 2
 
 
 def test_an_attempt_counts_until_the_hub_has_accepted_the_device() -> None:
@@ -343,14 +343,14 @@ def test_an_attempt_counts_until_the_hub_has_accepted_the_device() -> None:
 
     def watch(effect: "Any") -> "Any":
         if isinstance(effect, Connect):
-            attempts.append(life.attempts)
-            failed.append(life.failed)
+            attempts.append(life.patience.attempts)
+            failed.append(life.patience.failed)
         return answer(effect)
 
     world.answer = watch  # type: ignore[method-assign]
     life = Lifecycle(settings())
     live(world, 120, life=life)
-    assert attempts == [0, 0, 1] and life.attempts == 0
+    assert attempts == [0, 0, 1] and life.patience.attempts == 0
     assert failed == [0, 0, 0], "it is counted, not shown: nothing failed"
     progress = decode_progress(world.store[PROGRESS])
     assert progress is not None and progress.attempts == 0
@@ -504,7 +504,7 @@ def test_what_dps_asked_for_is_known_after_a_restart_and_what_we_chose_is_no_wis
         world.store[PROGRESS] = encode_progress(Progress(1, 3000, now_s, False, code, "x", 0, 0))
         life = Lifecycle(settings())
         live(world, 1, life=life)
-        assert (life.dps_not_before_s > world.uptime_s + 2000) is patience, code
+        assert (life.patience.dps_not_before_s > world.uptime_s + 2000) is patience, code
 
 
 def test_dps_asked_for_patience_and_neither_a_restart_nor_a_good_hub_ends_that() -> None:
@@ -513,10 +513,10 @@ def test_dps_asked_for_patience_and_neither_a_restart_nor_a_good_hub_ends_that()
     world.dps.script = [error_reply(429, 429001, retry_after="7200")]
     world.at(start_s + 60, lambda: world.hub.call(world.uptime_s, "reprovision", "1"))
     life = live(world, 1200)
-    assert life.state == CONNECTED and life.attempts == 0
+    assert life.state == CONNECTED and life.patience.attempts == 0
     world.at(world.uptime_s + 60, lambda: world.hub.call(world.uptime_s, "reprovision", "2"))
     life = live(world, 300)
-    assert life.attempts == 0 and world.hub.answer_to("2") == ["429"] and len(world.dps.requests) == 1
+    assert life.patience.attempts == 0 and world.hub.answer_to("2") == ["429"] and len(world.dps.requests) == 1
     live(world, 7200)
     world.at(world.uptime_s + 60, lambda: world.hub.call(world.uptime_s, "reprovision", "3"))
     live(world, 300)
@@ -726,7 +726,7 @@ def test_a_gone_hub_and_a_dps_that_fails_are_asked_in_turn() -> None:
     assert life.state == PROVISIONED and life.registration_error is not None
     world.hub.absent = ""
     life = live(world, 400)
-    assert life.state == CONNECTED and life.attempts == 0 and not life.committed
+    assert life.state == CONNECTED and life.patience.attempts == 0 and not life.committed
 
 
 def test_the_method_reprovision_answers_then_disconnects_then_registers() -> None:
@@ -743,7 +743,7 @@ def test_the_method_reprovision_answers_then_disconnects_then_registers() -> Non
     asked = next(place for place, effect in enumerate(log) if isinstance(effect, Http))
     assert answered < left < asked
     assert life.state == CONNECTED and world.hubs[SECOND_HUB].serves(world.uptime_s - 1) is False
-    assert [code for _, code in world.hubs[SECOND_HUB].connections] == [0] and life.attempts == 0
+    assert [code for _, code in world.hubs[SECOND_HUB].connections] == [0] and life.patience.attempts == 0
 
 
 def test_a_reprovision_that_fails_goes_back_to_the_old_identity_and_says_why() -> None:
@@ -767,7 +767,7 @@ def test_a_refused_identity_is_gone_back_to_once_for_each_wait_for_dps() -> None
     world.hub.script = [5] * 5
     world.dps.script = [error_reply(404, 404201)] * 100
     life = live(world, 5 * HALTED_S)
-    assert life.state == CONNECTED and life.attempts == 0, "the hub takes it again, whatever DPS says"
+    assert life.state == CONNECTED and life.patience.attempts == 0, "the hub takes it again, whatever DPS says"
     assert [code for _, code in world.hub.connections][:6] == [5, 5, 5, 5, 5, 0]
     assert len(world.dps.requests) == 4, "one for one"
 

@@ -268,7 +268,8 @@ def test_a_month_of_trouble_loses_nothing_that_was_accepted() -> None:
 
 def check(month: Month) -> None:
     world, life = month.world, month.life
-    assert life is not None and life.state == CONNECTED and life.attempts == 0, life and (life.state, life.reason)
+    assert life is not None
+    assert life.state == CONNECTED and life.patience.attempts == 0, (life.state, life.reason)
     assert sum(month.troubles.values()) > 100 and len(month.troubles) > 12, month.troubles
     for hub in world.hubs.values():
         assert hub.stale_acknowledgements == 0

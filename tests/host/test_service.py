@@ -732,7 +732,7 @@ def test_an_id_of_the_life_before_means_nothing_in_the_next_one(tmp_path: Path) 
     service = bare_service(tmp_path)
     service._life.serial, service._life.patience.dps_not_before_s = 7, 1e9
     service._begin_life()
-    assert (service._life.serial, service._life.dps_not_before_s) == (7, 1e9)
+    assert (service._life.serial, service._life.patience.dps_not_before_s) == (7, 1e9)
 
 
 def test_what_is_posted_while_a_life_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

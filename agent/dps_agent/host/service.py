@@ -601,7 +601,7 @@ class Service:
 
     def _patience_s(self) -> int:
         """Seconds until DPS may be asked again, as it asked for; 0: now."""
-        return max(math.ceil(self._life.dps_not_before_s - self._clock.uptime_s()), 0)
+        return max(math.ceil(self._life.patience.dps_not_before_s - self._clock.uptime_s()), 0)
 
     def _answer(self, command: Command, status: int, document: dict[str, Any]) -> None:
         if self._api is not None:
@@ -658,7 +658,8 @@ class Service:
             self._journal.event("lacking", text, NOTICE, state=life.state)
         elif lacked and not lacks and hub == lacked_of:
             self._journal.event("lacking", "the hub lacks nothing any more", NOTICE, state=life.state)
-        shown = (life.state, self._why(), life.connections, life.failed, life.error, held, lacks, life.fleet_refused)
+        counts = life.connections, life.patience.failed
+        shown = (life.state, self._why(), counts, life.error, held, lacks, life.fleet_refused)
         if shown != self._shown:
             self._shown = shown
             if not isinstance(effect, Sleep):
@@ -747,7 +748,7 @@ class Service:
             "connections": life.connections,
             "hubLacks": life.hub_lacks,
             "fleetRefused": life.fleet_refused,
-            "failedAttempts": life.failed,
+            "failedAttempts": life.patience.failed,
             "lastError": fields_of(error) if error else None,
             "next": next_step(life.state, error.code if error else "", waits, self._patience_s() > 0),
         }
