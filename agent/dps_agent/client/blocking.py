@@ -43,10 +43,10 @@ class Client(Handlers):
         super().__init__()
         self._path = steps.socket_path(socket_path)
         self._spool = spool
-        self._asking = _Lines(connections)
-        self._answering = _Lines(1)
-        self._listening: set[Line] = set()
         self._closed = threading.Event()
+        self._asking = _Lines(connections, self._closed.is_set)
+        self._answering = _Lines(1, self._closed.is_set)
+        self._listening: set[Line] = set()
         self._more = threading.Event()  # something may have been put into the spool
         self._threads: list[threading.Thread] = []
         if spool is not None:
@@ -220,7 +220,8 @@ class Client(Handlers):
             case steps.Pause(seconds):
                 return self._wait(seconds)
             case steps.Try(request, until_s, is_answer):
-                return self._try(request, until_s, self._answering if is_answer else self._asking)
+                with (self._answering if is_answer else self._asking).turn(until_s) as line:
+                    return self._drive(steps.exchange(line, request, until_s))
             case steps.Dial(line, until_s):
                 return self._dial(line, until_s)
             case steps.Write(line, content, until_s):
@@ -245,17 +246,6 @@ class Client(Handlers):
                 return self._spool.first()
             case steps.Forget(number, reason, why):
                 return self._spool.forget(number, reason, why)
-
-    def _try(self, request: values.Request, until_s: float, lines: _Lines) -> Any:
-        """One exchange on one of these lines, which is ended unless it can take another."""
-        with lines.turn(until_s) as line:
-            if self._closed.is_set():
-                raise steps.closed()
-            try:
-                return self._drive(steps.exchange(line, request, until_s))
-            finally:
-                if not line.is_open or self._closed.is_set():
-                    line.end()
 
     def _dial(self, line: Line, until_s: float) -> None:
         line.end()
@@ -297,8 +287,8 @@ class Client(Handlers):
 class _Lines(steps.Lines):
     """Up to `limit` lines, each one thread's for one exchange."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__()
+    def __init__(self, limit: int, is_closed: Callable[[], bool]) -> None:
+        super().__init__(is_closed)
         self._turns = threading.Semaphore(limit)
 
     @contextlib.contextmanager

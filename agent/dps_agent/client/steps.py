@@ -167,17 +167,22 @@ class Line:
 class Lines:
     """The lines of a door, each one user's for one exchange; the door sees to it that there are not too many."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_closed: Callable[[], bool]) -> None:
         self.all: list[Line] = []
         self.free: list[Line] = []
+        self._is_closed = is_closed
 
     @contextmanager
     def one(self) -> Iterator[Line]:
-        """A line, the one that was used last."""
+        """A line, the one that was used last; it is ended unless it can take another request."""
+        if self._is_closed():
+            raise closed()
         line = self.free.pop() if self.free else self._made()
         try:
             yield line
         finally:
+            if not line.is_open or self._is_closed():
+                line.end()
             self.free.append(line)
 
     def _made(self) -> Line:

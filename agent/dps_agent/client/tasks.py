@@ -41,12 +41,12 @@ class AsyncClient(Handlers):
         self._path = steps.socket_path(socket_path)
         self._spool = spool
         self._drains = False
-        self._asking = _Lines(connections)
-        self._answering = _Lines(1)
+        self._closed = asyncio.Event()
+        self._asking = _Lines(connections, self._closed.is_set)
+        self._answering = _Lines(1, self._closed.is_set)
         self._more = asyncio.Event()  # something may have been put into the spool
         self._tasks: set[asyncio.Task[None]] = set()
         self._listening: set[Line] = set()
-        self._closed = asyncio.Event()
 
     # Telemetry.
 
@@ -221,7 +221,8 @@ class AsyncClient(Handlers):
             case steps.Pause(seconds):
                 return await self._wait(seconds)
             case steps.Try(request, until_s, is_answer):
-                return await self._try(request, until_s, self._answering if is_answer else self._asking)
+                async with (self._answering if is_answer else self._asking).turn(until_s) as line:
+                    return await self._drive(steps.exchange(line, request, until_s))
             case steps.Dial(line, until_s):
                 return await self._dial(line, until_s)
             case steps.Write(line, content, until_s):
@@ -248,17 +249,6 @@ class AsyncClient(Handlers):
                 return await asyncio.to_thread(self._spool.first)
             case steps.Forget(number, reason, why):
                 return await asyncio.to_thread(self._spool.forget, number, reason, why)
-
-    async def _try(self, request: values.Request, until_s: float, lines: _Lines) -> Any:
-        """One exchange on one of these lines, which is ended unless it can take another."""
-        async with lines.turn(until_s) as line:
-            if self._closed.is_set():
-                raise steps.closed()
-            try:
-                return await self._drive(steps.exchange(line, request, until_s))
-            finally:
-                if not line.is_open or self._closed.is_set():
-                    line.end()
 
     async def _dial(self, line: Line, until_s: float) -> None:
         line.end()
@@ -294,8 +284,8 @@ class AsyncClient(Handlers):
 class _Lines(steps.Lines):
     """Up to `limit` lines, each one task's for one exchange."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__()
+    def __init__(self, limit: int, is_closed: Callable[[], bool]) -> None:
+        super().__init__(is_closed)
         self._turns = asyncio.Semaphore(limit)
 
     @contextlib.asynccontextmanager
