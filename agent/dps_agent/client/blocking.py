@@ -114,17 +114,9 @@ class Client(Handlers):
 
         A Message wants `done`, a MethodCall `answer`. `run` does that by itself.
         """
-        listener = steps.Listener(timeout_s)
-        self._listening.add(listener.line)
-        try:
+        with steps.listening(timeout_s, self._listening, self._closed.is_set) as listener:
             while (event := self._drive(listener.next())) is not None:
                 yield event
-        except NotDone:
-            if not self._closed.is_set():
-                raise
-        finally:
-            self._listening.discard(listener.line)
-            listener.line.end()
 
     def done(self, message: values.Message, *, timeout_s: float = 20.0) -> None:
         """The message need not be delivered again."""

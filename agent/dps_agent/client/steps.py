@@ -299,6 +299,21 @@ class Listener:
             self._events.append(event)
 
 
+@contextmanager
+def listening(timeout_s: float | None, lines: set[Line], is_closed: Callable[[], bool]) -> Iterator[Listener]:
+    """A listener whose line is one of the door's `lines` meanwhile; what a closed door says to it is no error."""
+    listener = Listener(timeout_s)
+    lines.add(listener.line)
+    try:
+        yield listener
+    except NotDone:
+        if not is_closed():
+            raise
+    finally:
+        lines.discard(listener.line)
+        listener.line.end()
+
+
 def ask(request: Request, timeout_s: float) -> Steps[Any]:
     """The document that answers the request; asks again while it was not done, within `timeout_s`.
 

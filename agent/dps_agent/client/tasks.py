@@ -99,17 +99,9 @@ class AsyncClient(Handlers):
 
     async def events(self, timeout_s: float | None = None) -> AsyncGenerator[Event, None]:
         """See `Client.events`."""
-        listener = steps.Listener(timeout_s)
-        self._listening.add(listener.line)
-        try:
+        with steps.listening(timeout_s, self._listening, self._closed.is_set) as listener:
             while (event := await self._drive(listener.next())) is not None:
                 yield event
-        except NotDone:
-            if not self._closed.is_set():
-                raise
-        finally:
-            self._listening.discard(listener.line)
-            listener.line.end()
 
     async def done(self, message: values.Message, *, timeout_s: float = 20.0) -> None:
         """See `Client.done`."""
