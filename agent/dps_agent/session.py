@@ -183,7 +183,7 @@ class Session:
         self.has_served = False  # on it the hub acknowledged a message
         self.serial = serial
         self._settings = settings
-        self._assignment = assignment
+        self.assignment = assignment  # the identity, which has another certificate once one was renewed
         self.twin = Twin(about, settings.fleet)
         self._client_type = percent_encode("dps-agent/" + about.get("agentVersion", ""))
         self._status = status
@@ -223,11 +223,6 @@ class Session:
             self._renewal.forget_connection()
 
     @property
-    def assignment(self) -> "Assignment":
-        """The identity, which has another certificate once one was renewed."""
-        return self._assignment
-
-    @property
     def renewal_trouble(self) -> str:
         """What went wrong last with the renewal of a certificate that DPS issued; "" for nothing."""
         return self._renewal.reason if self._renewal else ""
@@ -241,16 +236,16 @@ class Session:
         self.accepted = False
         token, self._token = self._token, None
         shown: SasToken | bytes | None = token
-        if not has_tokens(self._assignment):
+        if not has_tokens(self.assignment):
             self._renew_at_s = NEVER_S
-            shown, self._renewal = yield from shown_to_hub(self._assignment, self._renewal)
+            shown, self._renewal = yield from shown_to_hub(self.assignment, self._renewal)
         elif token is None:
-            yield ConfirmClock(self._assignment.assigned_hub)
+            yield ConfirmClock(self.assignment.assigned_hub)
             shown = yield from self._make_token(CONNECT_SPREAD)
         self.was_provoked = self.has_served = False
         for telemetry in [telemetry for telemetry in self._in_flight if telemetry.withdrawn]:
             yield from self._give_up_unanswered(telemetry)
-        hub, device_id = self._assignment.assigned_hub, self._assignment.device_id
+        hub, device_id = self.assignment.assigned_hub, self.assignment.device_id
         version = self._renewal.api_version if self._renewal else API_VERSION
         user_name = f"{hub}/{device_id}/?api-version={version}&DeviceClientType={self._client_type}"
         if self._settings.model_id:
@@ -367,8 +362,8 @@ class Session:
 
     def _take_renewed(self, now_s: float) -> None:
         """Once another certificate is stored the next connection shows it."""
-        if self._renewal and self._renewal.assignment is not self._assignment:
-            self._assignment = self._renewal.assignment
+        if self._renewal and self._renewal.assignment is not self.assignment:
+            self.assignment = self._renewal.assignment
             self._renewed_at_s = now_s
             self._cleaned = False
 
@@ -492,7 +487,7 @@ class Session:
 
     def _make_token(self, spread: float) -> "Generator[Effect, Any, SasToken]":
         life_s = self.token_life_s
-        token = yield from hub_token(self._assignment, life_s)
+        token = yield from hub_token(self.assignment, life_s)
         now_s: float = yield Uptime()
         random: float = yield Random()
         self._expires_at_s = now_s + life_s
@@ -567,7 +562,7 @@ class Session:
             return (("$iothub/methods/POST/#", 0),)
         if name == TWIN:
             return (("$iothub/twin/res/#", 0), ("$iothub/twin/PATCH/properties/desired/#", 0))
-        return ((f"devices/{self._assignment.device_id}/messages/devicebound/#", 1),)
+        return ((f"devices/{self.assignment.device_id}/messages/devicebound/#", 1),)
 
     def _subscribe(self, features: "tuple[str, ...]", now_s: float) -> "Generator[Effect, Any, bool]":
         """Asks for these features; whether there was a connection to ask on."""
@@ -609,7 +604,7 @@ class Session:
 
     def _take_message(self, message: Arrived) -> "Generator[Effect, Any, str]":
         topic = message.topic
-        devicebound = f"devices/{self._assignment.device_id}/messages/devicebound/"
+        devicebound = f"devices/{self.assignment.device_id}/messages/devicebound/"
         end = ""
         if topic.startswith(devicebound):
             size = len(topic) + len(message.payload or b"")
@@ -719,7 +714,7 @@ class Session:
     def _telemetry_topic(self, telemetry: SendTelemetry) -> str:
         """The topic; "" where no hub would take the message."""
         try:
-            topic = telemetry_topic(self._assignment.device_id, telemetry.properties)
+            topic = telemetry_topic(self.assignment.device_id, telemetry.properties)
         except ValueError:  # half a character: no UTF-8
             return ""
         fits = telemetry_size(telemetry.properties, len(telemetry.payload)) <= TELEMETRY_LIMIT
@@ -767,13 +762,13 @@ class Session:
         return self._ended(what, reason)
 
     def _ended(self, what: str, reason: str) -> str:
-        self.reason = f"{self._assignment.assigned_hub} {what} ({reason})"
+        self.reason = f"{self.assignment.assigned_hub} {what} ({reason})"
         word = reason.partition(":")[0]
         self.code = word if "." in word else ""  # a code: this device is the reason, and not the way to the hub
         return NOT_FOUND if word == NO_REPLY_NOT_FOUND else LOST
 
     def _refused(self, return_code: int) -> str:
-        hub, device_id = self._assignment.assigned_hub, self._assignment.device_id
+        hub, device_id = self.assignment.assigned_hub, self.assignment.device_id
         self.code = ""
         self.reason = f"{hub} refused the connection of {device_id!r} with code {return_code}"
         if return_code in _UNACCEPTABLE:

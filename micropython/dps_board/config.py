@@ -4,7 +4,7 @@ Loaded while a board starts, and for as long as somebody has a BoardConfiguratio
 """
 
 from dps_agent.values import settings_of
-from dps_board.memory import forget
+from dps_board.keys import read_values
 from dps_board.tls import Trust
 from dps_hal.errors import AskOperator
 
@@ -39,10 +39,7 @@ def load(path: str = CONFIG_FILE) -> BoardConfiguration:
 
     AskOperator `config.unreadable`, `config.missing` or `config.invalid`, with what was expected and what came.
     """
-    from dps_board.keys import read_values
-
     values = read_values(_content(path), path)
-    forget("dps_board.keys")
     trust = _trust("ca_file", values["ca_file"])
     hub_file = values["hub.ca_file"]
     hub_trust = _trust("hub.ca_file", hub_file) if hub_file else trust

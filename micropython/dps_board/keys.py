@@ -1,7 +1,7 @@
 """The keys of `config.json`: those of the TOML settings on Linux, and a table `board`.
 
 `tools/deploy` has checked every value. What somebody wrote here by hand is refused where its name or its type is none;
-nothing is guessed. Loaded while the settings are read, not longer.
+nothing is guessed. Loaded with `dps_board.config`, and as long as that.
 """
 
 from dps_hal.errors import AskOperator

@@ -376,6 +376,39 @@ def test_the_attributes_of_two_modules_get_the_same_short_name() -> None:
     assert f"self.{name}, self.shown = (0, 1)" in short["m"]
 
 
+UNUSED = """
+class Plain:
+    def __init__(self):
+        self.count = 1
+
+    def __repr__(self):
+        return "Plain()"
+
+    @property
+    def first(self):
+        return self.second
+
+    @property
+    def second(self):
+        return self.count
+
+class Told(dict):
+    def __repr__(self):
+        return "Told()"
+
+def run():
+    return Plain().count, repr(Told())
+"""
+
+
+def test_what_nobody_asks_for_is_left_out_and_what_that_alone_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = written_short({"m": UNUSED}, (), ("run",))["m"]
+    assert loaded(monkeypatch, {"dps_base": short}, "dps_base").run() == (1, "Told()")
+    assert "first" not in short and "second" not in short and short.count("__repr__") == 1
+    kept = written_short({"m": UNUSED}, ["Plain().first"], ("run",))["m"]
+    assert "def first" in kept and "def second" in kept
+
+
 FAMILIES = """
 class First:
     def __init__(self):

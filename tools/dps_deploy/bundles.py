@@ -38,8 +38,7 @@ PHASES = {
     "dps_board.factory": ("dps_board.factory",),
     "dps_agent.pnp": ("dps_agent.pnp",),
     "dps_board.messages": ("dps_board.messages",),
-    "dps_board.config": ("dps_board.config",),
-    "dps_board.keys": ("dps_board.keys",),
+    "dps_board.config": ("dps_board.config", "dps_board.keys"),
     "dps_board.parts": ("dps_board.parts",),
     "dps_hal.tpm.verdicts": ("dps_hal.tpm.verdicts",),
     "dps_hal.store.block": ("dps_hal.store.block",),
@@ -49,9 +48,15 @@ PHASES = {
 ONE_OF = {"dps_hal.tpm.spi", "dps_hal.tpm.i2c"}  # a board has one of them: in BASE where the other is left out
 OURS = ("dps_agent", "dps_board", "dps_hal")
 FACTS = {"TYPE_CHECKING": False, "MICROPYTHON": True, "CERTIFICATES": False}  # names that mean the same in every module
-# What is known of every board, for none shows a certificate: attributes of settings, assignment and session, and what
-# functions say of an assignment.
-EMPTY: dict[str, str | None] = {"certificate": "", "chain": "", "_renewal": None}
+# What is known of every board, for none shows a certificate, or has its TPM from an operating system or with others:
+# attributes of settings, assignment, session and TPM, and what functions say of an assignment.
+EMPTY: dict[str, str | bool | None] = {
+    "certificate": "",
+    "chain": "",
+    "_renewal": None,
+    "managed": False,
+    "shared": False,
+}
 SAID = {"has_tokens": True, "is_signed": False}
 LONGEST = 100  # characters or bytes that may take the place of a name
 _FORGET = ("dps_board.memory", "forget")
@@ -560,7 +565,7 @@ class _WithoutCertificates(ast.NodeTransformer):
 
 
 def without_certificates(tree: ast.Module) -> ast.Module:
-    """A module in which nobody has a certificate; what is not reached then drops out as one without notes."""
+    """A module in which EMPTY and SAID hold; what is not reached then drops out as one without notes."""
     found: ast.Module = _WithoutCertificates().visit(tree)
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 # KiB of 32-bit heap on which a device registers, lives at its hub and reconnects, with TLS in that heap and chains of
 # certificates as large as Azure's: the smallest ones on which that is tried on the emulated Cortex-M3, see "Memory" in
 # micropython/README.md. By where the agent's modules lie.
-FROZEN_KIB = 104
+FROZEN_KIB = 96
 IN_FILES_KIB = 300
 
 

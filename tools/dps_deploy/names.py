@@ -162,19 +162,27 @@ def _rename(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda, named
 def without_unused_methods(
     trees: Collection[ast.Module], others: Iterable[ast.Module], public: Collection[str]
 ) -> None:
-    """Drops the methods of classes that are not `public` whose names are nowhere but in methods of that name."""
-    every = [node for tree in [*trees, *others] for node in ast.walk(tree)]
+    """Drops the methods of classes that are not `public` whose names are nowhere but in methods of that name.
+
+    So are those that say what an object without a base is: MicroPython then shows its class, and no attribute of it.
+    """
+    asked = _asked(node for tree in [*trees, *others] for node in ast.walk(tree))
     classes = [
         (node, _with_bases(tree, public)) for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)
     ]
-    asked = _asked(every)
-    for node, kept in classes:
-        for method in [each for each in node.body if isinstance(each, FUNCTIONS)]:
-            own = _asked(ast.walk(method))[method.name]
-            is_kept = node.name in kept or method.name.startswith("__")
-            if not is_kept and asked[method.name] == own:
-                node.body.remove(method)
-        node.body = node.body or [ast.Pass()]
+    changed = True
+    while changed:  # what one of them alone asks for goes with it
+        changed = False
+        for node, kept in classes:
+            for method in [each for each in node.body if isinstance(each, FUNCTIONS)]:
+                own = _asked(ast.walk(method))
+                is_kept = node.name in kept or method.name.startswith("__")
+                shows = method.name == "__repr__" and not node.bases
+                if shows or (not is_kept and asked[method.name] == own[method.name]):
+                    node.body.remove(method)
+                    asked -= own
+                    changed = True
+            node.body = node.body or [ast.Pass()]
 
 
 def _asked(nodes: Iterable[ast.AST]) -> Counter[str]:
