@@ -475,8 +475,8 @@ def test_methods_that_nothing_names_are_left_out_but_those_of_public_classes() -
         "class Base:\n    def first(self):\n        return self.first()\n\n"
         "class Open(Base):\n    def second(self):\n        pass\n\n"
         "class Life:\n    def first(self):\n        pass\n\n    def third(self):\n        return self.third\n\n"
-        "class More:\n    def __str__(self):\n        pass\n\n    def fourth(self):\n        return 'fifth'\n\n"
-        "    def fifth(self):\n        pass\n\n    def sixth(self):\n        pass\n"
+        "class More:\n    def __str__(self):\n        pass\n\n    def fourth(self):\n        pass\n\n"
+        "    def fifth(self):\n        pass\n\n    def sixth(self):\n        return 'fifth'\n"
     )
     tree = ast.parse(shortened(source, {"Open"}, "Life().sixth()"))
     methods = [method.name for node in tree.body if isinstance(node, ast.ClassDef) for method in functions_in(node)]
