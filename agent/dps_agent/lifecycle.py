@@ -198,7 +198,7 @@ class Lifecycle:
         return merged(self.patience.fleet, self.settings.fleet) or self.settings.fleet
 
     @property
-    def retry_after_s(self) -> "int | None":
+    def next_attempt_in_s(self) -> "int | None":
         """Seconds until the next attempt, in WAITING and HALTED and while it spreads."""
         return int(self.wait_s) if self.spreads or self.state in (WAITING, HALTED) else None
 

@@ -37,7 +37,7 @@ def flaw_of(patch: "dict[str, Any]", own: str) -> "tuple[int, str]":
     patch without a flaw may still be too large for it.
     """
     if own in patch:
-        return 400, f"'{own}' is what the agent reports of itself; expected another name"
+        return 400, f"expected another name than '{own}', under which the agent reports of itself"
     try:
         size = _size_of(patch, 0)
     except ValueError as flaw:

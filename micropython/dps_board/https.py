@@ -40,15 +40,10 @@ class Connection:
         self._authority = endpoint[len("https://") :]
         self._host, port = split_address(self._authority, _HTTPS_PORT)
         self._dial = split_address(connect_to, port) if connect_to else (self._host, port)
-        self._link = Link(trust, while_waiting)
+        self.link = Link(trust, while_waiting)
         # Where a connection ends well and where it was cut MicroPython does not tell apart.
         self._reader = Reader(BODY_LIMIT)
         self._answered = False  # a byte came since the last request
-
-    @property
-    def handshakes(self) -> int:
-        """TLS handshakes so far."""
-        return self._link.handshakes
 
     async def request(
         self, method: str, path: str, body: bytes, authorization: "SasToken | None", limit_ms: int
@@ -57,7 +52,7 @@ class Connection:
 
         The body of the answer is only to be read before the next request.
         """
-        self._link.begin(limit_ms)
+        self.link.begin(limit_ms)
         sent = False
         while True:
             reused = self.is_open()
@@ -66,7 +61,7 @@ class Connection:
             try:
                 if not reused:
                     self._make_room()
-                    await self._link.open(self._dial[0], self._dial[1], self._host)
+                    await self.link.open(self._dial[0], self._dial[1], self._host)
                 await self._send(self._head_of(method, path, body, authorization))
                 await self._send(body)
                 sent = True
@@ -78,7 +73,7 @@ class Connection:
                 sent = sent or reused
                 # A server may close an idle connection while our request is on its way. Every request of this API
                 # may be repeated: registering again with the same body and token asks for the same thing.
-                if reused and not self._answered and failed.reason == NO_REPLY_CLOSED and not self._link.is_aborted():
+                if reused and not self._answered and failed.reason == NO_REPLY_CLOSED and not self.link.is_aborted:
                     continue
                 return NoReply(f"{failed.reason}: {failed}", sent)
             finally:
@@ -87,10 +82,10 @@ class Connection:
 
     def is_open(self) -> bool:
         """Whether there is a connection with nothing in it, so that it can take a request; another one is closed."""
-        if not self._link.is_open():
+        if not self.link.is_open():
             return False
         try:
-            if self._link.is_shaken and self._link.read(1) is None:
+            if self.link.is_shaken and self.link.read(1) is None:
                 return True
         except Failed:
             pass  # the peer has gone
@@ -99,11 +94,11 @@ class Connection:
 
     def abort(self) -> None:
         """Makes a request under way end soon, `closed`; for another task."""
-        self._link.abort()
+        self.link.abort()
 
     def close(self) -> None:
         """Ends the connection, if there is one; the next request opens another."""
-        self._link.close()
+        self.link.close()
         self._reader.rest = self._reader.room = b""
 
     def _make_room(self) -> None:
@@ -116,10 +111,10 @@ class Connection:
     async def _send(self, message: bytes) -> None:
         sent = 0
         while sent < len(message):
-            count = self._link.write(memoryview(message)[sent : sent + _SEND_BYTES])
+            count = self.link.write(memoryview(message)[sent : sent + _SEND_BYTES])
             sent += count
             if not count:
-                await self._link.pause()
+                await self.link.pause()
 
     # --- messages
 
@@ -147,8 +142,8 @@ class Connection:
     async def _receive(self) -> bytes:
         """Waits for more; the other tasks have their turn after each piece, however fast the next one comes."""
         while True:
-            received = self._link.read(_RECEIVE_BYTES)
-            await self._link.pause(received is None)
+            received = self.link.read(_RECEIVE_BYTES)
+            await self.link.pause(received is None)
             if received is not None:
                 self._answered = self._answered or bool(received)
                 return received

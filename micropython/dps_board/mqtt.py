@@ -55,7 +55,7 @@ class HubConnection:
         while_waiting: "Callable[[], None] | None" = None,
     ) -> None:
         self._dial = split_address(connect_to, _MQTT_PORT) if connect_to else ("", _MQTT_PORT)
-        self._link = Link(trust, while_waiting)
+        self.link = Link(trust, while_waiting)
         self._while_waiting = while_waiting
         self._reached = ""  # the hub behind the link
         self._identity = ("", "")  # hub and device id
@@ -75,11 +75,6 @@ class HubConnection:
         self._posted: list[Event] = []
         self._aborted = False
 
-    @property
-    def handshakes(self) -> int:
-        """TLS handshakes so far."""
-        return self._link.handshakes
-
     def is_reached(self, hub: str) -> bool:
         """Whether `reach` has nothing to do."""
         return self._reached == hub and not self._connected
@@ -89,11 +84,11 @@ class HubConnection:
         if self.is_reached(hub):
             return None
         await self.disconnect()
-        self._link.begin(CONNECT_LIMIT_MS)
+        self.link.begin(CONNECT_LIMIT_MS)
         try:
-            await self._link.open(self._dial[0] or hub, self._dial[1], hub)
-            while not self._link.write(_CONNECT):  # with the first byte of CONNECT comes the handshake
-                await self._link.pause()
+            await self.link.open(self._dial[0] or hub, self._dial[1], hub)
+            while not self.link.write(_CONNECT):  # with the first byte of CONNECT comes the handshake
+                await self.link.pause()
         except Failed as failed:
             self._end()
             return NoReply(f"{failed.reason}: {failed}", False)
@@ -105,7 +100,7 @@ class HubConnection:
     ) -> "ConnAck | NoReply":
         """Connects as `hub_effects.Connect` says, after any earlier connection has ended; within CONNECT_LIMIT_MS."""
         if self.is_reached(hub):
-            self._link.begin(CONNECT_LIMIT_MS)
+            self.link.begin(CONNECT_LIMIT_MS)
         else:
             failure = await self.reach(hub)
             if failure is not None:
@@ -124,7 +119,7 @@ class HubConnection:
         try:
             while self._connack is None:
                 if not self._exchange():
-                    await self._link.pause()
+                    await self.link.pause()
         except Failed as failed:
             self._end()
             return NoReply(f"{failed.reason}: {failed}", True)
@@ -226,7 +221,7 @@ class HubConnection:
     def abort(self) -> None:
         """Makes a `connect` or `next_event` under way end soon; for another task."""
         self._aborted = True
-        self._link.abort()
+        self.link.abort()
 
     async def disconnect(self) -> None:
         """Ends the connection, politely where that takes less than a second; nobody is told."""
@@ -234,12 +229,12 @@ class HubConnection:
             self._connected = False
             self._keep_acknowledged()  # this makes room: what is left unread would break the connection
             self._send(b"\xe0\x00", b"")
-            self._link.begin(PART_LIMIT_MS)
+            self.link.begin(PART_LIMIT_MS)
             try:
                 while True:
                     self._exchange()
                     self._keep_acknowledged()
-                    await self._link.pause()
+                    await self.link.pause()
             except Failed:
                 pass  # the hub has gone, or had its time
         self._end()
@@ -252,7 +247,7 @@ class HubConnection:
         self._connack = None
         self._to_send.clear()
         self._sent = 0
-        self._link.close()
+        self.link.close()
 
     def _keep_acknowledged(self) -> None:
         self._events = [event for event in self._events if isinstance(event, Acknowledged)]
@@ -314,7 +309,7 @@ class HubConnection:
         moved = False
         while self._to_send:
             piece = self._to_send[0]
-            count = self._link.write(memoryview(piece)[self._sent : self._sent + _SEND_BYTES])
+            count = self.link.write(memoryview(piece)[self._sent : self._sent + _SEND_BYTES])
             if not count:
                 break
             moved = True
@@ -324,7 +319,7 @@ class HubConnection:
                 self._to_send.pop(0)
                 self._sent = 0
         if self._has_room():
-            received = self._link.read(min(self._wanted - self._at, _SEND_BYTES))
+            received = self.link.read(min(self._wanted - self._at, _SEND_BYTES))
             if received is not None:
                 if not received:
                     raise Failed(NO_REPLY_CLOSED, "the hub ended the connection")

@@ -154,6 +154,7 @@ class Agent:
         tpm, store, led = parts.make_signer(config, feed), parts.make_store(config), parts.make_led(config)
         agent = cls(config, tpm, store, clock, on_state=led, watchdog=feed)
         agent._wifi = config.values["board.wifi_ssid"], config.values["board.wifi_password"]
+        del load, parts, config  # they would keep what is to go
         forget("dps_board.parts", "dps_board.config")
         return agent
 

@@ -11,7 +11,10 @@ from dps_board.memory import forget
 
 
 def sentence(number: int, *values: object) -> str:
-    """The text of that number with its values; where there are no texts, or no room for them, the number and those."""
+    """The text of that number with its values; the number and those without texts, and without room for them.
+
+    So it is with a table of another release, which a firmware or a copy left on the board, as far as that shows.
+    """
     try:
         from dps_texts import (  # type: ignore[import-not-found]  # pyright: ignore[reportMissingImports]
             PIECES,
@@ -28,7 +31,7 @@ def sentence(number: int, *values: object) -> str:
                 text = text[:at] + _line(PIECES, byte if byte < 32 else byte - 95) + text[at + 1 :]
         words = text.decode()
         words = words.format(*values) if values else words
-    except (ImportError, MemoryError):
+    except (ImportError, MemoryError, TypeError, ValueError, IndexError):
         words = f"({number}) " + ", ".join([str(value) for value in values])
     forget("dps_texts")
     return words

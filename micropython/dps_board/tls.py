@@ -86,7 +86,7 @@ class Link:
     """
 
     def __init__(self, trust: Trust, while_waiting: "Callable[[], None] | None" = None) -> None:
-        self.handshakes = 0
+        self.handshakes = 0  # so far
         self.is_shaken = False  # the peer is verified
         self._trust = trust
         self._lacks_room = False  # the heap had less than a handshake may take: who fails then, fails for that
@@ -96,21 +96,17 @@ class Link:
         self._read: Any = None
         self._started_ms = 0
         self._limit_ms = 0
-        self._aborted = False
+        self.is_aborted = False  # since `begin`
 
     def begin(self, limit_ms: int) -> None:
         """What is to be done now has so much time."""
         self._started_ms = ticks_ms()
         self._limit_ms = limit_ms
-        self._aborted = False
+        self.is_aborted = False
 
     def abort(self) -> None:
         """Makes what waits end soon, `closed`; for another task."""
-        self._aborted = True
-
-    def is_aborted(self) -> bool:
-        """Whether `abort` was called since `begin`."""
-        return self._aborted
+        self.is_aborted = True
 
     def is_open(self) -> bool:
         """Whether there is a connection, as far as anybody knows."""
@@ -118,7 +114,7 @@ class Link:
 
     async def pause(self, waits: bool = True) -> None:
         """Lets the other tasks run, for a moment if it `waits` for something; Failed once the time is over."""
-        if self._aborted:
+        if self.is_aborted:
             raise Failed(NO_REPLY_CLOSED, "given up")
         if ms_since(self._started_ms) > self._limit_ms:
             raise Failed(NO_REPLY_TIMEOUT, f"no whole answer within {self._limit_ms} ms")

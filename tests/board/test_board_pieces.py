@@ -531,7 +531,7 @@ def test_an_agent_by_the_settings_joins_their_network_and_keeps_no_other_of_them
         sys.modules.pop("network")
     assert radio.joins == [("plant", "open sesame")]
     hub = agent._join_hub()
-    assert hub.connection._link._trust is hub_trust and hub.connection._dial == ("hub", 1)
+    assert hub.connection.link._trust is hub_trust and hub.connection._dial == ("hub", 1)
     kept = list(agent.__dict__.values()) + list(hub.__dict__.values())
     assert values not in kept and not any(isinstance(each, BoardConfiguration) for each in kept)
 
@@ -598,7 +598,7 @@ class FloodingLink:
 
 def asked_of(link: FloodingLink) -> "Reply | NoReply":
     connection = Connection("https://dps.example", Trust([]))
-    connection._link = link  # type: ignore[assignment]
+    connection.link = link  # type: ignore[assignment]
     return asyncio.run(connection.request("PUT", "/", b"{}", None, 1000))
 
 

@@ -937,7 +937,7 @@ class Bytes:
 )
 def test_no_bytes_of_a_hub_raise(pieces: list[bytes]) -> None:
     client = board_mqtt.HubConnection(Trust([]))
-    client._link = Bytes([mqtt.connack(0), *pieces])  # type: ignore[assignment]
+    client.link = Bytes([mqtt.connack(0), *pieces])  # type: ignore[assignment]
     client._packets = client._read_packets()
     client._want(next(client._packets))
     client._keep_alive_ms = 60_000

@@ -109,7 +109,7 @@ def test_an_operator_who_asks_once_does_not_wait() -> None:
     world.dps.script = [error_reply(404, 404201)]
     life = lived(world)
     assert life.state == HALTED and life.error is not None and life.error.code == "dps.not_found"
-    assert world.sleeps == [] and life.retry_after_s is not None and 1800 <= life.retry_after_s <= 5402
+    assert world.sleeps == [] and life.next_attempt_in_s is not None and 1800 <= life.next_attempt_in_s <= 5402
 
 
 def test_waits_between_attempts_grow_to_an_hour() -> None:
@@ -420,11 +420,11 @@ def test_a_life_says_how_long_it_is_spread() -> None:
     generator, world = life.live(False, False), World()
     effect = generator.send(None)
     while not isinstance(effect, Sleep):
-        assert not life.spreads and life.retry_after_s is None
+        assert not life.spreads and life.next_attempt_in_s is None
         effect = generator.send(world.answer(effect))
-    assert life.spreads and life.retry_after_s == effect.delay_s == 2000 and "fleet" in effect.reason
+    assert life.spreads and life.next_attempt_in_s == effect.delay_s == 2000 and "fleet" in effect.reason
     generator.send(world.answer(effect))
-    assert not life.spreads and life.retry_after_s is None and life.state == PROVISIONING
+    assert not life.spreads and life.next_attempt_in_s is None and life.state == PROVISIONING
 
 
 def test_each_restart_that_does_not_know_the_time_waits_for_a_random_part_of_the_spread() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import re
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ def run():
 def gone(a):
     return a == 1 or a > 5
 def run():
-    return gone(1), gone(3), [gone(each) for each in (1, 6, 2)]
+    one, two = 1, 3
+    return gone(one), gone(two), gone(6)
 """,
     "arguments by name": """
 def gone(a, b):
@@ -60,15 +62,16 @@ def run():
     return total, each
 """,
     "a body before a condition and before an error": """
+log = []
 def gone(a):
-    b = a + 1
-    return b > 2
+    log.append(a)
+    return len(log) > a
 def gone_too(text):
     text = text + "!"
     return ValueError(text)
 def run():
     try:
-        if gone(2):
+        if gone(0):
             raise gone_too("no")
     except ValueError as error:
         return str(error)
@@ -247,6 +250,109 @@ def run():
     a = A()
     return a._stays()
 """,
+    "a method that a class has by another name, too": """
+class A:
+    def _stays(self):
+        return 1
+    table = {"a": _stays}
+    def b(self):
+        return self._stays()
+def run():
+    return A().b(), A.table["a"](A())
+""",
+    "a method that a class within a function overrides": """
+class A:
+    def _stays(self):
+        return 1
+    def b(self):
+        return self._stays()
+def run():
+    class B(A):
+        def _stays(self):
+            return 2
+    return A().b(), B().b()
+""",
+    "a method that a class overrides by assignment": """
+class A:
+    def _stays(self):
+        return 1
+    def b(self):
+        return self._stays()
+class B(A):
+    _stays = lambda self: 5
+def run():
+    return A().b(), B().b()
+""",
+    "a method that a function calls of what it names self": """
+class A:
+    def _stays(self):
+        return 1
+    def b(self):
+        return self._stays()
+def other(self):
+    return self._stays() + 1
+def run():
+    return A().b(), other(A())
+""",
+    "a name that is a parameter there": """
+def stays(a):
+    return a + 1
+def other(stays):
+    return stays(5)
+def run():
+    return other(lambda a: a * 2)
+""",
+    "a generator that is asked later": """
+def stays(a, b):
+    return (each + a for each in b)
+def run():
+    made = [stays(each, [1]) for each in (1, 2)]
+    return [list(each) for each in made]
+""",
+    "what others may change meanwhile": """
+count = 0
+def raised():
+    global count
+    count += 1
+    return count
+def stays(before):
+    return [raised(), before]
+def run():
+    return 0, stays(count)
+""",
+    "a property that would be asked later": """
+class A:
+    n = 0
+    @property
+    def next(self):
+        self.n += 1
+        return self.n
+    def _stays(self, value):
+        return [self.n, value]
+    def b(self, other):
+        return 0, self._stays(other.next)
+def run():
+    a = A()
+    return a.b(a)
+""",
+    "a call in a class": """
+def stays(a):
+    b = a + 1
+    return b
+def run():
+    class A:
+        x = stays(1)
+    return [name for name in vars(A) if name in ("b", "x")]
+""",
+    "more names than can be let go of": """
+def stays(a):
+    b = c = d = e = f = g = h = i = j = a
+    return [b, c, d, e, f, g, h, i, j]
+def run():
+    k = l = m = n = o = p = q = r = s = 1
+    found = stays(1)
+    return found, k, l, m, n, o, p, q, r, s
+""",
     "a public method": """
 class A:
     def stays(self):
@@ -359,6 +465,20 @@ def test_a_function_stays_that_somebody_else_may_ask_for() -> None:
         trees = [ast.parse(source), ast.parse(other)]
         inlined(trees, [], ("run",))
         assert "stays" in functions(ast.unparse(trees[0])), other
+
+
+def test_a_name_of_a_body_holds_nothing_behind_it() -> None:
+    """Else what it held would live until the function ends."""
+    after = written(
+        "def gone(a):\n    b = [a]\n    return len(b)\ndef run():\n    found = gone(1)\n    return found, b\n"
+    )
+    assert functions(after) == {"run"} and re.search(r"found = len\((b_*)\)\n    \1 = None\n", after), after
+
+
+def test_a_program_s_own_class_may_override_a_method() -> None:
+    source = "class A:\n    def _stays(self):\n        return 1\n    def b(self):\n        return self._stays()\n"
+    assert "stays" not in functions(written(source))
+    assert "stays" in functions(written(source, "class B(A):\n    def _stays(self):\n        return 2\n"))
 
 
 def test_what_is_written_into_a_coroutine_runs_in_it() -> None:

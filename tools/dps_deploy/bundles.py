@@ -628,6 +628,13 @@ class _WithoutNotes(ast.NodeTransformer):
             first = node.values[0]
         return node if len(node.values) > 1 else first
 
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        self.generic_visit(node)
+        left, right, is_equal = node.left, node.comparators[0], [type(each) for each in node.ops] == [ast.Eq]
+        if isinstance(left, ast.Constant) and isinstance(right, ast.Constant) and is_equal:
+            return ast.Constant(left.value == right.value) if type(left.value) is type(right.value) else node
+        return node
+
     def visit_If(self, node: ast.If) -> Any:
         self.generic_visit(node)
         if isinstance(node.test, ast.Constant):

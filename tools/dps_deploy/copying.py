@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from dps_deploy.bundles import OURS
+from dps_deploy.bundles import BASE, OURS, PHASES
+from dps_deploy.error_texts import TABLE
 from dps_deploy.heap import shortage
 from dps_hal.errors import AskOperator
 from dps_hal.store.littlefs import refuse_unless_littlefs
@@ -16,6 +17,7 @@ CHUNK_BYTES = 512  # the board needs several times that
 _LAST = "main.py"
 _NEW = "main.new"
 _FOLDER = 0x4000  # of a file's mode
+_BUNDLES = frozenset(f"lib/{name}.mpy" for name in (BASE, *PHASES, TABLE) if "." not in name)
 _GUARD = """\
 # Stands in for the program until all of its files are there.
 import binascii, hashlib
@@ -76,6 +78,8 @@ def copy(
             for folder in [f"lib/{package}" for package in OURS]:
                 if any(path.startswith(f"{folder}/") for path in files):  # else mip has put them there
                     shadows += [path for path in _modules(board, folder) if path not in files]
+            if not _BUNDLES.isdisjoint(files):
+                shadows += [path for path in sorted(_BUNDLES.difference(files)) if board.fs_exists(path)]
             if differing or shadows:
                 doing = f"write {_LAST}"
                 begun = True

@@ -20,7 +20,7 @@ FINDER = ("dps_board.texts", "sentence")
 # Bytes that stand for pieces, each for the line of its place in this; a line feed ends a line, and stands for none.
 CODES = [*range(32), *range(127, 256)]
 LONGEST_PIECE = 8  # bytes
-LEAST_WORDS = 3  # fewer take less room than what would find them
+LEAST_WORDS = 2  # a single one takes less room than what would find it
 BEGINNING = "expected "  # of a text about what is wrong, wherever that is made
 _ERRORS = ("RetryLater", "AskOperator", "IdentityStale", "Broken", "DpsError", "Failed", "RefusedError")
 _REASONS = (

@@ -6,12 +6,15 @@ what a piece does. In a bundle their bodies stand in that place instead; so do e
 a call, wherever they are called. What a program does stays the same, so it is done only where
 
 - the name means this function and nothing else, and is only called: nobody outside asks for it, no text has it;
-- a method begins with an underscore, and objects call it of themselves;
-- what it is called with is evaluated as often as before, in the same order, and before all that it does;
+- a method begins with an underscore, no class that is related has another one of that name, and objects call it of
+  themselves;
+- what it is called with is evaluated as often as before, in the same order, and before anything else;
 - no local name of the one is a name of the other: the body's are changed where they are.
 
-A value is let go of when the function that has it ends. So a body with names of its own goes into a generator or a
-coroutine, which may live as long as its device, only where that ends with it.
+A value is let go of when the function that has it ends. So a body with names of its own goes before other statements
+only where those names can be let go of behind it, and into a generator or a coroutine, which may live as long as its
+device, only where that ends with it. MicroPython has a frame of up to eleven words on the C stack, a larger one in the
+heap: no function is taken beyond that.
 """
 
 from __future__ import annotations
@@ -21,14 +24,27 @@ import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from dps_deploy.scopes import COMPREHENSIONS, FUNCTIONS, SCOPES, bound, bound_by, families, locals_of, within
+from dps_deploy.bundles import without_notes
+from dps_deploy.scopes import (
+    COMPREHENSIONS,
+    FUNCTIONS,
+    SCOPES,
+    arguments_of,
+    bound,
+    bound_by,
+    families,
+    locals_of,
+    within,
+)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Given = list[tuple[str, ast.expr]]  # parameters and what they are called with, in the order in which that is evaluated
-# Nodes of an expression that is written in two places, in three, in more: each saves a call, and all together what a
-# function takes.
-SMALL = (26, 18, 14)
-_ACTS = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom)
+# An expression is written in two places, in three or in more where it has at most so many nodes: it takes no more room
+# there than the calls and the function.
+MOST_NODES = (26, 18, 14)
+MOST_LOCALS = 8  # of a function whose frame has eleven words
+MOST_CLEARED = 8  # names that are let go of behind a body
+_CONSUMERS = ("all", "any", "bytes", "dict", "list", "max", "min", "set", "sorted", "sum", "tuple")  # of a generator
 _LATE = (ast.Lambda, *COMPREHENSIONS)
 _KEPT = (*SCOPES, ast.Global, ast.Nonlocal, ast.Delete, ast.NamedExpr)  # what means something else in another function
 
@@ -39,6 +55,7 @@ class _Found(NamedTuple):
     node: Function
     body: list[ast.stmt]  # in which it is defined
     family: str  # of its class; "" at the head of a module
+    functions: frozenset[str]  # the names of all there are: an attribute of such a name may be a property
 
 
 class _Place(NamedTuple):
@@ -59,8 +76,9 @@ class _Named(NamedTuple):
 
 def inlined(trees: Collection[ast.Module], others: Iterable[ast.Module], public: Collection[str]) -> None:
     """Changes `trees`, the bundles; `others` are programs that use them, `public` what other programs may call."""
-    related = families(node for tree in trees for node in tree.body)
-    outside = {name for tree in others for node in ast.walk(tree) for name in (*_said(node), *_attribute(node))}
+    related = families(node for tree in trees for node in ast.walk(tree))
+    outside = {name for tree in others for node in ast.walk(tree) for name in (*_said(node), *_own(node))}
+    functions = frozenset(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, FUNCTIONS))
     said = {id(tree): {name for node in ast.walk(tree) for name in _said(node)} for tree in trees}
     changed = True
     while changed:
@@ -69,7 +87,7 @@ def inlined(trees: Collection[ast.Module], others: Iterable[ast.Module], public:
         written: set[Function] = set()  # those that are other ones now, at which the next round looks
         for tree in trees:
             asked = outside.union(public, *[said[id(other)] for other in trees if other is not tree])
-            for found in _candidates(tree, related, asked):
+            for found in _candidates(tree, related, functions, asked):
                 places = _places(named[found.node.name], tree, found)
                 if not places or not written.isdisjoint({found.node, *[place.inside for place in places]}):
                     continue
@@ -78,6 +96,8 @@ def inlined(trees: Collection[ast.Module], others: Iterable[ast.Module], public:
                     found.body[:] = found.body or [ast.Pass()]
                     written.update([found.node, *[place.inside for place in places]])
                     changed = True
+    for tree in trees:
+        without_notes(tree)  # where constants were given it may be known now what a condition says
 
 
 def _all_named(trees: Iterable[ast.Module], related: Mapping[str, str]) -> dict[str, list[_Named]]:
@@ -108,15 +128,18 @@ def _said(node: ast.AST) -> list[str]:
     return node.value.split() if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
 
 
-def _attribute(node: ast.AST) -> list[str]:
-    return [node.attr] if isinstance(node, ast.Attribute) else []
+def _own(node: ast.AST) -> list[str]:
+    """The name of an attribute or a function."""
+    return [node.name] if isinstance(node, FUNCTIONS) else [node.attr] if isinstance(node, ast.Attribute) else []
 
 
-def _candidates(tree: ast.Module, related: Mapping[str, str], asked: Collection[str]) -> Iterator[_Found]:
+def _candidates(
+    tree: ast.Module, related: Mapping[str, str], functions: frozenset[str], asked: Collection[str]
+) -> Iterator[_Found]:
     """Those that nobody else asks for and whose bodies mean the same elsewhere."""
-    heads = [_Found(node, tree.body, "") for node in tree.body if isinstance(node, FUNCTIONS)]
+    heads = [_Found(node, tree.body, "", functions) for node in tree.body if isinstance(node, FUNCTIONS)]
     methods = [
-        _Found(node, each.body, related[each.name])
+        _Found(node, each.body, related[each.name], functions)
         for each in tree.body
         if isinstance(each, ast.ClassDef)
         for node in each.body
@@ -144,8 +167,15 @@ def _is_plain(found: _Found) -> bool:
     inside = _within_whole(node)
     if any(isinstance(each, _KEPT) or (isinstance(each, ast.Import) and "." in each.names[0].name) for each in inside):
         return False
+    consumed = [each.args[0] for each in inside if isinstance(each, ast.Call) and _consumes(each)]
+    if any(isinstance(each, ast.GeneratorExp) and each not in consumed for each in inside):
+        return False  # it looks at names when it is asked
     names = {name for each in inside for name in (getattr(each, "id", ""), getattr(each, "attr", ""))}
     return _hidden(inside).isdisjoint(locals_of(node)) and names.isdisjoint({node.name, "super", "locals"})
+
+
+def _consumes(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Name) and call.func.id in _CONSUMERS and len(call.args) == 1
 
 
 def _within_whole(node: Function) -> list[ast.AST]:
@@ -162,20 +192,18 @@ def _places(named: Iterable[_Named], tree: ast.Module, found: _Found) -> list[_P
     """All the places that name a function; none where one of them is not a call of it in a function of its bundle."""
     places: list[_Place] = []
     for node, path, family in named:
-        of_self = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-        if node is found.node or (
-            found.family and (isinstance(node, ast.Name) or (of_self and family != found.family))
-        ):
+        is_here = path[0] is tree
+        if isinstance(node, ast.Attribute):
+            of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
+            if is_here and not found.family:
+                continue
+            if found.family and of_self and family not in ("", found.family):
+                continue  # another one's
+            place = _place(node, path) if is_here and of_self and family else None
+        elif node is found.node or (family != found.family if found.family else not is_here):
             continue
-        if isinstance(node, FUNCTIONS):
-            if family == found.family:
-                return []  # another one of that name
-            continue
-        if not found.family and isinstance(node, ast.Attribute) and path[0] is not tree:
-            return []  # of a bundle that was imported as a whole
-        if not found.family and (isinstance(node, ast.Attribute) or path[0] is not tree):
-            continue
-        place = _place(node, path) if path[0] is tree and (of_self or not found.family) else None
+        else:
+            place = None if found.family else _place(node, path)
         if place is None:
             return []
         places.append(place)
@@ -189,11 +217,20 @@ def _place(node: ast.AST, path: Sequence[ast.AST]) -> _Place | None:
     if not isinstance(call, ast.Call) or call.func is not node or len(around) != 1:
         return None
     at = list(path).index(around[0])
-    return (
-        None
-        if any(isinstance(each, ast.Lambda) for each in path[:at])
-        else _Place(call, list(path[at + 1 : -1]), around[0])
-    )
+    place = _Place(call, list(path[at + 1 : -1]), around[0])
+    is_plain = not any(isinstance(each, ast.Lambda) for each in path[:at])
+    is_plain = is_plain and not any(isinstance(each, ast.ClassDef) for each in place.path)
+    return place if is_plain and getattr(node, "id", "") not in _local_at(place) else None
+
+
+def _local_at(place: _Place) -> set[str]:
+    """The names that mean something local where a call is."""
+    found = locals_of(place.inside)
+    for each in place.path:
+        if isinstance(each, ast.Lambda):
+            found |= set(arguments_of(each.args))
+        found |= _hidden(getattr(each, "generators", ()))
+    return found
 
 
 # --- the call and what it gives
@@ -204,7 +241,7 @@ def _given(found: _Found, call: ast.Call) -> Given | None:
     names = [each.arg for each in found.node.args.args]
     values = [call.func.value] if found.family and isinstance(call.func, ast.Attribute) else []
     values += call.args
-    if any(isinstance(each, ast.Starred) for each in values) or len(values) > len(names):
+    if len(values) > len(names) or any(isinstance(each, ast.Starred | ast.NamedExpr) for each in ast.walk(call)):
         return None
     given = list(zip(names, values, strict=False))
     given += [(word.arg or "", word.value) for word in call.keywords]
@@ -241,12 +278,7 @@ def _means_the_same(node: Function, place: _Place) -> bool:
     inside = _within_whole(node)
     hidden = _hidden(inside)
     meant = {each.id for each in inside if isinstance(each, ast.Name)} - locals_of(node) - hidden
-    there = locals_of(place.inside)
-    for each in place.path:
-        if isinstance(each, ast.Lambda):
-            there |= {argument.arg for argument in each.args.args}
-        there |= _hidden(getattr(each, "generators", ()))
-    return there.isdisjoint(meant) and hidden.isdisjoint(_names_in(place.inside))
+    return _local_at(place).isdisjoint(meant) and hidden.isdisjoint(_names_in(place.inside))
 
 
 class _Renamed(ast.NodeTransformer):
@@ -285,7 +317,7 @@ def _expressions(found: _Found, places: Sequence[_Place]) -> bool:
     if len(found.node.body) > 1 or not isinstance(statement, ast.Return) or statement.value is None:
         return False
     value = statement.value
-    if len(places) > 1 and sum(1 for _ in ast.walk(value)) > SMALL[min(len(places) - 2, len(SMALL) - 1)]:
+    if len(places) > 1 and sum(1 for _ in ast.walk(value)) > MOST_NODES[min(len(places) - 2, len(MOST_NODES) - 1)]:
         return False
     calls = [place.call for place in places]
     if any(part in calls for call in calls for child in ast.iter_child_nodes(call) for part in ast.walk(child)):
@@ -293,7 +325,10 @@ def _expressions(found: _Found, places: Sequence[_Place]) -> bool:
     written: list[tuple[_Place, ast.expr, ast.expr]] = []
     for place in places:
         given, result = _given(found, place.call), _result(found.node, place)
-        if given is None or result is None or not _means_the_same(found.node, place) or not _keeps_order(value, given):
+        if given is None or result is None or not _means_the_same(found.node, place):
+            return False
+        costly = [(name, each) for name, each in given if not _stays(each, place)]
+        if not _keeps_order(value, costly, found.functions):
             return False
         written.append((place, result, _Renamed({}, dict(given)).visit(copy.deepcopy(value))))
     for place, result, instead in written:
@@ -301,22 +336,42 @@ def _expressions(found: _Found, places: Sequence[_Place]) -> bool:
     return True
 
 
-def _keeps_order(value: ast.expr, given: Given) -> bool:
-    """Whether an expression evaluates what the function is called with as a call does: each once, in order, first."""
-    costly = [(name, each) for name, each in given if not isinstance(each, ast.Name | ast.Constant)]
+def _stays(value: ast.expr, place: _Place) -> bool:
+    """Whether what is given is the same whenever it is looked at: a constant, or a name of the function that calls."""
+    if isinstance(value, ast.Name):
+        inside = list(ast.walk(place.inside))
+        return value.id in locals_of(place.inside) and not any(isinstance(each, ast.Nonlocal) for each in inside)
+    return isinstance(value, ast.Constant)
+
+
+def _keeps_order(value: ast.expr, costly: Given, functions: Collection[str]) -> bool:
+    """Whether an expression evaluates the parameters for which something is done, once, in order, before all else.
+
+    Attributes are looked up in any order, where none of them can be a property.
+    """
     names = [node.id for node in ast.walk(value) if isinstance(node, ast.Name)]
     if any(names.count(name) != 1 for name, _ in costly):
         return False
+    waiting = list(costly)
     for node, is_certain in _evaluated(value, True):
-        if not costly:
+        if not waiting:
             return True
-        acts = any(isinstance(part, _ACTS) for _, each in costly for part in ast.walk(each))
-        if isinstance(node, ast.Name) and node.id in dict(costly):
-            if not is_certain or costly.pop(0)[0] != node.id:
-                return False
-        elif isinstance(node, _ACTS) or (acts and not isinstance(node, ast.Name | ast.Constant)):
+        if isinstance(node, ast.Name) and node.id == waiting[0][0] and is_certain:
+            waiting.pop(0)
+        elif getattr(node, "id", "") in dict(waiting):
             return False
-    return not costly
+        elif not isinstance(node, ast.Name | ast.Constant):
+            is_method_of_text = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Constant)
+            if not is_method_of_text and not all(_is_read(each, functions) for each in (node, *dict(waiting).values())):
+                return False
+    return not waiting
+
+
+def _is_read(node: ast.expr, functions: Collection[str]) -> bool:
+    """Whether a value is an attribute of a name, or of such an attribute, and none of them is a property."""
+    while isinstance(node, ast.Attribute) and node.attr not in functions:
+        node = node.value
+    return isinstance(node, ast.Name)
 
 
 def _evaluated(node: ast.AST, is_certain: bool) -> Iterator[tuple[ast.expr, bool]]:
@@ -357,36 +412,68 @@ def _replace(inside: ast.AST, old: ast.AST, new: Sequence[ast.AST]) -> None:
 
 def _body(found: _Found, places: Sequence[_Place]) -> bool:
     """Writes the body of a function in the place of the one statement that calls it, if that can be done."""
-    (node, _, _), place = found, places[0]
+    node, place = found.node, places[0]
     given, result = _given(found, place.call), _result(node, place)
     statement = next((each for each in reversed(place.path) if isinstance(each, ast.stmt)), None)
     if len(places) > 1 or given is None or result is None or statement is None or not _means_the_same(node, place):
         return False
     returns = [each for each in within(node.body) if isinstance(each, ast.Return)]
+    body = _with_names(node, given, place)
+    if _is_wide(place.inside, node, body):
+        return False
     if isinstance(statement, ast.Return) and statement.value is result:
-        body = _with_names(node, given, place)
         body += [] if _always_ends(body) else [ast.Return(ast.Constant(None))]
     elif place.inside.body[-1] is statement and _is_all(statement, result) and not any(each.value for each in returns):
-        body = _with_names(node, given, place)
+        pass  # the function ends where the body does
     else:
-        if not _is_first(statement, result) or (_lives(place.inside) and _keeps(node, given)):
+        straight = _before(body, returns, statement, result, place)
+        if straight is None:
             return False
-        body = _with_names(node, given, place)
-        if not returns or returns == node.body[-1:]:
-            last = body.pop() if returns else ast.Return(None)
-            assert isinstance(last, ast.Return)
-            value = last.value or ast.Constant(None)
-        else:
-            name = _free_name(place.inside, body)
-            assigned = _assigned(body, name)
-            if assigned is None or _lives(place.inside):
-                return False
-            body, value = assigned, ast.Name(name, ast.Load())
-        _replace(statement, result, [value])
-        if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Constant | ast.Name):
-            body.append(statement)
+        body = straight
     _replace(place.inside, statement, body or [ast.Pass()])
     return True
+
+
+def _before(
+    body: list[ast.stmt], returns: list[ast.Return], statement: ast.stmt, result: ast.expr, place: _Place
+) -> list[ast.stmt] | None:
+    """A body in front of the statement that needs its result, and that statement; None where that cannot be done."""
+    own = [name for name in dict.fromkeys(bound(body)) if name not in _caught(body)]
+    if not _is_first(statement, result) or (own and _lives(place.inside)):
+        return None
+    if returns and (len(returns) > 1 or not isinstance(body[-1], ast.Return)):
+        target = statement.targets[0] if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else None
+        is_given = isinstance(statement, ast.Assign) and statement.value is result and isinstance(target, ast.Name)
+        assigned = _assigned(body, target.id) if is_given and isinstance(target, ast.Name) else None
+        return None if assigned is None or len(own) > MOST_CLEARED else assigned + _cleared(own)
+    if own and not isinstance(statement, ast.Assign | ast.Expr | ast.Raise):
+        return None
+    if not isinstance(statement, ast.Raise) and len(own) > MOST_CLEARED:
+        return None
+    last = body.pop() if returns else ast.Return(None)
+    assert isinstance(last, ast.Return)
+    _replace(statement, result, [last.value or ast.Constant(None)])
+    if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant | ast.Name)):
+        body.append(statement)
+    return body + (_cleared(own) if not isinstance(statement, ast.Raise) else [])
+
+
+def _cleared(names: Iterable[str]) -> list[ast.stmt]:
+    targets: list[ast.expr] = [ast.Name(name, ast.Store()) for name in names]
+    return [ast.Assign(targets, ast.Constant(None))] if targets else []
+
+
+def _caught(body: Iterable[ast.stmt]) -> set[str]:
+    """The names of errors that are caught, which end with what they are caught for."""
+    nodes = [each for statement in body for each in ast.walk(statement)]
+    return {str(each.name) for each in nodes if isinstance(each, ast.ExceptHandler)}
+
+
+def _is_wide(inside: Function, node: Function, body: list[ast.stmt]) -> bool:
+    """Whether two functions whose frames are on the C stack, or may live for long, become one that has not."""
+    before = locals_of(inside)
+    are_narrow = not _lives(inside) and max(len(before), len(locals_of(node))) <= MOST_LOCALS
+    return are_narrow and len(before | set(bound(body))) > MOST_LOCALS
 
 
 def _with_names(node: Function, given: Given, place: _Place) -> list[ast.stmt]:
@@ -401,18 +488,12 @@ def _with_names(node: Function, given: Given, place: _Place) -> list[ast.stmt]:
         names[name] = free
         taken.add(free)
     stored = set(bound(node.body))
-    values = {name: each for name, each in given if name not in stored and isinstance(each, ast.Name | ast.Constant)}
+    values = {name: each for name, each in given if name not in stored and _stays(each, place)}
     begin: list[ast.stmt] = [
         ast.Assign([ast.Name(names[name], ast.Store())], each) for name, each in given if name not in values
     ]
     renamed = _Renamed(names, values)
     return begin + [renamed.visit(copy.deepcopy(each)) for each in node.body]
-
-
-def _free_name(inside: Function, body: Iterable[ast.stmt]) -> str:
-    """A name that is neither in a function nor in what is written into it."""
-    taken = {name for each in (inside, *body) for name in _names_in(each)}
-    return next(name for at in range(len(taken) + 1) if (name := f"value_{at}") not in taken)
 
 
 def _assigned(body: Sequence[ast.stmt], name: str) -> list[ast.stmt] | None:
@@ -457,11 +538,6 @@ def _is_first(statement: ast.stmt, result: ast.expr) -> bool:
 def _lives(node: Function) -> bool:
     """Whether it may live for long."""
     return isinstance(node, ast.AsyncFunctionDef) or _yields(node)
-
-
-def _keeps(node: Function, given: Given) -> bool:
-    """Whether a body has names of its own, or for what it is called with."""
-    return bool(bound(node.body)) or not all(isinstance(each, ast.Name | ast.Constant) for _, each in given)
 
 
 def _always_ends(body: Sequence[ast.stmt]) -> bool:

@@ -40,7 +40,7 @@ from dps_deploy.scopes import (
 Target = tuple[str, str]  # a module and a name at its head; "" and the name of a method, wherever that is
 NUMBERED_IN_A_BYTE = 128
 NUMBERED_BEFORE = 3  # the file's name, `<module>`, and `__name__`, of which the condition is made
-LEAST_USES = 5
+LEAST_USES = 7
 IN_THE_TABLE = 10  # characters of a text that has a number in any case; a longer one where it is a name as well
 PLACES = [f"_{place}" for place in range(16)]  # as the attributes are named
 _HIDDEN = {  # what the compiler calls what has no name

@@ -63,7 +63,8 @@ def families(nodes: Iterable[ast.AST]) -> dict[str, str]:
     found = {node.name: node.name for node in classes}
     for node in classes:
         for base in node.bases:
-            if isinstance(base, ast.Name) and base.id in found:
-                ours, theirs = found[node.name], found[base.id]
+            name = base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
+            if name in found:
+                ours, theirs = found[node.name], found[name]
                 found = {name: theirs if family == ours else family for name, family in found.items()}
     return found

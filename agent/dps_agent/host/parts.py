@@ -248,7 +248,7 @@ def provision_once(
     if assignment is None or not (life.committed or life.state == PROVISIONED):
         error = life.error or RetryLater("agent.waiting", life.reason)
         if isinstance(error, RetryLater) and error.retry_after_s is None:
-            error.retry_after_s = life.retry_after_s
+            error.retry_after_s = life.next_attempt_in_s
         raise error
     warnings = []
     if life.rolled_back:

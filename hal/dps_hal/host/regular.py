@@ -87,7 +87,7 @@ def written_beside(
                 os.fsync(fd)
         yield part
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # it has its own name by then, or there is another error to be told
             os.unlink(part)
 
 

@@ -183,7 +183,7 @@ if TYPE_CHECKING:
 
             OSError: the connection broke, and a new one may work. RetryLater `tpm.timeout`: no response within
             `limit_s`. Other DpsErrors: it cannot be opened. After any of them `close` follows. A transport may have
-            `managed` and `shared`, see `Commands`.
+            `managed` and `shared`, see `Commands`; a board's is not asked, for nobody else uses its TPM.
             """
             ...
 

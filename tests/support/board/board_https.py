@@ -43,7 +43,7 @@ async def run(connection: Connection, steps: "tuple[str, ...]") -> None:
             began = time.ticks_ms()  # type: ignore[attr-defined]
             body = b'{"a":"%d"}' % (len(PATH) * 10) if word == "put" else b""
             reply = await connection.request(word.upper(), PATH, body, None, limit_ms)
-            line = {"handshakes": connection.handshakes, "ms": time.ticks_diff(time.ticks_ms(), began)}  # type: ignore[attr-defined]
+            line = {"handshakes": connection.link.handshakes, "ms": time.ticks_diff(time.ticks_ms(), began)}  # type: ignore[attr-defined]
             if isinstance(reply, Reply):
                 line["status"] = reply.status
                 line["headers"] = reply.headers

@@ -201,7 +201,7 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
             "refused": program.refused,
             "messages": program.messages,
             "desired": program.desired,
-            "handshakes": [agent.connection.handshakes, agent.hub.connection.handshakes if agent.hub else 0],
+            "handshakes": [agent.connection.link.handshakes, agent.hub.connection.link.handshakes if agent.hub else 0],
             "feeds": feeds[2],
             "longestFeedMs": feeds[1],
             "peaks": heap.peaks,

@@ -158,8 +158,8 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
 
     def observe(effect: "Any", answer: object) -> None:
         name = type(effect).__name__
-        if agent.connection.handshakes != handshakes[0]:
-            handshakes[0] = agent.connection.handshakes
+        if agent.connection.link.handshakes != handshakes[0]:
+            handshakes[0] = agent.connection.link.handshakes
             name += " with TLS handshake"
         if name == "Commit" and effect.record == "identity":
             sent_at_commit.extend(sent)
@@ -175,12 +175,12 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
         while True:
             before = time.ticks_ms()  # type: ignore[attr-defined]
             del did[:]
-            seen = agent.connection.handshakes
+            seen = agent.connection.link.handshakes
             await asyncio.sleep_ms(BLINK_MS)  # type: ignore[attr-defined]
             gap = time.ticks_diff(time.ticks_ms(), before)  # type: ignore[attr-defined]
             if gap > gaps[0][0]:
                 what = ", ".join(did)
-                if agent.connection.handshakes != seen and "handshake" not in what:
+                if agent.connection.link.handshakes != seen and "handshake" not in what:
                     what = "TLS handshake " + what
                 gaps[0] = (gap, what or "HTTP or TLS under way")
 
@@ -223,7 +223,7 @@ def main(config_file: str, flash_file: str, *words: str) -> None:
             "states": states,
             "hub": held.assigned_hub if held else "",
             "device": held.device_id if held else "",
-            "handshakes": agent.connection.handshakes,
+            "handshakes": agent.connection.link.handshakes,
             "gapMs": gaps[0][0],
             "gapBy": gaps[0][1],
             "feeds": feeds[0],

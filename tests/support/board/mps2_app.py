@@ -70,7 +70,7 @@ def numbers(agent: Agent, life: int) -> "dict[str, Any]":
         "allocations": mps2.allocations(),
         "flashSteps": mps2.flash_steps(),
         "upMs": time.ticks_ms(),  # type: ignore[attr-defined]
-        "handshakes": [agent.connection.handshakes, hub.connection.handshakes if hub else 0],
+        "handshakes": [agent.connection.link.handshakes, hub.connection.link.handshakes if hub else 0],
         "version": ".".join([str(part) for part in sys.implementation.version[:3]]),
     }
 

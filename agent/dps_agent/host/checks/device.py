@@ -168,7 +168,7 @@ class Device:
             yield worker
         finally:
             worker.settle(*aborts)
-            self._worker_hangs = worker.stuck
+            self._worker_hangs |= worker.stuck
             worker.end()
 
     @cached_property
