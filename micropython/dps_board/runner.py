@@ -143,9 +143,16 @@ class Agent:
         `random_source` is the firmware's own, `os.urandom`, where a hardware generator feeds it: so it is on ESP32,
         RP2350, STM32 and i.MX RT, and on RP2040 a ring oscillator's. AskOperator `config.…` for wrong settings.
         """
+        declare_random_source(random_source)
+        agent = cls._of_parts(path)
+        forget("dps_board.parts", "dps_board.config")
+        return agent
+
+    @classmethod
+    def _of_parts(cls, path: str) -> "Agent":
+        """See `from_config`. What makes the parts is held by nothing once this has returned."""
         from dps_board.config import load
 
-        declare_random_source(random_source)
         config = load(path)
         from dps_board import parts
 
@@ -154,8 +161,6 @@ class Agent:
         tpm, store, led = parts.make_signer(config, feed), parts.make_store(config), parts.make_led(config)
         agent = cls(config, tpm, store, clock, on_state=led, watchdog=feed)
         agent._wifi = config.values["board.wifi_ssid"], config.values["board.wifi_password"]
-        del load, parts, config  # they would keep what is to go
-        forget("dps_board.parts", "dps_board.config")
         return agent
 
     @property
