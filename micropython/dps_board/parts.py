@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SPI_HZ = 10_000_000  # PTP: every TPM takes 10 MHz
 I2C_HZ = 400_000
 NO_PIN = -1
-set_rtc = hardware_set_rtc  # here programs look for it
+set_rtc = hardware_set_rtc  # a program that makes its own clock asks for it here
 
 
 def make_signer(config: "BoardConfiguration", while_waiting: "Callable[[], None] | None" = None) -> "Signer":

@@ -2,7 +2,8 @@
 
 A compiled module has a table of its names and short texts, and code has their numbers there: one byte for the first
 128, two for all others. The first ones are the attributes at the head of the module. The table also has the names of
-all parameters. So
+all parameters. So methods that nobody asks for are left out, functions that one place calls are written there
+(`dps_deploy.inlining`), and
 
 1. a parameter that no call names is called by its place, as those of other functions are (`parameters_by_place`);
 2. the fields of a named tuple are given as a list: a tuple of texts is stored beside the table, with its texts
@@ -164,7 +165,7 @@ def without_unused_methods(
 ) -> None:
     """Drops the methods of classes that are not `public` whose names are nowhere but in methods of that name.
 
-    So are those that say what an object without a base is: MicroPython then shows its class, and no attribute of it.
+    A `__repr__` in a class without a base is dropped as well: MicroPython then shows the class, and no attribute.
     """
     asked = _asked(node for tree in [*trees, *others] for node in ast.walk(tree))
     classes = [
