@@ -128,6 +128,10 @@ def _said(node: ast.AST) -> list[str]:
     return node.value.split() if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
 
 
+def _parameter(node: ast.AST) -> list[str]:
+    return [node.arg] if isinstance(node, ast.arg) else []
+
+
 def _own(node: ast.AST) -> list[str]:
     """The name of an attribute or a function."""
     return [node.name] if isinstance(node, FUNCTIONS) else [node.attr] if isinstance(node, ast.Attribute) else []
@@ -147,7 +151,7 @@ def _candidates(
     ]
     nodes = list(ast.walk(tree))
     said = {name for node in nodes if isinstance(node, ast.Constant) for name in _said(node)}
-    made = [name for node in nodes for name in bound_by(node)]
+    made = [name for node in nodes for name in (*bound_by(node), *_parameter(node))]
     for found in (*heads, *methods):
         name = found.node.name
         is_free = name not in asked and name not in said and (found.family or made.count(name) == 1)
@@ -220,7 +224,7 @@ def _place(node: ast.AST, path: Sequence[ast.AST]) -> _Place | None:
     place = _Place(call, list(path[at + 1 : -1]), around[0])
     is_plain = not any(isinstance(each, ast.Lambda) for each in path[:at])
     is_plain = is_plain and not any(isinstance(each, ast.ClassDef) for each in place.path)
-    return place if is_plain and getattr(node, "id", "") not in _local_at(place) else None
+    return place if is_plain else None
 
 
 def _local_at(place: _Place) -> set[str]:
@@ -412,18 +416,24 @@ def _replace(inside: ast.AST, old: ast.AST, new: Sequence[ast.AST]) -> None:
 
 def _body(found: _Found, places: Sequence[_Place]) -> bool:
     """Writes the body of a function in the place of the one statement that calls it, if that can be done."""
+    if len(places) > 1:
+        return False
     node, place = found.node, places[0]
     given, result = _given(found, place.call), _result(node, place)
     statement = next((each for each in reversed(place.path) if isinstance(each, ast.stmt)), None)
-    if len(places) > 1 or given is None or result is None or statement is None or not _means_the_same(node, place):
+    if given is None or result is None or statement is None:
+        return False
+    ends = isinstance(statement, ast.Return) and statement.value is result
+    is_last = place.inside.body[-1] is statement and _is_all(statement, result)
+    if not (ends or is_last or _is_first(statement, result)) or not _means_the_same(node, place):
         return False
     returns = [each for each in within(node.body) if isinstance(each, ast.Return)]
     body = _with_names(node, given, place)
     if _is_wide(place.inside, node, body):
         return False
-    if isinstance(statement, ast.Return) and statement.value is result:
+    if ends:
         body += [] if _always_ends(body) else [ast.Return(ast.Constant(None))]
-    elif place.inside.body[-1] is statement and _is_all(statement, result) and not any(each.value for each in returns):
+    elif is_last and not any(each.value for each in returns):
         pass  # the function ends where the body does
     else:
         straight = _before(body, returns, statement, result, place)
