@@ -63,6 +63,9 @@ def _packed(table: bytes) -> tuple[bytes, bytes]:
     pieces = []
     for code in CODES:
         piece, most = b"", 0
+        if code == ord("\n"):
+            pieces.append(piece)
+            continue
         counted = Counter(
             table[at : at + size] for size in range(2, LONGEST_PIECE + 1) for at in range(len(table) - size + 1)
         )
@@ -71,8 +74,6 @@ def _packed(table: bytes) -> tuple[bytes, bytes]:
                 saved = table.count(each) * (len(each) - 1) - len(each) - 1  # where it overlaps itself it is there once
                 if (saved, each) > (most, piece):
                     piece, most = each, saved
-        if code == ord("\n") or not most:
-            piece = b""
         pieces.append(piece)
         table = table.replace(piece, bytes([code])) if piece else table
     return b"".join([piece + b"\n" for piece in pieces]).rstrip(b"\n") + b"\n", table

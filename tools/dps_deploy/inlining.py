@@ -168,7 +168,7 @@ def _is_plain(found: _Found) -> bool:
         return False
     if found.family and [each.arg for each in arguments.args[:1]] != ["self"]:
         return False
-    inside = _within_whole(node)
+    inside = _within_whole(node.body)
     if any(isinstance(each, _KEPT) or (isinstance(each, ast.Import) and "." in each.names[0].name) for each in inside):
         return False
     consumed = [each.args[0] for each in inside if isinstance(each, ast.Call) and _consumes(each)]
@@ -182,9 +182,9 @@ def _consumes(call: ast.Call) -> bool:
     return isinstance(call.func, ast.Name) and call.func.id in _CONSUMERS and len(call.args) == 1
 
 
-def _within_whole(node: Function) -> list[ast.AST]:
-    """Every node of a function's body."""
-    return [each for statement in node.body for each in ast.walk(statement)]
+def _within_whole(body: Iterable[ast.stmt]) -> list[ast.AST]:
+    """Every node of a body."""
+    return [each for statement in body for each in ast.walk(statement)]
 
 
 def _hidden(nodes: Iterable[ast.AST]) -> set[str]:
@@ -249,9 +249,8 @@ def _given(found: _Found, call: ast.Call) -> Given | None:
         return None
     given = list(zip(names, values, strict=False))
     given += [(word.arg or "", word.value) for word in call.keywords]
-    missing = names[len(given) :] if not call.keywords else [name for name in names if name not in dict(given)]
     defaults = dict(zip(reversed(names), reversed(found.node.args.defaults), strict=False))
-    given += [(name, defaults[name]) for name in missing if name in defaults]
+    given += [(name, defaults[name]) for name in names if name not in dict(given) and name in defaults]
     return given if sorted(name for name, _ in given) == sorted(names) else None
 
 
@@ -279,7 +278,7 @@ def _names_in(node: ast.AST) -> set[str]:
 
 def _means_the_same(node: Function, place: _Place) -> bool:
     """Whether the names that a function does not make itself are the same ones where it is called."""
-    inside = _within_whole(node)
+    inside = _within_whole(node.body)
     hidden = _hidden(inside)
     meant = {each.id for each in inside if isinstance(each, ast.Name)} - locals_of(node) - hidden
     return _local_at(place).isdisjoint(meant) and hidden.isdisjoint(_names_in(place.inside))
@@ -475,8 +474,7 @@ def _cleared(names: Iterable[str]) -> list[ast.stmt]:
 
 def _caught(body: Iterable[ast.stmt]) -> set[str]:
     """The names of errors that are caught, which end with what they are caught for."""
-    nodes = [each for statement in body for each in ast.walk(statement)]
-    return {str(each.name) for each in nodes if isinstance(each, ast.ExceptHandler)}
+    return {str(each.name) for each in _within_whole(body) if isinstance(each, ast.ExceptHandler)}
 
 
 def _is_wide(inside: Function, node: Function, body: list[ast.stmt]) -> bool:
